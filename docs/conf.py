@@ -1,0 +1,55 @@
+"""Sphinx configuration; the documentation builds without network and with warnings as errors."""
+
+import dataclasses
+import importlib.metadata
+
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
+
+import precond_ref
+
+project = "precond-ref"
+author = "the precond-ref authors"
+copyright = "2026, the precond-ref authors"
+release = importlib.metadata.version("precond-ref")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"precond-ref {release}"
+
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath", "substitution"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+
+
+def methods_table() -> str:
+    """All methods of the registry as a Markdown table."""
+    lines = ["| class | one parameter is | fields and defaults | source |", "|---|---|---|---|"]
+    for name, method in precond_ref.list_methods().items():
+        low, high = method.ndims
+        shape = "any array" if method.elementwise else f"{low} axes" if low == high else f"{low} axes or more"
+        shape = {"1 axes": "a vector", "2 axes": "a matrix", "1 axes or more": "one axis or more"}.get(shape, shape)
+        fields = ", ".join(
+            f"`{field.name}`" if field.default is dataclasses.MISSING else f"`{field.name}={field.default!r}`"
+            for field in dataclasses.fields(method)
+        )
+        lines.append(f"| {{py:class}}`~precond_ref.{name}` | {shape} | {fields} | {method.paper} |")
+    return "\n".join(lines)
+
+
+myst_substitutions = {"methods_table": methods_table()}
+
+
+def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
+    """A public name without an entry in the documentation is a warning, and so fails the build."""
+    entries = {entry[0].rpartition(".")[2] for entry in env.get_domain("py").get_objects()}
+    for name in precond_ref.__all__:
+        if not name.startswith("__") and name not in entries:
+            logging.getLogger(__name__).warning("precond_ref.%s has no entry in the documentation", name)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("env-check-consistency", check_public_names)

@@ -1,0 +1,30 @@
+"""Reference implementations of structured and second-order preconditioners, on any array-API backend."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from precond_ref.methods.agd import AGD
+from precond_ref.methods.asgo import ASGO, DASGO
+from precond_ref.methods.baselines import SGD, AdaGrad, Adam, FullAdaGrad, Muon, RMSProp, Shampoo
+from precond_ref.optimizer import Optimizer
+from precond_ref.protocol import Method, list_methods
+
+try:
+    __version__ = version("precond_ref")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "unknown"
+
+__all__ = [
+    "AGD",
+    "ASGO",
+    "DASGO",
+    "SGD",
+    "AdaGrad",
+    "Adam",
+    "FullAdaGrad",
+    "Method",
+    "Muon",
+    "Optimizer",
+    "RMSProp",
+    "Shampoo",
+    "list_methods",
+]

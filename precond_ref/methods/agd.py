@@ -1,0 +1,175 @@
+r"""AGD: an auto-switchable optimizer using the stepwise gradient difference as preconditioner.
+
+Y. Yue, Z. Ye, J. Jiang, Y. Liu, K. Zhang, NeurIPS 2023, arXiv 2312.01658v2, Algorithm 1. Everything is elementwise.
+
+=========  ===========  ==============  =======================================================
+paper      here         shape           meaning
+=========  ===========  ==============  =======================================================
+g_t        ``grad``     as the param.   gradient
+m_t        ``m``        as the param.   average of gradients, not bias-corrected
+s_t        ``s``        as the param.   difference of successive bias-corrected averages
+b_t        ``b``        as the param.   average of s_t^2, not bias-corrected
+beta_1,2   ``beta1,2``                  decay of m and of b
+delta      ``delta``                    threshold of the switch, and lower bound of the denominator
+=========  ===========  ==============  =======================================================
+
+Algorithm 1, for t = 1, 2, ... with m_0 = b_0 = 0::
+
+    m_t = beta1 m_{t-1} + (1 - beta1) g_t                                            (m)
+    s_t = m_t / (1 - beta1^t) - m_{t-1} / (1 - beta1^{t-1}),   s_1 = m_1 / (1 - beta1)  (s)
+    b_t = beta2 b_{t-1} + (1 - beta2) s_t^2                                          (b)
+    direction = sqrt(1 - beta2^t) / (1 - beta1^t) * m_t / max(sqrt(b_t), delta sqrt(1 - beta2^t))  (x)
+
+Coordinate i takes the adaptive step where sqrt(b_t / (1 - beta2^t)) > delta, and elsewhere the step of SGD with
+bias-corrected averaged momentum at rate lr / delta: the switch.
+
+Conventions
+    No epsilon anywhere; ``delta = 0`` with a zero gradient history gives 0 (the authors' code: NaN).
+    ``amsgrad``: running maximum of the raw b_t, then the maximum with the threshold (the authors' code).
+    ``clip`` bounds m_t / max(...) *before* the factor sqrt(1 - beta2^t) / (1 - beta1^t) (the authors' code).
+    Step-dependent factors are exact (the authors' code since 2024: float32, off by up to 2e-5).
+    Weight decay is decoupled and belongs to the optimizer: x <- (1 - lr weight_decay) x before the step.
+
+Coincides with
+    SGD with bias-corrected averaged momentum at rate lr / delta where delta >= 2 max|g| / (1 + beta1).
+
+Hazard
+    On a linear function the step grows without bound until ``delta`` caps it at lr |g| / delta.
+
+Not here
+    The "win" acceleration of the authors' code, which is not in the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+
+from precond_ref.numerics.arrays import all_finite
+from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal, sqrt
+from precond_ref.protocol import Array, Method, Namespace, Scalar, check_bool, check_real
+
+
+class AGDState(NamedTuple):
+    """State of `AGD`; every array has the parameter's shape."""
+
+    step: Any
+    """t, updates done."""
+    m: Array
+    """m_t, average of gradients."""
+    b: Array
+    """b_t, average of squared differences."""
+    b_max: Array | None
+    """max of b_1, ..., b_t; None without ``amsgrad``."""
+
+
+class AGDScalars(NamedTuple):
+    """What `AGD.update` needs of the step's number."""
+
+    inverse_c1: Scalar
+    """1 / (1 - beta1^t)."""
+    previous_inverse_c1: Scalar
+    """1 / (1 - beta1^{t-1}); 0 at t = 1, which makes s_1 = m_1 / (1 - beta1)."""
+    sqrt_c2: Scalar
+    """sqrt(1 - beta2^t)."""
+
+
+class AGDReport(NamedTuple):
+    """What `AGD.diagnose` returns; arrays have the parameter's shape unless noted."""
+
+    corrected_m: Array
+    """m_t / (1 - beta1^t)."""
+    corrected_b: Array
+    """b_t / (1 - beta2^t)."""
+    is_sgd: Array
+    """True where sqrt(b_t) <= delta sqrt(1 - beta2^t): the coordinate takes the step of SGD."""
+    sgd_share: Array
+    """Share of such coordinates, 0-D."""
+    finite: Array
+    """Whether the whole state is finite, 0-D."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AGD(Method):
+    """AGD (Yue et al., 2023, arXiv 2312.01658v2, Algorithm 1); elementwise, any shape.
+
+    ``beta1``, ``beta2`` are decays (weights of the *old* term), ``delta`` the threshold.
+    Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    delta: float = 1e-5
+    amsgrad: bool = False
+    clip: float | None = None
+
+    paper: ClassVar[str] = "Yue, Ye, Jiang, Liu, Zhang: AGD, NeurIPS 2023, arXiv 2312.01658v2"
+    state_type: ClassVar[Any] = AGDState
+    symbols: ClassVar = MappingProxyType(
+        {
+            "beta1": "beta_1, decay of the averaged gradient, in [0, 1)",
+            "beta2": "beta_2, decay of the averaged squared difference, in [0, 1)",
+            "delta": "delta, threshold between SGD and the adaptive step, >= 0",
+            "amsgrad": "use the running maximum of b_t",
+            "clip": "bound on |m_t / max(sqrt(b_t), delta sqrt(1 - beta_2^t))|, > 0, or None",
+        }
+    )
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_real(self, "beta1", ge=0, lt=1)
+        check_real(self, "beta2", ge=0, lt=1)
+        check_real(self, "delta", ge=0)
+        check_bool(self, "amsgrad")
+        check_real(self, "clip", gt=0, optional=True)
+
+    def init(self, param: Array, *, stack_ndim: int = 0) -> AGDState:
+        xp = self._check_param(param, stack_ndim)
+        zeros = xp.zeros_like
+        return AGDState(step=0, m=zeros(param), b=zeros(param), b_max=zeros(param) if self.amsgrad else None)
+
+    def scalars(self, step: Any, *, like: Array = None) -> AGDScalars:
+        return AGDScalars(
+            inverse_c1=reciprocal(one_minus_power(self.beta1, step, like=like)),
+            previous_inverse_c1=reciprocal(one_minus_power(self.beta1, step - 1, like=like)),
+            sqrt_c2=sqrt(one_minus_power(self.beta2, step, like=like)),
+        )
+
+    def update(
+        self,
+        grad: Array,
+        state: AGDState,
+        param: Array,
+        *,
+        scalars: AGDScalars | None = None,
+        refresh: bool | None = None,
+        xp: Namespace = None,
+    ) -> tuple[Array, AGDState]:
+        xp, k = self._enter(grad, state, param, scalars, xp)
+        m = ema(state.m, grad, self.beta1)  # (m)
+        s = m * k.inverse_c1 - state.m * k.previous_inverse_c1  # (s)
+        b = ema(state.b, s * s, self.beta2)  # (b)
+        b_max = xp.maximum(state.b_max, b) if self.amsgrad else None
+        root = xp.sqrt(b_max if self.amsgrad else b)
+        floor = self.delta * k.sqrt_c2
+        u = quotient(m, xp.where(root < floor, floor, root), xp)
+        if self.clip is not None:
+            u = xp.clip(u, -self.clip, self.clip)
+        direction = (k.sqrt_c2 * k.inverse_c1) * u  # (x)
+        return direction, AGDState(step=state.step + 1, m=m, b=b, b_max=b_max)
+
+    def diagnose(self, state: AGDState) -> AGDReport:
+        """Bias-corrected averages and the switch; before the first update all averages are zero."""
+        xp = self._check_param(state.m, 0)
+        k = self.scalars(state.step, like=state.m)
+        b = state.b_max if self.amsgrad else state.b
+        is_sgd = xp.sqrt(b) <= self.delta * k.sqrt_c2
+        inverse_c2 = reciprocal(k.sqrt_c2 * k.sqrt_c2)
+        return AGDReport(
+            corrected_m=state.m * k.inverse_c1,
+            corrected_b=b * inverse_c2,
+            is_sgd=is_sgd,
+            sgd_share=xp.mean(xp.astype(is_sgd, state.m.dtype)),
+            finite=all_finite(xp, state.m, state.b),
+        )

@@ -1,0 +1,449 @@
+r"""ASGO: adaptive structured gradient optimization, and its diagonal form DASGO.
+
+K. An, Y. Liu, R. Pan, Y. Ren, S. Ma, D. Goldfarb, T. Zhang, NeurIPS 2025, arXiv 2503.20762. The same algorithm is
+one-sided Shampoo (Xie et al., arXiv 2503.10537).
+
+==========  ===============  ===========  =====================================================
+paper       here             shape        meaning
+==========  ===============  ===========  =====================================================
+G_t         ``grad``         (m, n)       gradient
+M_t         ``m``            (m, n)       average of gradients
+V_t         ``gram``         (k, k)       sum or average of G G^T (left, k = m) or G^T G (right, k = n)
+Lambda_t    ``root``         (k, k)       here: the *inverse* root of V_t
+beta_1,2    ``beta1,2``                   decay of M and of V
+epsilon     ``eps``                       regularisation, under or outside the root
+tau         ``every``                     updates between two roots
+==========  ===============  ===========  =====================================================
+
+`ASGO`, practical (Algorithm 2 and the authors' code)::
+
+    M_t = beta1 M_{t-1} + (1 - beta1) G_t                       (M)
+    V_t = beta2 V_{t-1} + (1 - beta2) G_t G_t^T   or  G_t^T G_t   (V)
+    P_t = (V_t + eps I)^{-1/2}, at t = 1, 1 + tau, 1 + 2 tau, ...  (P)
+    U_t = P_t M_t   or   M_t P_t                                  (U)
+    direction = rms sqrt(m n) U_t / ||U_t||_F                     (W)
+
+`ASGO.theory`, Algorithm 1 (the one with theorems), V_0 = 0::
+
+    V_t = V_{t-1} + G_t G_t^T                                     (1)
+    Lambda_t = V_t^{1/2} + eps I                                  (2)
+    direction = Lambda_t^{-1} G_t                                 (3)
+
+`DASGO` keeps the diagonal of the right V_t, one number v_j per column, with eps under the root;
+`DASGO.theory` keeps row sums and has eps outside the root.
+
+Conventions
+    ``side="smaller"``: left if m < n, else right (the authors' code; the theory is always left).
+    eps under the root in `ASGO` and `DASGO`, outside in the theory forms. ``eps=0``: pseudo-inverse.
+    No bias correction: under ``rms`` any scalar factor cancels. A zero update stays zero (the authors' code: error).
+    V is built from the raw gradient, not from M.
+    ``root="polar_express"`` is the authors' default solver, in which eps enters only the norm.
+    ``heads=h``: the rows in h blocks, a left V for each (query and key matrices).
+
+Coincides with (each a test)
+    First step of `ASGO.theory(eps=0)`, and every step of ``ASGO(beta1=0, beta2=0, rms=None, eps=0)``: the polar factor,
+    that is `Muon` without momentum. One column: full-matrix AdaGrad; one row: AdaGrad-Norm. Diagonal gradients: AdaGrad
+    on the diagonal. `DASGO.theory` on one column: diagonal AdaGrad.
+
+Not here
+    The projected form; 1-D parameters, embeddings and convolutions (the routing gives them to Adam).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+
+from precond_ref.numerics import roots
+from precond_ref.numerics.arrays import eye_like, finite_members, zeros
+from precond_ref.numerics.ema import ema, quotient
+from precond_ref.numerics.grafting import scale_to_rms
+from precond_ref.numerics.refresh import is_due, renew
+from precond_ref.protocol import (
+    Array,
+    Method,
+    Namespace,
+    Scalar,
+    check_choice,
+    check_int,
+    check_real,
+)
+
+PAPER = "An, Liu, Pan, Ren, Ma, Goldfarb, Zhang: ASGO, NeurIPS 2025, arXiv 2503.20762"
+
+
+class ASGOState(NamedTuple):
+    """State of `ASGO` for a parameter (..., m, n); k is the preconditioned side."""
+
+    step: Any
+    """t, updates done."""
+    m: Array
+    """M_t, (..., m, n)."""
+    gram: Array
+    """V_t, (..., k, k); with ``heads=h`` (..., h, m/h, m/h)."""
+    root: Array | None
+    """P of the last refresh, (..., k, k); None when ``every=1``."""
+
+
+class ASGOReport(NamedTuple):
+    """What the ASGO methods' ``diagnose`` returns."""
+
+    eigenvalues: Array
+    """Of V_t, ascending, clipped at zero, (..., k)."""
+    root_trace: Array
+    """tr V_t^{1/2}, the S of the regret bound for the theory form, (...)."""
+    rank: Array
+    """Eigenvalues above k u max, (...)."""
+    finite: Array
+    """Whether the member's state is finite, (...)."""
+
+
+def _gram_report(gram: Array, finite: Array, xp: Namespace) -> ASGOReport:
+    w = roots.eigh(gram, xp=xp)[0]
+    return ASGOReport(
+        eigenvalues=w,
+        root_trace=xp.sum(xp.sqrt(w), axis=-1),
+        rank=xp.sum(xp.astype(roots.live(w, xp), xp.int32), axis=-1, dtype=xp.int32),
+        finite=finite,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ASGO(Method):
+    """ASGO for matrices (An et al., 2025, arXiv 2503.20762, Algorithm 2 and the authors' code).
+
+    ``beta1``, ``beta2`` are decays (weights of the *old* term). Takes (..., m, n) with ``stack_ndim`` leading axes.
+    Errors: ValueError or TypeError for a field out of range, for arrays that do not fit together, and for ``heads``
+    that does not divide the rows.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.8
+    eps: float = 1e-10
+    side: str = "smaller"
+    rms: float | None = 0.2
+    root: str = "eigh"
+    root_steps: int = 10
+    every: int = 1
+    heads: int | None = None
+
+    paper: ClassVar[str] = PAPER
+    state_type: ClassVar[Any] = ASGOState
+    symbols: ClassVar = MappingProxyType(
+        {
+            "beta1": "beta_1, decay of the averaged gradient, in [0, 1)",
+            "beta2": "beta_2, decay of V, in [0, 1)",
+            "eps": "epsilon, added to the eigenvalues of V under the root, >= 0 (0: pseudo-inverse)",
+            "side": "'left', 'right' or 'smaller' (left if m < n, else right)",
+            "rms": "root mean square of the direction's entries, > 0, or None for the raw update",
+            "root": "'eigh' (the definition), 'polar_express', 'newton_schulz' or 'coupled_newton'",
+            "root_steps": "iterations of the roots other than 'eigh', >= 1",
+            "every": "tau, updates between two roots, >= 1",
+            "heads": "blocks of rows with a left V each, >= 1, or None",
+        }
+    )
+    presets: ClassVar[tuple[str, ...]] = ("theory",)
+    ndims: ClassVar[tuple[int, int]] = (2, 2)
+
+    def __post_init__(self) -> None:
+        check_real(self, "beta1", ge=0, lt=1)
+        check_real(self, "beta2", ge=0, lt=1)
+        check_real(self, "eps", ge=0)
+        check_choice(self, "side", ("smaller", "left", "right"))
+        check_real(self, "rms", gt=0, optional=True)
+        check_choice(self, "root", ("eigh", "polar_express", "newton_schulz", "coupled_newton"))
+        check_int(self, "root_steps", ge=1)
+        check_int(self, "every", ge=1)
+        check_int(self, "heads", ge=1, optional=True)
+        if self.heads is not None and self.side == "right":
+            raise ValueError("heads needs side='left' or 'smaller': its statistics are left ones, got side='right'")
+
+    @staticmethod
+    def theory(eps: float = 0.0, side: str = "left") -> ASGOTheory:
+        """Algorithm 1 of the paper: plain sum, no momentum, eps outside the root, no rms."""
+        return ASGOTheory(eps=eps, side=side)
+
+    def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
+        """Matrices that are not embeddings (in the authors' code: a name containing "emb")."""
+        return len(shape) == 2 and "emb" not in path.lower()
+
+    def _left(self, param: Array) -> bool:
+        m, n = param.shape[-2:]
+        return self.heads is not None or self.side == "left" or (self.side == "smaller" and m < n)
+
+    def _blocks(self, matrix: Array, xp: Namespace) -> Array:
+        """Rows cut into heads: (..., m, n) -> (..., h, m/h, n)."""
+        if self.heads is None:
+            return matrix
+        *stack, m, n = matrix.shape
+        return xp.reshape(matrix, (*stack, self.heads, m // self.heads, n))
+
+    def _gram_shape(self, param: Array) -> tuple[int, ...]:
+        *stack, m, n = param.shape
+        if self.heads is None:
+            k = m if self._left(param) else n
+            return (*stack, k, k)
+        if m % self.heads:
+            raise ValueError(f"heads must divide the rows, got heads={self.heads} and shape {tuple(param.shape)}")
+        return (*stack, self.heads, m // self.heads, m // self.heads)
+
+    def init(self, param: Array, *, stack_ndim: int = 0) -> ASGOState:
+        xp = self._check_param(param, stack_ndim, factorizes=self.root == "eigh")
+        gram = zeros(xp, self._gram_shape(param), param)
+        root = eye_like(xp, gram) if self.every > 1 else None
+        return ASGOState(step=0, m=xp.zeros_like(param), gram=gram, root=root)
+
+    def _inverse_root(self, gram: Array, xp: Namespace) -> Array:
+        if 0 in gram.shape:
+            return gram
+        if self.root == "polar_express":
+            return roots.inverse_sqrt_polar_express(gram, self.eps, self.root_steps, xp=xp)
+        if self.root == "newton_schulz":
+            return roots.inverse_sqrt_newton_schulz(gram, self.eps, self.root_steps, xp=xp)
+        if self.root == "coupled_newton":
+            return roots.inverse_root_coupled_newton(gram, 2, self.eps, self.root_steps, xp=xp)
+        return roots.power(gram, -0.5, self.eps, xp=xp)
+
+    def update(
+        self,
+        grad: Array,
+        state: ASGOState,
+        param: Array,
+        *,
+        scalars: Any = None,
+        refresh: bool | None = None,
+        xp: Namespace = None,
+    ) -> tuple[Array, ASGOState]:
+        shape = self._gram_shape(param)
+        xp, _ = self._enter(grad, state, param, scalars, xp, gram=shape, root=shape)
+        due = is_due(state.step, self.every, refresh)
+        left = self._left(param)
+        g = self._blocks(grad, xp)
+        m = ema(state.m, grad, self.beta1)  # (M)
+        gram = ema(state.gram, g @ _t(g, xp) if left else _t(g, xp) @ g, self.beta2)  # (V)
+        root = renew(due, lambda: self._inverse_root(gram, xp), state.root)  # (P)
+        u = root @ self._blocks(m, xp) if left else m @ root  # (U)
+        u = xp.reshape(u, param.shape)
+        if self.rms is not None:
+            u = scale_to_rms(u, self.rms, (-2, -1), xp)  # (W)
+        return u, ASGOState(step=state.step + 1, m=m, gram=gram, root=None if self.every == 1 else root)
+
+    def diagnose(self, state: ASGOState) -> ASGOReport:
+        """Spectrum of V_t (of each head's, with ``heads``)."""
+        xp = self._check_param(state.m, state.m.ndim - 2)
+        finite = finite_members(xp, state.m, core_ndims=(2,))
+        return _gram_report(state.gram, finite, xp)
+
+
+class ASGOTheoryState(NamedTuple):
+    """State of `ASGO.theory` for a parameter (..., m, n)."""
+
+    step: Any
+    """t, updates done."""
+    gram: Array
+    """V_t, (..., m, m) left or (..., n, n) right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ASGOTheory(Method, register=False):
+    """ASGO as analysed (An et al., 2025, arXiv 2503.20762, Algorithm 1), made by `ASGO.theory`."""
+
+    eps: float = 0.0
+    side: str = "left"
+
+    paper: ClassVar[str] = PAPER
+    state_type: ClassVar[Any] = ASGOTheoryState
+    symbols: ClassVar = MappingProxyType(
+        {
+            "eps": "epsilon, added to V^{1/2}, >= 0 (0: pseudo-inverse)",
+            "side": "'left' (the paper) or 'right'",
+        }
+    )
+    ndims: ClassVar[tuple[int, int]] = (2, 2)
+    takes = ASGO.takes
+
+    def __post_init__(self) -> None:
+        check_real(self, "eps", ge=0)
+        check_choice(self, "side", ("left", "right"))
+
+    def _gram_shape(self, param: Array) -> tuple[int, ...]:
+        k = param.shape[-2 if self.side == "left" else -1]
+        return (*param.shape[:-2], k, k)
+
+    def init(self, param: Array, *, stack_ndim: int = 0) -> ASGOTheoryState:
+        xp = self._check_param(param, stack_ndim, factorizes=True)
+        return ASGOTheoryState(step=0, gram=zeros(xp, self._gram_shape(param), param))
+
+    def update(
+        self,
+        grad: Array,
+        state: ASGOTheoryState,
+        param: Array,
+        *,
+        scalars: Any = None,
+        refresh: bool | None = None,
+        xp: Namespace = None,
+    ) -> tuple[Array, ASGOTheoryState]:
+        xp, _ = self._enter(grad, state, param, scalars, xp, gram=self._gram_shape(param))
+        is_due(state.step, 1, refresh)
+        left = self.side == "left"
+        gram = state.gram + (grad @ _t(grad, xp) if left else _t(grad, xp) @ grad)  # (1)
+        inverse = roots.inverse_shifted_sqrt(gram, self.eps, xp=xp)  # (2)
+        direction = inverse @ grad if left else grad @ inverse  # (3)
+        return direction, ASGOTheoryState(step=state.step + 1, gram=gram)
+
+    def diagnose(self, state: ASGOTheoryState) -> ASGOReport:
+        """Spectrum of V_t."""
+        xp = self._check_param(state.gram, state.gram.ndim - 2)
+        return _gram_report(state.gram, finite_members(xp, state.gram, core_ndims=(2,)), xp)
+
+
+class DASGOState(NamedTuple):
+    """State of `DASGO` for a parameter (..., m, n)."""
+
+    step: Any
+    """t, updates done."""
+    m: Array
+    """M_t, (..., m, n)."""
+    v: Array
+    """v_t, average squared norm of each column, (..., n)."""
+
+
+class DASGOReport(NamedTuple):
+    """What the DASGO methods' ``diagnose`` returns."""
+
+    scale: Array
+    """sqrt(v_t) per column, (..., n); theory form: sqrt(d_t) per row, (..., m)."""
+    finite: Array
+    """Whether the member's state is finite, (...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DASGO(Method):
+    """DASGO for matrices (An et al., 2025, arXiv 2503.20762, Algorithm 4 and the authors' code): one scale per column.
+
+    ``beta1``, ``beta2`` are decays (weights of the *old* term). Takes (..., m, n) with ``stack_ndim`` leading axes::
+
+        M_t = beta1 M_{t-1} + (1 - beta1) G_t                          (M)
+        v_t = beta2 v_{t-1} + (1 - beta2) sum_i G_ij^2                 (v)
+        U_ij = M_ij (v_j + eps)^{-1/2}                                 (U)
+        direction = rms sqrt(m n) U / ||U||_F                          (W)
+
+    Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    rms: float | None = 0.2
+
+    paper: ClassVar[str] = PAPER
+    state_type: ClassVar[Any] = DASGOState
+    symbols: ClassVar = MappingProxyType(
+        {
+            "beta1": "beta_1, decay of the averaged gradient, in [0, 1)",
+            "beta2": "beta_2, decay of the column sums, in [0, 1)",
+            "eps": "epsilon, under the root, >= 0 (0: pseudo-inverse)",
+            "rms": "root mean square of the direction's entries, > 0, or None for the raw update",
+        }
+    )
+    presets: ClassVar[tuple[str, ...]] = ("theory",)
+    ndims: ClassVar[tuple[int, int]] = (2, 2)
+    takes = ASGO.takes
+
+    def __post_init__(self) -> None:
+        check_real(self, "beta1", ge=0, lt=1)
+        check_real(self, "beta2", ge=0, lt=1)
+        check_real(self, "eps", ge=0)
+        check_real(self, "rms", gt=0, optional=True)
+
+    @staticmethod
+    def theory(eps: float = 0.0) -> DASGOTheory:
+        """The diagonal of Algorithm 1: rows, plain sum, no momentum, eps outside the root, no rms."""
+        return DASGOTheory(eps=eps)
+
+    def init(self, param: Array, *, stack_ndim: int = 0) -> DASGOState:
+        xp = self._check_param(param, stack_ndim)
+        v = zeros(xp, (*param.shape[:-2], param.shape[-1]), param)
+        return DASGOState(step=0, m=xp.zeros_like(param), v=v)
+
+    def update(
+        self,
+        grad: Array,
+        state: DASGOState,
+        param: Array,
+        *,
+        scalars: Any = None,
+        refresh: bool | None = None,
+        xp: Namespace = None,
+    ) -> tuple[Array, DASGOState]:
+        xp, _ = self._enter(grad, state, param, scalars, xp, v=(*param.shape[:-2], param.shape[-1]))
+        m = ema(state.m, grad, self.beta1)  # (M)
+        v = ema(state.v, xp.sum(grad * grad, axis=-2), self.beta2)  # (v)
+        u = quotient(m, xp.sqrt(v + self.eps)[..., None, :], xp)  # (U)
+        if self.rms is not None:
+            u = scale_to_rms(u, self.rms, (-2, -1), xp)  # (W)
+        return u, DASGOState(step=state.step + 1, m=m, v=v)
+
+    def diagnose(self, state: DASGOState) -> DASGOReport:
+        """Column scales."""
+        xp = self._check_param(state.m, state.m.ndim - 2)
+        return DASGOReport(scale=xp.sqrt(state.v), finite=finite_members(xp, state.m, state.v, core_ndims=(2, 1)))
+
+
+class DASGOTheoryState(NamedTuple):
+    """State of `DASGO.theory` for a parameter (..., m, n)."""
+
+    step: Any
+    """t, updates done."""
+    d: Array
+    """d_t, summed squared norm of each row, (..., m)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DASGOTheory(Method, register=False):
+    """DASGO in the form of Algorithm 1, made by `DASGO.theory`: one scale per row::
+
+    d_i += sum_j G_ij^2                                            (1)
+    direction_ij = G_ij / (sqrt(d_i) + eps)                        (2)
+    """
+
+    eps: float = 0.0
+
+    paper: ClassVar[str] = PAPER
+    state_type: ClassVar[Any] = DASGOTheoryState
+    symbols: ClassVar = MappingProxyType({"eps": "epsilon, added to the root, >= 0"})
+    ndims: ClassVar[tuple[int, int]] = (2, 2)
+    takes = ASGO.takes
+
+    def __post_init__(self) -> None:
+        check_real(self, "eps", ge=0)
+
+    def init(self, param: Array, *, stack_ndim: int = 0) -> DASGOTheoryState:
+        xp = self._check_param(param, stack_ndim)
+        return DASGOTheoryState(step=0, d=zeros(xp, tuple(param.shape[:-1]), param))
+
+    def update(
+        self,
+        grad: Array,
+        state: DASGOTheoryState,
+        param: Array,
+        *,
+        scalars: Any = None,
+        refresh: bool | None = None,
+        xp: Namespace = None,
+    ) -> tuple[Array, DASGOTheoryState]:
+        xp, _ = self._enter(grad, state, param, scalars, xp, d=tuple(param.shape[:-1]))
+        d = state.d + xp.sum(grad * grad, axis=-1)  # (1)
+        direction = quotient(grad, (xp.sqrt(d) + self.eps)[..., None], xp)  # (2)
+        return direction, DASGOTheoryState(step=state.step + 1, d=d)
+
+    def diagnose(self, state: DASGOTheoryState) -> DASGOReport:
+        """Row scales."""
+        xp = self._check_param(state.d[..., None], state.d.ndim - 1)
+        return DASGOReport(scale=xp.sqrt(state.d), finite=finite_members(xp, state.d, core_ndims=(1,)))
+
+
+def _t(matrix: Array, xp: Namespace) -> Array:
+    return xp.matrix_transpose(matrix)

@@ -1,0 +1,1 @@
+"""Numerical building blocks: averages, matrix roots, scaling."""

@@ -1,0 +1,55 @@
+"""Averages over time, their step-dependent corrections, and the quotient that elementwise methods share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from precond_ref.protocol import Array, Namespace, Scalar, is_python_number
+
+
+def ema(old: Array, new: Array, decay: Scalar) -> Array:
+    """``decay * old + (1 - decay) * new``."""
+    return decay * old + (1 - decay) * new
+
+
+def one_minus_power(beta: Scalar, step: Any, *, like: Array = None) -> Scalar:
+    """``1 - beta**step`` for ``0 <= beta < 1``, without cancellation.
+
+    A Python float for Python numbers. If ``beta`` or ``step`` is an array or a tracer: a 0-D array in the dtype of
+    ``like`` (computed in float32 at least). ``step = 0`` gives 0, also for ``beta = 0``.
+    """
+    if is_python_number(beta) and isinstance(step, int):
+        if step == 0 or beta == 0:
+            return float(step != 0)
+        return -math.expm1(step * math.log(beta))
+    arrays = [a for a in (beta, step) if not is_python_number(a)]
+    xp = array_namespace(*arrays)
+    dtype = like.dtype if xp.finfo(like.dtype).bits >= 32 else xp.float32
+    t = xp.astype(step, dtype) if not isinstance(step, int) else xp.full_like(beta, step, dtype=dtype)
+    if is_python_number(beta):
+        log_beta = math.log(beta) if beta > 0 else -math.inf
+    else:
+        log_beta = xp.log(xp.astype(beta, dtype))
+    value = xp.where(t == 0, 0.0, -xp.expm1(xp.where(t == 0, 1.0, t) * log_beta))
+    return xp.astype(value, like.dtype)
+
+
+def reciprocal(value: Scalar) -> Scalar:
+    """``1 / value``, and 0 where ``value`` is 0 (the average of nothing)."""
+    if is_python_number(value):
+        return 1.0 / value if value else 0.0
+    xp = array_namespace(value)
+    return xp.where(value == 0, 0.0, 1.0 / xp.where(value == 0, 1.0, value))
+
+
+def sqrt(value: Scalar) -> Scalar:
+    """Square root of a Python number or a 0-D array."""
+    return math.sqrt(value) if is_python_number(value) else array_namespace(value).sqrt(value)
+
+
+def quotient(numerator: Array, denominator: Array, xp: Namespace) -> Array:
+    """``numerator / denominator`` elementwise with 0/0 = 0; anything else over zero stays infinite."""
+    return numerator / xp.where(numerator == 0, 1.0, denominator)

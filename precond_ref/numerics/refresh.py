@@ -1,0 +1,41 @@
+"""Doing expensive work only when it is due: the one place that knows about traced conditions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from precond_ref.protocol import Array
+
+
+def is_due(step: Any, every: int, refresh: bool | None) -> Any:
+    """Whether the update after ``step`` completed ones renews what is renewed at updates 1, 1+every, 1+2 every, ...
+
+    ``refresh`` overrules the counter; ``refresh=False`` is refused where nothing is kept between updates.
+    """
+    if refresh is None:
+        return step % every == 0
+    if not isinstance(refresh, bool):
+        raise TypeError(f"refresh must be True, False or None, got {refresh!r}")
+    if every == 1 and not refresh:
+        raise ValueError("refresh=False needs every > 1: with every=1 no root is kept from one update to the next")
+    return refresh
+
+
+def is_traced(value: Any) -> bool:
+    """Whether ``value`` is a JAX tracer, whose truth cannot be asked."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(value, jax.core.Tracer)
+
+
+def renew(due: Any, compute: Callable[[], Array], previous: Array | None) -> Array:
+    """``compute()`` if ``due`` else ``previous``; under ``jax.jit`` the work is done only in the branch taken.
+
+    Without a ``previous`` it is always due.
+    """
+    if previous is None:
+        return compute()
+    if is_traced(due):
+        return sys.modules["jax"].lax.cond(due, lambda _: compute(), lambda _: previous, None)
+    return compute() if bool(due) else previous

@@ -1,0 +1,392 @@
+"""The tree level: many parameters, which method each gets, learning rate, decay, stacking, bad gradients."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace, is_array_api_obj, is_jax_array
+from array_api_compat import device as device_of
+
+from precond_ref.methods.baselines import Adam
+from precond_ref.numerics.arrays import all_finite
+from precond_ref.numerics.refresh import is_traced
+from precond_ref.protocol import Array, Method, Namespace, check_int, check_real, is_zero
+
+Tree = Any
+Slices = tuple[Any, ...]  # of slices
+
+
+class OptimizerState(NamedTuple):
+    """State of `Optimizer`: one method state per group of parameters updated together."""
+
+    step: Any
+    """Steps done."""
+    groups: tuple[Any, ...]
+    """Method states, in the order of `Optimizer.describe`."""
+
+
+class Group(NamedTuple):
+    """Parameters (or blocks of them) that one call of ``update`` serves."""
+
+    method: Method
+    members: tuple[tuple[str, Slices | None], ...]
+    """Path of each member, and which block of it (None: the whole)."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Shape of each member."""
+
+    @property
+    def name(self) -> str:
+        """First member's path, and how many more there are."""
+        more = f" and {len(self.members) - 1} more" if len(self.members) > 1 else ""
+        return f"{self.members[0][0]}{more}"
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Applies methods to a tree of parameters: ``params, state = opt.step(params, grads, state)``.
+
+    Each step makes ``x <- (1 - lr weight_decay) x - lr direction`` with the direction of the parameter's method.
+
+    Arguments
+        method: for all parameters that it takes; the others get `Adam` with its defaults.
+        lr: learning rate, or a callable from the number of steps done (0 at the first) to it.
+        weight_decay: decoupled decay, a number, or a callable ``(path, array) -> number``.
+        route: ``(path, array) -> Method``, instead of the rule above. Paths join keys by "/".
+        on_nonfinite: what a step does when some gradient is not finite. "propagate": nothing, NaN comes out (no
+            synchronisation); "skip": parameters, states and counters stay as they are (eager: one synchronisation);
+            "raise": ValueError naming the parameters, eager only.
+        block_size: matrices and tensors are cut into blocks of at most this size on every axis, each a parameter of
+            its own to a method that is not elementwise. This changes the method.
+        fuse: update parameters of one shape as one stack, and elementwise methods on one flat buffer. Changes speed
+            only.
+
+    Parameter trees are any nesting of dict, list, tuple and NamedTuple of arrays. Nothing given is changed.
+    """
+
+    method: Method
+    lr: Any = field(default=1e-3, kw_only=True)
+    weight_decay: Any = field(default=0.0, kw_only=True)
+    route: Callable[[str, Array], Method] | None = field(default=None, kw_only=True)
+    on_nonfinite: str = field(default="propagate", kw_only=True)
+    block_size: int | None = field(default=None, kw_only=True)
+    fuse: bool = field(default=True, kw_only=True)
+    _plans: dict[Any, tuple[Group, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise TypeError(f"method must be a Method such as precond_ref.ASGO(), got {self.method!r}")
+        if not callable(self.lr):
+            check_real(self, "lr", ge=0)
+        if not callable(self.weight_decay):
+            check_real(self, "weight_decay", ge=0)
+        if self.route is not None and not callable(self.route):
+            raise TypeError(f"route must be a callable (path, array) -> Method or None, got {self.route!r}")
+        if self.on_nonfinite not in ("propagate", "skip", "raise"):
+            raise ValueError(f"on_nonfinite must be 'propagate', 'skip' or 'raise', got {self.on_nonfinite!r}")
+        check_int(self, "block_size", ge=1, optional=True)
+
+    # ---- public -----------------------------------------------------------------------------------------------------
+
+    def init(self, params: Tree) -> OptimizerState:
+        """State before the first step."""
+        leaves = _leaves(params, "params")
+        xp = _check_fit(leaves, leaves)
+        states = []
+        for group in self._plan(leaves):
+            with _named(group):
+                stacked = _gather(group, leaves, xp)
+                states.append(group.method.init(stacked, stack_ndim=_stack_ndim(group)))
+        return OptimizerState(step=0, groups=tuple(states))
+
+    def step(
+        self, params: Tree, grads: Tree, state: OptimizerState, *, refresh: bool | None = None
+    ) -> tuple[Tree, OptimizerState]:
+        """New parameters and state; ``refresh`` overrules when the methods renew their roots.
+
+        ValueError or TypeError for gradients that do not fit the parameters, with the path; nothing is changed then.
+        """
+        if not isinstance(state, OptimizerState):
+            raise TypeError(f"state must be an OptimizerState, got {type(state).__name__}")
+        leaves, gradients = _leaves(params, "params"), _leaves(grads, "grads")
+        xp = _check_fit(leaves, gradients)
+        groups = self._plan(leaves)
+        if len(groups) != len(state.groups):
+            raise ValueError(
+                f"state has {len(state.groups)} groups, these parameters make {len(groups)}: it is another tree's"
+            )
+        finite = True
+        if self.on_nonfinite != "propagate" and gradients:
+            finite = all_finite(xp, *gradients.values())
+            if not is_traced(finite):
+                finite = bool(finite)
+            elif self.on_nonfinite == "raise":
+                raise ValueError("on_nonfinite='raise' needs eager execution; under jit use 'skip' or 'propagate'")
+            if finite is False:
+                if self.on_nonfinite == "skip":
+                    return params, state
+                bad = [path for path, g in gradients.items() if not bool(xp.all(xp.isfinite(g)))]
+                raise ValueError(f"gradients must be finite (on_nonfinite='raise'), not so: {', '.join(bad)}")
+
+        lr = self.lr(state.step) if callable(self.lr) else self.lr
+        new_leaves: dict[str, Any] = {}
+        new_states = []
+        for group, group_state in zip(groups, state.groups, strict=True):
+            with _named(group):
+                param = _gather(group, leaves, xp)
+                direction, new_state = group.method.update(
+                    _gather(group, gradients, xp), group_state, param, refresh=refresh, xp=xp
+                )
+            rate = _as_scalar(lr, param, xp)
+            decay = self._decay(group, leaves, param, xp)
+            decayed = param if is_zero(decay) else param * (1 - rate * decay)
+            new_param = decayed - rate * direction
+            if finite is not True:
+                new_param = xp.where(finite, new_param, param)
+                new_state = _select(finite, new_state, group_state, xp)
+            new_states.append(new_state)
+            _scatter(group, new_param, new_leaves)
+        step = state.step + 1 if finite is True else xp.where(finite, state.step + 1, state.step)
+        merged = {path: _merge(value, xp) for path, value in new_leaves.items()}
+        return _rebuild(params, merged), OptimizerState(step=step, groups=tuple(new_states))
+
+    def describe(self, params: Tree) -> list[Group]:
+        """Which parameters are updated together, by which method."""
+        return list(self._plan(_leaves(params, "params")))
+
+    def unstack(self, params: Tree, state: OptimizerState) -> dict[str, Any]:
+        """Method state of each parameter by path (of each block by ``path[rows, columns]``)."""
+        return {key: member for key, _, member in self._members(params, state)}
+
+    def diagnose(self, params: Tree, state: OptimizerState) -> dict[str, Any]:
+        """``method.diagnose`` of each parameter by path."""
+        return {key: method.diagnose(member) for key, method, member in self._members(params, state)}
+
+    # ---- private ----------------------------------------------------------------------------------------------------
+
+    def _members(self, params: Tree, state: OptimizerState) -> Iterator[tuple[str, Method, Any]]:
+        for group, group_state in zip(self.describe(params), state.groups, strict=True):
+            for i, (path, block) in enumerate(group.members):
+                key = path if block is None else f"{path}[{', '.join(f'{s.start}:{s.stop}' for s in block)}]"
+                yield key, group.method, _member(group, group_state, i)
+
+    def _method_for(self, path: str, array: Array) -> Method:
+        if self.route is not None:
+            method = self.route(path, array)
+            if not isinstance(method, Method):
+                raise TypeError(f"route must return a Method, got {method!r} for {path!r}")
+            return method
+        return self.method if self.method.takes(tuple(array.shape), path) else Adam()
+
+    def _plan(self, leaves: Mapping[str, Array]) -> tuple[Group, ...]:
+        key = tuple((path, tuple(a.shape), str(a.dtype), _place(a)) for path, a in leaves.items())
+        if key not in self._plans:
+            grouped: dict[Any, list[tuple[Method, str, Slices | None, tuple[int, ...]]]] = {}
+            for path, shape, dtype, place in key:
+                method = self._method_for(path, leaves[path])
+                for block, block_shape in self._blocks(method, shape):
+                    label: Any = (_identity(method), dtype, place, None if method.elementwise else block_shape)
+                    if not self.fuse:
+                        label = (path, block_shape, block and tuple((s.start, s.stop) for s in block))
+                    grouped.setdefault(label, []).append((method, path, block, block_shape))
+            self._plans[key] = tuple(
+                Group(g[0][0], tuple((path, block) for _, path, block, _ in g), tuple(shape for *_, shape in g))
+                for g in grouped.values()
+            )
+        return self._plans[key]
+
+    def _blocks(self, method: Method, shape: tuple[int, ...]) -> Iterator[tuple[Slices | None, tuple[int, ...]]]:
+        size = self.block_size
+        if size is None or method.elementwise or all(d <= size for d in shape):
+            yield None, shape
+            return
+        axes = [[slice(a, min(a + size, d)) for a in range(0, d, size)] for d in shape]
+        for block in itertools.product(*axes):
+            yield block, tuple(s.stop - s.start for s in block)
+
+    def _decay(self, group: Group, leaves: Mapping[str, Array], param: Array, xp: Namespace) -> Any:
+        if not callable(self.weight_decay):
+            return _as_scalar(self.weight_decay, param, xp)
+        rates = [self.weight_decay(path, leaves[path]) for path, _ in group.members]
+        if all(isinstance(r, numbers.Real) and r == rates[0] for r in rates):
+            return float(rates[0])
+        whole = [
+            xp.zeros_like(_block(leaves[p], b)) + _as_scalar(r, param, xp)
+            for (p, b), r in zip(group.members, rates, strict=True)
+        ]
+        return _join(group, whole, xp)
+
+
+# ---- trees ----------------------------------------------------------------------------------------------------------
+
+
+def _leaves(tree: Tree, what: str) -> dict[str, Array]:
+    """Arrays by path, sorted by path: the order does not depend on that of a dict's keys."""
+    found: dict[str, Array] = {}
+    for path, leaf in _walk(tree, ()):
+        name = "/".join(path)
+        if not is_array_api_obj(leaf):
+            raise TypeError(f"{what} must be a nesting of dict, list and tuple of arrays, got {leaf!r} at {name!r}")
+        if name in found:
+            raise ValueError(f"{what} has two leaves with the path {name!r}")
+        found[name] = leaf
+    return dict(sorted(found.items()))
+
+
+def _children(tree: Tree) -> list[tuple[str, Tree]] | None:
+    if isinstance(tree, Mapping):
+        return [(str(key), child) for key, child in tree.items()]
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return list(zip(tree._fields, tree, strict=True))
+    if isinstance(tree, (list, tuple)):
+        return [(str(i), child) for i, child in enumerate(tree)]
+    return None
+
+
+def _walk(tree: Tree, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    children = _children(tree)
+    if children is None:
+        yield path, tree
+        return
+    for key, child in children:
+        yield from _walk(child, (*path, key))
+
+
+def _rebuild(tree: Tree, leaves: Mapping[str, Array], path: tuple[str, ...] = ()) -> Tree:
+    """``tree`` with its leaves replaced by those of the same path."""
+    children = _children(tree)
+    if children is None:
+        return leaves["/".join(path)]
+    new = [_rebuild(child, leaves, (*path, key)) for key, child in children]
+    if isinstance(tree, Mapping):
+        return type(tree)(dict(zip(tree.keys(), new, strict=True)))  # type: ignore[call-arg]
+    return type(tree)(*new) if hasattr(tree, "_fields") else type(tree)(new)
+
+
+def _check_fit(params: Mapping[str, Array], grads: Mapping[str, Array]) -> Namespace:
+    if params.keys() != grads.keys():
+        missing, extra = sorted(params.keys() - grads.keys()), sorted(grads.keys() - params.keys())
+        raise ValueError(f"grads must have the structure of params; missing: {missing}, not in params: {extra}")
+    for path, p in params.items():
+        g = grads[path]
+        if tuple(g.shape) != tuple(p.shape):
+            raise ValueError(
+                f"gradient at {path!r} must have its parameter's shape {tuple(p.shape)}, got {tuple(g.shape)}"
+            )
+        if g.dtype != p.dtype:
+            raise TypeError(f"gradient at {path!r} must have its parameter's dtype {p.dtype}, got {g.dtype}")
+        if _place(g) != _place(p):
+            raise ValueError(f"gradient at {path!r} must be on its parameter's device {_place(p)}, got {_place(g)}")
+    try:
+        return array_namespace(*params.values(), *grads.values()) if params else None
+    except TypeError as error:
+        raise TypeError("params and grads must be arrays of one array-API namespace") from error
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------
+
+
+def _place(array: Array) -> str:
+    return "" if is_jax_array(array) else str(device_of(array))
+
+
+def _identity(method: Method) -> Any:
+    try:
+        hash(method)
+    except TypeError:  # array-valued hyperparameters
+        return id(method)
+    return method
+
+
+def _stack_ndim(group: Group) -> int:
+    return int(len(group.members) > 1 and not group.method.elementwise)
+
+
+def _block(array: Array, block: Slices | None) -> Array:
+    return array if block is None else array[block]
+
+
+def _join(group: Group, parts: list[Array], xp: Namespace) -> Array:
+    """Members as one array: a flat buffer for elementwise methods, else a stack."""
+    if len(parts) == 1:
+        return parts[0]
+    if group.method.elementwise:
+        return xp.concat([xp.reshape(p, (-1,)) for p in parts])
+    return xp.stack(parts)
+
+
+def _gather(group: Group, leaves: Mapping[str, Array], xp: Namespace) -> Array:
+    return _join(group, [_block(leaves[path], block) for path, block in group.members], xp)
+
+
+def _split(group: Group, array: Array, index: int) -> Array:
+    """Member ``index`` of an array joined by `_join`."""
+    if len(group.members) == 1:
+        return array
+    if not group.method.elementwise:
+        return array[index, ...]
+    sizes = [math.prod(shape) for shape in group.shapes]
+    start = sum(sizes[:index])
+    xp = array_namespace(array)
+    return xp.reshape(array[start : start + sizes[index]], group.shapes[index])
+
+
+def _scatter(group: Group, array: Array, leaves: dict[str, Any]) -> None:
+    for index, (path, block) in enumerate(group.members):
+        part = _split(group, array, index)
+        if block is None:
+            leaves[path] = part
+        else:
+            leaves.setdefault(path, {})[tuple(s.start for s in block)] = part
+
+
+def _merge(value: Any, xp: Namespace) -> Array:
+    """One array from its blocks by their first indices, axis after axis from the last."""
+    while isinstance(value, dict):
+        rows: dict[tuple[int, ...], list[Array]] = {}
+        for start, part in sorted(value.items()):
+            rows.setdefault(start[:-1], []).append(part)
+        joined = {k: v[0] if len(v) == 1 else xp.concat(v, axis=len(k)) for k, v in rows.items()}
+        value = joined.get((), joined)
+    return value
+
+
+def _member(group: Group, state: Any, index: int) -> Any:
+    if state is None or isinstance(state, int):
+        return state
+    if isinstance(state, tuple):
+        parts = [_member(group, s, index) for s in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    return state if state.ndim == 0 else _split(group, state, index)
+
+
+def _select(finite: Array, new: Any, old: Any, xp: Namespace) -> Any:
+    if old is None:
+        return None
+    if isinstance(old, tuple):
+        parts = [_select(finite, n, o, xp) for n, o in zip(new, old, strict=True)]
+        return type(old)(*parts) if hasattr(old, "_fields") else tuple(parts)
+    return xp.where(finite, new, old)
+
+
+def _as_scalar(value: Any, param: Array, xp: Namespace) -> Any:
+    """A Python float, or a 0-D array in the parameter's dtype."""
+    return float(value) if isinstance(value, numbers.Real) else xp.astype(value, param.dtype)
+
+
+class _named:
+    """Prefixes the errors of a group's method with the parameters' paths."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind in (ValueError, TypeError):
+            raise kind(f"{self.group.name}: {error}") from error

@@ -1,0 +1,199 @@
+"""Real data: the embedded digits, and MNIST, LIBSVM and text files found through ``PRECOND_REF_DATA``.
+
+A *name* (a str without a folder part) is looked for in the folder that the environment variable names; anything else
+(``"./a9a"``, a ``pathlib.Path``) is a path. Files may be gzipped whatever their suffix. Missing files raise
+FileNotFoundError with all places tried, damaged ones ValueError.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import struct
+import zlib
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from precond_ref.problems.base import check_int, import_numpy, permutation
+
+if TYPE_CHECKING:
+    import numpy as np
+
+VARIABLE = "PRECOND_REF_DATA"
+IDX_UINT8 = 0x0800
+"""First two bytes zero, the third 8 for unsigned bytes; the fourth is the number of axes."""
+
+
+class Split(NamedTuple):
+    """Images as rows, scaled to [0, 1] (float64), with labels 0, ..., classes - 1 (uint8)."""
+
+    train_inputs: np.ndarray
+    """(n, pixels)."""
+    train_labels: np.ndarray
+    """(n,)."""
+    test_inputs: np.ndarray
+    """(m, pixels)."""
+    test_labels: np.ndarray
+    """(m,)."""
+    classes: int
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """The UCI optical digits, test part: images (1797, 8, 8) of values 0..16 and labels (1797,), both uint8.
+
+    They come with this package; source and licence are in ``data/digits-licence.txt``.
+    """
+    np = import_numpy()
+    text = gzip.decompress((files("precond_ref.problems") / "data" / "digits.csv.gz").read_bytes())
+    table = np.loadtxt(text.decode("ascii").splitlines(), delimiter=",", dtype="uint8")
+    return table[:, :64].reshape(-1, 8, 8), table[:, 64]
+
+
+def load_mnist(split: str = "t10k") -> tuple[np.ndarray, np.ndarray]:
+    """MNIST from its idx files: images (n, 28, 28) and labels (n,), both uint8; n is 10000 for "t10k", 60000 for "train"."""
+    if split not in ("t10k", "train"):
+        raise ValueError(f"split must be 't10k' or 'train', got {split!r}")
+    images_path = find(f"{split}-images-idx3-ubyte", (".gz", ""))
+    labels_path = find(f"{split}-labels-idx1-ubyte", (".gz", ""))
+    images, labels = read_idx(images_path, ndim=3), read_idx(labels_path, ndim=1)
+    if images.shape[0] != labels.shape[0]:
+        raise ValueError(
+            f"{images_path} holds {images.shape[0]} images but {labels_path} holds {labels.shape[0]} labels"
+        )
+    if images.shape[1:] != (28, 28):
+        raise ValueError(f"{images_path}: images must be 28 x 28, got {images.shape[1]} x {images.shape[2]}")
+    if labels.max(initial=0) > 9:
+        raise ValueError(f"{labels_path}: labels must be 0 to 9, got {labels.max()}")
+    return images, labels
+
+
+def load_libsvm(
+    name_or_path: str | os.PathLike[str], n_features: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A LIBSVM file, lines ``label index:value ...``: dense features (n, d) and labels (n,), both float64.
+
+    Indices start at 1 and increase within a line; d is ``n_features`` or, if None, the largest index. Blank lines and
+    what follows a ``#`` are skipped.
+    """
+    np = import_numpy()
+    limit = math.inf if n_features is None else check_int("n_features", n_features, ge=1)
+    path = find(name_or_path, ("", ".gz", ".txt", ".txt.gz"))
+    labels: list[float] = []
+    rows: list[int] = []
+    columns: list[int] = []
+    values: list[float] = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        label, *entries = line.partition("#")[0].split() or [""]
+        if not label:
+            continue
+        try:
+            labels.append(finite(label))
+            last = 0
+            for entry in entries:
+                index, _, value = entry.partition(":")
+                column = int(index)
+                if not last < column <= limit:
+                    raise ValueError(f"index {column} after {last}, with {n_features or 'any number of'} features")
+                rows.append(len(labels) - 1)
+                columns.append(column - 1)
+                values.append(finite(value))
+                last = column
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not 'label index:value ...' ({error})") from None
+    if not labels:
+        raise ValueError(f"{path} holds no samples")
+    features = np.zeros((len(labels), n_features or max(columns, default=-1) + 1))
+    features[rows, columns] = values
+    return features, np.asarray(labels)
+
+
+def load_text(name_or_path: str | os.PathLike[str]) -> str:
+    """A UTF-8 text, line ends as they are."""
+    path = find(name_or_path, ("", ".txt", ".gz", ".txt.gz"))
+    text = read_text(path)
+    if not text:
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def digits_split() -> Split:
+    """`load_digits`, 1437 images to train on and 360 to test on."""
+    return split_four_fifths(*load_digits(), scale=16.0)
+
+
+def mnist_split() -> Split:
+    """`load_mnist` ("t10k": MNIST's own test set), 8000 images to train on and 2000 to test on."""
+    return split_four_fifths(*load_mnist("t10k"), scale=255.0)
+
+
+def split_four_fifths(images: np.ndarray, labels: np.ndarray, scale: float) -> Split:
+    """Images (n, height, width) divided by ``scale``; four fifths, rounded down, of a fixed random order to train on."""
+    order = permutation(len(images), 0, "split")
+    train, test = order[: len(images) * 4 // 5], order[len(images) * 4 // 5 :]
+    inputs = images.reshape(len(images), -1) / scale
+    return Split(inputs[train], labels[train], inputs[test], labels[test], classes=10)
+
+
+def find(name_or_path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Path:
+    """The first file there is, of the path itself, or of the name with each suffix in the data folder."""
+    if not isinstance(name_or_path, str) or Path(name_or_path).name != name_or_path:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        return path
+    names = [name_or_path + suffix for suffix in suffixes]
+    folder = os.environ.get(VARIABLE)
+    for name in names if folder else ():
+        path = Path(folder or "", name)
+        if path.is_file():
+            return path
+    where = f"in {folder} (from {VARIABLE})" if folder else f"anywhere: {VARIABLE} is not set"
+    raise FileNotFoundError(
+        f"found none of {', '.join(names)} {where}; set the environment variable {VARIABLE} to the folder that holds "
+        f"the file, for example `export {VARIABLE}=/path/to/data`, or give a path, for example './{names[0]}'"
+    )
+
+
+def read_bytes(path: Path) -> bytes:
+    """Content of a file, unpacked if it is gzipped."""
+    content = path.read_bytes()
+    if content[:2] != b"\x1f\x8b":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged or truncated gzip file ({error})") from error
+
+
+def read_text(path: Path) -> str:
+    """Content of a UTF-8 file."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def read_idx(path: Path, ndim: int) -> np.ndarray:
+    """An idx file of unsigned bytes with ``ndim`` axes: magic number, lengths (big-endian uint32), bytes."""
+    content = read_bytes(path)
+    header = 4 * (1 + ndim)
+    if len(content) < header:
+        raise ValueError(f"{path}: truncated, {len(content)} bytes are less than the header's {header}")
+    magic, *shape = struct.unpack(f">{1 + ndim}I", content[:header])
+    if magic != IDX_UINT8 + ndim:
+        raise ValueError(f"{path}: the magic number must be {IDX_UINT8 + ndim}, got {magic}")
+    if len(content) - header != math.prod(shape):
+        raise ValueError(
+            f"{path}: the header promises {math.prod(shape)} bytes of data, there are {len(content) - header}"
+        )
+    return import_numpy().frombuffer(content, dtype="uint8", offset=header).reshape(shape)
+
+
+def finite(text: str) -> float:
+    """``text`` as a finite float."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value

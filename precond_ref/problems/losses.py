@@ -1,0 +1,34 @@
+"""Losses of a network's last layer: value and gradient with respect to the logits, safe for logits of any size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Array = Any
+
+
+def cross_entropy(xp: Any, logits: Array, one_hot: Array) -> tuple[Array, Array]:
+    """Mean over the samples of -log softmax(logits)[label], 0-D, and its gradient, (n, classes).
+
+    ``logits`` and ``one_hot`` are (n, classes). The largest logit is subtracted first: no exponential overflows.
+    """
+    n = logits.shape[0]
+    shifted = logits - xp.max(logits, axis=1, keepdims=True)
+    log_p = shifted - xp.log(xp.sum(xp.exp(shifted), axis=1, keepdims=True))
+    return -xp.sum(one_hot * log_p) / n, (xp.exp(log_p) - one_hot) / n
+
+
+def binary_cross_entropy(xp: Any, logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Mean over the samples of sum_pixels -x log p - (1 - x) log(1 - p), p = sigmoid(logits), and its gradient.
+
+    ``logits`` and ``targets`` (x, in [0, 1]) are (n, pixels). Written as max(z, 0) - z x + log(1 + exp(-\\|z\\|)).
+    """
+    n = logits.shape[0]
+    value = xp.sum(xp.clip(logits, min=0.0) - logits * targets + xp.log1p(xp.exp(-xp.abs(logits)))) / n
+    return value, (sigmoid(xp, logits) - targets) / n
+
+
+def sigmoid(xp: Any, logits: Array) -> Array:
+    """1 / (1 + exp(-z)), of full relative accuracy on both sides, elementwise."""
+    small = xp.exp(-xp.abs(logits))
+    return xp.where(logits >= 0.0, xp.ones_like(small), small) / (1.0 + small)

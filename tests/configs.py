@@ -1,0 +1,73 @@
+"""Configurations of every method in the registry, with loud hyperparameters: what "over all methods" tests run on.
+
+A new method adds one entry to `LOUD`; `test_registry.py` fails until it does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import precond_ref as pr
+
+
+class Config(NamedTuple):
+    """A method and the shape of one parameter to run it on."""
+
+    method: Any
+    shape: tuple[int, ...] = (5, 3)
+
+
+LOUD: dict[str, dict[str, Config]] = {
+    "AGD": {
+        "default": Config(pr.AGD(beta1=0.75, beta2=0.875, delta=0.25)),
+        "amsgrad": Config(pr.AGD(beta1=0.5, beta2=0.75, delta=0.125, amsgrad=True)),
+        "clip": Config(pr.AGD(beta1=0.75, beta2=0.875, delta=0.125, clip=0.5), (7,)),
+        "beta1=0": Config(pr.AGD(beta1=0.0, beta2=0.0, delta=0.125), ()),
+    },
+    "ASGO": {
+        "right": Config(pr.ASGO(beta1=0.75, beta2=0.5, eps=0.25)),
+        "left": Config(pr.ASGO(beta1=0.75, beta2=0.5, eps=0.25, rms=None), (3, 5)),
+        "every": Config(pr.ASGO(beta1=0.75, beta2=0.5, eps=0.25, every=3, side="left"), (4, 4)),
+        "heads": Config(pr.ASGO(beta1=0.75, beta2=0.5, eps=0.25, heads=2), (6, 4)),
+        "polar_express": Config(pr.ASGO(beta1=0.75, beta2=0.5, eps=0.25, root="polar_express")),
+        "newton_schulz": Config(pr.ASGO(beta1=0.75, beta2=0.5, eps=0.25, root="newton_schulz", root_steps=20)),
+        "coupled_newton": Config(pr.ASGO(beta1=0.75, beta2=0.5, eps=0.25, root="coupled_newton", root_steps=20)),
+        "theory": Config(pr.ASGO.theory(eps=0.25), (4, 6)),
+        "theory-right": Config(pr.ASGO.theory(eps=0.25, side="right")),
+    },
+    "DASGO": {
+        "default": Config(pr.DASGO(beta1=0.75, beta2=0.5, eps=0.25)),
+        "raw": Config(pr.DASGO(beta1=0.75, beta2=0.5, eps=0.25, rms=None)),
+        "theory": Config(pr.DASGO.theory(eps=0.25)),
+    },
+    "SGD": {
+        "plain": Config(pr.SGD()),
+        "momentum": Config(pr.SGD(momentum=0.75)),
+        "nesterov": Config(pr.SGD(momentum=0.75, nesterov=True), ()),
+    },
+    "AdaGrad": {"default": Config(pr.AdaGrad(eps=0.25, initial=0.5))},
+    "FullAdaGrad": {
+        "default": Config(pr.FullAdaGrad(eps=0.5)),
+        "vector": Config(pr.FullAdaGrad(eps=0.5), (6,)),
+    },
+    "RMSProp": {
+        "default": Config(pr.RMSProp(beta2=0.75, eps=0.25)),
+        "momentum": Config(pr.RMSProp(beta2=0.75, eps=0.25, momentum=0.5)),
+    },
+    "Adam": {"default": Config(pr.Adam(beta1=0.75, beta2=0.875, eps=0.25))},
+    "Shampoo": {
+        "sum": Config(pr.Shampoo(eps=0.25)),
+        "average": Config(pr.Shampoo(beta2=0.75, eps=0.25, bias_correction=True)),
+        "every": Config(pr.Shampoo(beta2=0.75, eps=0.25, every=3)),
+        "order 1": Config(pr.Shampoo(eps=0.25), (4,)),
+        "order 3": Config(pr.Shampoo(eps=0.25), (3, 4, 2)),
+    },
+    "Muon": {
+        "svd": Config(pr.Muon(momentum=0.75, root="svd")),
+        "newton_schulz": Config(pr.Muon(momentum=0.75, nesterov=False, rms=None), (3, 5)),
+    },
+}
+
+CONFIGS: dict[str, Config] = {
+    f"{name}-{variant}": config for name, variants in LOUD.items() for variant, config in variants.items()
+}

@@ -1,0 +1,154 @@
+"""The backends every method is tested on, the `--backend` option, Hypothesis profiles, and shared helpers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import array_api_compat
+import array_api_strict
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.register_profile("deep", parent=settings.get_profile("ci"), derandomize=False, max_examples=2000)
+settings.load_profile("ci")
+
+BACKENDS = (
+    "numpy",
+    "numpy-readonly",
+    "strict",
+    "strict-device1",
+    "torch",
+    "torch-compile",
+    "jax",
+    "jax-jit",
+    "cupy",
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An array library under test: where arrays live, how a function is compiled, and how results come back."""
+
+    name: str
+    xp: Any
+    device: Any = None
+    readonly: bool = False
+
+    def asarray(self, values: Any, dtype: str = "float64") -> Any:
+        """``values`` (NumPy or nested lists) as an array of this backend."""
+        host = np.asarray(values, dtype=dtype)
+        if self.readonly:
+            host = host.copy()
+            host.flags.writeable = False
+            return host
+        if self.name.startswith("torch"):
+            return self.xp.asarray(np.array(host), device=self.device)
+        return self.xp.asarray(host, device=self.device) if self.device is not None else self.xp.asarray(host)
+
+    def numpy(self, array: Any) -> np.ndarray:
+        """``array`` on the host."""
+        if self.name.startswith("strict"):
+            array = array_api_compat.to_device(array, array_api_strict.Device("CPU_DEVICE"))
+        if self.name == "cupy":
+            return array.get()
+        return np.asarray(array)
+
+    def update(self, method: Any) -> Callable[..., Any]:
+        """``method.update``, compiled where the backend compiles: ``f(grad, state, param, refresh=None)``.
+
+        Under ``torch.compile`` the step stays outside the graph and its scalars are passed as 0-D tensors.
+        """
+        if self.name == "torch-compile":
+            return _compiled_torch(method)
+        if self.name == "jax-jit":
+            import jax
+
+            return jax.jit(method.update, static_argnames="refresh")
+        return method.update
+
+
+def _compiled_torch(method: Any) -> Callable[..., Any]:
+    import torch
+
+    xp = array_api_compat.array_namespace(torch.zeros(1))
+    torch._dynamo.reset()  # its cache is per code object: all methods share `kernel`
+
+    def kernel(grad: Any, state: Any, param: Any, scalars: Any, refresh: bool) -> Any:
+        return method.update(grad, state, param, scalars=scalars, refresh=refresh, xp=xp)
+
+    compiled = torch.compile(kernel, backend="aot_eager", fullgraph=True)
+
+    def update(grad: Any, state: Any, param: Any, *, refresh: bool | None = None) -> Any:
+        step = state.step
+        every = getattr(method, "every", 1)
+        due = step % every == 0 if refresh is None else refresh
+        scalars = method.scalars(step + 1, like=param)
+        if scalars:
+            scalars = type(scalars)(*(torch.tensor(s, dtype=param.dtype) for s in scalars))
+        direction, new = compiled(grad, state._replace(step=0), param, scalars, due)
+        return direction, new._replace(step=step + 1)
+
+    return update
+
+
+def make_backend(name: str) -> Backend:
+    """The backend of that name; skips the test, with the reason, where it is not to be had."""
+    if name in ("numpy", "numpy-readonly"):
+        return Backend(name, array_api_compat.array_namespace(np.zeros(1)), readonly=name.endswith("readonly"))
+    if name.startswith("strict"):
+        array_api_strict.set_array_api_strict_flags(
+            api_version="2024.12",
+            boolean_indexing=False,
+            data_dependent_shapes=False,
+            enabled_extensions=("linalg",),
+        )
+        device = array_api_strict.Device("device1" if name.endswith("1") else "CPU_DEVICE")
+        return Backend(name, array_api_strict, device)
+    if name.startswith("torch"):
+        torch = pytest.importorskip("torch")
+        torch.set_num_threads(1)
+        return Backend(name, array_api_compat.array_namespace(torch.zeros(1)))
+    if name.startswith("jax"):
+        jax = pytest.importorskip("jax")
+        jax.config.update("jax_enable_x64", True)
+        return Backend(name, jax.numpy)
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    if not cupy.is_available():
+        pytest.skip("CuPy finds no GPU")
+    return Backend(name, array_api_compat.array_namespace(cupy.zeros(1)))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        action="append",
+        choices=BACKENDS,
+        help="run the backend tests on this backend only (repeatable; default: all)",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "backend" in metafunc.fixturenames and "backend" not in named:
+        chosen = metafunc.config.getoption("--backend") or BACKENDS
+        metafunc.parametrize("backend", chosen, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """One of the backends of `BACKENDS`."""
+    return make_backend(request.param)

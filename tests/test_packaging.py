@@ -1,0 +1,155 @@
+"""What is imported, installed and shipped: laziness, the three packages, the wheel, the README's commands."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKENDS_AND_TOOLS = {"numpy", "torch", "jax", "cupy", "scipy", "matplotlib", "typer"}
+
+
+def run_python(code, cwd):
+    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def loaded_by(statement, cwd):
+    """Which of the backends and tools a fresh interpreter has loaded after ``statement``."""
+    code = f"{statement}\nimport sys\nprint(*sorted({BACKENDS_AND_TOOLS!r} & set(sys.modules)))"
+    return set(run_python(code, cwd).split())
+
+
+def test_import_loads_no_backend(tmp_path):
+    assert loaded_by("import precond_ref", tmp_path) == set()
+
+
+def test_import_check_sees_a_backend(tmp_path):
+    assert loaded_by("import numpy", tmp_path) == {"numpy"}
+
+
+@pytest.mark.parametrize("name", ["precond_ref", "precond_ref_torch", "precond_ref_jax"])
+def test_package_is_importable_and_typed(name):
+    module = importlib.import_module(name)
+    assert isinstance(module.__all__, list)
+    assert all(hasattr(module, public) for public in module.__all__)
+    assert (Path(module.__file__).parent / "py.typed").is_file()
+
+
+def test_adapters_is_no_package():
+    assert not (ROOT / "adapters" / "__init__.py").exists()
+
+
+def test_version_has_one_source():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert importlib.import_module("precond_ref").__version__ == version
+    assert importlib.metadata.version("precond-ref") == version
+    assert f"version: {version}" in (ROOT / "CITATION.cff").read_text().splitlines()
+    assert version in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        'python -m pip install -e ".[cli]" && precond-ref compare',
+        'python -m pip install -e ".[test]" && python -m pytest',
+    ],
+)
+def test_readme_has_command_on_one_line(command):
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+
+
+# ---- the wheel ----
+
+
+@pytest.fixture(scope="module")
+def check_wheel():
+    spec = importlib.util.spec_from_file_location("check_wheel", ROOT / "tools" / "check_wheel.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("hatchling", reason="building a wheel needs hatchling, which the test extra installs")
+    folder = tmp_path_factory.mktemp("wheel")
+    name = run_python(f"import hatchling.build\nprint(hatchling.build.build_wheel({str(folder)!r}))", ROOT)
+    return folder / name
+
+
+def rewritten(wheel, folder, change, extra):
+    """A copy of ``wheel``: each content changed (None: left out), and one more file, ``extra``."""
+    copy = folder / wheel.name
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(copy, "w") as new:
+        for name in old.namelist():
+            content = change(name, old.read(name))
+            if content is not None:
+                new.writestr(name, content)
+        if extra:
+            new.writestr(extra, b"")
+    return copy
+
+
+def same(name, content):
+    return content
+
+
+def without(pattern):
+    return lambda name, content: None if pattern in name else content
+
+
+def needs_numpy(name, content):
+    return b"Requires-Dist: numpy\n" + content if name.endswith("/METADATA") else content
+
+
+def test_wheel_content(wheel, check_wheel, capsys):
+    assert check_wheel.faults(wheel) == []
+    assert check_wheel.main([str(wheel)]) == 0
+    assert "ok" in capsys.readouterr().out
+
+
+def test_wheel_holds_every_source_file(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = set(archive.namelist())
+    for folder, package in (
+        ("", "precond_ref"),
+        ("adapters", "precond_ref_torch"),
+        ("adapters", "precond_ref_jax"),
+    ):
+        base = ROOT / folder
+        sources = {path.relative_to(base).as_posix() for path in (base / package).rglob("*.py")}
+        assert sources <= shipped
+
+
+PLANTED = {
+    "top-level adapters": (same, "adapters/x.py"),
+    "missing package": (without("precond_ref_jax/"), None),
+    "missing marker": (without("precond_ref_torch/py.typed"), None),
+    "missing data": (without("problems/data/"), None),
+    "missing licence": (without("LICENSE"), None),
+    "missing command": (without("entry_points.txt"), None),
+    "test in wheel": (same, "precond_ref/test_x.py"),
+    "second core dependency": (needs_numpy, None),
+    "second metadata": (same, "other-1.dist-info/METADATA"),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_wheel_check_sees_planted_fault(fault, wheel, check_wheel, tmp_path, capsys):
+    broken = rewritten(wheel, tmp_path, *PLANTED[fault])
+    assert len(check_wheel.faults(broken)) == 1
+    assert check_wheel.main([str(broken)]) == 1
+    assert check_wheel.faults(broken)[0] in capsys.readouterr().out
+
+
+def test_wheel_check_wants_a_wheel(check_wheel, capsys):
+    assert check_wheel.main([]) == 1
+    assert "usage" in capsys.readouterr().err

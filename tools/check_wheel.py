@@ -1,0 +1,71 @@
+"""Check what a built wheel contains: ``python tools/check_wheel.py dist/*.whl``."""
+
+import re
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path, PurePosixPath
+
+PACKAGES = frozenset({"precond_ref", "precond_ref_torch", "precond_ref_jax"})
+DATA = "precond_ref/problems/data/"
+CORE = ["array-api-compat"]
+
+
+def faults(wheel: Path) -> list[str]:
+    """What is wrong with ``wheel``, one sentence per fault; empty if nothing is."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        info = {name.partition("/")[0] for name in names if name.partition("/")[0].endswith(".dist-info")}
+        if len(info) != 1:
+            return [f"expected one .dist-info folder, found {sorted(info)}"]
+        (info_dir,) = info
+        texts = {
+            name: archive.read(f"{info_dir}/{name}").decode() if f"{info_dir}/{name}" in names else ""
+            for name in ("METADATA", "entry_points.txt")
+        }
+
+    found = []
+    packages = {name.partition("/")[0] for name in names} - info
+    if packages != PACKAGES:
+        found.append(f"top-level names are {sorted(packages)}, not {sorted(PACKAGES)}")
+    for package in sorted(PACKAGES & packages):
+        for file in ("__init__.py", "py.typed"):
+            if f"{package}/{file}" not in names:
+                found.append(f"{package}/{file} is missing")
+    stray = [
+        name
+        for name in names
+        if "__pycache__" in name or (name.endswith(".py") and PurePosixPath(name).name.startswith("test_"))
+    ]
+    if stray:
+        found.append(f"holds files that belong to no release: {stray}")
+    if not any(name.startswith(DATA) and not name.endswith(".py") for name in names):
+        found.append(f"no data file under {DATA}")
+    if f"{info_dir}/licenses/LICENSE" not in names:
+        found.append("no LICENSE in the .dist-info folder")
+    if "precond-ref = precond_ref.cli:main" not in texts["entry_points.txt"].splitlines():
+        found.append("the command precond-ref is not declared")
+    requires = Parser().parsestr(texts["METADATA"]).get_all("Requires-Dist", [])
+    required = [line for line in requires if "extra ==" not in line]
+    if [re.split(r"[^\w.-]", line)[0] for line in required] != CORE:
+        found.append(f"core dependencies are {required}, not {CORE}")
+    return found
+
+
+def main(wheels: list[str]) -> int:
+    """Print the faults of each wheel; the exit status is 1 if there are any, or if there is no wheel."""
+    if not wheels:
+        print("usage: python tools/check_wheel.py WHEEL...", file=sys.stderr)
+        return 1
+    failed = False
+    for wheel in wheels:
+        found = faults(Path(wheel))
+        failed = failed or bool(found)
+        print(f"{Path(wheel).name}: {'ok' if not found else ''}")
+        for fault in found:
+            print(f"  {fault}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
