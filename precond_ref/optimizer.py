@@ -52,7 +52,7 @@ class Optimizer:
 
     Each step makes ``x <- (1 - lr weight_decay) x - lr direction`` with the direction of the parameter's method.
 
-    Arguments
+    Arguments:
         method: for all parameters that it takes; the others get `Adam` with its defaults.
         lr: learning rate, or a callable from the number of steps done (0 at the first) to it.
         weight_decay: decoupled decay, a number, or a callable ``(path, array) -> number``.
