@@ -15,7 +15,7 @@ from array_api_compat import device as device_of
 from precond_ref.methods.baselines import Adam
 from precond_ref.numerics.arrays import all_finite
 from precond_ref.numerics.refresh import is_traced
-from precond_ref.protocol import Array, Method, Namespace, check_int, check_real, is_zero
+from precond_ref.protocol import Array, Method, Namespace, check_bool, check_int, check_real, is_zero
 
 Tree = Any
 Slices = tuple[Any, ...]  # of slices
@@ -89,6 +89,7 @@ class Optimizer:
         if self.on_nonfinite not in ("propagate", "skip", "raise"):
             raise ValueError(f"on_nonfinite must be 'propagate', 'skip' or 'raise', got {self.on_nonfinite!r}")
         check_int(self, "block_size", ge=1, optional=True)
+        check_bool(self, "fuse")
 
     # ---- public -----------------------------------------------------------------------------------------------------
 

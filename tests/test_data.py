@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-# ---- digits ----------------------------------------------------------------------------------------------------
+# ---- digits ---------------------------------------------------------------------------------------
 
 
 def test_digits_shapes_and_values():
@@ -88,7 +88,7 @@ def test_splits_are_disjoint_and_fixed():
     assert datasets.permutation(1797, 0, "split")[:5].tolist() == [85, 1783, 1193, 1447, 1048]
 
 
-# ---- MNIST -----------------------------------------------------------------------------------------------------
+# ---- MNIST ----------------------------------------------------------------------------------------
 
 
 def write_mnist(folder: Path, images: bytes, labels: bytes, suffix: str = "", split: str = "t10k") -> None:
@@ -136,7 +136,7 @@ def test_mnist_split_name_is_checked():
         problems.load_mnist("test")
 
 
-# ---- LIBSVM ----------------------------------------------------------------------------------------------------
+# ---- LIBSVM ---------------------------------------------------------------------------------------
 
 SVM = "-1 1:0.5 3:-2e1\n+1 2:7 # a remark\n\n# another\n-1\n"
 
@@ -155,15 +155,15 @@ def test_libsvm_width(folder):
     (folder / "some.txt").write_text(SVM)
     assert problems.load_libsvm("some", n_features=5)[0].shape == (3, 5)
     assert problems.load_libsvm("some")[0].shape == (3, 3)
-    with pytest.raises(ValueError, match="line 1: .*index 3 after 1, largest allowed 2"):
+    with pytest.raises(ValueError, match=r"line 1: .*index 3 after 1, largest allowed 2"):
         problems.load_libsvm("some", n_features=2)
     with pytest.raises(ValueError, match="n_features must be >= 1, got 0"):
         problems.load_libsvm("some", n_features=0)
 
 
 BAD_LINES = [
-    "yes 1:2", "1 2", "1 a:2", "1 1:", "1 :3", "1 0:3", "1 -1:3", "1 3:1 2:1", "1 3:1 3:1", "1 1:nan", "inf 1:1",
-    "1 1:2:3", "1 1.5:2", "1 qid:1 2:3", "1 1_0:2", "1 \u0661:2",
+    "yes 1:2", "1 2", "1 a:2", "1 1:", "1 :3", "1 0:3", "1 -1:3", "1 3:1 2:1", "1 3:1 3:1", "1 1:nan",
+    "inf 1:1", "1 1:2:3", "1 1.5:2", "1 qid:1 2:3", "1 1_0:2", "1 \u0661:2",
 ]  # fmt: skip
 
 
@@ -171,7 +171,7 @@ BAD_LINES = [
 def test_bad_libsvm_line_is_refused_with_its_number(tmp_path, line):
     path = tmp_path / "bad"
     path.write_text(f"+1 1:1\n# nothing\n{line}\n+1 2:1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="bad, line 3: not 'label index:value ...'"):
+    with pytest.raises(ValueError, match=r"bad, line 3: not 'label index:value \.\.\.'"):
         problems.load_libsvm(path)
 
 
@@ -182,7 +182,7 @@ def test_libsvm_without_samples_is_refused(tmp_path, content):
         problems.load_libsvm(tmp_path / "none")
 
 
-# ---- text ------------------------------------------------------------------------------------------------------
+# ---- text -----------------------------------------------------------------------------------------
 
 
 def test_text_is_read_as_it_is(folder):
@@ -197,7 +197,7 @@ def test_bad_text_is_refused(folder, content, message):
         problems.load_text("poem")
 
 
-# ---- looking for files -----------------------------------------------------------------------------------------
+# ---- looking for files ----------------------------------------------------------------------------
 
 LOOKED_FOR = {
     "mnist": (problems.load_mnist, ["t10k-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte"]),
@@ -230,20 +230,17 @@ def test_a_path_is_not_a_name(folder, tmp_path, monkeypatch):
     (folder / "a9a").write_text("+1 1:1\n")
     monkeypatch.chdir(tmp_path)
     assert problems.load_libsvm("./a9a")[0].shape == (1, 1)
-    with pytest.raises(FileNotFoundError, match="no such file: .*elsewhere"):
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*elsewhere"):
         problems.load_libsvm("elsewhere/a9a")
     with pytest.raises(FileNotFoundError, match="no such file: a9b"):
         problems.load_libsvm(Path("a9b"))
 
 
-# ---- NumPy is loaded late, and its absence is explained --------------------------------------------------------
+# ---- NumPy is loaded late, and its absence is explained -------------------------------------------
 
 
 def test_listing_loads_no_numpy():
-    code = (
-        "import sys; from precond_ref import problems; problems.list_problems(); "
-        "sys.exit('numpy' in sys.modules)"
-    )
+    code = "import sys, precond_ref.problems as p; p.list_problems(); sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -254,7 +251,7 @@ def test_missing_numpy_is_explained(monkeypatch, load):
         load()
 
 
-# ---- the real files --------------------------------------------------------------------------------------------
+# ---- the real files -------------------------------------------------------------------------------
 
 
 def test_real_mnist():
