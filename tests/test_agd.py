@@ -300,7 +300,7 @@ def s_rounding(grads: np.ndarray) -> np.ndarray:
 
 
 def law_sum_of_differences(agd: Any, case: Case) -> None:
-    """s_t = rho_t (g_t - mhat_{t-1}) with rho_t = (1 - beta1) / (1 - beta1^t), and mhat_t is the sum of s_1, ..., s_t."""
+    """s_t = rho_t (g_t - mhat_{t-1}), rho_t = (1 - beta1) / (1 - beta1^t), and mhat_t = s_1 + ... + s_t."""
     method = agd(**case.fields)
     trace = replay(method, case.grads)
     now, before = corrected_momenta(method, trace)

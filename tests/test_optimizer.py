@@ -422,7 +422,7 @@ def test_mixed_namespaces_and_devices_are_refused() -> None:
         optimizer.step(params, {"w": other.asarray([1.0, 2.0])}, optimizer.init(params))
 
 
-# ---- planted bugs: a tree level that does one thing wrong ---------------------------------------------------------------
+# ---- planted bugs: a tree level that does one thing wrong -----------------------------------------------------------
 
 
 def test_coupled_decay_would_be_seen() -> None:

@@ -17,6 +17,7 @@ phi is tanh, phi' = 1 - a^2, or ReLU, phi' = [a > 0] (0 at the kink); both follo
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -72,9 +73,9 @@ class Network(Problem):
                 delta = (delta @ params[f"fc{layer}/weight"]) * slope(xp, values[layer - 1])  # (5)
         return {name: grads[name] for name in params}
 
+    @abstractmethod
     def _head(self, logits: Array, batch: Batch) -> tuple[Array, Array]:
         """Loss, 0-D, and d loss / d logits (n, O_L)."""
-        raise NotImplementedError
 
     def _loss(self, params: Params, batch: Batch) -> Array:
         return self._head(self.activations(params, batch[0])[-1], batch)[0]
