@@ -71,3 +71,5 @@ LOUD: dict[str, dict[str, Config]] = {
 CONFIGS: dict[str, Config] = {
     f"{name}-{variant}": config for name, variants in LOUD.items() for variant, config in variants.items()
 }
+FIRST: list[str] = [f"{name}-{next(iter(variants))}" for name, variants in LOUD.items()]
+"""The first configuration of each method."""
