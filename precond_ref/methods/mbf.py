@@ -3,39 +3,14 @@ r"""MBF: a mini-block Fisher method for deep neural networks.
 A. Bahamou, D. Goldfarb, Y. Ren, AISTATS 2023 (PMLR 206), arXiv 2202.04124v4. Read were the abstract and the authors'
 code (``achrafba96/mbf`` at commit b0ace6e), which the equations below follow; not the paper's full text.
 
-==========  ====================  =================  ==============================================================
-symbol      here                  shape              meaning
-==========  ====================  =================  ==============================================================
-g           ``grad``              as the parameter   gradient of the mini-batch mean of the loss, true labels
-g_b         ``to_blocks(grad)``   (s,) each          its mini-blocks, b = 1, ..., B
-M           ``m``                 as the parameter   heavy-ball momentum
-F_b         ``statistic``         (s, s) each        average of g_b g_b^T
-P_b         ``inverse``           (s, s) each        (F_b + lambda I)^{-1} of the last renewal
-mu          ``momentum``                             decay of M
-rho         ``decay``                                decay of F, the weight of the *old* term
-lambda      ``damping``                              added to F
-T1, T2      ``statistics_every``, ``inverse_every``  updates between two statistics, and two inverses
-==========  ====================  =================  ==============================================================
-
-For updates i = 0, 1, 2, ... from M = 0, F_b = 0 (or a warm start)::
-
-    M   <- mu M + g                                                                           (M)
-    F_b <- rho F_b + (1 - rho) g_b g_b^T               if i % T1 == 0                         (F)
-    P_b <- (F_b + lambda I)^{-1}                       if (i <= T2 and i % T1 == 0) or i % T2 == 0    (P)
-    direction_b = P_b M_b                                                                     (p)
-
-Averaged (``fc`` only): one F for all blocks, the mean of g_b g_b^T over b, and so one P.
-
-The mini-blocks of each ``kind``, with O outputs, I inputs, and J = I + 1 where the bias is the last column:
-
-============  =====================  ================================================================================
-kind          parameter              mini-blocks
-============  =====================  ================================================================================
-``conv``      (O, I, kh, kw)         one per pair (o, i): the kh kw taps, row-major; never averaged
-``fc``        (O, J)                 ``per_output``: O rows of J; ``per_input``: J columns of O; ``contiguous``: J runs
-                                     of O consecutive entries of the row-major matrix (what the authors ran, averaged)
-``diagonal``  any                    none: the rule below, for biases of convolutions and normalisation layers
-============  =====================  ================================================================================
+==========  ====================  =================  ====================================================================================
+kind          parameter          mini-blocks
+============  =================  ====================================================================================
+``conv``      (O, I, kh, kw)     one per pair (o, i): the kh kw taps, row-major; never averaged
+``fc``        (O, J)             ``per_output``: O rows of J; ``per_input``: J columns of O; ``contiguous``: J runs of O
+                                 consecutive entries of the row-major matrix (what the authors ran, averaged)
+``diagonal``  any                none: the rule below, for biases of convolutions and normalisation layers
+============  =================  ====================================================================================
 
 ``diagonal``, with n = v = 0 before the first update and t = i + 1::
 
