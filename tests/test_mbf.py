@@ -895,6 +895,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
         TypeError,
         "grads must have dtype float64",
     ),
+    "warm start's axes": (lambda: FC.warm_start(FC.init(G), G[0]), ValueError, "takes a parameter with exactly 2 axes"),
     "warm start of nothing": (lambda: FC.warm_start(FC.init(G), G[:0][None]), ValueError, "grads must have shape"),
 }
 

@@ -3,7 +3,33 @@ r"""MBF: a mini-block Fisher method for deep neural networks.
 A. Bahamou, D. Goldfarb, Y. Ren, AISTATS 2023 (PMLR 206), arXiv 2202.04124v4. Read were the abstract and the authors'
 code (``achrafba96/mbf`` at commit b0ace6e), which the equations below follow; not the paper's full text.
 
-==========  ====================  =================  ====================================================================================
+==========  ====================  =================  ==============================================================
+symbol      here                  shape              meaning
+==========  ====================  =================  ==============================================================
+g           ``grad``              as the parameter   gradient of the mini-batch mean of the loss, true labels
+g_b         ``to_blocks(grad)``   (s,) each          its mini-blocks, b = 1, ..., B
+M           ``m``                 as the parameter   heavy-ball momentum
+F_b         ``statistic``         (s, s) each        average of g_b g_b^T
+P_b         ``inverse``           (s, s) each        (F_b + lambda I)^{-1} of the last renewal
+mu          ``momentum``                             decay of M
+rho         ``decay``                                decay of F, the weight of the *old* term
+lambda      ``damping``                              added to F
+T1          ``statistics_every``                     updates between two statistics
+T2          ``inverse_every``                        updates between two inverses, once i > T2
+==========  ====================  =================  ==============================================================
+
+For updates i = 0, 1, 2, ... from M = 0, F_b = 0 (or a warm start)::
+
+    M   <- mu M + g                                                                           (M)
+    F_b <- rho F_b + (1 - rho) g_b g_b^T               if i % T1 == 0                         (F)
+    P_b <- (F_b + lambda I)^{-1}                       if (i <= T2 and i % T1 == 0) or i % T2 == 0    (P)
+    direction_b = P_b M_b                                                                     (p)
+
+Averaged (``fc`` only): one F for all blocks, the mean of g_b g_b^T over b, and so one P.
+
+The mini-blocks of each ``kind``, with O outputs, I inputs, and J = I + 1 where the bias is the last column:
+
+============  =================  ====================================================================================
 kind          parameter          mini-blocks
 ============  =================  ====================================================================================
 ``conv``      (O, I, kh, kw)     one per pair (o, i): the kh kw taps, row-major; never averaged
@@ -242,7 +268,7 @@ class MBF(Method):
         return MBFState(step=0, m=xp.zeros_like(param), statistic=statistic, inverse=inverse)
 
     def warm_start(self, state: MBFState, grads: Array) -> MBFState:
-        """``state`` of ``init`` with F = mean of g_b g_b^T over the batch gradients ``grads`` (batches, *parameter).
+        """``state`` of ``init`` with F = mean of g_b g_b^T over batch gradients ``grads``, batches on a new first axis.
 
         The authors make them at the initial parameters with labels drawn from the model's own predictions, once
         through the training set. ``diagonal`` is left alone. ValueError or TypeError for a state that was updated
@@ -250,11 +276,7 @@ class MBF(Method):
         """
         if isinstance(state.step, int) and state.step > 0:
             raise ValueError(f"warm_start must come before the first update, got a state after {state.step}")
-        xp = (
-            self._check_param(grads, 0)
-            if self.kind == "diagonal"
-            else self._check_param(grads, grads.ndim - self.ndims[0])
-        )
+        xp = self._check_param(grads, max(grads.ndim - self.ndims[0], 0))
         _check_array("grads", grads, (None, *state.m.shape), state.m)
         if self.kind == "diagonal":
             return state
@@ -281,7 +303,7 @@ class MBF(Method):
         xp: Namespace = None,
         statistic: MBFSamples | MBFFactors | MBFBlocks | None = None,
     ) -> tuple[Array, MBFState]:
-        """One update; ``statistic`` replaces g_b g_b^T in (F)."""
+        """One update; ``statistic`` replaces g_b g_b^T in (F), when that is due."""
         shape = self._statistic_shape(param.shape)
         xp, k = self._enter(grad, state, param, scalars, xp, statistic=shape, inverse=shape)
         statistics_due, inverse_due = self.due(state.step) if refresh is None else self._refresh(refresh)
