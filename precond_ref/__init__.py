@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from precond_ref.methods.agd import AGD
 from precond_ref.methods.asgo import ASGO, DASGO
 from precond_ref.methods.baselines import SGD, AdaGrad, Adam, FullAdaGrad, Muon, RMSProp, Shampoo
+from precond_ref.methods.mbf import MBF
 from precond_ref.optimizer import Optimizer
 from precond_ref.protocol import Method, list_methods
 
@@ -17,6 +18,7 @@ __all__ = [
     "AGD",
     "ASGO",
     "DASGO",
+    "MBF",
     "SGD",
     "AdaGrad",
     "Adam",

@@ -92,6 +92,10 @@ class Method:
         low, high = self.ndims
         return self.elementwise or max(low, 2) <= len(shape) <= high
 
+    def for_shape(self, shape: tuple[int, ...], path: str = "") -> Method | None:
+        """The method that the default routing gives a parameter of this shape and path; None: Adam."""
+        return self if self.takes(shape, path) else None
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]

@@ -40,6 +40,21 @@ LOUD: dict[str, dict[str, Config]] = {
         "raw": Config(pr.DASGO(beta1=0.75, beta2=0.5, eps=0.25, rms=None)),
         "theory": Config(pr.DASGO.theory(eps=0.25)),
     },
+    "MBF": {
+        "per_output": Config(pr.MBF(damping=0.5, decay=0.75, momentum=0.5)),
+        "per_input": Config(pr.MBF(layout="per_input", damping=0.5, decay=0.5, momentum=0.5)),
+        "contiguous": Config(pr.MBF(layout="contiguous", damping=0.5, decay=0.5, momentum=0.25), (3, 4)),
+        "blocks": Config(pr.MBF(average=False, damping=0.5, decay=0.75, momentum=0.5)),
+        "input blocks": Config(pr.MBF(layout="per_input", average=False, damping=0.5, decay=0.5, momentum=0.5)),
+        "contiguous blocks": Config(pr.MBF(layout="contiguous", average=False, damping=0.5, momentum=0.5), (4, 3)),
+        "schedule": Config(pr.MBF(damping=0.5, decay=0.75, momentum=0.5, statistics_every=2, inverse_every=3)),
+        "conv": Config(pr.MBF(kind="conv", damping=0.5, decay=0.75, momentum=0.5), (2, 3, 3, 2)),
+        "conv schedule": Config(
+            pr.MBF(kind="conv", damping=0.5, decay=0.5, momentum=0.5, statistics_every=2, inverse_every=4),
+            (3, 2, 2, 2),
+        ),
+        "diagonal": Config(pr.MBF(kind="diagonal"), (7,)),
+    },
     "SGD": {
         "plain": Config(pr.SGD()),
         "momentum": Config(pr.SGD(momentum=0.75)),

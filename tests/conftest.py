@@ -96,12 +96,12 @@ def _compiled_torch(method: Any) -> Callable[..., Any]:
 
     def update(grad: Any, state: Any, param: Any, *, refresh: bool | None = None) -> Any:
         step = state.step
-        every = getattr(method, "every", 1)
-        due = step % every == 0 if refresh is None else refresh
+        if refresh is None:
+            refresh = method.due(step) if hasattr(method, "due") else step % getattr(method, "every", 1) == 0
         scalars = method.scalars(step + 1, like=param)
         if scalars:
             scalars = type(scalars)(*(torch.tensor(s, dtype=param.dtype) for s in scalars))
-        direction, new = compiled(grad, state._replace(step=0), param, scalars, due)
+        direction, new = compiled(grad, state._replace(step=0), param, scalars, refresh)
         return direction, new._replace(step=step + 1)
 
     return update

@@ -134,6 +134,8 @@ def test_optional_checks_say_so() -> None:
 # ---- no dead knobs --------------------------------------------------------------------------------------------------
 
 OTHER_CHOICE = {
+    "kind": {"fc": "diagonal", "conv": "diagonal", "diagonal": "fc"},
+    "layout": {"per_output": "per_input", "per_input": "contiguous", "contiguous": "per_output"},
     "side": {"smaller": "left", "left": "right", "right": "left"},
     "root": {"eigh": "polar_express", "svd": "newton_schulz"},
 }
