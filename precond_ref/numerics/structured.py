@@ -43,12 +43,12 @@ STRUCTURES = (
 
 def parse(structure: str) -> tuple[str, tuple[int, ...]]:
     """Name and sizes: ``"hierarchical(15,15)"`` -> ``("hierarchical", (15, 15))``; ValueError for anything else."""
-    name, _, rest = structure.partition("(")
-    texts = rest[:-1].split(",") if rest else []
-    sizes = tuple(int(t) for t in texts if t.isdecimal())
-    wanted = {"block-diagonal": 1, "hierarchical": 2}.get(name, 0)
-    known = name in ("block-diagonal", "hierarchical") or name in STRUCTURES
-    if not (known and len(sizes) == len(texts) == wanted and all(sizes) and rest.endswith(")") == bool(wanted)):
+    text = structure.replace(" ", "")
+    name, _, rest = text.partition("(")
+    sizes = tuple(int(t) for t in rest[:-1].split(",") if t.isdecimal())
+    count = {"block-diagonal": 1, "hierarchical": 2}.get(name, 0)
+    canonical = f"{name}({','.join(str(size) for size in sizes)})" if count else name
+    if text != canonical or len(sizes) != count or 0 in sizes or not (count or name in STRUCTURES):
         raise ValueError(
             f"structure must be one of {', '.join(STRUCTURES)} with positive integers for a and b, got {structure!r}"
         )
@@ -71,8 +71,7 @@ def mask(structure: str, like: Array, xp: Namespace) -> Array:
         return row <= column
     if name == "hierarchical":
         a, b = sizes
-        last = (row >= a) & (row >= d - b)  # rows of D and E
-        return (row < a) | (last & (column >= a)) | (row == column)
+        return (row < a) | ((row >= d - b) & (column >= a)) | (row == column)
     return row + column >= 0
 
 
@@ -88,9 +87,9 @@ def project(x: Array, structure: str, xp: Namespace) -> Array:
 
 
 def _indices(like: Array, xp: Namespace) -> Array:
-    """0, ..., d - 1 on the device of ``like`` (..., d, d), made without naming it, which compilers do not trace."""
+    """0, ..., d - 1 on the device of ``like`` (..., d, d), made without naming it: compilers do not trace that."""
     zeros = xp.sum(xp.zeros_like(like, dtype=xp.int32), axis=tuple(range(like.ndim - 1)), dtype=xp.int32)
-    return xp.cumulative_sum(zeros + 1, dtype=xp.int32) - 1
+    return xp.sum(xp.tril(zeros[:, None] + zeros[None, :] + 1, k=-1), axis=-1, dtype=xp.int32)
 
 
 def _mean_diagonals(lower: Array, xp: Namespace) -> Array:
