@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import mpmath
@@ -325,7 +326,7 @@ MUTANTS = {
     "K K^T in the damping": ("_t(k, xp) @ k for k in scaled", "k @ _t(k, xp) for k in scaled", "first_order"),
     "m K": ("k @ (m / length)", "(m / length) @ k", "affine"),
     "K left out of its update": ("k @ (m / length)", "m / length", "expm"),
-    "no half": ("project(h - eye_like(xp, h), structure, xp)", "2 * project(h - eye_like(xp, h), structure, xp)", "first_order"),
+    "no half": ("m = project(h", "m = 2 * project(h", "first_order"),
     "no B": ("sqrt(self.batch_size / g.shape[-1])", "sqrt(1 / g.shape[-1])", "reduction"),
     "B squared": ("sqrt(self.batch_size / g.shape[-1])", "(self.batch_size / g.shape[-1])", "reduction"),
     "samples summed": ("sqrt(self.batch_size / g.shape[-1])", "sqrt(self.batch_size)", "statistic"),
@@ -335,22 +336,30 @@ MUTANTS = {
     "damping without traces": ("if j != n:", "if False:", "fixed_point"),
     "damping on I": ("math.prod(dims) * grams[n]", "math.prod(dims) * eye_like(xp, grams[n])", "gauge"),
     "no identity": ("project(h - eye_like(xp, h)", "project(h", "fixed_point"),
-    "heavy ball on m": ("ema(momenta[n], m, self.riemannian_momentum)", "self.riemannian_momentum * momenta[n] + m", "oracle"),
+    "heavy ball on m": ("m = ema(momenta[n], m, self.", "m = m + momenta[n] * (self.", "oracle"),
     "clip by K": ("_norm(m, xp)", "_norm(k, xp)", "clip"),
-    "clip by the largest entry": ("_norm(m, xp), min=1.0", "xp.max(xp.abs(m), axis=(-2, -1), keepdims=True), min=1.0", "clip"),
+    "clip by the largest entry": ("_norm(m, xp), min", "xp.max(xp.abs(m), axis=(-2, -1), keepdims=True), min", "clip"),
     "clip left out": ("if self.clip else 1.0", "if not self.clip else 1.0", "clip"),
     "normalised below 1 too": ("xp.clip(_norm(m, xp), min=1.0)", "_norm(m, xp)", "fixed_point"),
     "clipped m kept": ("new_momenta.append(m)", "new_momenta.append(m / length)", "oracle"),
-    "old factors used": ("self._precondition(xp.astype(grad, dtype, copy=False), factors,", "self._precondition(xp.astype(grad, dtype, copy=False), state.factors,", "descent"),
+    "old factors used": ("copy=False), factors, dims", "copy=False), state.factors, dims", "descent"),
     "r instead of r^2": ("scale = scale * peak", "scale = scale * xp.sqrt(peak)", "oracle"),
     "no scaling of K in the direction": ("small = k / xp.sqrt(peak)", "small, peak = k, 1.0 + 0 * peak", "range"),
     "no scaling of K in P": ("k * (1 / math.sqrt(d)) for k, d in", "k * math.sqrt(d) for k, d in", "range"),
-    "decay before the preconditioner": ("self._precondition(xp.astype(grad, dtype, copy=False),", "self._precondition(xp.astype(grad + self.weight_decay * param, dtype, copy=False),", "descent"),
+    "decay before the preconditioner": (
+        "(xp.astype(grad, dtype, copy=False), factors",
+        "(grad + self.weight_decay * param, factors",
+        "descent",
+    ),
     "averaged momentum": ("self.momentum * state.buffer + u", "ema(state.buffer, u, self.momentum)", "oracle"),
-    "renewed after the first interval": ("is_due(state.step, self.every", "is_due(state.step + 1, self.every", "oracle"),
+    "renewed after the first interval": (
+        "is_due(state.step, self.every",
+        "is_due(state.step + 1, self.every",
+        "oracle",
+    ),
     "gradient instead of statistic": ("samples(grad, statistic,", "samples(grad, None,", "statistic"),
     "structures reversed": ("return self.structure\n", "return self.structure[::-1]\n", "permutation"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -553,7 +562,7 @@ def test_narrow_state_is_bfloat16(library):
         u, state = method.update(make(g, bfloat16), state, param)
         got = np.asarray(u.float() if library == "torch" else u.astype("float32"))
         assert gap([got], [e]) <= 5 * 8 * 2**-9  # five steps of eight roundings each
-    assert {x.dtype for x in (*state.factors, *state.momenta, state.buffer, u)} == {bfloat16}
+    assert all(x.dtype == bfloat16 for x in (*state.factors, *state.momenta, state.buffer, u))
     assert bool(method.diagnose(state).finite)
 
 
@@ -591,7 +600,7 @@ def test_bfloat16_factors_stay_definite_where_bfloat16_statistics_do_not():
     root = np.linalg.cholesky(h)
     spectrum = np.linalg.eigvalsh(root.T @ total @ root)
     print(f"indefinite {indefinite} of 1500, eigenvalues of mean(K K^T) H: {spectrum[0]:.2f} .. {spectrum[-1]:.2f}")
-    assert 0.25 < spectrum[0]
+    assert spectrum[0] > 0.25
     assert spectrum[-1] < 4
 
 
@@ -695,6 +704,7 @@ def package_structures(monkeypatch):
     monkeypatch.setattr(package.SIRFShampoo, "SUPPORTED_STRUCTURES", {**old, **added})
 
 
+@pytest.mark.filterwarnings("ignore:Calling naive implementation:UserWarning:singd.structures.base")
 @pytest.mark.parametrize(
     "structures",
     [
@@ -708,7 +718,8 @@ def package_structures(monkeypatch):
 def test_authors_structures(structures, monkeypatch):
     torch = pytest.importorskip("torch")
     package_structures(monkeypatch)
-    assert distance_to_package(torch.float32, structures, **PACKAGE_FIELDS["loud"]) <= 1e-6
+    # One rounding of the parameters in each of the 50 steps.
+    assert distance_to_package(torch.float32, structures, **PACKAGE_FIELDS["loud"]) <= 50 * 2**-24
 
 
 def test_authors_block_diagonal_lacks_transposes(monkeypatch):
@@ -792,7 +803,7 @@ def test_no_dead_field(field):
 
 
 def test_every_field_is_perturbed():
-    assert set(CHANGES) == {f for f in pr.IFShampoo.__dataclass_fields__}
+    assert set(CHANGES) == {field.name for field in dataclasses.fields(pr.IFShampoo)}
 
 
 @pytest.mark.parametrize(
@@ -841,7 +852,7 @@ def test_bad_arrays():
     with pytest.raises(ValueError, match="grad must have param's shape"):
         method.update(normal(3, 4), state, w)
     with pytest.raises(ValueError, match=r"state\.factors must have shapes"):
-        method.update(normal(3, 4), state, normal(3, 4))
+        method.update(normal(3, 4), state._replace(buffer=None), normal(3, 4))
     with pytest.raises(ValueError, match="statistic must have shape"):
         method.update(w, state, w, statistic=w)
     with pytest.raises(ValueError, match="refresh=False needs every > 1"):

@@ -208,6 +208,8 @@ class IFShampoo(Method):
     ) -> tuple[Array, IFShampooState]:
         """One update; ``statistic`` (q, *param.shape) replaces ``grad`` in (1) and (2) by the mean over q gradients."""
         xp, _ = self._enter(grad, state, param, scalars, xp)
+        if 0 in param.shape:
+            return xp.zeros_like(param), state._replace(step=state.step + 1)
         dtype, stack = state.factors[0].dtype, state.factors[0].ndim - 2
         dims = factor_axes(state.factors, param)
         structures = self._structures(dims)

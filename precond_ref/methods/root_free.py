@@ -369,6 +369,8 @@ class RFShampoo(Method):
     ) -> tuple[Array, RFShampooState]:
         """One update; ``statistic`` (q, *param.shape) replaces ``grad`` in (7) by the mean over its q gradients."""
         xp, _ = self._enter(grad, state, param, scalars, xp)
+        if 0 in param.shape:
+            return xp.zeros_like(param), state._replace(step=state.step + 1)
         stack, dims = state.factors[0].ndim - 2, factor_axes(state.factors, param)
         due = is_due(state.step, self.every, refresh)
         curvature = samples(grad, statistic, stack, dims, xp)
