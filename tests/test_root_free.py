@@ -484,7 +484,7 @@ def test_heavy_ball_rate():
 
 
 def test_vanishing_gradients_need_damping():
-    """5.8: full-batch curvature g^2 without damping goes to zero with g and w keeps jumping; with it: 1 - lr h / lambda."""
+    """5.8: full-batch curvature g^2 without damping vanishes with g and w keeps jumping; with it: 1 - lr h / lambda."""
     w, h = np.asarray([1.0]), 1.0
 
     def path(damping, lr, steps):

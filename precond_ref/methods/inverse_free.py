@@ -55,6 +55,7 @@ Coincides with (each a test)
 
 Hazards
     The overall scale is stable for N beta2 < 2 only.
+    The clip is not unbiased: where single noisy gradients give ||m_n|| > 1 the factors settle at too small an S.
     With ``damping=0`` and gradients that vanish together, K_n grows without bound.
 
 Not here
@@ -206,7 +207,7 @@ class IFShampoo(Method):
         xp: Namespace = None,
         statistic: Array | None = None,
     ) -> tuple[Array, IFShampooState]:
-        """One update; ``statistic`` (q, *param.shape) replaces ``grad`` in (1) and (2) by the mean over q gradients."""
+        """One update; ``statistic``, shape (q, ...): in (1) and (2) the mean over these q gradients replaces ``grad``."""
         xp, _ = self._enter(grad, state, param, scalars, xp)
         if 0 in param.shape:
             return xp.zeros_like(param), state._replace(step=state.step + 1)

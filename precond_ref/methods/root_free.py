@@ -168,7 +168,7 @@ class RFRMSProp(Method):
         xp: Namespace = None,
         statistic: Array | None = None,
     ) -> tuple[Array, RFRMSPropState]:
-        """One update; ``statistic`` (q, *param.shape) replaces g^2 in (1) by the mean of its q squares."""
+        """One update; ``statistic``, shape (q, ...): in (1) the mean of its q squares replaces g^2."""
         xp, _ = self._enter(grad, state, param, scalars, xp)
         dtype = state.s.dtype
         g = xp.astype(grad, dtype, copy=False)
@@ -367,7 +367,7 @@ class RFShampoo(Method):
         xp: Namespace = None,
         statistic: Array | None = None,
     ) -> tuple[Array, RFShampooState]:
-        """One update; ``statistic`` (q, *param.shape) replaces ``grad`` in (7) by the mean over its q gradients."""
+        """One update; ``statistic``, shape (q, ...): in (7) the mean over these q gradients replaces ``grad``."""
         xp, _ = self._enter(grad, state, param, scalars, xp)
         if 0 in param.shape:
             return xp.zeros_like(param), state._replace(step=state.step + 1)
