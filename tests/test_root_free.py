@@ -655,6 +655,53 @@ def test_a_bad_member_does_not_touch_the_others(bad):
     assert method.diagnose(state).finite.tolist() == [False, True]
 
 
+TRACED = {
+    "RFRMSProp": DIAGONAL,
+    "RFAdamW": {**ADAM, "bias_correction": True},
+    "RFShampoo": FACTORS,
+    "IFShampoo": {**FACTORS, "riemannian_momentum": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_array_valued_fields(name):
+    """Hyperparameters may be tracers, as optax's ``inject_hyperparams`` makes them: the same numbers."""
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
+    cls, static = getattr(pr, name), {"bias_correction", "every"}
+    fixed = {k: v for k, v in TRACED[name].items() if k in static}
+    floats = {k: float(v) for k, v in TRACED[name].items() if k not in static}
+
+    @jax.jit
+    def two_steps(values, grads):
+        method = cls(**values, **fixed)
+        state = method.init(grads[0])
+        _, state = method.update(grads[0], state, grads[0])
+        return method.update(grads[1], state, grads[0])[0]
+
+    grads = normal(2, 4, 3, seed=1)
+    got = two_steps({k: jax.numpy.asarray(v) for k, v in floats.items()}, jax.numpy.asarray(grads))
+    expected, _ = run(cls(**floats, **fixed), grads, [grads[0]] * 2)
+    assert gap([np.asarray(got)], expected[-1:]) <= 1e-13
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_in_an_optimizer(name):
+    """Two matrices of one shape are stacked, a third shape is not: the same as one at a time."""
+    method = getattr(pr, name)(**TRACED[name])
+    params = {"a": normal(4, 3, seed=1), "b": normal(4, 3, seed=2), "c": normal(2, 2, 3, seed=3)}
+    paths = []
+    for fuse in (True, False):
+        optimizer = pr.Optimizer(method, lr=0.125, fuse=fuse)
+        state, p = optimizer.init(params), params
+        for t in range(3):
+            p, state = optimizer.step(p, {k: np.cos(t + v) for k, v in p.items()}, state)
+        paths.append(p)
+        assert all(bool(np.all(r.finite)) for r in optimizer.diagnose(p, state).values())
+    for key in params:
+        assert gap([paths[0][key]], [paths[1][key]]) <= 1e-14
+
+
 def test_zero_over_zero_is_zero():
     g = np.asarray([0.0, 1.0])
     for method in (pr.RFRMSProp(damping=0.0, initial=0.0), pr.RFAdamW(damping=0.0, initial=0.0)):

@@ -207,7 +207,7 @@ class IFShampoo(Method):
         xp: Namespace = None,
         statistic: Array | None = None,
     ) -> tuple[Array, IFShampooState]:
-        """One update; ``statistic``, shape (q, ...): in (1) and (2) the mean over these q gradients replaces ``grad``."""
+        """One update; ``statistic``, shape (q, ...): in (2) the mean over these q gradients replaces ``grad``."""
         xp, _ = self._enter(grad, state, param, scalars, xp)
         if 0 in param.shape:
             return xp.zeros_like(param), state._replace(step=state.step + 1)
