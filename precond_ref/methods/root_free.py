@@ -253,7 +253,7 @@ class RFAdamW(Method):
         xp = self._check_param(param, stack_ndim)
         zero = xp.zeros_like(param, dtype=state_dtype(xp, param, self.narrow_state))
         # The correction takes s_0 out exactly, so it is not put in: s_t - beta2^t s_0 would cancel.
-        return RFAdamWState(step=0, m=zero, s=zero if self.bias_correction else zero + self.initial)
+        return RFAdamWState(step=0, m=zero, s=zero + (0.0 if self.bias_correction else self.initial))
 
     def scalars(self, step: Any, *, like: Array = None) -> RFAdamWScalars:
         if not self.bias_correction:
@@ -352,9 +352,9 @@ class RFShampoo(Method):
     def init(self, param: Array, *, stack_ndim: int = 0) -> RFShampooState:
         xp = self._check_param(param, stack_ndim, factorizes=True)
         stack, dims = tuple(param.shape[:stack_ndim]), squeezed(param.shape[stack_ndim:])
-        factors = tuple(eye_like(xp, zeros(xp, (*stack, d, d), param)) for d in dims)
+        factors, inverses = (tuple(eye_like(xp, zeros(xp, (*stack, d, d), param)) for d in dims) for _ in range(2))
         buffer = None if is_zero(self.momentum) else xp.zeros_like(param)
-        return RFShampooState(step=0, factors=factors, inverses=factors, buffer=buffer)
+        return RFShampooState(step=0, factors=factors, inverses=inverses, buffer=buffer)
 
     def update(
         self,
