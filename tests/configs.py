@@ -18,7 +18,7 @@ class Config(NamedTuple):
 
 
 def _inverse_free(**changes: Any) -> pr.IFShampoo:
-    loud = pr.IFShampoo(beta2=0.25, damping=0.25, momentum=0.5, riemannian_momentum=0.5, batch_size=2)
+    loud = pr.IFShampoo(beta2=0.25, damping=0.25, momentum=0.5, riemannian_momentum=0.5, batch_size=2.0)
     return loud.replace(**changes)
 
 
@@ -46,15 +46,15 @@ LOUD: dict[str, dict[str, Config]] = {
         "theory": Config(pr.DASGO.theory(eps=0.25)),
     },
     "RFRMSProp": {
-        "default": Config(pr.RFRMSProp(beta2=0.25, damping=0.125, batch_size=8, initial=0.5)),
-        "momentum": Config(pr.RFRMSProp(beta2=0.5, damping=0.25, momentum=0.75, weight_decay=0.125, batch_size=2), ()),
+        "default": Config(pr.RFRMSProp(beta2=0.25, damping=0.125, batch_size=8.0, initial=0.5)),
+        "momentum": Config(pr.RFRMSProp(beta2=0.5, damping=0.25, momentum=0.75, weight_decay=0.125, batch_size=2.0), ()),
     },
     "RFAdamW": {
-        "default": Config(pr.RFAdamW(beta1=0.75, beta2=0.875, damping=0.125, batch_size=4, initial=0.5)),
+        "default": Config(pr.RFAdamW(beta1=0.75, beta2=0.875, damping=0.125, batch_size=4.0, initial=0.5)),
         "corrected": Config(pr.RFAdamW(beta1=0.75, beta2=0.875, damping=0.125, bias_correction=True), (7,)),
     },
     "RFShampoo": {
-        "default": Config(pr.RFShampoo(beta2=0.25, damping=0.25, momentum=0.5, weight_decay=0.125, batch_size=2)),
+        "default": Config(pr.RFShampoo(beta2=0.25, damping=0.25, momentum=0.5, weight_decay=0.125, batch_size=2.0)),
         "every": Config(pr.RFShampoo(beta2=0.25, damping=0.25, momentum=0.0, every=3), (1, 4)),
         "order 1": Config(pr.RFShampoo(beta2=0.5, damping=0.5, momentum=0.5), (4,)),
         "order 3": Config(pr.RFShampoo(beta2=0.25, damping=0.25, momentum=0.5), (3, 1, 4, 2)),
@@ -62,7 +62,7 @@ LOUD: dict[str, dict[str, Config]] = {
     "IFShampoo": {
         "default": Config(
             pr.IFShampoo(
-                beta2=0.25, damping=0.25, momentum=0.5, riemannian_momentum=0.75, weight_decay=0.125, batch_size=2
+                beta2=0.25, damping=0.25, momentum=0.5, riemannian_momentum=0.75, weight_decay=0.125, batch_size=2.0
             )
         ),
         "plain": Config(_inverse_free(momentum=0.0, riemannian_momentum=0.0, clip=False), ()),

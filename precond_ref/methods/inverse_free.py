@@ -131,7 +131,7 @@ class IFShampoo(Method):
     momentum: float = 0.9
     riemannian_momentum: float = 0.5
     weight_decay: float = 0.0
-    batch_size: float = 1
+    batch_size: float = 1.0
     every: int = 1
     structure: str | tuple[str, ...] = "dense"
     clip: bool = True

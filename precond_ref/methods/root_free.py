@@ -123,7 +123,7 @@ class RFRMSProp(Method):
     damping: float = 1e-4
     momentum: float = 0.0
     weight_decay: float = 0.0
-    batch_size: float = 1
+    batch_size: float = 1.0
     initial: float = 1.0
     narrow_state: bool = False
 
@@ -220,7 +220,7 @@ class RFAdamW(Method):
     beta1: float = 0.9
     beta2: float = 0.999
     damping: float = 1e-4
-    batch_size: float = 1
+    batch_size: float = 1.0
     initial: float = 1.0
     bias_correction: bool = False
     narrow_state: bool = False
@@ -324,7 +324,7 @@ class RFShampoo(Method):
     damping: float = 1e-3
     momentum: float = 0.9
     weight_decay: float = 0.0
-    batch_size: float = 1
+    batch_size: float = 1.0
     every: int = 1
 
     paper: ClassVar[str] = PAPER
