@@ -47,7 +47,9 @@ LOUD: dict[str, dict[str, Config]] = {
     },
     "RFRMSProp": {
         "default": Config(pr.RFRMSProp(beta2=0.25, damping=0.125, batch_size=8.0, initial=0.5)),
-        "momentum": Config(pr.RFRMSProp(beta2=0.5, damping=0.25, momentum=0.75, weight_decay=0.125, batch_size=2.0), ()),
+        "momentum": Config(
+            pr.RFRMSProp(beta2=0.5, damping=0.25, momentum=0.75, weight_decay=0.125, batch_size=2.0), ()
+        ),
     },
     "RFAdamW": {
         "default": Config(pr.RFAdamW(beta1=0.75, beta2=0.875, damping=0.125, batch_size=4.0, initial=0.5)),
