@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -185,6 +186,17 @@ def check_real(
         bounds += [f"<= {le:g}"] * math.isfinite(le) + [f"< {lt:g}"] * math.isfinite(lt)
         rule = " and ".join(["finite", *bounds])
         raise ValueError(f"{field} must be {rule}{' or None' if optional else ''}, got {value!r}")
+
+
+def warn_if_decay(method: Any) -> None:
+    """Warn when ``beta2``, here the weight of the *new* term, looks like a decay, the weight of the old one."""
+    if is_python_number(method.beta2) and method.beta2 > 0.5:
+        warnings.warn(
+            f"beta2 of {type(method).__name__} is the weight of the new term (about 0.01), not a decay (about 0.99): "
+            f"beta2={method.beta2!r} forgets the past at once; for that decay give beta2={1 - method.beta2:.3g}",
+            UserWarning,
+            stacklevel=4,  # the caller of the constructor
+        )
 
 
 def check_int(method: Any, field: str, *, ge: int, optional: bool = False) -> None:
