@@ -5,6 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 from precond_ref.methods.agd import AGD
 from precond_ref.methods.asgo import ASGO, DASGO
 from precond_ref.methods.baselines import SGD, AdaGrad, Adam, FullAdaGrad, Muon, RMSProp, Shampoo
+from precond_ref.methods.online_sketches import FDSON, RFDSON, AdaFD
+from precond_ref.methods.sketchy import SAdaGrad, SShampoo
 from precond_ref.optimizer import Optimizer
 from precond_ref.protocol import Method, list_methods
 
@@ -17,7 +19,10 @@ __all__ = [
     "AGD",
     "ASGO",
     "DASGO",
+    "FDSON",
+    "RFDSON",
     "SGD",
+    "AdaFD",
     "AdaGrad",
     "Adam",
     "FullAdaGrad",
@@ -25,6 +30,8 @@ __all__ = [
     "Muon",
     "Optimizer",
     "RMSProp",
+    "SAdaGrad",
+    "SShampoo",
     "Shampoo",
     "list_methods",
 ]
