@@ -76,7 +76,7 @@ LOUD: dict[str, dict[str, Config]] = {
                 merge=6,
             ),
             (2, 1, 3, 4),
-        ),  # fmt: skip
+        ),
         "practical-vector": Config(pr.SShampoo.practical(size=3, graft_beta2=1.0, graft_eps=0.25), (5,)),
         "practical-ungrafted": Config(
             pr.SShampoo.practical(size=3, beta2=0.75, eps=0.25, graft=None, momentum=0.0), (2, 3)

@@ -17,7 +17,7 @@ alternative: eigenvalues of the smaller Gram matrix in float64, whatever the dty
 absolute, about (k + q) u s_1^2, so that rho is lost where s_l < 1e-7 s_1.
 
 A member with a non-finite entry never reaches LAPACK (an infinity can hang it): its eigenvalues and escaped mass are
-NaN, hence all that is made from them, as where a square overflows; the other members of the batch are not touched.
+NaN, hence all that is made from them, and the other members of the batch are not touched.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import NamedTuple
 from array_api_compat import array_namespace
 
 from precond_ref.numerics.arrays import eye_like, zeros
-from precond_ref.protocol import Array, Namespace, Scalar
+from precond_ref.protocol import Array, Namespace, Scalar, is_zero
 
 SOLVERS = ("svd", "gram64")
 
@@ -72,11 +72,10 @@ def check(name: str, sketch: Sketch, d: int, size: int, stack: tuple[int, ...]) 
     if not isinstance(sketch, Sketch):
         raise TypeError(f"{name} must be a Sketch, got {type(sketch).__name__}")
     k = min(d, size)
-    for field, shape in zip(Sketch._fields, ((*stack, d, k), (*stack, k), stack), strict=True):
-        if tuple(getattr(sketch, field).shape) != shape:
-            raise ValueError(
-                f"{name}.{field} must have shape {shape} for size={size}, got {tuple(getattr(sketch, field).shape)}"
-            )
+    expected = ((*stack, d, k), (*stack, k), stack)
+    got = tuple(tuple(a.shape) for a in sketch)
+    if got != expected:
+        raise ValueError(f"{name} must have arrays of shapes {expected} for size={size}, got {got}")
 
 
 def update(
@@ -101,9 +100,9 @@ def update(
     if 0 in factor.shape:
         return sketch
     finite = xp.all(xp.isfinite(factor), axis=(-2, -1), keepdims=True)
-    u, s = (_svd if solver == "svd" else _gram64)(xp.where(finite, factor, 0.0), xp)  # (A)
-    s = xp.where(finite[..., 0] & xp.isfinite(s * s), s, math.nan)
-    cut = s[..., size - 1 : size] if size <= d else 0.0 * s[..., :1]
+    u, s, tolerance = (_svd if solver == "svd" else _gram64)(xp.where(finite, factor, 0.0), xp)  # (A)
+    s = xp.where(s > tolerance * s[..., :1], s, 0.0)
+    cut = xp.where(finite[..., 0], s[..., size - 1 : size] if size <= d else 0.0 * s[..., :1], math.nan)
     s = s[..., :k]
     return Sketch(
         basis=u[..., :k],
@@ -112,27 +111,25 @@ def update(
     )
 
 
-def _svd(factor: Array, xp: Namespace) -> tuple[Array, Array]:
-    """Left singular vectors and singular values, those within rounding of zero set to zero."""
+def _svd(factor: Array, xp: Namespace) -> tuple[Array, Array, float]:
+    """Left singular vectors, singular values, and which multiple of the largest of these is rounding."""
     u, s, _ = xp.linalg.svd(factor, full_matrices=False)
-    tolerance = max(factor.shape[-2:]) * xp.finfo(s.dtype).eps
-    return u, xp.where(s <= tolerance * s[..., :1], 0.0, s)
+    return u, s, max(factor.shape[-2:]) * xp.finfo(s.dtype).eps
 
 
-def _gram64(factor: Array, xp: Namespace) -> tuple[Array, Array]:
-    """The same from the smaller Gram matrix in float64; vectors of singular values set to zero are zero."""
-    wide = xp.astype(factor, xp.float64)
+def _gram64(factor: Array, xp: Namespace) -> tuple[Array, Array, float]:
+    """The same from the smaller Gram matrix in float64; vectors of singular values that are rounding are zero."""
+    wide = xp.astype(factor, xp.float64, copy=False)
     if wide.dtype != xp.float64:
         raise ValueError("solver='gram64' needs float64, which this array library has switched off")
     tall = factor.shape[-2] > factor.shape[-1]
     transposed = xp.matrix_transpose(wide)
-    w, q = xp.linalg.eigh(transposed @ wide if tall else wide @ transposed)
-    w, q = xp.flip(w, axis=-1), xp.flip(q, axis=-1)
-    dead = w <= max(factor.shape[-2:]) * xp.finfo(xp.float64).eps * w[..., :1]
-    s = xp.sqrt(xp.where(dead, 0.0, w))
+    w, u = xp.linalg.eigh(-(transposed @ wide if tall else wide @ transposed))  # ascending, so that -w is descending
+    tolerance = (max(factor.shape[-2:]) * xp.finfo(xp.float64).eps) ** 0.5
+    s = xp.sqrt(xp.where(w < 0, -w, 0.0))
     if tall:
-        q = (wide @ q) * xp.where(dead, 0.0, 1.0 / xp.where(dead, 1.0, s))[..., None, :]
-    return xp.astype(q, factor.dtype), xp.astype(s, factor.dtype)
+        u = (wide @ u) / xp.where(s > tolerance * s[..., :1], s, math.inf)[..., None, :]
+    return xp.astype(u, factor.dtype, copy=False), xp.astype(s, factor.dtype, copy=False), tolerance
 
 
 def apply_power(
@@ -146,23 +143,21 @@ def apply_power(
     relative: bool = False,
     xp: Namespace = None,
 ) -> Array:
-    """``(U diag(e) U^T + shift I + ridge I)^exponent @ matrix`` for ``matrix`` (..., d, n), in O(d k n).
+    """``(U diag(e) U^T + shift I + ridge I)^exponent @ matrix`` for ``matrix`` (..., d, n), ``exponent < 0``.
 
-    ``relative``: the ridge in units of the largest e + shift. Where e + shift is 0 the result is 0, whatever the ridge:
-    that is the complement of a sketch that has lost nothing. Without a ridge, e + shift <= (d u)^2 max(e + shift) counts
-    as 0 too: a shift decayed for long, whose inverse root would multiply nothing but rounding.
+    Costs O(d k n). ``relative``: the ridge in units of the largest e + shift. Where e + shift is 0 the result is 0,
+    whatever the ridge: that is the complement of a sketch that has lost nothing. Without a ridge (``ridge=0``),
+    e + shift <= (d u)^2 max(e + shift) counts as 0 too: a shift decayed for long, whose inverse root would multiply
+    nothing but rounding.
     """
     xp = array_namespace(basis, matrix) if xp is None else xp
-    shift = shift[..., None]
-    total = xp.concat([eigenvalues + shift, shift], axis=-1)
+    total = xp.concat([eigenvalues + shift[..., None], shift[..., None]], axis=-1)
     largest = total[..., :1]
-    tolerance = (basis.shape[-2] * xp.finfo(total.dtype).eps) ** 2
-    dead = (total <= 0) | ((total <= tolerance * largest) & (ridge == 0))  # false for NaN
+    dead = total <= ((basis.shape[-2] * xp.finfo(total.dtype).eps) ** 2 * largest if is_zero(ridge) else 0.0)
     damped = total + (ridge * largest if relative else ridge)
-    scale = xp.where(dead, 0.0, xp.where(dead, 1.0, damped) ** exponent)[..., None]
-    inside = xp.matrix_transpose(basis) @ matrix
-    outside = matrix - basis @ inside
-    return basis @ (scale[..., :-1, :] * inside) + scale[..., -1:, :] * outside
+    scale = (xp.where(dead, math.inf, damped) ** exponent)[..., None]
+    inside, outside = scale[..., :-1, :], scale[..., -1:, :]
+    return outside * matrix + basis @ ((inside - outside) * (xp.matrix_transpose(basis) @ matrix))
 
 
 def dense(sketch: Sketch, *, xp: Namespace = None) -> Array:
