@@ -15,7 +15,7 @@ from array_api_compat import device as device_of
 from precond_ref.methods.baselines import Adam
 from precond_ref.numerics.arrays import all_finite
 from precond_ref.numerics.refresh import is_traced
-from precond_ref.protocol import Array, Method, Namespace, check_int, check_real, is_zero
+from precond_ref.protocol import Array, Method, Namespace, check_bool, check_int, check_real, is_zero
 
 Tree = Any
 Slices = tuple[Any, ...]  # of slices
@@ -52,7 +52,7 @@ class Optimizer:
 
     Each step makes ``x <- (1 - lr weight_decay) x - lr direction`` with the direction of the parameter's method.
 
-    Arguments
+    Arguments:
         method: for all parameters that it takes; the others get `Adam` with its defaults.
         lr: learning rate, or a callable from the number of steps done (0 at the first) to it.
         weight_decay: decoupled decay, a number, or a callable ``(path, array) -> number``.
@@ -89,6 +89,7 @@ class Optimizer:
         if self.on_nonfinite not in ("propagate", "skip", "raise"):
             raise ValueError(f"on_nonfinite must be 'propagate', 'skip' or 'raise', got {self.on_nonfinite!r}")
         check_int(self, "block_size", ge=1, optional=True)
+        check_bool(self, "fuse")
 
     # ---- public -----------------------------------------------------------------------------------------------------
 

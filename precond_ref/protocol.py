@@ -74,7 +74,11 @@ class Method:
         refresh: bool | None = None,
         xp: Namespace = None,
     ) -> tuple[Array, Any]:
-        """One update: ``(direction, new state)``; nothing given is changed."""
+        """One update: ``(direction, new state)``; nothing given is changed.
+
+        ``scalars`` and ``xp`` (what `scalars` returned, the namespace) may be given by a caller that has them;
+        ``refresh`` overrules when roots are renewed, and is ignored by methods that have none.
+        """
         raise NotImplementedError
 
     def diagnose(self, state: Any) -> Any:

@@ -1,48 +1,14 @@
-"""Every configuration of every method on every backend: values, dtypes, purity, stacking, compilation counts."""
+"""Every configuration of every method on every backend: values, dtypes, purity, stacking."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pytest
 from configs import CONFIGS, Config
 from conftest import Backend, make_backend
+from helpers import distance, gradients, leaves, run
 
-STEPS = 7
 ids = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-
-
-def gradients(shape: tuple[int, ...], steps: int = STEPS, seed: int = 0) -> np.ndarray:
-    """Well-conditioned gradients, (steps, *shape)."""
-    return np.random.default_rng(seed).standard_normal((steps, *shape))
-
-
-def run(backend: Backend, config: Config, grads: np.ndarray, dtype: str, stack_ndim: int = 0) -> Any:
-    """Directions on the host, (steps, *shape), and the last state."""
-    update = backend.update(config.method)
-    param = backend.asarray(np.zeros(grads.shape[1:]), dtype)
-    state = config.method.init(param, stack_ndim=stack_ndim)
-    directions = []
-    for g in grads:
-        direction, state = update(backend.asarray(g, dtype), state, param)
-        assert direction.dtype == param.dtype
-        assert tuple(direction.shape) == tuple(param.shape)
-        directions.append(backend.numpy(direction))
-    return np.stack(directions), state
-
-
-def leaves(state: Any) -> list[Any]:
-    """Arrays of a state."""
-    if isinstance(state, tuple):
-        return [leaf for part in state for leaf in leaves(part)]
-    return [state] if hasattr(state, "dtype") and hasattr(state, "shape") else []
-
-
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest normwise relative difference over the steps."""
-    gaps = [np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-300) for x, y in zip(a, b, strict=True)]
-    return max(gaps)
 
 
 @ids

@@ -116,7 +116,7 @@ def test_wheel_content(wheel, check_wheel, capsys):
     assert "ok" in capsys.readouterr().out
 
 
-def test_wheel_holds_every_source_file(wheel):
+def test_wheel_holds_every_file_of_the_packages(wheel):
     with zipfile.ZipFile(wheel) as archive:
         shipped = set(archive.namelist())
     for folder, package in (
@@ -125,15 +125,16 @@ def test_wheel_holds_every_source_file(wheel):
         ("adapters", "precond_ref_jax"),
     ):
         base = ROOT / folder
-        sources = {path.relative_to(base).as_posix() for path in (base / package).rglob("*.py")}
-        assert sources <= shipped
+        files = {path.relative_to(base).as_posix() for path in (base / package).rglob("*") if path.is_file()}
+        assert {name for name in files if "__pycache__" not in name} <= shipped
 
 
 PLANTED = {
     "top-level adapters": (same, "adapters/x.py"),
     "missing package": (without("precond_ref_jax/"), None),
     "missing marker": (without("precond_ref_torch/py.typed"), None),
-    "missing data": (without("problems/data/"), None),
+    "missing data": (without("digits.csv.gz"), None),
+    "missing licence of the data": (without("digits-licence.txt"), None),
     "missing licence": (without("LICENSE"), None),
     "missing command": (without("entry_points.txt"), None),
     "test in wheel": (same, "precond_ref/test_x.py"),

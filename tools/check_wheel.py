@@ -7,7 +7,7 @@ from email.parser import Parser
 from pathlib import Path, PurePosixPath
 
 PACKAGES = frozenset({"precond_ref", "precond_ref_torch", "precond_ref_jax"})
-DATA = "precond_ref/problems/data/"
+DATA = ["precond_ref/problems/data/digits.csv.gz", "precond_ref/problems/data/digits-licence.txt"]
 CORE = ["array-api-compat"]
 
 
@@ -39,8 +39,7 @@ def faults(wheel: Path) -> list[str]:
     ]
     if stray:
         found.append(f"holds files that belong to no release: {stray}")
-    if not any(name.startswith(DATA) and not name.endswith(".py") for name in names):
-        found.append(f"no data file under {DATA}")
+    found += [f"{file} is missing" for file in DATA if file not in names]
     if f"{info_dir}/licenses/LICENSE" not in names:
         found.append("no LICENSE in the .dist-info folder")
     if "precond-ref = precond_ref.cli:main" not in texts["entry_points.txt"].splitlines():

@@ -1,4 +1,4 @@
-"""What a problem is: where its arrays live, its first parameters, its batches, and the checks all problems share."""
+"""What a problem is: where its arrays live, first parameters, batches, and the checks all problems share."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ def import_numpy() -> ModuleType:
 def generator(*key: int | str) -> np.random.Generator:
     """A random generator of its own for each ``key``, such as (seed, "init")."""
     words = [int.from_bytes(k.encode(), "big") if isinstance(k, str) else k for k in key]
-    return import_numpy().random.default_rng(words)
+    random = import_numpy().random
+    return random.Generator(random.PCG64(words))
 
 
 @functools.lru_cache(maxsize=4)
 def permutation(size: int, *key: int | str) -> np.ndarray:
-    """A random order of 0, ..., size - 1, the same in every NumPy version (raw bits are fixed by NumPy's policy)."""
+    """A random order of 0, ..., size - 1, the same in every NumPy version (raw bits are fixed)."""
     order = import_numpy().argsort(generator(*key).bit_generator.random_raw(size), kind="stable")
     order.flags.writeable = False
     return order
@@ -74,7 +75,7 @@ def check_real(name: str, value: Any, *, ge: float) -> float:
 
 @dataclass(frozen=True)
 class Space:
-    """Where a problem's arrays live: a namespace, the name of the floating dtype, a device (None: the default)."""
+    """Where a problem's arrays live: namespace, name of the floating dtype, device (None: the default)."""
 
     xp: Any
     dtype: str = "float32"
@@ -117,8 +118,8 @@ class Space:
 class Problem(ABC):
     """Base of every problem: parameters, batches, loss, gradient and metric, all as arrays of ``space``.
 
-    ``loss``, ``loss_and_grad`` and ``metric`` change nothing that they are given, depend on nothing else, and may be
-    compiled. Subclasses give ``_loss``, ``_loss_and_grad`` and ``_metric``.
+    ``loss``, ``loss_and_grad`` and ``metric`` change nothing that they are given, depend on nothing else, and
+    may be compiled. Subclasses give ``_loss``, ``_loss_and_grad`` and ``_metric``.
     """
 
     name: str
@@ -142,8 +143,6 @@ class Problem(ABC):
     """Direction of ``metric``."""
 
     def __post_init__(self) -> None:
-        check_int("seed", self.seed, ge=0)
-        check_int("default_steps", self.default_steps, ge=1)
         if self.batch_size is not None and self.train:
             samples = self.train[0].shape[0]
             if check_int("batch_size", self.batch_size, ge=1) > samples:
@@ -152,7 +151,7 @@ class Problem(ABC):
                     f"got {self.batch_size}"
                 )
 
-    # ---- to be given by each problem -------------------------------------------------------------------------------
+    # ---- to be given by each problem ----------------------------------------------------------------------
 
     @abstractmethod
     def _loss(self, params: Params, batch: Batch) -> Array: ...
@@ -163,7 +162,7 @@ class Problem(ABC):
     @abstractmethod
     def _metric(self, params: Params) -> Array: ...
 
-    # ---- shared ----------------------------------------------------------------------------------------------------
+    # ---- shared ------------------------------------------------------------------------------------------
 
     def init(self) -> Params:
         """First parameters, new arrays at each call."""
@@ -190,7 +189,7 @@ class Problem(ABC):
         return self._loss(params, self.train if batch is None else batch)
 
     def loss_and_grad(self, params: Params, batch: Batch | None = None) -> tuple[Array, Params]:
-        """Objective on ``batch`` (None: the whole training set), 0-D, and its gradient, shaped like ``params``."""
+        """Objective as in `loss`, 0-D, and its gradient, with the keys and shapes of ``params``."""
         self._check(params)
         return self._loss_and_grad(params, self.train if batch is None else batch)
 
@@ -209,4 +208,4 @@ class Problem(ABC):
             if tuple(value.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
             if value.dtype != self.space.real_dtype:
-                raise TypeError(f"{name} must have the problem's dtype, {self.space.dtype}, got {value.dtype}")
+                raise TypeError(f"{name} must have dtype {self.space.dtype}, got {value.dtype}")

@@ -1,8 +1,8 @@
 """Real data: the embedded digits, and MNIST, LIBSVM and text files found through ``PRECOND_REF_DATA``.
 
-A *name* (a str without a folder part) is looked for in the folder that the environment variable names; anything else
-(``"./a9a"``, a ``pathlib.Path``) is a path. Files may be gzipped whatever their suffix. Missing files raise
-FileNotFoundError with all places tried, damaged ones ValueError.
+A *name* (a str without a folder part) is looked for in the folder that the environment variable names;
+anything else (``"./a9a"``, a ``pathlib.Path``) is a path. Files may be gzipped whatever their suffix. Missing
+files raise FileNotFoundError with all places tried, damaged ones ValueError.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_mnist(split: str = "t10k") -> tuple[np.ndarray, np.ndarray]:
-    """MNIST from its idx files: images (n, 28, 28) and labels (n,), both uint8; n is 10000 for "t10k", 60000 for "train"."""
+    """MNIST from its idx files: images (n, 28, 28) of values 0..255 and labels (n,), both uint8.
+
+    ``split`` is "t10k" (n = 10000) or "train" (n = 60000).
+    """
     if split not in ("t10k", "train"):
         raise ValueError(f"split must be 't10k' or 'train', got {split!r}")
     images_path = find(f"{split}-images-idx3-ubyte", (".gz", ""))
@@ -62,20 +65,18 @@ def load_mnist(split: str = "t10k") -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"{images_path} holds {images.shape[0]} images but {labels_path} holds {labels.shape[0]} labels"
         )
-    if images.shape[1:] != (28, 28):
-        raise ValueError(f"{images_path}: images must be 28 x 28, got {images.shape[1]} x {images.shape[2]}")
+    if images.shape[0] == 0 or images.shape[1:] != (28, 28):
+        raise ValueError(f"{images_path} must hold images of 28 x 28, got the shape {images.shape}")
     if labels.max(initial=0) > 9:
         raise ValueError(f"{labels_path}: labels must be 0 to 9, got {labels.max()}")
     return images, labels
 
 
-def load_libsvm(
-    name_or_path: str | os.PathLike[str], n_features: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def load_libsvm(name_or_path: str | Path, n_features: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """A LIBSVM file, lines ``label index:value ...``: dense features (n, d) and labels (n,), both float64.
 
-    Indices start at 1 and increase within a line; d is ``n_features`` or, if None, the largest index. Blank lines and
-    what follows a ``#`` are skipped.
+    Indices start at 1 and increase within a line; d is ``n_features`` or, if None, the largest index. Blank
+    lines and what follows a ``#`` are skipped.
     """
     np = import_numpy()
     limit = math.inf if n_features is None else check_int("n_features", n_features, ge=1)
@@ -84,18 +85,21 @@ def load_libsvm(
     rows: list[int] = []
     columns: list[int] = []
     values: list[float] = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        label, *entries = line.partition("#")[0].split() or [""]
-        if not label:
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        content = line.partition("#")[0]
+        if not content.strip():
             continue
         try:
+            if "_" in content or not content.isascii():
+                raise ValueError("Python would read it as a number, other readers would not")
+            label, *entries = content.split()
             labels.append(finite(label))
             last = 0
             for entry in entries:
                 index, _, value = entry.partition(":")
                 column = int(index)
                 if not last < column <= limit:
-                    raise ValueError(f"index {column} after {last}, with {n_features or 'any number of'} features")
+                    raise ValueError(f"index {column} after {last}, largest allowed {limit}")
                 rows.append(len(labels) - 1)
                 columns.append(column - 1)
                 values.append(finite(value))
@@ -109,7 +113,7 @@ def load_libsvm(
     return features, np.asarray(labels)
 
 
-def load_text(name_or_path: str | os.PathLike[str]) -> str:
+def load_text(name_or_path: str | Path) -> str:
     """A UTF-8 text, line ends as they are."""
     path = find(name_or_path, ("", ".txt", ".gz", ".txt.gz"))
     text = read_text(path)
@@ -129,14 +133,14 @@ def mnist_split() -> Split:
 
 
 def split_four_fifths(images: np.ndarray, labels: np.ndarray, scale: float) -> Split:
-    """Images (n, height, width) divided by ``scale``; four fifths, rounded down, of a fixed random order to train on."""
+    """Images (n, height, width) divided by ``scale``; the first four fifths of a fixed random order train."""
     order = permutation(len(images), 0, "split")
     train, test = order[: len(images) * 4 // 5], order[len(images) * 4 // 5 :]
     inputs = images.reshape(len(images), -1) / scale
     return Split(inputs[train], labels[train], inputs[test], labels[test], classes=10)
 
 
-def find(name_or_path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Path:
+def find(name_or_path: str | Path, suffixes: tuple[str, ...]) -> Path:
     """The first file there is, of the path itself, or of the name with each suffix in the data folder."""
     if not isinstance(name_or_path, str) or Path(name_or_path).name != name_or_path:
         path = Path(name_or_path)
@@ -144,15 +148,14 @@ def find(name_or_path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Pat
             raise FileNotFoundError(f"no such file: {path}")
         return path
     names = [name_or_path + suffix for suffix in suffixes]
-    folder = os.environ.get(VARIABLE)
-    for name in names if folder else ():
-        path = Path(folder or "", name)
+    folder = os.environ.get(VARIABLE, "")
+    for path in [Path(folder, name) for name in names] if folder else []:
         if path.is_file():
             return path
-    where = f"in {folder} (from {VARIABLE})" if folder else f"anywhere: {VARIABLE} is not set"
+    where = f"found none of them in {folder}" if folder else "nowhere to look, it is not set"
     raise FileNotFoundError(
-        f"found none of {', '.join(names)} {where}; set the environment variable {VARIABLE} to the folder that holds "
-        f"the file, for example `export {VARIABLE}=/path/to/data`, or give a path, for example './{names[0]}'"
+        f"looked for {', '.join(names)} in the folder named by the environment variable {VARIABLE}: {where}; "
+        f"set it to the folder that holds the file, for example `export {VARIABLE}=path/to/data`"
     )
 
 
@@ -188,7 +191,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
         raise ValueError(
             f"{path}: the header promises {math.prod(shape)} bytes of data, there are {len(content) - header}"
         )
-    return import_numpy().frombuffer(content, dtype="uint8", offset=header).reshape(shape)
+    return import_numpy().frombuffer(content, dtype="uint8", offset=header).reshape(shape).copy()
 
 
 def finite(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Losses of a network's last layer: value and gradient with respect to the logits, safe for logits of any size."""
+"""Losses of a network's last layer: value and gradient in the logits, safe for logits of any size."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ Array = Any
 
 
 def cross_entropy(xp: Any, logits: Array, one_hot: Array) -> tuple[Array, Array]:
-    """Mean over the samples of -log softmax(logits)[label], 0-D, and its gradient, (n, classes).
+    """Mean over the samples of -log softmax(logits)[label], and its gradient in the logits, (n, classes).
 
-    ``logits`` and ``one_hot`` are (n, classes). The largest logit is subtracted first: no exponential overflows.
+    ``logits`` and ``one_hot`` are (n, classes). The largest logit is subtracted first, so nothing overflows.
     """
     n = logits.shape[0]
     shifted = logits - xp.max(logits, axis=1, keepdims=True)
@@ -19,9 +19,10 @@ def cross_entropy(xp: Any, logits: Array, one_hot: Array) -> tuple[Array, Array]
 
 
 def binary_cross_entropy(xp: Any, logits: Array, targets: Array) -> tuple[Array, Array]:
-    """Mean over the samples of sum_pixels -x log p - (1 - x) log(1 - p), p = sigmoid(logits), and its gradient.
+    """Mean over the samples of sum_pixels -x log p - (1 - x) log(1 - p), p = sigmoid(z), and its gradient.
 
-    ``logits`` and ``targets`` (x, in [0, 1]) are (n, pixels). Written as max(z, 0) - z x + log(1 + exp(-\\|z\\|)).
+    ``logits`` z, ``targets`` x in [0, 1] and the gradient in z are (n, pixels). Written, so that nothing
+    overflows, as max(z, 0) - z x + log(1 + exp(-abs(z))).
     """
     n = logits.shape[0]
     value = xp.sum(xp.clip(logits, min=0.0) - logits * targets + xp.log1p(xp.exp(-xp.abs(logits)))) / n

@@ -1,11 +1,12 @@
 """Multilayer perceptrons: softmax regression (no hidden layer), classifiers, autoencoders.
 
-With inputs a_0 of shape (n, I_1), layer l = 1, ..., L has ``fc{l}/weight`` W_l (O_l, I_l), ``fc{l}/bias`` b_l (O_l,):
+The inputs are a_0, (n, I_1). Layer l = 1, ..., L has the parameters ``fc{l}/weight`` W_l, (O_l, I_l),
+and ``fc{l}/bias`` b_l, (O_l,):
 
     s_l = a_{l-1} W_l^T + b_l                       (n, O_l)        (1)
     a_l = phi(s_l)  for l < L;  logits = s_L        (n, O_l)        (2)
 
-and backwards, from delta_L = d loss / d logits (n, O_L), which already holds the 1/n of the mean over the samples:
+and backwards, from delta_L = d loss / d logits (n, O_L), which holds the 1/n of the mean over the samples:
 
     dW_l = delta_l^T a_{l-1}                        (O_l, I_l)      (3)
     db_l = sum over the samples of delta_l          (O_l,)          (4)
@@ -16,8 +17,10 @@ phi is tanh, phi' = 1 - a^2, or ReLU, phi' = [a > 0] (0 at the kink); both follo
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from precond_ref.problems.base import Array, Batch, Params, Problem, Space, check_int, generator, import_numpy
@@ -59,7 +62,7 @@ class Network(Problem):
         return values
 
     def backward(self, params: Params, values: list[Array], delta: Array) -> Params:
-        """Gradients from ``values`` (what `activations` returned) and ``delta`` = d loss / d logits (n, O_L)."""
+        """Gradients from ``values`` (what `activations` gave) and ``delta`` = d loss / d logits (n, O_L)."""
         xp = self.space.xp
         _, slope = ACTIVATIONS[self.activation]
         grads: Params = {}
@@ -70,9 +73,9 @@ class Network(Problem):
                 delta = (delta @ params[f"fc{layer}/weight"]) * slope(xp, values[layer - 1])  # (5)
         return {name: grads[name] for name in params}
 
+    @abstractmethod
     def _head(self, logits: Array, batch: Batch) -> tuple[Array, Array]:
         """Loss, 0-D, and d loss / d logits (n, O_L)."""
-        raise NotImplementedError
 
     def _loss(self, params: Params, batch: Batch) -> Array:
         return self._head(self.activations(params, batch[0])[-1], batch)[0]
@@ -109,7 +112,7 @@ class Classifier(Network):
 class Autoencoder(Network):
     """Binary cross-entropy of sigmoid(logits) against the inputs, summed over pixels; a batch is (inputs,).
 
-    The metric is the mean over the test images of the squared distance, summed over pixels, to their reconstruction.
+    The metric is the squared error of the reconstruction, summed over pixels, mean over the test images.
     """
 
     metric_name: ClassVar[str] = "test squared error per image"
@@ -128,14 +131,14 @@ class Autoencoder(Network):
 def glorot(widths: Sequence[int], rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Weights (O, I) uniform within sqrt(6 / (I + O)) and zero biases (O,) for consecutive ``widths``."""
     params = {}
-    for layer, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1):
+    for layer, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
         bound = (6.0 / (fan_in + fan_out)) ** 0.5
         params[f"fc{layer}/weight"] = rng.uniform(-bound, bound, (fan_out, fan_in))
         params[f"fc{layer}/bias"] = import_numpy().zeros(fan_out)
     return params
 
 
-def check_widths(hidden: Sequence[int]) -> tuple[int, ...]:
+def check_widths(hidden: Any) -> tuple[int, ...]:
     """Widths of the hidden layers, each at least 1."""
     if isinstance(hidden, str) or not isinstance(hidden, Sequence):
         raise TypeError(f"hidden must be a sequence of layer widths, got {hidden!r}")
@@ -143,11 +146,11 @@ def check_widths(hidden: Sequence[int]) -> tuple[int, ...]:
 
 
 def classifier(
+    data: Callable[[], Split],
+    default_steps: int,
     name: str,
     space: Space,
     seed: int,
-    data: Callable[[], Split],
-    default_steps: int,
     *,
     hidden: Sequence[int],
     activation: str = "tanh",
@@ -171,24 +174,24 @@ def classifier(
 
 
 def softmax_regression(
+    data: Callable[[], Split],
+    default_steps: int,
     name: str,
     space: Space,
     seed: int,
-    data: Callable[[], Split],
-    default_steps: int,
     *,
     batch_size: int | None = 100,
 ) -> Classifier:
     """A `Classifier` without hidden layers: convex."""
-    return classifier(name, space, seed, data, default_steps, hidden=(), batch_size=batch_size)
+    return classifier(data, default_steps, name, space, seed, hidden=(), batch_size=batch_size)
 
 
 def autoencoder(
+    data: Callable[[], Split],
+    default_steps: int,
     name: str,
     space: Space,
     seed: int,
-    data: Callable[[], Split],
-    default_steps: int,
     *,
     hidden: Sequence[int],
     activation: str = "tanh",

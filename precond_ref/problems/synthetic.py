@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from precond_ref.problems.base import (
     Array,
@@ -163,7 +163,7 @@ def quadratic(
     condition: float = 1e3,
     spectrum: Sequence[float] | None = None,
 ) -> Quadratic:
-    """A `Quadratic` of these eigenvalues (they replace ``size`` and ``condition``), x* and first x standard normal."""
+    """A `Quadratic`; a spectrum given replaces ``size`` and ``condition``; x* and the first x are normal."""
     eigenvalues = check_spectrum("spectrum", spectrum, check_int("size", size, ge=1), "condition", condition)
     n, rng = eigenvalues.size, generator(seed, "data")
     return Quadratic(
@@ -191,7 +191,7 @@ def matrix_quadratic(
     left_spectrum: Sequence[float] | None = None,
     right_spectrum: Sequence[float] | None = None,
 ) -> MatrixQuadratic:
-    """A `MatrixQuadratic`; a spectrum given replaces that side's length of ``shape`` and its condition number."""
+    """A `MatrixQuadratic`; a spectrum given replaces that side's length in ``shape`` and its condition."""
     m, n = check_shape(shape)
     left = check_spectrum("left_spectrum", left_spectrum, m, "left_condition", left_condition)
     right = check_spectrum("right_spectrum", right_spectrum, n, "right_condition", right_condition)
@@ -223,10 +223,9 @@ def matrix_regression(
     noise: float = 0.125,
     batch_size: int | None = None,
 ) -> MatrixRegression:
-    """A `MatrixRegression` with weight of ``shape`` (O, I), normal inputs whose covariance has this condition number.
+    """A `MatrixRegression` of ``shape`` (O, I), normal inputs whose covariance has this condition number.
 
-    Targets are X W_true^T plus normal noise of this standard deviation; W_true and the first weight are standard
-    normal.
+    Targets are X W_true^T plus normal noise of this deviation; W_true and the first weight are normal too.
     """
     np = import_numpy()
     outputs, inputs = check_shape(shape)
@@ -249,7 +248,7 @@ def matrix_regression(
     )
 
 
-def check_shape(shape: tuple[int, int]) -> tuple[int, int]:
+def check_shape(shape: Any) -> tuple[int, int]:
     """A pair of lengths, each at least 1."""
     if isinstance(shape, str) or not isinstance(shape, Sequence) or len(shape) != 2:
         raise TypeError(f"shape must be a pair of ints, got {shape!r}")

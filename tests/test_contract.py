@@ -1,0 +1,477 @@
+"""What every method promises: registry, fields, purity, refusals, non-finite input, compilation counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from configs import CONFIGS, LOUD, Config
+from conftest import Backend, make_backend
+from helpers import distance, gradients, leaves, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+import precond_ref as pr
+from precond_ref.protocol import Method, check_bool, check_int
+
+ids = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+eager = pytest.mark.parametrize("backend", ["numpy", "strict", "strict-device1", "torch", "jax"], indirect=True)
+
+
+def numpy_noise() -> np.errstate:
+    """NumPy's warnings about infinities and NaN, silenced."""
+    return np.errstate(invalid="ignore", over="ignore", divide="ignore")
+
+
+# ---- registry and dataclasses ---------------------------------------------------------------------------------------
+
+
+def test_every_method_is_public_configured_and_described() -> None:
+    registry = pr.list_methods()
+    assert set(registry) == set(LOUD)
+    for name, cls in registry.items():
+        assert getattr(pr, name) is cls
+        assert name in pr.__all__
+        assert cls.paper
+        variants = [cls(), *(c.method for c in LOUD[name].values())]
+        for method in variants:
+            assert set(method.symbols) == {f.name for f in dataclasses.fields(method)}
+            assert all(method.symbols.values())
+        for preset in cls.presets:
+            assert isinstance(getattr(cls, preset)(), Method)
+    with pytest.raises(TypeError):
+        registry["Mine"] = pr.Adam  # type: ignore[index]
+
+
+@ids
+def test_is_a_frozen_hashable_printable_dataclass(config: Config) -> None:
+    method = config.method
+    assert hash(method) == hash(method.replace())
+    assert method == method.replace()
+    assert eval(repr(method), {type(method).__name__: type(method)}) == method
+    field = dataclasses.fields(method)[0].name if dataclasses.fields(method) else "nothing"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(method, field, 0.5)
+    with pytest.raises(TypeError):
+        type(method)(0.5)  # positional
+
+
+def float_fields() -> list[tuple[str, str]]:
+    found = {}
+    for name, config in CONFIGS.items():
+        for f in dataclasses.fields(config.method):
+            if isinstance(getattr(config.method, f.name), float):
+                found[type(config.method).__name__, f.name] = name
+    return [(name, field) for (_, field), name in found.items()]
+
+
+@pytest.mark.parametrize(("name", "field"), float_fields())
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -0.5], ids=str)
+def test_bad_number_is_refused(name: str, field: str, bad: float) -> None:
+    with pytest.raises(ValueError, match=f"^{field} must be .*, got {bad}"):
+        CONFIGS[name].method.replace(**{field: bad})
+
+
+@pytest.mark.parametrize(("name", "field"), float_fields())
+def test_what_is_not_a_number_is_refused(name: str, field: str) -> None:
+    method = CONFIGS[name].method
+    for bad in ("0.5", True, [0.5], 1j):
+        with pytest.raises(TypeError, match=f"^{field} must be a real number or a 0-D array"):
+            method.replace(**{field: bad})
+    with pytest.raises(ValueError, match=rf"^{field} must be .* got an array of shape \(2,\)"):
+        method.replace(**{field: np.full(2, 0.5)})
+    assert getattr(method.replace(**{field: np.asarray(0.5)}), field) == 0.5
+
+
+def other_fields() -> list[tuple[str, str, Any]]:
+    found = {}
+    for name, config in CONFIGS.items():
+        for f in dataclasses.fields(config.method):
+            value = getattr(config.method, f.name)
+            if isinstance(value, (bool, int, str)):
+                found[type(config.method).__name__, f.name] = (name, f.name, value)
+    return list(found.values())
+
+
+@pytest.mark.parametrize(("name", "field", "value"), other_fields())
+def test_bad_choice_count_or_flag_is_refused(name: str, field: str, value: Any) -> None:
+    method = CONFIGS[name].method
+    bads: tuple[Any, ...] = ("nonsense", None) if isinstance(value, (str, bool)) else (0, -1, 1.5, "3", True)
+    for bad in bads:
+        with pytest.raises((ValueError, TypeError), match=f"^{field} must be .* got "):
+            method.replace(**{field: bad})
+
+
+def test_fields_that_need_each_other() -> None:
+    for make, message in (
+        (lambda: pr.SGD(nesterov=True), "nesterov=True needs momentum > 0"),
+        (lambda: pr.Shampoo(bias_correction=True), "bias_correction=True needs an average"),
+        (lambda: pr.ASGO(side="right", heads=2), "heads needs side="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    with pytest.raises(ValueError, match="heads must divide the rows, got heads=2 and shape"):
+        pr.ASGO(heads=2).init(np.zeros((3, 4)))
+
+
+def test_optional_checks_say_so() -> None:
+    class Fields:
+        a = 0
+        b = None
+
+    with pytest.raises(ValueError, match="a must be >= 1 or None, got 0"):
+        check_int(Fields, "a", ge=1, optional=True)
+    check_int(Fields, "b", ge=1, optional=True)
+    with pytest.raises(TypeError, match="b must be True or False, got None"):
+        check_bool(Fields, "b")
+
+
+# ---- no dead knobs --------------------------------------------------------------------------------------------------
+
+OTHER_CHOICE = {
+    "side": {"smaller": "left", "left": "right", "right": "left"},
+    "root": {"eigh": "polar_express", "svd": "newton_schulz"},
+}
+
+
+def knobs() -> list[Any]:
+    found = {}
+    for name, config in CONFIGS.items():
+        for f in dataclasses.fields(config.method):
+            found.setdefault((type(config.method).__name__, f.name), []).append(name)
+    return [pytest.param(names, field, id=f"{method}-{field}") for (method, field), names in found.items()]
+
+
+def perturbed(method: Any, field: str) -> list[Any]:
+    """Valid changes of one field."""
+    value = getattr(method, field)
+    if isinstance(value, bool):
+        candidates: list[Any] = [not value]
+    elif isinstance(value, str):
+        candidates = [OTHER_CHOICE[field][value]] if value in OTHER_CHOICE[field] else []
+    elif value is None:
+        candidates = [0.5, 2]
+    else:
+        candidates = [2 * value, 1] if isinstance(value, int) else [value / 2 + 0.01, value / 2]
+    changed = []
+    for candidate in candidates:
+        try:
+            changed.append(method.replace(**{field: candidate}))
+        except (ValueError, TypeError):
+            continue
+    return changed
+
+
+@pytest.mark.parametrize(("names", "field"), knobs())
+def test_every_field_changes_the_trajectory(names: list[str], field: str) -> None:
+    backend = make_backend("numpy")
+    for name in names:
+        config = CONFIGS[name]
+        grads = gradients(config.shape, 7)
+        before, _ = run(backend, config, grads, "float64")
+        for method in perturbed(config.method, field):
+            try:
+                after, _ = run(backend, Config(method, config.shape), grads, "float64")
+            except ValueError:
+                continue
+            if distance(after, before) > 1e-9:
+                return
+    pytest.fail(f"no change of {field} changes anything in {names}")
+
+
+# ---- purity ---------------------------------------------------------------------------------------------------------
+
+
+@ids
+@eager
+def test_update_changes_nothing_given_and_shares_nothing(backend: Backend, config: Config) -> None:
+    g1, g2 = (backend.asarray(g) for g in gradients(config.shape, 2))
+    param = backend.asarray(np.ones(config.shape))
+    _, state = config.method.update(g1, config.method.init(param), param)
+    before = [backend.numpy(a).copy() for a in (g2, param, *leaves(state))]
+    direction, new = config.method.update(g2, state, param)
+    after = [backend.numpy(a) for a in (g2, param, *leaves(state))]
+    assert all(np.array_equal(a, b) for a, b in itertools.zip_longest(before, after))
+    again, same = config.method.update(g2, state, param)
+    assert np.array_equal(backend.numpy(again), backend.numpy(direction))
+    assert new.step == same.step == state.step + 1 == 2
+    if backend.name == "numpy":
+        assert not any(np.shares_memory(direction, other) for other in (g2, param, *leaves(new)))
+
+
+@ids
+def test_init_shares_nothing(config: Config) -> None:
+    param = np.ones(config.shape)
+    arrays = [param, *leaves(config.method.init(param)._replace(step=0))]
+    assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(arrays, 2))
+
+
+@ids
+@eager
+def test_diagnose_runs_and_says_whether_all_is_finite(backend: Backend, config: Config) -> None:
+    param = backend.asarray(np.ones((2, *config.shape)))
+    state = config.method.init(param, stack_ndim=1)
+    report = config.method.diagnose(state)
+    assert report.finite is None or bool(np.all(backend.numpy(report.finite)))
+    grads = gradients((2, *config.shape), 1)[0]
+    grads[1, ...] = np.nan
+    with numpy_noise():
+        _, state = config.method.update(backend.asarray(grads), state, param)
+        report = config.method.diagnose(state)
+    if report.finite is not None:
+        finite = backend.numpy(report.finite)
+        assert finite.tolist() == (False if config.method.elementwise else [True, False])
+
+
+# ---- refusals: state unchanged, message says what and what was got --------------------------------------------------
+
+FAMILY = pytest.mark.parametrize("name", [next(iter(v)) and f"{k}-{next(iter(v))}" for k, v in LOUD.items()])
+
+
+@FAMILY
+@eager
+def test_bad_arrays_are_refused(backend: Backend, name: str) -> None:
+    method, shape = CONFIGS[name]
+    param = backend.asarray(np.ones(shape))
+    grad = backend.asarray(gradients(shape, 1)[0])
+    _, state = method.update(grad, method.init(param), param)
+    before = [backend.numpy(a).copy() for a in leaves(state)]
+    wider = backend.asarray(np.ones((*shape, 2)))
+    with pytest.raises(ValueError, match="grad must have param's shape, got grad .* and param"):
+        method.update(wider, state, param)
+    with pytest.raises(TypeError, match="grad must have param's dtype, got grad .*float32.* and param .*float64"):
+        method.update(backend.asarray(np.ones(shape), "float32"), state, param)
+    for bad in ("int32", "complex128", "bool"):
+        array = backend.asarray(np.ones(shape), bad)
+        with pytest.raises(TypeError, match="real floating dtype"):
+            method.init(array)
+        with pytest.raises(TypeError, match="real floating dtype"):
+            method.update(array, state, array)
+    with pytest.raises(TypeError, match="state must be a .*State, got tuple"):
+        method.update(grad, tuple(state), param)
+    if len(state) > 1 and state[1] is not None:
+        with pytest.raises(ValueError, match=r"must have shape .* got"):
+            method.update(wider, state, wider)
+    with pytest.raises(TypeError, match="one array-API namespace, got builtins.list"):
+        method.init([1.0, 2.0])
+    other = make_backend("jax" if backend.name != "jax" else "numpy").asarray(np.ones(shape))
+    with pytest.raises(TypeError, match="one array-API namespace, got"):
+        method.update(other, state, param)
+    for stack_ndim in (-1, len(shape) + 1, 0.5):
+        with pytest.raises(ValueError, match="stack_ndim must be an int between 0 and"):
+            method.init(param, stack_ndim=stack_ndim)
+    assert all(np.array_equal(a, backend.numpy(b)) for a, b in zip(before, leaves(state), strict=True))
+
+
+@FAMILY
+def test_another_device_is_refused(name: str) -> None:
+    method, shape = CONFIGS[name]
+    cpu, other = make_backend("strict"), make_backend("strict-device1")
+    param = cpu.asarray(np.ones(shape))
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=r"device"):
+        method.update(other.asarray(np.ones(shape)), method.init(param), param)
+
+
+@FAMILY
+def test_bfloat16_numpy_is_refused(name: str) -> None:
+    method, shape = CONFIGS[name]
+    array = np.ones(shape).astype(ml_dtypes.bfloat16)
+    with pytest.raises(TypeError, match="param must have a real floating dtype of its namespace, got bfloat16"):
+        method.init(array)
+
+
+@ids
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_bfloat16_where_the_library_has_it(library: str, config: Config) -> None:
+    backend = make_backend(library)
+    param = backend.xp.astype(backend.asarray(np.ones(config.shape)), backend.xp.bfloat16)
+    try:
+        state = config.method.init(param)
+    except TypeError as error:
+        assert "factorises matrices, which needs float32 or float64" in str(error)  # noqa: PT017
+        return
+    grads = gradients(config.shape, 3)
+    expected, _ = run(make_backend("numpy"), config, grads, "float64")
+    for g, e in zip(grads, expected, strict=True):
+        grad = backend.xp.astype(backend.asarray(g), backend.xp.bfloat16)
+        direction, state = config.method.update(grad, state, param)
+        assert direction.dtype == backend.xp.bfloat16
+        got = backend.numpy(backend.xp.astype(direction, backend.xp.float32))
+        assert np.linalg.norm(got - e) <= 0.2 * np.linalg.norm(e)  # runs and is near: u = 2^-9 and up to 20 iterations
+    assert all(leaf.dtype == backend.xp.bfloat16 for leaf in leaves(state._replace(step=0)))
+
+
+@FAMILY
+def test_too_few_axes_are_refused_or_taken(name: str) -> None:
+    method = CONFIGS[name].method
+    scalar = np.asarray(2.0)
+    low, high = method.ndims
+    if low == 0:
+        direction, _ = method.update(scalar, method.init(scalar), scalar)
+        assert np.shape(direction) == ()
+        return
+    with pytest.raises(ValueError, match=r"takes a parameter with .* axes .* got shape \(\)"):
+        method.init(scalar)
+    if high == 2:
+        with pytest.raises(ValueError, match=r"exactly 2 axes .* got shape \(2, 3, 4\) with stack_ndim=0"):
+            method.init(np.zeros((2, 3, 4)))
+
+
+@ids
+@eager
+def test_empty_parameter_gives_an_empty_direction(backend: Backend, config: Config) -> None:
+    if not config.shape:
+        pytest.skip("a 0-D parameter is never empty")
+    for axis in range(len(config.shape)):
+        shape = tuple(0 if i == axis else d for i, d in enumerate(config.shape))
+        empty = backend.asarray(np.zeros(shape))
+        direction, _ = config.method.update(empty, config.method.init(empty), empty)
+        assert tuple(direction.shape) == shape
+
+
+@ids
+@eager
+def test_zero_gradients_give_zero(backend: Backend, config: Config) -> None:
+    zero = backend.asarray(np.zeros(config.shape))
+    state = config.method.init(zero)
+    for _ in range(3):
+        direction, state = config.method.update(zero, state, zero)
+        assert np.array_equal(backend.numpy(direction), np.zeros(config.shape))
+
+
+@ids
+@eager
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan], ids=str)
+def test_a_bad_gradient_spoils_its_stack_member_only(backend: Backend, config: Config, bad: float) -> None:
+    grads = gradients((3, *config.shape), 2)
+    clean = grads.copy()
+    grads[(1, 1, *(0 for _ in config.shape))] = bad  # the second update's, in the second member
+    param = backend.asarray(np.zeros((3, *config.shape)))
+    with numpy_noise():
+        state, reference = (config.method.init(param, stack_ndim=1) for _ in range(2))
+        for t, (g, c) in enumerate(zip(grads, clean, strict=True)):
+            direction, state = config.method.update(backend.asarray(g), state, param)
+            expected, reference = config.method.update(backend.asarray(c), reference, param)
+            got, want = backend.numpy(direction), backend.numpy(expected)
+            assert np.all(np.isfinite(got[1])) == (t == 0)
+            # the decompositions of a batch may round differently in another batch: 16 u kappa
+            assert np.allclose(got[[0, 2]], want[[0, 2]], rtol=1e-12, atol=1e-14)
+
+
+@given(data=st.data())
+def test_any_wrong_shape_is_refused_and_any_right_one_taken(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(list(CONFIGS)))
+    method, shape = CONFIGS[name]
+    other = tuple(data.draw(st.lists(st.integers(0, 4), min_size=0, max_size=4)))
+    param = np.ones(shape)
+    state = method.init(param)
+    if other == shape:
+        method.update(np.ones(other), state, param)
+        return
+    with pytest.raises(ValueError, match="grad must have param's shape"):
+        method.update(np.ones(other), state, param)
+
+
+def test_refresh_is_checked() -> None:
+    g = np.ones((3, 3))
+    method = pr.Shampoo(eps=0.25)
+    with pytest.raises(ValueError, match="refresh=False needs every > 1"):
+        method.update(g, method.init(g), g, refresh=False)
+    with pytest.raises(TypeError, match="refresh must be True, False or None, got 1"):
+        method.update(g, method.init(g), g, refresh=1)
+
+
+def test_state_of_another_parameter_is_refused() -> None:
+    small, large = np.ones((3, 2)), np.ones((4, 2))
+    method = pr.Shampoo(eps=0.25)
+    with pytest.raises(ValueError, match=r"state.grams\[0\] must have shape \(4, 4\), got \(3, 3\)"):
+        method.update(large, method.init(small), large)
+    with pytest.raises(ValueError, match=r"state.m must have shape \(4, 2\) for param of shape \(4, 2\), got \(3, 2\)"):
+        pr.Adam().update(large, pr.Adam().init(small), large)
+    with pytest.raises(TypeError, match="state must be a AGDState, got AdamState"):
+        pr.AGD().update(small, pr.Adam().init(small), small)
+
+
+# ---- compilation counts ---------------------------------------------------------------------------------------------
+
+
+@ids
+def test_one_trace_under_jit(config: Config) -> None:
+    jax = pytest.importorskip("jax")
+    backend = make_backend("jax")
+    traces = 0
+
+    def update(grad: Any, state: Any, param: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        return config.method.update(grad, state, param)
+
+    step = jax.jit(update)
+    param = backend.asarray(np.zeros(config.shape))
+    state = config.method.init(param)
+    for g in gradients(config.shape):
+        _, state = step(backend.asarray(g), state, param)
+    assert traces == 1
+    assert int(state.step) == 7
+    assert state.step.dtype == jax.numpy.asarray(0).dtype or state.step.dtype == "int32"
+
+
+@ids
+def test_one_graph_under_torch_compile_two_with_every(config: Config) -> None:
+    torch = pytest.importorskip("torch")
+    import array_api_compat
+
+    torch._dynamo.reset()
+    graphs = 0
+
+    def count(module: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    method = config.method
+    xp = array_api_compat.array_namespace(torch.zeros(1))
+
+    def kernel(grad: Any, state: Any, param: Any, scalars: Any, refresh: bool) -> Any:
+        return method.update(grad, state, param, scalars=scalars, refresh=refresh, xp=xp)
+
+    compiled = torch.compile(kernel, backend=count, fullgraph=True)
+    param = torch.zeros(config.shape, dtype=torch.float64)
+    state = method.init(param)
+    every = getattr(method, "every", 1)
+    for step, g in enumerate(gradients(config.shape)):
+        k = method.scalars(step + 1)
+        if k:
+            k = type(k)(*(torch.tensor(s, dtype=param.dtype) for s in k))
+        _, state = compiled(torch.tensor(g), state._replace(step=0), param, k, step % every == 0)
+    assert graphs == (2 if every > 1 else 1)
+
+
+def test_a_traced_refresh_computes_the_root_only_when_due() -> None:
+    jax = pytest.importorskip("jax")
+    backend = make_backend("jax")
+    param = backend.asarray(np.zeros((4, 4)))
+
+    def primitives(jaxpr: Any) -> set[str]:
+        """Names of all primitives outside of a `cond`."""
+        names = set()
+        for equation in jaxpr.eqns:
+            names.add(equation.primitive.name)
+            if equation.primitive.name != "cond":
+                for value in equation.params.values():
+                    inner = getattr(value, "jaxpr", value)
+                    names |= primitives(inner) if hasattr(inner, "eqns") else set()
+        return names
+
+    def traced(method: Any) -> set[str]:
+        state = method.init(param)._replace(step=jax.numpy.int32(1))
+        return primitives(jax.make_jaxpr(method.update)(param, state, param).jaxpr)
+
+    assert "eigh" in traced(pr.ASGO(eps=0.25))
+    assert "eigh" not in traced(pr.ASGO(every=3, eps=0.25))
+    assert "cond" in traced(pr.ASGO(every=3, eps=0.25))

@@ -1,0 +1,116 @@
+"""Averages, corrections, quotients, scaling and the refresh rule, against 50-digit arithmetic and by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mpmath
+import numpy as np
+import pytest
+from conftest import Backend, make_backend
+from hypothesis import given
+from hypothesis import strategies as st
+
+from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal, sqrt
+from precond_ref.numerics.grafting import scale_to_rms
+from precond_ref.numerics.refresh import is_due, renew
+
+betas = st.floats(0, 1, exclude_max=True, allow_subnormal=False)
+U64, U32 = 2.0**-53, 2.0**-24
+
+
+def exact(beta: float, step: int) -> float:
+    with mpmath.workdps(50):
+        return float(1 - mpmath.mpf(beta) ** step)
+
+
+@given(beta=betas, step=st.integers(0, 10**6))
+def test_one_minus_power_of_python_numbers(beta: float, step: int) -> None:
+    """log(beta) is off by u, which beta^t multiplies by |t log beta|; that times beta^t / (1 - beta^t) is below 1."""
+    assert abs(one_minus_power(beta, step) - exact(beta, step)) <= 4 * U64 * exact(beta, step)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.999999])
+@pytest.mark.parametrize("step", [0, 1, 2, 10, 1000])
+def test_one_minus_power_traced_in_the_dtype(dtype: str, beta: float, step: int) -> None:
+    jax = pytest.importorskip("jax")
+    backend = make_backend("jax")
+    like = backend.asarray(np.ones(2), dtype)
+    u = U64 if dtype == "float64" else U32
+    for by_field in (False, True):  # the hyperparameter is traced too, as optax's inject_hyperparams does
+        f = jax.jit(lambda t, b: one_minus_power(b, t, like=like)) if by_field else None
+        value = f(step, beta) if f else jax.jit(lambda t: one_minus_power(beta, t, like=like))(step)
+        assert value.dtype == like.dtype
+        assert value.shape == ()
+        # a traced beta is rounded to the dtype first: the truth is that of the rounded one
+        used = float(np.asarray(beta, dtype=dtype)) if by_field else beta
+        assert abs(float(value) - exact(used, step)) <= 8 * u * exact(used, step)
+
+
+def test_the_naive_power_would_fail() -> None:
+    naive = float(np.float32(1) - np.float32(0.999) ** np.int32(1))
+    assert abs(naive - 0.001) > 100 * U32 * 0.001
+
+
+def test_one_minus_power_with_an_array_hyperparameter_and_a_python_step() -> None:
+    like = np.ones(2, "float32")
+    value = one_minus_power(np.asarray(0.75), 3, like=like)
+    assert value.dtype == np.float32
+    assert abs(float(value) - exact(0.75, 3)) <= 4 * U32
+    half = np.ones(2, "float16")
+    assert one_minus_power(np.asarray(0.999, "float32"), 1, like=half).dtype == np.float16
+    assert abs(float(one_minus_power(np.asarray(0.999, "float32"), 1, like=half)) - 0.001) <= 2**-10 * 0.001
+
+
+def test_reciprocal_and_sqrt_of_numbers_and_arrays() -> None:
+    assert reciprocal(0.0) == 0.0
+    assert reciprocal(4.0) == 0.25
+    assert reciprocal(np.asarray(0.0)) == 0.0
+    assert reciprocal(np.asarray(4.0)) == 0.25
+    assert sqrt(4.0) == sqrt(np.asarray(4.0)) == 2.0
+
+
+def test_ema() -> None:
+    assert ema(2.0, 10.0, 0.75) == 4.0
+    assert ema(2.0, 10.0, 0.0) == 10.0
+
+
+@pytest.mark.parametrize("backend", ["numpy", "strict-device1", "torch", "jax"], indirect=True)
+def test_quotient(backend: Backend) -> None:
+    numerator = backend.asarray([0.0, 1.0, -1.0, 0.0, math.nan, 6.0])
+    denominator = backend.asarray([0.0, 0.0, 0.0, 2.0, 2.0, 3.0])
+    with np.errstate(divide="ignore"):
+        got = backend.numpy(quotient(numerator, denominator, backend.xp))
+    assert np.array_equal(got, [0.0, math.inf, -math.inf, 0.0, math.nan, 2.0], equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1.0, 1e30])
+@pytest.mark.parametrize("backend", ["numpy", "strict-device1", "torch", "jax"], indirect=True)
+def test_scale_to_rms_is_exact_at_any_scale(backend: Backend, scale: float) -> None:
+    u = np.random.default_rng(0).standard_normal((2, 3, 4))
+    u[1] = 0
+    got = backend.numpy(scale_to_rms(backend.asarray(u * scale, "float32"), 0.25, (-2, -1), backend.xp))
+    assert got.dtype == np.float32
+    assert abs(np.sqrt(np.mean(got[0].astype(float) ** 2)) - 0.25) <= 8 * U32
+    assert np.allclose(got[0] / got[0, 0, 0], u[0] / u[0, 0, 0], rtol=8 * U32)
+    assert np.array_equal(got[1], np.zeros((3, 4)))
+
+
+def test_refresh_rule() -> None:
+    assert [t for t in range(8) if is_due(t, 3, None)] == [0, 3, 6]
+    assert is_due(1, 3, True) is True
+    assert is_due(0, 3, False) is False
+    calls: list[int] = []
+
+    def compute() -> Any:
+        calls.append(1)
+        return "new"
+
+    assert renew(False, compute, "old") == "old"
+    assert not calls
+    assert renew(True, compute, "old") == "new"
+    assert renew(False, compute, None) == "new"  # nothing to keep
+    assert renew(np.asarray(True), compute, "old") == "new"
+    assert renew(np.asarray(False), compute, "old") == "old"

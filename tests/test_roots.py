@@ -1,0 +1,413 @@
+"""Matrix powers against 50-digit arithmetic, their iterations against the scalar recursions, and hard inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import mpmath
+import numpy as np
+import pytest
+from conftest import Backend, make_backend
+from hypothesis import given
+from hypothesis import strategies as st
+
+from precond_ref.numerics import grafting, roots
+
+U = {"float64": 2.0**-53, "float32": 2.0**-24}
+libraries = pytest.mark.parametrize("backend", ["numpy", "strict-device1", "torch", "jax"], indirect=True)
+KAPPAS = (1.0, 1e2, 1e4, 1e6, 1e8)
+
+
+def spectrum_matrix(kappa: float, n: int = 6, seed: int = 0) -> np.ndarray:
+    """A symmetric matrix with eigenvalues spaced geometrically from 1 to 1 / kappa."""
+    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))
+    a = (q * np.geomspace(1.0, 1.0 / kappa, n)) @ q.T
+    return 0.5 * (a + a.T)
+
+
+def to_mp(a: np.ndarray) -> mpmath.matrix:
+    return mpmath.matrix(a.tolist())
+
+
+def from_mp(a: mpmath.matrix) -> np.ndarray:
+    return np.array(a.tolist(), dtype=float)
+
+
+def gap(a: np.ndarray, truth: np.ndarray) -> float:
+    """Normwise relative error."""
+    return float(np.linalg.norm(a - truth) / np.linalg.norm(truth))
+
+
+# ---- the definition, against Denman-Beavers square roots in 50 digits -----------------------------------------------
+
+POWERS: dict[float, Callable[[mpmath.matrix], mpmath.matrix]] = {
+    -1.0: mpmath.inverse,
+    -0.5: lambda a: mpmath.inverse(mpmath.sqrtm(a)),
+    -0.25: lambda a: mpmath.inverse(mpmath.sqrtm(mpmath.sqrtm(a))),
+    0.5: mpmath.sqrtm,
+}
+
+
+@pytest.mark.parametrize("kappa", KAPPAS)
+@pytest.mark.parametrize("exponent", POWERS)
+@pytest.mark.parametrize("ridge", [0.0, 0.25])
+def test_power_in_fifty_digits(kappa: float, exponent: float, ridge: float) -> None:
+    a = spectrum_matrix(kappa)
+    with mpmath.workdps(50):
+        truth = from_mp(POWERS[exponent](to_mp(a) + ridge * mpmath.eye(6)))
+    # eigh moves each eigenvalue by at most O(u) max w, that is the smallest one by O(u kappa) of itself; it dominates
+    # a negative power's norm, while in w^{1/2} its change u max w / sqrt(min w) is measured against sqrt(max w)
+    worst = (1 + ridge) / (1 / kappa + ridge)
+    bound = 16 * U["float64"] * (worst if exponent < 0 else math.sqrt(worst))
+    assert gap(roots.power(a, exponent, ridge), truth) <= bound
+
+
+@pytest.mark.parametrize("kappa", KAPPAS)
+@pytest.mark.parametrize("shift", [0.0, 0.25])
+def test_inverse_shifted_sqrt_in_fifty_digits(kappa: float, shift: float) -> None:
+    a = spectrum_matrix(kappa)
+    with mpmath.workdps(50):
+        truth = from_mp(mpmath.inverse(mpmath.sqrtm(to_mp(a)) + shift * mpmath.eye(6)))
+    assert gap(roots.inverse_shifted_sqrt(a, shift), truth) <= 16 * U["float64"] * kappa
+
+
+@pytest.mark.parametrize("kappa", KAPPAS)
+@pytest.mark.parametrize("shape", [(6, 6), (4, 6), (6, 4)], ids=str)
+def test_polar_in_fifty_digits(kappa: float, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    k = min(shape)
+    q, r = (np.linalg.qr(rng.standard_normal((d, k)))[0] for d in shape)
+    a = (q * np.geomspace(1.0, 1.0 / kappa, k)) @ r.T
+    with mpmath.workdps(50):
+        b = to_mp(a if shape[0] >= shape[1] else a.T)
+        truth = from_mp(b * mpmath.inverse(mpmath.sqrtm(b.T * b)))
+    # here kappa is that of the matrix itself, not of its square: the polar factor's own condition number
+    assert gap(roots.polar(a), truth if shape[0] >= shape[1] else truth.T) <= 16 * U["float64"] * kappa
+
+
+def rank_three() -> tuple[np.ndarray, np.ndarray]:
+    """B (6, 3) of small integers and B B^T, exact in float32."""
+    b = np.array([[1, 2, 0], [-1, 3, 1], [2, 0, -2], [0, 1, 1], [3, -1, 2], [-2, 2, 1]], dtype=float)
+    return b, b @ b.T
+
+
+@libraries
+@pytest.mark.parametrize("dtype", U)
+@pytest.mark.parametrize("exponent", [-1.0, -0.5, -0.25])
+def test_no_ridge_is_the_pseudo_inverse(backend: Backend, dtype: str, exponent: float) -> None:
+    b, a = rank_three()
+    with mpmath.workdps(50):
+        c = to_mp(b).T * to_mp(b)  # (B B^T)^p = B (B^T B)^{p-1} B^T on the range of B
+        truth = from_mp(to_mp(b) * POWERS[exponent](c) * mpmath.inverse(c) * to_mp(b).T)
+        kappa = float(mpmath.cond(c, lambda m: mpmath.mnorm(m, 2)) if False else np.linalg.cond(b) ** 2)
+    bound = 16 * U[dtype] * kappa
+    array = backend.asarray(a, dtype)
+    assert gap(backend.numpy(roots.power(array, exponent)), truth) <= bound
+    if exponent == -0.5:
+        assert gap(backend.numpy(roots.inverse_shifted_sqrt(array)), truth) <= bound
+    # what a ridge would give on the null space is nowhere near
+    assert gap(backend.numpy(roots.power(array, exponent, 1e-4)), truth) > 1
+
+
+@libraries
+def test_polar_of_low_rank_is_the_partial_isometry(backend: Backend) -> None:
+    b, a = rank_three()
+    projector = b @ np.linalg.inv(b.T @ b) @ b.T  # the polar factor of a symmetric A >= 0
+    for dtype, u in U.items():
+        got = backend.numpy(roots.polar(backend.asarray(a, dtype)))
+        assert gap(got, projector) <= 16 * u * np.linalg.cond(b) ** 2
+
+
+def test_negative_eigenvalues_are_clipped_before_the_ridge_is_added() -> None:
+    q, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))
+    a = (q * np.array([-0.5, 0.5, 1.0])) @ q.T
+    expected = (q * np.array([0.25, 0.75, 1.25]) ** -0.5) @ q.T
+    assert gap(roots.power(a, -0.5, 0.25), expected) <= 16 * U["float64"] * 5
+    assert np.array_equal(roots.eigh(a)[0] < 0, [False] * 3)
+
+
+def test_only_the_symmetric_part_counts() -> None:
+    a, skew = spectrum_matrix(1e2), np.triu(np.ones((6, 6)), 1)
+    lopsided = a + skew - skew.T
+    assert gap(roots.power(lopsided, -0.5), roots.power(a, -0.5)) <= 16 * U["float64"] * 1e2 * 6
+
+
+# ---- the iterations: each acts on every eigenvalue by a scalar recursion --------------------------------------------
+
+
+def scalar_newton_schulz(w: np.ndarray, steps: int) -> np.ndarray:
+    s = np.sqrt(w / np.linalg.norm(w))
+    for _ in range(steps):
+        s = 2 * s - 1.5 * s**3 + 0.5 * s**5
+    return s
+
+
+def scalar_polar_express(w: np.ndarray, steps: int) -> np.ndarray:
+    s = np.sqrt(w / (1.01 * np.linalg.norm(w)))
+    for k in range(steps):
+        a, b, c = roots.POLAR_EXPRESS[min(k, 7)]
+        t = s / 1.01 if k < 7 else s
+        s = a * t + b * t**3 + c * t**5
+    return s
+
+
+def scalar_coupled_newton(w: np.ndarray, steps: int) -> np.ndarray:
+    m = 1.5 * w / np.linalg.norm(w)
+    x = np.full_like(w, math.sqrt(1.5 / np.linalg.norm(w)))
+    for _ in range(steps):
+        t = (3 - m) / 2
+        x, m = x * t, t * t * m
+    return x * np.sqrt(w)
+
+
+coupled_newton = partial(roots.inverse_root_coupled_newton, order=2)
+ITERATIONS: dict[str, tuple[Callable[..., Any], Callable[..., np.ndarray]]] = {
+    "newton_schulz": (lambda a, ridge, steps: roots.inverse_sqrt_newton_schulz(a, ridge, steps), scalar_newton_schulz),
+    "polar_express": (lambda a, ridge, steps: roots.inverse_sqrt_polar_express(a, ridge, steps), scalar_polar_express),
+    "coupled_newton": (
+        lambda a, ridge, steps: roots.inverse_root_coupled_newton(a, 2, ridge, steps),
+        scalar_coupled_newton,
+    ),
+}
+
+
+def whitening_error(backend: Backend, dtype: str, name: str, kappa: float, steps: int) -> tuple[float, float]:
+    """``||P A^{1/2} - I||`` of the iteration, and what the scalar recursion says it is."""
+    n = 12
+    q, _ = np.linalg.qr(np.random.default_rng(2).standard_normal((n, n)))
+    w = np.geomspace(1.0, 1.0 / kappa, n)
+    a = (q * w) @ q.T
+    iteration, scalar = ITERATIONS[name]
+    p = backend.numpy(iteration(backend.asarray(0.5 * (a + a.T), dtype), 0.0, steps)).astype(float)
+    error = np.linalg.norm(p @ ((q * np.sqrt(w)) @ q.T) - np.eye(n), 2)
+    return float(error), float(np.max(np.abs(scalar(w, steps) - 1)))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"], indirect=True)
+@pytest.mark.parametrize(
+    ("dtype", "kappas"), [("float64", (1.0, 1e2, 1e4, 1e6, 1e8)), ("float32", (1.0, 1e2, 1e4))], ids=U
+)
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("newton_schulz", 10), ("newton_schulz", 30), ("polar_express", 10), ("coupled_newton", 20), ("coupled_newton", 35)],
+)
+def test_iterations_are_as_far_from_the_definition_as_their_recursion_says(
+    backend: Backend, dtype: str, kappas: tuple[float, ...], name: str, steps: int
+) -> None:
+    for kappa in kappas:
+        error, predicted = whitening_error(backend, dtype, name, kappa, steps)
+        # the coupled factors drift apart by the condition number times rounding
+        assert abs(error - predicted) <= 16 * U[dtype] * kappa
+        assert error <= predicted + 16 * U[dtype] * kappa
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "kappa", "floor"),
+    [
+        ("newton_schulz", 10, 1e6, 0.3),
+        ("newton_schulz", 20, 1e10, 0.3),
+        ("polar_express", 10, 1e10, 0.7),
+        ("coupled_newton", 20, 1e8, 0.6),
+    ],
+)
+def test_too_few_steps_are_silently_far_off(name: str, steps: int, kappa: float, floor: float) -> None:
+    error, _ = whitening_error(make_backend("numpy"), "float64", name, kappa, steps)
+    assert floor < error < 1
+
+
+@pytest.mark.parametrize("name", ITERATIONS)
+def test_ridge_of_the_iterations(name: str) -> None:
+    a = spectrum_matrix(1e2)
+    got = ITERATIONS[name][0](a, 0.25, 40)
+    assert gap(got, roots.power(a, -0.5, 0.0 if name == "polar_express" else 0.25)) <= 16 * U["float64"] * 1e2
+    if name == "polar_express":  # the ridge enters the norm only, which changes the path and not the limit
+        few = [roots.inverse_sqrt_polar_express(a, ridge, 3) for ridge in (0.0, 0.25)]
+        assert gap(*few) > 1e-3
+
+
+def test_coupled_newton_of_order_four() -> None:
+    a = spectrum_matrix(1e2)
+    assert gap(roots.inverse_root_coupled_newton(a, 4, 0.25, 40), roots.power(a, -0.25, 0.25)) <= 16 * U["float64"] * 5
+
+
+def test_polar_express_table_is_that_of_minimax_quintics() -> None:
+    # each odd quintic equioscillates on the interval the one before leaves: its interior maximum is its value at the
+    # right end, which is the next interval's; the last one is the Pade step, flat to second order at 1
+    end = 1.0
+    for a, b, c in roots.POLAR_EXPRESS[:-1]:
+        p = np.polynomial.Polynomial([0, a, 0, b, 0, c])
+        peak = math.sqrt(min(np.roots([5 * c, 3 * b, a])))
+        assert abs(p(peak) - p(end)) <= 1e-10  # the coefficients' own precision: ten digits are printed correctly
+        end = p(end)
+    assert 0 < end - 1 < 1e-8
+    p = np.polynomial.Polynomial([0, 1.875, 0, -1.25, 0, 0.375])
+    assert (p(1), p.deriv(1)(1), p.deriv(2)(1)) == (1, 0, 0)
+    assert roots.POLAR_EXPRESS[-1] == (1.875, -1.25, 0.375)
+
+
+def test_ten_polar_express_steps_amplify_a_zero_eigenvalue_by_22371() -> None:
+    a = np.diag([1.0, 0.0])
+    z = roots.inverse_sqrt_polar_express(a, 0.0, 10)
+    assert math.isclose(z[1, 1] * math.sqrt(1.01), 22371.306118589935, rel_tol=1e-12)
+
+
+# ---- scales ---------------------------------------------------------------------------------------------------------
+
+INVERSE_ROOTS: dict[str, Callable[..., Any]] = {
+    "power": lambda a, **kw: roots.power(a, -0.5, 0.0, **kw),
+    "inverse_shifted_sqrt": lambda a, **kw: roots.inverse_shifted_sqrt(a, 0.0, **kw),
+    "newton_schulz": lambda a, **kw: roots.inverse_sqrt_newton_schulz(a, 0.0, 25, **kw),
+    "polar_express": lambda a, **kw: roots.inverse_sqrt_polar_express(a, 0.0, 10, **kw),
+    "coupled_newton": lambda a, **kw: roots.inverse_root_coupled_newton(a, 2, 0.0, 25, **kw),
+}
+
+
+@libraries
+@pytest.mark.parametrize("name", INVERSE_ROOTS)
+@pytest.mark.parametrize(("dtype", "exponent"), [("float32", 100), ("float32", -100), ("float64", 498), ("float64", -498)])
+def test_inverse_roots_are_homogeneous_at_extreme_scales(
+    backend: Backend, name: str, dtype: str, exponent: int
+) -> None:
+    # 2^100 = 1.3e30 and 2^498 = 8e149: squares over- and underflow, the root does not
+    a = spectrum_matrix(1e2).astype(dtype).astype(float)
+    truth = roots.power(a, -0.5) * 2.0 ** (-exponent / 2)
+    got = backend.numpy(INVERSE_ROOTS[name](backend.asarray(a * 2.0**exponent, dtype)))
+    assert gap(got.astype(float), truth) <= 16 * U[dtype] * 1e2
+
+
+@libraries
+@pytest.mark.parametrize(("dtype", "exponent"), [("float32", 100), ("float32", -100), ("float64", 498), ("float64", -498)])
+def test_polar_ignores_the_scale(backend: Backend, dtype: str, exponent: int) -> None:
+    a = np.random.default_rng(3).standard_normal((3, 5)).astype(dtype).astype(float)
+    got = backend.numpy(roots.polar(backend.asarray(a * 2.0**exponent, dtype)))
+    assert gap(got.astype(float), roots.polar(a)) <= 16 * U[dtype] * np.linalg.cond(a)
+
+
+@libraries
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1.0, 1e25, 1e38])
+def test_scale_to_rms_at_any_scale(backend: Backend, scale: float) -> None:
+    update = np.random.default_rng(4).uniform(0.5, 2.0, (2, 3, 4)) * scale
+    got = backend.numpy(grafting.scale_to_rms(backend.asarray(update, "float32"), 0.25, (-2, -1), backend.xp))
+    rms = np.sqrt(np.mean(got.astype(float) ** 2, axis=(-2, -1)))
+    assert np.all(np.abs(rms - 0.25) <= 16 * U["float32"] * 0.25)
+    assert got.dtype == np.float32
+    cosine = np.sum(got * (update / scale)) / np.linalg.norm(got) / np.linalg.norm(update / scale)
+    assert cosine > 0.9  # each member has its own factor
+
+
+# ---- zero, empty, non-finite ----------------------------------------------------------------------------------------
+
+
+@libraries
+def test_zero_matrix(backend: Backend) -> None:
+    zero = backend.asarray(np.zeros((3, 3)))
+    identity = np.eye(3)
+    for got, expected in (
+        (roots.power(zero, -0.5), 0 * identity),
+        (roots.power(zero, -0.5, 0.25), 2 * identity),
+        (roots.inverse_shifted_sqrt(zero), 0 * identity),
+        (roots.inverse_shifted_sqrt(zero, 0.5), 2 * identity),
+        (roots.polar(zero), 0 * identity),
+        (roots.polar_muon(zero, 5), 0 * identity),
+        (roots.inverse_sqrt_newton_schulz(zero, 0.25, 20), 2 * identity),
+        (roots.inverse_root_coupled_newton(zero, 2, 0.25, 20), 2 * identity),
+    ):
+        assert np.allclose(backend.numpy(got), expected, rtol=16 * U["float64"], atol=0)
+    for iteration in ITERATIONS.values():
+        assert np.all(np.isfinite(backend.numpy(iteration[0](zero, 0.0, 20))))
+
+
+@libraries
+@pytest.mark.parametrize("shape", [(0, 0), (2, 0, 0), (0, 3, 3)], ids=str)
+def test_empty_matrices(backend: Backend, shape: tuple[int, ...]) -> None:
+    empty = backend.asarray(np.zeros(shape))
+    for function in (*INVERSE_ROOTS.values(), roots.polar, partial(roots.polar_muon, steps=5)):
+        assert tuple(function(empty).shape) == shape
+    assert tuple(roots.live(roots.eigh(empty)[0], backend.xp).shape) == shape[:-1]
+
+
+class Watched:
+    """A namespace whose factorisations refuse non-finite input."""
+
+    def __init__(self, backend: Backend) -> None:
+        xp = self._xp = backend.xp
+        self.calls = 0
+
+        def watch(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(a: Any, **kwargs: Any) -> Any:
+                self.calls += 1
+                assert np.all(np.isfinite(backend.numpy(a))), "a non-finite matrix reached LAPACK"
+                return function(a, **kwargs)
+
+            return call
+
+        self.linalg = SimpleNamespace(
+            eigh=watch(xp.linalg.eigh),
+            svd=watch(xp.linalg.svd),
+            matrix_norm=xp.linalg.matrix_norm,
+            matrix_power=xp.linalg.matrix_power,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._xp, name)
+
+
+@libraries
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("name", [*INVERSE_ROOTS, "polar"])
+def test_a_bad_member_is_nan_and_spoils_no_other(backend: Backend, name: str, bad: float) -> None:
+    function = INVERSE_ROOTS.get(name, roots.polar)
+    batch = np.stack([spectrum_matrix(1e2, seed=s) for s in range(3)])
+    alone = [backend.numpy(function(backend.asarray(m))) for m in batch]
+    batch[1, 2, 3] = bad  # an infinity in an SVD is known to hang; a NaN off the diagonal to go unnoticed
+    watched = Watched(backend)
+    with np.errstate(invalid="ignore"):
+        got = backend.numpy(function(backend.asarray(batch), xp=watched))
+    assert np.all(np.isnan(got[1]))
+    assert gap(got[0], alone[0]) <= 16 * U["float64"] * 1e2
+    assert gap(got[2], alone[2]) <= 16 * U["float64"] * 1e2
+    assert watched.calls == (1 if name in ("power", "inverse_shifted_sqrt", "polar") else 0)
+
+
+# ---- properties -----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def gram_matrices(draw: st.DrawFn) -> np.ndarray:
+    """B B^T + I for a small integer B: exact, of condition number at most 1 + ||B||_F^2."""
+    n, k = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    entries = draw(st.lists(st.integers(-4, 4), min_size=n * k, max_size=n * k))
+    b = np.array(entries, dtype=float).reshape(n, k)
+    return b @ b.T + np.eye(n)
+
+
+@given(a=gram_matrices())
+def test_p_a_p_is_the_identity(a: np.ndarray) -> None:
+    kappa = np.linalg.cond(a)
+    identity = np.eye(len(a))
+    for function in (*INVERSE_ROOTS.values(),):
+        p = function(a)
+        # an error u kappa ||P|| of P, times ||A^{1/2}|| on the other side, twice
+        assert np.linalg.norm(p @ a @ p - identity, 2) <= 32 * U["float64"] * kappa**1.5
+        assert np.linalg.norm(p - p.T) <= 16 * U["float64"] * kappa * np.linalg.norm(p)
+
+
+@given(a=gram_matrices(), seed=st.integers(0, 2**32 - 1), exponent=st.sampled_from([-1.0, -0.5, -0.25, 0.5]))
+def test_powers_commute_with_orthogonal_similarity(a: np.ndarray, seed: int, exponent: float) -> None:
+    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal(a.shape))
+    bound = 32 * U["float64"] * np.linalg.cond(a)  # twice that of one power
+    turned = q @ a @ q.T
+    assert gap(roots.power(turned, exponent, 0.25), q @ roots.power(a, exponent, 0.25) @ q.T) <= bound
+    assert gap(roots.inverse_shifted_sqrt(turned, 0.5), q @ roots.inverse_shifted_sqrt(a, 0.5) @ q.T) <= bound
+
+
+@given(a=gram_matrices())
+def test_powers_add_up(a: np.ndarray) -> None:
+    kappa = np.linalg.cond(a)
+    quarter = roots.power(a, -0.25)
+    assert gap(quarter @ quarter, roots.power(a, -0.5)) <= 64 * U["float64"] * kappa
+    assert gap(roots.power(a, -0.5) @ roots.power(a, 0.5), np.eye(len(a))) <= 64 * U["float64"] * kappa**1.5
