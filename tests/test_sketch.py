@@ -369,7 +369,7 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
         "invariants",
         ("xp.sqrt(beta2 * sketch.eigenvalues)", "beta2 * xp.sqrt(sketch.eigenvalues)"),
     ),
-    "right singular vectors": ("invariants", ("basis=u[..., :k]", "basis=u[..., ::-1][..., :k]")),
+    "right singular vectors": ("invariants", ("xp.reshape(u[..., :k]", "xp.reshape(u[..., ::-1][..., :k]")),
     "size above d cut like d": (
         "shapes",
         ("if size <= d else 0.0 * s[..., :1]", "if size <= d else s[..., d - 1 : d]"),
@@ -461,7 +461,7 @@ def test_gram64_needs_float64() -> None:
 
 def test_check_names_what_does_not_fit() -> None:
     sketch = start(fd, 4, 3)
-    with pytest.raises(ValueError, match=r"state.sketch must have arrays of shapes \(\(5, 3\), \(3,\), \(\)\)"):
+    with pytest.raises(ValueError, match=r"state.sketch.basis must have shape \(5, 3\) for size=3, got \(4, 3\)"):
         fd.check("state.sketch", sketch, 5, 3, ())
     with pytest.raises(TypeError, match="must be a Sketch, got tuple"):
         fd.check("state.sketch", tuple(sketch), 4, 3, ())

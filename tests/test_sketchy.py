@@ -581,9 +581,9 @@ def test_report() -> None:
         (lambda: pr.SAdaGrad(size=2).init(np.zeros((2, 3))), "takes a parameter with exactly 1 axes"),
         (lambda: pr.SShampoo(size=2).init(np.zeros(())), "takes a parameter with 1 to 64 axes"),
         (lambda: pr.SShampoo(size=2).init(np.zeros((2, 2), "float16")), "needs float32 or float64"),
-        (lambda: update_with(pr.SAdaGrad(size=3), (4,), (5,)), "state.sketch must have arrays of shapes"),
-        (lambda: update_with(pr.SShampoo(size=3), (4, 2), (4, 5)), r"state.sketches\[1\] must have arrays"),
-        (lambda: update_with(pr.AdaFD(size=3, delta=1.0), (4,), (5,)), "state.sketch must have arrays of shapes"),
+        (lambda: update_with(pr.SAdaGrad(size=3), (4,), (5,)), "state.sketch.basis must have shape .* got"),
+        (lambda: update_with(pr.SShampoo(size=3), (4, 2), (4, 5)), r"state.sketches\[1\].basis must have shape"),
+        (lambda: update_with(pr.AdaFD(size=3, delta=1.0), (4,), (5,)), "state.sketch.basis must have shape"),
         (lambda: update_with(pr.SAdaGrad(size=3), (4,), (4,), refresh=False), "refresh=False needs every > 1"),
     ],
 )

@@ -72,10 +72,9 @@ def check(name: str, sketch: Sketch, d: int, size: int, stack: tuple[int, ...]) 
     if not isinstance(sketch, Sketch):
         raise TypeError(f"{name} must be a Sketch, got {type(sketch).__name__}")
     k = min(d, size)
-    expected = ((*stack, d, k), (*stack, k), stack)
-    got = tuple(tuple(a.shape) for a in sketch)
-    if got != expected:
-        raise ValueError(f"{name} must have arrays of shapes {expected} for size={size}, got {got}")
+    for field, array, shape in zip(Sketch._fields, sketch, ((*stack, d, k), (*stack, k), stack), strict=True):
+        if tuple(array.shape) != shape:
+            raise ValueError(f"{name}.{field} must have shape {shape} for size={size}, got {tuple(array.shape)}")
 
 
 def update(
@@ -105,7 +104,7 @@ def update(
     cut = xp.where(finite[..., 0], s[..., size - 1 : size] if size <= d else 0.0 * s[..., :1], math.nan)
     s = s[..., :k]
     return Sketch(
-        basis=u[..., :k],
+        basis=xp.reshape(xp.reshape(u[..., :k], (-1,)), sketch.basis.shape),  # a copy: a view would keep all of u
         eigenvalues=(s - cut) * (s + cut),  # (S)
         escaped=(beta2 if tail_decay is None else tail_decay) * sketch.escaped + (cut * cut)[..., 0],  # (rho)
     )
