@@ -311,3 +311,9 @@ def test_planted_bug_breaks_a_bound(name: str) -> None:
     lib = SimpleNamespace(**vars(library(MUTANTS[name])))
     with pytest.raises(AssertionError):
         check_sadagrad_regret(lib, dims=(2, 4))
+
+
+@pytest.mark.parametrize("name", ["square root missing", "mass forgets"])
+def test_planted_bug_breaks_a_bound_of_sshampoo(name: str) -> None:
+    with pytest.raises(AssertionError):
+        check_sshampoo_regret(SimpleNamespace(**vars(library(MUTANTS[name]))), shapes=((3, 2),))
