@@ -459,6 +459,21 @@ def test_gram64_needs_float64() -> None:
         fd.update(sketch, rows, solver="gram64")
 
 
+@pytest.mark.parametrize(
+    ("rows", "kwargs", "message"),
+    [
+        ((2, 5), {}, r"rows must have shape \('q', 4\), got \(2, 5\)"),
+        ((4,), {}, r"rows must have shape \('q', 4\), got \(4,\)"),
+        ((3, 2, 4), {}, r"rows must have shape \('q', 4\), got \(3, 2, 4\)"),
+        ((2, 4), {"size": 2}, r"size must be 3 for basis \(4, 3\), got 2"),
+        ((2, 4), {"solver": "qr"}, "solver must be one of 'svd', 'gram64', got 'qr'"),
+    ],
+)
+def test_update_refuses_what_does_not_fit(rows: tuple[int, ...], kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fd.update(start(fd, 4, 3), np.ones(rows), **kwargs)
+
+
 def test_check_names_what_does_not_fit() -> None:
     sketch = start(fd, 4, 3)
     with pytest.raises(ValueError, match=r"state.sketch.basis must have shape \(5, 3\) for size=3, got \(4, 3\)"):

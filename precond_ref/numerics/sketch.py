@@ -90,10 +90,17 @@ def update(
     """The sketch after new ``rows`` (..., q, d), the old one decayed by ``beta2`` and its mass by ``tail_decay``.
 
     ``tail_decay=None`` means ``beta2``. ``size`` is l; None means k, which differs only for l > d (no cut).
+    Errors: ValueError for a size or solver that does not fit, and for rows of another shape.
     """
     xp = array_namespace(sketch.basis, rows) if xp is None else xp
-    d, k = sketch.basis.shape[-2:]
+    *stack, d, k = sketch.basis.shape
     size = k if size is None else size
+    if min(d, size) != k:
+        raise ValueError(f"size must be {k}{' or more' if k == d else ''} for basis {(d, k)}, got {size}")
+    if rows.ndim < 2 or [*rows.shape[:-2], rows.shape[-1]] != [*stack, d]:
+        raise ValueError(f"rows must have shape {(*stack, 'q', d)}, got {tuple(rows.shape)}")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
     old = sketch.basis * xp.sqrt(beta2 * sketch.eigenvalues)[..., None, :]
     factor = xp.concat([old, xp.matrix_transpose(rows)], axis=-1)  # factor factor^T = A
     if 0 in factor.shape:
