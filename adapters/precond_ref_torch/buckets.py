@@ -69,6 +69,8 @@ class Bucket:
         self.mine = owner is None or sharding.owns(params[0], owner)
         parts = [sharding.local(p) if flat else p for p in params]
         self.shapes = [tuple(part.shape) for part in parts]
+        self.uniform = not flat or len(set(self.shapes)) == 1
+        self.sharded = sharding.is_sharded(params[0])
         self.dtype = states.work_dtype(method, params[0].dtype)
         self.device = parts[0].device
         shape = (sum(map(math.prod, self.shapes)),) if flat else self.shapes[0]
@@ -114,33 +116,44 @@ class Bucket:
                     entry[name] = sharding.wrap(copy, param) if sharding.is_sharded(view) else copy
 
     def _join(self, parts: list[Tensor]) -> Tensor:
-        if self.flat:
-            return parts[0].reshape(-1) if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
-        return parts[0].contiguous() if len(parts) == 1 else torch.stack(parts)
+        if self.uniform:
+            whole = parts[0].contiguous() if len(parts) == 1 else torch.stack(parts)
+            return whole.view(-1) if self.flat else whole
+        return torch.cat([part.reshape(-1) for part in parts])
 
     def _split(self, whole: Tensor) -> list[Tensor]:
-        if self.flat:
-            pieces = whole.split([math.prod(shape) for shape in self.shapes])
-            return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
-        return [whole] if len(self) == 1 else list(whole.unbind())
+        if self.uniform:
+            shape = self.shapes[0]
+            if len(self) == 1:
+                return [whole.view(shape)]
+            return list(whole.view(len(self), *shape).unbind())
+        pieces = whole.split([math.prod(shape) for shape in self.shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    def values(self) -> list[Tensor]:
+        """The parameters as plain tensors: of DTensors this rank's parts."""
+        return [sharding.local(p) for p in self.params] if self.sharded else self.params
 
     # ---- the update -------------------------------------------------------------------------------------------------
 
     def gather(self) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients, and parameters if the method reads them; a collective for a bucket with an owner."""
+        reads = states.reads_param(self.method)
+        if not self.sharded:
+            return [p.grad for p in self.params], self.params if reads else []
         part = sharding.local if self.owner is None else sharding.whole
-        grads = [part(sharding.aligned_grad(p)).detach() for p in self.params]
-        params = [part(p).detach() for p in self.params] if states.reads_param(self.method) else []
+        grads = [part(sharding.aligned_grad(p)) for p in self.params]
+        params = [part(p) for p in self.params] if reads else []
         return (grads, params) if self.mine else ([], [])
 
     def directions(
         self, grads: list[Tensor], params: list[Tensor], step: int, scalars: Any, options: Mapping[str, Any], kernels: Any
     ) -> list[Tensor]:
         """A direction for each member, in the dtype of the arithmetic; the states are renewed."""
-        grad = self._join(grads).to(self.dtype)
+        grad = self._join(grads).detach().to(self.dtype)
         if options["maximize"]:
             grad = -grad
-        param = self._join(params).to(self.dtype) if params else grad  # its values are not read then
+        param = self._join(params).detach().to(self.dtype) if params else grad  # its values are not read then
         if options["compile"]:
             whole = self._compiled(grad, param, step, scalars, options["compile"], kernels)
         elif options["engine"] == "cupy":

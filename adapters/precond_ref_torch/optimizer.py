@@ -347,12 +347,12 @@ def _apply(group: Mapping[str, Any], bucket: Bucket, directions: list[Tensor]) -
     """``x <- (1 - lr weight_decay) x - lr direction``, rounded once below float32."""
     lr = float(group["lr"])
     decay = 0.0 if hasattr(bucket.method, "weight_decay") else group["weight_decay"]
-    params = [sharding.local(p).detach() for p in bucket.params]
-    wide = [p.to(bucket.dtype) for p in params]
+    params = bucket.values()
+    wide = params if params[0].dtype == bucket.dtype else [p.to(bucket.dtype) for p in params]
     if decay:
         torch._foreach_mul_(wide, 1 - lr * decay)
     torch._foreach_add_(wide, directions, alpha=-lr)
-    if wide[0] is not params[0]:
+    if wide is not params:
         torch._foreach_copy_(params, wide)
 
 
