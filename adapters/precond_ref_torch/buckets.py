@@ -122,11 +122,10 @@ class Bucket:
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _split(self, whole: Tensor) -> list[Tensor]:
+        if not self.flat:
+            return [whole] if len(self) == 1 else list(whole.unbind())
         if self.uniform:
-            shape = self.shapes[0]
-            if len(self) == 1:
-                return [whole.view(shape)]
-            return list(whole.view(len(self), *shape).unbind())
+            return list(whole.view(len(self), *self.shapes[0]).unbind())
         pieces = whole.split([math.prod(shape) for shape in self.shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
