@@ -18,6 +18,9 @@ from precond_ref.protocol import Method
 
 ONE_EACH = {name: next(iter(variants.values())) for name, variants in LOUD.items()}
 
+FSDP = [name for name, config in CONFIGS.items() if getattr(config.method, "heads", None) is None]
+"""Configurations that take the model of the distributed tests, whose rows no number of heads divides."""
+
 
 class DecayedState(NamedTuple):
     """State of `Decayed`."""
