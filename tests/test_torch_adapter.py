@@ -5,19 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-import warnings
+import runpy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-torch.set_num_threads(1)
-
-import precond_ref_torch as pt
 from configs import CONFIGS, Config
-from precond_ref_torch import buckets
+from torch import nn
 from torch_adapter_cases import (
     CHECKS,
     MUTANTS,
@@ -33,8 +29,11 @@ from torch_adapter_cases import (
 )
 
 import precond_ref as pr
+import precond_ref_torch as pt
 from precond_ref.problems import load_digits
+from precond_ref_torch import buckets
 
+torch.set_num_threads(1)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 every_method = pytest.mark.parametrize("name", ONE_EACH)
 
@@ -118,7 +117,7 @@ def test_check_passes(check: Any) -> None:
 def test_check_catches(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for target, attribute, value in mutant.patches:
         monkeypatch.setattr(target, attribute, value)
-    with pytest.raises((AssertionError, ValueError, TypeError, RuntimeError)):
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
         mutant.check(mutant.cls)
 
 
@@ -527,6 +526,20 @@ def test_cupy_engine_needs_a_gpu() -> None:
         pt.AGD([p], engine="cupy")
 
 
+# ---- the example ----------------------------------------------------------------------------------------------------
+
+
+def test_example_learns_the_digits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("PRECOND_REF_DATA", raising=False)
+    path = Path(__file__).resolve().parents[1] / "examples" / "torch_mnist.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+    runpy.run_path(str(path), run_name="__main__")
+    *table, last = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("group")
+    # an untrained network is right on a tenth of the images
+    assert float(last.rpartition(" ")[2].rstrip("%")) > 90
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -573,8 +586,7 @@ def test_bad_parameters() -> None:
         pt.ASGO(p)
     with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
         pt.ASGO([{"params": [p]}, {"params": [p]}])
-    with warnings.catch_warnings(), pytest.raises((ValueError, UserWarning), match="duplicate parameters"):
-        warnings.simplefilter("error")
+    with pytest.raises(UserWarning, match="duplicate parameters"):  # PyTorch's warning, an error in these tests
         pt.ASGO([p, p])
     with pytest.raises(TypeError, match="ASGO does not support complex parameters"):
         pt.ASGO([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
@@ -601,13 +613,6 @@ def test_sparse_gradient_is_refused(name: str) -> None:
         opt.step()
 
 
-def broken(change: Any) -> Any:
-    def check(state_dict: dict[str, Any]) -> dict[str, Any]:
-        return change(state_dict) or state_dict
-
-    return check
-
-
 LOADS = {
     "not a state dict": (lambda d: {"model": 1}, "must have state and param_groups, it has model"),
     "another optimizer's": (
@@ -617,7 +622,10 @@ LOADS = {
     "another method's": (lambda d: pt.AGD([weight()]).state_dict(), "is of AGD, this group runs ASGO"),
     "more groups": (lambda d: d["param_groups"].append(d["param_groups"][0]), "different number of parameter groups"),
     "more parameters": (lambda d: d["param_groups"][0]["params"].append(1), "doesn't match the size"),
-    "another version": (lambda d: d["param_groups"][0].pop("root_steps"), "another version of ASGO: it lacks root_steps"),
+    "another version": (
+        lambda d: d["param_groups"][0].pop("root_steps"),
+        "another version of ASGO: it lacks root_steps",
+    ),
     "bad field": (lambda d: d["param_groups"][0].update(beta1=2.0), "Invalid beta parameter at index 0: 2.0"),
     "other state": (lambda d: d["state"][0].pop("gram"), "has step, m for parameter 0, ASGO keeps step, m, gram"),
     "shape": (lambda d: d["state"][0].update(m=torch.ones(2, 3)), r"m of shape \[2, 3\].*it must have shape \[3, 2\]"),
@@ -635,7 +643,9 @@ def test_bad_checkpoint(change: Any, message: str) -> None:
     feed(opt, params, [[torch.ones(3, 2)]])
     before = through_file(opt.state_dict())
     given = through_file(opt.state_dict())
-    given = given if not isinstance(result := change(given), dict) or "param_groups" not in (*result, "model") else result
+    given = (
+        given if not isinstance(result := change(given), dict) or "param_groups" not in (*result, "model") else result
+    )
     if isinstance(result, dict) and ("model" in result or "param_groups" in result):
         given = result
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""``compile=True``: the same numbers from one graph (two with ``every > 1``), and no compilation after the first steps."""
+"""``compile=True``: the same numbers from one graph (two with ``every > 1``), none compiled after the first steps."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import precond_ref_torch as pt
 import pytest
 import torch
 from configs import CONFIGS, LOUD, Config
-from precond_ref_torch import buckets
 from torch._dynamo.utils import counters
 from torch_adapter_cases import ONE_EACH, by_core, distance, feed, forced, parameters, recorded
 
 import precond_ref as pr
+import precond_ref_torch as pt
+from precond_ref_torch import buckets
 
 torch.set_num_threads(1)
 BACKEND = "eager"  # the same graph, run as it is; "aot_eager" also takes out the writing in place

@@ -1,4 +1,4 @@
-"""What the tests of the PyTorch adapter share: recorded runs, the same by the core, checks and the mistakes they catch."""
+"""What the PyTorch adapter's tests share: recorded runs, the same by the core, checks and mistakes they catch."""
 
 from __future__ import annotations
 
@@ -7,19 +7,31 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import precond_ref_torch as pt
+import pytest
 import torch
 from configs import CONFIGS, LOUD
-from precond_ref_torch import buckets, optimizer, states
 from torch import Tensor
 
 import precond_ref as pr
+import precond_ref_torch as pt
 from precond_ref.protocol import Method
+from precond_ref_torch import buckets, optimizer, states
 
 ONE_EACH = {name: next(iter(variants.values())) for name, variants in LOUD.items()}
 
-FSDP = [name for name, config in CONFIGS.items() if getattr(config.method, "heads", None) is None]
-"""Configurations that take the model of the distributed tests, whose rows no number of heads divides."""
+
+def _takes_model(method: Method) -> bool:
+    """Whether the matrices of the distributed tests' model fit: not those of heads or of one structure per axis."""
+    try:
+        for shape in ((7, 5), (7, 7), (1, 7)):
+            if method.takes(shape):
+                states.template(method, shape, torch.float64)
+    except ValueError:
+        return False
+    return True
+
+
+FSDP = [name for name, config in CONFIGS.items() if _takes_model(config.method)]
 
 
 class DecayedState(NamedTuple):
@@ -42,7 +54,9 @@ class Decayed(Method, register=False):
     def init(self, param: Any, *, stack_ndim: int = 0) -> DecayedState:
         return DecayedState(0, self._check_param(param, stack_ndim).zeros_like(param))
 
-    def update(self, grad: Any, state: Any, param: Any, *, scalars: Any = None, refresh: Any = None, xp: Any = None) -> Any:
+    def update(
+        self, grad: Any, state: Any, param: Any, *, scalars: Any = None, refresh: Any = None, xp: Any = None
+    ) -> Any:
         self._enter(grad, state, param, scalars, xp)
         buffer = self.momentum * state.buffer + grad + self.weight_decay * param
         return 1.0 * buffer, DecayedState(state.step + 1, buffer)
@@ -51,7 +65,9 @@ class Decayed(Method, register=False):
 def recorded(shapes: list[tuple[int, ...]], steps: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     """Start values, and for each step a gradient per parameter."""
     generator = torch.Generator().manual_seed(seed)
-    draw = [[torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes] for _ in range(steps + 1)]
+    draw = [
+        [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes] for _ in range(steps + 1)
+    ]
     return draw[0], draw[1:]
 
 
@@ -181,12 +197,8 @@ def check_refused_load_changes_nothing(cls: Any) -> None:
     wrong = cls(other, **forced(config.method, lr=0.5))
     feed(wrong, other, [[row[0], row[1][:, :2]] for row in grads])
     before = through_file(opt.state_dict())
-    try:
+    with pytest.raises(ValueError, match="shape"):
         opt.load_state_dict(wrong.state_dict())
-    except ValueError as error:
-        assert "shape" in str(error)
-    else:
-        raise AssertionError("loaded")
     after = opt.state_dict()
     assert after["param_groups"] == before["param_groups"]
     for key, entry in before["state"].items():
@@ -268,12 +280,8 @@ def check_refused_gradient_changes_nothing(cls: Any) -> None:
     opt = cls([{"params": params[:1]}, {"params": params[1:]}], method=pr.Adam())
     params[0].grad = torch.ones(3, 2, dtype=torch.float64)
     params[1].grad = torch.ones(4, 2, dtype=torch.float64).to_sparse()
-    try:
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         opt.step()
-    except RuntimeError as error:
-        assert "does not support sparse gradients" in str(error)
-    else:
-        raise AssertionError("accepted")
     assert all(torch.equal(p, x) for p, x in zip(params, start, strict=True))
 
 
@@ -342,10 +350,6 @@ class ChecksTooLate(BASE):
                 self.param_groups = groups
 
 
-def _patched_step(self: Any) -> int:
-    return int(self.steps.tolist()[0])
-
-
 def _decay_after(group: Any, bucket: Any, directions: Any) -> None:
     lr, decay = group["lr"], group["weight_decay"]
     torch._foreach_add_(bucket.values(), directions, alpha=-lr)
@@ -410,7 +414,7 @@ MUTANTS: dict[str, Mutant] = {
         check_maximize, patches=((buckets.Bucket, "directions", _negates_in_place(buckets.Bucket.directions)),)
     ),
     "stacked with unequal steps": Mutant(
-        check_agrees_with_core, UnequalStepsStacked, ((buckets.Bucket, "step", _patched_step),)
+        check_agrees_with_core, UnequalStepsStacked, ((buckets.Bucket, "in_step", lambda self: True),)
     ),
     "groups' lr ignored": Mutant(check_agrees_with_core, GroupRateIgnored),
     "missing gradient taken as zero": Mutant(check_agrees_with_core, MissingGradientIsZero),

@@ -7,11 +7,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import precond_ref_torch as pt
 import torch
 import torch.distributed as dist
 from configs import CONFIGS
-from precond_ref_torch import buckets
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,6 +17,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch_adapter_cases import FSDP, ONE_EACH, distance, feed, forced, recorded
 
 import precond_ref as pr
+import precond_ref_torch as pt
+from precond_ref_torch import buckets
 
 STEPS = 6
 

@@ -32,7 +32,7 @@ def cupy_engine(device: torch.device) -> Foreign:
         return stack
 
     namespace = array_namespace(cupy.ndarray((0,), memptr=cupy.cuda.MemoryPointer(_no_memory(cupy), 0)))
-    return namespace, cupy.from_dlpack, torch.from_dlpack, context
+    return namespace, cupy.from_dlpack, torch.utils.dlpack.from_dlpack, context
 
 
 def _no_memory(cupy: Any) -> Any:
@@ -49,7 +49,9 @@ def check_engine(engine: Any, compiled: Any, device: torch.device) -> None:
         try:
             import cupy
         except ImportError as error:
-            raise RuntimeError("engine='cupy' needs CuPy: install precond-ref[cuda12] or precond-ref[cuda13]") from error
+            raise RuntimeError(
+                "engine='cupy' needs CuPy: install precond-ref[cuda12] or precond-ref[cuda13]"
+            ) from error
         if not cupy.is_available():
             raise RuntimeError("engine='cupy' needs a CUDA GPU, and CuPy finds none")
         if device.type != "cuda":
@@ -79,13 +81,17 @@ class Bucket:
 
         self.steps = torch.stack([entry["step"] for entry in entries])
         self.arrays: list[Tensor] = []
-        columns = [self.steps.unbind()]
+        columns: list[Any] = [self.steps.unbind()]
         names = ["step", *(states.to_dict(self.template) if self.mine else ())]
         for name in names[1:]:
             whole = self._join([sharding.local(entry[name]).detach() for entry in entries])
             self.arrays.append(whole)
-            columns.append([sharding.wrap(v, p) if flat else v for v, p in zip(self._split(whole), params, strict=True)])
-        self.views: list[dict[str, Tensor]] = [dict(zip(names, views, strict=True)) for views in zip(*columns, strict=True)]
+            columns.append(
+                [sharding.wrap(v, p) if flat else v for v, p in zip(self._split(whole), params, strict=True)]
+            )
+        self.views: list[dict[str, Tensor]] = [
+            dict(zip(names, views, strict=True)) for views in zip(*columns, strict=True)
+        ]
         for entry, views in zip(entries, self.views, strict=True):
             entry.update(views)
 
@@ -95,17 +101,18 @@ class Bucket:
     def holds(self, state: Mapping[Any, Any]) -> bool:
         """Whether ``state`` (the optimizer's) still has the entries and views of this bucket."""
         for param, entry, views in zip(self.params, self.entries, self.views, strict=True):
-            if state.get(param) is not entry:
+            found: Any = state.get(param)
+            if found is not entry:
                 return False
             for name, view in views.items():
                 if entry.get(name) is not view:
                     return False
         return True
 
-    def step(self) -> int | None:
-        """Updates done, None if someone has made the members' counters differ."""
+    def in_step(self) -> bool:
+        """Whether the members' counters agree: someone may have set one."""
         counts = self.steps.tolist()
-        return counts[0] if counts.count(counts[0]) == len(counts) else None
+        return bool(counts.count(counts[0]) == len(counts))
 
     def release(self) -> None:
         """Give each entry tensors of its own."""
@@ -126,7 +133,7 @@ class Bucket:
             return [whole] if len(self) == 1 else list(whole.unbind())
         if self.uniform:
             return list(whole.view(len(self), *self.shapes[0]).unbind())
-        pieces = whole.split([math.prod(shape) for shape in self.shapes])
+        pieces = torch.split(whole, [math.prod(shape) for shape in self.shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def values(self) -> list[Tensor]:
@@ -146,7 +153,13 @@ class Bucket:
         return (grads, params) if self.mine else ([], [])
 
     def directions(
-        self, grads: list[Tensor], params: list[Tensor], step: int, scalars: Any, options: Mapping[str, Any], kernels: Any
+        self,
+        grads: list[Tensor],
+        params: list[Tensor],
+        step: int,
+        scalars: Any,
+        options: Mapping[str, Any],
+        kernels: Any,
     ) -> list[Tensor]:
         """A direction for each member, in the dtype of the arithmetic; the states are renewed."""
         grad = self._join(grads).detach().to(self.dtype)
@@ -202,8 +215,7 @@ class Bucket:
         whole = torch.empty((len(self), *self.shapes[0]), dtype=self.dtype, device=self.device)
         if self.mine:
             torch.stack(directions, out=whole)
-        assert self.owner is not None
-        sharding.broadcast(whole, self.params[0].device_mesh, self.owner)
+        sharding.broadcast(whole, self.params[0].device_mesh, int(self.owner or 0))
         return [sharding.shard_of(d, p) for d, p in zip(whole.unbind(), self.params, strict=True)]
 
 
@@ -223,7 +235,7 @@ def _kernel(method: Method, backend: bool | str) -> Callable[..., Any]:
         return direction
 
     kernel.__code__ = kernel.__code__.replace()  # graphs are cached, and their number limited, per code object
-    return torch.compile(kernel, fullgraph=True, backend="inductor" if backend is True else backend)
+    return torch.compile(kernel, fullgraph=True, backend="inductor" if backend is True else str(backend))
 
 
 def partition(labels: Iterator[tuple[Any, int, Any]], limit: int) -> list[list[Any]]:

@@ -127,9 +127,9 @@ class Optimizer(torch.optim.Optimizer):
         lr, decay = group["lr"], group["weight_decay"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        if not (0.0 <= lr and math.isfinite(lr)):
+        if not (lr >= 0.0 and math.isfinite(lr)):
             raise ValueError(f"Invalid learning rate: {lr}")
-        if not (0.0 <= decay and math.isfinite(decay)):
+        if not (decay >= 0.0 and math.isfinite(decay)):
             raise ValueError(f"Invalid weight_decay value: {decay}")
         if not isinstance(group["maximize"], bool):
             raise TypeError(f"Invalid maximize value: {group['maximize']} (it must be True or False)")
@@ -163,7 +163,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter with a gradient; returns the closure's loss, evaluated before the update."""
         loss = None
         if closure is not None:
@@ -188,8 +188,7 @@ class Optimizer(torch.optim.Optimizer):
         for group, bucket, grads, params in work:
             directions: list[Tensor] = []
             if bucket.mine:
-                step = bucket.step()
-                assert step is not None
+                step = int(bucket.steps[0])
                 key = (bucket.method, step)
                 if key not in scalars:
                     scalars[key] = bucket.method.scalars(step + 1)
@@ -211,7 +210,7 @@ class Optimizer(torch.optim.Optimizer):
             and old.key == key
             and len(old.active) == len(active)
             and all(a is b for a, b in zip(old.active, active, strict=True))
-            and all(b.step() is not None and b.holds(self.state) for b in old.buckets)
+            and all(b.in_step() and b.holds(self.state) for b in old.buckets)
         ):
             return old.buckets
         for bucket in old.buckets if old else ():
@@ -281,9 +280,8 @@ class Optimizer(torch.optim.Optimizer):
                     "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
                 )
             if saved.get("method") != group["method"]:
-                raise ValueError(
-                    f"loaded state dict is of {saved.get('method', 'another optimizer')}, this group runs {group['method']}"
-                )
+                other = saved.get("method", "another optimizer")
+                raise ValueError(f"loaded state dict is of {other}, this group runs {group['method']}")
             fields = states.field_names(group["method"])
             missing = [name for name in (*OPTIONS[:-3], *fields) if name not in saved]
             if missing:
@@ -366,7 +364,7 @@ def _fresh(method: Method, param: Any, flat: bool) -> dict[str, Tensor]:
     return {name: sharding.wrap(a.clone(), param) if flat else a.clone() for name, a in arrays.items()}
 
 
-def _named(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _named(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Name ("" without names) and tensor of each parameter of a group."""
     names = group.get("param_names", [""] * len(group["params"]))
     return zip(names, group["params"], strict=True)
@@ -399,9 +397,13 @@ def _cached(items: tuple[tuple[str, Any], ...]) -> Method:
 # ---- a class per method ---------------------------------------------------------------------------------------------
 
 
-@lru_cache
+_CLASSES: dict[type[Method], type[Optimizer]] = {}
+
+
 def class_of(method_type: type[Method]) -> type[Optimizer]:
     """The optimizer class for a method: its fields are arguments, its presets class methods."""
+    if method_type in _CLASSES:
+        return _CLASSES[method_type]
     own = _signature(method_type)
 
     def __init__(self: Optimizer, params: Any, lr: float | Tensor = 1e-3, **arguments: Any) -> None:
@@ -416,16 +418,16 @@ def class_of(method_type: type[Method]) -> type[Optimizer]:
     }
     cls: type[Optimizer] = type(method_type.__name__, (Optimizer,), namespace)
     __init__.__signature__ = _with_options(own, "self")  # type: ignore[attr-defined]
-    return cls
+    return _CLASSES.setdefault(method_type, cls)
 
 
 def _preset(method_type: type[Method], name: str) -> Any:
     function = getattr(method_type, name)
     own = _signature(function)
 
-    def preset(cls: type[Optimizer], params: Any, lr: float | Tensor = 1e-3, **arguments: Any) -> Optimizer:
+    def preset(cls: Any, /, params: Any, lr: float | Tensor = 1e-3, **arguments: Any) -> Optimizer:
         fields, options = _split(own, arguments)
-        self = cls.__new__(cls)
+        self: Optimizer = cls.__new__(cls)
         Optimizer.__init__(self, params, states.make(function, fields), lr, **options)
         return self
 
@@ -449,6 +451,4 @@ def _with_options(own: Mapping[str, inspect.Parameter], first: str) -> inspect.S
     adapter = _signature(Optimizer.__init__)
     positional = [inspect.Parameter(first, inspect.Parameter.POSITIONAL_OR_KEYWORD), adapter["params"], adapter["lr"]]
     keywords = {**{k: v for k, v in adapter.items() if v.kind is inspect.Parameter.KEYWORD_ONLY}, **own}
-    return inspect.Signature(
-        positional + [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in keywords.values()]
-    )
+    return inspect.Signature(positional + [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in keywords.values()])

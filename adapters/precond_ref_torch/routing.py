@@ -72,6 +72,8 @@ def _role(module: nn.Module, name: str, ndim: int, is_head: bool) -> str:
         return "bias"
     if is_head:
         return "head"
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+    if isinstance(
+        module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    ):
         return "convolution"
     return "matrix" if ndim == 2 else "other"

@@ -66,7 +66,7 @@ def due(method: Any, step: int) -> Any:
     return method.due(step) if hasattr(method, "due") else step % getattr(method, "every", 1) == 0
 
 
-# ---- methods as plain data, for parameter groups and checkpoints ------------------------------------------------------
+# ---- methods as plain data, for parameter groups and checkpoints ----------------------------------------------------
 
 
 def type_of(name: str) -> type[Method]:
