@@ -657,6 +657,25 @@ def test_bad_checkpoint(change: Any, message: str) -> None:
     assert int(opt.state[p]["step"]) == 2
 
 
+def test_distributed_checkpoint_functions() -> None:
+    """The names and values that torch.distributed.checkpoint collects and gives back."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, again = small_model(), small_model()
+    start = [p.detach() for p in model.parameters()]
+    _, grads = recorded([tuple(p.shape) for p in start], 5)
+    one = pt.Shampoo(model.parameters(), lr=0.125, eps=0.25, every=2)
+    two = pt.Shampoo(again.parameters(), lr=0.125, eps=0.25, every=2)
+    feed(one, list(model.parameters()), grads[:3])
+    again.load_state_dict(model.state_dict())
+    saved = get_optimizer_state_dict(model, one)
+    assert list(saved["state"]["0.weight"]) == ["step", "grams.0", "grams.1", "roots.0", "roots.1"]
+    set_optimizer_state_dict(again, two, saved)
+    feed(one, list(model.parameters()), grads[3:])
+    feed(two, list(again.parameters()), grads[3:])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
 def test_old_step_formats_are_read() -> None:
     """A counter of another dtype or device layout, as other tools write it, is the same number."""
     start, grads = recorded([(3, 2)], 2)

@@ -13,7 +13,7 @@ from configs import CONFIGS
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch_adapter_cases import FSDP, ONE_EACH, distance, feed, forced, recorded
 
 import precond_ref as pr
@@ -48,7 +48,7 @@ def sharded_grads(params: list[Any], row: list[Any]) -> list[Any]:
     return [distribute_tensor(g, p.device_mesh, p.placements) for p, g in zip(params, row, strict=True)]
 
 
-def single_updates(method: Any, shapes: list[Any], grads: Any, start: Any, **options: Any) -> list[torch.Tensor]:
+def single_updates(method: Any, grads: Any, start: Any, **options: Any) -> list[torch.Tensor]:
     params = [nn.Parameter(x.clone()) for x in start]
     feed(pt.Optimizer(params, method, lr=0.125, **options), params, grads)
     return [p.detach() for p in params]
@@ -70,7 +70,7 @@ def fsdp_distances(names: list[str]) -> dict[str, float]:
             for p, g in zip(params, sharded_grads(params, row), strict=True):
                 p.grad = g
             opt.step()
-        expected = single_updates(method, [], grads, start, **decay)
+        expected = single_updates(method, grads, start, **decay)
         result[name] = distance([p.full_tensor() for p in params], expected)
     return result
 
@@ -85,7 +85,25 @@ def sharded_columns_distance(mesh: Any) -> float:
         for p, g in zip(params, sharded_grads(params, row), strict=True):
             p.grad = g
         opt.step()
-    return distance([p.full_tensor() for p in params], single_updates(method, [], grads, start))
+    return distance([p.full_tensor() for p in params], single_updates(method, grads, start))
+
+
+def replicated_distance(world: int) -> float:
+    """Meshes with two axes, parameters replicated along the first (HSDP)."""
+    method = ONE_EACH["ASGO"].method
+    start, grads = recorded([(5, 4), (4, 3), (3, 4)], STEPS)
+    worst = 0.0
+    for shape in ((world, 1), (1, world)) if world != 4 else ((2, 2),):
+        mesh = init_device_mesh("cpu", shape)
+        params = [nn.Parameter(distribute_tensor(x, mesh, [Replicate(), Shard(0)])) for x in start]
+        opt = pt.Optimizer(params, method, lr=0.125)
+        for row in grads:
+            for p, g in zip(params, sharded_grads(params, row), strict=True):
+                p.grad = g
+            opt.step()
+        expected = single_updates(method, grads, start)
+        worst = max(worst, distance([p.full_tensor() for p in params], expected))
+    return worst
 
 
 def work_done(mesh: Any) -> dict[str, Any]:
@@ -168,7 +186,7 @@ def skipping_distance(mesh: Any) -> float:
         for p, g in zip(params, row, strict=True):
             p.grad = None if g is None else distribute_tensor(g, p.device_mesh, p.placements)
         opt.step()
-    return distance([p.full_tensor() for p in params], single_updates(method, [], grads, start, fallback=method))
+    return distance([p.full_tensor() for p in params], single_updates(method, grads, start, fallback=method))
 
 
 def per_shard_distance(mesh: Any) -> float:
@@ -182,7 +200,7 @@ def per_shard_distance(mesh: Any) -> float:
         local[0].grad = sharded_grads(params, row)[0].to_local()
         opt.step()
     whole = DTensor.from_local(local[0].detach(), mesh, [Shard(0)], shape=(6, 4), stride=(4, 1)).full_tensor()
-    return distance([whole], single_updates(method, [], grads, start))
+    return distance([whole], single_updates(method, grads, start))
 
 
 def main(rank: int, world: int, folder: Path) -> None:
@@ -193,6 +211,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         "ddp": {name: ddp_parameters(rank, name) for name in ONE_EACH},
         "fsdp": fsdp_distances(FSDP),
         "columns": sharded_columns_distance(mesh),
+        "replicated": replicated_distance(world),
         "work": work_done(mesh),
         "resumed": {name: resumed(name) for name in ("AGD", "ASGO", "Shampoo")},
         "foreign": foreign_load_message(rank, mesh),

@@ -357,7 +357,7 @@ def _apply(group: Mapping[str, Any], bucket: Bucket, directions: list[Tensor]) -
 def _fresh(method: Method, param: Any, flat: bool) -> dict[str, Tensor]:
     """The state of a parameter before its first update, each tensor with memory of its own."""
     part = sharding.local(param) if flat else param
-    like = torch.empty(part.shape, dtype=states.work_dtype(method, param.dtype), device=part.device)
+    like = torch.zeros(part.shape, dtype=states.work_dtype(method, param.dtype), device=part.device)
     if states.reads_param(method) and not sharding.is_sharded(part):
         like.copy_(part)
     arrays = states.to_dict(method.init(like))
