@@ -67,6 +67,7 @@ def test_fsdp_updates_whole_matrices(world: int, name: str) -> None:
 @worlds
 def test_other_layouts_and_missing_gradients(world: int) -> None:
     assert max(seen["replicated"] for seen in run(world)) <= 1e-12
+    assert max(seen["mixed"] for seen in run(world)) <= 1e-12
     assert max(seen["columns"] for seen in run(world)) <= 1e-12
     assert max(seen["skipping"] for seen in run(world)) <= 1e-12
 

@@ -106,6 +106,23 @@ def replicated_distance(world: int) -> float:
     return worst
 
 
+def mixed_distance(mesh: Any) -> float:
+    """Plain parameters beside sharded ones, elementwise."""
+    method = ONE_EACH["AGD"].method
+    start, grads = recorded([(5, 4), (4, 3), (3, 4)], STEPS)
+    params = [
+        nn.Parameter(start[0].clone()),
+        *(nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in start[1:]),
+    ]
+    opt = pt.Optimizer(params, method, lr=0.125)
+    for row in grads:
+        params[0].grad = row[0].clone()
+        for p, g in zip(params[1:], sharded_grads(params[1:], row[1:]), strict=True):
+            p.grad = g
+        opt.step()
+    return distance([params[0], *(p.full_tensor() for p in params[1:])], single_updates(method, grads, start))
+
+
 def work_done(mesh: Any) -> dict[str, Any]:
     """Sizes of the matrices this rank updated, and what it keeps of each parameter."""
     method = ONE_EACH["ASGO"].method
@@ -212,6 +229,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         "fsdp": fsdp_distances(FSDP),
         "columns": sharded_columns_distance(mesh),
         "replicated": replicated_distance(world),
+        "mixed": mixed_distance(mesh),
         "work": work_done(mesh),
         "resumed": {name: resumed(name) for name in ("AGD", "ASGO", "Shampoo")},
         "foreign": foreign_load_message(rank, mesh),

@@ -237,8 +237,8 @@ class Optimizer(torch.optim.Optimizer):
                 if owner is None or sharding.owns(param, owner):
                     entry.update(_fresh(method, param, flat))
             shape = None if flat else tuple(param.shape)
-            mesh = None if owner is None else (owner, param.device_mesh)
-            label = (method, param.dtype, param.device, shape, mesh, int(entry["step"]))
+            layout = (owner, param.device_mesh) if sharding.is_sharded(param) else None
+            label = (method, param.dtype, param.device, shape, layout, int(entry["step"]))
             yield label, sharding.local(param).numel() if flat else 0, ((method, flat, owner), param)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
