@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import array_api_compat
 import array_api_strict
 import numpy as np
 import pytest
+from configs import CONFIGS, FIRST
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -37,6 +39,7 @@ BACKENDS = (
     "jax-jit",
     "cupy",
 )
+EAGER = ("numpy", "strict-device1", "torch", "jax")
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,12 @@ def _compiled_torch(method: Any) -> Callable[..., Any]:
 
     def update(grad: Any, state: Any, param: Any, *, refresh: bool | None = None) -> Any:
         step = state.step
-        every = getattr(method, "every", 1)
-        due = step % every == 0 if refresh is None else refresh
+        if refresh is None:
+            refresh = method.due(step) if hasattr(method, "due") else step % getattr(method, "every", 1) == 0
         scalars = method.scalars(step + 1, like=param)
         if scalars:
             scalars = type(scalars)(*(torch.tensor(s, dtype=param.dtype) for s in scalars))
-        direction, new = compiled(grad, state._replace(step=0), param, scalars, due)
+        direction, new = compiled(grad, state._replace(step=0), param, scalars, refresh)
         return direction, new._replace(step=step + 1)
 
     return update
@@ -141,11 +144,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "eager: runs on the eager libraries only, or on those of --backend")
+    config.addinivalue_line("markers", "cases: every configuration of every method on every backend")
+    config.addinivalue_line("markers", "eager_cases: the same, on the eager libraries only")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    if "backend" in metafunc.fixturenames and "backend" not in named:
-        chosen = metafunc.config.getoption("--backend") or BACKENDS
-        metafunc.parametrize("backend", chosen, indirect=True)
+    asked = metafunc.config.getoption("--backend")
+    eager = any(metafunc.definition.get_closest_marker(name) for name in ("eager", "eager_cases"))
+    backends = asked or (EAGER if eager else BACKENDS)
+    if any(metafunc.definition.get_closest_marker(name) for name in ("cases", "eager_cases")):
+        # JAX compiles every single operation: eagerly the first configuration of each method, unless it was asked for
+        cases = [
+            pytest.param(backend, config, id=f"{backend}-{name}")
+            for backend in backends
+            for name, config in CONFIGS.items()
+            if asked or backend != "jax" or name in FIRST
+        ]
+        metafunc.parametrize(("backend", "config"), cases, indirect=["backend"])
+    elif "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", backends, indirect=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled() -> Iterator[None]:
+    """What JAX compiled for a file's tests would stay in memory until the end."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture
