@@ -40,7 +40,29 @@ def methods_table() -> str:
     return "\n".join(lines)
 
 
-myst_substitutions = {"methods_table": methods_table()}
+def routing_table() -> str:
+    """Which method `Optimizer` gives a parameter of each kind by default, as a Markdown table."""
+    kinds = {
+        "0-D": ((), "scale"),
+        "vector": ((8,), "bias"),
+        "matrix": ((8, 6), "fc/weight"),
+        "embedding": ((8, 6), "embedding/weight"),
+        "3-D": ((8, 6, 3), "conv1d/weight"),
+        "4-D": ((8, 6, 3, 3), "conv/weight"),
+    }
+    lines = ["| | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    for name, cls in precond_ref.list_methods().items():
+        needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        method = cls(**{field: {"size": 4}.get(field, 0.5) for field in needed})
+        cells = []
+        for shape, path in kinds.values():
+            given = method.for_shape(shape, path)
+            cells.append("`Adam`" if given is None else f"`{given.kind}`" if name == "MBF" else "itself")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+myst_substitutions = {"methods_table": methods_table(), "routing_table": routing_table()}
 
 
 def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
