@@ -1,0 +1,347 @@
+"""A method of the core as an optax transformation: trees, routing, dtypes, stacking and sharding; no mathematics."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from optax._src.base import NO_PARAMS_MSG  # not exported, but the message that users of optax know
+
+from precond_ref.methods.baselines import Adam
+from precond_ref.protocol import Array, Method, is_zero
+from precond_ref_jax import OPTIONS
+
+Tree = Any
+
+
+class ScaleByState(NamedTuple):
+    """State of every transformation of this package."""
+
+    count: Array
+    """Updates done, int32 of shape ()."""
+    statistics: Any
+    """The method's own state, whose ``step`` is None (it is ``count``) and whose other fields are trees like the
+    parameters, with an ``optax.MaskedNode`` for each parameter that the method does not take."""
+    fallback: Any
+    """State of the transformation of those parameters; None where there is no such transformation."""
+
+
+def scale_by(
+    method: Method,
+    *,
+    takes: Callable[[str, Array], bool] | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of ``method`` in place of the gradient; ``optax.scale_by_learning_rate`` makes a step of it.
+
+    Arguments:
+        takes: ``(path, array) -> bool``, which parameters get ``method``, instead of its own rule ``method.takes``.
+            Paths join keys by "/".
+        fallback: transformation of the other parameters; the default is `precond_ref.Adam`.
+        dtype: of statistics and arithmetic; the default is the parameter's, but float32 at least (unless the method
+            has ``narrow_state=True``). Updates always come out in the parameter's dtype.
+
+    ``update`` needs ``params`` if the method decays weights itself. Parameters of one shape are stacked for the update.
+    Errors: ValueError or TypeError, with the path, for arrays that the method refuses or that do not fit together.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method such as precond_ref.ASGO(), got {method!r}")
+    if takes is not None and not callable(takes):
+        raise TypeError(f"takes must be a callable (path, array) -> bool or None, got {takes!r}")
+    if fallback is not None and not isinstance(fallback, optax.GradientTransformation):
+        raise TypeError(f"fallback must be an optax.GradientTransformation or None, got {fallback!r}")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a real floating dtype or None, got {dtype!r}")
+    fields = method.state_type._fields[1:]
+    if fallback is None and not (method.elementwise and takes is None):
+        fallback = scale_by(Adam(), dtype=dtype)
+
+    def route(path: str, leaf: Any) -> Method | None:
+        if leaf is None:
+            return None
+        for_shape = getattr(method, "for_shape", lambda shape, path: method if method.takes(shape, path) else None)
+        default: Method | None = for_shape(jnp.shape(leaf), path)
+        if takes is None:
+            return default
+        return (default or method) if takes(path, leaf) else None
+
+    def is_other(path: Any, leaf: Any) -> bool:
+        return leaf is not None and route(_name(path), leaf) is None
+
+    others = fallback and optax.masked(
+        fallback, lambda tree: jax.tree_util.tree_map_with_path(is_other, tree, is_leaf=_is_none)
+    )
+
+    def init(params: Tree) -> ScaleByState:
+        names, leaves, treedef = _flatten(params)
+        states = []
+        for name, leaf in zip(names, leaves, strict=True):
+            chosen = route(name, leaf)
+            if chosen is None:
+                states.append(dict.fromkeys(fields, None if leaf is None else optax.MaskedNode()))
+                continue
+            with _named([name]):
+                p = _real(chosen, leaf)
+                state = chosen.init(p.astype(_dtype(chosen, p.dtype, dtype)))._replace(step=None)
+            states.append(jax.tree.map(lambda x, p=p: x if x.shape == p.shape else _replicated(x, p), state)._asdict())
+        if leaves:
+            trees = {field: treedef.unflatten([state[field] for state in states]) for field in fields}
+        else:  # also what optax.tree.map_params asks, to learn where copies of the parameters are
+            alike = _like_params(method)
+            trees = {field: params if field in alike else jnp.zeros((), jnp.int32) for field in fields}
+        count = jnp.zeros((), jnp.int32)
+        arrays = [leaf for leaf in leaves if leaf is not None]
+        return ScaleByState(
+            count=_replicated(count, jnp.asarray(arrays[0])) if arrays else count,
+            statistics=method.state_type(step=None, **trees),
+            fallback=others and others.init(params),
+        )
+
+    def update(updates: Tree, state: ScaleByState, params: Tree = None, **extra_args: Any) -> tuple[Tree, ScaleByState]:
+        if params is None and not is_zero(getattr(method, "weight_decay", 0.0)):
+            raise ValueError(NO_PARAMS_MSG)
+        if not isinstance(state, ScaleByState) or not isinstance(state.statistics, method.state_type):
+            raise TypeError(f"state must be what init of {type(method).__name__} returned, got {type(state).__name__}")
+        names, grads, treedef = _flatten(updates)
+        values = list(grads) if params is None else _up_to("params", treedef, params)
+        columns = [_up_to(f"state.statistics.{f}", treedef, getattr(state.statistics, f)) for f in fields if grads]
+        groups: dict[Any, tuple[Method, list[int]]] = {}
+        for i, name in enumerate(names):
+            chosen = route(name, grads[i])
+            if chosen is None:
+                continue
+            with _named([name]):
+                g, p = _real(chosen, grads[i]), _real(chosen, values[i])
+                if g.shape != p.shape:
+                    raise ValueError(f"the update must have its parameter's shape {p.shape}, got {g.shape}")
+            grads[i], values[i] = g, p
+            shapes = tuple(jnp.shape(x) for x in jax.tree.leaves([column[i] for column in columns]))
+            key = i if chosen.elementwise else (_identity(chosen), g.shape, p.dtype, shapes)
+            groups.setdefault(key, (chosen, []))[1].append(i)
+
+        new_fallback, outputs = None, list(grads)
+        if others:
+            transformed, new_fallback = others.update(updates, state.fallback, params, **extra_args)
+            outputs = treedef.flatten_up_to(transformed)
+        scalars: dict[Any, Any] = {}
+        for chosen, members in groups.values():
+            inner = _dtype(chosen, values[members[0]].dtype, dtype)
+            bound, arrays = _bind(chosen, inner)
+            label = (_identity(chosen), inner)
+            if label not in scalars:
+                scalars[label] = bound.scalars(state.count + 1, like=jnp.zeros((), inner))
+            with _named([names[i] for i in members]):
+                directions, states = _run(
+                    bound,
+                    inner,
+                    (state.count, scalars[label], arrays),
+                    [grads[i] for i in members],
+                    [values[i] for i in members],
+                    [method.state_type(None, *(column[i] for column in columns)) for i in members],
+                )
+            for i, direction, new in zip(members, directions, states, strict=True):
+                outputs[i] = direction
+                for column, value in zip(columns, new[1:], strict=True):
+                    column[i] = value
+        statistics = method.state_type(None, *map(treedef.unflatten, columns)) if grads else state.statistics
+        count = optax.safe_increment(state.count)
+        return treedef.unflatten(outputs), ScaleByState(count, statistics, new_fallback)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _bind(method: Method, dtype: Any) -> tuple[Method, dict[str, Array]]:
+    """``method`` with its array-valued fields in ``dtype``, so that they promote nothing, and these fields."""
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    arrays = {name: jnp.asarray(value, dtype) for name, value in fields.items() if hasattr(value, "dtype")}
+    return method.replace(**arrays) if arrays else method, arrays
+
+
+def _run(
+    method: Method, dtype: Any, shared: Any, grads: list[Array], params: list[Array], states: list[Any]
+) -> tuple[list[Array], list[Any]]:
+    """Directions, in the parameters' dtypes, and states after one update of parameters that share shape and dtype."""
+
+    def run(shared: Any, grads: Any, params: Any, states: Any) -> tuple[list[Array], list[Any]]:
+        count, scalars, arrays = shared
+        bound = method.replace(**arrays) if arrays else method
+        members = [(g.astype(dtype), p.astype(dtype), s) for g, p, s in zip(grads, params, states, strict=True)]
+        stacked = len(members) > 1
+        g, p, state = jax.tree.map(lambda *xs: jnp.stack(xs), *members) if stacked else members[0]
+        direction, new = bound.update(g, state._replace(step=count), p, scalars=scalars, xp=jnp)
+        new = new._replace(step=None)
+        news = [jax.tree.map(lambda x, i=i: x[i], new) for i in range(len(members))] if stacked else [new]
+        directions = list(direction) if stacked else [direction]
+        return [d.astype(p.dtype) for d, p in zip(directions, params, strict=True)], news
+
+    mesh = jax.typeof(params[0]).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
+        # The core's products and factorisations are not sharding-typed; the compiler places them. What goes in as a
+        # parameter or a state comes out placed alike, so that types do not change from step to step.
+        def place(x: Array) -> NamedSharding:
+            sharding = jax.typeof(x).sharding
+            return sharding if sharding.mesh == mesh else NamedSharding(mesh, PartitionSpec())
+
+        run = jax.sharding.auto_axes(run, out_sharding=jax.tree.map(place, (params, states)))
+    return run(shared, grads, params, states)
+
+
+def make_scale_by(name: str, factory: Callable[..., Method]) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """``scale_by_<name>(*, fields, takes, fallback, dtype)``."""
+    fields = inspect.signature(factory).parameters
+
+    def make(**given: Any) -> optax.GradientTransformationExtraArgs:
+        method = factory(**{key: value for key, value in given.items() if key in fields})
+        return scale_by(method, **{key: given[key] for key in OPTIONS if key in given})
+
+    return _named_function(make, name, factory, [])
+
+
+def make_optimizer(name: str, factory: Callable[..., Method]) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """``<name>(learning_rate, *, fields, weight_decay, mask, takes, fallback, dtype)``."""
+    make_scale = make_scale_by(f"scale_by_{name}", factory)
+    fields = inspect.signature(factory).parameters
+    first = [
+        inspect.Parameter("learning_rate", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=optax.ScalarOrSchedule)
+    ]
+    decay = [] if "weight_decay" in fields else [_keyword("weight_decay", "float | None"), _keyword("mask", "Any")]
+
+    def make(learning_rate: Any, **given: Any) -> optax.GradientTransformationExtraArgs:
+        parts = []
+        if decay:
+            weight_decay, mask = given.pop("weight_decay", None), given.pop("mask", None)
+            if weight_decay is not None:
+                parts = [optax.add_decayed_weights(weight_decay, mask)]
+            elif mask is not None:
+                raise ValueError("mask says what weight_decay applies to: it needs weight_decay")
+        if "learning_rate" in fields:
+            given["learning_rate"] = learning_rate
+        return optax.chain(make_scale(**given), *parts, optax.scale_by_learning_rate(learning_rate))
+
+    return _named_function(make, name, factory, [*first, *decay])
+
+
+def _keyword(name: str, annotation: str, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _named_function(make: Any, name: str, factory: Any, more: list[inspect.Parameter]) -> Any:
+    """``make`` under its public name, with the signature of ``factory`` (keyword only), ``more`` and the options."""
+    taken = {p.name for p in more}
+    own = [
+        p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(factory).parameters.values() if p.name not in taken
+    ]
+    options = [_keyword(option, "Any") for option in OPTIONS]
+    positional = [p for p in more if p.kind is not p.KEYWORD_ONLY]
+    signature = inspect.Signature([*positional, *own, *(p for p in more if p not in positional), *options])
+
+    def function(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{name}() {error}") from None
+        return make(**bound.arguments)
+
+    function.__name__ = function.__qualname__ = name
+    function.__module__ = "precond_ref_jax"
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    source = f"precond_ref.{factory.__qualname__}"
+    if name.startswith("scale_by_"):
+        function.__doc__ = f"Direction of `{source}`; its fields, and the options of `precond_ref_jax.scale_by`."
+    else:
+        function.__doc__ = f"Steps of `{source}`: `scale_by_{name}`, weight decay, and the learning rate or schedule."
+    return function
+
+
+# ---- trees and leaves -----------------------------------------------------------------------------------------------
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _flatten(tree: Tree) -> tuple[list[str], list[Any], Any]:
+    """Paths, leaves (None counts as one) and structure."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
+    return [_name(path) for path, _ in found], [leaf for _, leaf in found], treedef
+
+
+def _up_to(what: str, treedef: Any, tree: Tree) -> list[Any]:
+    try:
+        return treedef.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(f"{what} must have the structure of the updates: {error}") from error
+
+
+@contextlib.contextmanager
+def _named(names: list[str]) -> Iterator[None]:
+    """Prefixes errors with the parameters' paths."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise type(error)(f"{names[0] or 'the parameter'}{more}: {error}") from error
+
+
+def _real(method: Method, leaf: Any) -> Array:
+    """The leaf as an array, once it is known to be real."""
+    if leaf is None or isinstance(leaf, optax.MaskedNode):
+        raise ValueError(f"there is an update but no parameter, got {leaf}")
+    array = jnp.asarray(leaf)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        rule = "does not support complex parameters" if jnp.iscomplexobj(array) else "takes real floating arrays"
+        raise TypeError(f"{type(method).__name__} {rule}, got dtype {array.dtype} (optax.masked leaves it out)")
+    return array
+
+
+def _dtype(method: Method, dtype: Any, wanted: Any) -> Any:
+    if wanted is not None:
+        return jnp.dtype(wanted)
+    narrow = getattr(method, "narrow_state", False) or jnp.finfo(dtype).bits >= 32
+    return dtype if narrow else jnp.dtype(jnp.float32)
+
+
+def _identity(method: Method) -> Any:
+    try:
+        hash(method)
+    except TypeError:  # array-valued hyperparameters
+        return id(method)
+    return method
+
+
+def _replicated(x: Array, like: Array) -> Array:
+    """``x`` on every device of the mesh of ``like``, if there is one: left on one, it makes ``jit`` compile twice."""
+    mesh = jax.typeof(like).sharding.mesh
+    if mesh.empty:
+        return x
+    if not isinstance(like, jax.core.Tracer):
+        return jax.device_put(x, NamedSharding(like.sharding.mesh, PartitionSpec()))
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())) if AxisType.Explicit in mesh.axis_types else x
+
+
+def _like_params(method: Method) -> set[str]:
+    """State fields that are one array of the parameter's shape, seen on a parameter with all axes different."""
+    integers = [value for value in vars(method).values() if isinstance(value, int) and value > 0]
+    unit = 64 * math.lcm(*integers)
+    low, high = method.ndims
+    for ndim in range(max(low, 1), min(high, 8) + 1):
+        shape = tuple(unit * (2 + axis) for axis in range(ndim))
+        try:
+            state = jax.eval_shape(method.init, jax.ShapeDtypeStruct(shape, jnp.float32))
+        except ValueError:  # a structure for each axis, and another number of axes
+            continue
+        return {field for field, value in state._asdict().items() if getattr(value, "shape", None) == shape}
+    return set()
