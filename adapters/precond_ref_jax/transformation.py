@@ -75,7 +75,7 @@ def scale_by(
         return (default or method) if takes(path, leaf) else None
 
     def is_other(path: Any, leaf: Any) -> bool:
-        return leaf is not None and route(_name(path), leaf) is None
+        return route(_name(path), leaf) is None
 
     others = fallback and optax.masked(
         fallback, lambda tree: jax.tree_util.tree_map_with_path(is_other, tree, is_leaf=_is_none)
