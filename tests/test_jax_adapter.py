@@ -8,25 +8,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 import pickle
-import runpy
 import subprocess
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import precond_ref_jax as pj
 import pytest
 from configs import CONFIGS, LOUD, Config
 from helpers import distance, gradients
 
 import precond_ref as pr
+import precond_ref_jax as pj
 from precond_ref.problems import datasets, load_digits, mlp
 from precond_ref.problems.base import Space
 from precond_ref.protocol import Method
@@ -36,6 +35,7 @@ jax.config.update("jax_enable_x64", True)
 optax = pytest.importorskip("optax")
 
 import jax.numpy as jnp  # noqa: E402
+
 from precond_ref_jax import transformation as adapter  # noqa: E402
 
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what these tests cost
@@ -84,7 +84,7 @@ configs = pytest.mark.parametrize(
 
 
 def tree(shape: tuple[int, ...], dtype: Any = "float32", seed: int = 0) -> Any:
-    """Parameters or gradients: two of the method's shape, so that they are stacked, and one that a matrix method gives away."""
+    """Parameters or gradients: two of the method's shape, which are stacked, and one that a matrix method gives away."""
     rng = np.random.default_rng(seed)
     return {
         "a": jnp.asarray(rng.standard_normal(shape), dtype),
@@ -124,16 +124,16 @@ def check_recorded(config: Config, lib: Any) -> float:
     assert last.count.shape == ()
     assert last.count.dtype == jnp.int32
     assert last.count == steps
-    worst = 0.0
+    gaps = []
     for key, param in params.items():
         state = config.method.init(param)
         expected = []
         for g in grads[key]:
             direction, state = config.method.update(g, state, param)
             expected.append(direction)
-        worst = max(worst, distance(np.asarray(got[key]), np.stack(expected)))
-    assert worst <= 1e-13
-    return worst
+        gaps.append(distance(np.asarray(got[key]), np.stack(expected)))
+    assert np.max(gaps) <= 1e-13  # unlike max, NaN where there is one
+    return np.max(gaps)
 
 
 @configs
@@ -182,12 +182,12 @@ def check_training(case: Case, lib: Any) -> float:
     assert sum(compilations[1:]) == 0
     assert state[0].count == 10
     start = host.init()
-    worst = max(
+    gaps = [
         np.linalg.norm(np.asarray(params[key]) - value) / np.linalg.norm(value - start[key])
         for key, value in host_params.items()
-    )
-    assert worst <= (1e-12 if case.method.elementwise else 1e-9)
-    return worst
+    ]
+    assert np.max(gaps) <= (1e-12 if case.method.elementwise else 1e-9)
+    return np.max(gaps)
 
 
 @contextlib.contextmanager
@@ -362,7 +362,7 @@ def check_vmap(case: Case, lib: Any) -> None:
 
 
 REPRESENTATIVE = ("agd", "asgo", "shampoo")
-"""An elementwise method, one with a single statistic, one with a tuple of them: by default only these are vmapped and masked."""
+"""An elementwise method, one with a single statistic, one with a tuple of them: what is not deep runs on these."""
 some_cases = pytest.mark.parametrize(
     "case", [pytest.param(c, id=n, marks=() if n in REPRESENTATIVE else pytest.mark.deep) for n, c in CASES.items()]
 )
@@ -376,3 +376,387 @@ def test_vmap(case: Case) -> None:
 @some_cases
 def test_masks(case: Case) -> None:
     check_masks(case, adapter)
+
+
+# ---- a method with everything unusual -------------------------------------------------------------------------------
+
+
+class DecayInsideState(NamedTuple):
+    step: Any
+    buffer: Any
+    total: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecayInside(Method, register=False):
+    """Heavy ball with its own weight decay, whose first state holds one array twice."""
+
+    momentum: float = 0.5
+    weight_decay: float = 0.0
+    narrow_state: bool = False
+
+    state_type = DecayInsideState
+
+    def init(self, param: Any, *, stack_ndim: int = 0) -> DecayInsideState:
+        zero = self._check_param(param, stack_ndim).zeros_like(param)
+        return DecayInsideState(0, zero, zero)
+
+    def update(self, grad: Any, state: Any, param: Any, **kwargs: Any) -> Any:
+        self._enter(grad, state, param, None, None)
+        buffer = self.momentum * state.buffer + grad + self.weight_decay * param
+        return 1.0 * buffer, DecayInsideState(state.step + 1, buffer, state.total + buffer)
+
+
+def check_decay_inside(lib: Any) -> None:
+    """The parameter that the method sees is the parameter, and the state can be donated."""
+    opt = lib.make_optimizer("decay_inside", DecayInside)(0.5, weight_decay=0.25)
+    x, state = jnp.ones((2, 2)), opt.init(jnp.ones((2, 2)))
+    for expected in (-0.625, -0.859375):  # -0.5 (1 + 0.25), then -0.5 (0.625 + 1 + 0.25 * 0.375)
+        updates, state = jax.jit(opt.update, donate_argnums=1)(jnp.ones((2, 2)), state, x)
+        np.testing.assert_array_equal(updates, np.full((2, 2), expected))
+        x = x + updates
+
+
+def test_weight_decay_inside_the_method() -> None:
+    check_decay_inside(adapter)
+    make = adapter.make_optimizer("decay_inside", DecayInside)
+    assert "mask" not in inspect.signature(make).parameters
+    params = jnp.ones((2, 2))
+    make(0.5).update(params, make(0.5).init(params))
+    with pytest.raises(ValueError, match="requires the current value of parameters, but you are not passing `params`"):
+        make(0.5, weight_decay=0.25).update(params, make(0.5).init(params))
+    with pytest.raises(ValueError, match="requires the current value of parameters, but you are not passing `params`"):
+        pj.agd(0.5, weight_decay=0.25).update(params, pj.agd(0.5, weight_decay=0.25).init(params))
+
+
+DTYPES = {"a": "float32", "b": "float64", "c": "bfloat16"}
+
+
+def check_mixed(lib: Any) -> None:
+    """Parameters of one shape and several dtypes, and array-valued hyperparameters."""
+    shape = (3, 4)
+    params = {key: jnp.asarray(gradients(shape)[0], dtype) for key, dtype in DTYPES.items()}
+    opt = lib.scale_by(pr.ASGO(beta1=jnp.asarray(0.75), beta2=jnp.asarray(0.5), eps=np.float64(0.25), every=2))
+    state = opt.init(params)
+    for _ in range(2):
+        updates, new = jit(opt.update)(params, state, params)
+        assert jax.tree.map(lambda x: x.dtype, (updates, new)) == jax.tree.map(lambda x: x.dtype, (params, state))
+        state = new
+    wide = lib.scale_by(pr.ASGO(beta1=0.75, beta2=0.5, eps=0.25, every=2), dtype="float64")
+    assert {x.dtype for x in jax.tree.leaves(wide.init(params).statistics)} == {jnp.dtype("float64")}
+
+
+def test_dtypes_beside_each_other() -> None:
+    check_mixed(adapter)
+    narrow = pj.scale_by(DecayInside(narrow_state=True)).init(jnp.ones((2, 2), "bfloat16"))
+    assert narrow.statistics.buffer.dtype == jnp.bfloat16
+    with pytest.raises(TypeError, match="w: ASGO factorises matrices, which needs float32 or float64"):
+        pj.scale_by_asgo(dtype="bfloat16").init({"w": jnp.ones((2, 2))})
+
+
+# ---- routing --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_matrix_method_does_not_take_goes_to_adam_or_where_you_say() -> None:
+    params = {"w": jnp.ones((3, 4)), "embedding": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+    grads = {key: jnp.asarray(gradients(p.shape)[0]) for key, p in params.items()}
+
+    def first(**options: Any) -> Any:
+        opt = pj.scale_by_asgo(eps=0.25, **options)
+        return opt.update(grads, opt.init(params), params)
+
+    asgo = pr.ASGO(eps=0.25)
+    by_asgo = asgo.update(grads["w"], asgo.init(params["w"]), params["w"])[0]
+    sign = jnp.sign(grads["w"])  # Adam's first step
+    updates, state = first()
+    np.testing.assert_allclose(updates["w"], by_asgo, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(updates["embedding"], sign, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(updates["bias"], jnp.sign(grads["bias"]), rtol=0, atol=1e-6)
+    assert isinstance(state.statistics.m["bias"], optax.MaskedNode)
+    updates, _ = first(fallback=optax.scale(2.0))
+    np.testing.assert_array_equal(updates["bias"], 2.0 * grads["bias"])
+    updates, _ = first(takes=lambda path, array: path == "embedding")
+    np.testing.assert_allclose(updates["embedding"], by_asgo, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(updates["w"], sign, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="bias: ASGO takes a parameter with exactly 2 axes"):
+        first(takes=lambda path, array: True)
+
+
+def test_parameters_of_one_shape_share_one_factorization() -> None:
+    params = {str(i): jnp.ones((4, 4)) for i in range(5)}
+    opt = pj.scale_by_asgo(every=3)
+    state = opt.init(params)
+    text = str(jax.make_jaxpr(opt.update)(params, state, params))
+    assert text.count(" eigh[") == 1
+    assert text.count(" cond[") == 1
+
+
+def test_statistics_are_the_cores() -> None:
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((3, 4))}
+    grads = {"a": jnp.asarray(gradients((3, 4))[0]), "b": jnp.asarray(gradients((3, 4))[1])}
+    opt = pj.scale_by_shampoo(eps=0.25)
+    _, state = opt.update(grads, opt.init(params), params)
+    for key, g in grads.items():
+        left, right = state.statistics.grams[key]
+        np.testing.assert_allclose(left, g @ g.T, rtol=0, atol=1e-13)
+        np.testing.assert_allclose(right, g.T @ g, rtol=0, atol=1e-13)
+
+
+# ---- what a user gets wrong -----------------------------------------------------------------------------------------
+
+GOOD = {"w": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+
+
+@pytest.mark.parametrize(
+    ("updates", "params", "error", "message"),
+    [
+        ({"w": GOOD["w"].T, "bias": GOOD["bias"]}, GOOD, ValueError, "w: the update must have its parameter's shape"),
+        ({"w": GOOD["w"]}, GOOD, ValueError, "params must have the structure of the updates: .*key"),
+        ({"w": GOOD["w"]}, None, ValueError, "state.statistics.m must have the structure of the updates: .*key"),
+        ({"w": GOOD["w"][:2], "bias": GOOD["bias"]}, None, ValueError, "w: state.m must have shape"),
+        (jax.tree.map(lambda x: 1j * x, GOOD), GOOD, TypeError, "w: ASGO does not support complex parameters"),
+        (jax.tree.map(lambda x: x > 0, GOOD), GOOD, TypeError, "w: ASGO takes real floating arrays, got dtype bool"),
+        (GOOD, {"w": None, "bias": GOOD["bias"]}, ValueError, "w: there is an update but no parameter"),
+    ],
+)
+def test_updates_that_do_not_fit(updates: Any, params: Any, error: Any, message: str) -> None:
+    opt = pj.scale_by_asgo()
+    with pytest.raises(error, match=message):
+        opt.update(updates, opt.init(GOOD), params)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: pj.agd(), TypeError, r"agd\(\) missing a required argument: 'learning_rate'"),
+        (lambda: pj.agd(1.0, b1=0.9), TypeError, r"agd\(\) got an unexpected keyword argument 'b1'"),
+        (lambda: pj.agd(1.0, 0.9), TypeError, r"agd\(\) too many positional arguments"),
+        (lambda: pj.agd(1.0, beta1=1.0), ValueError, "beta1 must be finite and >= 0 and < 1, got 1.0"),
+        (lambda: pj.agd(1.0, mask=True), ValueError, "mask says what weight_decay applies to"),
+        (lambda: pj.scale_by("asgo"), TypeError, "method must be a Method such as precond_ref.ASGO"),
+        (lambda: pj.scale_by_asgo(takes=["w"]), TypeError, "takes must be a callable"),
+        (lambda: pj.scale_by_asgo(fallback=pj.adam), TypeError, "fallback must be an optax.GradientTransformation"),
+        (lambda: pj.scale_by_asgo(dtype="int32"), TypeError, "dtype must be a real floating dtype"),
+        (lambda: pj.scale_by_asgo().init({"w": 1j * GOOD["w"]}), TypeError, "w: ASGO does not support complex"),
+        (lambda: pj.scale_by_agd().init({"w": jnp.arange(3)}), TypeError, "w: AGD takes real floating arrays"),
+        (lambda: pj.scale_by_asgo(heads=2).init(GOOD), ValueError, "w: heads must divide the rows"),
+        (lambda: pj.scale_by_agd().init("w"), TypeError, "the parameter: .*'w'"),
+        (lambda: pj.scale_by_agd().update(GOOD, pj.agd(1.0).init(GOOD)), TypeError, "state must be what init of AGD"),
+        (lambda: pj.scale_by_agd().update(GOOD, pj.scale_by_adam().init(GOOD)), TypeError, "what init of AGD returned"),
+        (lambda: pj.asgd, AttributeError, "has no attribute 'asgd'"),
+        (lambda: pj.scale_by_scale_by, AttributeError, "has no attribute 'scale_by_scale_by'"),
+    ],
+)
+def test_bad_calls(call: Callable[[], Any], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+# ---- the package ----------------------------------------------------------------------------------------------------
+
+
+def test_every_method_and_preset_has_its_two_functions() -> None:
+    presets = sum(len(method.presets) for method in pr.list_methods().values())
+    assert len(FACTORIES) == len(pr.list_methods()) + presets
+    assert {"agd", "full_adagrad", "rmsprop", "asgo_theory"} <= FACTORIES.keys()
+    assert set(pj.__all__) <= set(dir(pj))
+    for name, factory in FACTORIES.items():
+        fields = inspect.signature(factory).parameters
+        for function in (getattr(pj, name), getattr(pj, f"scale_by_{name}")):
+            parameters = inspect.signature(function).parameters
+            assert all(
+                parameters[field].default == fields[field].default for field in fields if field != "learning_rate"
+            )
+            assert function.__doc__
+            assert pickle.loads(pickle.dumps(function)) is function
+        assert inspect.signature(getattr(pj, name)).parameters["learning_rate"].annotation is optax.ScalarOrSchedule
+
+
+@pytest.mark.parametrize("name", ["asgo", "agd"])
+def test_the_public_functions_are_the_tested_ones(name: str) -> None:
+    params, grads = tree((4, 3), "float64"), tree((4, 3), "float64", seed=1)
+    method = pr.list_methods()[name.upper()](eps=0.25) if name == "asgo" else pr.AGD(delta=0.25)
+    kwargs = {"eps": 0.25} if name == "asgo" else {"delta": 0.25}
+    opt, core = getattr(pj, name)(0.5, **kwargs), pr.Optimizer(method, lr=0.5)
+    updates, _ = opt.update(grads, opt.init(params), params)
+    close(optax.apply_updates(params, updates), core.step(params, grads, core.init(params))[0], 1e-14)
+
+
+def test_states_pickle() -> None:
+    params = tree((4, 3))
+    state = pj.asgo(0.5).init(params)
+    close(pickle.loads(pickle.dumps(state)), state, 0.0)
+
+
+def test_orbax_saves_and_restores(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Orbax's, at import and about its own future
+        checkpoint = pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint is not installed")
+        opts = {name: CASES[name].optimizer() for name in REPRESENTATIVE}
+        params = tree((5, 3), "bfloat16")
+        states = {}
+        for name, opt in opts.items():
+            _, states[name] = opt.update(params, opt.init(params), params)
+        with checkpoint.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "states", states)
+            checkpointer.wait_until_finished()
+            restored = checkpointer.restore(tmp_path / "states", jax.tree.map(jnp.zeros_like, states))
+    close(restored, states, 0.0)
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_import_is_lazy_and_says_what_is_missing() -> None:
+    assert run_python("import precond_ref_jax, sys; print({'jax', 'optax'} & set(sys.modules))") == "set()"
+    code = (
+        "import sys, precond_ref_jax as p; sys.modules['optax'] = None\ntry: p.agd\nexcept ImportError as e: print(e)"
+    )
+    assert run_python(code) == "precond_ref_jax needs optax: python -m pip install 'precond-ref[jax]'"
+
+
+@pytest.mark.parametrize("data", ["", "none"])
+def test_example_trains(data: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    source = ROOT / "examples" / "jax_mnist.py"
+    assert len(source.read_text(encoding="utf-8").splitlines()) <= 60
+    pytest.importorskip("flax")
+
+
+# ---- planted bugs ---------------------------------------------------------------------------------------------------
+
+
+def mutant(old: str, new: str) -> Any:
+    """The adapter's module with one place of its source changed."""
+    source = Path(adapter.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1, old
+    module = types.ModuleType("mutant")
+    exec(compile(source.replace(old, new), "mutant", "exec"), module.__dict__)
+    return module
+
+
+EVERY = Config(pr.ASGO(beta1=0.75, beta2=0.5, eps=0.25, every=3), (4, 3))
+
+MUTANTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
+    "updates are not counted": (
+        "optax.safe_increment(state.count)",
+        "state.count",
+        lambda lib: check_recorded(CONFIGS["AGD-default"], lib),
+    ),
+    "the last step's scalars": (
+        "scalars(count + 1,",
+        "scalars(count,",
+        lambda lib: check_recorded(CONFIGS["AGD-default"], lib),
+    ),
+    "the method does not see the step": (
+        "state._replace(step=count)",
+        "state._replace(step=0 * count)",
+        lambda lib: check_recorded(EVERY, lib),
+    ),
+    "directions of a stack in the wrong order": (
+        "directions = list(direction) if",
+        "directions = list(direction)[::-1] if",
+        lambda lib: check_recorded(EVERY, lib),
+    ),
+    "states of a stack in the wrong order": (
+        "for i in range(len(triples))]",
+        "for i in reversed(range(len(triples)))]",
+        lambda lib: check_recorded(EVERY, lib),
+    ),
+    "the state of the step before": (
+        "column[member.at] = value",
+        "column[member.at] = column[member.at]",
+        lambda lib: check_recorded(EVERY, lib),
+    ),
+    "the sign flips twice": (
+        "[d.astype(p.dtype) for",
+        "[-d.astype(p.dtype) for",
+        lambda lib: check_training(CASES["agd"], lib),
+    ),
+    "the rate's sign does not flip": (
+        "optax.scale_by_learning_rate(learning_rate)",
+        "optax.scale_by_learning_rate(learning_rate, flip_sign=False)",
+        lambda lib: check_training(CASES["agd"], lib),
+    ),
+    "weight decay after the rate": (
+        "*parts, optax.scale_by_learning_rate(learning_rate))",
+        "optax.scale_by_learning_rate(learning_rate), *parts)",
+        lambda lib: check_training(CASES["agd"], lib),
+    ),
+    "what is not taken keeps its gradient": (
+        "outputs = treedef.flatten_up_to(transformed)",
+        "pass",
+        lambda lib: check_training(CASES["asgo"], lib),
+    ),
+    "the other transformation forgets": (
+        "ScaleByState(count, statistics, new_fallback)",
+        "ScaleByState(count, statistics, state.fallback)",
+        lambda lib: check_training(CASES["asgo"], lib),
+    ),
+    "extra arguments are refused": (
+        "params: Tree = None, **extra_args: Any) ->",
+        "params: Tree = None, *, extra_args: Any = {}) ->",
+        lambda lib: check_training(CASES["agd"], lib),
+    ),
+    "updates in float32": (
+        "[d.astype(p.dtype) for",
+        "[d for",
+        lambda lib: check_dtypes(CASES["agd"], lib),
+    ),
+    "statistics in half precision": (
+        "bits >= 32",
+        "bits >= 8",
+        lambda lib: check_dtypes(CASES["agd"], lib),
+    ),
+    "dtypes in one stack": (
+        "member.grad.shape, member.param.dtype, shapes",
+        "member.grad.shape, shapes",
+        check_mixed,
+    ),
+    "array hyperparameters promote": (
+        "jnp.asarray(value, dtype) for name, value in fields.items()",
+        "jnp.asarray(value) for name, value in fields.items()",
+        check_mixed,
+    ),
+    "the gradient for the parameter": (
+        "g, p = _real(method, grad), _real(method, param)",
+        "g, p = _real(method, grad), _real(method, grad)",
+        check_decay_inside,
+    ),
+    "one array twice in the state": (
+        "x = jnp.copy(x) if id(x) in seen else x",
+        "pass",
+        check_decay_inside,
+    ),
+    "statistics pass for parameters": (
+        "if getattr(value, \"shape\", None) == shape",
+        "if value is not None",
+        lambda lib: check_map_params(CASES["dasgo"], lib),
+    ),
+    "None is an update": (
+        "        if leaf is None:\n            return None\n",
+        "",
+        lambda lib: check_masks(CASES["agd"], lib),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bugs_are_seen(name: str) -> None:
+    old, new, check = MUTANTS[name]
+    lib = mutant(old, new)
+    with pytest.raises((AssertionError, TypeError, ValueError, jax.errors.JaxRuntimeError)):
+        check(lib)
+
+
+def test_the_checks_of_the_planted_bugs_pass_without_them() -> None:
+    for check in (lambda lib: check_recorded(EVERY, lib), lambda lib: check_map_params(CASES["dasgo"], lib)):
+        check(adapter)
+
+
+def test_a_static_argument_left_out_is_seen() -> None:
+    left_out = {"asgo": tuple(arg for arg in pj.STATIC_ARGS["asgo"] if arg != "every")}
+    with pytest.raises(TypeError, match="every must be a Python int"):
+        check_inject(CASES["asgo"], adapter, left_out)

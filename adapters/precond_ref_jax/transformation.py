@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -83,25 +84,32 @@ def scale_by(
 
     def init(params: Tree) -> ScaleByState:
         names, leaves, treedef = _flatten(params)
-        states = []
+        states, seen = [], {id(leaf) for leaf in leaves}
+
+        def unshared(x: Array, p: Array) -> Array:
+            """An array that nothing else holds, or donating the state would donate it twice; on all of p's devices."""
+            x = jnp.copy(x) if id(x) in seen else x
+            seen.add(id(x))
+            return x if x.shape == p.shape else _replicated(x, p)
+
         for name, leaf in zip(names, leaves, strict=True):
             chosen = route(name, leaf)
             if chosen is None:
                 states.append(dict.fromkeys(fields, None if leaf is None else optax.MaskedNode()))
                 continue
-            with _named([name]):
+            with _named(name):
                 p = _real(chosen, leaf)
                 state = chosen.init(p.astype(_dtype(chosen, p.dtype, dtype)))._replace(step=None)
-            states.append(jax.tree.map(lambda x, p=p: x if x.shape == p.shape else _replicated(x, p), state)._asdict())
+            states.append(jax.tree.map(functools.partial(unshared, p=p), state)._asdict())
         if leaves:
             trees = {field: treedef.unflatten([state[field] for state in states]) for field in fields}
         else:  # also what optax.tree.map_params asks, to learn where copies of the parameters are
             alike = _like_params(method)
             trees = {field: params if field in alike else jnp.zeros((), jnp.int32) for field in fields}
         count = jnp.zeros((), jnp.int32)
-        arrays = [leaf for leaf in leaves if leaf is not None]
+        arrays = [jnp.asarray(leaf) for leaf in leaves if leaf is not None]
         return ScaleByState(
-            count=_replicated(count, jnp.asarray(arrays[0])) if arrays else count,
+            count=_replicated(count, arrays[0]) if arrays else count,
             statistics=method.state_type(step=None, **trees),
             fallback=others and others.init(params),
         )
@@ -112,46 +120,26 @@ def scale_by(
         if not isinstance(state, ScaleByState) or not isinstance(state.statistics, method.state_type):
             raise TypeError(f"state must be what init of {type(method).__name__} returned, got {type(state).__name__}")
         names, grads, treedef = _flatten(updates)
-        values = list(grads) if params is None else _up_to("params", treedef, params)
+        values = grads if params is None else _up_to("params", treedef, params)
         columns = [_up_to(f"state.statistics.{f}", treedef, getattr(state.statistics, f)) for f in fields if grads]
-        groups: dict[Any, tuple[Method, list[int]]] = {}
-        for i, name in enumerate(names):
-            chosen = route(name, grads[i])
-            if chosen is None:
-                continue
-            with _named([name]):
-                g, p = _real(chosen, grads[i]), _real(chosen, values[i])
-                if g.shape != p.shape:
-                    raise ValueError(f"the update must have its parameter's shape {p.shape}, got {g.shape}")
-            grads[i], values[i] = g, p
-            shapes = tuple(jnp.shape(x) for x in jax.tree.leaves([column[i] for column in columns]))
-            key = i if chosen.elementwise else (_identity(chosen), g.shape, p.dtype, shapes)
-            groups.setdefault(key, (chosen, []))[1].append(i)
+        groups: dict[Any, tuple[Method, list[_Member]]] = {}
+        for i, (name, g, p) in enumerate(zip(names, grads, values, strict=True)):
+            chosen = route(name, g)
+            if chosen is not None:
+                old = method.state_type(None, *(column[i] for column in columns))
+                member = _member(chosen, i, name, g, p, old)
+                groups.setdefault(_label(chosen, member), (chosen, []))[1].append(member)
 
-        new_fallback, outputs = None, list(grads)
+        outputs, new_fallback = list(grads), None
         if others:
             transformed, new_fallback = others.update(updates, state.fallback, params, **extra_args)
             outputs = treedef.flatten_up_to(transformed)
-        scalars: dict[Any, Any] = {}
+        scalars: dict[Any, Any] = {}  # computed once, whatever the number of parameters
         for chosen, members in groups.values():
-            inner = _dtype(chosen, values[members[0]].dtype, dtype)
-            bound, arrays = _bind(chosen, inner)
-            label = (_identity(chosen), inner)
-            if label not in scalars:
-                scalars[label] = bound.scalars(state.count + 1, like=jnp.zeros((), inner))
-            with _named([names[i] for i in members]):
-                directions, states = _run(
-                    bound,
-                    inner,
-                    (state.count, scalars[label], arrays),
-                    [grads[i] for i in members],
-                    [values[i] for i in members],
-                    [method.state_type(None, *(column[i] for column in columns)) for i in members],
-                )
-            for i, direction, new in zip(members, directions, states, strict=True):
-                outputs[i] = direction
+            for member, direction, new in _run(chosen, members, state.count, dtype, scalars):
+                outputs[member.at] = direction
                 for column, value in zip(columns, new[1:], strict=True):
-                    column[i] = value
+                    column[member.at] = value
         statistics = method.state_type(None, *map(treedef.unflatten, columns)) if grads else state.statistics
         count = optax.safe_increment(state.count)
         return treedef.unflatten(outputs), ScaleByState(count, statistics, new_fallback)
@@ -159,60 +147,92 @@ def scale_by(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _bind(method: Method, dtype: Any) -> tuple[Method, dict[str, Array]]:
-    """``method`` with its array-valued fields in ``dtype``, so that they promote nothing, and these fields."""
-    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-    arrays = {name: jnp.asarray(value, dtype) for name, value in fields.items() if hasattr(value, "dtype")}
-    return method.replace(**arrays) if arrays else method, arrays
+# ---- groups of parameters -------------------------------------------------------------------------------------------
+
+
+class _Member(NamedTuple):
+    """One parameter of an update."""
+
+    at: int
+    name: str
+    grad: Array
+    param: Array
+    state: Any
+
+
+def _member(method: Method, at: int, name: str, grad: Any, param: Any, state: Any) -> _Member:
+    with _named(name):
+        g, p = _real(method, grad), _real(method, param)
+        if g.shape != p.shape:
+            raise ValueError(f"the update must have its parameter's shape {p.shape}, got {g.shape}")
+    return _Member(at, name, g, p, state)
+
+
+def _label(method: Method, member: _Member) -> Any:
+    """What members of one stack have in common; elementwise methods gain nothing from stacking under ``jit``."""
+    if method.elementwise:
+        return member.at
+    shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(member.state))
+    return _identity(method), member.grad.shape, member.param.dtype, shapes
 
 
 def _run(
-    method: Method, dtype: Any, shared: Any, grads: list[Array], params: list[Array], states: list[Any]
-) -> tuple[list[Array], list[Any]]:
-    """Directions, in the parameters' dtypes, and states after one update of parameters that share shape and dtype."""
+    method: Method, members: list[_Member], count: Array, wanted: Any, scalars: dict[Any, Any]
+) -> Iterator[tuple[_Member, Array, Any]]:
+    """Each member with its direction, in its parameter's dtype, and its new state."""
+    dtype = _dtype(method, members[0].param.dtype, wanted)
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    # In the arithmetic's dtype, so that they promote nothing.
+    arrays = {name: jnp.asarray(value, dtype) for name, value in fields.items() if hasattr(value, "dtype")}
+    label = (_identity(method), dtype)
+    if label not in scalars:
+        scalars[label] = method.replace(**arrays).scalars(count + 1, like=jnp.zeros((), dtype))
 
     def run(shared: Any, grads: Any, params: Any, states: Any) -> tuple[list[Array], list[Any]]:
         count, scalars, arrays = shared
+        triples = [(g.astype(dtype), p.astype(dtype), s) for g, p, s in zip(grads, params, states, strict=True)]
+        stacked = len(triples) > 1
+        g, p, state = jax.tree.map(lambda *xs: jnp.stack(xs), *triples) if stacked else triples[0]
         bound = method.replace(**arrays) if arrays else method
-        members = [(g.astype(dtype), p.astype(dtype), s) for g, p, s in zip(grads, params, states, strict=True)]
-        stacked = len(members) > 1
-        g, p, state = jax.tree.map(lambda *xs: jnp.stack(xs), *members) if stacked else members[0]
         direction, new = bound.update(g, state._replace(step=count), p, scalars=scalars, xp=jnp)
         new = new._replace(step=None)
-        news = [jax.tree.map(lambda x, i=i: x[i], new) for i in range(len(members))] if stacked else [new]
+        news = [jax.tree.map(lambda x, i=i: x[i], new) for i in range(len(triples))] if stacked else [new]
         directions = list(direction) if stacked else [direction]
         return [d.astype(p.dtype) for d, p in zip(directions, params, strict=True)], news
 
+    _, _, grads, params, states = map(list, zip(*members, strict=True))
     mesh = jax.typeof(params[0]).sharding.mesh
     if AxisType.Explicit in mesh.axis_types:
-        # The core's products and factorisations are not sharding-typed; the compiler places them. What goes in as a
-        # parameter or a state comes out placed alike, so that types do not change from step to step.
+        # The core's products and factorisations are not sharding-typed: here the compiler places them. What goes in as
+        # a parameter or a state comes out placed alike, so that types do not change from step to step.
         def place(x: Array) -> NamedSharding:
             sharding = jax.typeof(x).sharding
             return sharding if sharding.mesh == mesh else NamedSharding(mesh, PartitionSpec())
 
         run = jax.sharding.auto_axes(run, out_sharding=jax.tree.map(place, (params, states)))
-    return run(shared, grads, params, states)
+    with _named(*(member.name for member in members)):
+        directions, news = run((count, scalars[label], arrays), grads, params, states)
+    yield from zip(members, directions, news, strict=True)
+
+
+# ---- the public functions -------------------------------------------------------------------------------------------
 
 
 def make_scale_by(name: str, factory: Callable[..., Method]) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """``scale_by_<name>(*, fields, takes, fallback, dtype)``."""
-    fields = inspect.signature(factory).parameters
 
     def make(**given: Any) -> optax.GradientTransformationExtraArgs:
-        method = factory(**{key: value for key, value in given.items() if key in fields})
-        return scale_by(method, **{key: given[key] for key in OPTIONS if key in given})
+        options = {option: given.pop(option) for option in OPTIONS if option in given}
+        return scale_by(factory(**given), **options)
 
-    return _named_function(make, name, factory, [])
+    make.__doc__ = f"Direction of `precond_ref.{factory.__qualname__}`, with the options of `scale_by`."
+    return _public(make, name, list(_fields(factory).values()))
 
 
 def make_optimizer(name: str, factory: Callable[..., Method]) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """``<name>(learning_rate, *, fields, weight_decay, mask, takes, fallback, dtype)``."""
-    make_scale = make_scale_by(f"scale_by_{name}", factory)
-    fields = inspect.signature(factory).parameters
-    first = [
-        inspect.Parameter("learning_rate", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=optax.ScalarOrSchedule)
-    ]
+    scale = make_scale_by(f"scale_by_{name}", factory)
+    fields = _fields(factory)
     decay = [] if "weight_decay" in fields else [_keyword("weight_decay", "float | None"), _keyword("mask", "Any")]
 
     def make(learning_rate: Any, **given: Any) -> optax.GradientTransformationExtraArgs:
@@ -225,25 +245,28 @@ def make_optimizer(name: str, factory: Callable[..., Method]) -> Callable[..., o
                 raise ValueError("mask says what weight_decay applies to: it needs weight_decay")
         if "learning_rate" in fields:
             given["learning_rate"] = learning_rate
-        return optax.chain(make_scale(**given), *parts, optax.scale_by_learning_rate(learning_rate))
+        return optax.chain(scale(**given), *parts, optax.scale_by_learning_rate(learning_rate))
 
-    return _named_function(make, name, factory, [*first, *decay])
+    make.__doc__ = f"Steps of `precond_ref.{factory.__qualname__}`: `scale_by_{name}`, weight decay, learning rate."
+    rate = inspect.Parameter(
+        "learning_rate", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=optax.ScalarOrSchedule
+    )
+    return _public(make, name, [rate, *(p for p in fields.values() if p.name != rate.name), *decay])
 
 
-def _keyword(name: str, annotation: str, default: Any = None) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+def _fields(factory: Callable[..., Method]) -> dict[str, inspect.Parameter]:
+    return {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(factory).parameters.values()}
 
 
-def _named_function(make: Any, name: str, factory: Any, more: list[inspect.Parameter]) -> Any:
-    """``make`` under its public name, with the signature of ``factory`` (keyword only), ``more`` and the options."""
-    taken = {p.name for p in more}
-    own = [
-        p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(factory).parameters.values() if p.name not in taken
-    ]
-    options = [_keyword(option, "Any") for option in OPTIONS]
-    positional = [p for p in more if p.kind is not p.KEYWORD_ONLY]
-    signature = inspect.Signature([*positional, *own, *(p for p in more if p not in positional), *options])
+def _keyword(name: str, annotation: str) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
+
+def _public(make: Any, name: str, parameters: list[inspect.Parameter]) -> Any:
+    """``make`` under its public name, with these parameters and the options."""
+    signature = inspect.Signature([*parameters, *(_keyword(option, "Any") for option in OPTIONS)])
+
+    @functools.wraps(make)
     def function(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         try:
             bound = signature.bind(*args, **kwargs)
@@ -254,11 +277,6 @@ def _named_function(make: Any, name: str, factory: Any, more: list[inspect.Param
     function.__name__ = function.__qualname__ = name
     function.__module__ = "precond_ref_jax"
     function.__signature__ = signature  # type: ignore[attr-defined]
-    source = f"precond_ref.{factory.__qualname__}"
-    if name.startswith("scale_by_"):
-        function.__doc__ = f"Direction of `{source}`; its fields, and the options of `precond_ref_jax.scale_by`."
-    else:
-        function.__doc__ = f"Steps of `{source}`: `scale_by_{name}`, weight decay, and the learning rate or schedule."
     return function
 
 
@@ -282,18 +300,20 @@ def _flatten(tree: Tree) -> tuple[list[str], list[Any], Any]:
 def _up_to(what: str, treedef: Any, tree: Tree) -> list[Any]:
     try:
         return treedef.flatten_up_to(tree)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{what} must have the structure of the updates: {error}") from error
 
 
 @contextlib.contextmanager
-def _named(names: list[str]) -> Iterator[None]:
+def _named(name: str, *others: str) -> Iterator[None]:
     """Prefixes errors with the parameters' paths."""
     try:
         yield
     except (ValueError, TypeError) as error:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise type(error)(f"{names[0] or 'the parameter'}{more}: {error}") from error
+        if type(error) not in (ValueError, TypeError):  # JAX's own
+            raise
+        more = f" and {len(others)} more" if others else ""
+        raise type(error)(f"{name or 'the parameter'}{more}: {error}") from error
 
 
 def _real(method: Method, leaf: Any) -> Array:
