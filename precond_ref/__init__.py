@@ -5,6 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 from precond_ref.methods.agd import AGD
 from precond_ref.methods.asgo import ASGO, DASGO
 from precond_ref.methods.baselines import SGD, AdaGrad, Adam, FullAdaGrad, Muon, RMSProp, Shampoo
+from precond_ref.methods.inverse_free import IFShampoo
+from precond_ref.methods.mbf import MBF
+from precond_ref.methods.root_free import RFAdamW, RFRMSProp, RFShampoo
 from precond_ref.optimizer import Optimizer
 from precond_ref.protocol import Method, list_methods
 
@@ -17,13 +20,18 @@ __all__ = [
     "AGD",
     "ASGO",
     "DASGO",
+    "MBF",
     "SGD",
     "AdaGrad",
     "Adam",
     "FullAdaGrad",
+    "IFShampoo",
     "Method",
     "Muon",
     "Optimizer",
+    "RFAdamW",
+    "RFRMSProp",
+    "RFShampoo",
     "RMSProp",
     "Shampoo",
     "list_methods",

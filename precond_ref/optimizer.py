@@ -53,9 +53,11 @@ class Optimizer:
     Each step makes ``x <- (1 - lr weight_decay) x - lr direction`` with the direction of the parameter's method.
 
     Arguments:
-        method: for all parameters that it takes; the others get `Adam` with its defaults.
+        method: for all parameters that it takes; the others get `Adam` with its defaults. `MBF` takes all, each
+            with the ``kind`` for its number of axes.
         lr: learning rate, or a callable from the number of steps done (0 at the first) to it.
-        weight_decay: decoupled decay, a number, or a callable ``(path, array) -> number``.
+        weight_decay: decoupled decay, a number, or a callable ``(path, array) -> number``. ValueError beside a method
+            with a ``weight_decay`` of its own that is not zero.
         route: ``(path, array) -> Method``, instead of the rule above. Paths join keys by "/".
         on_nonfinite: what a step does when some gradient is not finite. "propagate": nothing, NaN comes out (no
             synchronisation); "skip": parameters, states and counters stay as they are (eager: one synchronisation);
@@ -64,6 +66,8 @@ class Optimizer:
             its own to a method that is not elementwise. This changes the method.
         fuse: update parameters of one shape as one stack, and elementwise methods on one flat buffer. Changes speed
             only.
+        join: pairs of paths (weight, bias): each weight (O, I) and bias (O,) is one parameter (O, I + 1), called like
+            the weight, for route, decay, statistics and states.
 
     Parameter trees are any nesting of dict, list, tuple and NamedTuple of arrays. Nothing given is changed.
     """
@@ -75,6 +79,7 @@ class Optimizer:
     on_nonfinite: str = field(default="propagate", kw_only=True)
     block_size: int | None = field(default=None, kw_only=True)
     fuse: bool = field(default=True, kw_only=True)
+    join: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
     _plans: dict[Any, tuple[Group, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -90,6 +95,11 @@ class Optimizer:
             raise ValueError(f"on_nonfinite must be 'propagate', 'skip' or 'raise', got {self.on_nonfinite!r}")
         check_int(self, "block_size", ge=1, optional=True)
         check_bool(self, "fuse")
+        joined = [path for pair in self.join if len(pair) == 2 and not isinstance(pair, str) for path in pair]
+        if len(joined) != 2 * len(self.join) or len(set(joined)) != len(joined):
+            raise ValueError(f"join must be pairs of paths (weight, bias), no path twice, got {self.join!r}")
+        if self.route is None:
+            self._check_decay(self.method)
 
     # ---- public -----------------------------------------------------------------------------------------------------
 
@@ -97,6 +107,7 @@ class Optimizer:
         """State before the first step."""
         leaves = _leaves(params, "params")
         xp = _check_fit(leaves, leaves)
+        leaves = self._joined(leaves)
         states = []
         for group in self._plan(leaves):
             with _named(group):
@@ -105,17 +116,27 @@ class Optimizer:
         return OptimizerState(step=0, groups=tuple(states))
 
     def step(
-        self, params: Tree, grads: Tree, state: OptimizerState, *, refresh: bool | None = None
+        self,
+        params: Tree,
+        grads: Tree,
+        state: OptimizerState,
+        *,
+        refresh: Any = None,
+        statistics: Mapping[str, Any] | None = None,
     ) -> tuple[Tree, OptimizerState]:
         """New parameters and state; ``refresh`` overrules when the methods renew their roots.
 
+        ``statistics`` gives methods what their ``update(..., statistic=)`` takes, by path; parameters updated together
+        need all or none (``fuse=False`` separates them).
         ValueError or TypeError for gradients that do not fit the parameters, with the path; nothing is changed then.
         """
         if not isinstance(state, OptimizerState):
             raise TypeError(f"state must be an OptimizerState, got {type(state).__name__}")
         leaves, gradients = _leaves(params, "params"), _leaves(grads, "grads")
         xp = _check_fit(leaves, gradients)
-        groups = self._plan(leaves)
+        joined, joined_gradients = self._joined(leaves), self._joined(gradients)
+        groups = self._plan(joined)
+        given = _statistics(groups, statistics or {}, xp)
         if len(groups) != len(state.groups):
             raise ValueError(
                 f"state has {len(state.groups)} groups, these parameters make {len(groups)}: it is another tree's"
@@ -136,14 +157,14 @@ class Optimizer:
         lr = self.lr(state.step) if callable(self.lr) else self.lr
         new_leaves: dict[str, Any] = {}
         new_states = []
-        for group, group_state in zip(groups, state.groups, strict=True):
+        for group, group_state, statistic in zip(groups, state.groups, given, strict=True):
             with _named(group):
-                param = _gather(group, leaves, xp)
+                param = _gather(group, joined, xp)
                 direction, new_state = group.method.update(
-                    _gather(group, gradients, xp), group_state, param, refresh=refresh, xp=xp
+                    _gather(group, joined_gradients, xp), group_state, param, refresh=refresh, xp=xp, **statistic
                 )
             rate = _as_scalar(lr, param, xp)
-            decay = self._decay(group, leaves, param, xp)
+            decay = self._decay(group, joined, param, xp)
             decayed = param if is_zero(decay) else param * (1 - rate * decay)
             new_param = decayed - rate * direction
             if finite is not True:
@@ -153,11 +174,13 @@ class Optimizer:
             _scatter(group, new_param, new_leaves)
         step = state.step + 1 if finite is True else xp.where(finite, state.step + 1, state.step)
         merged = {path: _merge(value, xp) for path, value in new_leaves.items()}
+        for weight, bias in self.join:
+            merged[weight], merged[bias] = merged[weight][:, :-1], merged[weight][:, -1]
         return _rebuild(params, merged), OptimizerState(step=step, groups=tuple(new_states))
 
     def describe(self, params: Tree) -> list[Group]:
         """Which parameters are updated together, by which method."""
-        return list(self._plan(_leaves(params, "params")))
+        return list(self._plan(self._joined(_leaves(params, "params"))))
 
     def unstack(self, params: Tree, state: OptimizerState) -> dict[str, Any]:
         """Method state of each parameter by path (of each block by ``path[rows, columns]``)."""
@@ -176,12 +199,37 @@ class Optimizer:
                 yield key, group.method, _member(group, group_state, i)
 
     def _method_for(self, path: str, array: Array) -> Method:
-        if self.route is not None:
-            method = self.route(path, array)
-            if not isinstance(method, Method):
-                raise TypeError(f"route must return a Method, got {method!r} for {path!r}")
-            return method
-        return self.method if self.method.takes(tuple(array.shape), path) else Adam()
+        if self.route is None:
+            return self.method.for_shape(tuple(array.shape), path) or Adam()
+        method = self.route(path, array)
+        if not isinstance(method, Method):
+            raise TypeError(f"route must return a Method, got {method!r} for {path!r}")
+        self._check_decay(method)
+        return method
+
+    def _check_decay(self, method: Method) -> None:
+        own = getattr(method, "weight_decay", 0.0)
+        if not is_zero(own) and not is_zero(self.weight_decay):
+            raise ValueError(
+                f"weight_decay must be 0 beside a method with its own, got {self.weight_decay!r} and {method!r}"
+            )
+
+    def _joined(self, leaves: dict[str, Array]) -> dict[str, Array]:
+        """``leaves`` with each pair of ``join`` as one matrix, the bias its last column."""
+        result = dict(leaves)
+        for weight, bias in self.join:
+            missing = [path for path in (weight, bias) if path not in leaves]
+            if missing:
+                raise ValueError(f"join names {', '.join(map(repr, missing))}, which the parameters do not have")
+            w, b = leaves[weight], leaves[bias]
+            if w.ndim != 2 or tuple(b.shape) != (w.shape[0],):
+                raise ValueError(
+                    f"join needs a weight (O, I) and a bias (O,), got {weight!r} {tuple(w.shape)} and {bias!r} "
+                    f"{tuple(b.shape)}"
+                )
+            result[weight] = array_namespace(w, b).concat([w, b[:, None]], axis=1)
+            del result[bias]
+        return result
 
     def _plan(self, leaves: Mapping[str, Array]) -> tuple[Group, ...]:
         key = tuple((path, tuple(a.shape), str(a.dtype), _place(a)) for path, a in leaves.items())
@@ -322,6 +370,28 @@ def _join(group: Group, parts: list[Array], xp: Namespace) -> Array:
 
 def _gather(group: Group, leaves: Mapping[str, Array], xp: Namespace) -> Array:
     return _join(group, [_block(leaves[path], block) for path, block in group.members], xp)
+
+
+def _statistics(groups: tuple[Group, ...], given: Mapping[str, Any], xp: Namespace) -> list[dict[str, Any]]:
+    """``statistic=`` of each group's update, nothing where none is given; a stack's is stacked, array by array."""
+    result: list[dict[str, Any]] = []
+    unknown = set(given)
+    for group in groups:
+        paths = [path for path, block in group.members if block is None]
+        parts = [given[path] for path in paths if path in given]
+        unknown -= set(paths)
+        if parts and (len(parts) < len(paths) or len({type(p) for p in parts}) > 1):
+            raise ValueError(
+                f"statistics must be of one type for all of {', '.join(paths)} (updated together), or none"
+            )
+        if len(parts) > 1:
+            parts = [type(parts[0])(*(xp.stack(list(arrays)) for arrays in zip(*parts, strict=True)))]
+        result.append({"statistic": parts[0]} if parts else {})
+    if unknown:
+        raise ValueError(
+            f"statistics names {', '.join(sorted(unknown))}: no parameter, or one joined or cut into blocks"
+        )
+    return result
 
 
 def _split(group: Group, array: Array, index: int) -> Array:

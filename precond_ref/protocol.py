@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -74,7 +75,11 @@ class Method:
         refresh: bool | None = None,
         xp: Namespace = None,
     ) -> tuple[Array, Any]:
-        """One update: ``(direction, new state)``; nothing given is changed."""
+        """One update: ``(direction, new state)``; nothing given is changed.
+
+        ``scalars`` and ``xp`` (what `scalars` returned, the namespace) may be given by a caller that has them;
+        ``refresh`` overrules when roots are renewed, and is ignored by methods that have none.
+        """
         raise NotImplementedError
 
     def diagnose(self, state: Any) -> Any:
@@ -87,6 +92,10 @@ class Method:
         """Whether the default routing gives this method a parameter of this shape and path (else: Adam)."""
         low, high = self.ndims
         return self.elementwise or max(low, 2) <= len(shape) <= high
+
+    def for_shape(self, shape: tuple[int, ...], path: str = "") -> Method | None:
+        """The method that the default routing gives a parameter of this shape and path; None: Adam."""
+        return self if self.takes(shape, path) else None
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
@@ -177,6 +186,17 @@ def check_real(
         bounds += [f"<= {le:g}"] * math.isfinite(le) + [f"< {lt:g}"] * math.isfinite(lt)
         rule = " and ".join(["finite", *bounds])
         raise ValueError(f"{field} must be {rule}{' or None' if optional else ''}, got {value!r}")
+
+
+def warn_if_decay(method: Any) -> None:
+    """Warn when ``beta2``, here the weight of the *new* term, looks like a decay, the weight of the old one."""
+    if is_python_number(method.beta2) and method.beta2 > 0.5:
+        warnings.warn(
+            f"beta2 of {type(method).__name__} is the weight of the new term (about 0.01), not a decay (about 0.99): "
+            f"beta2={method.beta2!r} forgets the past at once; for that decay give beta2={1 - method.beta2:.3g}",
+            UserWarning,
+            stacklevel=4,  # the caller of the constructor
+        )
 
 
 def check_int(method: Any, field: str, *, ge: int, optional: bool = False) -> None:

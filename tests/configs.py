@@ -17,6 +17,11 @@ class Config(NamedTuple):
     shape: tuple[int, ...] = (5, 3)
 
 
+def _inverse_free(**changes: Any) -> pr.IFShampoo:
+    loud = pr.IFShampoo(beta2=0.25, damping=0.25, momentum=0.5, riemannian_momentum=0.5, batch_size=2.0)
+    return loud.replace(**changes)
+
+
 LOUD: dict[str, dict[str, Config]] = {
     "AGD": {
         "default": Config(pr.AGD(beta1=0.75, beta2=0.875, delta=0.25)),
@@ -39,6 +44,51 @@ LOUD: dict[str, dict[str, Config]] = {
         "default": Config(pr.DASGO(beta1=0.75, beta2=0.5, eps=0.25)),
         "raw": Config(pr.DASGO(beta1=0.75, beta2=0.5, eps=0.25, rms=None)),
         "theory": Config(pr.DASGO.theory(eps=0.25)),
+    },
+    "MBF": {
+        "per_output": Config(pr.MBF(damping=0.5, decay=0.75, momentum=0.5)),
+        "per_input": Config(pr.MBF(layout="per_input", damping=0.5, decay=0.5, momentum=0.5)),
+        "contiguous": Config(pr.MBF(layout="contiguous", damping=0.5, decay=0.5, momentum=0.25), (3, 4)),
+        "blocks": Config(pr.MBF(average=False, damping=0.5, decay=0.75, momentum=0.5)),
+        "input blocks": Config(pr.MBF(layout="per_input", average=False, damping=0.5, decay=0.5, momentum=0.5)),
+        "contiguous blocks": Config(pr.MBF(layout="contiguous", average=False, damping=0.5, momentum=0.5), (4, 3)),
+        "schedule": Config(pr.MBF(damping=0.5, decay=0.75, momentum=0.5, statistics_every=2, inverse_every=3)),
+        "conv": Config(pr.MBF(kind="conv", damping=0.5, decay=0.75, momentum=0.5), (2, 3, 3, 2)),
+        "conv schedule": Config(
+            pr.MBF(kind="conv", damping=0.5, decay=0.5, momentum=0.5, statistics_every=2, inverse_every=4),
+            (3, 2, 2, 2),
+        ),
+        "diagonal": Config(pr.MBF(kind="diagonal"), (7,)),
+    },
+    "RFRMSProp": {
+        "default": Config(pr.RFRMSProp(beta2=0.25, damping=0.125, batch_size=8.0, initial=0.5)),
+        "momentum": Config(
+            pr.RFRMSProp(beta2=0.5, damping=0.25, momentum=0.75, weight_decay=0.125, batch_size=2.0), ()
+        ),
+    },
+    "RFAdamW": {
+        "default": Config(pr.RFAdamW(beta1=0.75, beta2=0.875, damping=0.125, batch_size=4.0, initial=0.5)),
+        "corrected": Config(pr.RFAdamW(beta1=0.75, beta2=0.875, damping=0.125, bias_correction=True), (7,)),
+    },
+    "RFShampoo": {
+        "default": Config(pr.RFShampoo(beta2=0.25, damping=0.25, momentum=0.5, weight_decay=0.125, batch_size=2.0)),
+        "every": Config(pr.RFShampoo(beta2=0.25, damping=0.25, momentum=0.0, every=3), (1, 4)),
+        "order 1": Config(pr.RFShampoo(beta2=0.5, damping=0.5, momentum=0.5), (4,)),
+        "order 3": Config(pr.RFShampoo(beta2=0.25, damping=0.25, momentum=0.5), (3, 1, 4, 2)),
+    },
+    "IFShampoo": {
+        "default": Config(
+            pr.IFShampoo(
+                beta2=0.25, damping=0.25, momentum=0.5, riemannian_momentum=0.75, weight_decay=0.125, batch_size=2.0
+            )
+        ),
+        "plain": Config(_inverse_free(momentum=0.0, riemannian_momentum=0.0, clip=False), ()),
+        "every": Config(_inverse_free(every=3), (1, 4)),
+        "order 3": Config(_inverse_free(), (3, 1, 4, 2)),
+        "diagonal, tril": Config(_inverse_free(structure=("diagonal", "tril"))),
+        "triu, block-diagonal": Config(_inverse_free(structure=("triu", "block-diagonal(2)"))),
+        "toeplitz": Config(_inverse_free(structure=("tril-toeplitz", "triu-toeplitz"))),
+        "hierarchical": Config(_inverse_free(structure="hierarchical(2,1)"), (6, 2)),
     },
     "SGD": {
         "plain": Config(pr.SGD()),
@@ -71,3 +121,5 @@ LOUD: dict[str, dict[str, Config]] = {
 CONFIGS: dict[str, Config] = {
     f"{name}-{variant}": config for name, variants in LOUD.items() for variant, config in variants.items()
 }
+FIRST: list[str] = [f"{name}-{next(iter(variants))}" for name, variants in LOUD.items()]
+"""The first configuration of each method."""

@@ -14,6 +14,7 @@ import array_api_compat
 import array_api_strict
 import numpy as np
 import pytest
+from configs import CONFIGS, FIRST
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -37,6 +38,7 @@ BACKENDS = (
     "jax-jit",
     "cupy",
 )
+EAGER = ("numpy", "strict-device1", "torch", "jax")
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,12 @@ def _compiled_torch(method: Any) -> Callable[..., Any]:
 
     def update(grad: Any, state: Any, param: Any, *, refresh: bool | None = None) -> Any:
         step = state.step
-        every = getattr(method, "every", 1)
-        due = step % every == 0 if refresh is None else refresh
+        if refresh is None:
+            refresh = method.due(step) if hasattr(method, "due") else step % getattr(method, "every", 1) == 0
         scalars = method.scalars(step + 1, like=param)
         if scalars:
             scalars = type(scalars)(*(torch.tensor(s, dtype=param.dtype) for s in scalars))
-        direction, new = compiled(grad, state._replace(step=0), param, scalars, due)
+        direction, new = compiled(grad, state._replace(step=0), param, scalars, refresh)
         return direction, new._replace(step=step + 1)
 
     return update
@@ -141,11 +143,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "eager: runs on the eager libraries only, or on those of --backend")
+    config.addinivalue_line("markers", "eager_cases: the same, for every configuration of every method")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    if "backend" in metafunc.fixturenames and "backend" not in named:
-        chosen = metafunc.config.getoption("--backend") or BACKENDS
-        metafunc.parametrize("backend", chosen, indirect=True)
+    asked = metafunc.config.getoption("--backend")
+    if metafunc.definition.get_closest_marker("eager_cases"):
+        # JAX compiles every single operation: the first configuration of each method, unless it was asked for
+        cases = [
+            pytest.param(backend, config, id=f"{backend}-{name}")
+            for backend in asked or EAGER
+            for name, config in CONFIGS.items()
+            if asked or backend != "jax" or name in FIRST
+        ]
+        metafunc.parametrize(("backend", "config"), cases, indirect=["backend"])
+    elif "backend" in metafunc.fixturenames:
+        eager = metafunc.definition.get_closest_marker("eager")
+        metafunc.parametrize("backend", asked or (EAGER if eager else BACKENDS), indirect=True)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def gradients(shape: tuple[int, ...], steps: int = STEPS, seed: int = 0) -> np.n
 def run(backend: Backend, config: Config, grads: np.ndarray, dtype: str, stack_ndim: int = 0) -> Any:
     """Directions on the host, (steps, *shape), and the last state."""
     update = backend.update(config.method)
-    param = backend.asarray(np.zeros(grads.shape[1:]), dtype)
+    param = backend.asarray(np.full(grads.shape[1:], 0.5), dtype)  # not zero: some methods have a decay of their own
     state = config.method.init(param, stack_ndim=stack_ndim)
     directions = []
     for g in grads:

@@ -300,12 +300,16 @@ def s_rounding(grads: np.ndarray) -> np.ndarray:
 
 
 def law_sum_of_differences(agd: Any, case: Case) -> None:
-    """s_t = rho_t (g_t - mhat_{t-1}), rho_t = (1 - beta1) / (1 - beta1^t), and mhat_t = s_1 + ... + s_t."""
+    """With rho_t = (1 - beta1) / (1 - beta1^t): s_t = rho_t (g_t - mhat_{t-1}), (1 - rho_t) s_t = rho_t (g_t - mhat_t),
+
+    and mhat_t = s_1 + ... + s_t.
+    """
     method = agd(**case.fields)
     trace = replay(method, case.grads)
     now, before = corrected_momenta(method, trace)
     rho = (1 - method.beta1) / one_minus_powers(method.beta1, len(now))
     s, e = rho * (case.grads - before), s_rounding(case.grads)
+    assert np.all(abs((1 - rho) * s - rho * (case.grads - now)) <= e)
     assert np.all(abs(np.cumsum(s, axis=0) - now) <= e * np.arange(1, len(s) + 1)[:, None])
     old = np.concatenate([np.zeros_like(s[:1]), trace.b[:-1]])
     squares = trace.b - method.beta2 * old
@@ -617,6 +621,18 @@ def nonfinite(agd: Any) -> None:
                 assert [bool(method.diagnose(s).finite) for s in trace.states] == [True] * 3 + [False] * 6
 
 
+def finite_covers_the_state(agd: Any) -> None:
+    """A square that overflows makes b infinite and the direction 0; a NaN only in m is seen too."""
+    method = agd(beta2=0.5)
+    with np.errstate(over="ignore"):
+        trace = replay(method, [[1e200, 1.0]])
+    assert trace.direction.tolist() == [[0.0, 1.0]]
+    assert not method.diagnose(trace.states[0]).finite
+    state = replay(method, [[2.0, 1.0]]).states[0]
+    assert method.diagnose(state).finite
+    assert not method.diagnose(state._replace(m=np.array([np.nan, 1.0]))).finite
+
+
 def before_the_first_update(agd: Any) -> None:
     method = agd(amsgrad=True)
     report = method.diagnose(method.init(np.ones(3)))
@@ -914,6 +930,16 @@ class RawReport(AGD, register=False):
         return super().diagnose(state)._replace(corrected_b=state.b, corrected_m=state.m)
 
 
+class FiniteMomentum(AGD, register=False):
+    def diagnose(self, state):
+        return super().diagnose(state)._replace(finite=np.all(np.isfinite(state.m)))
+
+
+class FiniteSquares(AGD, register=False):
+    def diagnose(self, state):
+        return super().diagnose(state)._replace(finite=np.all(np.isfinite(state.b)))
+
+
 class UnguardedReport(AGD, register=False):
     def diagnose(self, state):
         c1 = np.asarray(1 - self.beta1**state.step)
@@ -965,6 +991,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
         zero_history,
         zero_over_zero_only,
         nonfinite,
+        finite_covers_the_state,
         before_the_first_update,
         no_dead_knobs,
         beale,
@@ -1001,6 +1028,8 @@ CAUGHT_BY: dict[Any, tuple[str, ...]] = {
     StrictSwitch: ("ties_are_sgd",),
     ReversedShare: ("law_diagnose", "law_sgd_limit", "law_adaptive_limit", "ties_are_sgd"),
     RawReport: ("law_diagnose",),
+    FiniteMomentum: ("finite_covers_the_state",),
+    FiniteSquares: ("finite_covers_the_state",),
     UnguardedReport: ("before_the_first_update",),
     DecayAfter: ("golden_decay",),
     DecayWithEffectiveRate: ("golden_decay",),

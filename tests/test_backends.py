@@ -31,8 +31,7 @@ def test_float32_stays_float32(backend: Backend, config: Config) -> None:
     assert distance(got, expected) <= 16 * 100 * 2**-24
 
 
-@ids
-@pytest.mark.parametrize("backend", ["numpy", "strict-device1", "torch", "jax"], indirect=True)
+@pytest.mark.eager_cases
 def test_stacked_equals_a_loop(backend: Backend, config: Config) -> None:
     grads = gradients((2, 3, *config.shape))
     stacked, _ = run(backend, config, grads, "float64", stack_ndim=2)

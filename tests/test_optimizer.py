@@ -15,7 +15,6 @@ from helpers import distance, gradients, leaves
 import precond_ref as pr
 
 ids = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-eager = pytest.mark.parametrize("backend", ["numpy", "strict-device1", "torch", "jax"], indirect=True)
 
 
 class Layer(NamedTuple):
@@ -58,8 +57,7 @@ def network(seed: int = 0, layers: int = 3) -> dict[str, Any]:
 # ---- fused equals one by one ----------------------------------------------------------------------------------------
 
 
-@ids
-@eager
+@pytest.mark.eager_cases
 def test_fused_equals_one_by_one(backend: Backend, config: Config) -> None:
     rng = np.random.default_rng(1)
     shapes = {"a": config.shape, "b": config.shape, "c": config.shape}
@@ -252,7 +250,7 @@ def test_array_valued_hyperparameters_work_though_they_do_not_hash() -> None:
 # ---- learning rate and decay ----------------------------------------------------------------------------------------
 
 
-@eager
+@pytest.mark.eager
 @pytest.mark.parametrize("kind", ["float", "numpy", "array", "callable"])
 def test_learning_rates_keep_the_dtype(backend: Backend, kind: str) -> None:
     params = {"w": backend.asarray(np.ones((2, 3)), "float32"), "b": backend.asarray(np.ones(3), "float32")}
@@ -291,7 +289,7 @@ def test_zero_rate_moves_nothing() -> None:
 # ---- non-finite gradients -------------------------------------------------------------------------------------------
 
 
-@eager
+@pytest.mark.eager
 def test_skip_leaves_everything_as_it_was(backend: Backend) -> None:
     rng = np.random.default_rng(4)
     params = {"w": backend.asarray(rng.standard_normal((3, 4))), "b": backend.asarray(rng.standard_normal(3))}

@@ -1,4 +1,4 @@
-r"""AGD: an auto-switchable optimizer using the stepwise gradient difference as preconditioner.
+r"""AGD: an Auto-switchable Optimizer using Stepwise Gradient Difference for Preconditioning Matrix.
 
 Y. Yue, Z. Ye, J. Jiang, Y. Liu, K. Zhang, NeurIPS 2023, arXiv 2312.01658v2, Algorithm 1. Everything is elementwise.
 
@@ -24,7 +24,8 @@ Coordinate i takes the adaptive step where sqrt(b_t / (1 - beta2^t)) > delta, an
 bias-corrected averaged momentum at rate lr / delta: the switch.
 
 Conventions
-    No epsilon anywhere; ``delta = 0`` with a zero gradient history gives 0 (the authors' code: NaN).
+    No epsilon anywhere; ``delta = 0`` with a zero gradient history gives 0 (the authors' code: NaN), and any other
+    m_t over b_t = 0 an infinity.
     ``amsgrad``: running maximum of the raw b_t, then the maximum with the threshold (the authors' code).
     ``clip`` bounds m_t / max(...) *before* the factor sqrt(1 - beta2^t) / (1 - beta1^t) (the authors' code).
     Step-dependent factors are exact (the authors' code since 2024: float32, off by up to 2e-5).
@@ -81,9 +82,9 @@ class AGDReport(NamedTuple):
     corrected_m: Array
     """m_t / (1 - beta1^t)."""
     corrected_b: Array
-    """b_t / (1 - beta2^t)."""
+    """b_t / (1 - beta2^t); with ``amsgrad`` that of the running maximum."""
     is_sgd: Array
-    """True where sqrt(b_t) <= delta sqrt(1 - beta2^t): the coordinate takes the step of SGD."""
+    """True where the coordinate takes the step of SGD, sqrt(b_t) <= delta sqrt(1 - beta2^t) with b_t as above."""
     sgd_share: Array
     """Share of such coordinates, 0-D."""
     finite: Array

@@ -23,6 +23,11 @@ def zeros(xp: Namespace, shape: tuple[int, ...], like: Array) -> Array:
     return xp.zeros(shape, **placement(like))
 
 
+def state_dtype(xp: Namespace, param: Array, narrow: bool) -> Any:
+    """Dtype of a method's averages: that of ``param``, but float32 at least unless ``narrow``."""
+    return param.dtype if narrow or xp.finfo(param.dtype).bits >= 32 else xp.float32
+
+
 def eye_like(xp: Namespace, matrix: Array) -> Array:
     """Identity matrices with the shape (..., n, n), dtype and device of ``matrix``."""
     return xp.tril(xp.triu(xp.ones_like(matrix)))

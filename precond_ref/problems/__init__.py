@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from precond_ref.problems import datasets, mlp, synthetic
+from precond_ref.problems import cnn, datasets, mlp, synthetic
 from precond_ref.problems.base import Problem, Space, check_int
 from precond_ref.problems.datasets import load_digits, load_libsvm, load_mnist, load_text
 
@@ -57,6 +57,10 @@ _PROBLEMS: dict[str, Entry] = {
         "autoencoder 64-32-16-32-64 on the 8 x 8 digits",
         partial(mlp.autoencoder, datasets.digits_split, 700, hidden=(32, 16, 32)),
     ),
+    "digits-cnn": Entry(
+        "convolutional classifier, 3 x 3 kernels, 8 and 16 channels, on the 8 x 8 digits",
+        partial(cnn.conv_classifier, datasets.digits_split, 280),
+    ),
     "mnist-softmax": Entry(
         "softmax regression on MNIST's test set (needs PRECOND_REF_DATA)",
         partial(mlp.softmax_regression, datasets.mnist_split, 800),
@@ -68,6 +72,10 @@ _PROBLEMS: dict[str, Entry] = {
     "mnist-autoencoder": Entry(
         "autoencoder 784-250-50-250-784 on MNIST's test set (needs PRECOND_REF_DATA)",
         partial(mlp.autoencoder, datasets.mnist_split, 1600, hidden=(250, 50, 250)),
+    ),
+    "mnist-cnn": Entry(
+        "convolutional classifier, 3 x 3 kernels, 8 and 16 channels, on MNIST's test set (needs PRECOND_REF_DATA)",
+        partial(cnn.conv_classifier, datasets.mnist_split, 800),
     ),
 }
 

@@ -1,0 +1,293 @@
+r"""IF-Shampoo: inverse-free, root-free Shampoo with structured factors (SIRFShampoo).
+
+W. Lin, F. Dangel, R. Eschenhagen, J. Bae, R. E. Turner, A. Makhzani, "Can We Remove the Square-Root in Adaptive
+Gradient Methods? A Second-Order Perspective", ICML 2024, arXiv 2402.03496; the authors' code, `sirfshampoo`.
+
+=================  =========================  ==================  ====================================================
+paper              here                       shape               meaning
+=================  =========================  ==================  ====================================================
+G                  ``grad``                   (d_1, ..., d_N)     gradient of the mini-batch mean loss
+B                  ``batch_size``                                 number of independent terms whose mean the loss is
+C, K; K_n          ``factors``                (d_n, d_n)          one per axis of size d_n > 1; S_n^-1 = K_n K_n^T
+m_C, m_K; m_n      ``momenta``                (d_n, d_n)          Riemannian momentum
+beta_2             ``beta2``                                      weight of the *new* term (step size of K_n)
+lambda             ``damping``                                    added to the curvature
+alpha_1            ``momentum``                                   heavy ball on the preconditioned gradient
+alpha_2            ``riemannian_momentum``                        decay of m_n
+kappa              ``weight_decay``                               added to the preconditioned gradient
+T                  ``every``                                      updates between two renewals of the factors
+=================  =========================  ==================  ====================================================
+
+K_n = I, m_n = 0 at the start, D = d_1 ... d_N; at updates 1, 1 + T, ..., all from the old factors::
+
+    P   = G x_1 K_1^T ... x_N K_N^T                                                           (1)
+    H_n = (d_n / D) [B P_(n) P_(n)^T + lambda prod_{j != n} tr(K_j^T K_j) K_n^T K_n]          (2)
+    m_n <- alpha2 m_n + (1 - alpha2) project(H_n - I)                                         (3)
+    K_n <- K_n - beta2 / max(1, ||m_n||_F) K_n m_n                                            (4)
+
+and at every update::
+
+    u = G x_1 K_1 K_1^T ... x_N K_N K_N^T + kappa W                                           (5)
+    direction = b_t = alpha1 b_{t-1} + u                                                      (6)
+
+project(X) is the member m of the structure for which m + m^T is nearest to X (`precond_ref.numerics.structured`):
+X / 2 for dense factors. (4) is the first-order truncation of K_n Expm(-beta2 m_n).
+
+Order of evaluation, the same in exact arithmetic, chosen for half precision (the authors' code): (1) and (2) are
+computed from K_n / sqrt(d_n), sqrt(B) G and average traces, (5) from K_n / r_n with r_n^2 = max(1, max |K_n|), and the
+product of all r_n^2 is multiplied on at the end.
+
+Conventions
+    K_n stands left of m_n, and K_n^T, not K_n, contracts the gradient: K_n is not symmetric, also when dense.
+    m_n is an average, weight 1 - alpha2 on the new term (the code; an early version and SINGD: heavy ball).
+    The clip in (4) bounds the norm of m_n (the code): then every singular value of K_n shrinks by at most the factor
+    1 - beta2, so K_n stays invertible for every gradient. ``clip=False`` leaves it out.
+    The factors are renewed with the current gradient before they are used.
+    Below float32 the state is kept in float32: see ``narrow_state``. bfloat16 works, float16 can overflow.
+    Factors are stored as full (d_n, d_n) arrays in every structure.
+    ``update(..., statistic=)`` takes q pseudo-gradients (q, ...), whose mean outer product replaces that of ``grad``
+    as the curvature.
+
+Coincides with (each a test)
+    RF-Shampoo with S_n = (K_n K_n^T)^-1 to first order in beta2 and in all fixed points, (alpha2 = 0, no clip). There
+    H_n = I: S_1 x ... x S_N, as a Kronecker product, is nearest to the curvature + lambda I in the sense of
+    Kullback-Leibler. ``hierarchical(a,b)`` with d <= a, ``block-diagonal(b)`` with d <= b: dense. d = 1: all equal.
+
+Hazards
+    The overall scale is stable for N beta2 < 2 only.
+    The clip is not unbiased: where single noisy gradients give ||m_n|| > 1 the factors settle at too small an S.
+    With ``damping=0`` and gradients that vanish together, K_n grows without bound.
+
+Not here
+    Joining weight and bias, or flattening; the loss's batch size is not detected.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+
+from precond_ref.numerics import roots
+from precond_ref.numerics.arrays import eye_like, finite_members, placement, state_dtype
+from precond_ref.numerics.axes import factor_axes, multiply, samples, squeezed, unfold
+from precond_ref.numerics.ema import ema, sqrt
+from precond_ref.numerics.refresh import is_due, renew
+from precond_ref.numerics.structured import parse, project
+from precond_ref.protocol import (
+    Array,
+    Method,
+    Namespace,
+    check_bool,
+    check_int,
+    check_real,
+    is_zero,
+    warn_if_decay,
+)
+
+
+class IFShampooState(NamedTuple):
+    """State of `IFShampoo`, float32 at least (see ``narrow_state``).
+
+    d_n runs over the parameter's axes of size other than 1 (all 1: one axis, d_1 = 1).
+    """
+
+    step: Any
+    """t, updates done."""
+    factors: tuple[Array, ...]
+    """K_n, (..., d_n, d_n)."""
+    momenta: tuple[Array, ...] | None
+    """m_n, (..., d_n, d_n); None with ``riemannian_momentum=0``."""
+    buffer: Array | None
+    """b_t, heavy-ball average, the parameter's shape; None with ``momentum=0``."""
+
+
+class IFShampooReport(NamedTuple):
+    """What `IFShampoo.diagnose` returns, in float32 at least."""
+
+    inverses: tuple[Array, ...]
+    """K_n K_n^T = S_n^-1, (..., d_n, d_n)."""
+    eigenvalues: tuple[Array, ...]
+    """Of K_n K_n^T, ascending, clipped at zero, (..., d_n)."""
+    finite: Array
+    """Whether the member's state is finite, (...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IFShampoo(Method):
+    """IF-Shampoo, any tensor order; ``beta2`` is the weight of the *new* term, about 0.01 (Lin et al., 2024, (1)-(6)).
+
+    One factor per axis of size other than 1. ``structure`` is one for all of them or a tuple with one each:
+    ``"dense"``, ``"diagonal"``, ``"block-diagonal(30)"``, ``"tril"``, ``"triu"``, ``"tril-toeplitz"``,
+    ``"triu-toeplitz"``, ``"hierarchical(15,15)"``. ``batch_size`` is the number of independent terms whose mean is
+    the loss.
+    Errors: ValueError or TypeError for a field out of range and for arrays that do not fit together.
+    Warns: UserWarning for ``beta2 > 0.5``, which looks like a decay.
+    """
+
+    beta2: float = 0.01
+    damping: float = 1e-3
+    momentum: float = 0.9
+    riemannian_momentum: float = 0.5
+    weight_decay: float = 0.0
+    batch_size: float = 1.0
+    every: int = 1
+    structure: str | tuple[str, ...] = "dense"
+    clip: bool = True
+    narrow_state: bool = False
+
+    paper: ClassVar[str] = (
+        "Lin, Dangel, Eschenhagen, Bae, Turner, Makhzani: root-free adaptive methods, ICML 2024, arXiv 2402.03496"
+    )
+    state_type: ClassVar[Any] = IFShampooState
+    symbols: ClassVar = MappingProxyType(
+        {
+            "beta2": "beta_2, step size of the factors, weight of the NEW term (1 - decay), in (0, 1)",
+            "damping": "lambda, added to the curvature, >= 0",
+            "momentum": "alpha_1, heavy-ball momentum on the preconditioned gradient, in [0, 1)",
+            "riemannian_momentum": "alpha_2, decay of the factors' momentum, in [0, 1)",
+            "weight_decay": "kappa, times the parameter inside the momentum, >= 0",
+            "batch_size": "B, independent terms whose mean is the loss, > 0",
+            "every": "T, updates between two renewals of the factors, >= 1",
+            "structure": "of the factors: one for all axes of size other than 1, or a tuple with one each",
+            "clip": "divide m_n by its Frobenius norm where that is above 1",
+            "narrow_state": "keep the state in the parameter's dtype also below float32",
+        }
+    )
+
+    def __post_init__(self) -> None:
+        check_real(self, "beta2", gt=0, lt=1)
+        check_real(self, "damping", ge=0)
+        check_real(self, "momentum", ge=0, lt=1)
+        check_real(self, "riemannian_momentum", ge=0, lt=1)
+        check_real(self, "weight_decay", ge=0)
+        check_real(self, "batch_size", gt=0)
+        check_int(self, "every", ge=1)
+        check_bool(self, "clip")
+        check_bool(self, "narrow_state")
+        structures = self.structure if isinstance(self.structure, tuple) else (self.structure,)
+        for structure in structures:
+            if not isinstance(structure, str):
+                raise TypeError(f"structure must be a string or a tuple of strings, got {self.structure!r}")
+            parse(structure)
+        warn_if_decay(self)
+
+    def _structures(self, dims: tuple[int, ...]) -> tuple[str, ...]:
+        if isinstance(self.structure, str):
+            return (self.structure,) * len(dims)
+        if len(self.structure) != len(dims):
+            raise ValueError(
+                f"structure must have one entry for each of the {len(dims)} axes of size other than 1 "
+                f"(sizes {dims}), got {self.structure!r}"
+            )
+        return self.structure
+
+    def init(self, param: Array, *, stack_ndim: int = 0) -> IFShampooState:
+        xp = self._check_param(param, stack_ndim)
+        stack, dims = tuple(param.shape[:stack_ndim]), squeezed(param.shape[stack_ndim:])
+        self._structures(dims)
+        zero = xp.zeros_like(param, dtype=state_dtype(xp, param, self.narrow_state))
+        zeros = tuple(xp.zeros((*stack, d, d), **placement(zero)) for d in dims)
+        return IFShampooState(
+            step=0,
+            factors=tuple(eye_like(xp, z) for z in zeros),
+            momenta=None if is_zero(self.riemannian_momentum) else zeros,
+            buffer=None if is_zero(self.momentum) else zero,
+        )
+
+    def update(
+        self,
+        grad: Array,
+        state: IFShampooState,
+        param: Array,
+        *,
+        scalars: Any = None,
+        refresh: bool | None = None,
+        xp: Namespace = None,
+        statistic: Array | None = None,
+    ) -> tuple[Array, IFShampooState]:
+        """One update; ``statistic``, shape (q, ...): in (2) the mean over these q gradients replaces ``grad``."""
+        xp, _ = self._enter(grad, state, param, scalars, xp)
+        if 0 in param.shape:
+            return xp.zeros_like(param), state._replace(step=state.step + 1)
+        dtype, stack = state.factors[0].dtype, state.factors[0].ndim - 2
+        dims = factor_axes(state.factors, param)
+        structures = self._structures(dims)
+        due = is_due(state.step, self.every, refresh)
+        curvature = xp.astype(samples(grad, statistic, stack, dims, xp), dtype, copy=False)
+        factors, momenta = renew(
+            due,
+            lambda: self._renewed(curvature, state.factors, state.momenta, structures, xp),
+            (state.factors, state.momenta),
+        )
+        u = self._precondition(xp.astype(grad, dtype, copy=False), factors, dims, xp)
+        if not is_zero(self.weight_decay):
+            u = u + self.weight_decay * xp.astype(param, dtype, copy=False)  # (5)
+        buffer = None if state.buffer is None else self.momentum * state.buffer + u  # (6)
+        direction = xp.astype(u if buffer is None else buffer, param.dtype)
+        return direction, IFShampooState(state.step + 1, factors, momenta, buffer)
+
+    def _renewed(
+        self,
+        g: Array,
+        factors: tuple[Array, ...],
+        momenta: tuple[Array, ...] | None,
+        structures: tuple[str, ...],
+        xp: Namespace,
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...] | None]:
+        """K_n and m_n after (2)-(4), from pseudo-gradients (..., d_1, ..., d_N, q)."""
+        stack, dims = factors[0].ndim - 2, g.shape[factors[0].ndim - 2 : -1]
+        scaled = [k * (1 / math.sqrt(d)) for k, d in zip(factors, dims, strict=True)]
+        grams = [_t(k, xp) @ k for k in scaled]
+        traces = [xp.linalg.trace(gram)[..., None, None] / d for gram, d in zip(grams, dims, strict=True)]
+        p = g * sqrt(self.batch_size / g.shape[-1])
+        for n, k in enumerate(scaled):
+            p = multiply(p, _t(k, xp), n, xp)  # (1)
+        new_factors, new_momenta = [], []
+        for n, (k, structure) in enumerate(zip(factors, structures, strict=True)):
+            rows = unfold(p, stack, n, xp)
+            damping = self.damping * math.prod(dims) * grams[n]
+            for j, trace in enumerate(traces):
+                if j != n:
+                    damping = trace * damping
+            h = dims[n] * (rows @ _t(rows, xp)) + damping  # (2)
+            m = project(h - eye_like(xp, h), structure, xp)
+            if momenta is not None:
+                m = ema(momenta[n], m, self.riemannian_momentum)  # (3)
+            length = xp.clip(_norm(m, xp), min=1.0) if self.clip else 1.0
+            new_factors.append(k - self.beta2 * (k @ (m / length)))  # (4)
+            new_momenta.append(m)
+        return tuple(new_factors), None if momenta is None else tuple(new_momenta)
+
+    def _precondition(self, grad: Array, factors: tuple[Array, ...], dims: tuple[int, ...], xp: Namespace) -> Array:
+        """G x_1 K_1 K_1^T ... x_N K_N K_N^T, in the parameter's shape."""
+        stack = tuple(factors[0].shape[:-2])
+        u, scale = xp.reshape(grad, (*stack, *dims)), 1.0
+        for n, k in enumerate(factors):
+            peak = xp.clip(xp.max(xp.abs(k), axis=(-2, -1), keepdims=True), min=1.0)  # r_n^2
+            small = k / xp.sqrt(peak)
+            u = multiply(multiply(u, _t(small, xp), n, xp), small, n, xp)
+            scale = scale * peak
+        return xp.reshape(u * xp.reshape(scale, (*stack, *(1 for _ in dims))), grad.shape)
+
+    def diagnose(self, state: IFShampooState) -> IFShampooReport:
+        """The inverses of the factors S_n, and their spectra."""
+        xp = self._check_param(state.factors[0], state.factors[0].ndim - 2)
+        wide = [xp.astype(k, state_dtype(xp, k, False), copy=False) for k in state.factors]
+        inverses = tuple(k @ _t(k, xp) for k in wide)
+        finite = finite_members(xp, *state.factors, core_ndims=(2,) * len(state.factors))
+        return IFShampooReport(
+            inverses=inverses, eigenvalues=tuple(roots.eigh(x, xp=xp)[0] for x in inverses), finite=finite
+        )
+
+
+def _norm(matrix: Array, xp: Namespace) -> Array:
+    """Frobenius norm (..., 1, 1), scaled by the largest entry so that no square over- or underflows."""
+    peak = xp.max(xp.abs(matrix), axis=(-2, -1), keepdims=True)
+    peak = xp.where(peak == 0, 1.0, peak)
+    return peak * xp.linalg.matrix_norm(matrix / peak, keepdims=True)
+
+
+def _t(matrix: Array, xp: Namespace) -> Array:
+    return xp.matrix_transpose(matrix)

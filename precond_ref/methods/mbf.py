@@ -1,0 +1,385 @@
+r"""MBF: a mini-block Fisher method for deep neural networks.
+
+A. Bahamou, D. Goldfarb, Y. Ren, AISTATS 2023 (PMLR 206), arXiv 2202.04124v4. Read were the abstract and the authors'
+code (``achrafba96/mbf`` at commit b0ace6e), which the equations below follow; not the paper's full text.
+
+==========  ====================  =================  ==============================================================
+symbol      here                  shape              meaning
+==========  ====================  =================  ==============================================================
+g           ``grad``              as the parameter   gradient of the mini-batch mean of the loss, true labels
+g_b         ``to_blocks(grad)``   (s,) each          its mini-blocks, b = 1, ..., B
+M           ``m``                 as the parameter   heavy-ball momentum
+F_b         ``statistic``         (s, s) each        average of g_b g_b^T
+P_b         ``inverse``           (s, s) each        (F_b + lambda I)^{-1} of the last renewal
+mu          ``momentum``                             decay of M
+rho         ``decay``                                decay of F, the weight of the *old* term
+lambda      ``damping``                              added to F
+T1          ``statistics_every``                     updates between two statistics
+T2          ``inverse_every``                        updates between two inverses, once i > T2
+==========  ====================  =================  ==============================================================
+
+For updates i = 0, 1, 2, ... from M = 0, F_b = 0 (or a warm start)::
+
+    M   <- mu M + g                                                                           (M)
+    F_b <- rho F_b + (1 - rho) g_b g_b^T               if i % T1 == 0                         (F)
+    P_b <- (F_b + lambda I)^{-1}                       if (i <= T2 and i % T1 == 0) or i % T2 == 0    (P)
+    direction_b = P_b M_b                                                                     (p)
+
+Averaged (``fc`` only): one F for all blocks, the mean of g_b g_b^T over b, and so one P.
+
+The mini-blocks of each ``kind``, with O outputs, I inputs, and J = I + 1 where the bias is the last column:
+
+============  =================  ====================================================================================
+kind          parameter          mini-blocks
+============  =================  ====================================================================================
+``conv``      (O, I, kh, kw)     one per pair (o, i): the kh kw taps, row-major; never averaged
+``fc``        (O, J)             ``per_output``: O rows of J; ``per_input``: J columns of O; ``contiguous``: J runs of O
+                                 consecutive entries of the row-major matrix (what the authors ran, averaged)
+``diagonal``  any                none: the rule below, for biases of convolutions and normalisation layers
+============  =================  ====================================================================================
+
+``diagonal``, with n = v = 0 before the first update and t = i + 1::
+
+    n <- 0.9 n + 0.1 g                                                                        (n)
+    v <- 0.999 v + 0.001 n^2                                                                  (v)
+    direction = n / (1e-8 + sqrt(v / (1 - 0.999^t)))                                          (d)
+
+Conventions
+    F is made of the batch-mean gradient (rank one per update) and is not multiplied by the batch size, so lambda and
+    the learning rate do not transfer between batch sizes. ``update(..., statistic=)`` takes something else instead:
+    per-sample gradients (`MBFSamples`), inputs and back-signals of a linear layer (`MBFFactors`), or F itself
+    (`MBFBlocks`).
+    No bias correction of F, no scaling of lambda, momentum before the inverse: the current P meets all of M.
+    P comes from the symmetric eigendecomposition, eigenvalues clipped at 0 (the authors' code: LU inverse), so that
+    0 < P <= I / lambda also under rounding; ``damping=0`` is the pseudo-inverse.
+    The default is ``per_output``, averaged, with T1 = T2 = 1; `MBF.authors_code` is ``contiguous`` with theirs.
+    Weight decay is decoupled, of every parameter, and belongs to the optimizer.
+
+Coincides with (each a test)
+    lambda -> infinity: heavy-ball SGD at rate lr / lambda. Averaged ``per_output`` and ``per_input``: Shampoo's right
+    and left statistic over O and J, one-sided, with exponent -1. One block per layer: the layer's natural gradient.
+    Blocks of one entry: g / (lambda + mean of g^2), without a root. O = J: ``contiguous`` is ``per_output``.
+
+Not here
+    The limited-memory variant, and blocks that do not divide a layer as above.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+
+from precond_ref.numerics import roots
+from precond_ref.numerics.arrays import all_finite, eye_like, finite_members, zeros
+from precond_ref.numerics.ema import ema, one_minus_power, reciprocal, sqrt
+from precond_ref.numerics.refresh import renew
+from precond_ref.protocol import Array, Method, Namespace, Scalar, check_bool, check_choice, check_int, check_real
+
+NDIMS = {"fc": (2, 2), "conv": (4, 4), "diagonal": (0, 64)}
+# Constants of the diagonal rule in the authors' code.
+DIAGONAL_DECAY, DIAGONAL_SQUARE_DECAY, DIAGONAL_EPS = 0.9, 0.999, 1e-8
+
+
+class MBFState(NamedTuple):
+    """State of `MBF` for a parameter (..., O, J), (..., O, I, kh, kw), or, ``diagonal``, of any shape."""
+
+    step: Any
+    """i, updates done."""
+    m: Array
+    """M, shaped like the parameter; ``diagonal``: n."""
+    statistic: Array
+    """F: (..., s, s) averaged, (..., B, s, s) not averaged, (..., O, I, s, s) ``conv``; ``diagonal``: v."""
+    inverse: Array | None
+    """P of the last renewal, shaped like F; I / lambda before the first. None with ``inverse_every=1``."""
+
+
+class MBFScalars(NamedTuple):
+    """What the diagonal rule needs of the step's number."""
+
+    inverse_sqrt_c: Scalar
+    """1 / sqrt(1 - 0.999^t)."""
+
+
+class MBFSamples(NamedTuple):
+    """Per-sample gradients, for ``update(..., statistic=)``: the statistic is the mean over n of g_nb g_nb^T."""
+
+    grads: Array
+    """(..., n, O, J) or (..., n, O, I, kh, kw): stack axes, then samples, then the parameter's."""
+
+
+class MBFFactors(NamedTuple):
+    """Inputs and back-signals of a linear layer (``fc``), whose per-sample gradients are signals_n inputs_n^T."""
+
+    inputs: Array
+    """(..., n, J), the constant 1 of the bias included."""
+    signals: Array
+    """(..., n, O), d loss_n / d output of each sample's own loss, without the 1/n of the mean."""
+
+
+class MBFBlocks(NamedTuple):
+    """The statistic itself, ready-made: what (F) has in the place of g_b g_b^T."""
+
+    statistic: Array
+    """Shaped like ``state.statistic``."""
+
+
+class MBFReport(NamedTuple):
+    """What `MBF.diagnose` returns."""
+
+    eigenvalues: Array | None
+    """Of F, ascending, clipped at zero, (..., s), (..., B, s) or (..., O, I, s); None for ``diagonal``."""
+    condition: Array | None
+    """Condition number of F + lambda I, one per block; None for ``diagonal``."""
+    denominator: Array | None
+    """``diagonal``: 1e-8 + sqrt(v / (1 - 0.999^t)), else None."""
+    finite: Array
+    """Whether the member's state is finite, (...); ``diagonal``: whether all of it is, 0-D."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MBF(Method):
+    """MBF (Bahamou, Goldfarb, Ren, 2023, arXiv 2202.04124v4, as in the authors' code) for one layer.
+
+    ``decay`` and ``momentum`` are decays (weights of the *old* term). ``fc`` takes (..., O, J), ``conv``
+    (..., O, I, kh, kw) and uses neither ``layout`` nor ``average``, ``diagonal`` any shape and uses ``kind`` alone.
+    ``refresh=`` of ``update`` is a pair of bools (statistics, inverse); one bool stands for both.
+    Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
+    """
+
+    kind: str = "fc"
+    layout: str = "per_output"
+    average: bool = True
+    damping: float = 3e-4
+    decay: float = 0.9
+    momentum: float = 0.9
+    statistics_every: int = 1
+    inverse_every: int = 1
+
+    paper: ClassVar[str] = "Bahamou, Goldfarb, Ren: Mini-Block Fisher, AISTATS 2023, arXiv 2202.04124v4"
+    state_type: ClassVar[Any] = MBFState
+    symbols: ClassVar = MappingProxyType(
+        {
+            "kind": "'fc' (weights (O, J)), 'conv' (weights (O, I, kh, kw)) or 'diagonal' (anything else)",
+            "layout": "mini-blocks of 'fc': 'per_output', 'per_input' or 'contiguous'",
+            "average": "'fc': one F, the mean over the blocks, instead of one per block",
+            "damping": "lambda, added to F, >= 0 (0: pseudo-inverse)",
+            "decay": "rho, decay of F, in [0, 1)",
+            "momentum": "mu, heavy ball, in [0, 1)",
+            "statistics_every": "T1, updates between two statistics, >= 1",
+            "inverse_every": "T2, updates between two inverses (every T1 up to update T2), >= 1",
+        }
+    )
+    presets: ClassVar[tuple[str, ...]] = ("authors_code",)
+    Samples: ClassVar[Any] = MBFSamples
+    Factors: ClassVar[Any] = MBFFactors
+    Blocks: ClassVar[Any] = MBFBlocks
+
+    def __post_init__(self) -> None:
+        check_choice(self, "kind", tuple(NDIMS))
+        check_choice(self, "layout", ("per_output", "per_input", "contiguous"))
+        check_bool(self, "average")
+        check_real(self, "damping", ge=0)
+        check_real(self, "decay", ge=0, lt=1)
+        check_real(self, "momentum", ge=0, lt=1)
+        check_int(self, "statistics_every", ge=1)
+        check_int(self, "inverse_every", ge=1)
+        object.__setattr__(self, "ndims", NDIMS[self.kind])
+        object.__setattr__(self, "elementwise", self.kind == "diagonal")
+
+    @staticmethod
+    def authors_code(network: str = "autoencoder") -> MBF:
+        """What the authors ran: ``contiguous``, averaged, T1, T2 = 2, 25 ("autoencoder") or 10, 100 ("cnn").
+
+        ``damping`` is that of their MNIST autoencoder (with lr 1e-5), or of their VGG16 on CIFAR-100 (lr 3e-5).
+        """
+        if network not in ("autoencoder", "cnn"):
+            raise ValueError(f"network must be 'autoencoder' or 'cnn', got {network!r}")
+        damping, t1, t2 = (3e-4, 2, 25) if network == "autoencoder" else (3e-3, 10, 100)
+        return MBF(layout="contiguous", damping=damping, statistics_every=t1, inverse_every=t2)
+
+    def for_shape(self, shape: tuple[int, ...], path: str = "") -> MBF:
+        """Default routing: ``conv`` for 4 axes, ``fc`` for 2, ``diagonal`` for the rest (all if this is diagonal)."""
+        if self.kind == "diagonal":
+            return self
+        return self.replace(kind={4: "conv", 2: "fc"}.get(len(shape), "diagonal"))
+
+    # ---- mini-blocks ------------------------------------------------------------------------------------------------
+
+    def to_blocks(self, array: Array, *, xp: Namespace) -> Array:
+        """Mini-blocks of parameters, (..., O, J) -> (..., B, s) or (..., O, I, kh, kw) -> (..., O, I, s)."""
+        *lead, d1, d2 = array.shape
+        if self.kind == "conv":
+            return xp.reshape(array, (*lead, d1 * d2))
+        if self.layout == "contiguous":
+            return xp.reshape(array, (*lead, d2, d1))
+        return array if self.layout == "per_output" else xp.matrix_transpose(array)
+
+    def from_blocks(self, blocks: Array, shape: tuple[int, ...], *, xp: Namespace) -> Array:
+        """Inverse of `to_blocks`; ``shape`` is that of the parameters."""
+        if self.kind == "fc" and self.layout == "per_input":
+            return xp.matrix_transpose(blocks)
+        return xp.reshape(blocks, shape)
+
+    @property
+    def _averaged(self) -> bool:
+        return self.kind == "fc" and self.average
+
+    def _statistic_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.kind == "diagonal":
+            return tuple(shape)
+        core = self.ndims[0]
+        if len(shape) < core:
+            raise ValueError(f"MBF(kind={self.kind!r}) takes a parameter with {core} axes, got shape {tuple(shape)}")
+        stack, (o, i, *taps) = shape[:-core], shape[-core:]
+        if self.kind == "conv":
+            return (*stack, o, i, math.prod(taps), math.prod(taps))
+        count, s = (o, i) if self.layout == "per_output" else (i, o)
+        return (*stack, s, s) if self.average else (*stack, count, s, s)
+
+    def _mean_outer(self, grads: Array, xp: Namespace) -> Array:
+        """Mean over the samples (and blocks, if averaged) of g_nb g_nb^T for ``grads`` (..., n, *parameter)."""
+        blocks = self.to_blocks(grads, xp=xp)
+        if self._averaged:
+            *lead, n, count, s = blocks.shape
+            rows = xp.reshape(blocks, (*lead, n * count, s))
+        else:
+            rows = xp.moveaxis(blocks, -2 - self.ndims[0] // 2, -2)  # samples beside the entries of a block
+        return xp.matrix_transpose(rows) @ rows / max(rows.shape[-2], 1)
+
+    def _mean_outer_of_factors(self, inputs: Array, signals: Array, xp: Namespace) -> Array:
+        """The same for per-sample gradients signals_n inputs_n^T; averaged by rows or columns, without forming them."""
+        if not self.average or self.layout == "contiguous":
+            return self._mean_outer(signals[..., :, None] * inputs[..., None, :], xp)
+        kept, other = (inputs, signals) if self.layout == "per_output" else (signals, inputs)
+        weight = xp.sum(other * other, axis=-1, keepdims=True)
+        count = max(other.shape[-2] * other.shape[-1], 1)
+        return xp.matrix_transpose(kept) @ (weight * kept) / count
+
+    # ---- the method -------------------------------------------------------------------------------------------------
+
+    def init(self, param: Array, *, stack_ndim: int = 0) -> MBFState:
+        xp = self._check_param(param, stack_ndim, factorizes=self.kind != "diagonal")
+        statistic = zeros(xp, self._statistic_shape(param.shape), param)
+        inverse = None
+        if self.kind != "diagonal" and self.inverse_every > 1:
+            inverse = eye_like(xp, statistic) * reciprocal(self.damping)
+        return MBFState(step=0, m=xp.zeros_like(param), statistic=statistic, inverse=inverse)
+
+    def warm_start(self, state: MBFState, grads: Array) -> MBFState:
+        """``state`` of ``init`` with F = mean of g_b g_b^T over batch gradients ``grads``, batches on a new first axis.
+
+        The authors make them at the initial parameters with labels drawn from the model's own predictions, once
+        through the training set. ``diagonal`` is left alone. ValueError or TypeError for a state that was updated
+        already, and for arrays that do not fit.
+        """
+        if isinstance(state.step, int) and state.step > 0:
+            raise ValueError(f"warm_start must come before the first update, got a state after {state.step}")
+        xp = self._check_param(grads, max(grads.ndim - self.ndims[0], 0))
+        _check_array("grads", grads, (None, *state.m.shape), state.m)
+        if self.kind == "diagonal":
+            return state
+        return state._replace(statistic=self._mean_outer(xp.moveaxis(grads, 0, -1 - self.ndims[0]), xp))
+
+    def due(self, step: Any) -> tuple[Any, Any]:
+        """Whether the update after ``step`` completed ones renews (statistics, inverse)."""
+        statistics, t2 = step % self.statistics_every == 0, self.inverse_every
+        return statistics, ((step <= t2) & statistics) | (step % t2 == 0)
+
+    def scalars(self, step: Any, *, like: Array = None) -> Any:
+        if self.kind != "diagonal":
+            return ()
+        return MBFScalars(reciprocal(sqrt(one_minus_power(DIAGONAL_SQUARE_DECAY, step, like=like))))
+
+    def update(
+        self,
+        grad: Array,
+        state: MBFState,
+        param: Array,
+        *,
+        scalars: Any = None,
+        refresh: Any = None,
+        xp: Namespace = None,
+        statistic: MBFSamples | MBFFactors | MBFBlocks | None = None,
+    ) -> tuple[Array, MBFState]:
+        """One update; ``statistic`` replaces g_b g_b^T in (F), when that is due."""
+        shape = self._statistic_shape(param.shape)
+        xp, k = self._enter(grad, state, param, scalars, xp, statistic=shape, inverse=shape)
+        statistics_due, inverse_due = self.due(state.step) if refresh is None else self._refresh(refresh)
+        self._check_statistic(statistic, param)
+        if self.kind == "diagonal":
+            n = ema(state.m, grad, DIAGONAL_DECAY)  # (n)
+            v = ema(state.statistic, n * n, DIAGONAL_SQUARE_DECAY)  # (v)
+            direction = n / (xp.sqrt(v) * k.inverse_sqrt_c + DIAGONAL_EPS)  # (d)
+            return direction, MBFState(step=state.step + 1, m=n, statistic=v, inverse=None)
+
+        def new_statistic() -> Array:
+            if isinstance(statistic, MBFBlocks):
+                return statistic.statistic
+            if isinstance(statistic, MBFFactors):
+                return self._mean_outer_of_factors(*statistic, xp)
+            samples = statistic.grads if statistic else xp.expand_dims(grad, axis=-1 - self.ndims[0])
+            return self._mean_outer(samples, xp)
+
+        m = self.momentum * state.m + grad  # (M)
+        f = renew(statistics_due, lambda: ema(state.statistic, new_statistic(), self.decay), state.statistic)  # (F)
+        inverse = renew(inverse_due, lambda: roots.power(f, -1.0, self.damping, xp=xp), state.inverse)  # (P)
+        blocks = self.to_blocks(m, xp=xp)
+        blocks = blocks @ inverse if self._averaged else (inverse @ blocks[..., None])[..., 0]  # (p)
+        direction = self.from_blocks(blocks, param.shape, xp=xp)
+        inverse = None if self.inverse_every == 1 else inverse
+        return direction, MBFState(step=state.step + 1, m=m, statistic=f, inverse=inverse)
+
+    def _refresh(self, refresh: Any) -> tuple[bool, bool]:
+        pair = (refresh, refresh) if isinstance(refresh, bool) else refresh
+        if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(r, bool) for r in pair)):
+            raise TypeError(f"refresh must be a pair of bools (statistics, inverse), a bool or None, got {refresh!r}")
+        if self.kind != "diagonal" and self.inverse_every == 1 and not pair[1]:
+            raise ValueError("refresh without the inverse needs inverse_every > 1: with 1, none is kept")
+        return pair
+
+    def _check_statistic(self, statistic: Any, param: Array) -> None:
+        if statistic is None:
+            return
+        if not isinstance(statistic, (MBFSamples, MBFFactors, MBFBlocks)):
+            raise TypeError(f"statistic must be an MBF.Samples, MBF.Factors or MBF.Blocks, got {statistic!r}")
+        if self.kind == "diagonal":
+            raise ValueError("statistic must be None for kind='diagonal', which has no blocks")
+        if isinstance(statistic, MBFBlocks):
+            _check_array("statistic", statistic.statistic, self._statistic_shape(param.shape), param)
+            return
+        core = self.ndims[0]
+        stack, shape = param.shape[:-core], param.shape[-core:]
+        if isinstance(statistic, MBFSamples):
+            _check_array("statistic.grads", statistic.grads, (*stack, None, *shape), param)
+            return
+        if self.kind != "fc":
+            raise ValueError(f"statistic of inputs and signals needs kind='fc', got kind={self.kind!r}")
+        _check_array("statistic.inputs", statistic.inputs, (*stack, None, shape[1]), param)
+        _check_array("statistic.signals", statistic.signals, (*stack, statistic.inputs.shape[-2], shape[0]), param)
+
+    def diagnose(self, state: MBFState) -> MBFReport:
+        """Spectrum of F and condition of what is inverted; ``diagonal``: the denominator."""
+        if self.kind == "diagonal":
+            xp = self._check_param(state.m, 0)
+            k = self.scalars(state.step, like=state.m)
+            denominator = xp.sqrt(state.statistic) * k.inverse_sqrt_c + DIAGONAL_EPS
+            return MBFReport(None, None, denominator, all_finite(xp, state.m, state.statistic))
+        core = self.ndims[0]
+        stack_ndim = state.m.ndim - core
+        xp = self._check_param(state.m, stack_ndim)
+        w = roots.eigh(state.statistic, xp=xp)[0]
+        condition = (w[..., -1] + self.damping) / (w[..., 0] + self.damping)
+        core_ndims = (core, state.statistic.ndim - stack_ndim)
+        return MBFReport(w, condition, None, finite_members(xp, state.m, state.statistic, core_ndims=core_ndims))
+
+
+def _check_array(name: str, array: Array, shape: tuple[int | None, ...], like: Array) -> None:
+    """Refuse an array without this shape (None: any length of at least 1) or without the dtype of ``like``."""
+    got = tuple(array.shape)
+    if len(got) != len(shape) or any(g != s if s is not None else g < 1 for g, s in zip(got, shape, strict=True)):
+        rule = ", ".join("n >= 1" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name} must have shape ({rule}), got {got}")
+    if array.dtype != like.dtype:
+        raise TypeError(f"{name} must have dtype {like.dtype}, got {array.dtype}")

@@ -1,0 +1,427 @@
+r"""Root-free adaptive methods: RF-RMSProp, RF-AdamW, RF-Shampoo.
+
+W. Lin, F. Dangel, R. Eschenhagen, J. Bae, R. E. Turner, A. Makhzani, "Can We Remove the Square-Root in Adaptive
+Gradient Methods? A Second-Order Perspective", ICML 2024, arXiv 2402.03496.
+
+=============  ================  =================  ==================================================================
+paper          here              shape              meaning
+=============  ================  =================  ==================================================================
+g, G           ``grad``          as the parameter   gradient of the mini-batch mean loss
+B              ``batch_size``                       number of independent terms whose mean the loss is
+s, S           ``s``             as the parameter   averaged curvature, elementwise
+S_C, S_K, S_n  ``factors``       (d_n, d_n)         averaged curvature, one factor per axis of size d_n > 1
+beta_2         ``beta2``                            weight of the *new* term (step size of S), except in RF-AdamW
+lambda         ``damping``                          added to S (elementwise) or to the curvature inside (factors)
+alpha_1        ``momentum``                         heavy ball on the preconditioned gradient
+kappa          ``weight_decay``                     added to the preconditioned gradient, inside the momentum
+T              ``every``                            updates between two renewals of S_n
+=============  ================  =================  ==================================================================
+
+`RFRMSProp`, elementwise, s_0 = ``initial``::
+
+    s_t = (1 - beta2) s_{t-1} + beta2 B g^2                                  (1)
+    u_t = g / (s_t + lambda) + kappa w                                       (2)
+    direction = b_t = alpha1 b_{t-1} + u_t                                   (3)
+
+`RFAdamW`, elementwise, with decays beta1, beta2::
+
+    m_t = beta1 m_{t-1} + (1 - beta1) g                                      (4)
+    s_t = beta2 s_{t-1} + (1 - beta2) B g^2                                  (5)
+    direction = m_t / (s_t + lambda)                                         (6)
+
+`RFShampoo`, S_n = I at the start, D = d_1 ... d_N, at updates 1, 1 + T, ..., all from the old factors::
+
+    H_n = (d_n / D) [B G_(n) (kron_{j != n} S_j^-1) G_(n)^T + lambda prod_{j != n} tr(S_j^-1) I]   (7)
+    S_n <- (1 - beta2) S_n + beta2 H_n                                       (8)
+    u = G x_1 S_1^-1 ... x_N S_N^-1 + kappa W, then (3)                      (9)
+
+There is no square root, so the learning rate has the scale of Newton's method: u(c g) = u(g) / c once the start is
+forgotten, and a step of 1 is the full one where S is the Hessian.
+
+Conventions
+    S is renewed with the current gradient before it is used (the authors' code; KL-Shampoo uses first).
+    S starts at 1 or I, not at 0: with s_0 = 0 the first direction is g / (beta2 B g^2 + lambda).
+    lambda is outside the average in (2), inside the curvature in (7): the limits agree, the transients do not.
+    ``bias_correction`` (off in the authors' code) divides the gradients' part of s_t by 1 - beta2^t and leaves out
+    s_0; the code's own correction divides all of s_t and so inflates s_0.
+    Factors are inverted by Cholesky. Where rounding has made S_n indefinite the backend reports it (NumPy and
+    PyTorch: error; JAX: NaN). A non-finite S_n is never factorised and gives NaN.
+    Below float32 the averages are kept in float32: see ``narrow_state``. RF-Shampoo takes float32 and float64 only.
+    ``update(..., statistic=)`` takes q pseudo-gradients (q, ...), whose mean outer product replaces that of ``grad``
+    as the curvature.
+
+Coincides with (each a test)
+    RF-Shampoo on one axis: the full-matrix method S = (1 - beta2) S + beta2 (B g g^T + lambda I); on a scalar with
+    lambda = 0: RF-RMSProp. RF-AdamW with beta1 = 0: RF-RMSProp with beta2 -> 1 - beta2. `IFShampoo` to first order
+    in beta2, with the same fixed points.
+
+Hazards
+    With ``damping=0`` and gradients that vanish together, S goes to zero with them and the iterate need not converge.
+    In bfloat16 the average (1) stalls: below beta2 = 2^-9 it cannot decay from a power of two at all.
+
+Not here
+    The AdaGrad-like sum (gamma = 0 in the paper), which has no fixed point.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+
+from precond_ref.numerics import roots
+from precond_ref.numerics.arrays import all_finite, eye_like, finite_members, state_dtype, zeros
+from precond_ref.numerics.axes import factor_axes, multiply, samples, squeezed, unfold
+from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal
+from precond_ref.numerics.refresh import is_due, renew
+from precond_ref.protocol import (
+    Array,
+    Method,
+    Namespace,
+    Scalar,
+    check_bool,
+    check_int,
+    check_real,
+    is_zero,
+    warn_if_decay,
+)
+
+PAPER = "Lin, Dangel, Eschenhagen, Bae, Turner, Makhzani: root-free adaptive methods, ICML 2024, arXiv 2402.03496"
+
+
+class RFReport(NamedTuple):
+    """What the elementwise root-free methods' ``diagnose`` returns."""
+
+    denominator: Array
+    """S + lambda, what the gradient is divided by; the parameter's shape."""
+    finite: Array
+    """Whether the whole state is finite, 0-D."""
+
+
+class RFRMSPropState(NamedTuple):
+    """State of `RFRMSProp`; arrays have the parameter's shape, and float32 at least (see ``narrow_state``)."""
+
+    step: Any
+    """t, updates done."""
+    s: Array
+    """s_t, averaged curvature."""
+    buffer: Array | None
+    """b_t, heavy-ball average; None with ``momentum=0``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RFRMSProp(Method):
+    """RF-RMSProp, elementwise; ``beta2`` is the weight of the *new* term, about 0.01 (Lin et al., 2024, (1)-(3)).
+
+    Any shape. ``batch_size`` is the number of independent terms whose mean is the loss.
+    Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
+    Warns: UserWarning for ``beta2 > 0.5``, which looks like a decay.
+    """
+
+    beta2: float = 0.01
+    damping: float = 1e-4
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    batch_size: float = 1.0
+    initial: float = 1.0
+    narrow_state: bool = False
+
+    paper: ClassVar[str] = PAPER
+    state_type: ClassVar[Any] = RFRMSPropState
+    symbols: ClassVar = MappingProxyType(
+        {
+            "beta2": "beta_2, weight of the NEW term in the averaged curvature (1 - decay), in (0, 1]",
+            "damping": "lambda, added to the averaged curvature, >= 0",
+            "momentum": "alpha_1, heavy-ball momentum on the preconditioned gradient, in [0, 1)",
+            "weight_decay": "kappa, times the parameter inside the momentum, >= 0",
+            "batch_size": "B, independent terms whose mean is the loss, > 0",
+            "initial": "s_0, >= 0",
+            "narrow_state": "keep the state in the parameter's dtype also below float32",
+        }
+    )
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_real(self, "beta2", gt=0, le=1)
+        check_real(self, "damping", ge=0)
+        check_real(self, "momentum", ge=0, lt=1)
+        check_real(self, "weight_decay", ge=0)
+        check_real(self, "batch_size", gt=0)
+        check_real(self, "initial", ge=0)
+        check_bool(self, "narrow_state")
+        warn_if_decay(self)
+
+    def init(self, param: Array, *, stack_ndim: int = 0) -> RFRMSPropState:
+        xp = self._check_param(param, stack_ndim)
+        zero = xp.zeros_like(param, dtype=state_dtype(xp, param, self.narrow_state))
+        return RFRMSPropState(step=0, s=zero + self.initial, buffer=None if is_zero(self.momentum) else zero)
+
+    def update(
+        self,
+        grad: Array,
+        state: RFRMSPropState,
+        param: Array,
+        *,
+        scalars: Any = None,
+        refresh: bool | None = None,
+        xp: Namespace = None,
+        statistic: Array | None = None,
+    ) -> tuple[Array, RFRMSPropState]:
+        """One update; ``statistic``, shape (q, ...): in (1) the mean of its q squares replaces g^2."""
+        xp, _ = self._enter(grad, state, param, scalars, xp)
+        dtype = state.s.dtype
+        g = xp.astype(grad, dtype, copy=False)
+        square = g * g if statistic is None else xp.mean(xp.astype(statistic, dtype, copy=False) ** 2, axis=0)
+        s = (1 - self.beta2) * state.s + self.beta2 * (self.batch_size * square)  # (1)
+        u = quotient(g, s + self.damping, xp)  # (2)
+        if not is_zero(self.weight_decay):
+            u = u + self.weight_decay * xp.astype(param, dtype, copy=False)
+        buffer = None if state.buffer is None else self.momentum * state.buffer + u  # (3)
+        direction = xp.astype(u if buffer is None else buffer, param.dtype)
+        return direction, RFRMSPropState(step=state.step + 1, s=s, buffer=buffer)
+
+    def diagnose(self, state: RFRMSPropState) -> RFReport:
+        """The denominator."""
+        xp = self._check_param(state.s, 0)
+        arrays = (state.s,) if state.buffer is None else (state.s, state.buffer)
+        return RFReport(denominator=state.s + self.damping, finite=all_finite(xp, *arrays))
+
+
+class RFAdamWState(NamedTuple):
+    """State of `RFAdamW`; arrays have the parameter's shape, and float32 at least (see ``narrow_state``)."""
+
+    step: Any
+    """t, updates done."""
+    m: Array
+    """m_t, average of gradients."""
+    s: Array
+    """s_t, averaged curvature; with ``bias_correction`` its part from gradients, s_t - beta2^t s_0."""
+
+
+class RFAdamWScalars(NamedTuple):
+    """What `RFAdamW.update` needs of the step's number; both 1 without ``bias_correction``."""
+
+    inverse_c1: Scalar
+    """1 / (1 - beta1^t)."""
+    inverse_c2: Scalar
+    """1 / (1 - beta2^t)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RFAdamW(Method):
+    """RF-AdamW, elementwise; ``beta1``, ``beta2`` are *decays*, weights of the old term (Lin et al., code of 2024).
+
+    Any shape. ``bias_correction`` divides m_t by 1 - beta1^t and s_t - beta2^t s_0 by 1 - beta2^t: then ``initial``
+    has no effect. Decoupled weight decay is the optimizer's.
+    Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    damping: float = 1e-4
+    batch_size: float = 1.0
+    initial: float = 1.0
+    bias_correction: bool = False
+    narrow_state: bool = False
+
+    paper: ClassVar[str] = PAPER
+    state_type: ClassVar[Any] = RFAdamWState
+    symbols: ClassVar = MappingProxyType(
+        {
+            "beta1": "decay of the averaged gradient, in [0, 1)",
+            "beta2": "DECAY of the averaged curvature, in [0, 1)",
+            "damping": "lambda, added to the averaged curvature, >= 0",
+            "batch_size": "B, independent terms whose mean is the loss, > 0",
+            "initial": "s_0, >= 0; without effect under bias_correction",
+            "bias_correction": "divide both averages of gradients by 1 - decay^t",
+            "narrow_state": "keep the state in the parameter's dtype also below float32",
+        }
+    )
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_real(self, "beta1", ge=0, lt=1)
+        check_real(self, "beta2", ge=0, lt=1)
+        check_real(self, "damping", ge=0)
+        check_real(self, "batch_size", gt=0)
+        check_real(self, "initial", ge=0)
+        check_bool(self, "bias_correction")
+        check_bool(self, "narrow_state")
+
+    def init(self, param: Array, *, stack_ndim: int = 0) -> RFAdamWState:
+        xp = self._check_param(param, stack_ndim)
+        zero = xp.zeros_like(param, dtype=state_dtype(xp, param, self.narrow_state))
+        # The correction takes s_0 out exactly, so it is not put in: s_t - beta2^t s_0 would cancel.
+        return RFAdamWState(step=0, m=zero, s=zero + (0.0 if self.bias_correction else self.initial))
+
+    def scalars(self, step: Any, *, like: Array = None) -> RFAdamWScalars:
+        if not self.bias_correction:
+            return RFAdamWScalars(inverse_c1=1.0, inverse_c2=1.0)
+        return RFAdamWScalars(
+            inverse_c1=reciprocal(one_minus_power(self.beta1, step, like=like)),
+            inverse_c2=reciprocal(one_minus_power(self.beta2, step, like=like)),
+        )
+
+    def update(
+        self,
+        grad: Array,
+        state: RFAdamWState,
+        param: Array,
+        *,
+        scalars: RFAdamWScalars | None = None,
+        refresh: bool | None = None,
+        xp: Namespace = None,
+    ) -> tuple[Array, RFAdamWState]:
+        xp, k = self._enter(grad, state, param, scalars, xp)
+        g = xp.astype(grad, state.s.dtype, copy=False)
+        m = ema(state.m, g, self.beta1)  # (4)
+        s = ema(state.s, self.batch_size * (g * g), self.beta2)  # (5)
+        direction = quotient(m * k.inverse_c1, s * k.inverse_c2 + self.damping, xp)  # (6)
+        return xp.astype(direction, param.dtype, copy=False), RFAdamWState(step=state.step + 1, m=m, s=s)
+
+    def diagnose(self, state: RFAdamWState) -> RFReport:
+        """The denominator."""
+        xp = self._check_param(state.s, 0)
+        k = self.scalars(state.step, like=state.s)
+        denominator = state.s * k.inverse_c2 + self.damping
+        return RFReport(denominator=denominator, finite=all_finite(xp, state.m, state.s))
+
+
+class RFShampooState(NamedTuple):
+    """State of `RFShampoo`; d_n runs over the parameter's axes of size other than 1 (all 1: one axis, d_1 = 1)."""
+
+    step: Any
+    """t, updates done."""
+    factors: tuple[Array, ...]
+    """S_n, (..., d_n, d_n)."""
+    inverses: tuple[Array, ...]
+    """S_n^-1, (..., d_n, d_n)."""
+    buffer: Array | None
+    """b_t, heavy-ball average, the parameter's shape; None with ``momentum=0``."""
+
+
+class RFShampooReport(NamedTuple):
+    """What `RFShampoo.diagnose` returns."""
+
+    eigenvalues: tuple[Array, ...]
+    """Of each S_n, ascending, clipped at zero, (..., d_n); their extremes tell how far Cholesky is from failing."""
+    finite: Array
+    """Whether the member's state is finite, (...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RFShampoo(Method):
+    """RF-Shampoo, any tensor order; ``beta2`` is the weight of the *new* term, about 0.01 (Lin et al., 2024, (7)-(9)).
+
+    One factor per axis of size other than 1. ``batch_size`` is the number of independent terms whose mean is the loss.
+    Errors: ValueError or TypeError for a field out of range, for arrays that do not fit together, and for dtypes
+    below float32; the backend's own where rounding has made a factor indefinite.
+    Warns: UserWarning for ``beta2 > 0.5``, which looks like a decay; the overall scale is stable for N beta2 < 2 only.
+    """
+
+    beta2: float = 0.01
+    damping: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    batch_size: float = 1.0
+    every: int = 1
+
+    paper: ClassVar[str] = PAPER
+    state_type: ClassVar[Any] = RFShampooState
+    symbols: ClassVar = MappingProxyType(
+        {
+            "beta2": "beta_2, weight of the NEW term in the factors (1 - decay), in (0, 1]",
+            "damping": "lambda, added to the curvature, >= 0",
+            "momentum": "alpha_1, heavy-ball momentum on the preconditioned gradient, in [0, 1)",
+            "weight_decay": "kappa, times the parameter inside the momentum, >= 0",
+            "batch_size": "B, independent terms whose mean is the loss, > 0",
+            "every": "T, updates between two renewals of the factors, >= 1",
+        }
+    )
+
+    def __post_init__(self) -> None:
+        check_real(self, "beta2", gt=0, le=1)
+        check_real(self, "damping", ge=0)
+        check_real(self, "momentum", ge=0, lt=1)
+        check_real(self, "weight_decay", ge=0)
+        check_real(self, "batch_size", gt=0)
+        check_int(self, "every", ge=1)
+        warn_if_decay(self)
+
+    def init(self, param: Array, *, stack_ndim: int = 0) -> RFShampooState:
+        xp = self._check_param(param, stack_ndim, factorizes=True)
+        stack, dims = tuple(param.shape[:stack_ndim]), squeezed(param.shape[stack_ndim:])
+        factors, inverses = (tuple(eye_like(xp, zeros(xp, (*stack, d, d), param)) for d in dims) for _ in range(2))
+        buffer = None if is_zero(self.momentum) else xp.zeros_like(param)
+        return RFShampooState(step=0, factors=factors, inverses=inverses, buffer=buffer)
+
+    def update(
+        self,
+        grad: Array,
+        state: RFShampooState,
+        param: Array,
+        *,
+        scalars: Any = None,
+        refresh: bool | None = None,
+        xp: Namespace = None,
+        statistic: Array | None = None,
+    ) -> tuple[Array, RFShampooState]:
+        """One update; ``statistic``, shape (q, ...): in (7) the mean over these q gradients replaces ``grad``."""
+        xp, _ = self._enter(grad, state, param, scalars, xp)
+        if 0 in param.shape:
+            return xp.zeros_like(param), state._replace(step=state.step + 1)
+        stack, dims = state.factors[0].ndim - 2, factor_axes(state.factors, param)
+        due = is_due(state.step, self.every, refresh)
+        curvature = samples(grad, statistic, stack, dims, xp)
+        factors, inverses = renew(
+            due,
+            lambda: self._renewed(curvature, state.factors, state.inverses, xp),
+            (state.factors, state.inverses),
+        )
+        u = xp.reshape(grad, (*param.shape[:stack], *dims))
+        for n, inverse in enumerate(inverses):
+            u = multiply(u, inverse, n, xp)
+        u = xp.reshape(u, param.shape)
+        if not is_zero(self.weight_decay):
+            u = u + self.weight_decay * param  # (9)
+        if state.buffer is None:
+            return u, RFShampooState(state.step + 1, factors, inverses, None)
+        buffer = self.momentum * state.buffer + u  # (3)
+        return 1.0 * buffer, RFShampooState(state.step + 1, factors, inverses, buffer)
+
+    def _renewed(
+        self, g: Array, factors: tuple[Array, ...], inverses: tuple[Array, ...], xp: Namespace
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """S_n and S_n^-1 after (7) and (8), from pseudo-gradients (..., d_1, ..., d_N, q)."""
+        stack = factors[0].ndim - 2
+        traces = [xp.linalg.trace(inverse)[..., None, None] for inverse in inverses]
+        dims = g.shape[stack:-1]
+        new = []
+        for n, factor in enumerate(factors):
+            whitened, damping = g, self.damping * eye_like(xp, factor)
+            for j, inverse in enumerate(inverses):
+                if j != n:
+                    whitened, damping = multiply(whitened, inverse, j, xp), traces[j] * damping
+            outer = unfold(whitened, stack, n, xp) @ _t(unfold(g, stack, n, xp), xp)
+            h = (self.batch_size / g.shape[-1] * outer + damping) * (dims[n] / math.prod(dims))  # (7)
+            new.append((1 - self.beta2) * factor + self.beta2 * (0.5 * (h + _t(h, xp))))  # (8)
+        return tuple(new), tuple(_inverse(s, xp) for s in new)
+
+    def diagnose(self, state: RFShampooState) -> RFShampooReport:
+        """Spectra of the factors."""
+        xp = self._check_param(state.factors[0], state.factors[0].ndim - 2)
+        finite = finite_members(xp, *state.factors, core_ndims=(2,) * len(state.factors))
+        return RFShampooReport(eigenvalues=tuple(roots.eigh(s, xp=xp)[0] for s in state.factors), finite=finite)
+
+
+def _inverse(matrix: Array, xp: Namespace) -> Array:
+    """Of symmetric positive definite (..., d, d), by Cholesky; NaN for a non-finite member."""
+    finite = xp.all(xp.isfinite(matrix), axis=(-2, -1), keepdims=True)
+    identity = eye_like(xp, matrix)
+    half = xp.linalg.solve(xp.linalg.cholesky(xp.where(finite, matrix, identity)), identity)
+    return xp.where(finite, _t(half, xp) @ half, math.nan)
+
+
+def _t(matrix: Array, xp: Namespace) -> Array:
+    return xp.matrix_transpose(matrix)

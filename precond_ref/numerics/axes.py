@@ -1,0 +1,58 @@
+"""One matrix per axis of a tensor: multiplying it on, and the axes that get one.
+
+Tensors are (..., d_1, ..., d_N) with ``stack`` leading axes; matrices (..., k, d_n) have the same leading axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from precond_ref.protocol import Array, Namespace
+
+
+def squeezed(shape: Sequence[int]) -> tuple[int, ...]:
+    """``shape`` without its axes of size 1; ``(1,)`` if none is left."""
+    return tuple(d for d in shape if d != 1) or (1,)
+
+
+def unfold(tensor: Array, stack: int, axis: int, xp: Namespace) -> Array:
+    """X_(n): (..., d_1, ..., d_N) -> (..., d_n, product of the others), n = ``axis`` counted from 0."""
+    moved = xp.moveaxis(tensor, stack + axis, stack)
+    return xp.reshape(moved, (*moved.shape[: stack + 1], math.prod(moved.shape[stack + 1 :])))
+
+
+def multiply(tensor: Array, matrix: Array, axis: int, xp: Namespace) -> Array:
+    """X x_n A: ``matrix`` (..., k, d_n) multiplied onto axis n = ``axis`` of ``tensor``."""
+    stack = matrix.ndim - 2
+    product = matrix @ unfold(tensor, stack, axis, xp)
+    others = [*tensor.shape[stack : stack + axis], *tensor.shape[stack + axis + 1 :]]
+    return xp.moveaxis(xp.reshape(product, (*product.shape[:-1], *others)), stack, stack + axis)
+
+
+def factor_axes(factors: Any, param: Array) -> tuple[int, ...]:
+    """Sizes (d_1, ..., d_N) of ``param``'s axes that have a factor; ValueError if ``factors`` are of other shapes."""
+    stack = factors[0].ndim - 2
+    dims = squeezed(param.shape[stack:])
+    expected = [(*param.shape[:stack], d, d) for d in dims]
+    got = [tuple(f.shape) for f in factors]
+    if got != expected:
+        raise ValueError(
+            f"state.factors must have shapes {expected} for param of shape {tuple(param.shape)} "
+            f"(one per axis of size other than 1), got {got}"
+        )
+    return dims
+
+
+def samples(grad: Array, statistic: Array | None, stack: int, dims: tuple[int, ...], xp: Namespace) -> Array:
+    """What enters the curvature, (..., d_1, ..., d_N, q): ``grad`` (q = 1), or the q pseudo-gradients ``statistic``."""
+    if statistic is None:
+        return xp.reshape(grad, (*grad.shape[:stack], *dims, 1))
+    if tuple(statistic.shape[1:]) != tuple(grad.shape) or statistic.ndim == grad.ndim or statistic.shape[0] == 0:
+        raise ValueError(
+            f"statistic must have shape (q, *param.shape) with q >= 1, got {tuple(statistic.shape)} "
+            f"for param of shape {tuple(grad.shape)}"
+        )
+    q = statistic.shape[0]
+    return xp.moveaxis(xp.reshape(statistic, (q, *grad.shape[:stack], *dims)), 0, -1)
