@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax._src.base import NO_PARAMS_MSG  # not exported, but the message that users of optax know
@@ -69,8 +70,7 @@ def scale_by(
     def route(path: str, leaf: Any) -> Method | None:
         if leaf is None:
             return None
-        for_shape = getattr(method, "for_shape", lambda shape, path: method if method.takes(shape, path) else None)
-        default: Method | None = for_shape(jnp.shape(leaf), path)
+        default = method.for_shape(np.shape(leaf), path)
         if takes is None:
             return default
         return (default or method) if takes(path, leaf) else None
@@ -84,14 +84,7 @@ def scale_by(
 
     def init(params: Tree) -> ScaleByState:
         names, leaves, treedef = _flatten(params)
-        states, seen = [], {id(leaf) for leaf in leaves}
-
-        def unshared(x: Array, p: Array) -> Array:
-            """An array that nothing else holds, or donating the state would donate it twice; on all of p's devices."""
-            x = jnp.copy(x) if id(x) in seen else x
-            seen.add(id(x))
-            return x if x.shape == p.shape else _replicated(x, p)
-
+        states = []
         for name, leaf in zip(names, leaves, strict=True):
             chosen = route(name, leaf)
             if chosen is None:
@@ -100,7 +93,7 @@ def scale_by(
             with _named(name):
                 p = _real(chosen, leaf)
                 state = chosen.init(p.astype(_dtype(chosen, p.dtype, dtype)))._replace(step=None)
-            states.append(jax.tree.map(functools.partial(unshared, p=p), state)._asdict())
+            states.append(jax.tree.map(lambda x, p=p: x if x.shape == p.shape else _replicated(x, p), state)._asdict())
         if leaves:
             trees = {field: treedef.unflatten([state[field] for state in states]) for field in fields}
         else:  # also what optax.tree.map_params asks, to learn where copies of the parameters are
