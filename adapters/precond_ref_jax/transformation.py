@@ -93,19 +93,16 @@ def scale_by(
             with _named(name):
                 p = _real(chosen, leaf)
                 state = chosen.init(p.astype(_dtype(chosen, p.dtype, dtype)))._replace(step=None)
-            states.append(jax.tree.map(lambda x, p=p: x if x.shape == p.shape else _replicated(x, p), state)._asdict())
+            states.append(state._asdict())
         if leaves:
             trees = {field: treedef.unflatten([state[field] for state in states]) for field in fields}
         else:  # also what optax.tree.map_params asks, to learn where copies of the parameters are
             alike = _like_params(method)
             trees = {field: params if field in alike else jnp.zeros((), jnp.int32) for field in fields}
-        count = jnp.zeros((), jnp.int32)
+        statistics = method.state_type(step=None, **trees)
+        state = ScaleByState(jnp.zeros((), jnp.int32), statistics, others and others.init(params))
         arrays = [jnp.asarray(leaf) for leaf in leaves if leaf is not None]
-        return ScaleByState(
-            count=_replicated(count, arrays[0]) if arrays else count,
-            statistics=method.state_type(step=None, **trees),
-            fallback=others and others.init(params),
-        )
+        return jax.tree.map(lambda x: _on_mesh(x, arrays[0]), state) if arrays else state
 
     def update(updates: Tree, state: ScaleByState, params: Tree = None, **extra_args: Any) -> tuple[Tree, ScaleByState]:
         if params is None and not is_zero(getattr(method, "weight_decay", 0.0)):
@@ -335,10 +332,10 @@ def _identity(method: Method) -> Any:
     return method
 
 
-def _replicated(x: Array, like: Array) -> Array:
+def _on_mesh(x: Array, like: Array) -> Array:
     """``x`` on every device of the mesh of ``like``, if there is one: left on one, it makes ``jit`` compile twice."""
     mesh = jax.typeof(like).sharding.mesh
-    if mesh.empty:
+    if mesh.empty or not jax.typeof(x).sharding.mesh.empty:
         return x
     if not isinstance(like, jax.core.Tracer):
         return jax.device_put(x, NamedSharding(like.sharding.mesh, PartitionSpec()))
