@@ -1,6 +1,6 @@
 """A flax classifier trained with ASGO from optax: MNIST where PRECOND_REF_DATA names a folder with it, else the digits.
 
-    python -m pip install "precond-ref[jax,cli]" flax && python examples/jax_mnist.py
+python -m pip install "precond-ref[jax,cli]" flax && python examples/jax_mnist.py
 """
 
 import os
@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-import precond_ref_jax
 
+import precond_ref_jax
 from precond_ref.problems import load_digits, load_mnist
 
 
