@@ -7,7 +7,9 @@ from precond_ref.methods.asgo import ASGO, DASGO
 from precond_ref.methods.baselines import SGD, AdaGrad, Adam, FullAdaGrad, Muon, RMSProp, Shampoo
 from precond_ref.methods.inverse_free import IFShampoo
 from precond_ref.methods.mbf import MBF
+from precond_ref.methods.online_sketches import FDSON, RFDSON, AdaFD
 from precond_ref.methods.root_free import RFAdamW, RFRMSProp, RFShampoo
+from precond_ref.methods.sketchy import SAdaGrad, SShampoo
 from precond_ref.optimizer import Optimizer
 from precond_ref.protocol import Method, list_methods
 
@@ -20,8 +22,11 @@ __all__ = [
     "AGD",
     "ASGO",
     "DASGO",
+    "FDSON",
     "MBF",
+    "RFDSON",
     "SGD",
+    "AdaFD",
     "AdaGrad",
     "Adam",
     "FullAdaGrad",
@@ -33,6 +38,8 @@ __all__ = [
     "RFRMSProp",
     "RFShampoo",
     "RMSProp",
+    "SAdaGrad",
+    "SShampoo",
     "Shampoo",
     "list_methods",
 ]

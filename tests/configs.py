@@ -90,6 +90,54 @@ LOUD: dict[str, dict[str, Config]] = {
         "toeplitz": Config(_inverse_free(structure=("tril-toeplitz", "triu-toeplitz"))),
         "hierarchical": Config(_inverse_free(structure="hierarchical(2,1)"), (6, 2)),
     },
+    "SAdaGrad": {
+        "sum": Config(pr.SAdaGrad(size=3), (6,)),
+        "average": Config(pr.SAdaGrad(size=2, beta2=0.75, delta=0.5), (6,)),
+        "exact": Config(pr.SAdaGrad(size=9, beta2=0.75), (4,)),
+        "size 1": Config(pr.SAdaGrad(size=1), (4,)),
+        "gram64": Config(pr.SAdaGrad(size=3, beta2=0.75, delta=0.25, solver="gram64"), (6,)),
+    },
+    "SShampoo": {
+        "sum": Config(pr.SShampoo(size=3)),
+        "average": Config(pr.SShampoo(size=2, beta2=0.75, eps=0.25, tail_decay=0.5)),
+        "relative": Config(pr.SShampoo(size=3, beta2=0.75, eps=0.25, relative_eps=True)),
+        "every": Config(pr.SShampoo(size=2, beta2=0.75, eps=0.25, every=3), (3, 5)),
+        "exact": Config(pr.SShampoo(size=9, eps=0.25)),
+        "gram64": Config(pr.SShampoo(size=3, eps=0.25, solver="gram64")),
+        "order 1": Config(pr.SShampoo(size=3), (5,)),
+        "order 3": Config(pr.SShampoo(size=2, eps=0.25), (3, 4, 2)),
+        "practical": Config(
+            pr.SShampoo.practical(size=3, beta2=0.75, eps=0.25, graft_beta2=0.5, graft_eps=0.25, merge=1)
+        ),
+        "practical-sgd": Config(
+            pr.SShampoo.practical(
+                size=3,
+                beta2=0.75,
+                eps=0.25,
+                relative_eps=False,
+                every=2,
+                graft="sgd",
+                start=2,
+                momentum=0.75,
+                nesterov=False,
+                momentum_ema=True,
+                weight_decay=0.25,
+                decay_after_momentum=False,
+                merge=6,
+            ),
+            (2, 1, 3, 4),
+        ),
+        "practical-vector": Config(pr.SShampoo.practical(size=3, graft_beta2=1.0, graft_eps=0.25), (5,)),
+        "practical-ungrafted": Config(
+            pr.SShampoo.practical(size=3, beta2=0.75, eps=0.25, graft=None, momentum=0.0), (2, 3)
+        ),
+    },
+    "AdaFD": {"default": Config(pr.AdaFD(size=3, delta=0.25), (6,))},
+    "FDSON": {"default": Config(pr.FDSON(size=3, delta=0.5, learning_rate=0.25), (6,))},
+    "RFDSON": {
+        "default": Config(pr.RFDSON(size=3, delta=0.5, learning_rate=0.25), (6,)),
+        "delta=0": Config(pr.RFDSON(size=3, delta=0.0, learning_rate=0.25), (6,)),
+    },
     "SGD": {
         "plain": Config(pr.SGD()),
         "momentum": Config(pr.SGD(momentum=0.75)),

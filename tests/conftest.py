@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,23 +146,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "eager: runs on the eager libraries only, or on those of --backend")
-    config.addinivalue_line("markers", "eager_cases: the same, for every configuration of every method")
+    config.addinivalue_line("markers", "cases: every configuration of every method on every backend")
+    config.addinivalue_line("markers", "eager_cases: the same, on the eager libraries only")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     asked = metafunc.config.getoption("--backend")
-    if metafunc.definition.get_closest_marker("eager_cases"):
-        # JAX compiles every single operation: the first configuration of each method, unless it was asked for
+    eager = any(metafunc.definition.get_closest_marker(name) for name in ("eager", "eager_cases"))
+    backends = asked or (EAGER if eager else BACKENDS)
+    if any(metafunc.definition.get_closest_marker(name) for name in ("cases", "eager_cases")):
+        # JAX compiles every single operation: eagerly the first configuration of each method, unless it was asked for
         cases = [
             pytest.param(backend, config, id=f"{backend}-{name}")
-            for backend in asked or EAGER
+            for backend in backends
             for name, config in CONFIGS.items()
             if asked or backend != "jax" or name in FIRST
         ]
         metafunc.parametrize(("backend", "config"), cases, indirect=["backend"])
     elif "backend" in metafunc.fixturenames:
-        eager = metafunc.definition.get_closest_marker("eager")
-        metafunc.parametrize("backend", asked or (EAGER if eager else BACKENDS), indirect=True)
+        metafunc.parametrize("backend", backends, indirect=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled() -> Iterator[None]:
+    """What JAX compiled for a file's tests would stay in memory until the end."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from configs import CONFIGS, Config
+from configs import Config
 from conftest import Backend, make_backend
 from helpers import distance, gradients, leaves, run
 
-ids = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
-
-@ids
+@pytest.mark.cases
 def test_float64_agrees_with_numpy(backend: Backend, config: Config) -> None:
     grads = gradients(config.shape)
     expected, _ = run(make_backend("numpy"), config, grads, "float64")
@@ -20,7 +18,7 @@ def test_float64_agrees_with_numpy(backend: Backend, config: Config) -> None:
     assert all(leaf.dtype == backend.asarray(0.0).dtype for leaf in leaves(state)[1:] if leaf.ndim)
 
 
-@ids
+@pytest.mark.cases
 def test_float32_stays_float32(backend: Backend, config: Config) -> None:
     grads = gradients(config.shape).astype(np.float32).astype(np.float64)
     expected, _ = run(make_backend("numpy"), config, grads, "float64")

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from precond_ref.numerics import grafting, roots
 
 U = {"float64": 2.0**-53, "float32": 2.0**-24}
-libraries = pytest.mark.parametrize("backend", ["numpy", "strict-device1", "torch", "jax"], indirect=True)
 KAPPAS = (1.0, 1e2, 1e4, 1e6, 1e8)
 
 
@@ -42,13 +41,23 @@ def gap(a: np.ndarray, truth: np.ndarray) -> float:
     return float(np.linalg.norm(a - truth) / np.linalg.norm(truth))
 
 
-# ---- the definition, against Denman-Beavers square roots in 50 digits -----------------------------------------------
+def mp_sqrt(a: mpmath.matrix) -> tuple[mpmath.matrix, mpmath.matrix]:
+    """A^{1/2} and A^{-1/2} by the Denman-Beavers iteration: no eigenvalue is computed."""
+    y, z = a, mpmath.eye(a.rows)
+    for _ in range(60):
+        y, z = (y + mpmath.inverse(z)) / 2, (z + mpmath.inverse(y)) / 2
+        if mpmath.mnorm(y * z - mpmath.eye(a.rows), 1) < mpmath.mpf(10) ** (8 - mpmath.mp.dps):
+            return y, z
+    raise AssertionError("no convergence")
+
+
+# ---- the definition, in 50 digits -----------------------------------------------------------------------------------
 
 POWERS: dict[float, Callable[[mpmath.matrix], mpmath.matrix]] = {
     -1.0: mpmath.inverse,
-    -0.5: lambda a: mpmath.inverse(mpmath.sqrtm(a)),
-    -0.25: lambda a: mpmath.inverse(mpmath.sqrtm(mpmath.sqrtm(a))),
-    0.5: mpmath.sqrtm,
+    -0.5: lambda a: mp_sqrt(a)[1],
+    -0.25: lambda a: mp_sqrt(mp_sqrt(a)[0])[1],
+    0.5: lambda a: mp_sqrt(a)[0],
 }
 
 
@@ -71,7 +80,7 @@ def test_power_in_fifty_digits(kappa: float, exponent: float, ridge: float) -> N
 def test_inverse_shifted_sqrt_in_fifty_digits(kappa: float, shift: float) -> None:
     a = spectrum_matrix(kappa)
     with mpmath.workdps(50):
-        truth = from_mp(mpmath.inverse(mpmath.sqrtm(to_mp(a)) + shift * mpmath.eye(6)))
+        truth = from_mp(mpmath.inverse(mp_sqrt(to_mp(a))[0] + shift * mpmath.eye(6)))
     assert gap(roots.inverse_shifted_sqrt(a, shift), truth) <= 16 * U["float64"] * kappa
 
 
@@ -84,7 +93,7 @@ def test_polar_in_fifty_digits(kappa: float, shape: tuple[int, int]) -> None:
     a = (q * np.geomspace(1.0, 1.0 / kappa, k)) @ r.T
     with mpmath.workdps(50):
         b = to_mp(a if shape[0] >= shape[1] else a.T)
-        truth = from_mp(b * mpmath.inverse(mpmath.sqrtm(b.T * b)))
+        truth = from_mp(b * mp_sqrt(b.T * b)[1])
     # here kappa is that of the matrix itself, not of its square: the polar factor's own condition number
     assert gap(roots.polar(a), truth if shape[0] >= shape[1] else truth.T) <= 16 * U["float64"] * kappa
 
@@ -95,7 +104,7 @@ def rank_three() -> tuple[np.ndarray, np.ndarray]:
     return b, b @ b.T
 
 
-@libraries
+@pytest.mark.eager
 @pytest.mark.parametrize("dtype", U)
 @pytest.mark.parametrize("exponent", [-1.0, -0.5, -0.25])
 def test_no_ridge_is_the_pseudo_inverse(backend: Backend, dtype: str, exponent: float) -> None:
@@ -103,8 +112,7 @@ def test_no_ridge_is_the_pseudo_inverse(backend: Backend, dtype: str, exponent: 
     with mpmath.workdps(50):
         c = to_mp(b).T * to_mp(b)  # (B B^T)^p = B (B^T B)^{p-1} B^T on the range of B
         truth = from_mp(to_mp(b) * POWERS[exponent](c) * mpmath.inverse(c) * to_mp(b).T)
-        kappa = float(mpmath.cond(c, lambda m: mpmath.mnorm(m, 2)) if False else np.linalg.cond(b) ** 2)
-    bound = 16 * U[dtype] * kappa
+    bound = 16 * U[dtype] * np.linalg.cond(b) ** 2
     array = backend.asarray(a, dtype)
     assert gap(backend.numpy(roots.power(array, exponent)), truth) <= bound
     if exponent == -0.5:
@@ -113,7 +121,7 @@ def test_no_ridge_is_the_pseudo_inverse(backend: Backend, dtype: str, exponent: 
     assert gap(backend.numpy(roots.power(array, exponent, 1e-4)), truth) > 1
 
 
-@libraries
+@pytest.mark.eager
 def test_polar_of_low_rank_is_the_partial_isometry(backend: Backend) -> None:
     b, a = rank_three()
     projector = b @ np.linalg.inv(b.T @ b) @ b.T  # the polar factor of a symmetric A >= 0
@@ -139,15 +147,15 @@ def test_only_the_symmetric_part_counts() -> None:
 # ---- the iterations: each acts on every eigenvalue by a scalar recursion --------------------------------------------
 
 
-def scalar_newton_schulz(w: np.ndarray, steps: int) -> np.ndarray:
-    s = np.sqrt(w / np.linalg.norm(w))
+def scalar_newton_schulz(w: np.ndarray, norm: float, steps: int) -> np.ndarray:
+    s = np.sqrt(w / norm)
     for _ in range(steps):
         s = 2 * s - 1.5 * s**3 + 0.5 * s**5
     return s
 
 
-def scalar_polar_express(w: np.ndarray, steps: int) -> np.ndarray:
-    s = np.sqrt(w / (1.01 * np.linalg.norm(w)))
+def scalar_polar_express(w: np.ndarray, norm: float, steps: int) -> np.ndarray:
+    s = np.sqrt(w / (1.01 * norm))
     for k in range(steps):
         a, b, c = roots.POLAR_EXPRESS[min(k, 7)]
         t = s / 1.01 if k < 7 else s
@@ -155,16 +163,14 @@ def scalar_polar_express(w: np.ndarray, steps: int) -> np.ndarray:
     return s
 
 
-def scalar_coupled_newton(w: np.ndarray, steps: int) -> np.ndarray:
-    m = 1.5 * w / np.linalg.norm(w)
-    x = np.full_like(w, math.sqrt(1.5 / np.linalg.norm(w)))
+def scalar_coupled_newton(w: np.ndarray, norm: float, steps: int) -> np.ndarray:
+    m, x = 1.5 * w / norm, np.full_like(w, math.sqrt(1.5 / norm))
     for _ in range(steps):
         t = (3 - m) / 2
         x, m = x * t, t * t * m
     return x * np.sqrt(w)
 
 
-coupled_newton = partial(roots.inverse_root_coupled_newton, order=2)
 ITERATIONS: dict[str, tuple[Callable[..., Any], Callable[..., np.ndarray]]] = {
     "newton_schulz": (lambda a, ridge, steps: roots.inverse_sqrt_newton_schulz(a, ridge, steps), scalar_newton_schulz),
     "polar_express": (lambda a, ridge, steps: roots.inverse_sqrt_polar_express(a, ridge, steps), scalar_polar_express),
@@ -177,39 +183,54 @@ ITERATIONS: dict[str, tuple[Callable[..., Any], Callable[..., np.ndarray]]] = {
 
 def whitening_error(backend: Backend, dtype: str, name: str, kappa: float, steps: int) -> tuple[float, float]:
     """``||P A^{1/2} - I||`` of the iteration, and what the scalar recursion says it is."""
-    n = 12
+    n = 64
     q, _ = np.linalg.qr(np.random.default_rng(2).standard_normal((n, n)))
     w = np.geomspace(1.0, 1.0 / kappa, n)
     a = (q * w) @ q.T
     iteration, scalar = ITERATIONS[name]
     p = backend.numpy(iteration(backend.asarray(0.5 * (a + a.T), dtype), 0.0, steps)).astype(float)
     error = np.linalg.norm(p @ ((q * np.sqrt(w)) @ q.T) - np.eye(n), 2)
-    return float(error), float(np.max(np.abs(scalar(w, steps) - 1)))
+    return float(error), float(np.max(np.abs(scalar(w, float(np.linalg.norm(w)), steps) - 1)))
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch"], indirect=True)
+@pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize(
     ("dtype", "kappas"), [("float64", (1.0, 1e2, 1e4, 1e6, 1e8)), ("float32", (1.0, 1e2, 1e4))], ids=U
 )
 @pytest.mark.parametrize(
     ("name", "steps"),
-    [("newton_schulz", 10), ("newton_schulz", 30), ("polar_express", 10), ("coupled_newton", 20), ("coupled_newton", 35)],
+    [
+        ("newton_schulz", 10),
+        ("newton_schulz", 30),
+        ("polar_express", 10),
+        ("coupled_newton", 20),
+        ("coupled_newton", 35),
+    ],
 )
 def test_iterations_are_as_far_from_the_definition_as_their_recursion_says(
-    backend: Backend, dtype: str, kappas: tuple[float, ...], name: str, steps: int
+    library: str, dtype: str, kappas: tuple[float, ...], name: str, steps: int
 ) -> None:
     for kappa in kappas:
-        error, predicted = whitening_error(backend, dtype, name, kappa, steps)
-        # the coupled factors drift apart by the condition number times rounding
-        assert abs(error - predicted) <= 16 * U[dtype] * kappa
-        assert error <= predicted + 16 * U[dtype] * kappa
+        error, predicted = whitening_error(make_backend(library), dtype, name, kappa, steps)
+        # the coupled factors drift apart by the condition number times rounding; and the first Polar Express quintic
+        # cancels: its coefficients' sizes add up to 49
+        assert abs(error - predicted) <= (49 + 16 * kappa) * U[dtype]
+
+
+@pytest.mark.parametrize("kappa", [1e2, 1e4, 1e6, 1e8, 1e10])
+def test_newton_schulz_doubles_until_it_converges(kappa: float) -> None:
+    w = np.geomspace(1.0, 1.0 / kappa, 64)
+    steps = 4 + math.ceil(0.5 * math.log2(kappa))
+    norm = float(np.linalg.norm(w))
+    assert np.max(np.abs(scalar_newton_schulz(w, norm, steps) - 1)) <= 1e-12
+    assert np.max(np.abs(scalar_newton_schulz(w, norm, steps - 5) - 1)) >= 0.3
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "kappa", "floor"),
     [
         ("newton_schulz", 10, 1e6, 0.3),
-        ("newton_schulz", 20, 1e10, 0.3),
+        ("newton_schulz", 15, 1e10, 0.5),
         ("polar_express", 10, 1e10, 0.7),
         ("coupled_newton", 20, 1e8, 0.6),
     ],
@@ -219,14 +240,19 @@ def test_too_few_steps_are_silently_far_off(name: str, steps: int, kappa: float,
     assert floor < error < 1
 
 
-@pytest.mark.parametrize("name", ITERATIONS)
-def test_ridge_of_the_iterations(name: str) -> None:
-    a = spectrum_matrix(1e2)
-    got = ITERATIONS[name][0](a, 0.25, 40)
-    assert gap(got, roots.power(a, -0.5, 0.0 if name == "polar_express" else 0.25)) <= 16 * U["float64"] * 1e2
-    if name == "polar_express":  # the ridge enters the norm only, which changes the path and not the limit
-        few = [roots.inverse_sqrt_polar_express(a, ridge, 3) for ridge in (0.0, 0.25)]
-        assert gap(*few) > 1e-3
+@pytest.mark.parametrize("steps", [1, 3, 40])
+def test_where_the_ridge_enters_the_iterations(steps: int) -> None:
+    q, _ = np.linalg.qr(np.random.default_rng(2).standard_normal((6, 6)))
+    w, ridge = np.geomspace(1.0, 1e-2, 6), 0.25
+    norm, shifted = float(np.linalg.norm(w)), float(np.linalg.norm(w + ridge))
+    for name, live, scale in (
+        ("newton_schulz", w + ridge, norm + ridge),
+        ("coupled_newton", w + ridge, shifted),
+        ("polar_express", w, shifted),  # in the norm only
+    ):
+        iteration, scalar = ITERATIONS[name]
+        expected = (q * (scalar(live, scale, steps) / np.sqrt(live))) @ q.T
+        assert gap(iteration((q * w) @ q.T, ridge, steps), expected) <= (49 + 16 * 1e2) * U["float64"]
 
 
 def test_coupled_newton_of_order_four() -> None:
@@ -257,6 +283,10 @@ def test_ten_polar_express_steps_amplify_a_zero_eigenvalue_by_22371() -> None:
 
 # ---- scales ---------------------------------------------------------------------------------------------------------
 
+# 2^100 = 1.3e30 and 2^498 = 8e149: squares over- and underflow, the root does not
+scales = pytest.mark.parametrize(
+    ("dtype", "exponent"), [("float32", 100), ("float32", -100), ("float64", 498), ("float64", -498)]
+)
 INVERSE_ROOTS: dict[str, Callable[..., Any]] = {
     "power": lambda a, **kw: roots.power(a, -0.5, 0.0, **kw),
     "inverse_shifted_sqrt": lambda a, **kw: roots.inverse_shifted_sqrt(a, 0.0, **kw),
@@ -266,29 +296,28 @@ INVERSE_ROOTS: dict[str, Callable[..., Any]] = {
 }
 
 
-@libraries
+@pytest.mark.eager
 @pytest.mark.parametrize("name", INVERSE_ROOTS)
-@pytest.mark.parametrize(("dtype", "exponent"), [("float32", 100), ("float32", -100), ("float64", 498), ("float64", -498)])
+@scales
 def test_inverse_roots_are_homogeneous_at_extreme_scales(
     backend: Backend, name: str, dtype: str, exponent: int
 ) -> None:
-    # 2^100 = 1.3e30 and 2^498 = 8e149: squares over- and underflow, the root does not
     a = spectrum_matrix(1e2).astype(dtype).astype(float)
     truth = roots.power(a, -0.5) * 2.0 ** (-exponent / 2)
     got = backend.numpy(INVERSE_ROOTS[name](backend.asarray(a * 2.0**exponent, dtype)))
     assert gap(got.astype(float), truth) <= 16 * U[dtype] * 1e2
 
 
-@libraries
-@pytest.mark.parametrize(("dtype", "exponent"), [("float32", 100), ("float32", -100), ("float64", 498), ("float64", -498)])
+@pytest.mark.eager
+@scales
 def test_polar_ignores_the_scale(backend: Backend, dtype: str, exponent: int) -> None:
     a = np.random.default_rng(3).standard_normal((3, 5)).astype(dtype).astype(float)
     got = backend.numpy(roots.polar(backend.asarray(a * 2.0**exponent, dtype)))
     assert gap(got.astype(float), roots.polar(a)) <= 16 * U[dtype] * np.linalg.cond(a)
 
 
-@libraries
-@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1.0, 1e25, 1e38])
+@pytest.mark.eager
+@pytest.mark.parametrize("scale", [1e-37, 1e-25, 1.0, 1e25, 1e37])
 def test_scale_to_rms_at_any_scale(backend: Backend, scale: float) -> None:
     update = np.random.default_rng(4).uniform(0.5, 2.0, (2, 3, 4)) * scale
     got = backend.numpy(grafting.scale_to_rms(backend.asarray(update, "float32"), 0.25, (-2, -1), backend.xp))
@@ -302,7 +331,7 @@ def test_scale_to_rms_at_any_scale(backend: Backend, scale: float) -> None:
 # ---- zero, empty, non-finite ----------------------------------------------------------------------------------------
 
 
-@libraries
+@pytest.mark.eager
 def test_zero_matrix(backend: Backend) -> None:
     zero = backend.asarray(np.zeros((3, 3)))
     identity = np.eye(3)
@@ -321,7 +350,7 @@ def test_zero_matrix(backend: Backend) -> None:
         assert np.all(np.isfinite(backend.numpy(iteration[0](zero, 0.0, 20))))
 
 
-@libraries
+@pytest.mark.eager
 @pytest.mark.parametrize("shape", [(0, 0), (2, 0, 0), (0, 3, 3)], ids=str)
 def test_empty_matrices(backend: Backend, shape: tuple[int, ...]) -> None:
     empty = backend.asarray(np.zeros(shape))
@@ -356,7 +385,7 @@ class Watched:
         return getattr(self._xp, name)
 
 
-@libraries
+@pytest.mark.eager
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan], ids=str)
 @pytest.mark.parametrize("name", [*INVERSE_ROOTS, "polar"])
 def test_a_bad_member_is_nan_and_spoils_no_other(backend: Backend, name: str, bad: float) -> None:
@@ -371,6 +400,16 @@ def test_a_bad_member_is_nan_and_spoils_no_other(backend: Backend, name: str, ba
     assert gap(got[0], alone[0]) <= 16 * U["float64"] * 1e2
     assert gap(got[2], alone[2]) <= 16 * U["float64"] * 1e2
     assert watched.calls == (1 if name in ("power", "inverse_shifted_sqrt", "polar") else 0)
+
+
+@pytest.mark.eager
+@pytest.mark.parametrize("name", [*INVERSE_ROOTS, "polar"])
+def test_members_of_a_batch_have_their_own_scale(backend: Backend, name: str) -> None:
+    function = INVERSE_ROOTS.get(name, roots.polar)
+    batch = np.stack([spectrum_matrix(1e2, seed=s) * 4.0**e for s, e in ((0, 0), (1, -40), (2, 40))])
+    got = backend.numpy(function(backend.asarray(batch)))
+    for single, result in zip(batch, got, strict=True):
+        assert gap(result, backend.numpy(function(backend.asarray(single)))) <= 16 * U["float64"] * 1e2
 
 
 # ---- properties -----------------------------------------------------------------------------------------------------
@@ -389,7 +428,7 @@ def gram_matrices(draw: st.DrawFn) -> np.ndarray:
 def test_p_a_p_is_the_identity(a: np.ndarray) -> None:
     kappa = np.linalg.cond(a)
     identity = np.eye(len(a))
-    for function in (*INVERSE_ROOTS.values(),):
+    for function in INVERSE_ROOTS.values():
         p = function(a)
         # an error u kappa ||P|| of P, times ||A^{1/2}|| on the other side, twice
         assert np.linalg.norm(p @ a @ p - identity, 2) <= 32 * U["float64"] * kappa**1.5

@@ -51,20 +51,20 @@ Not here
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import eye_like, finite_members, zeros
-from precond_ref.numerics.ema import ema, quotient
+from precond_ref.numerics.ema import ema
 from precond_ref.numerics.grafting import scale_to_rms
 from precond_ref.numerics.refresh import is_due, renew
 from precond_ref.protocol import (
     Array,
     Method,
     Namespace,
-    Scalar,
     check_choice,
     check_int,
     check_real,
@@ -90,7 +90,7 @@ class ASGOReport(NamedTuple):
     """What the ASGO methods' ``diagnose`` returns."""
 
     eigenvalues: Array
-    """Of V_t, ascending, clipped at zero, (..., k)."""
+    """Of V_t, ascending, clipped at zero, (..., k); NaN where V_t is not finite."""
     root_trace: Array
     """tr V_t^{1/2}, the S of the regret bound for the theory form, (...)."""
     rank: Array
@@ -100,7 +100,8 @@ class ASGOReport(NamedTuple):
 
 
 def _gram_report(gram: Array, finite: Array, xp: Namespace) -> ASGOReport:
-    w = roots.eigh(gram, xp=xp)[0]
+    w, _, usable = roots.eigh(gram, xp=xp)
+    w = xp.where(usable[..., 0], w, math.nan)
     return ASGOReport(
         eigenvalues=w,
         root_trace=xp.sum(xp.sqrt(w), axis=-1),
@@ -169,7 +170,7 @@ class ASGO(Method):
         return len(shape) == 2 and "emb" not in path.lower()
 
     def _left(self, param: Array) -> bool:
-        m, n = param.shape[-2:]
+        _, m, n = _sides(param)
         return self.heads is not None or self.side == "left" or (self.side == "smaller" and m < n)
 
     def _blocks(self, matrix: Array, xp: Namespace) -> Array:
@@ -180,7 +181,7 @@ class ASGO(Method):
         return xp.reshape(matrix, (*stack, self.heads, m // self.heads, n))
 
     def _gram_shape(self, param: Array) -> tuple[int, ...]:
-        *stack, m, n = param.shape
+        stack, m, n = _sides(param)
         if self.heads is None:
             k = m if self._left(param) else n
             return (*stack, k, k)
@@ -195,8 +196,6 @@ class ASGO(Method):
         return ASGOState(step=0, m=xp.zeros_like(param), gram=gram, root=root)
 
     def _inverse_root(self, gram: Array, xp: Namespace) -> Array:
-        if 0 in gram.shape:
-            return gram
         if self.root == "polar_express":
             return roots.inverse_sqrt_polar_express(gram, self.eps, self.root_steps, xp=xp)
         if self.root == "newton_schulz":
@@ -231,8 +230,10 @@ class ASGO(Method):
 
     def diagnose(self, state: ASGOState) -> ASGOReport:
         """Spectrum of V_t (of each head's, with ``heads``)."""
-        xp = self._check_param(state.m, state.m.ndim - 2)
-        finite = finite_members(xp, state.m, core_ndims=(2,))
+        xp = self._check_param(state.m, state.m.ndim - 2, factorizes=True)
+        matrices = (state.gram,) if state.root is None else (state.gram, state.root)
+        ndim = 2 if self.heads is None else 3
+        finite = finite_members(xp, state.m, *matrices, core_ndims=(2, *[ndim] * len(matrices)))
         return _gram_report(state.gram, finite, xp)
 
 
@@ -268,8 +269,9 @@ class ASGOTheory(Method, register=False):
         check_choice(self, "side", ("left", "right"))
 
     def _gram_shape(self, param: Array) -> tuple[int, ...]:
-        k = param.shape[-2 if self.side == "left" else -1]
-        return (*param.shape[:-2], k, k)
+        stack, m, n = _sides(param)
+        k = m if self.side == "left" else n
+        return (*stack, k, k)
 
     def init(self, param: Array, *, stack_ndim: int = 0) -> ASGOTheoryState:
         xp = self._check_param(param, stack_ndim, factorizes=True)
@@ -381,7 +383,7 @@ class DASGO(Method):
         xp, _ = self._enter(grad, state, param, scalars, xp, v=(*param.shape[:-2], param.shape[-1]))
         m = ema(state.m, grad, self.beta1)  # (M)
         v = ema(state.v, xp.sum(grad * grad, axis=-2), self.beta2)  # (v)
-        u = quotient(m, xp.sqrt(v + self.eps)[..., None, :], xp)  # (U)
+        u = m / _infinite_if_zero(xp.sqrt(v + self.eps), xp)[..., None, :]  # (U)
         if self.rms is not None:
             u = scale_to_rms(u, self.rms, (-2, -1), xp)  # (W)
         return u, DASGOState(step=state.step + 1, m=m, v=v)
@@ -403,17 +405,19 @@ class DASGOTheoryState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DASGOTheory(Method, register=False):
-    """DASGO in the form of Algorithm 1, made by `DASGO.theory`: one scale per row::
+    """DASGO in the form of Algorithm 1, made by `DASGO.theory`, with one scale per row.
 
-    d_i += sum_j G_ij^2                                            (1)
-    direction_ij = G_ij / (sqrt(d_i) + eps)                        (2)
+    ::
+
+        d_i += sum_j G_ij^2                                            (1)
+        direction_ij = G_ij / (sqrt(d_i) + eps)                        (2)
     """
 
     eps: float = 0.0
 
     paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = DASGOTheoryState
-    symbols: ClassVar = MappingProxyType({"eps": "epsilon, added to the root, >= 0"})
+    symbols: ClassVar = MappingProxyType({"eps": "epsilon, added to the root, >= 0 (0: pseudo-inverse)"})
     ndims: ClassVar[tuple[int, int]] = (2, 2)
     takes = ASGO.takes
 
@@ -436,7 +440,7 @@ class DASGOTheory(Method, register=False):
     ) -> tuple[Array, DASGOTheoryState]:
         xp, _ = self._enter(grad, state, param, scalars, xp, d=tuple(param.shape[:-1]))
         d = state.d + xp.sum(grad * grad, axis=-1)  # (1)
-        direction = quotient(grad, (xp.sqrt(d) + self.eps)[..., None], xp)  # (2)
+        direction = grad / _infinite_if_zero(xp.sqrt(d) + self.eps, xp)[..., None]  # (2)
         return direction, DASGOTheoryState(step=state.step + 1, d=d)
 
     def diagnose(self, state: DASGOTheoryState) -> DASGOReport:
@@ -447,3 +451,16 @@ class DASGOTheory(Method, register=False):
 
 def _t(matrix: Array, xp: Namespace) -> Array:
     return xp.matrix_transpose(matrix)
+
+
+def _sides(param: Array) -> tuple[tuple[int, ...], int, int]:
+    """Stack axes, m and n of ``param`` (..., m, n)."""
+    shape = tuple(getattr(param, "shape", ()))
+    if len(shape) < 2:
+        raise ValueError(f"param must be an array with at least two axes, got {type(param).__name__} of shape {shape}")
+    return shape[:-2], shape[-2], shape[-1]
+
+
+def _infinite_if_zero(denominator: Array, xp: Namespace) -> Array:
+    """The pseudo-inverse of a diagonal is division by this."""
+    return xp.where(denominator == 0, math.inf, denominator)

@@ -1,0 +1,187 @@
+r"""Frequent Directions with escaped mass: a d x d statistic in d k numbers, batched over leading axes.
+
+Feinberg et al., arXiv 2302.03764, Algorithm 1 and its exponential version. For new rows Y (q, d) and size l::
+
+    A = beta2 S + Y^T Y = U diag(lambda) U^T,  lambda descending       (A)
+    rho = lambda_l(A), or 0 if l > d                                   (cut)
+    S <- U_k diag(lambda_k - rho) U_k^T,  k = min(d, l)                (S)
+    escaped <- tail_decay escaped + rho                                (rho)
+
+S + escaped I then bounds the statistic G = sum_s beta2^(t-s) Y_s^T Y_s: 0 <= G - S <= escaped I. The oracle without any
+choice of eigenvectors is S <- [beta2 S + Y^T Y - rho I]_+.
+
+The definition is the thin singular value decomposition of the concatenated factor [sqrt(beta2) S^{1/2}, Y^T], deflated
+as (s - c)(s + c); singular values of at most max(d, k + q) u s_1 (u the spacing of the dtype at 1) count as zero, for
+without this decision rounding becomes an escaped mass whose inverse root is arbitrary. ``solver="gram64"`` is the named
+alternative: eigenvalues of the smaller Gram matrix in float64, whatever the dtype; faster, but its errors are
+absolute, about (k + q) u s_1^2, so that rho is lost where s_l < 1e-7 s_1.
+
+A member with a non-finite entry never reaches LAPACK (an infinity can hang it): its eigenvalues and escaped mass are
+NaN, hence all that is made from them, and the other members of the batch are not touched.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from array_api_compat import array_namespace
+
+from precond_ref.numerics.arrays import eye_like, zeros
+from precond_ref.protocol import Array, Namespace, Scalar, is_zero
+
+SOLVERS = ("svd", "gram64")
+
+
+class Sketch(NamedTuple):
+    """U diag(e) U^T and what was cut off."""
+
+    basis: Array
+    """U, orthonormal columns, (..., d, k). Columns of eigenvalue 0 mean nothing."""
+    eigenvalues: Array
+    """e >= 0, descending, (..., k); the last is 0 unless the size exceeds d."""
+    escaped: Array
+    """Sum of what was cut off, decayed, (...)."""
+
+
+class SketchReport(NamedTuple):
+    """What ``diagnose`` of the sketched methods returns: one entry per sketch."""
+
+    eigenvalues: tuple[Array, ...]
+    """Of each sketch, descending, (..., k)."""
+    escaped: tuple[Array, ...]
+    """Escaped mass, (...): the largest possible error of the sketch in spectral norm."""
+    rank: tuple[Array, ...]
+    """Eigenvalues above 0, (...)."""
+    finite: Array
+    """Whether all of the member's sketches are finite, (...)."""
+
+
+def empty(d: int, size: int, stack: tuple[int, ...], like: Array, escaped: Scalar = 0.0, *, xp: Namespace) -> Sketch:
+    """The sketch of nothing, with ``escaped`` given, in the dtype and on the device of ``like``."""
+    k = min(d, size)
+    return Sketch(
+        basis=zeros(xp, (*stack, d, k), like),
+        eigenvalues=zeros(xp, (*stack, k), like),
+        escaped=zeros(xp, stack, like) + escaped,
+    )
+
+
+def check(name: str, sketch: Sketch, d: int, size: int, stack: tuple[int, ...]) -> None:
+    """ValueError unless ``sketch`` is one of ``size`` for ``d`` dimensions; TypeError if it is no `Sketch`."""
+    if not isinstance(sketch, Sketch):
+        raise TypeError(f"{name} must be a Sketch, got {type(sketch).__name__}")
+    k = min(d, size)
+    for field, array, shape in zip(Sketch._fields, sketch, ((*stack, d, k), (*stack, k), stack), strict=True):
+        if tuple(array.shape) != shape:
+            raise ValueError(f"{name}.{field} must have shape {shape} for size={size}, got {tuple(array.shape)}")
+
+
+def update(
+    sketch: Sketch,
+    rows: Array,
+    beta2: Scalar = 1.0,
+    tail_decay: Scalar | None = None,
+    *,
+    size: int | None = None,
+    solver: str = "svd",
+    xp: Namespace = None,
+) -> Sketch:
+    """The sketch after new ``rows`` (..., q, d), the old one decayed by ``beta2`` and its mass by ``tail_decay``.
+
+    ``tail_decay=None`` means ``beta2``. ``size`` is l; None means k, which differs only for l > d (no cut).
+    Errors: ValueError for a size or solver that does not fit, and for rows of another shape.
+    """
+    xp = array_namespace(sketch.basis, rows) if xp is None else xp
+    *stack, d, k = sketch.basis.shape
+    size = k if size is None else size
+    if min(d, size) != k:
+        raise ValueError(f"size must be {k}{' or more' if k == d else ''} for basis {(d, k)}, got {size}")
+    if rows.ndim < 2 or [*rows.shape[:-2], rows.shape[-1]] != [*stack, d]:
+        raise ValueError(f"rows must have shape {(*stack, 'q', d)}, got {tuple(rows.shape)}")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
+    old = sketch.basis * xp.sqrt(beta2 * sketch.eigenvalues)[..., None, :]
+    factor = xp.concat([old, xp.matrix_transpose(rows)], axis=-1)  # factor factor^T = A
+    if 0 in factor.shape:
+        return sketch
+    finite = xp.all(xp.isfinite(factor), axis=(-2, -1), keepdims=True)
+    u, s, tolerance = (_svd if solver == "svd" else _gram64)(xp.where(finite, factor, 0.0), xp)  # (A)
+    s = xp.where(s > tolerance * s[..., :1], s, 0.0)
+    cut = xp.where(finite[..., 0], s[..., size - 1 : size] if size <= d else 0.0 * s[..., :1], math.nan)
+    s = s[..., :k]
+    return Sketch(
+        basis=xp.reshape(xp.reshape(u[..., :k], (-1,)), sketch.basis.shape),  # a copy: a view would keep all of u
+        eigenvalues=(s - cut) * (s + cut),  # (S)
+        escaped=(beta2 if tail_decay is None else tail_decay) * sketch.escaped + (cut * cut)[..., 0],  # (rho)
+    )
+
+
+def _svd(factor: Array, xp: Namespace) -> tuple[Array, Array, float]:
+    """Left singular vectors, singular values, and which multiple of the largest of these is rounding."""
+    u, s, _ = xp.linalg.svd(factor, full_matrices=False)
+    return u, s, max(factor.shape[-2:]) * xp.finfo(s.dtype).eps
+
+
+def _gram64(factor: Array, xp: Namespace) -> tuple[Array, Array, float]:
+    """The same from the smaller Gram matrix in float64; vectors of singular values that are rounding are zero."""
+    wide = xp.astype(factor, xp.float64, copy=False)
+    if wide.dtype != xp.float64:
+        raise ValueError("solver='gram64' needs float64, which this array library has switched off")
+    tall = factor.shape[-2] > factor.shape[-1]
+    transposed = xp.matrix_transpose(wide)
+    w, u = xp.linalg.eigh(-(transposed @ wide if tall else wide @ transposed))  # ascending, so that -w is descending
+    tolerance = (max(factor.shape[-2:]) * xp.finfo(xp.float64).eps) ** 0.5
+    s = xp.sqrt(xp.where(w < 0, -w, 0.0))
+    if tall:
+        u = (wide @ u) / xp.where(s > tolerance * s[..., :1], s, math.inf)[..., None, :]
+    return xp.astype(u, factor.dtype, copy=False), xp.astype(s, factor.dtype, copy=False), tolerance
+
+
+def apply_power(
+    basis: Array,
+    eigenvalues: Array,
+    shift: Array,
+    exponent: float,
+    matrix: Array,
+    *,
+    ridge: Scalar = 0.0,
+    relative: bool = False,
+    xp: Namespace = None,
+) -> Array:
+    """``(U diag(e) U^T + shift I + ridge I)^exponent @ matrix`` for ``matrix`` (..., d, n), ``exponent < 0``.
+
+    Costs O(d k n). ``relative``: the ridge in units of the largest e + shift. Where e + shift is 0 the result is 0,
+    whatever the ridge: that is the complement of a sketch that has lost nothing. Without a ridge (``ridge=0``),
+    e + shift <= (d u)^2 max(e + shift) counts as 0 too: a shift decayed for long, whose inverse root would multiply
+    nothing but rounding.
+    """
+    xp = array_namespace(basis, matrix) if xp is None else xp
+    total = xp.concat([eigenvalues + shift[..., None], shift[..., None]], axis=-1)
+    largest = total[..., :1]
+    dead = total <= ((basis.shape[-2] * xp.finfo(total.dtype).eps) ** 2 * largest if is_zero(ridge) else 0.0)
+    damped = total + (ridge * largest if relative else ridge)
+    scale = (xp.where(dead, math.inf, damped) ** exponent)[..., None]
+    inside, outside = scale[..., :-1, :], scale[..., -1:, :]
+    return outside * matrix + basis @ ((inside - outside) * (xp.matrix_transpose(basis) @ matrix))
+
+
+def dense(sketch: Sketch, *, xp: Namespace = None) -> Array:
+    """``U diag(e) U^T + escaped I`` (..., d, d), for inspection."""
+    xp = array_namespace(sketch.basis) if xp is None else xp
+    gram = (sketch.basis * sketch.eigenvalues[..., None, :]) @ xp.matrix_transpose(sketch.basis)
+    return gram + sketch.escaped[..., None, None] * eye_like(xp, gram)
+
+
+def report(*sketches: Sketch, xp: Namespace) -> SketchReport:
+    """What a validator compares or a student plots."""
+    finite = None
+    for s in sketches:
+        flag = xp.all(xp.isfinite(s.eigenvalues), axis=-1) & xp.isfinite(s.escaped)
+        finite = flag if finite is None else finite & flag
+    return SketchReport(
+        eigenvalues=tuple(s.eigenvalues for s in sketches),
+        escaped=tuple(s.escaped for s in sketches),
+        rank=tuple(xp.sum(xp.astype(s.eigenvalues > 0, xp.int32), axis=-1, dtype=xp.int32) for s in sketches),
+        finite=finite,
+    )

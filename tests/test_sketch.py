@@ -1,0 +1,482 @@
+"""Frequent Directions: the inequalities of the paper, the dense oracle, limits, bad input, and planted bugs."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import array_api_strict
+import numpy as np
+import pytest
+from conftest import Backend
+from mutation import mutated
+
+from precond_ref.numerics import sketch as fd
+
+U = 2.0**-53
+TOLERANCE = 1e-12  # of the largest eigenvalue of G; observed: 1.2e-13 over 3e5 updates
+
+KINDS = (
+    "gaussian",
+    "power law",
+    "exponential decay",
+    "cauchy",
+    "growing",
+    "shrinking",
+    "low rank",
+    "rotating",
+    "cyclic",
+    "iid orthonormal",
+)
+
+
+def stream(kind: str, d: int, q: int, steps: int, rng: np.random.Generator) -> np.ndarray:
+    """New rows of each step, (steps, q, d)."""
+    rows = rng.standard_normal((steps, q, d))
+    frame = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    t = np.arange(steps)[:, None]
+    if kind == "power law":
+        return rows * (1.0 + np.arange(d)) ** -1.5 @ frame
+    if kind == "exponential decay":
+        return rows * 4.0 ** -np.arange(d) @ frame
+    if kind == "cauchy":
+        return rng.standard_cauchy((steps, q, d))
+    if kind == "growing":
+        return rows * 1.5 ** t[..., None]
+    if kind == "shrinking":
+        return rows * 1.5 ** -t[..., None]
+    if kind == "low rank":
+        return rows[..., : min(2, d)] @ frame[: min(2, d)]
+    if kind == "rotating":
+        rows = 0.1 * rows
+        rows[:, 0, 0] += np.cos(0.3 * t[:, 0])
+        rows[:, 0, -1] += np.sin(0.3 * t[:, 0])
+        return rows
+    if kind == "cyclic":
+        return frame[(t * q + np.arange(q)) % d]
+    if kind == "iid orthonormal":
+        return frame[rng.integers(d, size=(steps, q))]
+    return rows
+
+
+def streams(d: int, q: int, steps: int, copies: int, seed: int) -> np.ndarray:
+    """All kinds side by side, (steps, batch, q, d)."""
+    rng = np.random.default_rng([seed, d, q])
+    return np.stack([stream(kind, d, q, steps, rng) for kind in KINDS for _ in range(copies)], axis=1)
+
+
+def start(lib: ModuleType, d: int, size: int, batch: tuple[int, ...] = ()) -> Any:
+    """The sketch of nothing."""
+    return lib.empty(d, size, batch, np.zeros(1), xp=lib.array_namespace(np.zeros(1)))
+
+
+def low(matrix: np.ndarray) -> np.ndarray:
+    """Smallest eigenvalue."""
+    return np.linalg.eigvalsh(matrix)[..., 0]
+
+
+def gram_of(sketch: Any) -> np.ndarray:
+    """Gbar."""
+    return np.einsum("...ik,...k,...jk->...ij", sketch.basis, sketch.eigenvalues, sketch.basis)
+
+
+def violations(
+    lib: ModuleType, rows: np.ndarray, size: int, beta2: float, solver: str = "svd", tail_decay: float | None = None
+) -> dict[str, float]:
+    """Worst violation of each invariant over a batch of streams, in units of the largest eigenvalue of G."""
+    steps, batch, _, d = rows.shape
+    eye = np.eye(d)
+    sketch = start(lib, d, size, (batch,))
+    g = bound = disc = np.zeros((batch, d, d))
+    disc = np.zeros(batch)
+    worst: dict[str, float] = {}
+
+    def record(name: str, excess: np.ndarray, unit: np.ndarray) -> None:
+        value = np.max(np.where(unit > 0, excess / np.where(unit > 0, unit, 1.0), 0.0))
+        worst[name] = max(worst.get(name, -np.inf), float(value) if np.isfinite(value) else np.inf)
+
+    for t in range(steps):
+        m = np.swapaxes(rows[t], -1, -2) @ rows[t]
+        before, previous_bound = gram_of(sketch), bound
+        sketch = lib.update(sketch, rows[t], beta2, tail_decay, size=size, solver=solver)
+        g = beta2 * g + m
+        sketched, rho = gram_of(sketch), sketch.escaped
+        mass = rho[:, None, None] * eye
+        bound = sketched + mass
+        spectrum = np.maximum(np.linalg.eigvalsh(g)[:, ::-1], 0.0)
+        unit = spectrum[:, 0]
+
+        # the oracle without eigenvectors, from the sketch's own past: Gbar = [beta2 Gbar + M - rho I]_+
+        a = beta2 * before + m
+        w, v = np.linalg.eigh(a)
+        w, v = w[:, ::-1], v[:, :, ::-1]
+        cut = w[:, size - 1] if size <= d else np.zeros(batch)
+        oracle = np.einsum("bik,bk,bjk->bij", v, np.maximum(w - cut[:, None], 0.0), v)
+        record("oracle", np.linalg.norm(sketched - oracle, 2, axis=(-2, -1)), unit)
+
+        record("I1 lower: G - Gbar >= 0", -low(g - sketched), unit)
+        record("I1 upper, I2: G <= Gbar + rho I", -low(bound - g), unit)
+        tails = np.stack([spectrum[:, k:].sum(axis=1) / (size - k) for k in range(size)], axis=1)
+        record("I3: rho <= Omega", rho - tails.min(axis=1), unit)
+        record("I4: Gtil >= beta2 Gtil + M", -low(bound - beta2 * previous_bound - m), unit)
+        disc = beta2 * disc + np.maximum(w[:, size:], 0.0).sum(axis=1)
+        trace = np.trace(g, axis1=1, axis2=2) - size * rho - disc
+        if size <= d:
+            record("I5: trace", np.abs(np.trace(sketched, axis1=1, axis2=2) - trace), unit)
+        own = np.linalg.eigvalsh(sketched)[:, ::-1]
+        record("I6: eigenvalues", np.max(own - spectrum, axis=1), unit)
+        record("I6: rank", np.maximum(np.sum(sketch.eigenvalues > 0, axis=1) - (size - 1.0), 0), np.ones(batch))
+        if size >= d:
+            record("I7: exact", np.linalg.norm(bound - g, 2, axis=(-2, -1)), unit)
+        root = np.sqrt(np.maximum(np.linalg.eigvalsh(bound), 0.0)).sum(axis=1)
+        allowed = np.sqrt(spectrum).sum(axis=1) + np.sqrt(d * max(d - size, 0) * rho)
+        record("I9: root trace (1e-6)", 1e-6 * (root - allowed), np.sqrt(unit))
+    return worst
+
+
+def check_invariants(lib: ModuleType, steps: int = 8, copies: int = 1, dims: tuple[int, ...] = (1, 2, 3, 5)) -> None:
+    """All invariants on all streams."""
+    totals: dict[str, float] = {}
+    updates = 0
+    for d in dims:
+        for q in (1, 3):
+            rows = streams(d, q, steps, copies, 0)
+            for size in range(1, d + 2):
+                for beta2 in (1.0, 0.9, 0.5):
+                    updates += rows.shape[0] * rows.shape[1]
+                    for name, value in violations(lib, rows, size, beta2).items():
+                        totals[name] = max(totals.get(name, -np.inf), value)
+    print(f"\n{updates} updates; worst violation in units of the largest eigenvalue:")
+    for name, value in totals.items():
+        print(f"    {name:32} {value:9.1e}")
+    assert max(totals.values()) <= TOLERANCE, totals
+
+
+def test_invariants() -> None:
+    check_invariants(fd)
+
+
+@pytest.mark.deep
+def test_invariants_deep() -> None:
+    check_invariants(fd, steps=30, copies=4, dims=(1, 2, 3, 4, 6, 8, 10))
+
+
+def check_tight_case(lib: ModuleType) -> None:
+    """g_t = e_(t mod l): after N l steps Gbar = 0 and rho = N = ||G - Gbar|| = Omega, exactly."""
+    for size, d in ((2, 5), (3, 3), (4, 6)):
+        sketch = start(lib, d, size)
+        for t in range(6 * size):
+            sketch = lib.update(sketch, np.eye(d)[t % size][None])
+        assert sketch.escaped == 6.0
+        assert np.all(sketch.eigenvalues == 0.0)
+
+
+def check_low_rank(lib: ModuleType) -> None:
+    """I8. rank G <= l - 1: nothing escapes, exactly, and Gbar = G. rank G = l in a span: Gtil = G on it."""
+    rng = np.random.default_rng(1)
+    for d, rank in ((6, 1), (6, 3), (10, 4)):
+        for scale in (1.0, 1e-3, 1e3):
+            frame = np.linalg.qr(rng.standard_normal((d, d)))[0][:rank]
+            roomy, tight = start(lib, d, rank + 1), start(lib, d, rank)
+            g = np.zeros((d, d))
+            for _ in range(40):
+                row = scale * rng.standard_normal((1, rank)) @ frame
+                g = 0.9 * g + row.T @ row
+                roomy, tight = lib.update(roomy, row, 0.9), lib.update(tight, row, 0.9)
+                unit = np.linalg.norm(g, 2)
+                assert roomy.escaped == 0.0
+                assert np.linalg.norm(gram_of(roomy) - g, 2) <= TOLERANCE * unit
+                inside = frame @ (lib.dense(tight) - g) @ frame.T
+                assert np.linalg.norm(inside, 2) <= TOLERANCE * unit
+
+
+def check_powers(lib: ModuleType) -> None:
+    """(Gbar + (rho + ridge) I)^p x against the dense eigendecomposition, and the range when nothing has escaped."""
+    rng = np.random.default_rng(2)
+    for d, size, count, ridge, relative, exponent in (
+        (6, 3, 9, 0.0, False, -0.5),
+        (6, 3, 9, 0.25, False, -0.25),
+        (5, 4, 9, 0.25, True, -1 / 6),
+        (5, 9, 9, 0.125, True, -0.25),
+        (6, 4, 2, 0.0, False, -0.5),
+        (6, 4, 2, 0.5, False, -0.25),
+    ):
+        sketch = start(lib, d, size)
+        for row in rng.standard_normal((count, 1, d)):
+            sketch = lib.update(sketch, row, 0.75)
+        x = rng.standard_normal((d, 2))
+        w, v = np.linalg.eigh(gram_of(sketch) + sketch.escaped * np.eye(d))
+        live = w > 1e-12 * w[-1]
+        damped = w + (ridge * w[-1] if relative else ridge)
+        expected = (v * np.where(live, np.abs(damped) ** exponent, 0.0)) @ v.T @ x
+        got = lib.apply_power(
+            sketch.basis, sketch.eigenvalues, sketch.escaped, exponent, x, ridge=ridge, relative=relative
+        )
+        kappa = damped[-1] / damped[live].min()
+        # both routes perturb the statistic by some d u, which a power p of condition kappa amplifies
+        assert np.linalg.norm(got - expected) <= 64 * U * kappa ** (0.5 - exponent) * np.linalg.norm(expected)
+
+
+def check_faded_mass(lib: ModuleType) -> None:
+    """A mass decayed for 400 steps must not multiply rounding: the direction is that of the span alone."""
+    rng = np.random.default_rng(3)
+    d, beta2 = 6, 0.5
+    frame = np.linalg.qr(rng.standard_normal((d, d)))[0][:2]
+    sketch = start(lib, d, 3)
+    for row in rng.standard_normal((8, 1, d)):
+        sketch = lib.update(sketch, row, beta2)
+    assert sketch.escaped > 0
+    coordinates = rng.standard_normal((400, 2))
+    g = np.zeros((2, 2))
+    for c in coordinates:
+        g = beta2 * g + np.outer(c, c)
+        row = (c @ frame)[None]
+        sketch = lib.update(sketch, row, beta2)
+    assert 0 < sketch.escaped < 1e-100
+    w, v = np.linalg.eigh(g)
+    expected = ((v * w**-0.5) @ v.T @ coordinates[-1]) @ frame
+    got = lib.apply_power(sketch.basis, sketch.eigenvalues, sketch.escaped, -0.5, row.T)[:, 0]
+    assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+def check_tail_decay(lib: ModuleType) -> None:
+    """None means beta2; given, it acts on the mass and on nothing else."""
+    rows = streams(5, 1, 9, 1, 4)[:, :1]
+    first, second, third = (start(lib, 5, 2, (1,)) for _ in range(3))
+    mass = 0.0
+    for row in rows:
+        old = first.escaped
+        first = lib.update(first, row, 0.75)
+        second = lib.update(second, row, 0.75, 0.75)
+        third = lib.update(third, row, 0.75, 0.25)
+        mass = 0.25 * mass + (first.escaped - 0.75 * old)
+        assert np.array_equal(first.escaped, second.escaped)
+        assert np.array_equal(first.eigenvalues, third.eigenvalues)
+        assert np.allclose(third.escaped, mass, rtol=1e-13, atol=0)
+
+
+def check_non_finite(lib: ModuleType) -> None:
+    """NaN for that member, for ever; the others as if alone."""
+    rows = streams(4, 2, 5, 1, 5)[:, :3]
+    for bad in (np.nan, np.inf):  # NaN first: without the guard an infinity hangs LAPACK
+        spoilt = rows.copy()
+        spoilt[2, 1, 0, 0] = bad
+        whole, clean = start(lib, 4, 3, (3,)), start(lib, 4, 3, (3,))
+        for t in range(5):
+            whole, clean = lib.update(whole, spoilt[t], 0.5), lib.update(clean, rows[t], 0.5)
+        assert np.all(np.isnan(whole.eigenvalues[1]))
+        assert np.isnan(whole.escaped[1])
+        report = lib.report(whole, xp=lib.array_namespace(rows))
+        assert report.finite.tolist() == [True, False, True]
+        for member in (0, 2):
+            assert np.array_equal(whole.eigenvalues[member], clean.eigenvalues[member])
+            assert whole.escaped[member] == clean.escaped[member]
+        direction = lib.apply_power(whole.basis, whole.eigenvalues, whole.escaped, -0.5, np.ones((3, 4, 1)))
+        assert np.isnan(direction[1]).all()
+        assert np.isfinite(direction[[0, 2]]).all()
+
+
+def check_gram64(lib: ModuleType) -> None:
+    """`gram64` against the definition, one update: ||difference of Gtil|| <= 4 (k + q) u s_1^2, in float32 too.
+
+    eigh is backward stable: its eigenvalues are off by a modest multiple of the order times u ||K||. In float32 the
+    factor is rounded before and the result after, which moves singular values by some units of s_1: rho by that
+    times s_l, where a Gram matrix in float32 would move it by that times s_1.
+    """
+    ratio = 0.0
+    for d, q in ((6, 1), (4, 7), (10, 3)):
+        for size in (1, 3, d, d + 1):
+            for dtype, unit in (("float64", 0.0), ("float32", 2.0**-24)):
+                for kind in KINDS:
+                    rows = stream(kind, d, q, 6, np.random.default_rng(6)).astype(dtype)
+                    sketch = lib.empty(d, size, (), rows, xp=lib.array_namespace(rows))
+                    wide = start(lib, d, size)
+                    for row in rows:
+                        exact = lib.update(wide, row.astype("float64"), 0.75, size=size)
+                        got = lib.update(sketch, row, 0.75, size=size, solver="gram64")
+                        assert got.basis.dtype == got.eigenvalues.dtype == got.escaped.dtype == rows.dtype
+                        assert np.all(got.eigenvalues >= 0)
+                        gap = np.linalg.norm(lib.dense(got).astype("float64") - lib.dense(exact), 2)
+                        top = exact.eigenvalues[0] + exact.escaped
+                        order = 4 * (sketch.basis.shape[1] + q)
+                        ratio = max(ratio, gap / (order * (2 * U + unit) * top))
+                        s_l = np.sqrt(np.maximum(exact.escaped - 0.75 * wide.escaped, 0.0))
+                        gap = abs(float(got.escaped) - exact.escaped)
+                        allowed = order * (2 * U * top + unit * np.sqrt(top) * s_l + unit * exact.escaped)
+                        ratio = max(ratio, gap / allowed)
+                        sketch = got
+                        wide = type(sketch)(*(a.astype("float64") for a in got))
+    print(f"\ngram64: largest share of the allowed distance {ratio:.2f}")
+    assert ratio <= 1
+
+
+def check_shapes(lib: ModuleType) -> None:
+    """Many rows, none, no dimension; k = min(d, l); float32 stays."""
+    rng = np.random.default_rng(7)
+    many = rng.standard_normal((30, 4))
+    for size in (1, 3, 4, 6):
+        sketch = lib.update(start(lib, 4, size), many, size=size)
+        k = min(4, size)
+        assert (sketch.basis.shape, sketch.eigenvalues.shape, sketch.escaped.shape) == ((4, k), (k,), ())
+        spectrum = np.linalg.eigvalsh(many.T @ many)[::-1]
+        cut = spectrum[size - 1] if size <= 4 else 0.0
+        assert np.allclose(sketch.eigenvalues, spectrum[:k] - cut, rtol=0, atol=1e-12 * spectrum[0])
+        same = lib.update(sketch, np.zeros((0, 4)), 0.5, size=size)
+        last = sketch.eigenvalues[-1] if size <= 4 else 0.0
+        assert np.allclose(same.eigenvalues, 0.5 * (sketch.eigenvalues - last), rtol=1e-13, atol=1e-13)
+        assert np.allclose(same.escaped, 0.5 * (sketch.escaped + last), rtol=1e-13, atol=0)
+    nothing = start(lib, 0, 3)
+    assert lib.update(nothing, np.zeros((2, 0))).basis.shape == (0, 0)
+
+
+CHECKS = {
+    check.__name__.removeprefix("check_"): check
+    for check in (
+        check_invariants,
+        check_tight_case,
+        check_low_rank,
+        check_powers,
+        check_faded_mass,
+        check_tail_decay,
+        check_non_finite,
+        check_gram64,
+        check_shapes,
+    )
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKS if name != "invariants"])
+def test_check(name: str) -> None:
+    CHECKS[name](fd)
+
+
+MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
+    "tail decayed by sqrt(beta2)": ("invariants", ("(beta2 if tail_decay", "(beta2**0.5 if tail_decay")),
+    "tail not decayed": ("invariants", ("else tail_decay) * sketch.escaped", "else tail_decay) ** 0 * sketch.escaped")),
+    "cut at the (l+1)-th eigenvalue": (
+        "invariants",
+        ("s[..., size - 1 : size] if size <= d", "s[..., size : size + 1] if size < d"),
+    ),
+    "cut at the smallest of A": ("invariants", ("s[..., size - 1 : size] if size <= d", "s[..., -1:] if size <= d")),
+    "singular values deflated, not squares": ("invariants", ("(s - cut) * (s + cut),", "(s - cut) * (s - cut),")),
+    "mass adds singular value, not square": ("invariants", ("(cut * cut)[..., 0]", "cut[..., 0]")),
+    "no deflation": ("invariants", ("(s - cut) * (s + cut),", "s * s,")),
+    "new rows weighted by 1 - beta2": (
+        "invariants",
+        ("xp.matrix_transpose(rows)]", "(1.0 if beta2 == 1 else 1 - beta2) ** 0.5 * xp.matrix_transpose(rows)]"),
+    ),
+    "sketch decayed by beta2 in the root": (
+        "invariants",
+        ("xp.sqrt(beta2 * sketch.eigenvalues)", "beta2 * xp.sqrt(sketch.eigenvalues)"),
+    ),
+    "right singular vectors": ("invariants", ("xp.reshape(u[..., :k]", "xp.reshape(u[..., ::-1][..., :k]")),
+    "size above d cut like d": (
+        "shapes",
+        ("if size <= d else 0.0 * s[..., :1]", "if size <= d else s[..., d - 1 : d]"),
+    ),
+    "cut before the rank decision is off": ("low_rank", ("s > tolerance * s[..., :1], s, 0.0", "s > -1.0, s, 0.0")),
+    "tail_decay ignored": ("tail_decay", ("(beta2 if tail_decay is None else tail_decay)", "beta2")),
+    "tail_decay on the sketch too": (
+        "tail_decay",
+        ("xp.sqrt(beta2 * sketch", "xp.sqrt((beta2 if tail_decay is None else tail_decay) * sketch"),
+    ),
+    "mass not added back": (
+        "powers",
+        (
+            "xp.concat([eigenvalues + shift[..., None], shift[..., None]]",
+            "xp.concat([eigenvalues, 0.0 * shift[..., None]]",
+        ),
+    ),
+    "mass on the complement only": ("powers", ("eigenvalues + shift[..., None], shift", "eigenvalues, shift")),
+    "ridge outside the root": ("powers", ("damped) ** exponent)", "total) ** exponent + ridge)")),
+    "ridge always absolute": ("powers", ("ridge * largest if relative else ridge", "ridge")),
+    "complement dropped": ("powers", ("outside * matrix + basis @ ((inside - outside)", "basis @ (inside")),
+    "ridge on the untouched complement": (
+        "powers",
+        ("largest if is_zero(ridge) else 0.0)", "largest if is_zero(ridge) else -1.0)"),
+    ),
+    "no rank decision at use": ("faded_mass", ("** 2 * largest if", "** 2 * 0.0 * largest if")),
+    "NaN reaches LAPACK": ("non_finite", ("xp.where(finite, factor, 0.0)", "factor")),
+    "NaN repaired": ("non_finite", ("0.0 * s[..., :1], math.nan)", "0.0 * s[..., :1], 0.0)")),
+    "one bad member spoils all": ("non_finite", ("axis=(-2, -1), keepdims=True", "keepdims=True")),
+    "Gram matrix in the working dtype": (
+        "gram64",
+        ("-(transposed @ wide if", "-(xp.astype(xp.matrix_transpose(factor) @ factor, wide.dtype) if"),
+    ),
+    "Gram matrix without its rank decision": ("gram64", ("xp.where(s > tolerance * s[..., :1], s, math.inf)", "s")),
+    "Gram eigenvalues for singular values": (
+        "gram64",
+        ("s = xp.sqrt(xp.where(w < 0, -w, 0.0))", "s = xp.where(w < 0, -w, 0.0)"),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_caught(name: str) -> None:
+    check, change = MUTANTS[name]
+    with pytest.raises((AssertionError, np.linalg.LinAlgError, ValueError)):
+        CHECKS[check](mutated(fd, (change,)))
+
+
+def test_planted_bugs_start_from_a_sound_copy() -> None:
+    for check in CHECKS.values():
+        check(mutated(fd))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bad_member_on_every_backend(backend: Backend, bad: float) -> None:
+    rows = np.random.default_rng(8).standard_normal((2, 2, 4))
+    rows[1, 0, 2] = bad
+    xp = fd.array_namespace(backend.asarray(rows))
+    for solver in fd.SOLVERS:
+        sketch = fd.empty(4, 3, (2,), backend.asarray(rows), xp=xp)
+        sketch = fd.update(sketch, backend.asarray(rows), solver=solver)
+        values = backend.numpy(sketch.eigenvalues)
+        assert np.isfinite(values[0]).all()
+        assert np.isnan(values[1]).all()
+        x = backend.asarray(np.ones((2, 4, 1)))
+        out = backend.numpy(fd.apply_power(sketch.basis, sketch.eigenvalues, sketch.escaped, -0.5, x))
+        assert np.isfinite(out[0]).all()
+        assert np.isnan(out[1]).all()
+
+
+def test_dense_and_report() -> None:
+    sketch = start(fd, 4, 3)
+    for row in np.random.default_rng(9).standard_normal((5, 1, 4)):
+        sketch = fd.update(sketch, row)
+    dense = fd.dense(sketch)
+    assert np.allclose(dense, gram_of(sketch) + sketch.escaped * np.eye(4), rtol=1e-14)
+    report = fd.report(sketch, xp=fd.array_namespace(dense))
+    assert (report.rank[0], bool(report.finite), float(report.escaped[0])) == (2, True, float(sketch.escaped))
+
+
+def test_gram64_needs_float64() -> None:
+    device = array_api_strict.Device("no_float64")
+    rows = array_api_strict.ones((1, 3), dtype=array_api_strict.float32, device=device)
+    sketch = fd.empty(3, 2, (), rows, xp=array_api_strict)
+    with pytest.raises((ValueError, TypeError), match="float64"):
+        fd.update(sketch, rows, solver="gram64")
+
+
+@pytest.mark.parametrize(
+    ("rows", "kwargs", "message"),
+    [
+        ((2, 5), {}, r"rows must have shape \('q', 4\), got \(2, 5\)"),
+        ((4,), {}, r"rows must have shape \('q', 4\), got \(4,\)"),
+        ((3, 2, 4), {}, r"rows must have shape \('q', 4\), got \(3, 2, 4\)"),
+        ((2, 4), {"size": 2}, r"size must be 3 for basis \(4, 3\), got 2"),
+        ((2, 4), {"solver": "qr"}, "solver must be one of 'svd', 'gram64', got 'qr'"),
+    ],
+)
+def test_update_refuses_what_does_not_fit(rows: tuple[int, ...], kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fd.update(start(fd, 4, 3), np.ones(rows), **kwargs)
+
+
+def test_check_names_what_does_not_fit() -> None:
+    sketch = start(fd, 4, 3)
+    with pytest.raises(ValueError, match=r"state.sketch.basis must have shape \(5, 3\) for size=3, got \(4, 3\)"):
+        fd.check("state.sketch", sketch, 5, 3, ())
+    with pytest.raises(TypeError, match="must be a Sketch, got tuple"):
+        fd.check("state.sketch", tuple(sketch), 4, 3, ())
