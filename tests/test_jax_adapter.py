@@ -38,7 +38,9 @@ import jax.numpy as jnp  # noqa: E402
 
 from precond_ref_jax import transformation as adapter  # noqa: E402
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what these tests cost
+# Compiling is what these tests cost: a third of the time with these two.
+QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+jit = partial(jax.jit, compiler_options=QUICK_COMPILATION)
 ROOT = Path(__file__).resolve().parents[1]
 FACTORIES = pj._factories()
 

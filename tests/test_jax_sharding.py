@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-REPRESENTATIVE = ("agd", "asgo")
+REPRESENTATIVE = ("agd", "asgo", "rf_shampoo")
 
 
 def run(*arguments: str) -> None:
