@@ -174,17 +174,21 @@ def _run(
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
     # In the arithmetic's dtype, so that they promote nothing.
     arrays = {name: jnp.asarray(value, dtype) for name, value in fields.items() if hasattr(value, "dtype")}
+
+    def bound(arrays: dict[str, Array]) -> Method:
+        return method.replace(**arrays) if arrays else method
+
     label = (_identity(method), dtype)
     if label not in scalars:
-        scalars[label] = method.replace(**arrays).scalars(count + 1, like=jnp.zeros((), dtype))
+        scalars[label] = bound(arrays).scalars(count + 1, like=jnp.zeros((), dtype))
 
+    # All arrays are arguments: with Explicit axes nothing may be closed over.
     def run(shared: Any, grads: Any, params: Any, states: Any) -> tuple[list[Array], list[Any]]:
         count, scalars, arrays = shared
         triples = [(g.astype(dtype), p.astype(dtype), s) for g, p, s in zip(grads, params, states, strict=True)]
         stacked = len(triples) > 1
         g, p, state = jax.tree.map(lambda *xs: jnp.stack(xs), *triples) if stacked else triples[0]
-        bound = method.replace(**arrays) if arrays else method
-        direction, new = bound.update(g, state._replace(step=count), p, scalars=scalars, xp=jnp)
+        direction, new = bound(arrays).update(g, state._replace(step=count), p, scalars=scalars, xp=jnp)
         new = new._replace(step=None)
         news = [jax.tree.map(lambda x, i=i: x[i], new) for i in range(len(triples))] if stacked else [new]
         directions = list(direction) if stacked else [direction]
