@@ -458,6 +458,7 @@ def block_diagonal_gradients_decouple(lib: Any) -> None:
     assert gap(lib.ASGO.theory(eps=0.25)) <= bound(both, 0.0625)
     assert gap(lib.ASGO(**LOUD, rms=None)) <= bound(both, 0.25)
     assert gap(lib.DASGO(**LOUD, rms=None)) <= 64 * U
+    assert gap(lib.DASGO.theory(eps=0.25)) <= 64 * U
     assert gap(lib.ASGO(**LOUD)) > 0.02  # the norm of the whole update is shared
 
 
@@ -471,6 +472,7 @@ def zero_rows_and_columns_stay_zero(lib: Any) -> None:
         (lib.ASGO.theory(), least(grads)),
         (lib.ASGO(**LOUD, rms=None), 0.25),
         (lib.DASGO(**LOUD, rms=None), 0.25),
+        (lib.DASGO.theory(eps=0.25), 0.0625),
     ):
         got = directions(method, padded)
         assert np.all(got[:, 3:] == 0)
@@ -736,7 +738,7 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         OTHERS,
         (edit("polar_express(gram, ", ("(gram", "(gram + self.eps * eye_like(xp, gram)")),),
     ),
-    "heads share V": (HEADS, (edit(P, ("(gram,", "(gram[..., ::-1, :, :] if self.heads else gram,")),)),
+    "heads exchange V": (HEADS, (edit(P, ("(gram,", "(gram[..., ::-1, :, :] if self.heads else gram,")),)),
     "heads interleaved": (
         HEADS,
         (
@@ -891,6 +893,20 @@ def test_one_bad_head_spoils_the_others_only_through_rms() -> None:
     assert np.all(np.isnan(scaled))
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan], ids=str)
+def test_a_bad_entry_spoils_its_column_of_raw_dasgo(bad: float) -> None:
+    grads = gradients((4, 5), 2)
+    clean = directions(pr.DASGO(rms=None), grads)
+    grads[0, 1, 2] = bad
+    with np.errstate(invalid="ignore"):
+        raw, scaled = (directions(pr.DASGO(rms=rms), grads) for rms in (None, 0.2))
+    others = [0, 1, 3, 4]
+    assert np.array_equal(raw[:, :, others], clean[:, :, others])
+    assert np.all(np.isnan(raw[:, 1, 2]))
+    assert np.all(raw[:, [0, 2, 3], 2] == 0 if bad == math.inf else np.isnan(raw[:, [0, 2, 3], 2]))
+    assert np.all(np.isnan(scaled))
+
+
 def test_no_eps_is_the_pseudo_inverse_in_dasgo_too() -> None:
     tiny = np.full((2, 3), 1e-25, dtype=np.float32)  # the squares vanish, the gradient does not
     raw = pr.DASGO(eps=0.0, rms=None)
@@ -922,7 +938,7 @@ def test_refusals() -> None:
         pr.ASGO(heads=2).update(g, pr.ASGO(heads=1).init(g), g)
 
 
-def test_defaults_are_the_authors() -> None:
+def test_defaults() -> None:
     assert pr.ASGO() == pr.ASGO(
         beta1=0.9, beta2=0.8, eps=1e-10, side="smaller", rms=0.2, root="eigh", root_steps=10, every=1, heads=None
     )

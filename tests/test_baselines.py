@@ -307,3 +307,17 @@ def test_reports_of_the_yardsticks() -> None:
     muon = pr.Muon(momentum=0.5)
     _, state = muon.update(grads[0], muon.init(grads[0]), grads[0])
     assert np.allclose(muon.diagnose(state).singular_values, np.sqrt(s2[::-1]) / 2, rtol=1e-13)
+
+
+@pytest.mark.parametrize("method", [pr.FullAdaGrad(), pr.Shampoo(eps=0.25), pr.Muon(root="svd")], ids=repr)
+def test_a_spectrum_that_is_not_finite_is_reported_as_nan(method: Any) -> None:
+    grads = gradients((2, 3, 2), 1)[0]
+    grads[1, 0, 0] = np.inf
+    with np.errstate(invalid="ignore"):
+        _, state = method.update(grads, method.init(grads, stack_ndim=1), grads)
+    report = method.diagnose(state)
+    spectra = report[0] if isinstance(report[0], tuple) else (report[0],)
+    assert report.finite.tolist() == [True, False]
+    for spectrum in spectra:
+        assert np.all(np.isfinite(spectrum[0]))
+        assert np.all(np.isnan(spectrum[1]))

@@ -35,8 +35,7 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_readme_has_examples_with_output() -> None:
     blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert len(blocks) >= 2
-    assert all(expected for _, expected in blocks)
+    assert sum(bool(expected) for _, expected in blocks) >= 2
 
 
 def test_a_wrong_output_or_a_failing_example_is_seen() -> None:

@@ -100,8 +100,7 @@ class ASGOReport(NamedTuple):
 
 
 def _gram_report(gram: Array, finite: Array, xp: Namespace) -> ASGOReport:
-    w, _, usable = roots.eigh(gram, xp=xp)
-    w = xp.where(usable[..., 0], w, math.nan)
+    w = roots.eigenvalues(gram, xp=xp)
     return ASGOReport(
         eigenvalues=w,
         root_trace=xp.sum(xp.sqrt(w), axis=-1),

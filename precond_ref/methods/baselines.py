@@ -170,7 +170,7 @@ class GramReport(NamedTuple):
     """What ``diagnose`` of `FullAdaGrad` and `Shampoo` returns: one entry per statistic."""
 
     eigenvalues: tuple[Array, ...]
-    """Of each statistic, ascending, clipped at zero, (..., d)."""
+    """Of each statistic, ascending, clipped at zero, (..., d); NaN where it is not finite."""
     finite: Array
     """Whether the member's state is finite, (...)."""
 
@@ -223,7 +223,7 @@ class FullAdaGrad(Method):
         """Spectrum of the sum of outer products."""
         xp = self._check_param(state.gram, state.gram.ndim - 1)
         finite = finite_members(xp, state.gram, core_ndims=(2,))
-        return GramReport(eigenvalues=(roots.eigh(state.gram, xp=xp)[0],), finite=finite)
+        return GramReport(eigenvalues=(roots.eigenvalues(state.gram, xp=xp),), finite=finite)
 
 
 class RMSPropState(NamedTuple):
@@ -474,7 +474,7 @@ class Shampoo(Method):
         """Spectra of the statistics."""
         xp = self._check_param(state.grams[0], state.grams[0].ndim - 2)
         finite = finite_members(xp, *state.grams, core_ndims=(2,) * len(state.grams))
-        return GramReport(eigenvalues=tuple(roots.eigh(g, xp=xp)[0] for g in state.grams), finite=finite)
+        return GramReport(eigenvalues=tuple(roots.eigenvalues(g, xp=xp) for g in state.grams), finite=finite)
 
 
 def _unfold(tensor: Array, stack: int, axis: int, xp: Namespace) -> Array:
@@ -502,7 +502,7 @@ class MuonReport(NamedTuple):
     """What `Muon.diagnose` returns."""
 
     singular_values: Array
-    """Of M_t, descending, (..., min(m, n))."""
+    """Of M_t, descending, (..., min(m, n)); NaN where M_t is not finite."""
     finite: Array
     """Whether the member's state is finite, (...)."""
 
@@ -576,5 +576,5 @@ class Muon(Method):
         """Singular values of the average."""
         xp = self._check_param(state.m, state.m.ndim - 2)
         finite = finite_members(xp, state.m, core_ndims=(2,))
-        safe = xp.where(finite[..., None, None], state.m, 0.0)
-        return MuonReport(singular_values=xp.linalg.svdvals(safe), finite=finite)
+        values = xp.linalg.svdvals(xp.where(finite[..., None, None], state.m, 0.0))
+        return MuonReport(singular_values=xp.where(finite[..., None], values, math.nan), finite=finite)

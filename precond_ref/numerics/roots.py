@@ -45,6 +45,13 @@ def eigh(matrix: Array, *, xp: Namespace = None) -> tuple[Array, Array, Array]:
     return xp.clip(w, min=0.0), q, finite
 
 
+def eigenvalues(matrix: Array, *, xp: Namespace = None) -> Array:
+    """Eigenvalues (..., n), ascending and clipped at zero; NaN for a non-finite member."""
+    xp = array_namespace(matrix) if xp is None else xp
+    w, _, finite = eigh(matrix, xp=xp)
+    return xp.where(finite[..., 0], w, math.nan)
+
+
 def spectral(matrix: Array, function: Callable[[Array], Array], *, xp: Namespace = None) -> Array:
     """``Q diag(function(w)) Q^T`` for ``matrix = Q diag(w) Q^T`` (..., n, n); NaN for a non-finite member."""
     xp = array_namespace(matrix) if xp is None else xp

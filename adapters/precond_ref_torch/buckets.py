@@ -1,0 +1,251 @@
+"""Parameters updated by one call of a method: stacked, or on one flat buffer; eager, compiled, or on CuPy."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from array_api_compat import array_namespace
+from torch import Tensor
+
+from precond_ref import Method
+from precond_ref_torch import distributed as sharding
+from precond_ref_torch import states
+
+XP = array_namespace(torch.empty(0))
+CHUNK_BYTES = 2**17
+"""Flat buffers on a CPU go through the method in pieces whose temporaries stay in its cache."""
+Foreign = tuple[Any, Callable[[Tensor], Any], Callable[[Any], Tensor], Callable[[], Any]]
+
+
+def cupy_engine(device: torch.device) -> Foreign:
+    """Namespace, ways in and out, and the context in which CuPy works on PyTorch's memory and stream."""
+    import cupy
+
+    def context() -> Any:
+        stack = contextlib.ExitStack()
+        stack.enter_context(cupy.cuda.Device(device.index))
+        stack.enter_context(cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index))
+        return stack
+
+    namespace = array_namespace(cupy.ndarray((0,), memptr=cupy.cuda.MemoryPointer(_no_memory(cupy), 0)))
+    return namespace, cupy.from_dlpack, torch.utils.dlpack.from_dlpack, context
+
+
+def _no_memory(cupy: Any) -> Any:
+    return cupy.cuda.UnownedMemory(0, 1, None, 0)
+
+
+def check_engine(engine: Any, compiled: Any, device: torch.device) -> None:
+    """ValueError or RuntimeError for an engine that cannot run on ``device``."""
+    if engine not in ("torch", "cupy"):
+        raise ValueError(f"Invalid engine: {engine!r} (it must be 'torch' or 'cupy')")
+    if engine == "cupy":
+        if compiled:
+            raise ValueError("`compile` needs engine='torch', got engine='cupy'")
+        try:
+            import cupy
+        except ImportError as error:
+            raise RuntimeError(
+                "engine='cupy' needs CuPy: install precond-ref[cuda12] or precond-ref[cuda13]"
+            ) from error
+        if not cupy.is_available():
+            raise RuntimeError("engine='cupy' needs a CUDA GPU, and CuPy finds none")
+        if device.type != "cuda":
+            raise ValueError(f"engine='cupy' needs parameters on a CUDA device, got one on {device}")
+
+
+class Bucket:
+    """Parameters of one method, dtype, device and step, with their joined states.
+
+    ``entries`` (the optimizer's state of each parameter) hold views of the joined arrays, which are written in place.
+    ``flat``: an elementwise method on the concatenation of this rank's parts of the parameters; otherwise whole
+    parameters of one shape, stacked if there are several, and with ``owner`` set updated by that rank alone.
+    """
+
+    def __init__(self, method: Method, params: list[Any], entries: list[Any], flat: bool, owner: int | None) -> None:
+        self.method, self.params, self.entries, self.flat, self.owner = method, params, entries, flat, owner
+        self.mine = owner is None or sharding.owns(params[0], owner)
+        parts = [sharding.local(p) if flat else p for p in params]
+        self.shapes = [tuple(part.shape) for part in parts]
+        self.uniform = not flat or len(set(self.shapes)) == 1
+        self.sharded = sharding.is_sharded(params[0])
+        self.dtype = states.work_dtype(method, params[0].dtype)
+        self.device = parts[0].device
+        shape = (sum(map(math.prod, self.shapes)),) if flat else self.shapes[0]
+        self.template = states.template(method, shape, self.dtype)
+        self.kernel_key = (method, None if flat else shape, self.dtype, self.device)
+
+        self.steps = torch.stack([entry["step"] for entry in entries])
+        self.arrays: list[Tensor] = []
+        columns: list[Any] = [self.steps.unbind()]
+        names = ["step", *(states.to_dict(self.template) if self.mine else ())]
+        for name in names[1:]:
+            whole = self._join([sharding.local(entry[name]).detach() for entry in entries])
+            self.arrays.append(whole)
+            columns.append(
+                [sharding.wrap(v, p) if flat else v for v, p in zip(self._split(whole), params, strict=True)]
+            )
+        self.views: list[dict[str, Tensor]] = [
+            dict(zip(names, views, strict=True)) for views in zip(*columns, strict=True)
+        ]
+        for entry, views in zip(entries, self.views, strict=True):
+            entry.update(views)
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    def holds(self, state: Mapping[Any, Any]) -> bool:
+        """Whether ``state`` (the optimizer's) still has the entries and views of this bucket."""
+        for param, entry, views in zip(self.params, self.entries, self.views, strict=True):
+            found: Any = state.get(param)
+            if found is not entry:
+                return False
+            for name, view in views.items():
+                if entry.get(name) is not view:
+                    return False
+        return True
+
+    def in_step(self) -> bool:
+        """Whether the members' counters agree: someone may have set one."""
+        counts = self.steps.tolist()
+        return bool(counts.count(counts[0]) == len(counts))
+
+    def release(self) -> None:
+        """Give each entry tensors of its own."""
+        for entry, views, param in zip(self.entries, self.views, self.params, strict=True):
+            for name, view in views.items():
+                if entry.get(name) is view:
+                    copy = sharding.local(view).clone()
+                    entry[name] = sharding.wrap(copy, param) if sharding.is_sharded(view) else copy
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        if self.uniform:
+            whole = parts[0].contiguous() if len(parts) == 1 else torch.stack(parts)
+            return whole.view(-1) if self.flat else whole
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def _split(self, whole: Tensor) -> list[Tensor]:
+        if not self.flat:
+            return [whole] if len(self) == 1 else list(whole.unbind())
+        if self.uniform:
+            return list(whole.view(len(self), *self.shapes[0]).unbind())
+        pieces = torch.split(whole, [math.prod(shape) for shape in self.shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    def values(self) -> list[Tensor]:
+        """The parameters as plain tensors: of DTensors this rank's parts."""
+        return [sharding.local(p) for p in self.params] if self.sharded else self.params
+
+    # ---- the update -------------------------------------------------------------------------------------------------
+
+    def gather(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Gradients, and parameters if the method reads them; a collective for a bucket with an owner."""
+        reads = states.reads_param(self.method)
+        if not self.sharded:
+            return [p.grad for p in self.params], self.params if reads else []
+        part = sharding.local if self.owner is None else sharding.whole
+        grads = [part(sharding.aligned_grad(p)) for p in self.params]
+        params = [part(p) for p in self.params] if reads else []
+        return (grads, params) if self.mine else ([], [])
+
+    def directions(
+        self,
+        grads: list[Tensor],
+        params: list[Tensor],
+        step: int,
+        scalars: Any,
+        options: Mapping[str, Any],
+        kernels: Any,
+    ) -> list[Tensor]:
+        """A direction for each member, in the dtype of the arithmetic; the states are renewed."""
+        grad = self._join(grads).detach().to(self.dtype)
+        if options["maximize"]:
+            grad = -grad
+        param = self._join(params).detach().to(self.dtype) if params else grad  # its values are not read then
+        if options["compile"]:
+            whole = self._compiled(grad, param, step, scalars, options["compile"], kernels)
+        elif options["engine"] == "cupy":
+            whole = self._foreign(grad, param, step, scalars, cupy_engine(self.device))
+        elif self.flat and self.device.type == "cpu":
+            whole = torch.empty_like(grad)
+            size = max(CHUNK_BYTES // self.dtype.itemsize, 1)
+            for start in range(0, grad.numel(), size):
+                piece = slice(start, start + size)
+                arrays = [array[piece] for array in self.arrays]
+                whole[piece] = self._eager(grad[piece], param[piece], step, scalars, arrays)
+        else:
+            whole = self._eager(grad, param, step, scalars, self.arrays)
+        self.steps += 1
+        return self._split(whole)
+
+    def _eager(self, grad: Tensor, param: Tensor, step: int, scalars: Any, arrays: list[Tensor]) -> Tensor:
+        state = states.fill(self.template, iter(arrays), step)
+        direction, new = self.method.update(grad, state, param, scalars=scalars, xp=XP)
+        _write(arrays, states.tensors(new))
+        return direction
+
+    def _foreign(self, grad: Tensor, param: Tensor, step: int, scalars: Any, engine: Foreign) -> Tensor:
+        xp, enter, leave, context = engine
+        with context():
+            state = states.fill(self.template, (enter(array) for array in self.arrays), step)
+            direction, new = self.method.update(enter(grad), state, enter(param), scalars=scalars, xp=xp)
+            _write(self.arrays, [leave(array) for array in states.tensors(new)])
+            return leave(direction)
+
+    def _compiled(
+        self, grad: Tensor, param: Tensor, step: int, scalars: Any, backend: bool | str, kernels: dict[Any, Any]
+    ) -> Tensor:
+        key = (*self.kernel_key, backend)
+        if key not in kernels:
+            kernels[key] = _kernel(self.method, backend)
+        if scalars:
+            scalars = type(scalars)(*(torch.tensor(value, dtype=self.dtype) for value in scalars))
+        state = states.fill(self.template, iter(self.arrays), 0)
+        direction: Tensor = kernels[key](grad, state, param, scalars, states.due(self.method, step))
+        return direction
+
+    def exchange(self, directions: list[Tensor]) -> list[Tensor]:
+        """Each rank's parts of the owner's ``directions`` (a collective)."""
+        if not self.mine:
+            self.steps += 1
+        whole = torch.empty((len(self), *self.shapes[0]), dtype=self.dtype, device=self.device)
+        if self.mine:
+            torch.stack(directions, out=whole)
+        sharding.broadcast(whole, self.params[0].device_mesh, int(self.owner or 0))
+        return [sharding.shard_of(d, p) for d, p in zip(whole.unbind(), self.params, strict=True)]
+
+
+def _write(old: list[Tensor], new: list[Tensor]) -> None:
+    pairs = [(o, n) for o, n in zip(old, new, strict=True) if o is not n]
+    if pairs:
+        torch._foreach_copy_([o for o, _ in pairs], [n for _, n in pairs])
+
+
+def _kernel(method: Method, backend: bool | str) -> Callable[..., Any]:
+    """One compiled update that writes the new state into the given one."""
+
+    def kernel(grad: Tensor, state: Any, param: Tensor, scalars: Any, refresh: Any) -> Tensor:
+        direction, new = method.update(grad, state, param, scalars=scalars, refresh=refresh, xp=XP)
+        for old, fresh in zip(states.tensors(state), states.tensors(new), strict=True):
+            old.copy_(fresh)
+        return direction
+
+    kernel.__code__ = kernel.__code__.replace()  # graphs are cached, and their number limited, per code object
+    return torch.compile(kernel, fullgraph=True, backend="inductor" if backend is True else str(backend))
+
+
+def partition(labels: Iterator[tuple[Any, int, Any]], limit: int) -> list[list[Any]]:
+    """Members with equal labels together, in order, cut where their sizes add up to more than ``limit``."""
+    groups: dict[Any, list[list[Any]]] = {}
+    sizes: dict[Any, int] = {}
+    for label, size, member in labels:
+        if label not in groups or sizes[label] + size > limit:
+            groups.setdefault(label, []).append([])
+            sizes[label] = 0
+        groups[label][-1].append(member)
+        sizes[label] += size
+    return [members for parts in groups.values() for members in parts]

@@ -1,0 +1,276 @@
+"""The command line: ``precond-ref list`` and ``precond-ref compare``. Heavy libraries are imported when used."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json as json_module
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+try:
+    import typer
+except ModuleNotFoundError:
+    typer = None  # type: ignore[assignment]
+
+from precond_ref.problems import list_problems
+from precond_ref.protocol import Method, list_methods
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from precond_ref.compare import Comparison, Run
+
+EXTRA = 'pip install "precond-ref[cli]"'
+
+
+def main() -> None:
+    """Entry point of the command ``precond-ref``."""
+    if typer is None:
+        sys.exit(f"precond-ref needs typer on the command line: {EXTRA}")
+    application()()
+
+
+def application() -> typer.Typer:
+    """The commands."""
+    app = typer.Typer(
+        help="Reference implementations of preconditioned optimizers.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.command("list", epilog=LIST_EXAMPLES)(list_command)
+    app.command("compare", epilog=COMPARE_EXAMPLES)(compare_command)
+    return app
+
+
+def fail(message: object) -> NoReturn:
+    """One line on the error stream, exit code 2."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+# ---- list -----------------------------------------------------------------------------------------------------------
+
+LIST_EXAMPLES = """\b
+Examples:
+  precond-ref list | less
+  precond-ref list --json | python -m json.tool
+"""
+
+
+def list_command(
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output.")] = False,
+) -> None:
+    """Show all methods: papers, fields, defaults, meaning."""
+    from precond_ref.compare.runs import constructors
+
+    entries = [described(name, make) for name, make in constructors().items()]
+    if json:
+        typer.echo(json_module.dumps(entries, indent=2))
+        return
+    for entry in entries:
+        typer.echo(f"{entry['name']}\n  {entry['about']}\n  {entry['paper']}")
+        for field in entry["fields"]:
+            head = field["name"] if field["required"] else f"{field['name']} = {field['default']!r}"
+            typer.echo(f"    {head:<22} {field['meaning']}")
+        typer.echo()
+
+
+def described(name: str, make: Callable[..., Method]) -> dict[str, Any]:
+    """What ``precond-ref list --json`` says of a method or a preset."""
+    from precond_ref.compare.runs import required
+
+    method = list_methods()[name.partition(".")[0]]
+    missing = required(make)
+    if missing:  # cannot be made: what it asks for
+        fields = {p.name: None if p.name in missing else p.default for p in inspect.signature(make).parameters.values()}
+        symbols = method.symbols
+    else:
+        made: Any = make()
+        fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+        symbols = made.symbols
+    return {
+        "name": name,
+        "about": " ".join(inspect.cleandoc(make.__doc__ or "").partition("\n\n")[0].split()).replace("::", "."),
+        "paper": method.paper,
+        "elementwise": method.elementwise,
+        "fields": [
+            {"name": field, "required": field in missing, "default": value, "meaning": symbols.get(field, "")}
+            for field, value in fields.items()
+        ],
+    }
+
+
+# ---- compare --------------------------------------------------------------------------------------------------------
+
+COMPARE_EXAMPLES = """\b
+Examples:
+  precond-ref compare
+  precond-ref compare --methods ASGO,Shampoo,Adam --steps 500 --seed 1
+  precond-ref compare --problem digits-autoencoder --lr ASGO=0.02 --lr Adam=0.01
+  precond-ref compare --backend jax --dtype float64 --json result.json --output curves.svg
+  precond-ref compare --tune --problem digits-mlp --methods ASGO
+
+\b
+Problems:
+""" + "\n".join(f"  {name:<20} {text}" for name, text in list_problems().items())
+
+
+def compare_command(
+    problem: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="One of the problems below.  [default: digits-mlp; with --tune: all]"),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Methods as `precond-ref list` names them.  [default: all that fit]"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of each run.  [default: the problem's]")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="First parameters and order of the batches.")] = 0,
+    backend: Annotated[str, typer.Option(metavar="numpy|cupy|torch|jax", help="Array library.")] = "numpy",
+    dtype: Annotated[str, typer.Option(metavar="float32|float64", help="Precision.")] = "float32",
+    lr: Annotated[
+        list[str] | None,
+        typer.Option("--lr", metavar="METHOD=VALUE", help="Learning rate instead of the recorded one; repeatable."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything, as JSON.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The figure; .png, .svg, .pdf, ...  [default: precond-ref-compare-PROBLEM.png]"
+        ),
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Repeat the grid search of the learning rates and record the best.")
+    ] = False,
+) -> None:
+    """Train all methods on one problem and show who wins.
+
+    The winner has the smallest loss on the whole training set after the last step. All start from the same
+    parameters and see the same batches. Each has its own learning rate: the best of a recorded grid search that
+    was the same for all. What a method does not take (biases, mostly) goes to Adam at the same rate.
+
+    Linear algebra runs on one thread unless OMP_NUM_THREADS says otherwise: the matrices are small.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy or PyTorch is imported
+    try:
+        from rich.console import Console
+
+        from precond_ref.compare import UsageError, prepare, report
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed: {EXTRA}")
+    try:
+        if tune:
+            if lr or json or output or (seed, backend, dtype) != (0, "numpy", "float32"):
+                fail("--tune takes only --problem, --methods and --steps")
+            tune_rates(problem, methods, steps)
+            return
+        comparison = prepare(
+            problem or "digits-mlp", methods=methods, steps=steps, seed=seed, backend=backend, dtype=dtype, lr=lr or ()
+        )
+        output = output or Path(f"precond-ref-compare-{comparison.problem.name}.png")
+        report.check_output(output)
+        for file in (output, json):
+            if file is not None and not file.absolute().parent.is_dir():
+                fail(f"there is no folder {file.parent} to write {file.name} to")
+        console = Console(highlight=False, markup=False, emoji=False)
+        console.print(report.heading(comparison), end="\n\n")
+        interrupted = not train(comparison)
+        if comparison.finished:
+            console.print(report.table(comparison), end="\n\n")
+            for line in report.notes(comparison):
+                console.print(line)
+            report.figure(comparison).savefig(output, dpi=120)
+            console.print(f"figure: {output}", soft_wrap=True)
+            if json is not None:
+                json.write_text(json_module.dumps(report.as_json(comparison), allow_nan=False) + "\n", encoding="utf-8")
+                console.print(f"JSON: {json}", soft_wrap=True)
+        if interrupted:
+            typer.echo(f"interrupted: {len(comparison.finished)} of {len(comparison.planned)} runs done", err=True)
+            raise typer.Exit(130)
+    except (UsageError, OSError) as error:
+        fail(error)
+
+
+def progress() -> Progress:
+    """A line on the error stream: what runs, a bar, a loss; nothing if that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def train(comparison: Comparison) -> bool:
+    """Train all with live progress; False if the user interrupted."""
+    count = len(comparison.planned)
+    with progress() as bar:
+        task = bar.add_task("", total=count * comparison.steps, loss="")
+
+        def on_run(run: Run) -> None:
+            done = len(comparison.finished)
+            name = f"{run.entrant.name} ({done + 1} of {count})"
+            bar.update(task, description=name, completed=done * comparison.steps)
+
+        try:
+            comparison.train(on_run, lambda loss: bar.update(task, advance=1, loss=f"loss {loss:.4g}"))
+        except KeyboardInterrupt:
+            return False
+    return True
+
+
+def tune_rates(problem: str | None, methods: str | None, steps: int | None) -> None:
+    """Search the learning rates on one problem, or on all for which there are data and methods that fit."""
+    from precond_ref.compare import UsageError, parse_methods
+
+    names = None if methods is None else parse_methods(methods)
+    if problem is not None:
+        tune_problem(problem, names, steps)
+        return
+    for name in list_problems():
+        try:
+            tune_problem(name, names, steps)
+        except UsageError as error:
+            typer.echo(f"{name}: skipped, {error}")
+
+
+def tune_problem(name: str, methods: list[str] | None, steps: int | None) -> None:
+    """Search the learning rates on one problem with live progress."""
+    from precond_ref.compare import tune
+
+    with progress() as bar:
+        task = bar.add_task(name, loss="")
+
+        def on_method(method: str, number: int, count: int) -> None:
+            text = f"{name}: {method} ({number} of {count})"
+            bar.update(task, description=text, completed=number - 1, total=count)
+
+        def on_rate(lr: float, loss: float) -> None:
+            bar.update(task, loss=f"lr {lr:.4g}, loss {loss:.4g}")
+
+        try:
+            found = tune(name, methods, steps, on_method=on_method, on_rate=on_rate)
+        except KeyboardInterrupt:
+            typer.echo("interrupted: the rates found so far are recorded", err=True)
+            raise typer.Exit(130) from None
+    rates = ", ".join(f"{method} {entry['lr']}" for method, entry in found["methods"].items())
+    typer.echo(f"{name}: {rates}")
+
+
+if __name__ == "__main__":
+    main()

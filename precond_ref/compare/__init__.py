@@ -1,0 +1,79 @@
+"""Every method that fits, on one problem, side by side: what ``precond-ref compare`` runs.
+
+    comparison = compare.prepare("digits-mlp", methods="ASGO,Adam", steps=100)
+    comparison.train()
+    best = comparison.ranked[0]
+
+All start from the same parameters and see the same batches in the same order. A parameter that a method does not
+take is updated by `Adam` at the method's learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from precond_ref.compare.rates import parse_rates, planned, tune
+from precond_ref.compare.runs import Run, Trainer, UsageError, choose, load_problem, parse_methods
+from precond_ref.problems import Problem
+
+__all__ = ["Comparison", "Run", "UsageError", "parse_methods", "prepare", "tune"]
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """A problem, its runs, and how they are made."""
+
+    problem: Problem
+    backend: str
+    steps: int
+    planned: list[Run]
+    """In the order of training, with learning rates, not yet trained."""
+    left_out: Mapping[str, str]
+    """Why a method does not take part, by name."""
+    finished: list[Run] = field(default_factory=list)
+    """Runs done, in the order of training."""
+
+    def train(self, on_run: Callable[[Run], Any] | None = None, on_step: Callable[[float], Any] | None = None) -> None:
+        """Train all; ``on_run`` is called before each run, ``on_step`` with each batch loss."""
+        trainer = Trainer(self.problem, self.backend)
+        for run in self.planned:
+            if on_run is not None:
+                on_run(run)
+            self.finished.append(trainer.train(run, self.steps, on_step=on_step))
+
+    @property
+    def ranked(self) -> list[Run]:
+        """Runs done, smallest final training loss first, diverged ones last."""
+        return sorted(self.finished, key=lambda run: (run.diverged, 0.0 if run.diverged else run.final_loss))
+
+
+def prepare(
+    problem: str = "digits-mlp",
+    *,
+    methods: str | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    backend: str = "numpy",
+    dtype: str = "float32",
+    lr: Sequence[str] = (),
+) -> Comparison:
+    """A comparison ready to train; arguments as on the command line, UsageError if they cannot be met."""
+    names = None if methods is None else parse_methods(methods)
+    loaded = load_problem(problem, backend, dtype, seed)
+    steps = loaded.default_steps if steps is None else steps
+    if steps < 1:
+        raise UsageError(f"--steps must be at least 1, got {steps}")
+    entrants, left_out = choose(loaded, names)
+    if names is not None and left_out:
+        refused = ", ".join(f"{name} {reason}" for name, reason in left_out.items())
+        fitting = ", ".join(entrant.name for entrant in choose(loaded)[0])
+        raise UsageError(f"on {problem}, {refused}; without --methods there run {fitting}")
+    return Comparison(
+        problem=loaded,
+        backend=backend,
+        steps=steps,
+        planned=planned(problem, entrants, parse_rates(lr, entrants)),
+        left_out=left_out,
+    )

@@ -1,0 +1,165 @@
+"""Learning rates: one grid search for every method, recorded in a file that says all it saw.
+
+The search is the same for all: each method trains at each rate of `GRID` from each of `SEEDS`; a rate is worth
+the mean over the seeds of the *end loss*, the mean of the last tenth of the batch losses; if the best rate is
+the smallest or largest tried, the grid goes on by half decades until it is not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from precond_ref import problems
+from precond_ref.compare.runs import Entrant, Run, Trainer, UsageError, choose, constructors, load_problem
+
+FILE = Path(problems.__file__).with_name("learning_rates.json")
+"""What `record` reads and `tune` writes."""
+
+FALLBACK = 0.01
+"""Rate of a method for which none is recorded."""
+
+GRID = range(-8, 2)
+"""Half decades that every method tries: 1e-4 to 3.162."""
+LIMITS = (-16, 10)
+"""Where widening ends: 1e-8 and 1e5."""
+SEEDS = (101, 102)
+"""Seeds of the search."""
+MOST_STEPS = 300
+"""Steps of a search where none is recorded: the problem's default, at most this."""
+
+
+def rate(half_decades: int) -> float:
+    """10^(half_decades / 2) with four digits."""
+    return float(f"{10 ** (half_decades / 2):.4g}")
+
+
+def record(file: Path | None = None) -> dict[str, Any]:
+    """All searches by problem; empty if there is no file."""
+    file = FILE if file is None else file
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def parse_rates(texts: Sequence[str], entrants: Sequence[Entrant]) -> dict[str, float]:
+    """Learning rates from ``METHOD=VALUE``, by the name of the method."""
+    names = {entrant.name.lower(): entrant.name for entrant in entrants}
+    rates = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            lr = float(value)
+        except ValueError:
+            lr = math.nan
+        if not 0 <= lr < math.inf:
+            raise UsageError(f"--lr wants METHOD=VALUE with a finite value >= 0, such as Adam=0.01, got {text}")
+        key = name.strip().lower()
+        if key not in names:
+            raise UsageError(f"--lr {text}: {name} does not take part; there are {', '.join(names.values())}")
+        rates[names[key]] = lr
+    return rates
+
+
+def planned(problem: str, entrants: Sequence[Entrant], given: Mapping[str, float]) -> list[Run]:
+    """A run for each entrant, not yet trained, at the rate given, else recorded, else `FALLBACK`."""
+    methods = record().get(problem, {}).get("methods", {})
+    runs = []
+    for entrant in entrants:
+        recorded = methods.get(entrant.name, {}).get("lr")
+        if entrant.name in given:
+            lr, source = given[entrant.name], "given"
+        elif recorded is not None:
+            lr, source = recorded, "recorded"
+        else:
+            lr, source = FALLBACK, "fallback"
+        runs.append(Run(entrant=entrant, lr=lr, lr_source=source))
+    return runs
+
+
+def end_loss(losses: Sequence[float]) -> float:
+    """Mean of the last tenth of the batch losses; infinite for a run that ended in a loss that is not finite."""
+    tail = losses[-max(1, len(losses) // 10) :]
+    mean = sum(tail) / len(tail)
+    return mean if math.isfinite(mean) else math.inf
+
+
+def search(measure: Callable[[float], list[float]]) -> dict[str, Any]:
+    """The best rate for ``measure``, which gives one end loss per seed, and all that was seen."""
+    seen = {k: measure(rate(k)) for k in GRID}
+    while True:
+        best = min(seen, key=lambda k: sum(seen[k]))
+        following = best - 1 if best == min(seen) else best + 1
+        if following in seen or not LIMITS[0] <= following <= LIMITS[1]:
+            break
+        if not math.isfinite(sum(seen[best])):
+            break
+        seen[following] = measure(rate(following))
+    rows = sorted(seen.items())
+    return {
+        "lr": rate(best) if math.isfinite(sum(seen[best])) else None,
+        "rates": [rate(k) for k, _ in rows],
+        "losses": [[float(f"{x:.5g}") if math.isfinite(x) else None for x in losses] for _, losses in rows],
+    }
+
+
+def tune(
+    problem: str,
+    names: Sequence[str] | None = None,
+    steps: int | None = None,
+    *,
+    on_method: Callable[[str, int, int], Any] | None = None,
+    on_rate: Callable[[float, float], Any] | None = None,
+) -> dict[str, Any]:
+    """Search the rates of the methods (default: all that fit) on ``problem`` and write each into `FILE` when found.
+
+    ``steps`` is by default what the recorded search took. ``on_method`` gets name, number and count at each
+    method's start, ``on_rate`` each rate and its mean end loss. Returns the problem's part of the record.
+    """
+    trainers = [Trainer(load_problem(problem, "numpy", "float32", seed), "numpy") for seed in SEEDS]
+    first = trainers[0].problem
+    entrants, left_out = choose(first, names)
+    if not entrants:
+        reasons = ", ".join(f"{name} {reason}" for name, reason in left_out.items())
+        raise UsageError(f"nothing to tune on {problem}: {reasons}")
+    old = record().get(problem, {})
+    if steps is None:
+        steps = old.get("steps", min(first.default_steps, MOST_STEPS))
+    part: dict[str, Any] = {"steps": steps, "seeds": [*SEEDS], "batch_size": first.batch_size, "dtype": "float32"}
+    same = all(old.get(key) == value for key, value in part.items())
+    if old and names is not None and not same:
+        was = ", ".join(f"{key} {value}" for key, value in old.items() if key != "methods")
+        raise UsageError(f"{problem} was searched with {was}; to change that, search all methods, without --methods")
+    part["methods"] = {name: entry for name, entry in old.get("methods", {}).items() if same and name in constructors()}
+    for number, entrant in enumerate(entrants, start=1):
+        if on_method is not None:
+            on_method(entrant.name, number, len(entrants))
+
+        def measure(lr: float, entrant: Entrant = entrant) -> list[float]:
+            runs = [Run(entrant=entrant, lr=lr, lr_source="given") for _ in trainers]
+            losses = [
+                end_loss(trainer.train(run, steps, curves=False).batch_losses)
+                for trainer, run in zip(trainers, runs, strict=True)
+            ]
+            if on_rate is not None:
+                on_rate(lr, sum(losses) / len(losses))
+            return losses
+
+        part["methods"][entrant.name] = {"fields": repr(entrant.method), **search(measure)}
+        write({**record(), problem: part})
+    return part
+
+
+def write(content: Mapping[str, Any]) -> None:
+    """Write `FILE`, one line for each method."""
+    parts = []
+    for problem, part in sorted(content.items()):
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in part.items() if key != "methods"]
+        methods = sorted(part["methods"].items())
+        rows = ",\n".join(f"   {json.dumps(name)}: {json.dumps(entry, allow_nan=False)}" for name, entry in methods)
+        lines.append(f'  "methods": {{\n{rows}\n  }}')
+        parts.append(f" {json.dumps(problem)}: {{\n" + ",\n".join(lines) + "\n }")
+    new = FILE.with_suffix(".new")
+    new.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    new.replace(FILE)  # at once: an interruption leaves the old file or the new one

@@ -1,0 +1,263 @@
+"""Training runs: which methods take part in a comparison, and what is measured of each."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from precond_ref import problems
+from precond_ref.optimizer import Optimizer
+from precond_ref.problems import Problem
+from precond_ref.protocol import Method, list_methods
+
+BACKENDS = {"numpy": "cli", "cupy": "cuda12", "torch": "torch", "jax": "jax"}
+"""Array libraries by name, with the extra that installs each."""
+
+SMALLEST_SHARE = 0.1
+"""A method that takes a smaller share of the entries takes part only if it is named: it would be Adam."""
+
+LARGEST_STATE = 200
+"""A method with a larger state, relative to the parameters, takes part only if it is named: it would take minutes."""
+
+SKETCH_SIZE = 16
+"""Value of a field ``size`` that has no default."""
+
+CURVE_POINTS = 40
+"""Steps between the first and the last at which the whole training and test sets are looked at, about."""
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done; the message is one line that says what can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrant:
+    """A method that takes part."""
+
+    name: str
+    """As in ``--methods``."""
+    method: Method
+    chosen: dict[str, Any]
+    """Fields that do not have their defaults, see `arguments`."""
+    to_adam: tuple[str, ...]
+    """Paths of the parameters that the method does not take and `Adam` updates."""
+    share: float
+    """Entries in the parameters that the method takes, of all entries."""
+    state_bytes_per_parameter: float
+    """Bytes of the arrays in the optimizer's state, per entry of the parameters."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What one training run gave; losses and metrics are NaN or infinite where they were."""
+
+    entrant: Entrant
+    lr: float
+    lr_source: str
+    """"given", "recorded" or "fallback"."""
+    batch_losses: list[float] = field(default_factory=list)
+    """Loss of each step's batch, before the step."""
+    steps: list[int] = field(default_factory=list)
+    """Steps done at the points of the two curves below."""
+    train_losses: list[float] = field(default_factory=list)
+    """Loss on the whole training set."""
+    metrics: list[float] = field(default_factory=list)
+    """The problem's metric."""
+    step_ms: list[float] = field(default_factory=list)
+    """Time of each of the optimizer's steps alone; the first, which may compile, only if there is no other."""
+
+    @property
+    def final_loss(self) -> float:
+        """Loss on the whole training set after the last step done."""
+        return self.train_losses[-1]
+
+    @property
+    def final_metric(self) -> float:
+        """The problem's metric after the last step done."""
+        return self.metrics[-1]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss was not finite: the run ended there."""
+        return not (math.isfinite(self.final_loss) and all(map(math.isfinite, self.batch_losses)))
+
+    @property
+    def median_ms(self) -> float:
+        """Median time of the optimizer's step, without loss and gradient."""
+        times = sorted(self.step_ms)
+        return (times[(len(times) - 1) // 2] + times[len(times) // 2]) / 2
+
+
+# ---- who takes part -------------------------------------------------------------------------------------------------
+
+
+def constructors() -> dict[str, Callable[..., Method]]:
+    """Every method of the registry, and after it its presets, such as ``ASGO.theory``."""
+    found: dict[str, Callable[..., Method]] = {}
+    for name, method in list_methods().items():
+        found[name] = method
+        found.update({f"{name}.{preset}": getattr(method, preset) for preset in method.presets})
+    return found
+
+
+def required(make: Callable[..., Method]) -> list[str]:
+    """Arguments without a default."""
+    return [p.name for p in inspect.signature(make).parameters.values() if p.default is p.empty]
+
+
+def arguments(make: Callable[..., Method], samples: int | None) -> dict[str, Any]:
+    """What a comparison calls ``make`` with: a ``size`` if it has no default, and the ``batch_size``.
+
+    The batch size is the problem's, not the method's to choose: the number of samples whose mean the loss is.
+    """
+    chosen: dict[str, Any] = {"size": SKETCH_SIZE} if "size" in required(make) else {}
+    if samples is not None and "batch_size" in inspect.signature(make).parameters:
+        chosen["batch_size"] = float(samples)
+    return chosen
+
+
+def parse_methods(text: str) -> list[str]:
+    """Names of methods from a list with commas, in any case of letters."""
+    known = {name.lower(): name for name in constructors()}
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [word for word in words if word.lower() not in known]
+    if unknown or not words:
+        what = f"no method is called {', '.join(unknown)}" if unknown else "no method is named"
+        raise UsageError(f"{what}; there are {', '.join(known.values())}")
+    return [known[word.lower()] for word in words]
+
+
+def choose(problem: Problem, names: Collection[str] | None = None) -> tuple[list[Entrant], dict[str, str]]:
+    """Methods that take part in ``problem``, and why the others do not, by name.
+
+    With ``names``, of those. A method must take at least one of the parameters; without ``names``, it must also keep
+    to `SMALLEST_SHARE` and `LARGEST_STATE`.
+    """
+    params = problem.init()
+    sizes = {path: math.prod(array.shape) for path, array in params.items()}
+    total = sum(sizes.values())
+    samples = problem.batch_size or (problem.train[0].shape[0] if problem.train else None)
+    entrants, left_out = [], {}
+    for name, make in constructors().items():
+        if names is not None and name not in names:
+            continue
+        chosen = arguments(make, samples)
+        missing = [field for field in required(make) if field not in chosen]
+        if missing:
+            left_out[name] = f"has no default for {', '.join(missing)}"
+            continue
+        method = make(**chosen)
+        to_adam = tuple(path for path, array in params.items() if method.for_shape(tuple(array.shape), path) is None)
+        share = 1.0 - sum(sizes[path] for path in to_adam) / total
+        state = array_bytes(Optimizer(method).init(params))
+        relative = state / array_bytes(tuple(params.values()))
+        if len(to_adam) == len(params):
+            left_out[name] = "takes none of the parameters"
+        elif names is None and share < SMALLEST_SHARE:
+            left_out[name] = f"takes {share:.1%} of the entries, runs only if --methods names it"
+        elif names is None and relative > LARGEST_STATE:
+            left_out[name] = f"keeps {relative:.0f} numbers per entry, runs only if --methods names it"
+        else:
+            entrants.append(
+                Entrant(
+                    name=name,
+                    method=method,
+                    chosen=chosen,
+                    to_adam=to_adam,
+                    share=share,
+                    state_bytes_per_parameter=state / total,
+                )
+            )
+    return entrants, left_out
+
+
+def array_bytes(tree: Any) -> int:
+    """Bytes of all arrays in nested tuples."""
+    if isinstance(tree, tuple):
+        return sum(map(array_bytes, tree))
+    return int(getattr(tree, "nbytes", 0))
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def load_problem(name: str, backend: str, dtype: str, seed: int) -> Problem:
+    """The problem with its arrays in the library ``backend``; UsageError if one of the four is not to be had."""
+    if backend not in BACKENDS:
+        raise UsageError(f"no backend is called {backend}; there are {', '.join(BACKENDS)}")
+    try:
+        library = importlib.import_module("jax.numpy" if backend == "jax" else backend)
+    except ImportError as error:
+        raise UsageError(
+            f'the backend {backend} is not installed: pip install "precond-ref[{BACKENDS[backend]}]"'
+        ) from error
+    if backend == "cupy" and not library.is_available():
+        raise UsageError("the backend cupy finds no GPU")
+    if backend == "jax" and dtype == "float64":
+        importlib.import_module("jax").config.update("jax_enable_x64", True)
+    try:
+        return problems.load(name, xp=library, dtype=dtype, seed=seed)
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from error
+
+
+class Trainer:
+    """A problem with its functions, which are compiled if the library is JAX."""
+
+    def __init__(self, problem: Problem, backend: str) -> None:
+        self.problem = problem
+        self._compile: Callable[[Any], Any] = lambda function: function
+        self._wait: Callable[[Any], Any] = lambda arrays: arrays
+        if backend == "jax":
+            jax = importlib.import_module("jax")
+            self._compile, self._wait = jax.jit, jax.block_until_ready
+        elif backend == "cupy":
+            stream = importlib.import_module("cupy").cuda.get_current_stream()
+            self._wait = lambda arrays: stream.synchronize()
+        self._loss_and_grad = self._compile(problem.loss_and_grad)
+        self._loss = self._compile(problem.loss)
+        self._metric = self._compile(problem.metric)
+
+    def train(self, run: Run, steps: int, *, curves: bool = True, on_step: Callable[[float], Any] | None = None) -> Run:
+        """Train ``steps`` steps, or up to the first loss that is not finite, and fill ``run``.
+
+        ``curves=False`` leaves out the whole training and test sets; ``on_step`` is called with each batch loss.
+        """
+        import numpy as np
+
+        optimizer = Optimizer(run.entrant.method, lr=run.lr)
+        update = self._compile(optimizer.step)
+        params = self.problem.init()
+        state = optimizer.init(params)
+        every = max(1, steps // CURVE_POINTS)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # a diverged run says so itself
+            if curves:
+                self._look(run, params)
+            for step in range(steps):
+                loss, grads = self._loss_and_grad(params, self.problem.batch(step))
+                run.batch_losses.append(float(loss))
+                if on_step is not None:
+                    on_step(run.batch_losses[-1])
+                if not math.isfinite(run.batch_losses[-1]):
+                    break
+                self._wait(grads)
+                start = time.perf_counter()
+                params, state = update(params, grads, state)
+                self._wait(params)
+                run.step_ms.append(1e3 * (time.perf_counter() - start))
+                if curves and (step + 1) % every == 0:
+                    self._look(run, params)
+            if curves and run.steps[-1] != len(run.step_ms):
+                self._look(run, params)
+        del run.step_ms[: len(run.step_ms) > 1]
+        return run
+
+    def _look(self, run: Run, params: Any) -> None:
+        run.steps.append(len(run.step_ms))
+        run.train_losses.append(float(self._loss(params, self.problem.train or None)))
+        run.metrics.append(float(self._metric(params)))

@@ -1,0 +1,155 @@
+"""``compile=True``: the same numbers from one graph (two with ``every > 1``), none compiled after the first steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from configs import CONFIGS, LOUD, Config
+from torch._dynamo.utils import counters
+from torch_adapter_cases import ONE_EACH, by_core, distance, feed, forced, parameters, recorded
+
+import precond_ref as pr
+import precond_ref_torch as pt
+from precond_ref_torch import buckets
+
+torch.set_num_threads(1)
+BACKEND = "eager"  # the same graph, run as it is; "aot_eager" also takes out the writing in place
+QUICK = {f"{name}-{next(iter(variants))}" for name, variants in LOUD.items()}
+QUICK |= {name for name, config in CONFIGS.items() if getattr(config.method, "every", 1) > 1}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def check_compiled(config: Config, backend: str = BACKEND) -> None:
+    every = getattr(config.method, "every", 1)
+    start, grads = recorded([config.shape] * 2, 2 * every + 3)
+    params = parameters(start)
+    opt = pt.Optimizer(params, **forced(config.method, lr=0.125, compile=backend))
+    feed(opt, params, grads[: every + 1])
+    expected = 1 if every == 1 else 2
+    assert graphs() == expected
+    opt.param_groups[0]["lr"] = 0.25
+    feed(opt, params, grads[every + 1 :])
+    assert graphs() == expected, "compiled again"
+    eager = parameters(start)
+    other = pt.Optimizer(eager, **forced(config.method, lr=0.125))
+    feed(other, eager, grads[: every + 1])
+    other.param_groups[0]["lr"] = 0.25
+    feed(other, eager, grads[every + 1 :])
+    # scalars are 0-D float64 tensors: the same numbers, other roundings of products with them
+    assert distance(params, eager) <= 1e-13
+
+
+@pytest.mark.parametrize("name", sorted(QUICK))
+def test_compiled_updates(name: str) -> None:
+    check_compiled(CONFIGS[name], "aot_eager" if name in ("AGD-default", "ASGO-every") else BACKEND)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_compiled_updates(name: str) -> None:
+    check_compiled(CONFIGS[name], "aot_eager")
+
+
+def _numbers_in_graph(self: Any, grad: Any, param: Any, step: int, scalars: Any, backend: Any, kernels: Any) -> Any:
+    """The mistake of handing the step's scalars over as Python numbers."""
+    kernel = kernels.setdefault(self.kernel_key, buckets._kernel(self.method, backend))
+    state = buckets.states.fill(self.template, iter(self.arrays), 0)
+    return kernel(grad, state, param, scalars, buckets.states.due(self.method, step))
+
+
+@pytest.mark.parametrize("name", ["AGD-default", "Adam-default"])
+def test_check_catches_numbers_in_the_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets.Bucket, "_compiled", _numbers_in_graph)
+    with pytest.raises(AssertionError, match="compiled again|assert [23] == 1"):
+        check_compiled(CONFIGS[name])
+
+
+def test_check_catches_a_root_renewed_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets.states, "due", lambda method, step: True)
+    with pytest.raises(AssertionError):
+        check_compiled(CONFIGS["ASGO-every"])
+
+
+def test_more_shapes_than_graphs_of_one_function() -> None:
+    """PyTorch compiles one function at most eight times; each shape has a function of its own."""
+    shapes: list[tuple[int, ...]] = [(3, n) for n in range(2, 12)]
+    start, grads = recorded(shapes, 2)
+    params = parameters(start)
+    method = ONE_EACH["DASGO"].method
+    feed(pt.Optimizer(params, method, lr=0.125, compile=BACKEND), params, grads)
+    assert graphs() == len(shapes)
+    assert distance(params, by_core(method, start, grads, 0.125)) <= 1e-12
+
+
+def test_missing_gradients_compile_once_more() -> None:
+    """Buffers of other sizes: one more graph, for any size."""
+    method = ONE_EACH["AGD"].method
+    start, grads = recorded([(4, 3)] * 5, 8)
+    for step in (2, 3, 5):
+        for i in range(step % 4 + 1):
+            grads[step][i] = None
+    params = parameters(start)
+    feed(pt.Optimizer(params, method, lr=0.125, compile=BACKEND), params, grads)
+    assert graphs() == 2
+    assert distance(params, by_core(method, start, grads, 0.125)) <= 1e-13
+
+
+def test_low_precision_and_checkpoints() -> None:
+    config = CONFIGS["Shampoo-every"]
+    start, grads = recorded([config.shape] * 2, 6, torch.bfloat16)
+    params = parameters(start)
+    opt = pt.Optimizer(params, **forced(config.method, lr=0.125, compile=BACKEND))
+    feed(opt, params, grads[:4])
+    again = parameters([p.detach() for p in params])
+    other = pt.Optimizer(again, **forced(config.method))
+    other.load_state_dict(opt.state_dict())
+    feed(opt, params, grads[4:])
+    feed(other, again, grads[4:])
+    assert other.param_groups[0]["compile"] == BACKEND
+    assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
+    assert {v.dtype for k, v in opt.state[params[0]].items() if k != "step"} == {torch.float32}
+
+
+@pytest.mark.deep
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_speed_of_agd_against_adamw() -> None:
+    """100 matrices of 64 x 64 on one thread: prints the ratios to `torch.optim.AdamW(foreach=True)`."""
+
+    def matrices() -> list[Any]:
+        params = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(100)]
+        for p in params:
+            p.grad = torch.randn(64, 64)
+        return params
+
+    def seconds(opt: Any) -> float:
+        best = float("inf")
+        for _ in range(20):
+            start = time.process_time()
+            for _ in range(5):
+                opt.step()
+            best = min(best, time.process_time() - start)
+        return best
+
+    adamw = torch.optim.AdamW(matrices(), lr=1e-4, weight_decay=0.0, foreach=True)
+    eager, compiled = pt.AGD(matrices(), lr=1e-4), pt.AGD(matrices(), lr=1e-4, compile=True)
+    for opt in (adamw, eager, compiled):
+        opt.step()
+    base = seconds(adamw)
+    ratios = {"eager": seconds(eager) / base, "compiled": seconds(compiled) / base}
+    print(f"\nAGD / AdamW foreach, torch {torch.__version__}, precond_ref {pr.__version__}: {ratios}")
+    assert ratios["compiled"] < 1

@@ -1,0 +1,101 @@
+"""DDP and FSDP2 with two and three gloo processes, started once for each number."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from torch_adapter_cases import FSDP, ONE_EACH
+
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("PyTorch was built without gloo", allow_module_level=True)
+
+worlds = pytest.mark.parametrize("world", [2, 3])
+
+
+@lru_cache
+def outcome(world: int) -> list[Any] | str:
+    """What each rank saw, or what they printed if one failed."""
+    worker = Path(__file__).with_name("torch_worker.py")
+    with TemporaryDirectory() as folder:
+        started = [
+            subprocess.Popen(
+                [sys.executable, str(worker), str(rank), str(world), folder],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        try:
+            printed = [process.communicate(timeout=120)[0] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        if any(process.returncode for process in started):
+            return "\n".join(printed)
+        return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(world)]
+
+
+def run(world: int) -> list[Any]:
+    seen = outcome(world)
+    assert not isinstance(seen, str), seen
+    return seen
+
+
+@worlds
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_ddp_parameters_are_equal_to_the_bit(world: int, name: str) -> None:
+    first, *others = [seen["ddp"][name] for seen in run(world)]
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@worlds
+@pytest.mark.parametrize("name", FSDP)
+def test_fsdp_updates_whole_matrices(world: int, name: str) -> None:
+    assert max(seen["fsdp"][name] for seen in run(world)) <= 1e-12
+
+
+@worlds
+def test_other_layouts_and_missing_gradients(world: int) -> None:
+    assert max(seen["replicated"] for seen in run(world)) <= 1e-12
+    assert max(seen["mixed"] for seen in run(world)) <= 1e-12
+    assert max(seen["columns"] for seen in run(world)) <= 1e-12
+    assert max(seen["skipping"] for seen in run(world)) <= 1e-12
+
+
+@worlds
+def test_the_check_catches_updates_per_shard(world: int) -> None:
+    assert min(seen["per shard"] for seen in run(world)) > 1e-3
+
+
+@worlds
+def test_each_matrix_is_updated_once(world: int) -> None:
+    seen = [s["work"] for s in run(world)]
+    assert sorted(size for s in seen for size in s["updated"]) == [3, 3, 6, 6, 6, 6]
+    assert sum(s["kept"] for s in seen) == 6
+    loads = [sum(size**3 for size in s["updated"]) for s in seen]
+    assert max(loads) <= min(loads) + 6**3
+
+
+@worlds
+@pytest.mark.parametrize("name", ["AGD", "ASGO", "Shampoo"])
+def test_fsdp_resumes_with_the_same_bits(world: int, name: str) -> None:
+    assert all(seen["resumed"][name][0] for seen in run(world))
+    if name == "AGD":
+        assert all(seen["resumed"][name][1] for seen in run(world))
+
+
+@worlds
+def test_a_checkpoint_of_another_rank_is_refused(world: int) -> None:
+    messages = [seen["foreign"] for seen in run(world)]
+    assert "has step for parameter 0, ASGO keeps step, m, gram" in messages[0]
+    assert not any(messages[1:])
