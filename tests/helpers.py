@@ -40,4 +40,4 @@ def leaves(state: Any) -> list[Any]:
 def distance(a: np.ndarray, b: np.ndarray) -> float:
     """Largest normwise relative difference over the steps."""
     gaps = [np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-300) for x, y in zip(a, b, strict=True)]
-    return max(gaps)
+    return float(np.max(gaps))  # unlike max, NaN where there is one

@@ -34,6 +34,7 @@ from precond_ref.protocol import (
     check_choice,
     check_int,
     check_real,
+    is_python_number,
     is_zero,
 )
 
@@ -451,7 +452,8 @@ class Shampoo(Method):
         due = is_due(state.step, self.every, refresh)
         order = len(state.grams)
         stack = param.ndim - order
-        weight = 1.0 if self._is_sum() else 1.0 - self.beta2
+        weight = 1.0 - self.beta2  # of the new term; 1 in a sum
+        weight = (weight or 1.0) if is_python_number(weight) else xp.where(weight == 0, 1.0, weight)
         grams, kept, direction = [], [], grad
         for i, old in enumerate(state.grams):
             d = param.shape[stack + i]

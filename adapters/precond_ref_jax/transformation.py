@@ -1,0 +1,361 @@
+"""A method of the core as an optax transformation: trees, routing, dtypes, stacking and sharding; no mathematics."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from optax._src.base import NO_PARAMS_MSG  # not exported, but the message that users of optax know
+
+from precond_ref.methods.baselines import Adam
+from precond_ref.protocol import Array, Method, is_zero
+from precond_ref_jax import OPTIONS
+
+Tree = Any
+
+
+class ScaleByState(NamedTuple):
+    """State of every transformation of this package."""
+
+    count: Array
+    """Updates done, int32 of shape ()."""
+    statistics: Any
+    """The method's own state, whose ``step`` is None (it is ``count``) and whose other fields are trees like the
+    parameters, with an ``optax.MaskedNode`` for each parameter that the method does not take."""
+    fallback: Any
+    """State of the transformation of those parameters; None where there is no such transformation."""
+
+
+def scale_by(
+    method: Method,
+    *,
+    takes: Callable[[str, Array], bool] | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of ``method`` in place of the gradient; ``optax.scale_by_learning_rate`` makes a step of it.
+
+    Arguments:
+        takes: ``(path, array) -> bool``, which parameters get ``method``, instead of its own rule ``method.takes``.
+            Paths join keys by "/".
+        fallback: transformation of the other parameters; the default is `precond_ref.Adam`.
+        dtype: of statistics and arithmetic; the default is the parameter's, but float32 at least (unless the method
+            has ``narrow_state=True``). Updates always come out in the parameter's dtype.
+
+    ``update`` needs ``params`` if the method decays weights itself. Parameters of one shape are stacked for the update.
+    Errors: ValueError or TypeError, with the path, for arrays that the method refuses or that do not fit together.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method such as precond_ref.ASGO(), got {method!r}")
+    if takes is not None and not callable(takes):
+        raise TypeError(f"takes must be a callable (path, array) -> bool or None, got {takes!r}")
+    if fallback is not None and not isinstance(fallback, optax.GradientTransformation):
+        raise TypeError(f"fallback must be an optax.GradientTransformation or None, got {fallback!r}")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a real floating dtype or None, got {dtype!r}")
+    fields = method.state_type._fields[1:]
+    if fallback is None and not (method.elementwise and takes is None):
+        fallback = scale_by(Adam(), dtype=dtype)
+
+    def route(path: str, leaf: Any) -> Method | None:
+        if leaf is None:
+            return None
+        default = method.for_shape(np.shape(leaf), path)
+        if takes is None:
+            return default
+        return (default or method) if takes(path, leaf) else None
+
+    def is_other(path: Any, leaf: Any) -> bool:
+        return route(_name(path), leaf) is None
+
+    others = fallback and optax.masked(
+        fallback, lambda tree: jax.tree_util.tree_map_with_path(is_other, tree, is_leaf=_is_none)
+    )
+
+    def init(params: Tree) -> ScaleByState:
+        names, leaves, treedef = _flatten(params)
+        states = []
+        for name, leaf in zip(names, leaves, strict=True):
+            chosen = route(name, leaf)
+            if chosen is None:
+                states.append(dict.fromkeys(fields, None if leaf is None else optax.MaskedNode()))
+                continue
+            with _named(name):
+                p = _real(chosen, leaf)
+                state = chosen.init(p.astype(_dtype(chosen, p.dtype, dtype)))._replace(step=None)
+            states.append(state._asdict())
+        if leaves:
+            trees = {field: treedef.unflatten([state[field] for state in states]) for field in fields}
+        else:  # also what optax.tree.map_params asks, to learn where copies of the parameters are
+            alike = _like_params(method)
+            trees = {field: params if field in alike else jnp.zeros((), jnp.int32) for field in fields}
+        statistics = method.state_type(step=None, **trees)
+        state = ScaleByState(jnp.zeros((), jnp.int32), statistics, others and others.init(params))
+        arrays = [jnp.asarray(leaf) for leaf in leaves if leaf is not None]
+        return jax.tree.map(lambda x: _on_mesh(x, arrays[0]), state) if arrays else state
+
+    def update(updates: Tree, state: ScaleByState, params: Tree = None, **extra_args: Any) -> tuple[Tree, ScaleByState]:
+        if params is None and not is_zero(getattr(method, "weight_decay", 0.0)):
+            raise ValueError(NO_PARAMS_MSG)
+        if not isinstance(state, ScaleByState) or not isinstance(state.statistics, method.state_type):
+            raise TypeError(f"state must be what init of {type(method).__name__} returned, got {type(state).__name__}")
+        names, grads, treedef = _flatten(updates)
+        values = grads if params is None else _up_to("params", treedef, params)
+        columns = [_up_to(f"state.statistics.{f}", treedef, getattr(state.statistics, f)) for f in fields if grads]
+        groups: dict[Any, tuple[Method, list[_Member]]] = {}
+        for i, (name, g, p) in enumerate(zip(names, grads, values, strict=True)):
+            chosen = route(name, g)
+            if chosen is not None:
+                old = method.state_type(None, *(column[i] for column in columns))
+                member = _member(chosen, i, name, g, p, old)
+                groups.setdefault(_label(chosen, member), (chosen, []))[1].append(member)
+
+        outputs, new_fallback = list(grads), None
+        if others:
+            transformed, new_fallback = others.update(updates, state.fallback, params, **extra_args)
+            outputs = treedef.flatten_up_to(transformed)
+        scalars: dict[Any, Any] = {}  # computed once, whatever the number of parameters
+        for chosen, members in groups.values():
+            for member, direction, new in _run(chosen, members, state.count, dtype, scalars):
+                outputs[member.at] = direction
+                for column, value in zip(columns, new[1:], strict=True):
+                    column[member.at] = value
+        statistics = method.state_type(None, *map(treedef.unflatten, columns)) if grads else state.statistics
+        count = optax.safe_increment(state.count)
+        return treedef.unflatten(outputs), ScaleByState(count, statistics, new_fallback)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# ---- groups of parameters -------------------------------------------------------------------------------------------
+
+
+class _Member(NamedTuple):
+    """One parameter of an update."""
+
+    at: int
+    name: str
+    grad: Array
+    param: Array
+    state: Any
+
+
+def _member(method: Method, at: int, name: str, grad: Any, param: Any, state: Any) -> _Member:
+    with _named(name):
+        g, p = _real(method, grad), _real(method, param)
+        if g.shape != p.shape:
+            raise ValueError(f"the update must have its parameter's shape {p.shape}, got {g.shape}")
+    return _Member(at, name, g, p, state)
+
+
+def _label(method: Method, member: _Member) -> Any:
+    """What members of one stack have in common; elementwise methods gain nothing from stacking under ``jit``."""
+    if method.elementwise:
+        return member.at
+    shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(member.state))
+    return _identity(method), member.grad.shape, member.param.dtype, shapes
+
+
+def _run(
+    method: Method, members: list[_Member], count: Array, wanted: Any, scalars: dict[Any, Any]
+) -> Iterator[tuple[_Member, Array, Any]]:
+    """Each member with its direction, in its parameter's dtype, and its new state."""
+    dtype = _dtype(method, members[0].param.dtype, wanted)
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    # In the arithmetic's dtype, so that they promote nothing.
+    arrays = {name: jnp.asarray(value, dtype) for name, value in fields.items() if hasattr(value, "dtype")}
+
+    def bound(arrays: dict[str, Array]) -> Method:
+        return method.replace(**arrays) if arrays else method
+
+    label = (_identity(method), dtype)
+    if label not in scalars:
+        scalars[label] = bound(arrays).scalars(count + 1, like=jnp.zeros((), dtype))
+
+    # All arrays are arguments: with Explicit axes nothing may be closed over.
+    def run(shared: Any, grads: Any, params: Any, states: Any) -> tuple[list[Array], list[Any]]:
+        count, scalars, arrays = shared
+        triples = [(g.astype(dtype), p.astype(dtype), s) for g, p, s in zip(grads, params, states, strict=True)]
+        stacked = len(triples) > 1
+        g, p, state = jax.tree.map(lambda *xs: jnp.stack(xs), *triples) if stacked else triples[0]
+        direction, new = bound(arrays).update(g, state._replace(step=count), p, scalars=scalars, xp=jnp)
+        new = new._replace(step=None)
+        news = [jax.tree.map(lambda x, i=i: x[i], new) for i in range(len(triples))] if stacked else [new]
+        directions = list(direction) if stacked else [direction]
+        return [d.astype(p.dtype) for d, p in zip(directions, params, strict=True)], news
+
+    _, _, grads, params, states = map(list, zip(*members, strict=True))
+    mesh = jax.typeof(params[0]).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
+        # The core's products and factorisations are not sharding-typed: here the compiler places them. What goes in as
+        # a parameter or a state comes out placed alike, so that types do not change from step to step.
+        def place(x: Array) -> NamedSharding:
+            sharding = jax.typeof(x).sharding
+            return sharding if sharding.mesh == mesh else NamedSharding(mesh, PartitionSpec())
+
+        run = jax.sharding.auto_axes(run, out_sharding=jax.tree.map(place, (params, states)))
+    with _named(*(member.name for member in members)):
+        directions, news = run((count, scalars[label], arrays), grads, params, states)
+    yield from zip(members, directions, news, strict=True)
+
+
+# ---- the public functions -------------------------------------------------------------------------------------------
+
+
+def make_scale_by(name: str, factory: Callable[..., Method]) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """``scale_by_<name>(*, fields, takes, fallback, dtype)``."""
+
+    def make(**given: Any) -> optax.GradientTransformationExtraArgs:
+        options = {option: given.pop(option) for option in OPTIONS if option in given}
+        return scale_by(factory(**given), **options)
+
+    make.__doc__ = f"Direction of `precond_ref.{factory.__qualname__}`, with the options of `scale_by`."
+    return _public(make, name, list(_fields(factory).values()))
+
+
+def make_optimizer(name: str, factory: Callable[..., Method]) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """``<name>(learning_rate, *, fields, weight_decay, mask, takes, fallback, dtype)``."""
+    scale = make_scale_by(f"scale_by_{name}", factory)
+    fields = _fields(factory)
+    decay = [] if "weight_decay" in fields else [_keyword("weight_decay", "float | None"), _keyword("mask", "Any")]
+
+    def make(learning_rate: Any, **given: Any) -> optax.GradientTransformationExtraArgs:
+        parts = []
+        if decay:
+            weight_decay, mask = given.pop("weight_decay", None), given.pop("mask", None)
+            if weight_decay is not None:
+                parts = [optax.add_decayed_weights(weight_decay, mask)]
+            elif mask is not None:
+                raise ValueError("mask says what weight_decay applies to: it needs weight_decay")
+        if "learning_rate" in fields:
+            given["learning_rate"] = learning_rate
+        return optax.chain(scale(**given), *parts, optax.scale_by_learning_rate(learning_rate))
+
+    make.__doc__ = f"Steps of `precond_ref.{factory.__qualname__}`: `scale_by_{name}`, weight decay, learning rate."
+    rate = inspect.Parameter(
+        "learning_rate", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=optax.ScalarOrSchedule
+    )
+    return _public(make, name, [rate, *(p for p in fields.values() if p.name != rate.name), *decay])
+
+
+def _fields(factory: Callable[..., Method]) -> dict[str, inspect.Parameter]:
+    return {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(factory).parameters.values()}
+
+
+def _keyword(name: str, annotation: str) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _public(make: Any, name: str, parameters: list[inspect.Parameter]) -> Any:
+    """``make`` under its public name, with these parameters and the options."""
+    signature = inspect.Signature([*parameters, *(_keyword(option, "Any") for option in OPTIONS)])
+
+    @functools.wraps(make)
+    def function(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{name}() {error}") from None
+        return make(**bound.arguments)
+
+    function.__name__ = function.__qualname__ = name
+    function.__module__ = "precond_ref_jax"
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    return function
+
+
+# ---- trees and leaves -----------------------------------------------------------------------------------------------
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _flatten(tree: Tree) -> tuple[list[str], list[Any], Any]:
+    """Paths, leaves (None counts as one) and structure."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
+    return [_name(path) for path, _ in found], [leaf for _, leaf in found], treedef
+
+
+def _up_to(what: str, treedef: Any, tree: Tree) -> list[Any]:
+    try:
+        return treedef.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{what} must have the structure of the updates: {error}") from error
+
+
+@contextlib.contextmanager
+def _named(name: str, *others: str) -> Iterator[None]:
+    """Prefixes errors with the parameters' paths."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if type(error) not in (ValueError, TypeError):  # JAX's own
+            raise
+        more = f" and {len(others)} more" if others else ""
+        raise type(error)(f"{name or 'the parameter'}{more}: {error}") from error
+
+
+def _real(method: Method, leaf: Any) -> Array:
+    """The leaf as an array, once it is known to be real."""
+    if leaf is None or isinstance(leaf, optax.MaskedNode):
+        raise ValueError(f"there is an update but no parameter, got {leaf}")
+    array = jnp.asarray(leaf)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        rule = "does not support complex parameters" if jnp.iscomplexobj(array) else "takes real floating arrays"
+        raise TypeError(f"{type(method).__name__} {rule}, got dtype {array.dtype} (optax.masked leaves it out)")
+    return array
+
+
+def _dtype(method: Method, dtype: Any, wanted: Any) -> Any:
+    if wanted is not None:
+        return jnp.dtype(wanted)
+    narrow = getattr(method, "narrow_state", False) or jnp.finfo(dtype).bits >= 32
+    return dtype if narrow else jnp.dtype(jnp.float32)
+
+
+def _identity(method: Method) -> Any:
+    try:
+        hash(method)
+    except TypeError:  # array-valued hyperparameters
+        return id(method)
+    return method
+
+
+def _on_mesh(x: Array, like: Array) -> Array:
+    """``x`` on every device of the mesh of ``like``, if there is one: left on one, it makes ``jit`` compile twice."""
+    mesh = jax.typeof(like).sharding.mesh
+    if mesh.empty or not jax.typeof(x).sharding.mesh.empty:
+        return x
+    if not isinstance(like, jax.core.Tracer):
+        return jax.device_put(x, NamedSharding(like.sharding.mesh, PartitionSpec()))
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())) if AxisType.Explicit in mesh.axis_types else x
+
+
+def _like_params(method: Method) -> set[str]:
+    """State fields that are one array of the parameter's shape, seen on a parameter with all axes different."""
+    integers = [value for value in vars(method).values() if isinstance(value, int) and value > 0]
+    unit = 64 * math.lcm(*integers)
+    low, high = method.ndims
+    for ndim in range(max(low, 1), min(high, 8) + 1):
+        shape = tuple(unit * (2 + axis) for axis in range(ndim))
+        try:
+            state = jax.eval_shape(method.init, jax.ShapeDtypeStruct(shape, jnp.float32))
+        except ValueError:  # a structure for each axis, and another number of axes
+            continue
+        return {field for field, value in state._asdict().items() if getattr(value, "shape", None) == shape}
+    return set()

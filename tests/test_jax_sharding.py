@@ -1,0 +1,127 @@
+"""The optax transformations on meshes of eight host devices, in a process of its own: equal to the unsharded run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPRESENTATIVE = ("agd", "asgo", "rf_shampoo")
+
+
+def run(*arguments: str) -> None:
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        [sys.executable, __file__, *arguments], env=os.environ | flags, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_sharded_equals_unsharded() -> None:
+    run(*REPRESENTATIVE)
+
+
+@pytest.mark.deep
+def test_sharded_equals_unsharded_for_every_method() -> None:
+    run()
+
+
+# ---- in the other process -------------------------------------------------------------------------------------------
+
+
+def check(case: Any, axis_type: Any, lib: Any) -> None:
+    """Three steps: values, placements of parameters and of what is like them, types under scan, one compilation."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from jax.sharding import NamedSharding, PartitionSpec
+    from test_jax_adapter import COMPILATIONS, close, jit, tree
+
+    explicit = axis_type == jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type, axis_type))
+    shape = (8, 4, 2, 2)[: len(case.shape)]
+    names: tuple[str | None, ...] = ("a", "b", None, None)[: len(shape)]
+    specs = {"a": PartitionSpec(*names), "b": [PartitionSpec(*reversed(names)), PartitionSpec()]}
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    opt = case.optimizer(lib, case.kwargs.get("learning_rate", 0.5))
+    params, grads = tree(shape, "float64"), [tree(shape, "float64", seed) for seed in range(1, 4)]
+
+    def step(params: Any, state: Any, g: Any) -> Any:
+        updates, state = opt.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    expected, expected_state = params, opt.init(params)
+    unsharded = jit(step)
+    for g in grads:
+        expected, expected_state = unsharded(expected, expected_state, g)
+
+    with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+        placed, *placed_grads = (jax.device_put(x, shardings) for x in (params, *grads))
+        state = opt.init(placed)
+        alike: list[bool] = []
+
+        def compare(x: Any, spec: Any) -> Any:
+            if not isinstance(x, optax.MaskedNode):
+                alike.append(x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim))
+            return x
+
+        optax.tree.map_params(opt, compare, state, specs, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+        assert all(alike)
+        types = jax.tree.map(jax.typeof, state)
+        # With Auto axes the compiler would place the new state as it likes, and the next step would compile again.
+        kept = None if explicit else (shardings, jax.tree.map(lambda x: x.sharding, state))
+        compiled = jit(step, donate_argnums=(0, 1), out_shardings=kept)
+        got = jax.tree.map(jnp.copy, placed)
+        for i, g in enumerate(placed_grads):
+            before = len(COMPILATIONS)
+            got, state = compiled(got, state, g)
+            assert (len(COMPILATIONS) > before) == (i == 0), f"compilations at step {i + 1}"
+        assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), got, shardings))
+        if explicit:
+            assert jax.tree.map(jax.typeof, state) == types
+            fresh = jit(opt.init)(placed)  # zeros made while tracing have the type of those made eagerly
+            assert jax.tree.map(jax.typeof, fresh) == types
+        close(jax.device_get((got, state)), jax.device_get((expected, expected_state)), 1e-12)
+
+
+MUTANTS = {
+    "products typed by their sharding": (
+        "Explicit",
+        "if AxisType.Explicit in mesh.axis_types:\n        # The",
+        "if False:\n        #",
+    ),
+    "everything comes out replicated": ("Explicit", "return sharding if sharding.mesh == mesh else", "return"),
+    "statistics on one device": ("Auto", "if mesh.empty or not", "if True or not"),
+}
+
+
+def main(chosen: list[str]) -> None:
+    from jax.sharding import AxisType
+    from mutants import mutant
+    from test_jax_adapter import CASES, adapter
+
+    for name in chosen or CASES:
+        for axis_type in (AxisType.Auto, AxisType.Explicit):
+            try:
+                check(CASES[name], axis_type, adapter)
+            except Exception as error:
+                error.add_note(f"{name}, {axis_type}")
+                raise
+    for name, (axis_type, old, new) in MUTANTS.items():
+        lib = mutant("precond_ref_jax.transformation", old, new)
+        try:
+            check(CASES["asgo"], AxisType[axis_type], lib)
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {str(error)[:100]}")
+            continue
+        raise AssertionError(f"not seen: {name}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main(sys.argv[1:])
