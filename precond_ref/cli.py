@@ -150,7 +150,7 @@ def compare_command(
         bool, typer.Option("--tune", help="Repeat the grid search of the learning rates and record the best.")
     ] = False,
 ) -> None:
-    """Train all methods on one problem and show who wins.
+    """Train all methods that fit one problem and show who wins.
 
     The winner has the smallest loss on the whole training set after the last step. All start from the same
     parameters and see the same batches. Each has its own learning rate: the best of a recorded grid search that

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import math
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -154,7 +156,7 @@ class Optimizer:
                 bad = [path for path, g in gradients.items() if not bool(xp.all(xp.isfinite(g)))]
                 raise ValueError(f"gradients must be finite (on_nonfinite='raise'), not so: {', '.join(bad)}")
 
-        lr = self.lr(state.step) if callable(self.lr) else self.lr
+        lr = _rate(self.lr(state.step)) if callable(self.lr) else self.lr
         new_leaves: dict[str, Any] = {}
         new_states = []
         for group, group_state, statistic in zip(groups, state.groups, given, strict=True):
@@ -227,6 +229,11 @@ class Optimizer:
                     f"join needs a weight (O, I) and a bias (O,), got {weight!r} {tuple(w.shape)} and {bias!r} "
                     f"{tuple(b.shape)}"
                 )
+            if w.dtype != b.dtype or _place(w) != _place(b):
+                raise TypeError(
+                    f"join needs one dtype and device, got {weight!r} {w.dtype} {_place(w)} and {bias!r} {b.dtype} "
+                    f"{_place(b)}"
+                )
             result[weight] = array_namespace(w, b).concat([w, b[:, None]], axis=1)
             del result[bias]
         return result
@@ -250,7 +257,7 @@ class Optimizer:
 
     def _blocks(self, method: Method, shape: tuple[int, ...]) -> Iterator[tuple[Slices | None, tuple[int, ...]]]:
         size = self.block_size
-        if size is None or method.elementwise or all(d <= size for d in shape):
+        if size is None or method.elementwise or 0 in shape or all(d <= size for d in shape):
             yield None, shape
             return
         axes = [[slice(a, min(a + size, d)) for a in range(0, d, size)] for d in shape]
@@ -312,7 +319,14 @@ def _rebuild(tree: Tree, leaves: Mapping[str, Array], path: tuple[str, ...] = ()
         return leaves["/".join(path)]
     new = [_rebuild(child, leaves, (*path, key)) for key, child in children]
     if isinstance(tree, Mapping):
-        return type(tree)(dict(zip(tree.keys(), new, strict=True)))  # type: ignore[call-arg]
+        pairs = dict(zip(tree.keys(), new, strict=True))
+        if type(tree) is dict:
+            return pairs
+        if isinstance(tree, dict):  # a defaultdict's constructor takes something else
+            copied = copy.copy(tree)
+            copied.update(pairs)
+            return copied
+        return type(tree)(pairs)  # type: ignore[call-arg]
     return type(tree)(*new) if hasattr(tree, "_fields") else type(tree)(new)
 
 
@@ -344,11 +358,11 @@ def _place(array: Array) -> str:
 
 
 def _identity(method: Method) -> Any:
-    try:
-        hash(method)
-    except TypeError:  # array-valued hyperparameters
+    """Equal for equal methods; an array-valued hyperparameter, which does not hash, is equal to itself only."""
+    if not dataclasses.is_dataclass(method):
         return id(method)
-    return method
+    values = (getattr(method, f.name) for f in dataclasses.fields(method))
+    return (type(method), *(v if isinstance(v, Hashable) else id(v) for v in values))
 
 
 def _stack_ndim(group: Group) -> int:
@@ -385,7 +399,12 @@ def _statistics(groups: tuple[Group, ...], given: Mapping[str, Any], xp: Namespa
                 f"statistics must be of one type for all of {', '.join(paths)} (updated together), or none"
             )
         if len(parts) > 1:
-            parts = [type(parts[0])(*(xp.stack(list(arrays)) for arrays in zip(*parts, strict=True)))]
+            if isinstance(parts[0], tuple):
+                parts = [type(parts[0])(*(xp.stack(list(arrays)) for arrays in zip(*parts, strict=True)))]
+            elif group.method.elementwise:  # (q, ...) each, joined like the flat buffer
+                parts = [xp.concat([xp.reshape(part, (part.shape[0], -1)) for part in parts], axis=1)]
+            else:
+                parts = [xp.stack(parts, axis=1)]
         result.append({"statistic": parts[0]} if parts else {})
     if unknown:
         raise ValueError(
@@ -442,6 +461,15 @@ def _select(finite: Array, new: Any, old: Any, xp: Namespace) -> Any:
         parts = [_select(finite, n, o, xp) for n, o in zip(new, old, strict=True)]
         return type(old)(*parts) if hasattr(old, "_fields") else tuple(parts)
     return xp.where(finite, new, old)
+
+
+def _rate(lr: Any) -> Any:
+    """What a schedule returned, if it is a rate."""
+    if isinstance(lr, numbers.Real) and not 0 <= float(lr) < math.inf:
+        raise ValueError(f"lr(step) must be finite and >= 0, got {lr!r}")
+    if not isinstance(lr, numbers.Real) and getattr(lr, "shape", None) != ():
+        raise TypeError(f"lr(step) must return a number or a 0-D array, got {lr!r}")
+    return lr
 
 
 def _as_scalar(value: Any, param: Array, xp: Namespace) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -29,7 +30,8 @@ class Method:
 
     ``init(param, stack_ndim=k)`` makes the state; ``update(grad, state, param)`` returns ``(direction, state)`` and
     the caller makes ``param - lr * direction``; ``diagnose(state)`` computes what one would compare or plot.
-    The first ``k`` axes of ``param`` stack independent parameters of one shape.
+    The first ``k`` axes of ``param`` stack independent parameters of one shape. A real field may be a 0-D array or a
+    tracer; it is not cast, so it should have the parameter's dtype.
 
     Subclasses give the class attributes below, ``init``, ``scalars``, ``update`` and ``diagnose``.
     """
@@ -144,6 +146,8 @@ class Method:
                         f"state.{field} must have shape {tuple(expected)} for param of shape {tuple(param.shape)}, "
                         f"got {tuple(value.shape)}"
                     )
+            if field != "step":
+                _check_state_dtype(xp, f"state.{field}", value, param.dtype)
         if scalars is None:
             scalars = self.scalars(state.step + 1, like=param)
         return xp, scalars
@@ -170,18 +174,19 @@ def check_real(
     optional: bool = False,
 ) -> None:
     """Refuse a field that is not a finite real number within the bounds; an array must be 0-D."""
-    value = getattr(method, field)
+    value: Any = getattr(method, field)
     if value is None and optional:
         return
-    if not is_python_number(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's scalars are numbers.Real
         shape = getattr(value, "shape", None)
         if shape is None or isinstance(value, str):
             raise TypeError(f"{field} must be a real number or a 0-D array, got {value!r}")
         if tuple(shape) != ():
             raise ValueError(f"{field} must be a real number or a 0-D array, got an array of shape {tuple(shape)}")
         return
-    if not (math.isfinite(value) and ge <= value <= le and (value > gt or gt == -math.inf)
-            and (value < lt or lt == math.inf)):  # fmt: skip
+    number: Any = value
+    if not (math.isfinite(number) and ge <= number <= le and (number > gt or gt == -math.inf)
+            and (number < lt or lt == math.inf)):  # fmt: skip
         bounds = [f">= {ge:g}"] * math.isfinite(ge) + [f"> {gt:g}"] * math.isfinite(gt)
         bounds += [f"<= {le:g}"] * math.isfinite(le) + [f"< {lt:g}"] * math.isfinite(lt)
         rule = " and ".join(["finite", *bounds])
@@ -204,7 +209,7 @@ def check_int(method: Any, field: str, *, ge: int, optional: bool = False) -> No
     value = getattr(method, field)
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{field} must be a Python int{' or None' if optional else ''}, got {value!r}")
     if value < ge:
         raise ValueError(f"{field} must be >= {ge}{' or None' if optional else ''}, got {value!r}")
@@ -226,10 +231,21 @@ def check_choice(method: Any, field: str, choices: tuple[str, ...]) -> None:
 
 def _namespace(what: str, *arrays: Array) -> Namespace:
     try:
+        if any(array is None for array in arrays):  # which array_namespace would pass over
+            raise TypeError("None is no array")
         return array_namespace(*arrays)
     except TypeError as error:
         kinds = ", ".join(f"{type(a).__module__}.{type(a).__name__}" for a in arrays)
         raise TypeError(f"{what} must be array(s) of one array-API namespace, got {kinds}") from error
+
+
+def _check_state_dtype(xp: Namespace, what: str, value: Any, dtype: Any) -> None:
+    """A state may be wider than its parameter only where that has fewer than 32 bits."""
+    if isinstance(value, tuple):
+        for part in value:
+            _check_state_dtype(xp, what, part, dtype)
+    elif hasattr(value, "dtype") and value.dtype != dtype and xp.finfo(dtype).bits >= 32:
+        raise TypeError(f"{what} must have param's dtype {dtype}, got {value.dtype}")
 
 
 def _check_dtype(xp: Namespace, what: str, dtype: Any, factorizes: bool, method: str) -> None:

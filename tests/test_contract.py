@@ -405,6 +405,34 @@ def test_state_of_another_parameter_is_refused() -> None:
         pr.AGD().update(small, pr.Adam().init(small), small)
 
 
+@pytest.mark.parametrize("name", FIRST)
+def test_a_state_of_another_dtype_is_refused(name: str) -> None:
+    method, shape = CONFIGS[name]
+    wide, narrow = np.ones(shape), np.ones(shape, "float32")
+    if not leaves(method.init(wide)._replace(step=0)):
+        return
+    with pytest.raises(TypeError, match=r"state\..* must have param's dtype float32, got float64"):
+        method.update(narrow, method.init(wide), narrow)
+    with pytest.raises(TypeError, match=r"state\..* must have param's dtype float64, got float32"):
+        method.update(wide, method.init(narrow), wide)
+
+
+def test_numpy_scalars_are_checked_like_numbers() -> None:
+    for bad in (np.float32(2), np.float32("nan"), np.float64(2), np.int64(3)):
+        with pytest.raises(ValueError, match="beta1 must be finite and >= 0 and < 1"):
+            pr.AGD(beta1=bad)
+    assert pr.Shampoo(every=np.int64(2)).every == 2
+
+
+def test_none_and_the_other_amsgrad_are_refused() -> None:
+    g = np.ones(3)
+    with pytest.raises(TypeError, match="one array-API namespace"):
+        pr.Adam().update(g, pr.Adam().init(g), None)
+    for made, used in ((False, True), (True, False)):
+        with pytest.raises(ValueError, match=f"amsgrad={used}"):
+            pr.AGD(amsgrad=used).update(g, pr.AGD(amsgrad=made).init(g), g)
+
+
 # ---- compilation counts ---------------------------------------------------------------------------------------------
 
 

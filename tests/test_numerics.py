@@ -79,11 +79,11 @@ def test_ema() -> None:
 
 @pytest.mark.eager
 def test_quotient(backend: Backend) -> None:
-    numerator = backend.asarray([0.0, 1.0, -1.0, 0.0, math.nan, 6.0])
-    denominator = backend.asarray([0.0, 0.0, 0.0, 2.0, 2.0, 3.0])
+    numerator = backend.asarray([0.0, 1.0, -1.0, 0.0, math.nan, 6.0, 0.0])
+    denominator = backend.asarray([0.0, 0.0, 0.0, 2.0, 2.0, 3.0, math.nan])
     with np.errstate(divide="ignore"):
         got = backend.numpy(quotient(numerator, denominator, backend.xp))
-    assert np.array_equal(got, [0.0, math.inf, -math.inf, 0.0, math.nan, 2.0], equal_nan=True)
+    assert np.array_equal(got, [0.0, math.inf, -math.inf, 0.0, math.nan, 2.0, math.nan], equal_nan=True)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1.0, 1e30])

@@ -440,3 +440,63 @@ def test_coupled_decay_would_be_seen() -> None:
     assert distance([ours], [x * (1 - lr * wd) - lr * direction]) <= 1e-15
     for wrong in (x - lr * coupled, (x - lr * direction) * (1 - lr * wd), x * (1 - wd) - lr * direction):
         assert distance([ours], [wrong]) > 1e-3
+
+
+def test_what_a_schedule_returns_is_checked() -> None:
+    x = np.ones(2)
+    for bad, error in ((-0.1, ValueError), (math.nan, ValueError), (None, TypeError), ("fast", TypeError)):
+        optimizer = pr.Optimizer(pr.SGD(), lr=lambda step, bad=bad: bad)
+        with pytest.raises(error, match=r"lr\(step\) must"):
+            optimizer.step(x, x, optimizer.init(x))
+
+
+def test_a_dict_with_its_own_constructor_is_kept() -> None:
+    params = collections.defaultdict(list, w=np.ones(2))
+    new, _ = run(pr.Optimizer(pr.SGD(), lr=0.5), params, [{"w": np.ones(2)}])
+    assert isinstance(new, collections.defaultdict)
+    assert new.default_factory is list
+    assert np.array_equal(new["w"], np.full(2, 0.5))
+    assert np.array_equal(params["w"], np.ones(2))
+
+
+def test_empty_parameters_are_not_cut_into_blocks() -> None:
+    params = {"w": np.zeros((0, 5)), "v": np.ones((3, 5))}
+    new, _ = run(pr.Optimizer(pr.SShampoo(size=2), block_size=2), params, [params])
+    assert new["w"].shape == (0, 5)
+
+
+def test_array_valued_fields_do_not_separate_what_belongs_together() -> None:
+    params = {"a": np.ones((3, 4)), "b": np.ones((3, 4))}
+    state = pr.Optimizer(pr.MBF(damping=0.5)).init(params)
+    optimizer = pr.Optimizer(pr.MBF(damping=np.asarray(0.5)))
+    assert len(optimizer.describe(params)) == 1
+    optimizer.step(params, params, state)
+
+
+@pytest.mark.parametrize("method", [pr.RFShampoo(damping=0.5), pr.RFRMSProp(damping=0.5)], ids=repr)
+def test_statistics_of_parameters_updated_together(method: Any) -> None:
+    rng = np.random.default_rng(5)
+    params, grads = ({k: rng.standard_normal((3, 4)) for k in ("a", "b")} for _ in range(2))
+    statistics = {k: rng.standard_normal((5, 3, 4)) for k in params}
+    results = []
+    for fuse in (True, False):
+        optimizer = pr.Optimizer(method, fuse=fuse)
+        results.append(optimizer.step(params, grads, optimizer.init(params), statistics=statistics)[0])
+    for key in params:
+        assert distance([results[0][key]], [results[1][key]]) <= 1e-14
+    for wrong, error in ((rng.standard_normal((3, 4)), ValueError), (statistics["a"].astype("float32"), TypeError)):
+        with pytest.raises(error, match="statistic must have"):
+            method.update(grads["a"], method.init(params["a"]), params["a"], statistic=wrong)
+
+
+def test_joined_parameters_must_have_one_dtype() -> None:
+    params = {"w": np.ones((2, 3), "float32"), "b": np.ones(2)}
+    with pytest.raises(TypeError, match="join needs one dtype and device, got 'w' float32"):
+        pr.Optimizer(pr.MBF(), join=(("w", "b"),)).init(params)
+
+
+@pytest.mark.parametrize("cls", [pr.SGD, pr.RMSProp])
+def test_a_state_without_momentum_is_refused(cls: Any) -> None:
+    g = np.ones(3)
+    with pytest.raises(ValueError, match="the state was made with momentum=0, got momentum=0.5"):
+        cls(momentum=0.5).update(g, cls().init(g), g)

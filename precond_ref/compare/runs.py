@@ -21,7 +21,7 @@ BACKENDS = {"numpy": "cli", "cupy": "cuda12", "torch": "torch", "jax": "jax"}
 SMALLEST_SHARE = 0.1
 """A method that takes a smaller share of the entries takes part only if it is named: it would be Adam."""
 
-LARGEST_STATE = 200
+LARGEST_STATE = 100
 """A method with a larger state, relative to the parameters, takes part only if it is named: it would take minutes."""
 
 SKETCH_SIZE = 16

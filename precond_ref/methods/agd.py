@@ -148,6 +148,8 @@ class AGD(Method):
         xp: Namespace = None,
     ) -> tuple[Array, AGDState]:
         xp, k = self._enter(grad, state, param, scalars, xp)
+        if (state.b_max is None) == self.amsgrad:
+            raise ValueError(f"state must be made with amsgrad={self.amsgrad}, its b_max says otherwise")
         m = ema(state.m, grad, self.beta1)  # (m)
         s = m * k.inverse_c1 - state.m * k.previous_inverse_c1  # (s)
         b = ema(state.b, s * s, self.beta2)  # (b)

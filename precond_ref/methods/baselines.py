@@ -48,6 +48,12 @@ class ElementwiseReport(NamedTuple):
     """Whether the whole state is finite, 0-D."""
 
 
+def _check_buffer(buffer: Array | None, momentum: Scalar) -> None:
+    """Refuse a state that was made without momentum for a method that has it."""
+    if buffer is None and not is_zero(momentum):
+        raise ValueError(f"state.buffer is None: the state was made with momentum=0, got momentum={momentum!r}")
+
+
 class SGDState(NamedTuple):
     """State of `SGD`."""
 
@@ -92,6 +98,7 @@ class SGD(Method):
         xp: Namespace = None,
     ) -> tuple[Array, SGDState]:
         xp, _ = self._enter(grad, state, param, scalars, xp)
+        _check_buffer(state.buffer, self.momentum)
         if state.buffer is None:
             return 1.0 * grad, SGDState(step=state.step + 1, buffer=None)  # a new array, never the caller's
         buffer = self.momentum * state.buffer + grad  # b_t
@@ -279,6 +286,7 @@ class RMSProp(Method):
         xp, _ = self._enter(grad, state, param, scalars, xp)
         v = ema(state.v, grad * grad, self.beta2)
         direction = quotient(grad, xp.sqrt(v) + self.eps, xp)
+        _check_buffer(state.buffer, self.momentum)
         if state.buffer is None:
             return direction, RMSPropState(step=state.step + 1, v=v, buffer=None)
         buffer = self.momentum * state.buffer + direction

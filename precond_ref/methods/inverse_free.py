@@ -278,7 +278,7 @@ class IFShampoo(Method):
         inverses = tuple(k @ _t(k, xp) for k in wide)
         finite = finite_members(xp, *state.factors, core_ndims=(2,) * len(state.factors))
         return IFShampooReport(
-            inverses=inverses, eigenvalues=tuple(roots.eigh(x, xp=xp)[0] for x in inverses), finite=finite
+            inverses=inverses, eigenvalues=tuple(roots.eigenvalues(x, xp=xp) for x in inverses), finite=finite
         )
 
 

@@ -369,7 +369,7 @@ class MBF(Method):
         core = self.ndims[0]
         stack_ndim = state.m.ndim - core
         xp = self._check_param(state.m, stack_ndim)
-        w = roots.eigh(state.statistic, xp=xp)[0]
+        w = roots.eigenvalues(state.statistic, xp=xp)
         condition = (w[..., -1] + self.damping) / (w[..., 0] + self.damping)
         core_ndims = (core, state.statistic.ndim - stack_ndim)
         return MBFReport(w, condition, None, finite_members(xp, state.m, state.statistic, core_ndims=core_ndims))

@@ -72,7 +72,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import all_finite, eye_like, finite_members, state_dtype, zeros
-from precond_ref.numerics.axes import factor_axes, multiply, samples, squeezed, unfold
+from precond_ref.numerics.axes import check_samples, factor_axes, multiply, samples, squeezed, unfold
 from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal
 from precond_ref.numerics.refresh import is_due, renew
 from precond_ref.protocol import (
@@ -170,6 +170,8 @@ class RFRMSProp(Method):
     ) -> tuple[Array, RFRMSPropState]:
         """One update; ``statistic``, shape (q, ...): in (1) the mean of its q squares replaces g^2."""
         xp, _ = self._enter(grad, state, param, scalars, xp)
+        if statistic is not None:
+            check_samples(grad, statistic)
         dtype = state.s.dtype
         g = xp.astype(grad, dtype, copy=False)
         square = g * g if statistic is None else xp.mean(xp.astype(statistic, dtype, copy=False) ** 2, axis=0)
@@ -412,7 +414,7 @@ class RFShampoo(Method):
         """Spectra of the factors."""
         xp = self._check_param(state.factors[0], state.factors[0].ndim - 2)
         finite = finite_members(xp, *state.factors, core_ndims=(2,) * len(state.factors))
-        return RFShampooReport(eigenvalues=tuple(roots.eigh(s, xp=xp)[0] for s in state.factors), finite=finite)
+        return RFShampooReport(eigenvalues=tuple(roots.eigenvalues(s, xp=xp) for s in state.factors), finite=finite)
 
 
 def _inverse(matrix: Array, xp: Namespace) -> Array:

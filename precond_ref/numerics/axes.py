@@ -45,14 +45,21 @@ def factor_axes(factors: Any, param: Array) -> tuple[int, ...]:
     return dims
 
 
-def samples(grad: Array, statistic: Array | None, stack: int, dims: tuple[int, ...], xp: Namespace) -> Array:
-    """What enters the curvature, (..., d_1, ..., d_N, q): ``grad`` (q = 1), or the q pseudo-gradients ``statistic``."""
-    if statistic is None:
-        return xp.reshape(grad, (*grad.shape[:stack], *dims, 1))
+def check_samples(grad: Array, statistic: Array) -> None:
+    """Refuse pseudo-gradients that are not (q, ...) for a gradient (...), in its dtype."""
     if tuple(statistic.shape[1:]) != tuple(grad.shape) or statistic.ndim == grad.ndim or statistic.shape[0] == 0:
         raise ValueError(
             f"statistic must have shape (q, *param.shape) with q >= 1, got {tuple(statistic.shape)} "
             f"for param of shape {tuple(grad.shape)}"
         )
+    if statistic.dtype != grad.dtype:
+        raise TypeError(f"statistic must have grad's dtype {grad.dtype}, got {statistic.dtype}")
+
+
+def samples(grad: Array, statistic: Array | None, stack: int, dims: tuple[int, ...], xp: Namespace) -> Array:
+    """What enters the curvature, (..., d_1, ..., d_N, q): ``grad`` (q = 1), or the q pseudo-gradients ``statistic``."""
+    if statistic is None:
+        return xp.reshape(grad, (*grad.shape[:stack], *dims, 1))
+    check_samples(grad, statistic)
     q = statistic.shape[0]
     return xp.moveaxis(xp.reshape(statistic, (q, *grad.shape[:stack], *dims)), 0, -1)

@@ -51,5 +51,5 @@ def sqrt(value: Scalar) -> Scalar:
 
 
 def quotient(numerator: Array, denominator: Array, xp: Namespace) -> Array:
-    """``numerator / denominator`` elementwise with 0/0 = 0; anything else over zero stays infinite."""
-    return numerator / xp.where(numerator == 0, 1.0, denominator)
+    """``numerator / denominator`` elementwise with 0/0 = 0; anything else over zero stays infinite, NaN stays NaN."""
+    return numerator / xp.where((numerator == 0) & (denominator == 0), 1.0, denominator)
