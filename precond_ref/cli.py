@@ -36,6 +36,8 @@ def main() -> None:
 
 def application() -> typer.Typer:
     """The commands."""
+    from precond_ref.cost import command as cost
+
     app = typer.Typer(
         help="Reference implementations of preconditioned optimizers.",
         no_args_is_help=True,
@@ -46,6 +48,7 @@ def application() -> typer.Typer:
     )
     app.command("list", epilog=LIST_EXAMPLES)(list_command)
     app.command("compare", epilog=COMPARE_EXAMPLES)(compare_command)
+    app.command("cost", epilog=cost.EXAMPLES)(cost.cost_command)
     return app
 
 

@@ -1,0 +1,108 @@
+"""The command ``precond-ref cost``. Heavy libraries are imported when used."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from precond_ref.cost.shapes import PRESETS
+
+EXAMPLES = """\b
+Examples:
+  precond-ref cost --preset gpt2
+  precond-ref cost --preset llama-70b --method ASGO --method "SShampoo(size=256, every=10)" --mesh 64 --dtype bfloat16
+  precond-ref cost --shapes model.safetensors --output cost.svg
+  precond-ref cost --shapes shapes.json --json | python -m json.tool
+
+\b
+Reading it:
+  A method that needs 8 bytes of state per parameter needs as much as Adam in float32.
+  The floor is what the memory bus or the matrix units need at the very least. Where the floor of a method is far
+  above that of Adam, renew its roots less often (every=10) or give it smaller matrices.
+  `received` is what --mesh adds to data parallelism: every matrix must come together somewhere.
+"""
+DEFAULT = ("Adam", "AGD", "ASGO", "DASGO", "SShampoo", "RFRMSProp", "RFShampoo", "IFShampoo", "MBF", "Shampoo", "Muon")
+
+
+def cost_command(
+    preset: Annotated[
+        str | None, typer.Option(metavar="|".join(PRESETS), help="The parameters of a well-known model.")
+    ] = None,
+    shapes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='JSON {"name": [sizes], ...}, or .safetensors, of which only names and shapes are read.',
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="As in `precond-ref list`, with fields in brackets if need be: "
+            '"SShampoo(size=64, every=10)"; repeatable.  [default: most of them, size=256]',
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="float32|bfloat16|...", help="Of the parameters; states have float32 at least.")
+    ] = "float32",
+    mesh: Annotated[int, typer.Option(metavar="N", help="Share the work among N devices.")] = 1,
+    bandwidth: Annotated[float, typer.Option(metavar="GB/S", help="Memory bandwidth of a device.")] = 2039.0,
+    matmul_rate: Annotated[
+        float, typer.Option(metavar="TFLOP/S", help="Rate of matrix products, in the dtype of the arithmetic.")
+    ] = 19.5,
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output; no table.")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figure; .png, .svg, .pdf, ...")] = None,
+) -> None:
+    """What each method would cost on a model: memory, arithmetic, communication. Nothing is allocated or trained.
+
+    Bytes of state are exact. Flops are those of matrix products and factorizations, bytes moved are the least
+    possible, and work done every k steps counts 1/k. The floor is the time below which no step can come on a device
+    of the given bandwidth and rate, whose defaults are those of an A100 (80 GB) in float32.
+    """
+    from precond_ref.cli import EXTRA, fail
+    from precond_ref.cost import Device, estimate
+    from precond_ref.cost.shapes import read
+
+    if (preset is None) == (shapes is None):
+        fail("give one of --preset and --shapes")
+    if preset is not None and preset not in PRESETS:
+        fail(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    if not (bandwidth > 0 and matmul_rate > 0):
+        fail(f"--bandwidth and --matmul-rate must be > 0, got {bandwidth} and {matmul_rate}")
+    try:
+        from rich.console import Console
+
+        from precond_ref.cost import report
+
+        found = read(shapes) if shapes is not None else PRESETS[preset or ""]()
+        device = Device(bandwidth * 1e9, matmul_rate * 1e12)
+        estimates = [
+            estimate(name, report.parse_method(name), found, dtype=dtype, mesh=mesh, device=device)
+            for name in method or DEFAULT
+        ]
+        source = preset or str(shapes)
+        if output is not None:
+            report.figure(source, estimates).savefig(output, dpi=120)
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed: {EXTRA}")
+    except (ValueError, OSError) as error:
+        fail(error)
+    if json:
+        typer.echo(json_module.dumps(report.as_json(source, estimates), indent=1))
+        return
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(report.heading(source, estimates), end="\n\n")
+    console.print(report.table(estimates), end="\n\n")
+    for line in report.notes(estimates):
+        console.print(line)
+    if mesh > 1:
+        console.print(f"\nPer device, on {mesh} devices:", end="\n\n")
+        console.print(report.mesh_table(estimates), end="\n\n")
+        for line in report.mesh_notes():
+            console.print(line)
+    if output is not None:
+        console.print(f"figure: {output}", soft_wrap=True)

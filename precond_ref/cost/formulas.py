@@ -1,0 +1,345 @@
+"""What a method keeps and computes for ONE parameter, from its shape alone: nothing is allocated.
+
+`work` has one formula per method. Tags in parentheses are those of the equations in the method's module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import singledispatch
+from typing import Any, NamedTuple
+
+from precond_ref.methods.agd import AGD
+from precond_ref.methods.asgo import ASGO, DASGO, ASGOTheory, DASGOTheory
+from precond_ref.methods.baselines import SGD, AdaGrad, Adam, FullAdaGrad, Muon, RMSProp, Shampoo
+from precond_ref.methods.inverse_free import IFShampoo
+from precond_ref.methods.mbf import MBF
+from precond_ref.methods.online_sketches import FDSON, RFDSON, AdaFD
+from precond_ref.methods.root_free import RFAdamW, RFRMSProp, RFShampoo
+from precond_ref.methods.sketchy import SAdaGrad, SShampoo, SShampooPractical
+from precond_ref.protocol import is_zero
+
+Shape = tuple[int, ...]
+
+
+class Stored(NamedTuple):
+    """An array of the state."""
+
+    name: str
+    """Path in the state, such as ``grams.0``."""
+    shape: Shape
+    read: int = 1
+    """Updates from one reading to the next."""
+    written: int = 1
+    """Updates from one writing to the next."""
+
+    @property
+    def entries(self) -> int:
+        """Numbers in the array."""
+        return math.prod(self.shape)
+
+
+class Product(NamedTuple):
+    """``batch`` matrix products (m, k) @ (k, n)."""
+
+    batch: int
+    m: int
+    k: int
+    n: int
+    every: int = 1
+    """Updates from one to the next."""
+
+    @property
+    def flops(self) -> int:
+        """A multiplication and an addition for each term."""
+        return 2 * self.batch * self.m * self.k * self.n
+
+
+class Factorization(NamedTuple):
+    """``batch`` factorizations of (m, n) matrices."""
+
+    kind: str
+    """"eigh", "svd", "cholesky" or "solve" (n right sides)."""
+    batch: int
+    m: int
+    n: int
+    every: int = 1
+    """Updates from one to the next."""
+
+    @property
+    def flops(self) -> float:
+        """Golub and Van Loan, Matrix Computations (4th edition): 8.3.5, figure 8.6.1 (R-SVD), 4.2.5, 3.2.
+
+        Symmetric QR with vectors 9 n^3, thin R-SVD with both factors 6 m n^2 + 20 n^3 for m >= n, Cholesky n^3 / 3,
+        LU and n substitutions 2/3 n^3 + 2 n^3. Leading terms; the algorithms in use differ from them by small factors.
+        """
+        long, short = max(self.m, self.n), min(self.m, self.n)
+        each = {
+            "eigh": 9 * short**3,
+            "svd": 6 * long * short**2 + 20 * short**3,
+            "cholesky": short**3 / 3,
+            "solve": 8 * short**3 / 3,
+        }[self.kind]
+        return self.batch * each
+
+
+class Work(NamedTuple):
+    """State and linear algebra of a method on one parameter."""
+
+    stored: tuple[Stored, ...]
+    products: tuple[Product, ...] = ()
+    factorizations: tuple[Factorization, ...] = ()
+
+
+@singledispatch
+def work(method: Any, shape: Shape) -> Work:
+    """State, products and factorizations of ``method`` on a parameter of ``shape``; TypeError without a formula."""
+    raise TypeError(f"no cost formula for {type(method).__name__}")
+
+
+# ---- parts that several methods share -------------------------------------------------------------------------------
+
+
+def _power(p: int, count: int, every: int) -> tuple[list[Product], list[Factorization]]:
+    """`roots.power` of (p, p): eigendecomposition, then Q f(w) @ Q^T."""
+    return [Product(count, p, p, p, every)], [Factorization("eigh", count, p, p, every)]
+
+
+def _sketch(name: str, d: int, q: int, size: int, solver: str, every: int) -> Work:
+    """`sketch.update` of q new rows (A), (S), (rho), and the sketch that it renews."""
+    k = min(d, size)
+    fields = (("basis", (d, k)), ("eigenvalues", (k,)), ("escaped", ()))
+    stored = tuple(Stored(f"{name}.{field}", shape, written=every) for field, shape in fields)
+    rows = k + q
+    if solver == "svd":
+        return Work(stored, (), (Factorization("svd", 1, d, rows, every),))
+    if d > rows:
+        products = (Product(1, rows, d, rows, every), Product(1, d, rows, rows, every))
+        return Work(stored, products, (Factorization("eigh", 1, rows, rows, every),))
+    return Work(stored, (Product(1, d, rows, d, every),), (Factorization("eigh", 1, d, d, every),))
+
+
+def _sketched(prefix: str, dims: Shape, size: int, solver: str, every: int) -> Work:
+    """A sketch for every axis, renewed and applied: U^T X, then U times it."""
+    parts = []
+    for i, (d, rest) in enumerate(_axes(dims)):
+        part = _sketch(prefix if prefix == "sketch" else f"{prefix}.{i}", d, rest, size, solver, every)
+        k = min(d, size)
+        applied = (Product(1, k, d, rest), Product(1, d, k, rest))
+        parts.append(part._replace(products=(*part.products, *applied)))
+    return _together(*parts)
+
+
+def _axes(dims: Shape) -> Iterator[tuple[int, int]]:
+    """Size of each axis and the product of the others."""
+    for i, d in enumerate(dims):
+        yield d, math.prod(dims[:i] + dims[i + 1 :])
+
+
+def _squeezed(shape: Shape) -> Shape:
+    return tuple(d for d in shape if d != 1) or (1,)
+
+
+def _together(*parts: Work) -> Work:
+    return Work(*(tuple(x for part in parts for x in part[i]) for i in range(3)))  # type: ignore[arg-type]
+
+
+def _like(shape: Shape, *names: str) -> tuple[Stored, ...]:
+    return tuple(Stored(name, shape) for name in names)
+
+
+# ---- elementwise methods --------------------------------------------------------------------------------------------
+
+
+@work.register
+def _(method: AGD, shape: Shape) -> Work:
+    return Work(_like(shape, "m", "b", *(["b_max"] if method.amsgrad else [])))  # (m), (b)
+
+
+@work.register
+def _(method: SGD, shape: Shape) -> Work:
+    return Work(_like(shape, *([] if is_zero(method.momentum) else ["buffer"])))
+
+
+@work.register
+def _(method: AdaGrad, shape: Shape) -> Work:
+    return Work(_like(shape, "total"))
+
+
+@work.register
+def _(method: RMSProp, shape: Shape) -> Work:
+    return Work(_like(shape, "v", *([] if is_zero(method.momentum) else ["buffer"])))
+
+
+@work.register
+def _(method: Adam, shape: Shape) -> Work:
+    return Work(_like(shape, "m", "v"))
+
+
+@work.register
+def _(method: RFRMSProp, shape: Shape) -> Work:
+    return Work(_like(shape, "s", *([] if is_zero(method.momentum) else ["buffer"])))  # (1), (3)
+
+
+@work.register
+def _(method: RFAdamW, shape: Shape) -> Work:
+    return Work(_like(shape, "m", "s"))  # (4), (5)
+
+
+# ---- matrices -------------------------------------------------------------------------------------------------------
+
+
+@work.register
+def _(method: ASGO, shape: Shape) -> Work:
+    m, n = shape
+    h = method.heads or 1
+    left = method.heads is not None or method.side == "left" or (method.side == "smaller" and m < n)
+    p, rest = (m // h, n) if left else (n, m)
+    gram = (h, p, p) if method.heads is not None else (p, p)
+    stored = [Stored("m", shape), Stored("gram", gram)]  # (M), (V)
+    if method.every > 1:
+        stored.append(Stored("root", gram, written=method.every))  # (P)
+    products = [Product(h, p, rest, p)]  # (V)
+    products.append(Product(h, p, p, rest) if left else Product(1, rest, p, p))  # (U)
+    if method.root == "eigh":
+        more, factorizations = _power(p, h, method.every)  # (P)
+    else:
+        each = {"polar_express": 4, "newton_schulz": 4, "coupled_newton": 3}[method.root]
+        more, factorizations = [Product(h * each * method.root_steps, p, p, p, method.every)], []  # (P)
+    return Work(tuple(stored), (*products, *more), tuple(factorizations))
+
+
+@work.register
+def _(method: ASGOTheory, shape: Shape) -> Work:
+    m, n = shape
+    p, rest = (m, n) if method.side == "left" else (n, m)
+    more, factorizations = _power(p, 1, 1)  # (2)
+    products = (Product(1, p, rest, p), Product(1, p, p, rest), *more)  # (1), (3)
+    return Work((Stored("gram", (p, p)),), products, tuple(factorizations))
+
+
+@work.register
+def _(method: DASGO, shape: Shape) -> Work:
+    return Work((Stored("m", shape), Stored("v", shape[1:])))  # (M), (v)
+
+
+@work.register
+def _(method: DASGOTheory, shape: Shape) -> Work:
+    return Work((Stored("d", shape[:1]),))  # (1)
+
+
+@work.register
+def _(method: Muon, shape: Shape) -> Work:
+    m, n = shape
+    p, q = min(m, n), max(m, n)
+    if method.root == "svd":
+        return Work(_like(shape, "m"), (Product(1, m, p, n),), (Factorization("svd", 1, m, n),))
+    steps = method.root_steps
+    return Work(_like(shape, "m"), (Product(steps, p, q, p), Product(steps, p, p, p), Product(steps, p, p, q)))
+
+
+@work.register
+def _(method: MBF, shape: Shape) -> Work:
+    if method.kind == "diagonal":
+        return Work(_like(shape, "m", "statistic"))  # (n), (v)
+    lead, (d1, d2) = shape[:-2], shape[-2:]
+    if method.kind == "conv":
+        count, s = math.prod(lead), d1 * d2
+    else:
+        count, s = (d1, d2) if method.layout == "per_output" else (d2, d1)
+    averaged = method.kind == "fc" and method.average
+    matrices = 1 if averaged else count
+    statistic = (s, s) if averaged else (*lead, s, s) if method.kind == "conv" else (count, s, s)
+    t1, t2 = method.statistics_every, method.inverse_every
+    stored = [Stored("m", shape), Stored("statistic", statistic, read=t1, written=t1)]  # (M), (F)
+    if t2 > 1:
+        stored.append(Stored("inverse", statistic, written=t2))  # (P)
+    more, factorizations = _power(s, matrices, t2)  # (P)
+    outer = Product(1, s, count, s, t1) if averaged else Product(count, s, 1, s, t1)  # (F)
+    applied = Product(1, count, s, s) if averaged else Product(count, s, s, 1)  # (p)
+    return Work(tuple(stored), (outer, applied, *more), tuple(factorizations))
+
+
+# ---- tensors --------------------------------------------------------------------------------------------------------
+
+
+@work.register
+def _(method: FullAdaGrad, shape: Shape) -> Work:
+    d = math.prod(shape)
+    more, factorizations = _power(d, 1, 1)
+    return Work((Stored("gram", (d, d)),), (Product(1, d, 1, d), Product(1, d, d, 1), *more), tuple(factorizations))
+
+
+@work.register
+def _(method: Shampoo, shape: Shape) -> Work:
+    parts = []
+    for i, (d, rest) in enumerate(_axes(shape)):
+        stored = [Stored(f"grams.{i}", (d, d))]
+        if method.every > 1:
+            stored.append(Stored(f"roots.{i}", (d, d), written=method.every))
+        more, factorizations = _power(d, 1, method.every)
+        products = (Product(1, d, rest, d), Product(1, d, d, rest), *more)
+        parts.append(Work(tuple(stored), products, tuple(factorizations)))
+    return _together(*parts)
+
+
+@work.register
+def _(method: RFShampoo, shape: Shape) -> Work:
+    every, dims = method.every, _squeezed(shape)
+    parts = []
+    for n, (d, rest) in enumerate(_axes(dims)):
+        stored = (
+            Stored(f"factors.{n}", (d, d), read=every, written=every),  # (8)
+            Stored(f"inverses.{n}", (d, d), written=every),  # (9)
+        )
+        whitened = [Product(1, e, e, r, every) for j, (e, r) in enumerate(_axes(dims)) if j != n]  # (7)
+        products = (*whitened, Product(1, d, rest, d, every), Product(1, d, d, d, every), Product(1, d, d, rest))
+        inverse = (Factorization("cholesky", 1, d, d, every), Factorization("solve", 1, d, d, every))
+        parts.append(Work(stored, products, inverse))
+    return _together(*parts, Work(_like(shape, *([] if is_zero(method.momentum) else ["buffer"]))))  # (3)
+
+
+@work.register
+def _(method: IFShampoo, shape: Shape) -> Work:
+    every = method.every
+    parts = []
+    for n, (d, rest) in enumerate(_axes(_squeezed(shape))):
+        stored = [Stored(f"factors.{n}", (d, d), written=every)]  # (4)
+        if not is_zero(method.riemannian_momentum):
+            stored.append(Stored(f"momenta.{n}", (d, d), read=every, written=every))  # (3)
+        products = (
+            Product(2, d, d, d, every),  # K^T K of (2), K m of (4)
+            Product(1, d, d, rest, every),  # (1)
+            Product(1, d, rest, d, every),  # P P^T of (2)
+            Product(2, d, d, rest),  # (5)
+        )
+        parts.append(Work(tuple(stored), products))
+    return _together(*parts, Work(_like(shape, *([] if is_zero(method.momentum) else ["buffer"]))))  # (6)
+
+
+# ---- sketches -------------------------------------------------------------------------------------------------------
+
+
+@work.register
+def _(method: SAdaGrad, shape: Shape) -> Work:
+    return _sketched("sketch", shape, method.size, method.solver, 1)
+
+
+@work.register(AdaFD)
+@work.register(FDSON)
+@work.register(RFDSON)
+def _(method: Any, shape: Shape) -> Work:
+    return _sketched("sketch", shape, method.size, "svd", 1)
+
+
+@work.register
+def _(method: SShampoo, shape: Shape) -> Work:
+    return _sketched("sketches", shape, method.size, method.solver, method.every)
+
+
+@work.register
+def _(method: SShampooPractical, shape: Shape) -> Work:
+    own = _sketched("sketches", method.axes(shape), method.size, method.solver, method.every)
+    names = ["v"] * (method.graft == "rmsprop") + ["m"] * (not is_zero(method.momentum))
+    return _together(own, Work(_like(shape, *names)))

@@ -1,0 +1,202 @@
+"""What ``precond-ref cost`` shows: a table and notes, a figure, and everything as JSON."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from typing import TYPE_CHECKING, Any
+
+from precond_ref.cost import Device, Estimate
+from precond_ref.protocol import Method
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+SIZE = 256
+"""Value of a field ``size`` that has no default."""
+
+
+def parse_method(text: str) -> Method:
+    """``"ASGO"``, ``"ASGO.theory"`` or ``"SShampoo(size=64, every=10)"``; ValueError for anything else."""
+    from precond_ref.compare.runs import constructors, required
+
+    name, bracket, _ = text.partition("(")
+    makers = constructors()
+    if name.strip() not in makers:
+        raise ValueError(f"there is no method {name.strip()!r}; there are {', '.join(makers)}")
+    make, fields = makers[name.strip()], {}
+    if bracket:
+        try:
+            call = ast.parse(text.strip(), mode="eval").body
+            if not isinstance(call, ast.Call) or call.args:
+                raise ValueError("fields are given by name")
+            fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"{text!r} must be like 'SShampoo(size=64, every=10)': {error}") from error
+    for field in required(make):
+        if field not in fields:
+            if field != "size":
+                raise ValueError(f"{name.strip()} needs {field}: '{name.strip()}({field}=...)'")
+            fields[field] = SIZE
+    unknown = fields.keys() - inspect.signature(make).parameters.keys()
+    if unknown:
+        raise ValueError(f"{name.strip()} has no field {', '.join(sorted(unknown))}")
+    try:
+        return make(**fields)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def quantity(value: float, unit: str) -> str:
+    """Three digits with a decimal prefix: ``1.5e9, "B"`` -> ``1.50 GB``."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(value) < 999.5 or prefix == "P":
+            break
+        value /= 1000
+    digits = max(0, 2 - math.floor(math.log10(value))) if value >= 1 else 2
+    return f"{value:.{0 if prefix == '' and value == int(value) else digits}f} {prefix}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Three digits with a unit."""
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
+        if seconds * factor >= 1 or unit == "us":
+            break
+    return f"{seconds * factor:.3g} {unit}"
+
+
+def table(estimates: list[Estimate]) -> Table:
+    """A row for each method."""
+    result = _table("method", "state", "B/param", "flops/step", "moved/step", "floor", "calls", "own")
+    for e in estimates:
+        result.add_row(
+            e.name,
+            quantity(e.state_bytes, "B"),
+            f"{e.state_bytes / max(e.entries, 1):.2f}",
+            quantity(e.flops, "") if e.flops else "-",
+            quantity(e.moved, "B"),
+            duration(e.seconds),
+            f"{e.calls[1]}/{e.calls[0]}",
+            f"{e.own:.1%}".replace("100.0%", "100%"),
+        )
+    return result
+
+
+def mesh_table(estimates: list[Estimate]) -> Table:
+    """Two rows for each method: one owner per matrix, and stacks dealt out."""
+    result = _table("method", "", "state", "received", "least", "balance", "floor")
+    for e in estimates:
+        for split in e.mesh or ():
+            result.add_row(
+                e.name if split.name == "owner" else "",
+                split.name,
+                quantity(split.state_bytes, "B"),
+                quantity(split.received, "B"),
+                quantity(split.least, "B"),
+                f"{split.balance:.2f}",
+                duration(split.seconds),
+            )
+    return result
+
+
+def _table(*titles: str) -> Table:
+    from rich.table import Table
+
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        result.add_column(title, no_wrap=True, justify="left" if title in ("method", "") else "right")
+    return result
+
+
+def heading(source: str, estimates: list[Estimate]) -> str:
+    """What is estimated, in one line."""
+    first = estimates[0]
+    return f"{source}: {first.entries:,} parameters in {len(first.loads)} arrays, {first.dtype}"
+
+
+def notes(estimates: list[Estimate]) -> list[str]:
+    """What one must know to read the table."""
+    device = estimates[0].device
+    lines = [
+        "state: bytes of the optimizer's arrays, exact. B/param: the same per parameter.",
+        "flops: matrix products and factorizations; work done every k steps counts 1/k. '-': none, elementwise only.",
+        "moved: bytes that must be read or written at least once: gradient, parameter, state.",
+        f"floor: no step can be faster on average at {quantity(device.bandwidth, 'B/s')} and "
+        f"{quantity(device.matmul_rate, 'flop/s')}; real steps are slower, factorizations most.",
+        "calls: updates per step with equal shapes stacked, of updates one by one.",
+        "own: entries in parameters that the method takes. The others go to Adam().",
+    ]
+    return lines
+
+
+def mesh_notes() -> list[str]:
+    """What one must know to read the second table."""
+    return [
+        "owner: one device updates each matrix. stack: the matrices of each shape are dealt out evenly.",
+        "state: of the device with the most. Parameters of elementwise methods are cut evenly in both.",
+        "received: bytes that a device receives per step beyond what data parallelism sends anyway, if gradients are",
+        "gathered on every device (owner) or only where they are needed (stack); least: the same in the second way.",
+        "balance: flops of the busiest device over the mean, 1 is even. floor: that of the slowest device.",
+    ]
+
+
+def figure(source: str, estimates: list[Estimate]) -> Figure:
+    """State per parameter, and the time floor with its two parts, for each method."""
+    from matplotlib.figure import Figure
+
+    names = [estimate.name for estimate in estimates]
+    rows = range(len(names))
+    result = Figure(figsize=(10, 1.2 + 0.32 * len(names)), layout="constrained")
+    left, right = result.subplots(1, 2, sharey=True)
+    left.barh(rows, [e.state_bytes / max(e.entries, 1) for e in estimates], color="#0072B2")
+    left.set_yticks(rows, names)
+    left.invert_yaxis()
+    left.set_xlabel("bytes of state per parameter")
+    left.set_title(source, loc="left")
+    moved = [1e3 * e.moved / e.device.bandwidth for e in estimates]
+    computed = [1e3 * e.flops / e.device.matmul_rate for e in estimates]
+    right.barh([r - 0.2 for r in rows], moved, height=0.4, color="#56B4E9", label="moving bytes")
+    right.barh([r + 0.2 for r in rows], computed, height=0.4, color="#D55E00", label="products and factorizations")
+    right.set_xscale("log")
+    right.set_xlabel("time floor of a step, ms")
+    right.legend(frameon=False, fontsize="small")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return result
+
+
+def as_json(source: str, estimates: list[Estimate]) -> dict[str, Any]:
+    """Everything, with the parameters one by one."""
+    device: Device = estimates[0].device
+    return {
+        "source": source,
+        "dtype": estimates[0].dtype,
+        "entries": estimates[0].entries,
+        "device": device._asdict(),
+        "methods": [
+            {
+                "name": e.name,
+                "method": repr(e.method),
+                "state_bytes": e.state_bytes,
+                "flops_per_step": e.flops,
+                "bytes_moved_per_step": e.moved,
+                "floor_seconds": e.seconds,
+                "calls": dict(zip(("one_by_one", "stacked"), e.calls, strict=True)),
+                "own_share": e.own,
+                "mesh": [split._asdict() for split in e.mesh or ()],
+                "parameters": {
+                    load.name: {
+                        "shape": load.shape,
+                        "method": type(load.method).__name__,
+                        "state_bytes": load.state_bytes,
+                        "flops": load.flops,
+                        "bytes_moved": load.moved,
+                    }
+                    for load in e.loads
+                },
+            }
+            for e in estimates
+        ],
+    }

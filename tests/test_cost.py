@@ -1,0 +1,394 @@
+"""The cost model: state sizes against real arrays, products and factorizations against what PyTorch runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import tracemalloc
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from array_api_compat import array_namespace
+from configs import CONFIGS
+from helpers import leaves
+from hypothesis import given
+from hypothesis import strategies as st
+from mutation import mutated
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import precond_ref as pr
+import precond_ref_torch
+from precond_ref import cost
+from precond_ref.cost import formulas, report
+from precond_ref.cost.shapes import PRESETS, read
+from precond_ref_torch import distributed, states
+
+SHAPES: dict[int, list[tuple[int, ...]]] = {
+    0: [()],
+    1: [(1,), (2,), (7,)],
+    2: [(1, 1), (1, 4), (4, 1), (5, 3), (3, 5), (4, 4), (6, 9), (12, 2)],
+    3: [(1, 1, 1), (2, 3, 4), (4, 1, 3), (3, 5, 2)],
+    4: [(2, 3, 3, 2), (1, 2, 1, 3), (4, 2, 3, 3), (3, 1, 4, 2)],
+}
+
+
+def shapes_of(method: Any) -> list[tuple[int, ...]]:
+    """Shapes of every order that the method takes."""
+    low, high = method.ndims
+    shapes = [shape for ndim, its in SHAPES.items() if low <= ndim <= high for shape in its]
+    if getattr(method, "heads", None):
+        shapes = [shape for shape in shapes if shape[0] % method.heads == 0]
+    if isinstance(getattr(method, "structure", ""), tuple):
+        shapes = [shape for shape in shapes if len([d for d in shape if d != 1] or [1]) == len(method.structure)]
+    return shapes
+
+
+def real_arrays(method: Any, shape: tuple[int, ...], dtype: Any = torch.float32, steps: int = 0) -> dict[str, Any]:
+    """Name and shape of every array of a state, after some updates."""
+    param = torch.full(shape, 0.5, dtype=dtype)
+    state = method.init(param)
+    for seed in range(steps):
+        grad = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+        _, state = method.update(grad, state, param)
+    return {name: tuple(array.shape) for name, array in states.to_dict(state).items()}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_state_is_exact(config: Any) -> None:
+    for shape in {config.shape, *shapes_of(config.method)}:
+        stored = {array.name: array.shape for array in formulas.work(config.method, shape).stored}
+        assert stored == real_arrays(config.method, shape), shape
+    assert {a.name: a.shape for a in formulas.work(config.method, config.shape).stored} == real_arrays(
+        config.method, config.shape, steps=2
+    )
+
+
+@given(data=st.data())
+def test_state_is_exact_on_any_shape(data: st.DataObject) -> None:
+    config = data.draw(st.sampled_from(list(CONFIGS.values())))
+    low, high = config.method.ndims
+    sizes = st.lists(st.integers(0, 9), min_size=low, max_size=min(high, 5))
+    shape = tuple(data.draw(sizes))
+    try:
+        state = config.method.init(np.zeros(shape))
+    except ValueError:
+        return  # `heads` or `structure` does not fit
+    entries = sum(array.size for array in leaves(state))
+    assert sum(array.entries for array in formulas.work(config.method, shape).stored) == entries
+
+
+class Recorder(TorchDispatchMode):
+    """Kinds and sizes of the factorizations that run."""
+
+    KINDS: ClassVar = {
+        "_linalg_eigh": "eigh",
+        "_linalg_svd": "svd",
+        "linalg_cholesky_ex": "cholesky",
+        "_linalg_solve_ex": "solve",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[tuple[str, int, int], int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.KINDS:
+            *stack, m, n = args[0].shape
+            key = (self.KINDS[name], m, n)
+            self.seen[key] = self.seen.get(key, 0) + math.prod(stack)
+        return func(*args, **(kwargs or {}))
+
+
+def counted(method: Any, shape: tuple[int, ...], refresh: bool) -> tuple[int, dict[tuple[str, int, int], int]]:
+    """Flops of the products and the factorizations of one update, as PyTorch counts and runs them."""
+    param = torch.full(shape, 0.5, dtype=torch.float64)
+    grad = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    state = method.init(param)
+    keeps = max(getattr(method, name, 1) for name in ("every", "inverse_every")) > 1
+    with FlopCounterMode(display=False) as flops, Recorder() as recorder:
+        method.update(grad, state, param, refresh=refresh if keeps else None, xp=array_namespace(param))
+    return flops.get_total_flops(), recorder.seen
+
+
+def predicted(work: Any, refresh: bool) -> tuple[int, dict[tuple[str, int, int], int]]:
+    """The same from the formulas: everything, or what is not amortized."""
+    flops = sum(p.flops for p in work.products if refresh or p.every == 1)
+    sizes: dict[tuple[str, int, int], int] = {}
+    for f in work.factorizations:
+        if refresh or f.every == 1:
+            sizes[f.kind, f.m, f.n] = sizes.get((f.kind, f.m, f.n), 0) + f.batch
+    return flops, sizes
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_products_and_factorizations_are_exact(config: Any) -> None:
+    for shape in {config.shape, *shapes_of(config.method)}:
+        for refresh in (True, False):
+            assert predicted(formulas.work(config.method, shape), refresh) == counted(config.method, shape, refresh), (
+                shape,
+                refresh,
+            )
+
+
+# Formula in `formulas`, and the same with a mistake; each is caught by the checks above.
+MUTANTS = {
+    "AGD without its maximum": ('"m", "b", *(["b_max"] if method.amsgrad else [])', '"m", "b"'),
+    "ASGO on the larger side": ("and m < n)\n    p, rest = (m // h", "and m >= n)\n    p, rest = (m // h"),
+    "ASGO heads not counted": ("gram = (h, p, p) if", "gram = (p, p) if"),
+    "ASGO root forgotten": ('stored.append(Stored("root", gram', 'list().append(Stored("root", gram'),
+    "DASGO by rows": ('Stored("v", shape[1:])', 'Stored("v", shape[:1])'),
+    "Polar Express with three products": ('"polar_express": 4', '"polar_express": 3'),
+    "MBF block size": ("count, s = (d1, d2) if method", "count, s = (d2, d1) if method"),
+    "MBF conv blocks": ("(*lead, s, s) if method.kind", "(s, s) if method.kind"),
+    "MBF inverse forgotten": ("    if t2 > 1:", "    if False:"),
+    "Shampoo unfolded wrongly": ("        products = (Product(1, d, rest", "        products = (Product(1, d, d"),
+    "RFShampoo without its inverses": ('            Stored(f"inverses.{n}", (d, d), written=every),  # (9)\n', ""),
+    "RFShampoo whitens every axis": ("if j != n]", "]"),
+    "IFShampoo applied once": ("Product(2, d, d, rest),  # (5)", "Product(1, d, d, rest),  # (5)"),
+    "axes of size 1 kept": ("tuple(d for d in shape if d != 1) or (1,)", "shape or (1,)"),
+    "sketch wider than the axis": ("    k = min(d, size)\n    fields", "    k = size\n    fields"),
+    "sketch without the old rows": ("rows = k + q", "rows = q"),
+    "gram64 on the larger side": ("    if d > rows:", "    if d < rows:"),
+    "practical without its graft": ('["v"] * (method.graft == "rmsprop") + ', ""),
+    "Muon on the larger side": ("p, q = min(m, n), max(m, n)", "q, p = min(m, n), max(m, n)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", MUTANTS.values(), ids=MUTANTS)
+def test_a_wrong_formula_is_seen(change: tuple[str, str]) -> None:
+    wrong = mutated(formulas, (change,)).work
+    assert any(
+        {a.name: a.shape for a in wrong(c.method, c.shape).stored} != real_arrays(c.method, c.shape)
+        or any(predicted(wrong(c.method, c.shape), r) != counted(c.method, c.shape, r) for r in (True, False))
+        for c in CONFIGS.values()
+    )
+
+
+def test_a_method_without_a_formula_is_refused() -> None:
+    with pytest.raises(TypeError, match="no cost formula for object"):
+        formulas.work(object(), (2, 3))
+
+
+def test_factorizations_by_leading_terms() -> None:
+    flops = {kind: formulas.Factorization(kind, 2, 6, 3).flops for kind in ("eigh", "svd", "cholesky", "solve")}
+    assert flops == {"eigh": 486, "svd": 2 * (6 * 6 * 9 + 20 * 27), "cholesky": 18, "solve": 144}
+
+
+# ---- a whole model --------------------------------------------------------------------------------------------------
+
+MODEL = {"embedding": (11, 6), "a.weight": (8, 6), "b.weight": (8, 6), "conv": (4, 2, 3, 3), "bias": (8,), "scale": ()}
+ROUTED = [
+    pr.ASGO(every=3),
+    pr.MBF(),
+    pr.SShampoo(size=3),
+    pr.SShampoo.practical(size=3),
+    pr.IFShampoo(narrow_state=True),
+    pr.RFShampoo(),
+    pr.AGD(amsgrad=True),
+    pr.FullAdaGrad(),
+]
+
+
+@pytest.mark.parametrize("method", ROUTED, ids=lambda m: type(m).__name__)
+def test_state_of_a_model_is_that_of_the_optimizer(method: Any) -> None:
+    state = pr.Optimizer(method).init({name: np.zeros(shape, "float32") for name, shape in MODEL.items()})
+    measured = sum(array.nbytes for array in leaves(state))
+    assert cost.estimate("", method, MODEL).state_bytes == measured
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("method", ROUTED, ids=lambda m: type(m).__name__)
+def test_state_of_a_model_is_that_of_the_adapter(method: Any, dtype: str) -> None:
+    params = [(n, torch.nn.Parameter(torch.zeros(s, dtype=getattr(torch, dtype)))) for n, s in MODEL.items()]
+    for _, param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = precond_ref_torch.Optimizer(params, method, lr=0.0)
+    if dtype == "bfloat16" and getattr(method, "narrow_state", False):
+        dtype_size = 2
+    else:
+        dtype_size = 8 if dtype == "float64" else 4
+    optimizer.step()
+    measured = sum(
+        tensor.numel() * tensor.element_size()
+        for entry in optimizer.state.values()
+        for name, tensor in entry.items()
+        if name != "step"
+    )
+    estimate = cost.estimate("", method, MODEL, dtype=dtype)
+    assert estimate.state_bytes == measured
+    assert measured % dtype_size == 0
+
+
+def test_s_shampoo_of_rank_256_on_4096_by_1024() -> None:
+    method = pr.SShampoo(size=257)  # the sketch has rank size - 1
+    measured = sum(array.nbytes for array in leaves(method.init(np.zeros((4096, 1024), "float32"))))
+    assert measured == 4 * ((4096 + 1024) * 257 + 2 * (257 + 1))
+    assert cost.estimate("", method, {"w": (4096, 1024)}).state_bytes == measured
+    assert measured < 4 * 4096 * 1024 / 3  # a third of the parameter; Adam keeps it twice
+
+
+def test_nothing_is_allocated() -> None:
+    tracemalloc.start()
+    try:
+        estimate = cost.estimate("", pr.Shampoo(every=10), PRESETS["llama-70b"](), mesh=64, dtype="bfloat16")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert estimate.state_bytes > 1e12
+    assert peak < 1e7
+
+
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "gpt2-xl": 1_557_611_200,
+    "llama-7b": 6_738_415_616,
+    "llama-70b": 68_976_648_192,
+    "resnet50": 25_557_032,
+}
+
+
+def test_presets_have_the_published_number_of_parameters() -> None:
+    assert {name: sum(map(math.prod, make().values())) for name, make in PRESETS.items()} == PUBLISHED
+
+
+def test_amortized_bytes_and_flops_by_hand() -> None:
+    estimate = cost.estimate("", pr.Shampoo(every=10), {"w": (4, 2)}, device=cost.Device(2.0, 1e9))
+    products = 2 * (4 * 2 * 4 + 4 * 4 * 2) + 2 * (2 * 4 * 2 + 2 * 2 * 4)
+    roots = (2 * 4**3 + 9 * 4**3 + 2 * 2**3 + 9 * 2**3) / 10
+    assert estimate.flops == pytest.approx(products + roots, rel=1e-15)
+    statistics, kept = 2 * 4 * (16 + 4), (1 + 1 / 10) * 4 * (16 + 4)
+    assert estimate.moved == pytest.approx(3 * 4 * 8 + statistics + kept, rel=1e-15)
+    assert estimate.seconds == estimate.moved / 2
+    assert cost.estimate("", pr.Shampoo(), {"w": (4, 2)}, device=cost.Device(1e9, 2.0)).seconds == (
+        cost.estimate("", pr.Shampoo(), {"w": (4, 2)}).flops / 2
+    )
+
+
+def test_own_and_calls() -> None:
+    estimate = cost.estimate("", pr.ASGO(), MODEL)
+    assert estimate.own == (48 + 48) / estimate.entries
+    assert estimate.calls == (6, 2)
+    assert cost.estimate("", pr.Adam(), MODEL).own == 1
+
+
+# ---- several devices ------------------------------------------------------------------------------------------------
+
+
+class Seven:
+    """What `owners` asks of a mesh."""
+
+    def size(self) -> int:
+        return 7
+
+
+SEVEN = Seven()
+
+
+def test_owners_are_those_of_the_torch_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [shape for shape in PRESETS["resnet50"]().values() if len(shape) > 1]
+    tensors = []
+    for shape in shapes:
+        tensor = torch.empty(shape, device="meta")
+        tensor.device_mesh = SEVEN
+        tensors.append(tensor)
+    monkeypatch.setattr(distributed, "is_sharded", lambda tensor: True)
+    assigned = distributed.owners([tensors])
+    assert cost.owners(shapes, 7) == [assigned[tensor] for tensor in tensors]
+
+
+def test_splits_by_hand() -> None:
+    shapes = {f"w{i}": (4, 4) for i in range(5)} | {"bias": (6,)}
+    owner, stack = cost.estimate("", pr.Shampoo(), shapes, mesh=2).mesh
+    assert (owner.name, stack.name, owner.devices) == ("owner", "stack", 2)
+    assert owner.balance == stack.balance == 3 / 2.5  # five equal matrices on two devices
+    assert owner.state_bytes == stack.state_bytes == 3 * 2 * 64 + 24
+    assert owner.received == 2 * 5 * 64 / 2
+    assert owner.least == stack.received == 5 * 64 / 2
+    shapes["large"] = (8, 8)
+    owner, stack = cost.estimate("", pr.Shampoo(), shapes, mesh=2).mesh
+    assert owner.balance < stack.balance  # the rule of owners sees that one matrix is larger
+    assert cost.estimate("", pr.Adam(), shapes, mesh=2).mesh[0].received == 0
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def run_cost(*arguments: str) -> Any:
+    from typer.testing import CliRunner
+
+    from precond_ref.cli import application
+
+    return CliRunner().invoke(application(), ["cost", *arguments], env={"COLUMNS": "120"})
+
+
+def test_table_figure_and_json(tmp_path: Any) -> None:
+    file = tmp_path / "shapes.json"
+    file.write_text(json.dumps({name: list(shape) for name, shape in MODEL.items() if shape}))
+    figure = tmp_path / "cost.png"
+    arguments = ("--shapes", str(file), "--method", "ASGO", "--method", "SShampoo(size=3, every=2)", "--mesh", "3")
+    result = run_cost(*arguments, "--output", str(figure))
+    assert result.exit_code == 0, result.output
+    assert "SShampoo(size=3, every=2)" in result.stdout
+    assert "on 3 devices" in result.stdout
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    shown = json.loads(run_cost(*arguments, "--json").stdout)
+    expected = cost.estimate("", pr.ASGO(), read(file), mesh=3)
+    assert shown["methods"][0]["state_bytes"] == expected.state_bytes
+    assert shown["methods"][0]["mesh"][1]["received"] == expected.mesh[1].received
+    assert shown["methods"][1]["method"] == repr(pr.SShampoo(size=3, every=2))
+
+
+def test_all_presets_and_methods_run() -> None:
+    for preset in PRESETS:
+        result = run_cost("--preset", preset)
+        assert result.exit_code == 0, result.output
+        assert f"{PUBLISHED[preset]:,} parameters" in result.stdout
+
+
+def test_shapes_of_a_safetensors_file(tmp_path: Any) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"a": np.zeros((2, 3), "float32"), "b": np.zeros(4, "float32")}, tmp_path / "m.safetensors")
+    assert read(tmp_path / "m.safetensors") == {"a": (2, 3), "b": (4,)}
+
+
+REFUSED = {
+    "neither": ((), "give one of --preset and --shapes"),
+    "preset": (("--preset", "gpt9"), "there is no preset 'gpt9'; there are gpt2,"),
+    "method": (("--preset", "gpt2", "--method", "Asgo"), "there is no method 'Asgo'; there are AGD"),
+    "field": (("--preset", "gpt2", "--method", "ASGO(k=1)"), "ASGO has no field k"),
+    "value": (("--preset", "gpt2", "--method", "ASGO(every=0)"), "every must be >= 1, got 0"),
+    "needs": (("--preset", "gpt2", "--method", "AdaFD"), "AdaFD needs delta"),
+    "syntax": (("--preset", "gpt2", "--method", "ASGO(1"), "must be like 'SShampoo(size=64, every=10)'"),
+    "dtype": (("--preset", "gpt2", "--dtype", "int8"), "dtype must be one of float64"),
+    "mesh": (("--preset", "gpt2", "--mesh", "0"), "mesh must be >= 1, got 0"),
+    "rate": (("--preset", "gpt2", "--bandwidth", "0"), "must be > 0"),
+    "file": (("--shapes", "nowhere.json"), "No such file"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(arguments: tuple[str, ...], message: str) -> None:
+    result = run_cost(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"a": [0]}', '{"a": 3}', "x"])
+def test_a_file_of_something_else_is_refused(text: str, tmp_path: Any) -> None:
+    (tmp_path / "shapes.json").write_text(text)
+    with pytest.raises(ValueError, match=r"shapes\.json"):
+        read(tmp_path / "shapes.json")
+
+
+def test_quantities() -> None:
+    assert [report.quantity(x, "B") for x in (0, 7, 999, 1000, 12345, 1.5e9)] == [
+        "0 B", "7 B", "999 B", "1.00 kB", "12.3 kB", "1.50 GB",
+    ]  # fmt: skip
+    assert [report.duration(x) for x in (2.0, 0.0125, 3e-7)] == ["2 s", "12.5 ms", "0.3 us"]
