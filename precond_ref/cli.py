@@ -36,6 +36,7 @@ def main() -> None:
 
 def application() -> typer.Typer:
     """The commands."""
+    from precond_ref.bench import command as bench
     from precond_ref.cost import command as cost
 
     app = typer.Typer(
@@ -48,6 +49,7 @@ def application() -> typer.Typer:
     )
     app.command("list", epilog=LIST_EXAMPLES)(list_command)
     app.command("compare", epilog=COMPARE_EXAMPLES)(compare_command)
+    app.command("bench", epilog=bench.EXAMPLES)(bench.bench_command)
     app.command("cost", epilog=cost.EXAMPLES)(cost.cost_command)
     return app
 

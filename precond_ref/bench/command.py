@@ -1,0 +1,143 @@
+"""The command ``precond-ref bench``. Heavy libraries are imported when used."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+EXAMPLES = """\b
+Examples:
+  precond-ref bench
+  precond-ref bench --suite memory
+  precond-ref bench --only S-Shampoo --rounds 40 --threads 2
+  bash benchmarks/peers.sh ~/peers && precond-ref bench --against peers --peers ~/peers
+  precond-ref bench --output steps.json && python -m pyperf stats steps.json
+
+\b
+Suites:
+  steps    a step of the adapters beside the frameworks' optimizers, bare costs and, on request, peers
+  roots    inverse square roots beside the bare eigendecomposition
+  sketch   Frequent Directions beside the bare singular value decomposition
+  memory   bytes of state beside the formulas, and the peak of a step
+  scaling  growth with parameters, sizes, blocks and refresh periods, beside theory
+"""
+SUITES = ("steps", "roots", "sketch", "memory", "scaling")
+EXTRA = 'pip install "precond-ref[bench,torch,jax]"'
+
+
+def bench_command(
+    suite: Annotated[str, typer.Option(metavar="NAME", help="One of the suites below.")] = "steps",
+    against: Annotated[
+        str | None, typer.Option(metavar="peers", help="Also time other packages, in environments of their own.")
+    ] = None,
+    peers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", envvar="PRECOND_REF_PEERS", help="Where `benchmarks/peers.sh FOLDER` has put these."
+        ),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Only what has this in its title, such as `ASGO` or `large`.")
+    ] = None,
+    threads: Annotated[int, typer.Option(metavar="N", help="Threads of linear algebra.")] = 1,
+    rounds: Annotated[int, typer.Option(metavar="N", help="Measurements of each, at least 2.")] = 15,
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output; no tables.")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the times as a pyperf suite.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Tiny sizes: whether it runs, not how fast.")] = False,
+) -> None:
+    """Time the methods beside their peers and their floors.
+
+    Contenders take turns, so that a busy machine slows all of them: each round measures every one for about 50 ms.
+    A ratio is the median over the rounds of the time divided by that of the first row in the same round. States are
+    float32, gradients random, four sets in turn; the first steps, which compile, are not counted.
+    """
+    from precond_ref.cli import fail
+
+    if suite not in SUITES:
+        fail(f"there is no suite {suite!r}; there are {', '.join(SUITES)}")
+    if against not in (None, "peers"):
+        fail(f"--against takes only `peers`, got {against!r}")
+    if against == "peers" and (peers is None or not peers.is_dir()):
+        fail("--against peers needs --peers FOLDER with what `bash benchmarks/peers.sh FOLDER` makes")
+    if threads < 1 or rounds < 2:
+        fail(f"--threads must be >= 1 and --rounds >= 2, got {threads} and {rounds}")
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    try:
+        from rich.console import Console
+
+        from precond_ref.bench import report
+
+        folder = peers.absolute() if against and peers else None
+        shown, data, entries = measured(suite, only, threads, rounds, smoke, folder)
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed: {EXTRA}")
+    except OSError as error:
+        fail(error)
+    if not shown:
+        fail(f"nothing in suite {suite} has {only!r} in its title")
+    if output is not None:
+        times = report.suite(entries, threads)
+        if times is None:
+            fail("there are no times to write")
+        times.dump(str(output), replace=True)
+    if json:
+        content = {"suite": suite, "threads": threads, "smoke": smoke, "machine": report.machine(), "results": data}
+        typer.echo(json_module.dumps(content, indent=1))
+        return
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(report.heading(suite, threads), soft_wrap=True)
+    for table in shown:
+        console.print()
+        console.print(table)
+
+
+def measured(
+    suite: str, only: str | None, threads: int, rounds: int, smoke: bool, peers: Path | None
+) -> tuple[list[Table], list[dict[str, Any]], list[Any]]:
+    """Tables, the same as plain data, and all times with a title."""
+    from precond_ref.bench import harness, memory, report, suites
+    from precond_ref.cli import progress
+
+    tables, data, entries = [], [], []
+
+    def wanted(title: str) -> bool:
+        return only is None or only.lower() in title.lower()
+
+    with progress() as bar:
+        task = bar.add_task(suite, total=None, loss="")
+
+        def on_progress(text: str) -> None:
+            bar.update(task, description=text)
+
+        if suite == "memory":
+            rows = []
+            for workload, methods in memory.METHODS.items():
+                for method in methods:
+                    if wanted(f"{workload}: {method}"):
+                        on_progress(f"{workload}: {method}")
+                        rows.append(memory.measure(workload, method, smoke=smoke))
+            tables, data = [report.memory_table(rows)] * bool(rows), [row._asdict() for row in rows]
+        elif suite == "scaling":
+            for sweep in suites.sweeps(smoke):
+                if wanted(sweep.title):
+                    points = harness.sweep(sweep, threads=threads, rounds=rounds, on_progress=on_progress)
+                    tables.append(report.sweep_table(sweep, points))
+                    data.append(report.sweep_json(sweep, points))
+                    entries += [(sweep.title, result) for result in points.values()]
+        else:
+            for race in suites.RACES[suite]:
+                if wanted(f"{race.title}, {race.workload}"):
+                    results = harness.run(
+                        race, threads=threads, rounds=rounds, smoke=smoke, peers=peers, on_progress=on_progress
+                    )
+                    tables.append(report.race_table(race, results))
+                    data.append(report.race_json(race, results))
+                    entries += [(f"{race.title}, {race.workload}", result) for result in results]
+    return tables, data, entries

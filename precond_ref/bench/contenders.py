@@ -1,0 +1,318 @@
+"""What is timed in this environment: the adapters, the frameworks' own optimizers, and bare costs as floors.
+
+Each entry of `OURS` makes a function that does one step on a workload.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from precond_ref.bench.peers import GRADIENTS, Step, jax_step, torch_step, with_adam
+from precond_ref.bench.workloads import Shapes, split
+
+LR = 1e-4
+
+
+def _torch(name: str, compiled: bool = False, preset: str | None = None, **fields: Any) -> Callable[[Shapes], Step]:
+    def make(shapes: Shapes) -> Step:
+        import precond_ref_torch
+
+        cls = getattr(precond_ref_torch, name)
+        cls = getattr(cls, preset) if preset else cls
+        return torch_step(lambda params: [cls(params.items(), lr=LR, compile=compiled, **fields)], shapes)
+
+    return make
+
+
+def adapter(method: str) -> Callable[[Shapes], Step]:
+    """``method``, written like "SShampoo(size=64)", through the PyTorch adapter."""
+
+    def make(shapes: Shapes) -> Step:
+        import precond_ref_torch
+        from precond_ref.cost.report import parse_method
+
+        return torch_step(
+            lambda params: [precond_ref_torch.Optimizer(params.items(), parse_method(method), lr=LR)], shapes
+        )
+
+    return make
+
+
+def _torch_own(name: str, **options: Any) -> Callable[[Shapes], Step]:
+    def make(shapes: Shapes) -> Step:
+        import torch
+
+        cls = getattr(torch.optim, name)
+        return torch_step(lambda params: [cls(list(params.values()), lr=LR, **options)], shapes)
+
+    return make
+
+
+def _torch_muon(shapes: Shapes) -> Step:
+    import torch
+
+    return torch_step(with_adam(lambda params: torch.optim.Muon(params, lr=LR)), shapes)
+
+
+def _jax(name: str, **fields: Any) -> Callable[[Shapes], Step]:
+    def make(shapes: Shapes) -> Step:
+        import precond_ref_jax
+
+        return jax_step(getattr(precond_ref_jax, name)(LR, **fields), shapes)
+
+    return make
+
+
+def _optax(name: str) -> Callable[[Shapes], Step]:
+    def make(shapes: Shapes) -> Step:
+        import optax
+
+        return jax_step(getattr(optax, name)(LR), shapes)
+
+    return make
+
+
+# ---- floors: the products and factorizations alone ------------------------------------------------------------------
+
+
+def _stacks(shapes: Shapes) -> list[list[Any]]:
+    """For each shape of matrices, GRADIENTS stacks of them."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    counts: dict[tuple[int, ...], int] = {}
+    for shape in split(shapes)[0].values():
+        counts[shape] = counts.get(shape, 0) + 1
+    return [
+        [torch.randn(count, *shape, generator=generator) for _ in range(GRADIENTS)] for shape, count in counts.items()
+    ]
+
+
+def _bare(compute: Callable[[Any, Any], None]) -> Callable[[Shapes], Step]:
+    """``compute(gradient, running statistic)`` for each stack, the statistic being made by ``start``."""
+
+    def make(shapes: Shapes) -> Step:
+        import torch
+
+        work = []
+        for grads in _stacks(shapes):
+            m, n = grads[0].shape[-2:]
+            eyes = [torch.eye(d).repeat(grads[0].shape[0], 1, 1) for d in (m, n)]
+            work.append((itertools.cycle(grads), eyes))
+
+        def step() -> None:
+            for turn, eyes in work:
+                compute(next(turn), eyes)
+
+        return step
+
+    return make
+
+
+def _asgo(g: Any, statistics: list[Any]) -> None:
+    import torch
+
+    left = g.shape[-2] < g.shape[-1]
+    gram = g @ g.mT if left else g.mT @ g
+    side = statistics[0 if left else 1]
+    side.mul_(0.8).add_(gram, alpha=0.2)
+    w, q = torch.linalg.eigh(side)
+    root = (q * w.clamp(min=1e-10).rsqrt()[..., None, :]) @ q.mT
+    _ = root @ g if left else g @ root
+
+
+def _shampoo(g: Any, statistics: list[Any]) -> None:
+    import torch
+
+    update = g
+    for side, gram in zip(statistics, (g @ g.mT, g.mT @ g), strict=True):
+        side.add_(gram)
+        w, q = torch.linalg.eigh(side)
+        root = (q * w.clamp(min=1e-6).pow(-0.25)[..., None, :]) @ q.mT
+        update = root @ update if side is statistics[0] else update @ root
+
+
+def _if_shampoo(g: Any, statistics: list[Any]) -> None:
+    k, c = statistics
+    _, _ = k.mT @ k, c.mT @ c  # grams
+    p = k.mT @ g @ c  # (1)
+    h, i = p @ p.mT, p.mT @ p  # (2)
+    _, _ = k @ h, c @ i  # (4)
+    _ = k @ (k.mT @ g) @ c @ c.mT  # (5)
+
+
+# ---- roots and sketches alone ---------------------------------------------------------------------------------------
+
+
+def _root(function: str, *arguments: Any, dtype: str = "float32") -> Callable[[Shapes], Step]:
+    """A function of `precond_ref.numerics.roots`, or "eigh" alone, on Gram matrices of the smaller sides."""
+
+    def make(shapes: Shapes) -> Step:
+        import torch
+        from array_api_compat import array_namespace
+
+        from precond_ref.numerics import roots
+
+        xp = array_namespace(torch.empty(0))
+        grams = [[(g @ g.mT if g.shape[-2] < g.shape[-1] else g.mT @ g) for g in stack] for stack in _stacks(shapes)]
+        turns = [itertools.cycle(stack) for stack in grams]
+
+        def step() -> None:
+            for turn in turns:
+                gram = next(turn)
+                if function == "eigh":
+                    torch.linalg.eigh(gram)
+                else:
+                    getattr(roots, function)(gram.to(getattr(torch, dtype)), *arguments, xp=xp).to(gram.dtype)
+
+        return step
+
+    return make
+
+
+def _sketch(solver: str | None, size: int = 32) -> Callable[[Shapes], Step]:
+    """Frequent Directions on the left side of every matrix; without a solver the bare decomposition it rests on."""
+
+    def make(shapes: Shapes) -> Step:
+        import torch
+        from array_api_compat import array_namespace
+
+        from precond_ref.numerics import sketch
+
+        xp = array_namespace(torch.empty(0))
+        work: list[list[Any]] = []
+        for stack in _stacks(shapes):
+            count, d, _ = stack[0].shape
+            empty = sketch.empty(d, size, (count,), stack[0], xp=xp)
+            work.append([itertools.cycle(stack), sketch.update(empty, stack[0].mT, 0.99, size=size, xp=xp)])
+
+        def step() -> None:
+            for item in work:
+                rows = next(item[0]).mT
+                if solver is None:
+                    factor = torch.cat([item[1].basis, rows.mT], dim=-1)
+                    torch.linalg.svd(factor, full_matrices=False)
+                else:
+                    item[1] = sketch.update(item[1], rows, 0.99, size=size, solver=solver, xp=xp)
+
+        return step
+
+    return make
+
+
+# ---- training steps of a convolutional network ----------------------------------------------------------------------
+
+
+def _training(make: Callable[[Any], list[Any]]) -> Callable[[Shapes], Step]:
+    """Forward, backward and update of a ResNet-20 on batches of 64 images of 32 x 32."""
+
+    def build(shapes: Shapes) -> Step:
+        import torch
+        from torch import nn
+        from torch.nn import functional
+
+        width = shapes["stem.weight"][0]
+        smoke = width < 16
+
+        class Block(nn.Module):
+            def __init__(self, inputs: int, outputs: int) -> None:
+                super().__init__()
+                self.stride = outputs // inputs
+                self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False)
+                self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+                self.norm1, self.norm2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+
+            def forward(self, x: Any) -> Any:
+                y = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(x)))))
+                if self.stride > 1:
+                    x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
+                return functional.relu(x + y)
+
+        torch.manual_seed(0)
+        layers: list[Any] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        inputs = width
+        for stage in range(3):
+            for _ in range(1 if smoke else 3):
+                layers.append(Block(inputs, width * 2**stage))
+                inputs = width * 2**stage
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
+        batch, size = (2, 8) if smoke else (64, 32)
+        images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
+        optimizers = make(model)
+
+        def step() -> None:
+            model.zero_grad()
+            loss: Any = functional.cross_entropy(model(images), labels)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+        return step
+
+    return build
+
+
+def _adam_training(model: Any) -> list[Any]:
+    import torch
+
+    return [torch.optim.Adam(model.parameters(), lr=LR, foreach=True)]
+
+
+def _mbf_training(preset: bool) -> Callable[[Any], list[Any]]:
+    def make(model: Any) -> list[Any]:
+        import precond_ref_torch
+
+        cls = precond_ref_torch.MBF
+        if preset:
+            return [cls.authors_code(model.named_parameters(), lr=LR, network="cnn")]
+        return [cls(model.named_parameters(), lr=LR)]
+
+    return make
+
+
+OURS: dict[str, Callable[[Shapes], Step]] = {
+    "torch AdamW foreach": _torch_own("AdamW", foreach=True),
+    "torch Adam foreach": _torch_own("Adam", foreach=True),
+    "torch Adam fused": _torch_own("Adam", fused=True),
+    "torch Muon": _torch_muon,
+    "AGD": _torch("AGD", weight_decay=1e-2),
+    "AGD, compile": _torch("AGD", compiled=True, weight_decay=1e-2),
+    "ASGO": _torch("ASGO"),
+    "ASGO, every=10": _torch("ASGO", every=10),
+    "ASGO, bare": _bare(_asgo),
+    "DASGO": _torch("DASGO"),
+    "Muon": _torch("Muon"),
+    "Shampoo": _torch("Shampoo"),
+    "Shampoo, bare": _bare(_shampoo),
+    "IFShampoo": _torch("IFShampoo"),
+    "IFShampoo, compile": _torch("IFShampoo", compiled=True),
+    "IFShampoo, bare": _bare(_if_shampoo),
+    "RFShampoo": _torch("RFShampoo"),
+    "RFRMSProp": _torch("RFRMSProp"),
+    "MBF": _torch("MBF"),
+    "SShampoo": _torch("SShampoo", size=32),
+    "SShampoo, gram64": _torch("SShampoo", size=32, solver="gram64"),
+    "eigh alone": _root("eigh"),
+    "power -1/2": _root("power", -0.5, 1e-6),
+    "power -1/2 in float64": _root("power", -0.5, 1e-6, dtype="float64"),
+    "Newton-Schulz, 10 steps": _root("inverse_sqrt_newton_schulz", 1e-6, 10),
+    "Polar Express, 10 steps": _root("inverse_sqrt_polar_express", 1e-6, 10),
+    "coupled Newton, 10 steps": _root("inverse_root_coupled_newton", 2, 1e-6, 10),
+    "svd alone": _sketch(None),
+    "sketch, svd": _sketch("svd"),
+    "sketch, gram64": _sketch("gram64"),
+    "training with Adam": _training(_adam_training),
+    "training with MBF, authors_code('cnn')": _training(_mbf_training(True)),
+    "training with MBF": _training(_mbf_training(False)),
+    "optax.adam": _optax("adam"),
+    "agd": _jax("agd"),
+    "asgo": _jax("asgo"),
+    "shampoo": _jax("shampoo"),
+    "if_shampoo": _jax("if_shampoo"),
+    "mbf": _jax("mbf"),
+    "s_shampoo": _jax("s_shampoo", size=32),
+    "s_shampoo, practical": _jax("s_shampoo_practical", size=32, merge=1),
+}
+"""Steps by name; capitals are the PyTorch adapter, small letters the JAX adapter."""

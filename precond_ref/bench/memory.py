@@ -1,0 +1,120 @@
+"""Bytes of state, measured and from the formulas, and the peak of what one step allocates."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import tracemalloc
+from typing import Any, NamedTuple
+
+from precond_ref.bench.peers import torch_parameters
+from precond_ref.bench.workloads import Shapes
+from precond_ref.bench.workloads import shapes as workload_shapes
+from precond_ref.cost import estimate
+from precond_ref.cost.report import parse_method
+
+METHODS = {
+    "matrices": ("Adam", "AGD", "ASGO", "SShampoo(size=33)", "IFShampoo", "RFShampoo", "MBF", "Shampoo", "Muon"),
+    "convolutions": ("Adam", "AGD", "SShampoo(size=33)", "IFShampoo", "MBF"),
+    "large": ("Adam", "AGD", "ASGO", "SShampoo(size=257)", "SShampoo(size=257, solver='gram64')", "MBF"),
+}
+
+
+class Memory(NamedTuple):
+    """Bytes of one method on one workload, float32."""
+
+    workload: str
+    method: str
+    parameters: int
+    measured: int
+    """Of the arrays in the state, after two steps of the PyTorch adapter."""
+    formula: int
+    """`precond_ref.cost`."""
+    torch_peak: int | None
+    """Most that the third step of the adapter has allocated at a time, beside parameters, gradients and state."""
+    numpy_peak: int | None
+    """The same for `precond_ref.Optimizer` on NumPy."""
+    jax_peak: int | None
+    """Temporaries of the compiled step of the JAX adapter, parameters and state donated, as XLA reports."""
+
+
+def measure(workload: str, method: str, *, smoke: bool) -> Memory:
+    """All columns of one row."""
+    found = workload_shapes(workload, smoke)
+    state, torch_peak = _torch(method, found)
+    return Memory(
+        workload=workload,
+        method=method,
+        parameters=4 * sum(map(math.prod, found.values())),
+        measured=state,
+        formula=estimate(method, parse_method(method), found).state_bytes,
+        torch_peak=torch_peak,
+        numpy_peak=_numpy(method, found),
+        jax_peak=_jax(method, found),
+    )
+
+
+def _torch(method: str, shapes: Shapes) -> tuple[int, int | None]:
+    from torch.profiler import ProfilerActivity, profile
+
+    import precond_ref_torch
+
+    params, renew = torch_parameters(shapes)
+    optimizer = precond_ref_torch.Optimizer(params.items(), parse_method(method), lr=1e-4)
+    for _ in range(2):
+        renew()
+        optimizer.step()
+    state = sum(
+        tensor.numel() * tensor.element_size()
+        for entry in optimizer.state.values()
+        for name, tensor in entry.items()
+        if name != "step"
+    )
+    renew()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        optimizer.step()
+    result: Any = recorded.profiler
+    events = [e for e in result.kineto_results.events() if e.name() == "[memory]"]
+    peak = now = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return state, peak if events else None
+
+
+def _numpy(method: str, shapes: Shapes) -> int:
+    import numpy as np
+
+    from precond_ref import Optimizer
+
+    rng = np.random.default_rng(0)
+    params, grads = (
+        {name: rng.standard_normal(shape, dtype="float32") for name, shape in shapes.items()} for _ in range(2)
+    )
+    optimizer = Optimizer(parse_method(method), lr=1e-4)
+    state = optimizer.init(params)
+    tracemalloc.start()
+    try:
+        optimizer.step(params, grads, state)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def _jax(method: str, shapes: Shapes) -> int | None:
+    jax: Any = importlib.import_module("jax")
+    import jax.numpy as jnp
+
+    import precond_ref_jax
+
+    optimizer: Any = precond_ref_jax.scale_by(parse_method(method))
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    state = jax.eval_shape(optimizer.init, params)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        directions, state = optimizer.update(grads, state, params)
+        return jax.tree.map(lambda p, d: p - 1e-4 * d, params, directions), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    analysis: Any = compiled.memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)

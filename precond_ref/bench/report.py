@@ -1,0 +1,143 @@
+"""What ``precond-ref bench`` shows: tables, JSON, and a pyperf suite."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import pyperf
+
+from precond_ref.bench.harness import Race, Result, Sweep, ratios
+from precond_ref.bench.memory import Memory
+from precond_ref.bench.suites import exponent
+from precond_ref.cost.report import duration, quantity
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def _table(*titles: str) -> Table:
+    from rich.table import Table
+
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    for i, title in enumerate(titles):
+        result.add_column(title, no_wrap=True, justify="right" if i else "left")
+    return result
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def race_table(race: Race, results: list[Result]) -> Table:
+    """A row for each contender, the base first."""
+    table = _table(f"{race.title}, {race.workload}", "median", "quartiles", "ratio", "its quartiles", "first step")
+    for result in results:
+        if result.error is not None or not result.seconds:
+            table.add_row(result.name, result.error or "no value")
+            continue
+        low, median, high = spread(result.seconds)
+        cells = [result.name, duration(median), f"{duration(low)} to {duration(high)}"]
+        paired = ratios(result, results[0])
+        if paired:
+            first, middle, last = spread(paired)
+            cells += [f"{middle:.2f}", f"{first:.2f} to {last:.2f}"]
+        table.add_row(*cells, *([""] * (5 - len(cells))), duration(result.first or 0.0))
+    return table
+
+
+def sweep_table(sweep: Sweep, results: dict[int, Result]) -> Table:
+    """A column for each point, and the exponents."""
+    shown = [("never" if x == sweep.base else f"{x}", result) for x, result in results.items()]
+    table = _table(sweep.title, *(x for x, _ in shown), "exponent", "theory")
+    bad = [result.error for _, result in shown if result.error]
+    cells = [duration(statistics.median(result.seconds)) if result.seconds else "-" for _, result in shown]
+    table.add_row(f"by {sweep.x}", *cells, "-" if bad else f"{exponent(sweep, results):.2f}", f"{sweep.theory:g}")
+    for error in bad:
+        table.add_row(error or "")
+    return table
+
+
+def memory_table(rows: list[Memory]) -> Table:
+    """A row for each method and workload."""
+    table = _table("state and peak of a step", "parameters", "state", "formula", "torch", "NumPy", "JAX")
+    for row in rows:
+        peaks = [
+            "-" if peak is None else quantity(peak, "B") for peak in (row.torch_peak, row.numpy_peak, row.jax_peak)
+        ]
+        same = "equal" if row.measured == row.formula else f"{row.formula:,}"
+        table.add_row(f"{row.workload}: {row.method}", quantity(row.parameters, "B"), f"{row.measured:,}", same, *peaks)
+    return table
+
+
+def race_json(race: Race, results: list[Result]) -> dict[str, Any]:
+    """Everything of a race."""
+    return {"title": race.title, "workload": race.workload, "contenders": [_json(r, results[0]) for r in results]}
+
+
+def _json(result: Result, base: Result | None = None) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "name": result.name,
+        "error": result.error,
+        "first_seconds": result.first,
+        "seconds_per_step": result.seconds,
+    }
+    if result.seconds:
+        entry["quartiles"] = spread(result.seconds)
+        if base is not None and base.seconds:
+            entry["ratio_quartiles"] = spread(ratios(result, base))
+    return entry
+
+
+def sweep_json(sweep: Sweep, results: dict[int, Result]) -> dict[str, Any]:
+    """Everything of a sweep."""
+    complete = all(result.seconds for result in results.values())
+    return {
+        "title": sweep.title,
+        "x": sweep.x,
+        "points": {str(x): _json(result) for x, result in results.items()},
+        "exponent": exponent(sweep, results) if complete else None,
+        "theory": sweep.theory,
+    }
+
+
+def suite(entries: list[tuple[str, Result]], threads: int) -> pyperf.BenchmarkSuite | None:
+    """All times as a pyperf suite, for `pyperf stats`, `hist` and `compare_to`; None if there are none."""
+    benchmarks = []
+    for title, result in entries:
+        if result.seconds:
+            run = pyperf.Run(
+                result.seconds,
+                metadata={"name": f"{title}: {result.name}", "unit": "second", "threads": threads},
+                collect_metadata=True,
+            )
+            benchmarks.append(pyperf.Benchmark([run]))
+    return pyperf.BenchmarkSuite(benchmarks) if benchmarks else None
+
+
+def machine() -> dict[str, Any]:
+    """What pyperf says of the machine."""
+    metadata = pyperf.Run([1.0], collect_metadata=True).get_metadata()
+    wanted = ("cpu_model_name", "cpu_count", "load_avg_1min", "platform", "python_version", "date")
+    return {name: metadata[name] for name in wanted if name in metadata} | versions()
+
+
+def versions() -> dict[str, str]:
+    """Of the array libraries that are installed."""
+    found = {}
+    for package in ("numpy", "torch", "jax", "optax"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def heading(suite: str, threads: int) -> str:
+    """What runs where."""
+    facts = ", ".join(f"{name} {value}" for name, value in machine().items() if name not in ("platform", "date"))
+    return f"{suite}, {threads} thread{'s' * (threads > 1)}, float32; {facts}"

@@ -1,0 +1,95 @@
+"""The races of each suite."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from precond_ref.bench.harness import Race, Result, Sweep
+
+ROOTS_OF = (
+    "eigh alone",
+    "power -1/2",
+    "power -1/2 in float64",
+    "Newton-Schulz, 10 steps",
+    "Polar Express, 10 steps",
+    "coupled Newton, 10 steps",
+)
+
+STEPS = (
+    Race("AGD, torch", "matrices", ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, compile", "atorch AGD")),
+    Race("AGD, torch", "transformer", ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, compile", "atorch AGD")),
+    Race("AGD, torch", "large", ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, compile", "atorch AGD")),
+    Race("elementwise, JAX", "matrices", ("optax.adam", "agd")),
+    Race("elementwise, JAX", "transformer", ("optax.adam", "agd")),
+    Race("elementwise, JAX", "large", ("optax.adam", "agd")),
+    Race("ASGO, torch", "transformer", ("ASGO", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side")),
+    Race("ASGO, torch", "matrices", ("ASGO", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side")),
+    Race("ASGO, torch", "large", ("ASGO", "ASGO, bare")),
+    Race(
+        "Shampoo, torch",
+        "matrices",
+        ("Shampoo", "Shampoo, bare", "pytorch_optimizer Shampoo", "pytorch_optimizer SOAP, every step"),
+    ),
+    Race("IF-Shampoo, torch", "matrices", ("IFShampoo", "IFShampoo, bare", "sirfshampoo")),
+    Race("IF-Shampoo, torch", "transformer", ("IFShampoo", "IFShampoo, bare", "sirfshampoo")),
+    Race("S-Shampoo", "matrices", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
+    Race(
+        "training a ResNet-20",
+        "convolutions",
+        ("training with Adam", "training with MBF, authors_code('cnn')", "training with MBF"),
+        {"training with MBF, authors_code('cnn')": 100},
+    ),
+)
+
+ROOTS = tuple(Race("roots", workload, ROOTS_OF) for workload in ("matrices", "transformer"))
+SKETCH = tuple(
+    Race("sketch of rank 31", workload, ("svd alone", "sketch, svd", "sketch, gram64"))
+    for workload in ("matrices", "large")
+)
+RACES = {"steps": STEPS, "roots": ROOTS, "sketch": SKETCH}
+
+
+def sweeps(smoke: bool) -> list[Sweep]:
+    """How step times grow; the exponent of theory is that of the leading term in `precond_ref.cost`."""
+
+    def sizes(full: tuple[int, ...], small: tuple[int, ...]) -> tuple[int, ...]:
+        return small if smoke else full
+
+    entries = sizes((2**18, 2**20, 2**22), (2**4, 2**5, 2**6))
+    sides = sizes((64, 128, 256, 512), (4, 6, 8))
+    ranks = sizes((16, 32, 64, 128), (2, 3, 4))
+    blocks = sizes((2**8, 2**10, 2**12), (2, 4, 8))
+    periods = sizes((1, 2, 4, 8, 16), (1, 2, 4))
+    d = 64 if smoke else 16384
+    side = 8 if smoke else 256
+    return [
+        Sweep("AGD", "entries", 1.0, {n: ("AGD", {"w": (n,)}) for n in entries}),
+        Sweep("ASGO", "side of one square matrix", 3.0, {n: ("ASGO", {"w": (n, n)}) for n in sides}),
+        Sweep(f"SAdaGrad on {d} entries", "sketch size", 2.0, {k: (f"SAdaGrad(size={k})", {"w": (d,)}) for k in ranks}),
+        Sweep("MBF on 3 x 3 convolutions", "blocks", 1.0, {b: ("MBF", {"w": (b, 1, 3, 3)}) for b in blocks}),
+        Sweep(
+            f"Shampoo on {side} x {side}, above never",
+            "refresh period",
+            -1.0,
+            {t: (f"Shampoo(every={t})", {"w": (side, side)}) for t in (*periods, NEVER)},
+            base=NEVER,
+        ),
+    ]
+
+
+NEVER = 10**9
+"""A refresh period that ends only after the measurement."""
+
+
+def exponent(sweep: Sweep, results: dict[int, Result]) -> float:
+    """Slope of log time over log x by least squares, the time of ``sweep.base`` taken off first."""
+
+    off = statistics.median(results[sweep.base].seconds) if sweep.base is not None else 0.0
+    points = [
+        (math.log(x), math.log(seconds))
+        for x, result in results.items()
+        if x != sweep.base and (seconds := statistics.median(result.seconds) - off) > 0
+    ]
+    slope, _ = statistics.linear_regression(*zip(*points, strict=True))
+    return slope

@@ -1,0 +1,70 @@
+"""A process that times steps for `harness`, one order per line of standard input, one answer per line of output.
+
+``{"make": name, "workload": w, "smoke": b, "warmup": n}`` makes a contender and answers with the seconds of the first
+step, n more are done; with ``"method": m, "shapes": {...}`` it is that method, through the PyTorch adapter, on these
+parameters. ``{"run": name, "repeat": n}`` answers with the seconds of n steps. Runs in the environments of peers too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+try:
+    from precond_ref.bench.peers import PEERS
+    from precond_ref.bench.workloads import shapes
+except ModuleNotFoundError:  # run as a script
+    from peers import PEERS  # type: ignore[import-not-found, no-redef]
+    from workloads import shapes  # type: ignore[import-not-found, no-redef]
+
+
+def make(order: dict[str, Any]) -> Callable[[], None]:
+    """The step that an order names."""
+    name = order["make"]
+    if name in PEERS:
+        return PEERS[name][1](shapes(order["workload"], order["smoke"]))
+    from precond_ref.bench.contenders import OURS, adapter
+
+    if "method" in order:
+        return adapter(order["method"])({key: tuple(shape) for key, shape in order["shapes"].items()})
+    return OURS[name](shapes(order["workload"], order["smoke"]))
+
+
+def main() -> None:
+    """Serve until standard input ends; an error of a contender is an answer, not an end."""
+    answers = os.fdopen(os.dup(1), "w")  # what packages print goes to the error stream
+    os.dup2(2, 1)
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    steps: dict[str, Callable[[], None]] = {}
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            start = time.perf_counter()
+            if "make" in order:
+                steps[order["make"]] = made = make(order)
+                if "torch" in sys.modules:
+                    sys.modules["torch"].set_num_threads(threads)
+                start = time.perf_counter()
+                made()
+                first = time.perf_counter() - start
+                for _ in range(order["warmup"]):
+                    made()
+                answer: dict[str, Any] = {"seconds": first}
+            else:
+                step = steps[order["run"]]
+                start = time.perf_counter()
+                for _ in range(order["repeat"]):
+                    step()
+                answer = {"seconds": time.perf_counter() - start}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What is optimized: parameters by name and shape. No imports beyond the standard library: peers run this too."""
+
+from __future__ import annotations
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def matrices(count: int = 100, size: int = 64) -> Shapes:
+    """Equal square matrices."""
+    return {f"layer{i}.weight": (size, size) for i in range(count)}
+
+
+def transformer(layers: int = 6, width: int = 384) -> Shapes:
+    """The blocks of a transformer, (output, input): 10.6 million parameters, with norms and biases."""
+    shapes: Shapes = {}
+    linear = {
+        "attention": (3 * width, width),
+        "projection": (width, width),
+        "expand": (4 * width, width),
+        "contract": (width, 4 * width),
+    }
+    for i in range(layers):
+        for name, shape in linear.items():
+            shapes |= {f"block{i}.{name}.weight": shape, f"block{i}.{name}.bias": shape[:1]}
+        shapes |= {f"block{i}.norm{j}.{kind}": (width,) for j in (1, 2) for kind in ("weight", "bias")}
+    return shapes
+
+
+def convolutions(blocks: int = 3, width: int = 16, classes: int = 10) -> Shapes:
+    """ResNet-20 (He et al., 2016, for CIFAR): three stages of 3 x 3 convolutions, norms, and a classifier."""
+    shapes: Shapes = {"stem.weight": (width, 3, 3, 3), "stem_norm.weight": (width,), "stem_norm.bias": (width,)}
+    inputs = width
+    for stage in range(3):
+        outputs = width * 2**stage
+        for block in range(blocks):
+            for j in (1, 2):
+                path = f"stage{stage}.{block}.conv{j}"
+                shapes[f"{path}.weight"] = (outputs, inputs, 3, 3)
+                shapes |= {f"{path}_norm.{kind}": (outputs,) for kind in ("weight", "bias")}
+                inputs = outputs
+    return shapes | {"fc.weight": (classes, inputs), "fc.bias": (classes,)}
+
+
+def large(rows: int = 4096, columns: int = 1024) -> Shapes:
+    """One matrix."""
+    return {"layer.weight": (rows, columns)}
+
+
+WORKLOADS = {"matrices": matrices, "transformer": transformer, "convolutions": convolutions, "large": large}
+SMOKE: dict[str, Shapes] = {
+    "matrices": matrices(3, 8),
+    "transformer": transformer(1, 8),
+    "convolutions": convolutions(1, 2),
+    "large": large(16, 8),
+}
+"""The same in small: whether everything runs."""
+
+
+def shapes(workload: str, smoke: bool) -> Shapes:
+    """Parameters of a workload."""
+    return SMOKE[workload] if smoke else WORKLOADS[workload]()
+
+
+def split(shapes: Shapes) -> tuple[Shapes, Shapes]:
+    """Matrices and tensors, and the rest."""
+    return {k: v for k, v in shapes.items() if len(v) > 1}, {k: v for k, v in shapes.items() if len(v) < 2}

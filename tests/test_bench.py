@@ -1,0 +1,171 @@
+"""`precond-ref bench` at smoke size: that every suite runs, and that what it reports is what was measured."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyperf
+import pytest
+from typer.testing import CliRunner
+
+from precond_ref.bench import harness, memory, report, suites, worker
+from precond_ref.bench.contenders import OURS
+from precond_ref.bench.harness import Race, Result, Sweep
+from precond_ref.bench.peers import PEERS
+from precond_ref.bench.workloads import WORKLOADS
+from precond_ref.cli import application
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_bench(*arguments: str) -> Any:
+    return CliRunner().invoke(application(), ["bench", *arguments], env={"COLUMNS": "140", "PRECOND_REF_PEERS": ""})
+
+
+def test_every_contender_of_a_race_exists() -> None:
+    races = [race for its in suites.RACES.values() for race in its]
+    named = {name for race in races for name in race.contenders}
+    assert named <= OURS.keys() | PEERS.keys()
+    assert {race.workload for race in races} <= WORKLOADS.keys()
+    assert all(race.contenders[0] in OURS for race in races)  # the base is there without peers
+    assert all(race.periods.keys() <= set(race.contenders) for race in races)
+
+
+def test_workloads_have_the_sizes_their_names_say() -> None:
+    entries = {name: sum(_product(s) for s in make().values()) for name, make in WORKLOADS.items()}
+    assert entries["matrices"] == 100 * 64 * 64
+    assert 1.0e7 < entries["transformer"] < 1.1e7
+    assert entries["convolutions"] == 269722  # ResNet-20 with padded shortcuts
+    assert entries["large"] == 4096 * 1024
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for d in shape:
+        result *= d
+    return result
+
+
+def test_steps_of_one_race_and_its_pyperf_file(tmp_path: Path) -> None:
+    file = tmp_path / "times.json"
+    result = run_bench("--smoke", "--rounds", "3", "--only", "ASGO, torch, matrices", "--output", str(file), "--json")
+    assert result.exit_code == 0, result.output
+    (race,) = json.loads(result.stdout)["results"]
+    assert [c["name"] for c in race["contenders"]] == ["ASGO", "ASGO, bare"]
+    written = pyperf.BenchmarkSuite.load(str(file))
+    for contender, benchmark in zip(race["contenders"], written.get_benchmarks(), strict=True):
+        assert contender["error"] is None
+        assert list(benchmark.get_values()) == contender["seconds_per_step"]
+        assert len(contender["seconds_per_step"]) == 3
+        assert contender["quartiles"][1] == statistics.median(contender["seconds_per_step"])
+        assert min(contender["seconds_per_step"]) > 0
+    assert race["contenders"][0]["ratio_quartiles"] == [1.0, 1.0, 1.0]
+
+
+def test_the_table_shows_every_contender() -> None:
+    result = run_bench("--smoke", "--rounds", "2", "--only", "roots, matrices", "--suite", "roots")
+    assert result.exit_code == 0, result.output
+    assert all(name in result.stdout for name in suites.ROOTS_OF)
+
+
+def test_memory_measures_what_the_formulas_say() -> None:
+    for method in ("SShampoo(size=5)", "ASGO"):
+        row = memory.measure("large", method, smoke=True)
+        assert row.measured == row.formula > 0
+        assert row.torch_peak is not None
+        assert row.torch_peak >= 4 * 16 * 8  # the direction at least
+        assert row.numpy_peak is not None
+        assert row.numpy_peak >= 4 * 16 * 8
+        assert "equal" in str(list(report.memory_table([row]).columns[3].cells))
+    wrong = row._replace(formula=row.formula + 4)
+    assert "equal" not in str(list(report.memory_table([wrong]).columns[3].cells))
+
+
+def test_scaling_runs() -> None:
+    result = run_bench("--suite", "scaling", "--smoke", "--rounds", "2", "--only", "Shampoo on")
+    assert result.exit_code == 0, result.output
+    assert "never" in result.stdout
+    assert "exponent" in result.stdout
+
+
+def test_exponents_are_fitted() -> None:
+    sweep = Sweep("", "", 3.0, {x: ("", {}) for x in (1, 2, 4)})
+    cubic = {x: Result("", [2e-3 * x**3] * 3) for x in (1, 2, 4)}
+    assert suites.exponent(sweep, cubic) == pytest.approx(3.0, abs=1e-12)
+    above = {**{x: Result("", [1.0 + 0.5 / x] * 3) for x in (1, 2, 4)}, 9: Result("", [1.0] * 3)}
+    assert suites.exponent(sweep._replace(base=9), above) == pytest.approx(-1.0, abs=1e-12)
+
+
+def test_ratios_are_those_of_the_same_round() -> None:
+    slow, fast = Result("a", [2.0, 20.0, 4.0]), Result("b", [1.0, 10.0, 2.0])
+    assert harness.ratios(slow, fast) == [2.0, 2.0, 2.0]
+    assert report.spread([2.0, 1.0, 4.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+def test_an_error_and_a_missing_environment_are_shown_and_stop_nobody(tmp_path: Path) -> None:
+    race = Race("", "matrices", ("AGD", "no such contender", "sirfshampoo"))
+    ours, unknown, peer = harness.run(race, threads=1, rounds=2, smoke=True, peers=tmp_path)
+    assert ours.error is None
+    assert len(ours.seconds) == 2
+    assert unknown.error == "KeyError: 'no such contender'"
+    assert "bash benchmarks/peers.sh" in str(peer.error)
+    assert "KeyError" in str(list(report.race_table(race, [ours, unknown, peer]).columns[1].cells))
+    assert harness.run(Race("", "matrices", ("sirfshampoo",)), threads=1, rounds=2, smoke=True, peers=None) == []
+
+
+def test_a_peer_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """The interpreter of these tests stands in for the environment: both packages are in the test extra."""
+    for package in ("sirfshampoo", "pytorch_optimizer"):
+        pytest.importorskip(package)
+    (tmp_path / "torch" / "bin").mkdir(parents=True)
+    (tmp_path / "torch" / "bin" / "python").symlink_to(sys.executable)
+    python = harness.Worker(Path(sys.executable), 1)
+    try:
+        for name in ("sirfshampoo", "pytorch_optimizer Shampoo", "pytorch_optimizer ScalableShampoo, one side"):
+            made = python.ask(make=name, workload="transformer", smoke=True, warmup=0)
+            assert "error" not in made, made
+            assert python.ask(run=name, repeat=1)["seconds"] > 0
+    finally:
+        python.close()
+    assert harness.interpreter("torch", tmp_path) == tmp_path / "torch" / "bin" / "python"
+
+
+def test_a_dead_process_is_an_error() -> None:
+    process = harness.Worker(None, 1)
+    process.process.kill()
+    process.process.wait()
+    assert "ended with code" in process.ask(run="x", repeat=1)["error"]
+    process.close()
+
+
+def test_the_worker_needs_nothing_but_the_peer() -> None:
+    """Run as a script by an interpreter without site packages, it gets as far as the missing framework."""
+    result = subprocess.run(
+        [sys.executable, "-S", "-E", worker.__file__],
+        input=json.dumps({"make": "atorch AGD", "workload": "matrices", "smoke": True, "warmup": 0}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(result.stdout) == {"error": "ModuleNotFoundError: atorch"}
+
+
+REFUSED = {
+    "suite": (("--suite", "x"), "there is no suite 'x'; there are steps, roots"),
+    "against": (("--against", "x"), "--against takes only `peers`, got 'x'"),
+    "peers": (("--against", "peers"), "needs --peers FOLDER"),
+    "rounds": (("--rounds", "1"), "--rounds >= 2"),
+    "only": (("--suite", "roots", "--only", "x y"), "nothing in suite roots has 'x y' in its title"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(arguments: tuple[str, ...], message: str) -> None:
+    result = run_bench(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
