@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +171,75 @@ def test_refused(arguments: tuple[str, ...], message: str) -> None:
     result = run_bench(*arguments)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+# ---- the GPU's script -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Any:
+    spec: Any = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_a_machine_lacks_is_named(gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    present = types.SimpleNamespace(
+        cuda=types.SimpleNamespace(is_available=lambda: True),
+        is_available=lambda: True,
+        devices=lambda: [types.SimpleNamespace(platform="gpu")],
+    )
+
+    def imported(name: str) -> Any:
+        if name == "cupy":
+            raise ImportError("No module named 'cupy'")
+        return present
+
+    monkeypatch.setattr(gpu.importlib, "import_module", imported)
+    assert gpu.main([]) == 1
+    error = capsys.readouterr().err
+    assert "cupy cannot be imported: No module named 'cupy'" in error
+    assert "torch" not in error
+    present.cuda.is_available = lambda: False
+    present.devices = list
+    assert [line.split()[0] for line in gpu.missing()] == ["torch", "cupy", "jax"]
+
+
+def test_out_of_time_it_still_writes_its_results(gpu: Any, tmp_path: Path) -> None:
+    x64 = sys.modules["jax"].config.jax_enable_x64 if "jax" in sys.modules else False
+    try:
+        assert gpu.main(["--dry-run", "--minutes", "0", "--output", str(tmp_path)]) == 0
+    finally:
+        sys.modules["jax"].config.update("jax_enable_x64", x64)
+    (file,) = tmp_path.glob("cpu-*.json")
+    content = json.loads(file.read_text())
+    assert {row["error"] for row in content["steps"]} == {"left out: no time"}
+    assert content["rates"]["bandwidth"] > 0
+    assert len(content["constants"]) == 9
+    assert "left out: no time" in file.with_suffix(".md").read_text()
+
+
+@pytest.mark.deep
+def test_the_whole_script_on_the_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    (file,) = tmp_path.glob("cpu-*.json")
+    content = json.loads(file.read_text())
+    assert [
+        row for name in ("steps", "launches", "residuals", "constants") for row in content[name] if "error" in row
+    ] == []
+    assert all(row["seconds"] > 0 for row in content["steps"])
+    assert all(row["residual"] < 1e-5 for row in content["residuals"])
+    assert all(0 < row["u kappa^(p + 1/2)"] < 16 for row in content["constants"])
+
+
+def test_synchronizations_are_recognized(gpu: Any) -> None:
+    names = (
+        "cudaStreamSynchronize",
+        "cudaDeviceSynchronize",
+        "cuMemcpyDtoHAsync_v2",
+        "Memcpy DtoH (Device -> Pageable)",
+    )
+    assert all(gpu.SYNCHRONIZATIONS.search(name) for name in names)
+    assert not any(gpu.SYNCHRONIZATIONS.search(name) for name in ("cudaLaunchKernel", "Memcpy DtoD", "cudaMemcpyAsync"))

@@ -1,0 +1,446 @@
+"""The methods on a CUDA GPU: `python benchmarks/gpu.py`, in less than 8 minutes. Needs CuPy, PyTorch and JAX with CUDA.
+
+Writes ``benchmarks/results/<gpu>-<date>.json`` and the same as a Markdown table beside it:
+
+* bandwidth of a copy and rate of a float32 matrix product, measured;
+* time of a step by device events (JAX, which has none: by the host's clock around many steps), with the share of it
+  that the least possible bytes at that bandwidth and the flops at that rate account for (`precond_ref.cost`);
+* kernels and host synchronizations of a step without a refresh, for 100 and for 10 equal matrices;
+* residuals of batched eigendecompositions and inverses, by size;
+* the constants c with which errors of float32 roots stay below c u kappa^(p + 1/2) and c u kappa.
+
+``--dry-run`` goes through all of it on the CPU in small, NumPy in the place of CuPy: whether the script runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import itertools
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # three libraries share the memory
+RESULTS = Path(__file__).resolve().parent / "results"
+METHODS = {
+    "matrices": ("Adam", "AGD", "ASGO", "ASGO(every=10)", "Shampoo(every=10)", "IFShampoo", "RFShampoo", "MBF",
+                 "SShampoo(size=33, solver='gram64')", "Muon"),
+    "transformer": ("Adam", "AGD", "ASGO(every=10)", "IFShampoo", "SShampoo(size=33, every=10, solver='gram64')",
+                    "Muon"),
+    "convolutions": ("Adam", "AGD", "MBF", "IFShampoo"),
+    "large": ("Adam", "AGD", "ASGO(every=10)", "SShampoo(size=257, every=10, solver='gram64')", "Muon"),
+}  # fmt: skip
+SYNCHRONIZATIONS = re.compile(r"cuda(Device|Stream|Event)Synchronize|cuMemcpyDtoH|cudaMemcpy$|Memcpy DtoH")
+
+
+def missing() -> list[str]:
+    """What a machine lacks."""
+    found = []
+    for name, check in (
+        ("torch", lambda m: m.cuda.is_available()),
+        ("cupy", lambda m: m.is_available()),
+        ("jax", lambda m: any(d.platform == "gpu" for d in m.devices())),
+        ("optax", lambda m: True),
+    ):
+        try:
+            if not check(importlib.import_module(name)):
+                found.append(f"{name} is installed but finds no CUDA GPU")
+        except ImportError as error:
+            found.append(f"{name} cannot be imported: {error}")
+        except RuntimeError as error:  # JAX without a driver for the plugin it has
+            found.append(f"{name} finds no CUDA GPU: {error}")
+    return found
+
+
+# ---- libraries ------------------------------------------------------------------------------------------------------
+
+
+class Library:
+    """An array library on the device (dry: on the CPU), float32."""
+
+    def __init__(self, name: str, dry: bool) -> None:
+        self.name, self.dry = name, dry
+        self.module = importlib.import_module({"cupy": "numpy"}.get(name, name) if dry else name)
+        if name == "jax":
+            self.module.config.update("jax_enable_x64", True)  # for gram64; all arrays are float32 by name
+        self.xp = self._namespace()
+
+    def _namespace(self) -> Any:
+        from array_api_compat import array_namespace
+
+        return array_namespace(self.array([0.0]))
+
+    def array(self, values: Any, dtype: str = "float32") -> Any:
+        """``values`` on the device."""
+        import numpy as np
+
+        host = np.asarray(values, dtype)
+        if self.name == "torch":
+            return self.module.tensor(host, device="cpu" if self.dry else "cuda")
+        return self.module.numpy.asarray(host) if self.name == "jax" else self.module.asarray(host)
+
+    def host(self, array: Any) -> Any:
+        """``array`` as float64 NumPy."""
+        import numpy as np
+
+        if self.name == "torch":
+            array = array.cpu()
+        elif self.name == "cupy" and not self.dry:
+            array = array.get()
+        return np.asarray(array).astype("float64")
+
+    def wait(self) -> None:
+        """Until the device is idle."""
+        if self.dry:
+            return
+        if self.name == "torch":
+            self.module.cuda.synchronize()
+        elif self.name == "cupy":
+            self.module.cuda.Device().synchronize()
+
+    def seconds(self, step: Callable[[], Any], rounds: int = 5, period: int = 1) -> float:
+        """Median time of a step, over whole periods; about 0.2 s in all beside two steps to get warm."""
+        block = self.module.block_until_ready if self.name == "jax" else lambda result: None
+        block(step())
+        self.wait()
+        start = time.perf_counter()
+        block(step())
+        self.wait()
+        repeat = period * max(1, min(200, round(0.04 / max(period * (time.perf_counter() - start), 1e-7))))
+        values = []
+        for _ in range(rounds if repeat > period else 2):
+            start, stop = self._event(), self._event()
+            begin = time.perf_counter()
+            if start is not None:
+                start.record()
+            for _ in range(repeat):
+                result = step()
+            if stop is not None:
+                stop.record()
+            block(result)
+            self.wait()
+            values.append((time.perf_counter() - begin if start is None else self._elapsed(start, stop)) / repeat)
+        return statistics.median(values)
+
+    def _event(self) -> Any:
+        if self.dry or self.name == "jax":
+            return None
+        return self.module.cuda.Event(enable_timing=True) if self.name == "torch" else self.module.cuda.Event()
+
+    def _elapsed(self, start: Any, stop: Any) -> float:
+        if self.name == "torch":
+            return float(start.elapsed_time(stop)) / 1e3
+        return float(self.module.cuda.get_elapsed_time(start, stop)) / 1e3
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    def step(self, method: str, shapes: dict[str, Any], compiled: bool = False, engine: str = "torch") -> Any:
+        """A function that does one step of ``method`` and returns something to wait for."""
+        import numpy as np
+
+        from precond_ref import Optimizer
+        from precond_ref.cost.report import parse_method
+
+        made, rng = parse_method(method), np.random.default_rng(0)
+
+        def draw() -> dict[str, Any]:
+            return {name: self.array(rng.standard_normal(shape)) for name, shape in shapes.items()}
+
+        params, turn = draw(), itertools.cycle([draw(), draw()])
+        if self.name == "torch":
+            import precond_ref_torch
+
+            own = {name: self.module.nn.Parameter(value) for name, value in params.items()}
+            optimizer = precond_ref_torch.Optimizer(own.items(), made, lr=1e-4, compile=compiled, engine=engine)
+
+            def torch_step() -> None:
+                for name, grad in next(turn).items():
+                    own[name].grad = grad
+                optimizer.step()
+
+            return torch_step
+        if self.name == "jax":
+            import optax
+
+            import precond_ref_jax
+
+            rule = optax.chain(precond_ref_jax.scale_by(made), optax.scale_by_learning_rate(1e-4))
+            carried = [params, rule.init(params)]
+
+            def update(params: Any, state: Any, grads: Any) -> Any:
+                updates, state = rule.update(grads, state, params)
+                return optax.apply_updates(params, updates), state
+
+            jitted = self.module.jit(update, donate_argnums=(0, 1))
+
+            def jax_step() -> Any:
+                carried[:] = jitted(*carried, next(turn))
+                return carried[0]
+
+            return jax_step
+        tree = Optimizer(made, lr=1e-4)
+        held = [params, tree.init(params)]
+
+        def step() -> None:
+            held[:] = tree.step(held[0], next(turn), held[1])
+
+        return step
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+
+def device_rates(torch: Library) -> dict[str, float]:
+    """Bytes per second of a copy, read and written; flops per second of a float32 product (no TF32)."""
+    n = 64 if torch.dry else 8192
+    side = 64 if torch.dry else 8192
+    source = torch.array([[1.0]]).expand(n, n).contiguous()
+    target = source.clone()
+    a, b = source[:side, :side].contiguous(), target[:side, :side].contiguous()
+    copy = torch.seconds(lambda: target.copy_(source))
+    product = torch.seconds(lambda: a @ b)
+    return {"bandwidth": 8 * n * n / copy, "matmul_rate": 2 * side**3 / product}
+
+
+def steps(libraries: list[Library], rates: dict[str, float], dry: bool, over: Callable[[], bool]) -> list[Any]:
+    """Time of a step of every method on every workload in every library, with its roofline."""
+    from precond_ref.bench.workloads import shapes
+    from precond_ref.cost import Device, estimate
+    from precond_ref.cost.report import parse_method
+
+    rows = []
+    for workload, methods in METHODS.items():
+        found = shapes(workload, dry)
+        for method, library in itertools.product(methods, libraries):
+            variants: list[dict[str, Any]] = [{}]
+            if library.name == "torch" and not dry:
+                variants += [{"engine": "cupy"}] + [{"compiled": True}] * (method == "AGD" and workload == "matrices")
+            for variant in variants:
+                label = {"engine": "torch engine=cupy", "compiled": "torch compile"}.get(
+                    next(iter(variant), ""), library.name
+                )
+                row: dict[str, Any] = {"workload": workload, "method": method, "library": label}
+                rows.append(row)
+                if over():
+                    row["error"] = "left out: no time"
+                    continue
+                try:
+                    period = getattr(parse_method(method), "every", 1)
+                    row["seconds"] = library.seconds(library.step(method, found, **variant), period=period)
+                except Exception as error:
+                    row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                    continue
+                cost = estimate(method, parse_method(method), found, device=Device(**rates))
+                row |= {
+                    "bytes": cost.moved,
+                    "flops": cost.flops,
+                    "share_of_bandwidth": cost.moved / rates["bandwidth"] / row["seconds"],
+                    "share_of_matmul_rate": cost.flops / rates["matmul_rate"] / row["seconds"],
+                }
+    return rows
+
+
+def launches(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> list[Any]:
+    """Kernels and host synchronizations of a step without a refresh, for 100 and for 10 equal matrices."""
+    from precond_ref.bench.workloads import matrices
+
+    rows = []
+    idle = _launched(lambda: None, dry)["synchronizations"]  # the profiler's own
+    for library, method, count in itertools.product(libraries, ("AGD", "ASGO(every=1000)"), (100, 10)):
+        row: dict[str, Any] = {"library": library.name, "method": method, "matrices": count}
+        rows.append(row)
+        if over():
+            row["error"] = "left out: no time"
+            continue
+        try:
+            step = library.step(method, matrices(count, 4 if dry else 64))
+            for _ in range(3):
+                result = step()
+            if library.name == "jax":
+                library.module.block_until_ready(result)
+            library.wait()
+            row |= _launched(step, dry)
+            row["synchronizations"] -= idle
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return rows
+
+
+def _launched(step: Callable[[], Any], dry: bool) -> dict[str, int]:
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU, *([] if dry else [ProfilerActivity.CUDA])]
+    with profile(activities=activities, acc_events=True) as recorded:
+        step()
+    events = recorded.events() or []
+    on_device = [e.name for e in events if "CUDA" in str(e.device_type)]
+    kernels = sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
+    waits = sum(bool(SYNCHRONIZATIONS.search(e.name)) for e in events)
+    return {"kernels": kernels, "copies": len(on_device) - kernels, "synchronizations": waits}
+
+
+def residuals(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> list[Any]:
+    """Largest relative residual of a batch, and its time: eigh ||A Q - Q W||, inverse ||A X - I||, over norms."""
+    import numpy as np
+
+    rows = []
+    sizes = (
+        ((16, 4), (4, 8)) if dry else ((1000, 9), (1000, 32), (500, 33), (500, 64), (500, 100), (24, 384), (4, 1024))
+    )
+    rng = np.random.default_rng(0)
+    for (count, n), library in itertools.product(sizes, libraries):
+        factor = rng.standard_normal((count, n, n), dtype="float32")
+        a = factor @ np.swapaxes(factor, 1, 2) / n + np.eye(n, dtype="float32")
+        array, exact = library.array(a), a.astype("float64")
+        norm = np.linalg.norm(exact, axis=(1, 2))
+        for kind in ("eigh", "inv"):
+            row: dict[str, Any] = {"library": library.name, "kind": kind, "count": count, "size": n}
+            rows.append(row)
+            if over():
+                row["error"] = "left out: no time"
+                continue
+            try:
+                function = getattr(library.xp.linalg, kind)
+                row["seconds"] = library.seconds(lambda function=function, array=array: function(array), rounds=3)
+                result = function(array)
+                if kind == "eigh":
+                    w, q = (library.host(x) for x in result)
+                    gap = exact @ q - q * w[:, None, :]
+                    row["residual"] = float(np.max(np.linalg.norm(gap, axis=(1, 2)) / norm))
+                else:
+                    x = library.host(result)
+                    scale = norm * np.linalg.norm(x, axis=(1, 2))
+                    row["residual"] = float(np.max(np.linalg.norm(exact @ x - np.eye(n), axis=(1, 2)) / scale))
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return rows
+
+
+def constants(libraries: list[Library], dry: bool) -> list[Any]:
+    """Errors of float32 roots A^-p against float64 on the host, as multiples of u kappa^(p + 1/2) and of u kappa.
+
+    A = Q diag(w) Q^T with w log-uniform from 1 / kappa to 1, rounded to float32 before the truth is taken; the
+    condition numbers are those of A. The largest multiple over sizes, exponents and condition numbers is the constant.
+    """
+    import numpy as np
+
+    from precond_ref.numerics import roots
+
+    u, rows = 2.0**-24, []
+    rng = np.random.default_rng(1)
+    sizes, count = ((3, 5), 2) if dry else ((4, 16, 64, 128), 8)
+    for library in libraries:
+        for p in (0.25, 0.5, 1.0):
+            worst = {"u kappa^(p + 1/2)": 0.0, "u kappa": 0.0}
+            for n, kappa in itertools.product(sizes, (1e1, 1e2, 1e3)):
+                q, _ = np.linalg.qr(rng.standard_normal((count, n, n)))
+                w = kappa ** -np.linspace(0, 1, n)
+                a = ((q * w) @ np.swapaxes(q, 1, 2)).astype("float32")
+                a = (a + np.swapaxes(a, 1, 2)) / 2
+                values, vectors = np.linalg.eigh(a.astype("float64"))
+                truth = (vectors * values[:, None, :] ** -p) @ np.swapaxes(vectors, 1, 2)
+                got = library.host(roots.power(library.array(a), -p, 0.0, xp=library.xp))
+                error = np.linalg.norm(got - truth, axis=(1, 2)) / np.linalg.norm(truth, axis=(1, 2))
+                true_kappa = values[:, -1] / values[:, 0]
+                worst["u kappa^(p + 1/2)"] = max(
+                    worst["u kappa^(p + 1/2)"], float(np.max(error / (u * true_kappa ** (p + 0.5))))
+                )
+                worst["u kappa"] = max(worst["u kappa"], float(np.max(error / (u * true_kappa))))
+            rows.append({"library": library.name, "p": p, **worst})
+    return rows
+
+
+# ---- output ---------------------------------------------------------------------------------------------------------
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The tables for the documentation."""
+
+    def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> list[str]:
+        lines = ["| " + " | ".join(columns.values()) + " |", "|---" * len(columns) + "|"]
+        for row in rows:
+            cells = [row.get(key, "") for key in columns]
+            texts = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
+            if "error" in row:
+                texts[-1] = row["error"]
+            lines.append("| " + " | ".join(texts) + " |")
+        return [*lines, ""]
+
+    rates, software = content["rates"], ", ".join(f"{k} {v}" for k, v in content["versions"].items())
+    lines = [
+        f"{content['device']}, {content['date']}, {software}: copy {rates['bandwidth'] / 1e9:.0f} GB/s, "
+        f"float32 product {rates['matmul_rate'] / 1e12:.2f} Tflop/s.",
+        "",
+    ]
+    shown = [{**row, "ms": 1e3 * row["seconds"]} if "seconds" in row else row for row in content["steps"]]
+    lines += table(shown, {"workload": "workload", "method": "method", "library": "library", "ms": "ms a step",
+                           "share_of_bandwidth": "of bandwidth", "share_of_matmul_rate": "of matmul rate"})  # fmt: skip
+    lines += table(content["launches"], {"library": "library", "method": "method", "matrices": "matrices",
+                                         "kernels": "kernels", "copies": "copies",
+                                         "synchronizations": "synchronizations"})  # fmt: skip
+    shown = [{**row, "ms": 1e3 * row["seconds"]} if "seconds" in row else row for row in content["residuals"]]
+    lines += table(shown, {"library": "library", "kind": "kind", "count": "batch", "size": "size", "ms": "ms",
+                           "residual": "residual"})  # fmt: skip
+    columns = {"library": "library", "p": "p", "u kappa^(p + 1/2)": "c, fresh", "u kappa": "c, stale or bare"}
+    return "\n".join(lines + table(content["constants"], columns))
+
+
+def main(given: list[str] | None = None) -> int:
+    """Run everything; 0, or 1 if something that is needed is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, in small")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--minutes", type=float, default=7.0, help="no new measurement after this long")
+    arguments = parser.parse_args(given)
+    begin, dry = time.monotonic(), arguments.dry_run
+    if not dry and (lacks := missing()):
+        print("this machine cannot run the GPU benchmarks:", *lacks, sep="\n  ", file=sys.stderr)
+        print("`--dry-run` tries the script on the CPU", file=sys.stderr)
+        return 1
+    import torch
+
+    import precond_ref
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+    def over(share: float = 1.0) -> bool:
+        return time.monotonic() - begin > 60 * arguments.minutes * share
+
+    libraries = [Library(name, dry) for name in ("torch", "cupy", "jax")]
+    device = "cpu" if dry else torch.cuda.get_device_name()
+    content: dict[str, Any] = {
+        "device": device,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {m.__name__: m.__version__ for m in (precond_ref, *(library.module for library in libraries))},
+        "dry_run": dry,
+    }
+
+    def section(name: str, make: Callable[[], Any]) -> None:
+        start = time.monotonic()
+        content[name] = make()
+        print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
+
+    section("rates", lambda: device_rates(libraries[0]))
+    section("constants", lambda: constants(libraries, dry))
+    section("residuals", lambda: residuals(libraries, dry, lambda: over(0.3)))
+    section("launches", lambda: launches(libraries, dry, lambda: over(0.4)))
+    section("steps", lambda: steps(libraries, content["rates"], dry, over))
+    content["seconds"] = time.monotonic() - begin
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    stem = f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{content['date']}"
+    (arguments.output / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (arguments.output / f"{stem}.md").write_text(markdown(content), encoding="utf-8")
+    print(f"{arguments.output / stem}.json and .md, {content['seconds']:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
