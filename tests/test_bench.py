@@ -131,7 +131,7 @@ def test_a_peer_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
         for name in ("sirfshampoo", "pytorch_optimizer Shampoo", "pytorch_optimizer ScalableShampoo, one side"):
             made = python.ask(make=name, workload="transformer", smoke=True, warmup=0)
             assert "error" not in made, made
-            assert python.ask(run=name, repeat=1)["seconds"] > 0
+            assert python.ask(run=name, repeat=1, clock="cpu")["seconds"] > 0
     finally:
         python.close()
     assert harness.interpreter("torch", tmp_path) == tmp_path / "torch" / "bin" / "python"
@@ -141,7 +141,7 @@ def test_a_dead_process_is_an_error() -> None:
     process = harness.Worker(None, 1)
     process.process.kill()
     process.process.wait()
-    assert "ended with code" in process.ask(run="x", repeat=1)["error"]
+    assert "ended with code" in process.ask(run="x", repeat=1, clock="wall")["error"]
     process.close()
 
 
@@ -162,6 +162,7 @@ REFUSED = {
     "against": (("--against", "x"), "--against takes only `peers`, got 'x'"),
     "peers": (("--against", "peers"), "needs --peers FOLDER"),
     "rounds": (("--rounds", "1"), "--rounds >= 2"),
+    "clock": (("--clock", "x"), "--clock must be wall or cpu, got 'x'"),
     "only": (("--suite", "roots", "--only", "x y"), "nothing in suite roots has 'x y' in its title"),
 }
 

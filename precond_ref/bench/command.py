@@ -48,6 +48,9 @@ def bench_command(
     ] = None,
     threads: Annotated[int, typer.Option(metavar="N", help="Threads of linear algebra.")] = 1,
     rounds: Annotated[int, typer.Option(metavar="N", help="Measurements of each, at least 2.")] = 15,
+    clock: Annotated[
+        str, typer.Option(metavar="wall|cpu", help="Time of the day, or of the processor: steadier on a busy machine.")
+    ] = "wall",
     json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output; no tables.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the times as a pyperf suite.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Tiny sizes: whether it runs, not how fast.")] = False,
@@ -68,6 +71,8 @@ def bench_command(
         fail("--against peers needs --peers FOLDER with what `bash benchmarks/peers.sh FOLDER` makes")
     if threads < 1 or rounds < 2:
         fail(f"--threads must be >= 1 and --rounds >= 2, got {threads} and {rounds}")
+    if clock not in ("wall", "cpu"):
+        fail(f"--clock must be wall or cpu, got {clock!r}")
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
         from rich.console import Console
@@ -75,7 +80,7 @@ def bench_command(
         from precond_ref.bench import report
 
         folder = peers.absolute() if against and peers else None
-        shown, data, entries = measured(suite, only, threads, rounds, smoke, folder)
+        shown, data, entries = measured(suite, only, threads, rounds, smoke, folder, clock)
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed: {EXTRA}")
     except OSError as error:
@@ -83,23 +88,30 @@ def bench_command(
     if not shown:
         fail(f"nothing in suite {suite} has {only!r} in its title")
     if output is not None:
-        times = report.suite(entries, threads)
+        times = report.suite(entries, threads, clock)
         if times is None:
             fail("there are no times to write")
         times.dump(str(output), replace=True)
     if json:
-        content = {"suite": suite, "threads": threads, "smoke": smoke, "machine": report.machine(), "results": data}
+        content = {
+            "suite": suite,
+            "threads": threads,
+            "clock": clock,
+            "smoke": smoke,
+            "machine": report.machine(),
+            "results": data,
+        }
         typer.echo(json_module.dumps(content, indent=1))
         return
     console = Console(highlight=False, markup=False, emoji=False)
-    console.print(report.heading(suite, threads), soft_wrap=True)
+    console.print(report.heading(suite, threads, clock), soft_wrap=True)
     for table in shown:
         console.print()
         console.print(table)
 
 
 def measured(
-    suite: str, only: str | None, threads: int, rounds: int, smoke: bool, peers: Path | None
+    suite: str, only: str | None, threads: int, rounds: int, smoke: bool, peers: Path | None, clock: str
 ) -> tuple[list[Table], list[dict[str, Any]], list[Any]]:
     """Tables, the same as plain data, and all times with a title."""
     from precond_ref.bench import harness, memory, report, suites
@@ -127,7 +139,7 @@ def measured(
         elif suite == "scaling":
             for sweep in suites.sweeps(smoke):
                 if wanted(sweep.title):
-                    points = harness.sweep(sweep, threads=threads, rounds=rounds, on_progress=on_progress)
+                    points = harness.sweep(sweep, threads=threads, rounds=rounds, clock=clock, on_progress=on_progress)
                     tables.append(report.sweep_table(sweep, points))
                     data.append(report.sweep_json(sweep, points))
                     entries += [(sweep.title, result) for result in points.values()]
@@ -135,7 +147,13 @@ def measured(
             for race in suites.RACES[suite]:
                 if wanted(f"{race.title}, {race.workload}"):
                     results = harness.run(
-                        race, threads=threads, rounds=rounds, smoke=smoke, peers=peers, on_progress=on_progress
+                        race,
+                        threads=threads,
+                        rounds=rounds,
+                        smoke=smoke,
+                        peers=peers,
+                        clock=clock,
+                        on_progress=on_progress,
                     )
                     tables.append(report.race_table(race, results))
                     data.append(report.race_json(race, results))

@@ -147,6 +147,7 @@ def run(
     rounds: int,
     smoke: bool,
     peers: Path | None,
+    clock: str = "wall",
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> list[Result]:
     """Time all contenders of ``race`` in turn; peers are left out without their environments ``peers``."""
@@ -155,18 +156,23 @@ def run(
         for name in race.contenders
         if (name not in PEERS or peers is not None) and not (smoke and "compile" in name)
     ]
-    return timed(f"{race.title}, {race.workload}", contenders, threads, rounds, peers, on_progress)
+    return timed(f"{race.title}, {race.workload}", contenders, threads, rounds, peers, clock, on_progress)
 
 
 def sweep(
-    what: Sweep, *, threads: int, rounds: int, on_progress: Callable[[str], None] = lambda text: None
+    what: Sweep,
+    *,
+    threads: int,
+    rounds: int,
+    clock: str = "wall",
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> dict[int, Result]:
     """Time all points in turn."""
     contenders = [
         Contender(f"{what.title} {x}", {"method": method, "shapes": shapes}, x if what.base not in (None, x) else 1)
         for x, (method, shapes) in what.points.items()
     ]
-    return dict(zip(what.points, timed(what.title, contenders, threads, rounds, None, on_progress), strict=True))
+    return dict(zip(what.points, timed(what.title, contenders, threads, rounds, None, clock, on_progress), strict=True))
 
 
 def timed(
@@ -175,6 +181,7 @@ def timed(
     threads: int,
     rounds: int,
     peers: Path | None,
+    clock: str,
     on_progress: Callable[[str], None],
 ) -> list[Result]:
     """Time ``contenders`` in turn, ``rounds`` times."""
@@ -190,7 +197,7 @@ def timed(
             answer = process.ask(make=result.name, warmup=2, **contender.order)
             result.error, result.first = answer.get("error"), answer.get("seconds")
             if result.error is None:
-                once = process.ask(run=result.name, repeat=1).get("seconds", 1.0)
+                once = process.ask(run=result.name, repeat=1, clock=clock).get("seconds", 1.0)
                 steps = round(ROUND_SECONDS / max(once * contender.period, 1e-7))
                 repeats[result.name] = contender.period * max(1, steps)
         for number in range(rounds):
@@ -198,7 +205,7 @@ def timed(
             for result in results:
                 process = get(result.name) if result.error is None else None
                 if process is not None:
-                    answer = process.ask(run=result.name, repeat=repeats[result.name])
+                    answer = process.ask(run=result.name, repeat=repeats[result.name], clock=clock)
                     result.error = answer.get("error")
                     if result.error is None:
                         result.seconds.append(answer["seconds"] / repeats[result.name])

@@ -23,7 +23,7 @@ def _table(*titles: str) -> Table:
 
     result = Table(box=None, pad_edge=False, header_style="bold")
     for i, title in enumerate(titles):
-        result.add_column(title, no_wrap=True, justify="right" if i else "left")
+        result.add_column(title, no_wrap=i > 0, justify="right" if i else "left")
     return result
 
 
@@ -107,14 +107,14 @@ def sweep_json(sweep: Sweep, results: dict[int, Result]) -> dict[str, Any]:
     }
 
 
-def suite(entries: list[tuple[str, Result]], threads: int) -> pyperf.BenchmarkSuite | None:
+def suite(entries: list[tuple[str, Result]], threads: int, clock: str) -> pyperf.BenchmarkSuite | None:
     """All times as a pyperf suite, for `pyperf stats`, `hist` and `compare_to`; None if there are none."""
     benchmarks = []
     for title, result in entries:
         if result.seconds:
             run = pyperf.Run(
                 result.seconds,
-                metadata={"name": f"{title}: {result.name}", "unit": "second", "threads": threads},
+                metadata={"name": f"{title}: {result.name}", "unit": "second", "threads": threads, "clock": clock},
                 collect_metadata=True,
             )
             benchmarks.append(pyperf.Benchmark([run]))
@@ -137,7 +137,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def heading(suite: str, threads: int) -> str:
+def heading(suite: str, threads: int, clock: str) -> str:
     """What runs where."""
     facts = ", ".join(f"{name} {value}" for name, value in machine().items() if name not in ("platform", "date"))
-    return f"{suite}, {threads} thread{'s' * (threads > 1)}, float32; {facts}"
+    return f"{suite}, {threads} thread{'s' * (threads > 1)}, float32, {clock} time; {facts}"

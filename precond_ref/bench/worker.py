@@ -2,7 +2,8 @@
 
 ``{"make": name, "workload": w, "smoke": b, "warmup": n}`` makes a contender and answers with the seconds of the first
 step, n more are done; with ``"method": m, "shapes": {...}`` it is that method, through the PyTorch adapter, on these
-parameters. ``{"run": name, "repeat": n}`` answers with the seconds of n steps. Runs in the environments of peers too.
+parameters. ``{"run": name, "repeat": n, "clock": c}`` answers with the seconds of n steps by the clock "wall" or "cpu".
+Runs in the environments of peers too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ try:
 except ModuleNotFoundError:  # run as a script
     from peers import PEERS  # type: ignore[import-not-found, no-redef]
     from workloads import shapes  # type: ignore[import-not-found, no-redef]
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def make(order: dict[str, Any]) -> Callable[[], None]:
@@ -55,11 +59,11 @@ def main() -> None:
                     made()
                 answer: dict[str, Any] = {"seconds": first}
             else:
-                step = steps[order["run"]]
-                start = time.perf_counter()
+                step, clock = steps[order["run"]], CLOCKS[order["clock"]]
+                start = clock()
                 for _ in range(order["repeat"]):
                     step()
-                answer = {"seconds": time.perf_counter() - start}
+                answer = {"seconds": clock() - start}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         answers.write(json.dumps(answer) + "\n")

@@ -95,13 +95,16 @@ def cost_command(
         typer.echo(json_module.dumps(report.as_json(source, estimates), indent=1))
         return
     console = Console(highlight=False, markup=False, emoji=False)
-    console.print(report.heading(source, estimates), end="\n\n")
-    console.print(report.table(estimates), end="\n\n")
+    console.print(report.heading(source, estimates))
+    console.print()
+    console.print(report.table(estimates))
+    console.print()
     for line in report.notes(estimates):
         console.print(line)
     if mesh > 1:
-        console.print(f"\nPer device, on {mesh} devices:", end="\n\n")
-        console.print(report.mesh_table(estimates), end="\n\n")
+        console.print(f"\nPer device, on {mesh} devices:\n")
+        console.print(report.mesh_table(estimates))
+        console.print()
         for line in report.mesh_notes():
             console.print(line)
     if output is not None:
