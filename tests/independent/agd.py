@@ -5,7 +5,7 @@ from __future__ import annotations
 import mpmath as mp
 import numpy as np
 
-from .base import Case, Trace, drive, each, exact, integers, maker, quotient, zeros
+from .base import Case, Trace, drive, each, exact, integers, maker, quotient, with_zeros, zeros
 
 
 def start(param, c):
@@ -42,7 +42,8 @@ SWITCH = np.array([[4, 1, -2], [4, 1, 2], [3.5, 1, -2], [4, 1.25, 2], [4, 1, -1]
 
 CASES = [
     case("plain", "All equations at once, with different decays.", ("difference-of-gradients", "belief", "adam")),
-    case("first-step", "One step: s_1 is the first gradient, so the direction is g / max(|g|, delta).", ("s1-zero",), steps=1),
+    case("first-step", "One step: s_1 is the first gradient, so the direction is g / max(|g|, delta).", ("s1-zero",),
+         steps=1),
     case("switch", "Coordinates above, at and below the threshold.", ("delta-added", "delta-uncorrected"),
          shape=(3,), grads=SWITCH, change={"delta": 1.0}),
     case("sgd", "delta so large that every step is that of averaged SGD.", ("delta-uncorrected", "m-uncorrected"),
@@ -58,10 +59,9 @@ CASES = [
          change={"clip": 0.5}),
     case("no-averaging", "beta1 = beta2 = 0: the quotient of the gradient and its last change.", ("belief",),
          seed=5, change={"beta1": 0.0, "beta2": 0.0}),
-    case("zero-first", "A zero gradient at the first step, so that b_1 = 0.", seed=6,
-         grads=np.array([[[0, 0, 0], [0, 0, 0]], [[1, -2, 3], [2, 0, -1]], [[2, 1, 0], [-3, 0, 1]], [[-1, 1, 2], [1, 0, 2]]])),
-    case("zero-later", "A zero gradient in between still changes m and b.", ("skips-zero-gradients",), seed=7,
-         grads=np.array([[[1, -2, 3], [2, 1, -1]], [[0, 0, 0], [0, 0, 0]], [[2, 1, 1], [-3, 2, 1]], [[0, 0, 0], [0, 0, 0]]])),
+    case("zero-first", "A zero gradient at the first step, so that b_1 = 0.", grads=with_zeros(6, (2, 3), 0)),
+    case("zero-later", "A zero gradient in between still changes m and b.", ("skips-zero-gradients",),
+         grads=with_zeros(7, (2, 3), 1, 3)),
     case("zero-delta", "delta = 0: no lower bound, and 0/0 gives 0 where the gradient is always zero.",
          shape=(3,), grads=np.array([[1, 0, -2], [3, 0, 1], [-1, 0, 2], [2, 0, -3]]), change={"delta": 0.0},
          tier="should"),

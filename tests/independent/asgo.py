@@ -17,10 +17,11 @@ from .base import (
     norm,
     power,
     quotient,
+    shifted_condition,
     sqrt,
+    with_zeros,
     zeros,
 )
-from .baselines import shifted_condition, with_zeros
 
 
 def is_left(shape, c):
@@ -189,8 +190,8 @@ ASGO = [
     reject("every", "Roots every zero updates.", "every", every=0),
     reject("heads", "Heads that do not divide the rows.", "heads", heads=2),
     reject("heads-right", "Heads on the right.", "heads", heads=2, side="right", shape=(4, 3)),
-    reject("vector", "A parameter with one axis.", "param", shape=(3,)),
-    reject("order-3", "A parameter with three axes.", "param", shape=(3, 2, 2)),
+    reject("vector", "A parameter with one axis.", "shape", shape=(3,)),
+    reject("order-3", "A parameter with three axes.", "shape", shape=(3, 2, 2)),
 ]  # fmt: skip
 
 case, reject = maker("ASGO", {"eps": 0.25, "side": "left"}, (2, 3), "ASGO.theory")
@@ -213,7 +214,8 @@ DASGO = [
     case("columns", "One scale per column, epsilon under the root.", ("eps-outside", "rows", "mean-of-squares"),
          seed=240),
     case("wide", "Columns whatever the shape.", ("rows", "smaller-side"), shape=(2, 4), seed=241),
-    case("rms", "The direction has the root mean square asked for.", ("rms-off",), seed=242, change={"rms": 0.25}),
+    case("rms", "The direction has the root mean square asked for.", ("rms-off",), seed=242,
+         change={"beta1": 0.5, "beta2": 0.875, "rms": 0.25}),
     case("no-eps", "No epsilon: 0/0 gives 0 in a column that is always zero.", shape=(2, 3), seed=243,
          grads=integers(243, (5, 2, 3)) * np.array([1, 0, 1]), change={"eps": 0.0}, tier="should"),
     case("zero-first", "A zero gradient at the first step: the direction is zero, not 0/0.", seed=244,
@@ -226,7 +228,7 @@ DASGO = [
          change={"rms": 0.25}, tier="may"),
     reject("beta2", "A decay of 1 never leaves zero.", "beta2", beta2=1.0),
     reject("eps", "A negative epsilon.", "eps", eps=-0.25),
-    reject("vector", "A parameter with one axis.", "param", shape=(3,)),
+    reject("vector", "A parameter with one axis.", "shape", shape=(3,)),
 ]  # fmt: skip
 
 case, reject = maker("DASGO", {"eps": 0.25}, (3, 2), "DASGO.theory")

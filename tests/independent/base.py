@@ -2,8 +2,8 @@
 
 Arrays are NumPy object arrays of mpmath numbers: ``+ - * /``, ``@``, ``np.tensordot``, indexing and reshaping work on
 them. A family module has ``CASES``, a list of `Case`, and ``run(case)``, which gives a `Trace` for a case of kind
-"trace" (made by `drive`) and a dict of tensors for one of kind "primitive"; a "reject" is not run. A method is two
-functions of one parameter::
+"trace" (made by `drive`) and a dict of tensors for one of kind "primitive" (its "_kappa", a list, is not stored); a
+"reject" is not run. A method is two functions of one parameter::
 
     start(param, c) -> state                                state: dict of field name -> array or number
     step(t, grad, param, state, c) -> direction, state, kappa       t = 1, 2, ...
@@ -23,7 +23,7 @@ from typing import Any
 import mpmath as mp
 import numpy as np
 
-mp.mp.dps = 50
+DIGITS = mp.mp.dps = 50
 TINY = mp.mpf(10) ** -40
 """What is below this, relative to the largest of its kind, is zero that arithmetic has blurred."""
 
@@ -58,7 +58,7 @@ class Case:
     """Decoupled: x <- (1 - lr decay) x - lr direction."""
     stack_ndim: int = 0
     argument: str = ""
-    """Of a reject: what is refused, a field of ``config``, "param" or "stack_ndim"."""
+    """Of a reject: what is refused, a field of ``config``, or "shape"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +179,13 @@ def integers(seed: int, shape: tuple[int, ...], low: int = -3, high: int = 3) ->
     return out
 
 
+def with_zeros(seed: int, shape: tuple[int, ...], *at: int) -> Array:
+    """Five integer gradients, zero at the steps ``at``, counted from 0."""
+    grads = integers(seed, (5, *shape))
+    grads[list(at)] = mp.mpf(0)
+    return grads
+
+
 # ---- matrices -------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +221,13 @@ def condition(matrix: Array, ridge: Any = 0) -> Any:
     w = [max(v, 0) + mp.mpf(ridge) for v in eig(matrix)[0]]
     live = [v for v in w if v > 0]
     return max(live) / min(live) if live else mp.mpf(1)
+
+
+def shifted_condition(matrix: Array, shift: Any) -> Any:
+    """Condition number of ``(matrix^{1/2} + shift I)^2`` on its range; 1 for zero."""
+    roots = [mp.sqrt(max(w, 0)) + shift for w in eig(matrix)[0]]
+    live = [r for r in roots if r > 0]
+    return (max(live) / min(live)) ** 2 if live else mp.mpf(1)
 
 
 def svd(matrix: Array) -> tuple[Array, Array, Array]:

@@ -15,7 +15,6 @@ from .base import (
     condition,
     drive,
     each,
-    eig,
     eye,
     function,
     integers,
@@ -25,8 +24,10 @@ from .base import (
     norm,
     power,
     quotient,
+    shifted_condition,
     sqrt,
     svd,
+    with_zeros,
     zeros,
 )
 
@@ -101,13 +102,6 @@ def full(t, grad, param, state, c):
     return (inverse @ g).reshape(grad.shape), {"gram": gram}, shifted_condition(gram, c.eps)
 
 
-def shifted_condition(gram, eps):
-    """Condition number of ``(gram^{1/2} + eps I)^2`` on its range."""
-    roots = [mp.sqrt(max(w, 0)) + eps for w in eig(gram)[0]]
-    live = [r for r in roots if r > 0]
-    return (max(live) / min(live)) ** 2 if live else mp.mpf(1)
-
-
 def shampoo_start(param, c):
     """One statistic per axis, and the roots if they are kept."""
     state = {f"grams.{i}": zeros(d, d) for i, d in enumerate(param.shape)}
@@ -179,13 +173,6 @@ def run(case: Case) -> Trace:
 # ---- cases ----------------------------------------------------------------------------------------------------------
 
 
-def with_zeros(seed, shape, *at):
-    """Integer gradients that are zero at the steps ``at``, counted from 0."""
-    grads = integers(seed, (5, *shape))
-    grads[list(at)] = mp.mpf(0)
-    return grads
-
-
 def elementwise(case, seed):
     """What every elementwise method is asked."""
     return [
@@ -225,10 +212,10 @@ ADAGRAD = [
 
 case, reject = maker("RMSProp", {"beta2": 0.75, "eps": 0.25, "momentum": 0.0}, (2, 3))
 RMSPROP = [
-    case("plain", "The average starts at zero and is not corrected.", ("eps-inside", "bias-correction", "average-is-sum"),
-         seed=40),
+    case("plain", "The average starts at zero and is not corrected.",
+         ("eps-inside", "bias-correction", "average-is-sum"), seed=40),
     case("momentum", "Heavy ball on the preconditioned gradient.",
-         ("momentum-ema", "momentum-before-preconditioning"), seed=41, change={"momentum": 0.5}),
+         ("momentum-ema", "momentum-before-preconditioning"), seed=41, change={"beta2": 0.5, "momentum": 0.5}),
     case("no-eps", "No epsilon: 0/0 gives 0 where the gradient is always zero.", shape=(3,),
          grads=np.array([[1, 0, -2], [3, 0, 1], [-1, 0, 2]]), change={"eps": 0.0}, tier="should"),
     *elementwise(case, 42),
@@ -267,7 +254,7 @@ FULL = [
     case("decay", "Decoupled weight decay, before the step and times lr.", ("decay-coupled", "decay-without-lr"),
          seed=65, decay=0.25),
     reject("eps", "A negative epsilon.", "eps", eps=-0.5),
-    reject("scalar", "A parameter without axes.", "param", shape=()),
+    reject("scalar", "A parameter without axes.", "shape", shape=()),
 ]  # fmt: skip
 
 case, reject = maker("Shampoo", {"beta2": 1.0, "eps": 0.5, "every": 1, "bias_correction": False}, (3, 2))
@@ -302,16 +289,14 @@ SHAMPOO = [
     reject("eps", "A negative epsilon.", "eps", eps=-0.5),
     reject("every", "Roots every zero updates.", "every", every=0),
     reject("bias-correction", "A sum has nothing to correct.", "bias_correction", bias_correction=True),
-    reject("scalar", "A parameter without axes.", "param", shape=()),
+    reject("scalar", "A parameter without axes.", "shape", shape=()),
 ]  # fmt: skip
 
-case, reject = maker(
-    "Muon", {"momentum": 0.75, "nesterov": False, "rms": None, "root": "svd", "root_steps": 5}, (3, 2)
-)
+case, reject = maker("Muon", {"momentum": 0.75, "nesterov": False, "rms": None, "root": "svd", "root_steps": 5}, (3, 2))
 MUON = [
     case("polar", "The polar factor of the averaged gradient.", ("momentum-off", "scaled"), seed=90),
     case("nesterov", "Averaged once more with the current gradient.", ("nesterov-off",), seed=91,
-         change={"nesterov": True}),
+         change={"momentum": 0.5, "nesterov": True}),
     case("rms", "The factor is rms sqrt(max(m, n)).", ("scale-min", "scale-ratio"), seed=92, change={"rms": 0.25}),
     case("wide", "More columns than rows.", ("scale-rows",), shape=(2, 4), seed=93, change={"rms": 0.25}),
     case("rank-one", "The polar factor of a singular matrix has its rank.", shape=(3, 2), seed=94,
@@ -320,6 +305,8 @@ MUON = [
          grads=with_zeros(97, (3, 2), 0), tier="should"),
     case("quintic", "Jordan's quintic, five times, instead of the polar factor.", ("quintic-steps", "exact-polar"),
          seed=98, change={"root": "newton_schulz"}),
+    case("quintic-3", "The same three times.", ("quintic-steps",), seed=102,
+         change={"root": "newton_schulz", "root_steps": 3}),
     case("quintic-nesterov", "The same with the look-ahead and the factor, on a wide matrix.", shape=(2, 4), seed=99,
          change={"root": "newton_schulz", "nesterov": True, "rms": 0.25}),
     case("stack", "Two parameters at once.", shape=(2, 3, 2), stack_ndim=1, seed=100, tier="may"),
@@ -328,7 +315,7 @@ MUON = [
     reject("momentum", "A momentum of 1 never leaves zero.", "momentum", momentum=1.0),
     reject("root", "An unknown root.", "root", root="qr"),
     reject("rms", "A scale of zero.", "rms", rms=0.0),
-    reject("vector", "A parameter with one axis.", "param", shape=(3,)),
+    reject("vector", "A parameter with one axis.", "shape", shape=(3,)),
 ]  # fmt: skip
 
 CASES = [*SGD, *ADAGRAD, *RMSPROP, *ADAM, *FULL, *SHAMPOO, *MUON]
