@@ -76,7 +76,8 @@ def cases(
 
 
 def _case(entry: dict[str, Any]) -> Case:
-    return Case(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+    arguments: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return Case(**arguments)
 
 
 def load(case: Case) -> dict[str, np.ndarray]:
