@@ -164,9 +164,9 @@ def _trace_faults(case: Case, tensors: Mapping[str, np.ndarray]) -> Iterator[str
             yield f"{name} is no tensor of a trace"
         elif tensors[name].shape[:1] != (case.steps,):
             yield f"{name} must have {case.steps} steps, got shape {tensors[name].shape}"
-    for name in ("param", "grads"):
-        if name in tensors and any(abs(x) > 8 for x in tensors[name].flat):
-            yield f"{name} must be at most 8 in magnitude"
+    for name in {"param", "grads"} & tensors.keys():
+        if not 0 < abs(tensors[name]).max(initial=0) <= 8:
+            yield f"{name} must be at most 8 in magnitude and not all zero"
     if len(case.conditioning["kappa"]) != case.steps:
         yield f"conditioning.kappa must have {case.steps} entries, got {len(case.conditioning['kappa'])}"
 

@@ -10,7 +10,8 @@ them. A family module has ``CASES``, a list of `Case`, and ``run(case)``, which 
 
 ``c`` has the config's fields as attributes, floats as mpmath numbers. State names are those of the stored tensors
 without "state." ("m", "grams.0"); names that start with "_" are kept from step to step and not stored. ``kappa`` is the
-condition number of the (ridged) statistic whose root the direction uses; 1 for elementwise methods.
+condition number of the (ridged) statistic whose root the direction uses; for elementwise methods that of the bias
+correction, 1 / (1 - beta2^t), or 1.
 """
 
 from __future__ import annotations
@@ -254,6 +255,9 @@ def mode_gram(tensor: Array, axis: int) -> Array:
 # ---- cases ----------------------------------------------------------------------------------------------------------
 
 
+DECAY = "decay-coupled decay-without-lr decay-after decay-ignored"
+
+
 def maker(
     method: str, config: Mapping[str, Any], shape: tuple[int, ...], constructor: str = ""
 ) -> tuple[Callable[..., Case], Callable[..., Case]]:
@@ -262,7 +266,7 @@ def maker(
     def trace(
         name: str,
         why: str,
-        catches: tuple[str, ...] = (),
+        catches: str = "",
         *,
         shape: tuple[int, ...] = shape,
         steps: int = 5,
@@ -272,16 +276,33 @@ def maker(
         change: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> Case:
-        """On ``grads``, else on integers of ``seed`` times ``scale``."""
+        """On ``grads``, else on integers of ``seed`` times ``scale``; ``catches`` are words."""
         given = integers(seed, (steps, *shape)) * mp.mpf(scale) if grads is None else exact(grads)
         full = {**config, **(change or {})}
-        param = integers(seed + 1000, shape)
-        return Case(method=method, constructor=constructor, name=name, why=why, catches=catches, config=full,
-                    shape=shape, param=param, grads=given, **fields)  # fmt: skip
+        return Case(
+            method=method,
+            constructor=constructor,
+            name=name,
+            why=why,
+            catches=tuple(catches.split()),
+            config=full,
+            shape=shape,
+            param=integers(seed + 1000, shape, 1, 5),
+            grads=given,
+            **fields,
+        )
 
     def reject(name: str, why: str, argument: str, *, shape: tuple[int, ...] = shape, **change: Any) -> Case:
         full = {**config, **change}
-        return Case(method=method, constructor=constructor, name=f"reject-{name}", why=why, config=full, shape=shape,
-                    kind="reject", argument=argument)  # fmt: skip
+        return Case(
+            method=method,
+            constructor=constructor,
+            name=f"reject-{name}",
+            why=why,
+            config=full,
+            shape=shape,
+            kind="reject",
+            argument=argument,
+        )
 
     return trace, reject
