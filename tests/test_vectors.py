@@ -73,7 +73,7 @@ def gap(case, got):
 
     16 u kappa^(p + 1/2), or 16 u kappa for stale and bare roots.
     """
-    kappa, p = np.maximum.accumulate(case.conditioning["kappa"]), case.conditioning["exponent"]
+    kappa, p = np.array(case.conditioning["kappa"]), case.conditioning["exponent"]
     if case.kind == "primitive" or case.conditioning["stale"]:
         p = 0.5
     ratios = []
