@@ -46,6 +46,8 @@ class Method:
     """The NamedTuple that ``init`` and ``update`` return."""
     elementwise: ClassVar[bool] = False
     """True if every entry of the parameter is updated independently of the others."""
+    joins_bias: ClassVar[bool] = False
+    """True if the paper's method takes a layer's weight (O, I) and bias (O,) as one parameter (O, I + 1)."""
     ndims: ClassVar[tuple[int, int]] = (0, 64)
     """Smallest and largest number of axes of one parameter, stack axes not counted."""
 
@@ -225,6 +227,8 @@ def check_bool(method: Any, field: str) -> None:
 def check_choice(method: Any, field: str, choices: tuple[str, ...]) -> None:
     """Refuse a field that is not one of the strings."""
     value = getattr(method, field)
+    if not isinstance(value, str):
+        raise TypeError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     if value not in choices:
         raise ValueError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
