@@ -65,11 +65,13 @@ def test_all_compiled_updates(name: str) -> None:
     check_compiled(CONFIGS[name], "aot_eager")
 
 
-def _numbers_in_graph(self: Any, grad: Any, param: Any, step: int, scalars: Any, backend: Any, kernels: Any) -> Any:
+def _numbers_in_graph(
+    self: Any, grad: Any, param: Any, step: int, scalars: Any, given: Any, backend: Any, kernels: Any
+) -> Any:
     """The mistake of handing the step's scalars over as Python numbers."""
     kernel = kernels.setdefault(self.kernel_key, buckets._kernel(self.method, backend))
     state = buckets.states.fill(self.template, iter(self.arrays), 0)
-    return kernel(grad, state, param, scalars, buckets.states.due(self.method, step))
+    return kernel(grad, state, param, scalars, buckets.states.due(self.method, step), given)
 
 
 @pytest.mark.parametrize("name", ["AGD-default", "Adam-default"])
