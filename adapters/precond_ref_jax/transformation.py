@@ -147,9 +147,12 @@ def scale_by(
         values = grads if params is None else _up_to("params", treedef, params)
         columns = [_up_to(f"state.statistics.{f}", treedef, getattr(state.statistics, f)) for f in fields if grads]
         groups: dict[Any, tuple[Method, list[_Member]]] = {}
-        known = {*names, *_masked(updates)}
-        if statistics.keys() - known:
-            raise ValueError(f"statistics names {', '.join(sorted(statistics.keys() - known))}: no parameter")
+        masked = _masked(updates)
+        unknown = statistics.keys() - ({*names, *masked} - {names[i] for unit in units for i in unit.at[1:]})
+        if unknown:
+            raise ValueError(
+                f"statistics names {', '.join(sorted(unknown))}: no parameter, or one joined to its weight"
+            )
         sized: dict[Any, Method] = {}
         for chosen, name, at in units:
             if extra_args.get("batch_size") is not None and hasattr(chosen, "batch_size"):
@@ -161,8 +164,8 @@ def scale_by(
                 chosen, at, name, [grads[i] for i in at], [values[i] for i in at], old, statistics.pop(name, None)
             )
             groups.setdefault(_label(chosen, member), (chosen, []))[1].append(member)
-        if statistics and not others:
-            raise ValueError(f"statistics names {', '.join(sorted(statistics))}, which no method takes")
+        if statistics.keys() - masked and not others:
+            raise ValueError(f"statistics names {', '.join(sorted(statistics))}, which the method does not take")
 
         outputs, new_fallback = list(grads), None
         if others:
