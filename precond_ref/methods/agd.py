@@ -174,5 +174,5 @@ class AGD(Method):
             corrected_b=b * inverse_c2,
             is_sgd=is_sgd,
             sgd_share=xp.mean(xp.astype(is_sgd, state.m.dtype)),
-            finite=all_finite(xp, state.m, state.b),
+            finite=all_finite(xp, *(a for a in state[1:] if a is not None)),
         )

@@ -379,9 +379,13 @@ class MBF(Method):
         stack_ndim = state.m.ndim - core
         xp = self._check_param(state.m, stack_ndim)
         w = roots.eigenvalues(state.statistic, xp=xp)
-        condition = (w[..., -1] + self.damping) / (w[..., 0] + self.damping)
-        core_ndims = (core, state.statistic.ndim - stack_ndim)
-        return MBFReport(w, condition, None, finite_members(xp, state.m, state.statistic, core_ndims=core_ndims))
+        if w.shape[-1] == 0:  # blocks without entries
+            condition = zeros(xp, w.shape[:-1], w) + 1.0
+        else:
+            condition = (w[..., -1] + self.damping) / (w[..., 0] + self.damping)
+        arrays = [a for a in state[1:] if a is not None]
+        finite = finite_members(xp, *arrays, core_ndims=tuple(a.ndim - stack_ndim for a in arrays))
+        return MBFReport(w, condition, None, finite)
 
 
 def _check_array(name: str, array: Array, shape: tuple[int | None, ...], like: Array) -> None:
