@@ -65,7 +65,7 @@ def jax_steps() -> Steps:
         jitted = jax.jit(update, donate_argnums=(0, 1))
 
         def step() -> None:
-            carried[:] = jax.block_until_ready(jitted(*carried, grads))
+            carried[:] = jax.block_until_ready(jitted(*carried, grads))  # type: ignore[no-untyped-call]
 
         return step
 
