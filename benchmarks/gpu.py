@@ -25,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ class Library:
 
             return jax_step
         tree = Optimizer(made, lr=1e-4)
-        held = [params, tree.init(params)]
+        held: list[Any] = [params, tree.init(params)]
 
         def step() -> None:
             held[:] = tree.step(held[0], next(turn), held[1])
@@ -309,7 +310,7 @@ def residuals(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> 
                 continue
             try:
                 function = getattr(library.xp.linalg, kind)
-                row["seconds"] = library.seconds(lambda function=function, array=array: function(array), rounds=3)
+                row["seconds"] = library.seconds(partial(function, array), rounds=3)
                 result = function(array)
                 if kind == "eigh":
                     w, q = (library.host(x) for x in result)
