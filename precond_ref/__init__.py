@@ -1,6 +1,6 @@
 """Reference implementations of structured and second-order preconditioners, on any array-API backend."""
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from precond_ref.methods.agd import AGD
 from precond_ref.methods.asgo import ASGO, DASGO
@@ -13,10 +13,21 @@ from precond_ref.methods.sketchy import SAdaGrad, SShampoo
 from precond_ref.optimizer import Optimizer
 from precond_ref.protocol import Method, list_methods
 
-try:
-    __version__ = version("precond_ref")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "unknown"
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """``__version__``, looked up when it is asked for: that would take a quarter of the time of the import."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("precond_ref")
+        except PackageNotFoundError:  # a source tree that was never installed
+            return "unknown"
+
 
 __all__ = [
     "AGD",
