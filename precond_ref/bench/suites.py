@@ -33,6 +33,7 @@ STEPS = (
     ),
     Race("IF-Shampoo, torch", "matrices", ("IFShampoo", "IFShampoo, bare", "sirfshampoo")),
     Race("IF-Shampoo, torch", "transformer", ("IFShampoo", "IFShampoo, bare", "sirfshampoo")),
+    Race("S-Shampoo", "few", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
     Race("S-Shampoo", "matrices", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
     Race(
         "training a ResNet-20",

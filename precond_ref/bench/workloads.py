@@ -46,9 +46,15 @@ def large(rows: int = 4096, columns: int = 1024) -> Shapes:
     return {"layer.weight": (rows, columns)}
 
 
-WORKLOADS = {"matrices": matrices, "transformer": transformer, "convolutions": convolutions, "large": large}
+def few() -> Shapes:
+    """Ten of the hundred matrices: some peers take many minutes to compile the hundred."""
+    return matrices(10)
+
+
+WORKLOADS = {"matrices": matrices, "few": few, "transformer": transformer, "convolutions": convolutions, "large": large}
 SMOKE: dict[str, Shapes] = {
     "matrices": matrices(3, 8),
+    "few": matrices(2, 8),
     "transformer": transformer(1, 8),
     "convolutions": convolutions(1, 2),
     "large": large(16, 8),
