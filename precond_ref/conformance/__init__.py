@@ -1,1 +1,1 @@
-"""Conformance."""
+"""Checking other implementations against this one: vectors of inputs and results."""

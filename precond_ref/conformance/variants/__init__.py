@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from precond_ref.protocol import Method, list_methods
+from precond_ref.protocol import Method
 
 Walk = Generator[Any, tuple[np.ndarray, np.ndarray], None]
 
@@ -66,14 +66,6 @@ class Trace(NamedTuple):
     states: list[dict[str, np.ndarray]]
 
 
-def construct(constructor: str, config: Mapping[str, Any]) -> Method:
-    """The method of a manifest's ``constructor``: a class, or a preset of one (``ASGO.theory``)."""
-    name, _, preset = constructor.partition(".")
-    make: Any = list_methods()[name]
-    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}  # JSON has no tuples
-    return (getattr(make, preset) if preset else make)(**fields)
-
-
 @cache
 def registry() -> dict[str, Variants]:
     """Variants by class name."""
@@ -83,11 +75,9 @@ def registry() -> dict[str, Variants]:
     return found
 
 
-def of(constructor: str, config: Mapping[str, Any]) -> tuple[Variants, dict[str, Any]]:
-    """Variants of a case's method, and all of its fields."""
-    method = construct(constructor, config)
-    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-    return registry()[type(method).__name__], fields
+def of(method: Method) -> Variants:
+    """Variants of a method; KeyError where there are none."""
+    return registry()[type(method).__name__]
 
 
 def choices(variants: Variants, size: int) -> list[frozenset[str]]:
@@ -104,8 +94,7 @@ def describe(variants: Variants, flags: frozenset[str]) -> str:
 
 
 def run(
-    constructor: str,
-    config: Mapping[str, Any],
+    method: Method,
     param: np.ndarray,
     grads: np.ndarray,
     *,
@@ -114,13 +103,14 @@ def run(
     stack_ndim: int = 0,
     flags: frozenset[str] = frozenset(),
 ) -> Trace:
-    """Run a method with ``flags`` on given gradients (T, *shape); the first ``stack_ndim`` axes are looped over.
+    """Run ``method`` with ``flags`` on given gradients (T, *shape); the first ``stack_ndim`` axes are looped over.
 
     Raises KeyError for a flag that is not the method's.
     """
-    variants, fields = of(constructor, config)
+    variants = of(method)
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
     if unknown := flags - {*variants.flags, *COMMON}:
-        raise KeyError(f"{type(construct(constructor, config)).__name__} has no variant {', '.join(sorted(unknown))}")
+        raise KeyError(f"{type(method).__name__} has no variant {', '.join(sorted(unknown))}")
     param, grads = np.asarray(param, np.float64), np.asarray(grads, np.float64)
     stack, shape = param.shape[:stack_ndim], param.shape[stack_ndim:]
     members = [_run_one(variants, fields, param[i], grads[:, *i], lr, decay, flags) for i in np.ndindex(*stack)]
