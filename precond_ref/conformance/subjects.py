@@ -442,7 +442,7 @@ class ArrayLibrary:
 
 
 def _flat(state: Any, keep: bool = False, prefix: str = "") -> dict[str, Any]:
-    """Arrays of nested dicts and tuples by dotted names; a sketch, which has a basis and eigenvalues, as its product."""
+    """Arrays of nested dicts and tuples by dotted names; a sketch (basis, eigenvalues) as its product."""
     if hasattr(state, "_asdict"):
         state = state._asdict()
     if isinstance(state, Mapping) and {"basis", "eigenvalues"} <= state.keys():

@@ -72,7 +72,10 @@ def shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[
                     used = used * np.eye(len(used))
                 roots[i] = (outside if "eps-outside" in flags else power)(used, exponent, eps)
             direction = multiply(direction, roots[i], i)
-        out = direction, {f"grams.{i}": gram for i, gram in enumerate(grams)}
+        state = {f"grams.{i}": gram for i, gram in enumerate(grams)}
+        if config["every"] > 1:
+            state |= {f"roots.{i}": root for i, root in enumerate(roots)}
+        out = direction, state
 
 
 MUON_FLAGS = {
