@@ -46,6 +46,9 @@ def application() -> typer.Typer:
     )
     app.command("list", epilog=LIST_EXAMPLES)(list_command)
     app.command("compare", epilog=COMPARE_EXAMPLES)(compare_command)
+    from precond_ref.conformance import commands
+
+    app.command("check", epilog=commands.CHECK_EXAMPLES)(commands.check_command)
     return app
 
 

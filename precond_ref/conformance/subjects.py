@@ -43,8 +43,13 @@ class Config(dict[str, Any]):
     ``method`` is the reference method they make; ``at_default`` names those that have the reference's default.
     """
 
-    method: Method
+    make: Callable[[], Method]
     at_default: frozenset[str] = frozenset()
+
+    @property
+    def method(self) -> Method:
+        """The reference method; ValueError or TypeError for a configuration that it refuses."""
+        return self.make()
 
 
 @runtime_checkable
@@ -402,7 +407,7 @@ class Command:
         if "unsupported" in reply:
             raise Unsupported(str(reply["unsupported"]))
         if "error" in reply:
-            raise RuntimeError(str(reply["error"]))
+            raise ValueError(str(reply["error"]))
         return reply
 
 
