@@ -162,7 +162,7 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
     console.print(f"cases: {count(cases)}")
     if contract:
         console.print(f"contract: {count(contract)}")
-    skipped = Counter(r.message for r in cases if r.status == "skipped")
+    skipped = Counter(r.message.partition("=")[0] for r in cases if r.status == "skipped")
     for message, number in skipped.most_common(6):
         console.print(f"skipped ({number}): {message}", soft_wrap=True)
     rejects = [r for r in report.results if "/reject-" in r.id and r.status != "skipped"]

@@ -29,7 +29,9 @@ class Match:
     error: float
     """Largest normwise error over all steps of all cases it explains."""
     explained: int
-    """Cases it explains to `SLACK` tolerances."""
+    """Cases it explains, to `SLACK` tolerances."""
+    unexplained: tuple[str, ...] = ()
+    """Ids of the others."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Diagnosis:
     """Cases that ran."""
     matches: tuple[Match, ...]
     """Variants that explain every case, the smallest error first; those of fewest flags only."""
-    nearest: tuple[Match, ...] = ()
-    """If none does: those that explain most cases."""
+    nearest: Match | None = None
+    """If none does: the one that explains most cases."""
     hints: tuple[str, ...] = ()
     """What can be said without a match: the first quantity that departs, a constant factor."""
 
@@ -56,12 +58,14 @@ class Diagnosis:
             if len(others) > 4:
                 out.append(f"  or one of {len(others) - 4} more.")
             return out + list(self.hints)
-        out = [f"None of the known mistakes in {self.method}, single or in pairs, explains it."]
-        for m in self.nearest:
-            out.append(
-                f"  Nearest: {self.method} {m.text}".rstrip() + f" explains {m.explained} of {_all(self.cases)}."
-            )
-        return out + list(self.hints)
+        if self.nearest is None:
+            return [f"No known mistake in {self.method} explains it.", *self.hints]
+        m = self.nearest
+        first = (
+            f"Nearest: {self.method} {m.text}, which explains {m.explained} of {self.cases} cases, to {m.error:.1g}."
+        )
+        rest = ", ".join(m.unexplained[:4]) + (", ..." if len(m.unexplained) > 4 else "")
+        return [first, f"Not explained: {rest}.", *self.hints]
 
 
 def _all(cases: int) -> str:
@@ -91,14 +95,33 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
             found = [m for m in found if m.error <= max(10 * best, 1e-14)]
             hints = () if size else (*_hints(report), *single)
             return Diagnosis(report.method, len(runs), tuple(found), hints=hints)
-    nearest = []
-    for flags in variants.choices(known, 0) + variants.choices(known, 1):
-        errors = [e for e in _explain(runs, flags, dtype) if e[1] <= SLACK]
-        if errors:
-            text = variants.describe(known, flags) or "as it should be"
-            nearest.append(Match(tuple(sorted(flags)), text, max(e for e, _ in errors), len(errors)))
-    nearest.sort(key=lambda m: -m.explained)
-    return Diagnosis(report.method, len(runs), (), tuple(nearest[:2]), hints=(*_hints(report), *single))
+    best = _greedy(runs, known, dtype)
+    hints = (*_hints(report), *single)
+    if best is not None and best.explained == len(runs):
+        return Diagnosis(report.method, len(runs), (best,))
+    return Diagnosis(report.method, len(runs), (), best, hints)
+
+
+def _greedy(runs: Sequence[Run], known: variants.Variants, dtype: str) -> Match | None:
+    """The flag that explains most cases, then the one that explains most together with it, and so on; None if none."""
+    best, best_match = (0, 0), None
+    flags: frozenset[str] = frozenset()
+    while True:
+        last = best
+        for flag in (*known.flags, *variants.COMMON):
+            trial = flags | {flag}
+            if flag in flags or not variants.compatible(known, trial):
+                continue
+            errors = _explain(runs, trial, dtype)
+            ids = [run.case.id for run, (_, ratio) in zip(runs, errors, strict=True) if not ratio <= SLACK]
+            good = [e for e, ratio in errors if ratio <= SLACK]
+            score = (len(good), -len(trial))
+            if good and score > best and len(good) > last[0]:
+                text = variants.describe(known, trial)
+                best, best_match = score, Match(tuple(sorted(trial)), text, max(good), len(good), tuple(ids))
+        if best == last or best_match is None:
+            return best_match
+        flags = frozenset(best_match.flags)
 
 
 def _explain(runs: Sequence[Run], flags: frozenset[str], dtype: str, stop: bool = False) -> list[tuple[float, float]]:

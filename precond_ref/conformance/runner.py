@@ -242,10 +242,12 @@ def _trace(subject: Subject, case: Case, dtype: str, level: int, touched: list[s
     except Exception as error:
         return Result(case.id, case.tier, ERROR, case.why, message=f"{type(error).__name__}: {error}"), None
     run = Run(case, tensors, np.stack(params), states)
-    found = list(gaps(run, dtype))
+    with np.errstate(all="ignore"):
+        found = list(gaps(run, dtype))
     failing = [g for g in found if not g.ratio <= 1]
     if failing:
-        return Result(case.id, case.tier, FAILED, case.why, gap=failing[0]), run
+        message = "" if np.isfinite(run.params).all() else "the parameters are not finite"
+        return Result(case.id, case.tier, FAILED, case.why, gap=failing[0], message=message), run
     return Result(case.id, case.tier, PASSED, case.why, gap=max(found, key=lambda g: g.ratio, default=None)), run
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from precond_ref.conformance.variants import EVERY, Variants, Walk, due, ema, outside, power
+from precond_ref.conformance.variants import EVERY, Variants, Walk, due, ema, outside, power, rivals
 
 AVERAGES = {
     "sum": "with a plain sum instead of an average as the statistic",
@@ -53,7 +53,6 @@ ASGO_FLAGS = {
     "heads-ignored": "without the blocks of heads",
     "newton-schulz": "with Newton-Schulz iterations for the inverse root",
     "polar-express": "with Polar Express iterations for the inverse root (eps only in their norm)",
-    "exact": "with the exact inverse root instead of the configured iteration",
     **EVERY,
     **AVERAGES,
 }
@@ -83,7 +82,7 @@ def asgo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
         solver = config["root"]
         if flags & {"newton-schulz", "polar-express"}:
             solver = "newton_schulz" if "newton-schulz" in flags else "polar_express"
-        if solver != "eigh" and not flags & {"exact", *EXPONENTS, "eps-outside"}:
+        if solver != "eigh" and not flags & {*EXPONENTS, "eps-outside"}:
             return np.stack([_iterated(solver, block, eps, config["root_steps"]) for block in gram])
         exponent = -0.25 if "exponent-quarter" in flags else -1.0 if "exponent-one" in flags else -0.5
         function = outside if "eps-outside" in flags else power
@@ -289,22 +288,22 @@ AVERAGING = (
     frozenset({"sum", "weight-missing"}),
     frozenset({"sum", "corrected"}),
     frozenset({"sum", "betas-swapped"}),
-    frozenset({"momentum-ignored", "momentum-of-preconditioned"}),
-    frozenset({"momentum-ignored", "heavy-ball"}),
-    frozenset({"momentum-ignored", "momentum-corrected"}),
-    frozenset({"momentum-ignored", "nesterov"}),
-    frozenset({"momentum-ignored", "statistic-of-momentum"}),
+    *rivals(
+        {"momentum-ignored"},
+        {"momentum-of-preconditioned", "heavy-ball", "momentum-corrected", "nesterov", "statistic-of-momentum"},
+    ),
     frozenset({"momentum-of-preconditioned", "statistic-of-momentum"}),
     frozenset({"rms-ignored", "rms-max", "rms-frobenius"}),
-    frozenset({"rms-ignored", "zero-nan"}),
-    frozenset({"rms-max", "zero-nan"}),
+    *rivals({"zero-nan"}, {"rms-ignored", "rms-max"}),
 )
 VARIANTS = {
     "ASGO": Variants(
         asgo,
         ASGO_FLAGS,
         (
-            EXPONENTS | {"eps-outside", "newton-schulz", "polar-express", "exact"},
+            EXPONENTS,
+            frozenset({"newton-schulz", "polar-express"}),
+            *rivals({"newton-schulz", "polar-express"}, {"eps-outside", *EXPONENTS}),
             frozenset({"eps-ignored", "eps-squared"}),
             frozenset({"eps-ignored", "eps-outside"}),
             frozenset({"other-side", "always-left", "always-right", "tie-left"}),
