@@ -95,11 +95,10 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
             found = [m for m in found if m.error <= max(10 * best, 1e-14)]
             hints = () if size else (*_hints(report), *single)
             return Diagnosis(report.method, len(runs), tuple(found), hints=hints)
-    best = _greedy(runs, known, dtype)
-    hints = (*_hints(report), *single)
-    if best is not None and best.explained == len(runs):
-        return Diagnosis(report.method, len(runs), (best,))
-    return Diagnosis(report.method, len(runs), (), best, hints)
+    nearest = _greedy(runs, known, dtype)
+    if nearest is not None and nearest.explained == len(runs):
+        return Diagnosis(report.method, len(runs), (nearest,))
+    return Diagnosis(report.method, len(runs), (), nearest, (*_hints(report), *single))
 
 
 def _greedy(runs: Sequence[Run], known: variants.Variants, dtype: str) -> Match | None:

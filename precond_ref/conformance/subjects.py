@@ -229,7 +229,7 @@ class Optax:
     def init(self, config: Config, params: Arrays) -> None:
         """A new transformation and its state."""
         fields = {k: v for k, v in self.names.items() if not k.startswith("state.")}
-        self.transformation = self.make(**arguments(self.make, config, fields))
+        self.transformation: Any = self.make(**arguments(self.make, config, fields))
         if not all(hasattr(self.transformation, name) for name in ("init", "update")):
             raise TypeError(
                 f"{_called(self.make)} must return an optax transformation (with init and update), "

@@ -109,7 +109,7 @@ def asgo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
 
 def _iterated(solver: str, gram: np.ndarray, eps: float, steps: int) -> np.ndarray:
     """``(V + eps I)^{-1/2}`` by a coupled iteration; in Polar Express eps enters only the norm."""
-    identity, norm = np.eye(len(gram)), np.linalg.norm(gram)
+    identity, norm = np.eye(len(gram)), float(np.linalg.norm(gram))
     if solver == "coupled_newton":
         m = gram + eps * identity
         scale = 1.5 / (np.linalg.norm(m) or 1.0)
@@ -121,7 +121,7 @@ def _iterated(solver: str, gram: np.ndarray, eps: float, steps: int) -> np.ndarr
     if solver == "newton_schulz":
         norm, shifted, table = norm + eps or 1.0, gram + eps * identity, [(2.0, -1.5, 0.5)] * steps
     else:
-        norm, shifted = 1.01 * np.linalg.norm(gram + eps * identity) or 1.0, gram
+        norm, shifted = 1.01 * float(np.linalg.norm(gram + eps * identity)) or 1.0, gram
         table = [EXPRESS[min(i, 7)] for i in range(steps)]
         table = [(a / 1.01, b / 1.01**3, c / 1.01**5) if i < 7 else (a, b, c) for i, (a, b, c) in enumerate(table)]
     y, z = shifted / norm, identity
@@ -258,7 +258,8 @@ DASGO_THEORY_FLAGS = {
 def dasgo_theory(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]) -> Walk:
     """One scale per row, summed."""
     eps, axis = _eps(config["eps"], flags), 0 if "columns" in flags else 1
-    d, out = np.zeros(()), None
+    d: Any = 0.0
+    out = None
     for t in count(1):
         g, _ = yield out
         new = g * g if "elementwise" in flags else np.sum(g * g, axis=axis, keepdims=True)
