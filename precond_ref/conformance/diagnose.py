@@ -51,7 +51,7 @@ class Diagnosis:
     def lines(self) -> list[str]:
         """Sentences for a person."""
         if self.matches:
-            first, *others = self.matches
+            first, others = self.matches[0], self.matches[1:]
             name = self.method if first.flags else f"{self.method} as it should be"
             out = [f"It is {name} {first.text}".rstrip() + f": {_all(self.cases)} agree, to {first.error:.1g}."]
             out += [f"  or {m.text}, to {m.error:.1g}: no case that ran tells them apart." for m in others[:4]]
@@ -60,12 +60,10 @@ class Diagnosis:
             return out + list(self.hints)
         if self.nearest is None:
             return [f"No known mistake in {self.method} explains it.", *self.hints]
-        m = self.nearest
-        first = (
-            f"Nearest: {self.method} {m.text}, which explains {m.explained} of {self.cases} cases, to {m.error:.1g}."
-        )
-        rest = ", ".join(m.unexplained[:4]) + (", ..." if len(m.unexplained) > 4 else "")
-        return [first, f"Not explained: {rest}.", *self.hints]
+        near = self.nearest
+        agree = f"{near.explained} of {self.cases} cases agree, to {near.error:.1g}"
+        rest = ", ".join(near.unexplained[:4]) + (", ..." if len(near.unexplained) > 4 else "")
+        return [f"Nearest: {self.method} {near.text}: {agree}.", f"Not explained: {rest}.", *self.hints]
 
 
 def _all(cases: int) -> str:

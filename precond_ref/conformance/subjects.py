@@ -223,7 +223,8 @@ class Optax:
         import jax
 
         if dtype == "float64":
-            jax.config.update("jax_enable_x64", True)
+            settings: Any = jax.config
+            settings.update("jax_enable_x64", True)
         self.jax, self.make, self.dtype, self.names = jax, make, dtype, dict(names or {})
 
     def init(self, config: Config, params: Arrays) -> None:
@@ -453,7 +454,7 @@ def _flat(state: Any, keep: bool = False, prefix: str = "") -> dict[str, Any]:
     if isinstance(state, Mapping) and {"basis", "eigenvalues"} <= state.keys():
         basis = state["basis"]
         product = (basis * state["eigenvalues"][..., None, :]) @ basis.swapaxes(-1, -2)
-        return {prefix: product, f"{prefix}.escaped": state["escaped"]}
+        return {prefix: product} | {f"{prefix}.{name}": state[name] for name in ("eigenvalues", "escaped")}
     if isinstance(state, (list, tuple)):
         state = dict(enumerate(state))
     if isinstance(state, Mapping):
