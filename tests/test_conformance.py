@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -498,3 +501,37 @@ def test_nothing_that_runs_is_not_ok(run: Any) -> None:
     result = run("mine:Right", "--method", "ASGO")
     assert result.exit_code == 1
     assert "NOT CHECKED: no case ran to its end" in result.output
+
+
+# ---- pytest ---------------------------------------------------------------------------------------------------------
+
+
+def pytest_on(folder: Path, *arguments: str) -> tuple[int, str]:
+    """``pytest --pyargs precond_ref.conformance ...`` in a folder, as a user would."""
+    (folder / "mine.py").write_text(textwrap.dedent(MINE), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "precond_ref.conformance.plugin", "-p", "no:xdist", "-q"]
+    command += ["--pyargs", "precond_ref.conformance", *arguments]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_pytest_door(tmp_path: Path) -> None:
+    code, output = pytest_on(tmp_path, "--precond-target", "mine:Wrong", "--precond-method", "sgd")
+    assert code == 1
+    assert re.search(r"FAILED .*test_subject\[SGD/momentum\]", output)
+    assert "It is SGD with an average, momentum b + (1 - momentum) g, instead of the heavy ball" in output
+    failures = re.findall(r"FAILED .*test_subject\[(.*?)\]", output)
+    (tmp_path / "known.txt").write_text("\n".join(failures), encoding="utf-8")
+    options = ["--precond-target", "mine:Wrong", "--precond-method", "SGD", "--precond-xfails", "known.txt"]
+    code, output = pytest_on(tmp_path, *options)
+    assert code == 0, output
+    assert f"{len(failures)} xfailed" in output
+
+
+def test_the_pytest_door_says_what_it_needs(tmp_path: Path) -> None:
+    code, output = pytest_on(tmp_path, "--precond-target", "mine:Right")
+    assert code != 0
+    assert "give --precond-method, and one of --precond-target and --precond-command" in output

@@ -184,6 +184,20 @@ def cases_of(method: str) -> list[Case]:
     return [c for c in vectors.cases() if c.constructor == constructor and c.kind != "primitive"]
 
 
+CONTRACT = ("gradient-untouched", "dtype", "repeatable", "independent", "nonfinite", "resume")
+
+
+def ids(method: str, level: int = 0) -> list[str]:
+    """Ids of all results that `check` can give."""
+    primitives = vectors.cases(kind="primitive") if level == 2 else []
+    return [*(c.id for c in [*cases_of(method), *primitives]), *(f"contract/{name}" for name in CONTRACT)]
+
+
+def run_case(subject: Subject, case: Case, *, dtype: str = "float64", level: int = 0) -> Result:
+    """One trace of `cases_of`, for a test of one's own: ``assert not run_case(wrap(MyASGO), case).bad``."""
+    return _trace(subject, case, dtype, level, [])[0]
+
+
 def config_of(case: Case) -> Config:
     """What a subject is given for a case."""
     make = operator.attrgetter(case.constructor)(precond_ref)
