@@ -235,3 +235,39 @@ def mode_gram(tensor: Array, axis: int) -> Array:
     """``G_(axis) G_(axis)^T`` of the unfolding along ``axis``."""
     unfolded = np.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1)
     return unfolded @ unfolded.T
+
+
+# ---- cases ----------------------------------------------------------------------------------------------------------
+
+
+def maker(
+    method: str, config: Mapping[str, Any], shape: tuple[int, ...], constructor: str = ""
+) -> tuple[Callable[..., Case], Callable[..., Case]]:
+    """Makers of a method's traces and rejects from a complete ``config``, of which each names what it changes."""
+
+    def trace(
+        name: str,
+        why: str,
+        catches: tuple[str, ...] = (),
+        *,
+        shape: tuple[int, ...] = shape,
+        steps: int = 5,
+        seed: int = 0,
+        scale: float = 1,
+        grads: Array = None,
+        change: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> Case:
+        """On ``grads``, else on integers of ``seed`` times ``scale``."""
+        given = integers(seed, (steps, *shape)) * mp.mpf(scale) if grads is None else exact(grads)
+        full = {**config, **(change or {})}
+        param = integers(seed + 1000, shape)
+        return Case(method=method, constructor=constructor, name=name, why=why, catches=catches, config=full,
+                    shape=shape, param=param, grads=given, **fields)  # fmt: skip
+
+    def reject(name: str, why: str, argument: str, *, shape: tuple[int, ...] = shape, **change: Any) -> Case:
+        full = {**config, **change}
+        return Case(method=method, constructor=constructor, name=f"reject-{name}", why=why, config=full, shape=shape,
+                    kind="reject", argument=argument)  # fmt: skip
+
+    return trace, reject

@@ -1,0 +1,1 @@
+"""Checking other implementations against this one: vectors of inputs and results."""

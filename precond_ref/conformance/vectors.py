@@ -1,0 +1,169 @@
+"""The conformance vectors: inputs and 50-digit results, one file per case; *Vector format* in the documentation.
+
+``cases()`` lists them, ``load(case)`` gives the arrays, ``verify()`` says what is wrong with a folder of them.
+Loading needs NumPy and safetensors, verifying jsonschema too: the extra ``cli``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import operator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from precond_ref.protocol import Method
+
+FOLDER = Path(__file__).parent / "vectors" / "v1"
+SCHEMA = Path(__file__).parent / "schema.json"
+MAX_BYTES = 5_000_000
+MUST_KAPPA = 1e3
+INPUT_BITS, FIELD_BITS = 8, 24  # significant bits of bfloat16 and float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """An entry of the manifest; *Vector format* in the documentation says what the fields mean."""
+
+    id: str
+    method: str
+    constructor: str
+    kind: str
+    tier: str
+    config: Mapping[str, Any]
+    shape: tuple[int, ...]
+    stack_ndim: int
+    why: str
+    catches: tuple[str, ...]
+    steps: int = 0
+    lr: float = 0.0
+    decay: float = 0.0
+    inputs: tuple[str, ...] = ()
+    conditioning: Mapping[str, Any] = field(default_factory=dict)
+    argument: str = ""
+    file: str = ""
+    sha256: str = ""
+    folder: Path = field(default=FOLDER, repr=False, compare=False)
+    """Where the manifest is."""
+
+    def make(self) -> Method:
+        """The method of this library that a trace or a reject is about, from its constructor and config."""
+        import precond_ref
+
+        config = {k: tuple(v) if isinstance(v, list) else v for k, v in self.config.items()}
+        return operator.attrgetter(self.constructor)(precond_ref)(**config)
+
+
+def cases(
+    method: str | None = None, tier: str | None = None, kind: str | None = None, *, folder: Path = FOLDER
+) -> list[Case]:
+    """The cases in the manifest's order, optionally only those of a method, tier or kind."""
+    wanted = {"method": method, "tier": tier, "kind": kind}
+    entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["cases"]
+    known = {f.name for f in fields(Case)} - {"folder"}
+    return [
+        Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k in known}, folder=folder)
+        for entry in entries
+        if all(value is None or entry[key] == value for key, value in wanted.items())
+    ]
+
+
+def load(case: Case) -> dict[str, np.ndarray]:
+    """The tensors of a case by name, float64; empty for a reject. ValueError if the file is not the one recorded."""
+    from safetensors.numpy import load as parse
+
+    if case.kind == "reject":
+        return {}
+    content = (case.folder / case.file).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != case.sha256:
+        raise ValueError(f"sha256 of {case.folder / case.file} must be {case.sha256}, got {digest}")
+    return parse(content)
+
+
+def verify(folder: Path = FOLDER) -> list[str]:
+    """What is wrong with the vectors in ``folder``, one sentence per fault; empty if nothing is."""
+    import jsonschema
+
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"manifest.json: {error}"]
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+    found = [f"manifest.json: {e.json_path}: {e.message}" for e in validator.iter_errors(manifest)]
+    if found:
+        return found
+    listed = cases(folder=folder)
+    found += [f"{id}: listed {n} times" for id, n in Counter(c.id for c in listed).items() if n > 1]
+    files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    found += [f"{file}: belongs to no case" for file in files.keys() - {c.file for c in listed} - {"manifest.json"}]
+    if sum(files.values()) > MAX_BYTES:
+        found.append(f"all files together have {sum(files.values())} bytes, more than {MAX_BYTES}")
+    for case in listed:
+        found += [f"{case.id}: {fault}" for fault in _faults(case)]
+    return found
+
+
+def _faults(case: Case) -> Iterator[str]:
+    if case.id.split("/")[0] != case.method or case.constructor.split(".")[0] != case.method.split(".")[0]:
+        yield f"id and constructor must start with the method {case.method}, got constructor {case.constructor}"
+    for name, value in [*case.config.items(), ("lr", case.lr), ("decay", case.decay)]:
+        if isinstance(value, float) and not _has_bits([value], FIELD_BITS):
+            yield f"{name} must be a multiple of a power of 2 with {FIELD_BITS} bits, got {value!r}"
+    if case.kind == "reject":
+        return
+    if case.file != f"{case.id}.safetensors":
+        yield f"file must be {case.id}.safetensors, got {case.file}"
+    largest = max(case.conditioning["kappa"])
+    if case.tier == "must" and largest > MUST_KAPPA:
+        yield f"a must-case has condition numbers up to {MUST_KAPPA:g}, got {largest:g}"
+    try:
+        tensors = load(case)
+    except Exception as error:  # whatever the parser raises on a damaged file
+        yield str(error)
+        return
+    for name, tensor in tensors.items():
+        if tensor.dtype != "float64":
+            yield f"{name} must be float64, got {tensor.dtype}"
+        elif not all(map(math.isfinite, tensor.flat)):
+            yield f"{name} is not finite"
+        elif name in case.inputs and not _has_bits(tensor.flat, INPUT_BITS):
+            yield f"{name} is not exact in bfloat16"
+    if missing := set(case.inputs) - tensors.keys():
+        yield f"lacks the tensors {sorted(missing)}"
+    if not tensors.keys() - set(case.inputs):
+        yield "has no result"
+    if case.kind == "trace":
+        yield from _trace_faults(case, tensors)
+
+
+def _trace_faults(case: Case, tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
+    many = (case.steps, *case.shape)
+    shapes = {"param": case.shape, "grads": many, "directions": many, "params": many}
+    for name, shape in shapes.items():
+        if name not in tensors:
+            yield f"lacks the tensors ['{name}']"
+        elif tensors[name].shape != shape:
+            yield f"{name} must have shape {shape}, got {tensors[name].shape}"
+    for name in tensors.keys() - shapes.keys():
+        if not name.startswith("state."):
+            yield f"{name} is no tensor of a trace"
+        elif tensors[name].shape[:1] != (case.steps,):
+            yield f"{name} must have {case.steps} steps, got shape {tensors[name].shape}"
+    for name in ("param", "grads"):
+        if name in tensors and any(abs(x) > 8 for x in tensors[name].flat):
+            yield f"{name} must be at most 8 in magnitude"
+    if len(case.conditioning["kappa"]) != case.steps:
+        yield f"conditioning.kappa must have {case.steps} entries, got {len(case.conditioning['kappa'])}"
+
+
+def _has_bits(values: Iterable[float], bits: int) -> bool:
+    """Whether each value has at most that many significant bits (and an exponent every format has)."""
+    return all(x == 0 or ((math.frexp(x)[0] * 2**bits).is_integer() and 2**-100 < abs(x) < 2**100) for x in values)

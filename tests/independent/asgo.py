@@ -1,0 +1,241 @@
+"""ASGO and DASGO (arXiv 2503.20762): Algorithm 1 (theory) and the practical forms of the authors' code."""
+
+from __future__ import annotations
+
+import mpmath as mp
+import numpy as np
+
+from .base import (
+    Case,
+    Trace,
+    condition,
+    drive,
+    eye,
+    function,
+    integers,
+    maker,
+    norm,
+    power,
+    quotient,
+    sqrt,
+    zeros,
+)
+from .baselines import shifted_condition, with_zeros
+
+
+def is_left(shape, c):
+    """Which side is preconditioned: a tie goes to the right, head blocks are left."""
+    return c.heads is not None or c.side == "left" or (c.side == "smaller" and shape[0] < shape[1])
+
+
+def asgo_start(param, c):
+    """M_0, V_0, and the root if it is kept."""
+    m, n = param.shape
+    k = m if is_left(param.shape, c) else n
+    gram, root = zeros(k, k), eye(k)
+    if c.heads is not None:
+        h = c.heads
+        gram, root = zeros(h, k // h, k // h), np.stack([eye(k // h)] * h)
+    state = {"m": zeros(m, n), "gram": gram}
+    return state | {"root": root} if c.every > 1 else state
+
+
+def asgo(t, grad, param, state, c):
+    """Practical: averages of G and of G G^T or G^T G; the root at t = 1, 1 + every, ...; rescaled to ``rms``."""
+    m = c.beta1 * state["m"] + (1 - c.beta1) * grad
+    left = is_left(grad.shape, c)
+    blocks = np.split(grad, c.heads) if c.heads else [grad]
+    new = np.stack([g @ g.T if left else g.T @ g for g in blocks]) * (1 - c.beta2)
+    gram = c.beta2 * state["gram"] + (new if c.heads else new[0])
+    grams = list(gram) if c.heads else [gram]
+    ridge = 0 if c.root == "polar_express" else c.eps  # in which epsilon enters only a norm
+    out = {"m": m, "gram": gram}
+    if (t - 1) % c.every == 0:
+        roots = [power(v, -0.5, ridge) for v in grams]
+        kappa = max(condition(v, ridge) for v in grams)
+    else:
+        roots, kappa = (list(state["root"]) if c.heads else [state["root"]]), state["_kappa"]
+    out["_kappa"] = kappa
+    if c.every > 1:
+        out["root"] = np.stack(roots) if c.heads else roots[0]
+    if left:
+        u = np.concatenate([p @ x for p, x in zip(roots, np.split(m, len(roots)), strict=True)])
+    else:
+        u = m @ roots[0]
+    return rescaled(u, c.rms), out, kappa
+
+
+def rescaled(u, rms):
+    """``u`` with root mean square ``rms``; zero stays zero."""
+    size = norm(u)
+    return u if rms is None or size == 0 else u * (rms * mp.sqrt(u.size) / size)
+
+
+def theory_start(param, c):
+    """V_0."""
+    k = param.shape[0 if c.side == "left" else 1]
+    return {"gram": zeros(k, k)}
+
+
+def theory(t, grad, param, state, c):
+    """Algorithm 1: (V^{1/2} + eps I)^{-1} G with V the sum of G G^T; or all on the right."""
+    left = c.side == "left"
+    gram = state["gram"] + (grad @ grad.T if left else grad.T @ grad)
+    inverse = function(gram, lambda w: mp.mpf(0) if c.eps == 0 and w <= 0 else 1 / (mp.sqrt(max(w, 0)) + c.eps))
+    return (inverse @ grad if left else grad @ inverse), {"gram": gram}, shifted_condition(gram, c.eps)
+
+
+def dasgo_start(param, c):
+    """M_0, and one number per column."""
+    return {"m": zeros(*param.shape), "v": zeros(param.shape[1])}
+
+
+def dasgo(t, grad, param, state, c):
+    """Columns, epsilon under the root, rescaled to ``rms``."""
+    m = c.beta1 * state["m"] + (1 - c.beta1) * grad
+    v = c.beta2 * state["v"] + (1 - c.beta2) * (grad * grad).sum(axis=0)
+    return rescaled(quotient(m, sqrt(v + c.eps)), c.rms), {"m": m, "v": v}, 1
+
+
+def dasgo_theory_start(param, c):
+    """One number per row."""
+    return {"d": zeros(param.shape[0])}
+
+
+def dasgo_theory(t, grad, param, state, c):
+    """Rows, a sum, epsilon outside the root."""
+    d = state["d"] + (grad * grad).sum(axis=1)
+    return quotient(grad, (sqrt(d) + c.eps)[:, None]), {"d": d}, 1
+
+
+METHODS = {
+    "ASGO": (asgo_start, asgo, 0.5),
+    "ASGO.theory": (theory_start, theory, 0.5),
+    "DASGO": (dasgo_start, dasgo, 0),
+    "DASGO.theory": (dasgo_theory_start, dasgo_theory, 0),
+}
+
+
+def run(case: Case) -> Trace:
+    """The truth of a case."""
+    start, step, exponent = METHODS[case.constructor or case.method]
+    return drive(case, start, step, exponent=exponent, stale=case.config.get("every", 1) > 1)
+
+
+# ---- cases ----------------------------------------------------------------------------------------------------------
+
+DEPENDENT = np.array([[1, 0], [0, 1], [1, 1]])  # three rows out of two
+
+case, reject = maker(
+    "ASGO",
+    {
+        "beta1": 0.75,
+        "beta2": 0.5,
+        "eps": 0.25,
+        "side": "smaller",
+        "rms": None,
+        "root": "eigh",
+        "root_steps": 10,
+        "every": 1,
+        "heads": None,
+    },
+    (3, 2),
+)
+ASGO = [
+    case("left", "Fewer rows than columns: the statistic is G G^T.",
+         ("eps-outside", "exponent-quarter", "wrong-side", "statistic-after-use", "statistic-of-momentum"),
+         shape=(2, 4), seed=200),
+    case("right", "More rows than columns: the statistic is G^T G.",
+         ("eps-outside", "exponent-quarter", "wrong-side", "weight-missing", "momentum-heavy-ball"), seed=201),
+    case("tie", "A square matrix is preconditioned on the right.", ("tie-left",), shape=(3, 3), seed=202),
+    case("forced-left", "The larger side, on request.", ("wrong-side",), seed=203, change={"side": "left"}),
+    case("forced-right", "The larger side, on request.", ("wrong-side",), shape=(2, 3), seed=204,
+         change={"side": "right"}),
+    case("rms", "The direction has the root mean square asked for.", ("rms-off", "scale-max"), seed=205,
+         change={"rms": 0.25}),
+    case("no-bias-correction", "Averages that start at zero are used as they are.", ("bias-correction",), seed=206,
+         steps=3, change={"beta1": 0.5, "beta2": 0.875}),
+    case("every-3", "Roots of updates 1, 4, 7; the averages see every update.",
+         ("refresh-late", "refresh-each-step", "statistics-at-refresh-only"), seed=207, steps=8, change={"every": 3}),
+    case("heads", "Two blocks of rows with a left statistic each.", ("heads-off",), shape=(4, 3), seed=208,
+         change={"heads": 2}),
+    case("polar", "beta1 = beta2 = eps = 0: the polar factor of the gradient.", ("exponent-quarter",), shape=(2, 3),
+         seed=209, change={"beta1": 0.0, "beta2": 0.0, "eps": 0.0}, tier="should"),
+    case("row", "One row: a scalar statistic on the left.", shape=(1, 4), seed=210),
+    case("column", "One column: a scalar statistic on the right.", shape=(4, 1), seed=211),
+    case("rank-two", "Gradients whose rows are dependent: epsilon carries the null space.", ("eps-outside",),
+         shape=(3, 4), seed=212, grads=DEPENDENT @ integers(212, (5, 2, 4))),
+    case("pseudo-inverse", "The same without epsilon: the pseudo-inverse.", shape=(3, 4), seed=213,
+         grads=DEPENDENT @ integers(213, (5, 2, 4)), change={"eps": 0.0}, tier="should"),
+    case("zero-first", "A zero gradient at the first step: the direction is zero, not 0/0.", seed=214,
+         grads=with_zeros(214, (3, 2), 0), change={"rms": 0.25}),
+    case("zero-later", "Zero gradients in between still decay both averages.", ("skips-zero-gradients",), seed=215,
+         grads=with_zeros(215, (3, 2), 2, 3)),
+    case("decay", "Decoupled weight decay, before the step and times lr.", ("decay-coupled", "decay-without-lr"),
+         seed=216, decay=0.25),
+    case("stack", "Two parameters at once, each rescaled by itself.", shape=(2, 3, 2), stack_ndim=1, seed=217,
+         change={"rms": 0.25}, tier="may"),
+    case("newton-schulz", "The Newton-Schulz root, converged; the truth is the exact root.", seed=218,
+         change={"root": "newton_schulz", "root_steps": 24}, tier="may"),
+    case("coupled-newton", "The coupled Newton root, converged; the truth is the exact root.", seed=219,
+         change={"root": "coupled_newton", "root_steps": 24}, tier="may"),
+    case("polar-express", "Polar Express, converged; the truth is the exact root without epsilon.", shape=(2, 4),
+         seed=220, change={"root": "polar_express", "root_steps": 16}, tier="may"),
+    reject("beta1", "A decay of 1 never leaves zero.", "beta1", beta1=1.0),
+    reject("beta2", "A decay of 1 never leaves zero.", "beta2", beta2=1.0),
+    reject("eps", "A negative epsilon.", "eps", eps=-0.25),
+    reject("side", "An unknown side.", "side", side="both"),
+    reject("rms", "A scale of zero.", "rms", rms=0.0),
+    reject("every", "Roots every zero updates.", "every", every=0),
+    reject("heads", "Heads that do not divide the rows.", "heads", heads=2),
+    reject("heads-right", "Heads on the right.", "heads", heads=2, side="right", shape=(4, 3)),
+    reject("vector", "A parameter with one axis.", "param", shape=(3,)),
+    reject("order-3", "A parameter with three axes.", "param", shape=(3, 2, 2)),
+]  # fmt: skip
+
+case, reject = maker("ASGO", {"eps": 0.25, "side": "left"}, (2, 3), "ASGO.theory")
+ASGO_THEORY = [
+    case("theory", "A plain sum with the current gradient in it, epsilon outside the root, no momentum.",
+         ("eps-inside", "exponent-quarter", "sum-is-average", "statistic-after-use", "wrong-side"), seed=230),
+    case("theory-tall", "Left whatever the shape.", ("wrong-side",), shape=(3, 2), seed=231),
+    case("theory-right", "All on the right, on request.", ("wrong-side",), shape=(3, 2), seed=232,
+         change={"side": "right"}),
+    case("theory-pseudo-inverse", "No epsilon and dependent rows: the pseudo-inverse.", shape=(3, 4), seed=233,
+         grads=DEPENDENT @ integers(233, (5, 2, 4)), change={"eps": 0.0}, tier="should"),
+    case("theory-zero-first", "A zero gradient at the first step.", seed=234, grads=with_zeros(234, (2, 3), 0)),
+    case("theory-stack", "Two parameters at once.", shape=(2, 2, 3), stack_ndim=1, seed=235, tier="may"),
+    reject("theory-side", "The theory names its side.", "side", side="smaller"),
+    reject("theory-eps", "A negative epsilon.", "eps", eps=-0.25),
+]  # fmt: skip
+
+case, reject = maker("DASGO", {"beta1": 0.75, "beta2": 0.5, "eps": 0.25, "rms": None}, (3, 2))
+DASGO = [
+    case("columns", "One scale per column, epsilon under the root.", ("eps-outside", "rows", "mean-of-squares"),
+         seed=240),
+    case("wide", "Columns whatever the shape.", ("rows", "smaller-side"), shape=(2, 4), seed=241),
+    case("rms", "The direction has the root mean square asked for.", ("rms-off",), seed=242, change={"rms": 0.25}),
+    case("no-eps", "No epsilon: 0/0 gives 0 in a column that is always zero.", shape=(2, 3), seed=243,
+         grads=integers(243, (5, 2, 3)) * np.array([1, 0, 1]), change={"eps": 0.0}, tier="should"),
+    case("zero-first", "A zero gradient at the first step: the direction is zero, not 0/0.", seed=244,
+         grads=with_zeros(244, (3, 2), 0), change={"rms": 0.25}),
+    case("zero-later", "Zero gradients in between still decay both averages.", ("skips-zero-gradients",), seed=245,
+         grads=with_zeros(245, (3, 2), 2, 3)),
+    case("decay", "Decoupled weight decay, before the step and times lr.", ("decay-coupled", "decay-without-lr"),
+         seed=246, decay=0.25),
+    case("stack", "Two parameters at once, each rescaled by itself.", shape=(2, 3, 2), stack_ndim=1, seed=247,
+         change={"rms": 0.25}, tier="may"),
+    reject("beta2", "A decay of 1 never leaves zero.", "beta2", beta2=1.0),
+    reject("eps", "A negative epsilon.", "eps", eps=-0.25),
+    reject("vector", "A parameter with one axis.", "param", shape=(3,)),
+]  # fmt: skip
+
+case, reject = maker("DASGO", {"eps": 0.25}, (3, 2), "DASGO.theory")
+DASGO_THEORY = [
+    case("theory", "One scale per row, a plain sum, epsilon outside the root.", ("eps-inside", "columns"), seed=250),
+    case("theory-no-eps", "No epsilon: 0/0 gives 0 in a row that is always zero.", seed=251,
+         grads=integers(251, (5, 3, 2)) * np.array([[1], [0], [1]]), change={"eps": 0.0}, tier="should"),
+    case("theory-stack", "Two parameters at once.", shape=(2, 3, 2), stack_ndim=1, seed=252, tier="may"),
+    reject("theory-eps", "A negative epsilon.", "eps", eps=-0.25),
+]  # fmt: skip
+
+CASES = [*ASGO, *ASGO_THEORY, *DASGO, *DASGO_THEORY]
