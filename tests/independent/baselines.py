@@ -305,9 +305,7 @@ SHAMPOO = [
     reject("scalar", "A parameter without axes.", "param", shape=()),
 ]  # fmt: skip
 
-case, reject = maker(
-    "Muon", {"momentum": 0.75, "nesterov": False, "rms": None, "root": "svd", "root_steps": 5}, (3, 2)
-)
+case, reject = maker("Muon", {"momentum": 0.75, "nesterov": False, "rms": None, "root": "svd", "root_steps": 5}, (3, 2))
 MUON = [
     case("polar", "The polar factor of the averaged gradient.", ("momentum-off", "scaled"), seed=90),
     case("nesterov", "Averaged once more with the current gradient.", ("nesterov-off",), seed=91,

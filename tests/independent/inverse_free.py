@@ -103,7 +103,8 @@ def _step(t: int, g: Array, param: Array, state: dict[str, Any], c: SimpleNamesp
 
 def run(case: Case) -> Trace:
     """The trace of a case."""
-    return drive(case, _start, _step, exponent=1.0, stale=case.config["every"] > 1)
+    axes = len(unit_free(case.shape[case.stack_ndim :]))
+    return drive(case, _start, _step, exponent=float(axes), stale=case.config["every"] > 1)
 
 
 # ---- cases ----------------------------------------------------------------------------------------------------------
@@ -145,10 +146,10 @@ PLAIN = {"momentum": 0.0, "riemannian_momentum": 0.0}
 CASES = [
     _case("dense", (4, 3), "All of the method: both momenta, clip, dense factors", seed=1, steps=6,
           catches="no-transpose factor-dropped factor-right no-half heavy-ball-riemannian clip-ignored clip-max "
-          "clip-factor damping-identity trace-missing trace-mean share-missing batch-ignored gauss-seidel factors-after "
-          "momentum-ema momentum-ignored"),
-    _case("unclipped", (3, 2), "No clip, small gradients, no momenta", seed=2, clip=False, scale=0.25, **PLAIN,
-          catches="clip-always expm gamma-ignored no-half"),
+          "clip-factor damping-identity trace-missing trace-mean share-missing batch-ignored gauss-seidel "
+          "factors-after momentum-ema momentum-ignored"),
+    _case("unclipped", (3, 2), "No clip where one would act, no momenta", seed=2, clip=False, scale=0.5, **PLAIN,
+          catches="clip-always exponential gamma-ignored no-half"),
     _case("clip-inactive", (2, 3), "||m|| stays below 1, so the clip does nothing", seed=3, scale=0.25, **PLAIN,
           catches="clip-normalises"),
     _case("no-damping", (3, 2), "damping = 0", seed=4, damping=0.0),
@@ -189,9 +190,10 @@ CASES = [
 
 def _reject(argument: str, value: Any, why: str, shape: tuple[int, ...] = (4, 3)) -> Case:
     """A config with one field that must be refused."""
+    text = str(value).strip("-").replace(".", "-").replace("(", "-").rstrip(")")
     return Case(
         method="IFShampoo",
-        name=f"reject-{argument.replace('_', '-')}-{str(value).strip('()-')}",
+        name=f"reject-{argument.replace('_', '-')}-{text}",
         kind="reject",
         argument=argument,
         why=why,

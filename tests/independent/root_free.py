@@ -23,7 +23,7 @@ def unit_free(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def heavy_ball(u: Array, param: Array, state: dict[str, Any], new: dict[str, Any], c: SimpleNamespace) -> Array:
-    """The direction from the preconditioned gradient: decay kappa and momentum alpha_1; puts the buffer into ``new``."""
+    """The direction from the preconditioned gradient: decay kappa, momentum alpha_1; puts the buffer into ``new``."""
     u = exact(u + c.weight_decay * param)
     if c.momentum == 0:
         return u
@@ -94,6 +94,8 @@ METHODS = {
 def run(case: Case) -> Trace:
     """The trace of a case."""
     start, step, exponent = METHODS[case.method]
+    if exponent:  # of each factor
+        exponent *= len(unit_free(case.shape[case.stack_ndim :]))
     return drive(case, start, step, exponent=exponent, stale=case.config.get("every", 1) > 1)
 
 
@@ -169,11 +171,10 @@ CASES = [
     _case("RFRMSProp", "slow", (4,), "beta2 = 2^-10 and gradients of about 2^-7: in bfloat16 s cannot decay", seed=9,
           beta2=2**-10, scale=2**-7, steps=6, batch_size=1.0, tier="should", catches="bfloat16-state"),
     _case("RFAdamW", "plain", (3, 2), "Averaged gradient over averaged square, no root, no corrections", seed=11,
-          catches="root initial-zero batch-ignored statistic-after corrected-1 corrected-2 damping-inside weights-swapped "
-          "betas-swapped heavy-ball nesterov momentum-on-preconditioned"),
+          catches="root initial-zero batch-ignored statistic-after corrected-1 corrected-2 damping-inside "
+          "weights-swapped betas-swapped heavy-ball nesterov momentum-of-preconditioned"),
     _case("RFAdamW", "corrected", (4,), "Both corrections; s_0 plays no part", seed=12, bias_correction=True,
-          catches="correction-inflates correction-ignored correction-1-ignored correction-2-ignored correction-ahead "
-          "correction-root"),
+          catches="correction-inflates correction-ignored correction-1-ignored correction-2-ignored correction-ahead"),
     _case("RFAdamW", "initial", (4,), "s_0 other than 1", seed=13, initial=0.5,
           catches="initial-one initial-times-batch"),
     _case("RFAdamW", "weight-decay", (4,), "Decoupled weight decay, times the learning rate", seed=14, decay=0.25,
@@ -209,7 +210,7 @@ def _reject(method: str, argument: str, value: Any, why: str) -> Case:
     """A config with one field that must be refused."""
     return Case(
         method=method,
-        name=f"reject-{argument.replace('_', '-')}-{str(value).strip('()-')}",
+        name=f"reject-{argument.replace('_', '-')}-{str(value).strip('-').replace('.', '-')}",
         kind="reject",
         argument=argument,
         why=why,
