@@ -1,4 +1,4 @@
-"""The command line: ``precond-ref list`` and ``precond-ref compare``. Heavy libraries are imported when used."""
+"""The command line: ``precond-ref list``, ``compare`` and ``vectors``. Heavy libraries are imported when used."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def main() -> None:
 
 def application() -> typer.Typer:
     """The commands."""
+    from precond_ref.conformance import commands, vector_commands
+
     app = typer.Typer(
         help="Reference implementations of preconditioned optimizers.",
         no_args_is_help=True,
@@ -46,6 +48,8 @@ def application() -> typer.Typer:
     )
     app.command("list", epilog=LIST_EXAMPLES)(list_command)
     app.command("compare", epilog=COMPARE_EXAMPLES)(compare_command)
+    app.command("check", epilog=commands.CHECK_EXAMPLES)(commands.check_command)
+    app.add_typer(vector_commands.application(), name="vectors")
     return app
 
 

@@ -1,27 +1,47 @@
 """The conformance vectors: this library reproduces them, the linter finds planted faults, building is deterministic."""
 
+import ast
+import hashlib
+import inspect
 import json
+import operator
 import re
 import shutil
+from pathlib import Path
 
+import mpmath
 import numpy as np
 import pytest
-from independent import build
+from independent import base, build
+from mutation import mutated
+from safetensors.numpy import load as parse
+from safetensors.numpy import save
+from typer.testing import CliRunner
 
-from precond_ref.conformance import vectors
-from precond_ref.conformance.vectors import cases, load
+import precond_ref
+from precond_ref import cli
+from precond_ref.conformance import vector_commands, vectors
+from precond_ref.conformance.vectors import cases, load, verify
+from precond_ref.methods import agd, asgo, baselines
 from precond_ref.numerics import roots, sketch
-from precond_ref.numerics.sketch import Sketch
 
 U = np.finfo(np.float64).eps / 2
-TRACES = cases(kind="trace")
+TRACES, PRIMITIVES, REJECTS = (cases(kind=kind) for kind in ("trace", "primitive", "reject"))
+BY_ID = {case.id: case for case in cases()}
+
+
+def by_id(case):
+    return case.id
+
+
+# ---- the library against the vectors --------------------------------------------------------------------------------
 
 
 def fields(state, prefix="state."):
     """Names and values of a state's arrays, as the vectors name them; a sketch by what is unique in it."""
     for name, value in zip(getattr(state, "_fields", range(len(state))), state, strict=True):
-        if isinstance(value, Sketch):
-            yield f"{prefix}{name}", (value.basis * value.eigenvalues[..., None, :]) @ np.swapaxes(value.basis, -1, -2)
+        if isinstance(value, sketch.Sketch):
+            yield f"{prefix}{name}", product(value)
             yield f"{prefix}{name}.eigenvalues", value.eigenvalues
             yield f"{prefix}{name}.escaped", value.escaped
         elif isinstance(value, tuple):
@@ -30,45 +50,332 @@ def fields(state, prefix="state."):
             yield f"{prefix}{name}", value
 
 
-def run(case, tensors, method=None):
-    """All results of our method on a case, in float64."""
-    method = case.make() if method is None else method
+def product(s):
+    """U diag(e) U^T."""
+    return (s.basis * s.eigenvalues[..., None, :]) @ np.swapaxes(s.basis, -1, -2)
+
+
+def run(case, method):
+    """All results of ``method`` on a trace, each stacked over the steps."""
+    tensors = load(case)
     param = tensors["param"]
     state = method.init(param, stack_ndim=case.stack_ndim)
-    out = {name: [] for name in tensors if name not in case.inputs}
+    steps = []
     for grad in tensors["grads"]:
         direction, state = method.update(grad, state, param)
         param = (1 - case.lr * case.decay) * param - case.lr * direction
-        got = {"directions": direction, "params": param, **dict(fields(state))}
-        assert out.keys() <= got.keys()
-        for name in out:
-            out[name].append(got[name])
-    return {name: np.stack(values) for name, values in out.items()}, got.keys()
+        steps.append({"directions": direction, "params": param, **dict(fields(state))})
+    return {name: np.stack([step[name] for step in steps]) for name in steps[0]}
 
 
-def tolerances(case):
-    """Allowed relative distance per step: 16 u kappa^(p + 1/2), with the largest kappa so far."""
-    kappa = np.maximum.accumulate(case.conditioning["kappa"])
-    p = case.conditioning["exponent"]
-    return 16 * U * kappa ** (p + 0.5 if p else 0)
+def gap(case, got):
+    """Largest normwise distance from the truth over what rounding explains.
+
+    16 u kappa^(p + 1/2), or 16 u kappa for stale and bare roots.
+    """
+    kappa, p = np.maximum.accumulate(case.conditioning["kappa"]), case.conditioning["exponent"]
+    if case.kind == "primitive" or case.conditioning["stale"]:
+        p = 0.5
+    ratios = []
+    for name, truth in load(case).items():
+        if name in case.inputs:
+            continue
+        assert got[name].shape == truth.shape, name
+        axes = tuple(range(1, truth.ndim)) if case.kind == "trace" else None
+        size = np.sqrt(np.sum(truth**2, axis=axes))
+        if name == "params":  # each is the one before minus a step, which may cancel
+            size = np.maximum(size, np.concat([[np.linalg.norm(load(case)["param"])], size[:-1]]))
+        distance = np.sqrt(np.sum((got[name] - truth) ** 2, axis=axes))
+        ratios.append(distance / np.where(size > 0, size, 1) / (16 * U * kappa ** (p + 0.5)))
+    return np.max(ratios)  # NaN where there is one
 
 
-def gaps(case, expected, got):
-    """Distance over tolerance, per tensor: normwise, or for each entry where the method is elementwise."""
-    out = {}
-    for name, value in got.items():
-        truth = expected[name]
-        per_step = tuple(range(1, truth.ndim))
-        size = np.sqrt(np.sum(truth**2, axis=per_step))
-        distance = np.sqrt(np.sum((value - truth) ** 2, axis=per_step))
-        out[name] = np.max(distance / np.where(size > 0, size, 1) / tolerances(case))
-    return out
-
-
-@pytest.mark.parametrize("case", TRACES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", TRACES, ids=by_id)
 def test_core_reproduces_trace(case):
-    tensors = load(case)
-    got, names = run(case, tensors)
-    assert {n for n in got} == set(tensors) - set(case.inputs)
-    worst = gaps(case, tensors, got)
-    assert max(worst.values()) <= 1, worst
+    got = run(case, case.make())
+    unique = {name for name in got if not name.endswith((".eigenvalues", ".escaped"))}
+    assert unique <= load(case).keys() - set(case.inputs) <= got.keys()
+    assert gap(case, got) <= 1
+
+
+def apply(case):
+    """Our result of a primitive."""
+    config, tensors = case.config, load(case)
+    if case.constructor == "roots.power":
+        numerator, denominator = config["exponent"]
+        return {"result": roots.power(tensors["matrix"], numerator / denominator, config["ridge"])}
+    rows = tensors["rows"]
+    state = sketch.empty(rows.shape[-1], config["size"], (), rows, xp=np)
+    out = []
+    for batch in rows:
+        state = sketch.update(state, batch, config["beta2"], config["tail_decay"], size=config["size"])
+        out.append({"product": product(state), "eigenvalues": state.eigenvalues, "escaped": state.escaped})
+    return {name: np.stack([step[name] for step in out]) for name in out[0]}
+
+
+@pytest.mark.parametrize("case", PRIMITIVES, ids=by_id)
+def test_core_reproduces_primitive(case):
+    assert gap(case, apply(case)) <= 1
+
+
+@pytest.mark.parametrize("case", REJECTS, ids=by_id)
+def test_core_refuses(case):
+    with pytest.raises((ValueError, TypeError), match=rf"\b{case.argument}\b"):
+        case.make().init(np.zeros(case.shape), stack_ndim=case.stack_ndim)
+
+
+PLANTED = [
+    (agd, "s = m * k.inverse_c1 - state.m * k.previous_inverse_c1", "s = m - state.m", "AGD/plain"),
+    (agd, "floor = self.delta * k.sqrt_c2", "floor = self.delta", "AGD/switch"),
+    (agd, "xp.maximum(state.b_max, b)", "b", "AGD/amsgrad"),
+    (agd, "(k.sqrt_c2 * k.inverse_c1) * u", "k.sqrt_c2 * u", "AGD/first-step"),
+    (
+        agd,
+        "quotient(m, xp.where(root < floor, floor, root), xp)",
+        "m / xp.where(root < floor, floor, root)",
+        "AGD/zero-delta",
+    ),
+    (asgo, "roots.power(gram, -0.5, self.eps, xp=xp)", "roots.power(gram, -0.25, self.eps, xp=xp)", "ASGO/left"),
+    (asgo, "roots.power(gram, -0.5, self.eps, xp=xp)", "roots.inverse_shifted_sqrt(gram, self.eps)", "ASGO/right"),
+    (asgo, 'self.side == "smaller" and m < n', 'self.side == "smaller" and m <= n', "ASGO/tie"),
+    (asgo, "is_due(state.step, self.every, refresh)", "is_due(state.step + 1, self.every, refresh)", "ASGO/every-3"),
+    (asgo, "ema(state.gram, g @", "ema(state.gram, 2 * g @", "ASGO/heads"),
+    (asgo, "inverse_shifted_sqrt(gram, self.eps, xp=xp)", "inverse_shifted_sqrt(state.gram, self.eps)", "ASGO/theory"),
+    (asgo, "xp.sum(grad * grad, axis=-2)", "xp.mean(grad * grad, axis=-2)", "DASGO/columns"),
+    (baselines, "grad + self.momentum * buffer if self.nesterov", "buffer if self.nesterov", "SGD/nesterov"),
+    (baselines, "k.inverse_sqrt_c2 + self.eps, xp)", "k.inverse_sqrt_c2 + 1.1 * self.eps, xp)", "Adam/plain"),
+    (baselines, "-0.5 / order", "-0.25", "Shampoo/order-3"),
+    (baselines, "gram * k.correction", "gram", "Shampoo/bias-correction"),
+    (baselines, "math.sqrt(max(param.shape[-2:]))", "math.sqrt(param.shape[-2])", "Muon/wide"),
+]
+
+
+@pytest.mark.parametrize(("module", "old", "new", "id"), PLANTED, ids=[f"{p[3]}: {p[2]}" for p in PLANTED])
+def test_vectors_catch_planted_bug(module, old, new, id):
+    copy, case = mutated(module, ((old, new),)), BY_ID[id]
+    make = operator.attrgetter(case.constructor)(copy)
+    with np.errstate(invalid="ignore"):
+        assert not gap(case, run(case, make(**case.config))) <= 1e6
+
+
+# ---- what the cases cover -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("constructor", dict.fromkeys(case.constructor for case in TRACES))
+def test_config_names_every_argument_and_each_is_varied(constructor):
+    make = operator.attrgetter(constructor)(precond_ref)
+    configs = [case.config for case in cases() if case.constructor == constructor]
+    expected = set(inspect.signature(make).parameters)
+    assert all(config.keys() == expected for config in configs)
+    traces = [case.config for case in TRACES if case.constructor == constructor]
+    constant = {name for name in expected if len({json.dumps(config[name]) for config in traces}) == 1}
+    assert constant == set()
+
+
+def test_truth_shares_no_code_with_the_library():
+    folder = Path(build.__file__).parent
+    for file in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any("precond" in name for name in names), file
+    assert {f"{file.stem}" for file in folder.glob("*.py")} - {"__init__", "base", "build"} == set(build.FAMILIES)
+
+
+def test_truth_keeps_zeros_and_rounds_once():
+    third, tiny = mpmath.mpf(1) / 3, mpmath.mpf(10) ** -45
+    assert base.rounded(base.exact([0.5, 0.0])).tolist() == [0.5, 0.0]
+    assert base.rounded(np.array([third, tiny, -third], dtype=object)).tolist() == [1 / 3, 0.0, -1 / 3]
+
+
+# ---- the linter -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of some of the vectors."""
+    copy = tmp_path / "v1"
+    for name in ("AGD", "ASGO", "roots.power"):
+        shutil.copytree(vectors.FOLDER / name, copy / name)
+    manifest = json.loads((vectors.FOLDER / "manifest.json").read_text(encoding="utf-8"))
+    manifest["cases"] = [e for e in manifest["cases"] if (copy / e["method"]).is_dir()]
+    write(copy, manifest)
+    assert verify(copy) == []
+    return copy
+
+
+def write(folder, manifest):
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def change_entry(**changes):
+    """Plants a change of the first trace's entry."""
+
+    def plant(folder):
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest["cases"][0] |= changes
+        write(folder, manifest)
+
+    return plant
+
+
+def change_tensors(function):
+    """Plants a change of the first trace's tensors, with the right sha256."""
+
+    def plant(folder):
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        entry = manifest["cases"][0]
+        tensors = parse((folder / entry["file"]).read_bytes())
+        function(tensors)
+        content = save(tensors)
+        (folder / entry["file"]).write_bytes(content)
+        entry["sha256"] = hashlib.sha256(content).hexdigest()
+        write(folder, manifest)
+
+    return plant
+
+
+def flip_byte(folder):
+    file = folder / "AGD/plain.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def duplicate(folder):
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["cases"].append(manifest["cases"][1])
+    write(folder, manifest)
+
+
+def put(name, index, value):
+    return lambda tensors: tensors[name].__setitem__(index, value)
+
+
+FAULTS = {
+    "flipped byte": (flip_byte, "AGD/plain: sha256 of .* must be"),
+    "missing file": (lambda f: (f / "ASGO/left.safetensors").unlink(), "ASGO/left: .*No such file"),
+    "orphan": (lambda f: (f / "AGD/other.safetensors").write_bytes(b""), "AGD/other.safetensors: belongs to no case"),
+    "duplicate id": (duplicate, "AGD/clip: listed 2 times"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json: "),
+    "damaged file": (lambda f: change_entry(sha256=hashlib.sha256(b"x").hexdigest())(f)
+                     or (f / "AGD/amsgrad.safetensors").write_bytes(b"x"), "AGD/amsgrad: .*header"),
+    "too large": (lambda f: (f / "AGD/amsgrad.safetensors").write_bytes(bytes(5_000_000)), "all files together"),
+    "unknown field": (change_entry(colour="red"), "manifest.json: .*colour"),
+    "unknown tier": (change_entry(tier="maybe"), "manifest.json: .*maybe"),
+    "not dyadic": (change_entry(lr=0.1), "AGD/amsgrad: lr must be a multiple of a power of 2"),
+    "config not dyadic": (change_entry(config={"beta1": 0.9}), "AGD/amsgrad: beta1 must be a multiple"),
+    "ill-conditioned": (change_entry(conditioning={"kappa": [1e4] * 6, "exponent": 0.5, "stale": False}),
+                        "AGD/amsgrad: a must-case has condition numbers up to 1000, got 10000"),
+    "kappas": (change_entry(conditioning={"kappa": [1], "exponent": 0.5, "stale": False}), "must have 6 entries"),
+    "other method": (change_entry(constructor="ASGO"), "AGD/amsgrad: id and constructor must start with the method"),
+    "other file": (change_entry(file="AGD/clip.safetensors"), "AGD/amsgrad: file must be AGD/amsgrad.safetensors"),
+    "wrong shape": (change_entry(shape=[3, 2]), r"AGD/amsgrad: param must have shape \(3, 2\), got \(2, 3\)"),
+    "input not bfloat16": (change_tensors(put("grads", 0, 1 + 2**-8)), "AGD/amsgrad: grads is not exact in bfloat16"),
+    "large input": (change_tensors(put("param", 0, 16)), "AGD/amsgrad: param must be at most 8 in magnitude"),
+    "no input": (change_tensors(put("grads", ..., 0)), "AGD/amsgrad: grads must be .* not all zero"),
+    "not finite": (change_tensors(put("directions", 0, np.inf)), "AGD/amsgrad: directions is not finite"),
+    "float32": (change_tensors(lambda t: t.update(params=t["params"].astype("f4"))), "params must be float64"),
+    "steps of a state": (change_tensors(lambda t: t.update({"state.m": t["state.m"][:2]})), "state.m must have 6 st"),
+    "missing tensor": (change_tensors(lambda t: t.pop("directions")), r"lacks the tensors \['directions'\]"),
+    "missing input": (change_tensors(lambda t: t.pop("grads")), r"lacks the tensors \['grads'\]"),
+    "strange tensor": (change_tensors(lambda t: t.update(more=t["params"])), "more is no tensor of a trace"),
+}  # fmt: skip
+
+
+def test_vectors_are_in_order():
+    assert verify() == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_verify_finds_planted_fault(fault, folder):
+    plant, message = FAULTS[fault]
+    plant(folder)
+    assert any(re.search(message, line) for line in verify(folder)), verify(folder)
+
+
+def test_load_refuses_another_file(folder):
+    flip_byte(folder)
+    (case,) = (c for c in cases(folder=folder) if c.id == "AGD/plain")
+    with pytest.raises(ValueError, match="sha256 of .* must be [0-9a-f]+, got [0-9a-f]+"):
+        load(case)
+
+
+# ---- the builder and the commands -----------------------------------------------------------------------------------
+
+
+def test_building_changes_nothing(tmp_path):
+    """Whatever precision others have left behind."""
+    with mpmath.workdps(15):
+        build.build(tmp_path / "v1")
+    assert vector_commands.compared(vectors.FOLDER, tmp_path / "v1") == []
+
+
+@pytest.fixture
+def command(monkeypatch, folder):
+    """The command with ``folder`` in place of the vectors, and AGD the only family."""
+    monkeypatch.setattr(vectors, "FOLDER", folder)
+    monkeypatch.setattr(build, "FAMILIES", ["agd"])
+    return lambda *arguments: CliRunner().invoke(cli.application(), ["vectors", *map(str, arguments)])
+
+
+def test_build_writes_what_check_wants(command, folder):
+    result = command("build", "--check")
+    assert result.exit_code == 1
+    assert "gone: ASGO/left.safetensors\n" in result.output
+    assert (folder / "ASGO").is_dir()
+    result = command("build")
+    assert result.exit_code == 0
+    assert not (folder / "ASGO").exists()
+    assert re.search(r"^\d+ cases in ", result.output, re.M)
+    result = command("build", "--check")
+    assert (result.exit_code, result.output) == (0, "the files are what the build gives\n")
+    flip_byte(folder)
+    (folder / "AGD/clip.safetensors").unlink()
+    result = command("build", "--check")
+    lines = ["changed: AGD/plain.safetensors", "new: AGD/clip.safetensors", "2 files differ"]
+    assert (result.exit_code, result.output.splitlines()) == (1, lines)
+
+
+def test_build_refuses_to_write_faulty_vectors(command, folder, monkeypatch):
+    before = (folder / "manifest.json").read_bytes()
+    monkeypatch.setattr(build, "rounded", lambda array: np.where(base.rounded(array) == 3, 3.001, base.rounded(array)))
+    result = command("build")
+    assert result.exit_code == 1
+    assert "is not exact in bfloat16" in result.output
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_build_interrupted_writes_nothing(command, folder, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "described", interrupted)
+    result = command("build")
+    assert (result.exit_code, result.output) == (130, "interrupted: nothing was written\n")
+    assert (folder / "ASGO").is_dir()
+
+
+def test_build_works_from_a_checkout_only(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(vector_commands, "ROOT", tmp_path)
+    result = command("build")
+    assert result.exit_code == 2
+    assert "from a checkout of the repository only" in result.output
+
+
+def test_verify_command(command, folder):
+    count = len(cases(folder=folder))
+    assert command("verify").output == command("verify", folder).output == f"{count} cases: ok\n"
+    flip_byte(folder)
+    result = command("verify", folder)
+    assert result.exit_code == 1
+    assert result.output.startswith("AGD/plain: sha256 of ")
+
+
+def test_list_command(command):
+    lines = command("list", "--method", "ASGO", "--tier", "may").output.splitlines()
+    assert [line.split()[:3] for line in lines] == [[c.id, "may", c.kind] for c in cases("ASGO", "may")]
+    entries = json.loads(command("list", "--json").output)
+    assert [entry["id"] for entry in entries] == [c.id for c in cases(folder=vectors.FOLDER)]
+    result = command("list", "--method", "AG")
+    assert (result.exit_code, result.output) == (2, "error: --method must be one of AGD, ASGO, roots.power, got 'AG'\n")

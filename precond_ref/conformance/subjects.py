@@ -43,8 +43,13 @@ class Config(dict[str, Any]):
     ``method`` is the reference method they make; ``at_default`` names those that have the reference's default.
     """
 
-    method: Method
+    make: Callable[[], Method]
     at_default: frozenset[str] = frozenset()
+
+    @property
+    def method(self) -> Method:
+        """The reference method; ValueError or TypeError for a configuration that it refuses."""
+        return self.make()
 
 
 @runtime_checkable
@@ -218,13 +223,14 @@ class Optax:
         import jax
 
         if dtype == "float64":
-            jax.config.update("jax_enable_x64", True)
+            settings: Any = jax.config
+            settings.update("jax_enable_x64", True)
         self.jax, self.make, self.dtype, self.names = jax, make, dtype, dict(names or {})
 
     def init(self, config: Config, params: Arrays) -> None:
         """A new transformation and its state."""
         fields = {k: v for k, v in self.names.items() if not k.startswith("state.")}
-        self.transformation = self.make(**arguments(self.make, config, fields))
+        self.transformation: Any = self.make(**arguments(self.make, config, fields))
         if not all(hasattr(self.transformation, name) for name in ("init", "update")):
             raise TypeError(
                 f"{_called(self.make)} must return an optax transformation (with init and update), "
@@ -402,7 +408,7 @@ class Command:
         if "unsupported" in reply:
             raise Unsupported(str(reply["unsupported"]))
         if "error" in reply:
-            raise RuntimeError(str(reply["error"]))
+            raise ValueError(str(reply["error"]))
         return reply
 
 
@@ -442,13 +448,13 @@ class ArrayLibrary:
 
 
 def _flat(state: Any, keep: bool = False, prefix: str = "") -> dict[str, Any]:
-    """Arrays of nested dicts and tuples by dotted names; a sketch, which has a basis and eigenvalues, as its product."""
+    """Arrays of nested dicts and tuples by dotted names; a sketch (basis, eigenvalues) as its product."""
     if hasattr(state, "_asdict"):
         state = state._asdict()
     if isinstance(state, Mapping) and {"basis", "eigenvalues"} <= state.keys():
         basis = state["basis"]
         product = (basis * state["eigenvalues"][..., None, :]) @ basis.swapaxes(-1, -2)
-        return {prefix: product, f"{prefix}.escaped": state["escaped"]}
+        return {prefix: product} | {f"{prefix}.{name}": state[name] for name in ("eigenvalues", "escaped")}
     if isinstance(state, (list, tuple)):
         state = dict(enumerate(state))
     if isinstance(state, Mapping):

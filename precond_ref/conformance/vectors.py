@@ -12,7 +12,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,17 +62,22 @@ class Case:
 
 
 def cases(
-    method: str | None = None, tier: str | None = None, kind: str | None = None, *, folder: Path = FOLDER
+    method: str | None = None, tier: str | None = None, kind: str | None = None, *, folder: Path | None = None
 ) -> list[Case]:
-    """The cases in the manifest's order, optionally only those of a method, tier or kind."""
+    """The cases in the manifest's order, or only those of a method, tier or kind; ``folder``: of a copy."""
+    folder = folder or FOLDER
     wanted = {"method": method, "tier": tier, "kind": kind}
     entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["cases"]
-    known = {f.name for f in fields(Case)} - {"folder"}
     return [
-        Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k in known}, folder=folder)
+        _case(entry | {"folder": folder})
         for entry in entries
         if all(value is None or entry[key] == value for key, value in wanted.items())
     ]
+
+
+def _case(entry: dict[str, Any]) -> Case:
+    arguments: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return Case(**arguments)
 
 
 def load(case: Case) -> dict[str, np.ndarray]:
@@ -88,9 +93,11 @@ def load(case: Case) -> dict[str, np.ndarray]:
     return parse(content)
 
 
-def verify(folder: Path = FOLDER) -> list[str]:
-    """What is wrong with the vectors in ``folder``, one sentence per fault; empty if nothing is."""
+def verify(folder: Path | None = None) -> list[str]:
+    """What is wrong with the vectors shipped or those in ``folder``, one sentence per fault; empty if nothing is."""
     import jsonschema
+
+    folder = folder or FOLDER
 
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -157,9 +164,9 @@ def _trace_faults(case: Case, tensors: Mapping[str, np.ndarray]) -> Iterator[str
             yield f"{name} is no tensor of a trace"
         elif tensors[name].shape[:1] != (case.steps,):
             yield f"{name} must have {case.steps} steps, got shape {tensors[name].shape}"
-    for name in ("param", "grads"):
-        if name in tensors and any(abs(x) > 8 for x in tensors[name].flat):
-            yield f"{name} must be at most 8 in magnitude"
+    for name in {"param", "grads"} & tensors.keys():
+        if not 0 < abs(tensors[name]).max(initial=0) <= 8:
+            yield f"{name} must be at most 8 in magnitude and not all zero"
     if len(case.conditioning["kappa"]) != case.steps:
         yield f"conditioning.kappa must have {case.steps} entries, got {len(case.conditioning['kappa'])}"
 

@@ -2,15 +2,16 @@
 
 Arrays are NumPy object arrays of mpmath numbers: ``+ - * /``, ``@``, ``np.tensordot``, indexing and reshaping work on
 them. A family module has ``CASES``, a list of `Case`, and ``run(case)``, which gives a `Trace` for a case of kind
-"trace" (made by `drive`) and a dict of tensors for one of kind "primitive"; a "reject" is not run. A method is two
-functions of one parameter::
+"trace" (made by `drive`) and a dict of tensors for one of kind "primitive" (its "_kappa", a list, is not stored); a
+"reject" is not run. A method is two functions of one parameter::
 
     start(param, c) -> state                                state: dict of field name -> array or number
     step(t, grad, param, state, c) -> direction, state, kappa       t = 1, 2, ...
 
 ``c`` has the config's fields as attributes, floats as mpmath numbers. State names are those of the stored tensors
 without "state." ("m", "grams.0"); names that start with "_" are kept from step to step and not stored. ``kappa`` is the
-condition number of the (ridged) statistic whose root the direction uses; 1 for elementwise methods.
+condition number of the (ridged) statistic whose root the direction uses; for elementwise methods that of the bias
+correction, 1 / (1 - beta2^t), or 1.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import mpmath as mp
 import numpy as np
 
-mp.mp.dps = 50
+DIGITS = mp.mp.dps = 50
 TINY = mp.mpf(10) ** -40
 """What is below this, relative to the largest of its kind, is zero that arithmetic has blurred."""
 
@@ -58,7 +59,7 @@ class Case:
     """Decoupled: x <- (1 - lr decay) x - lr direction."""
     stack_ndim: int = 0
     argument: str = ""
-    """Of a reject: what is refused, a field of ``config``, "param" or "stack_ndim"."""
+    """Of a reject: what is refused, a field of ``config``, or "shape"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +180,13 @@ def integers(seed: int, shape: tuple[int, ...], low: int = -3, high: int = 3) ->
     return out
 
 
+def with_zeros(seed: int, shape: tuple[int, ...], *at: int) -> Array:
+    """Five integer gradients, zero at the steps ``at``, counted from 0."""
+    grads = integers(seed, (5, *shape))
+    grads[list(at)] = mp.mpf(0)
+    return grads
+
+
 # ---- matrices -------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +224,13 @@ def condition(matrix: Array, ridge: Any = 0) -> Any:
     return max(live) / min(live) if live else mp.mpf(1)
 
 
+def shifted_condition(matrix: Array, shift: Any) -> Any:
+    """Condition number of ``(matrix^{1/2} + shift I)^2`` on its range; 1 for zero."""
+    roots = [mp.sqrt(max(w, 0)) + shift for w in eig(matrix)[0]]
+    live = [r for r in roots if r > 0]
+    return (max(live) / min(live)) ** 2 if live else mp.mpf(1)
+
+
 def svd(matrix: Array) -> tuple[Array, Array, Array]:
     """Thin singular value decomposition: U (m, k), s (k,) descending, V^T (k, n), with k = min(m, n)."""
     wide = matrix.shape[0] < matrix.shape[1]  # mpmath wants rows >= columns
@@ -240,6 +255,9 @@ def mode_gram(tensor: Array, axis: int) -> Array:
 # ---- cases ----------------------------------------------------------------------------------------------------------
 
 
+DECAY = "decay-coupled decay-without-lr decay-after decay-ignored"
+
+
 def maker(
     method: str, config: Mapping[str, Any], shape: tuple[int, ...], constructor: str = ""
 ) -> tuple[Callable[..., Case], Callable[..., Case]]:
@@ -248,7 +266,7 @@ def maker(
     def trace(
         name: str,
         why: str,
-        catches: tuple[str, ...] = (),
+        catches: str = "",
         *,
         shape: tuple[int, ...] = shape,
         steps: int = 5,
@@ -258,16 +276,33 @@ def maker(
         change: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> Case:
-        """On ``grads``, else on integers of ``seed`` times ``scale``."""
+        """On ``grads``, else on integers of ``seed`` times ``scale``; ``catches`` are words."""
         given = integers(seed, (steps, *shape)) * mp.mpf(scale) if grads is None else exact(grads)
         full = {**config, **(change or {})}
-        param = integers(seed + 1000, shape)
-        return Case(method=method, constructor=constructor, name=name, why=why, catches=catches, config=full,
-                    shape=shape, param=param, grads=given, **fields)  # fmt: skip
+        return Case(
+            method=method,
+            constructor=constructor,
+            name=name,
+            why=why,
+            catches=tuple(catches.split()),
+            config=full,
+            shape=shape,
+            param=integers(seed + 1000, shape, 1, 5),
+            grads=given,
+            **fields,
+        )
 
     def reject(name: str, why: str, argument: str, *, shape: tuple[int, ...] = shape, **change: Any) -> Case:
         full = {**config, **change}
-        return Case(method=method, constructor=constructor, name=f"reject-{name}", why=why, config=full, shape=shape,
-                    kind="reject", argument=argument)  # fmt: skip
+        return Case(
+            method=method,
+            constructor=constructor,
+            name=f"reject-{name}",
+            why=why,
+            config=full,
+            shape=shape,
+            kind="reject",
+            argument=argument,
+        )
 
     return trace, reject

@@ -14,7 +14,7 @@ import mpmath as mp
 import numpy as np
 from safetensors.numpy import save
 
-from .base import Case, Trace, rounded
+from .base import DIGITS, Case, Trace, rounded
 
 FAMILIES = ["agd", "asgo", "baselines", "primitives", "sketchy", "root_free", "inverse_free", "mbf"]
 
@@ -31,7 +31,8 @@ def build(folder: Path, on_case: Callable[[str, int, int], Any] = lambda name, d
     entries = []
     for done, (module, case) in enumerate(pairs):
         on_case(f"{case.method}/{case.name}", done, len(pairs))
-        entry, content = described(case, None if case.kind == "reject" else module.run(case))
+        with mp.workdps(DIGITS):
+            entry, content = described(case, None if case.kind == "reject" else module.run(case))
         entries.append(entry)
         if content:
             file = folder / entry["file"]
@@ -66,9 +67,8 @@ def described(case: Case, result: Any) -> tuple[dict[str, Any], bytes]:
         kappa, exponent, stale = result.kappas, result.exponent, result.stale
         outputs = dict(trace_tensors(result))
     else:
-        inputs = case.inputs
-        outputs, kappa = result
-        exponent, stale = 0.0, False
+        inputs, outputs = case.inputs, {name: array for name, array in result.items() if not name.startswith("_")}
+        kappa, exponent, stale = result.get("_kappa", [1]), 0.0, False
     tensors = {name: rounded(array) for name, array in {**inputs, **outputs}.items()}
     content = save(tensors)
     entry |= {

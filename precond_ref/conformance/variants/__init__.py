@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -80,11 +80,21 @@ def of(method: Method) -> Variants:
     return registry()[type(method).__name__]
 
 
+def compatible(variants: Variants, flags: frozenset[str]) -> bool:
+    """Whether the flags can be on together."""
+    exclusive = (*variants.exclusive, frozenset(f for f in COMMON if f.startswith("decay")))
+    return all(len(flags & group) < 2 for group in exclusive)
+
+
 def choices(variants: Variants, size: int) -> list[frozenset[str]]:
     """Sets of ``size`` flags, the common ones included, that can be on together."""
-    exclusive = (*variants.exclusive, frozenset(f for f in COMMON if f.startswith("decay")))
     sets = map(frozenset, combinations([*variants.flags, *COMMON], size))
-    return [s for s in sets if all(len(s & group) < 2 for group in exclusive)]
+    return [flags for flags in sets if compatible(variants, flags)]
+
+
+def rivals(these: Iterable[str], those: Iterable[str]) -> tuple[frozenset[str], ...]:
+    """Groups for `Variants.exclusive`: none of ``these`` with any of ``those``."""
+    return tuple(frozenset(pair) for pair in product(these, those))
 
 
 def describe(variants: Variants, flags: frozenset[str]) -> str:

@@ -119,6 +119,7 @@ VARIANTS = {
                        "difference-one-correction"}),
             frozenset({"first-difference-zero", "first-difference-raw"}),
             frozenset({"delta-added", "delta-inside", "delta-ignored"}),
+            frozenset({"delta-inside", "no-root"}),
             frozenset({"nesterov", "momentum-none"}),
             frozenset({"amsgrad-ignored", "amsgrad-corrected", "amsgrad-kept"}),
             frozenset({"clip-ignored", "clip-after"}),

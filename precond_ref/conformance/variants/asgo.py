@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from precond_ref.conformance.variants import EVERY, Variants, Walk, due, ema, outside, power
+from precond_ref.conformance.variants import EVERY, Variants, Walk, due, ema, outside, power, rivals
 
 AVERAGES = {
     "sum": "with a plain sum instead of an average as the statistic",
@@ -27,6 +27,17 @@ AVERAGES = {
     "rms-frobenius": "with U / ||U||_F times rms, without sqrt(m n)",
     "zero-nan": "with NaN for a zero update: it divides by ||U||_F = 0",
 }
+EXPONENTS = frozenset({"exponent-quarter", "exponent-one"})
+EXPRESS = (  # Polar Express (Amsel et al., 2025)
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
 ASGO_FLAGS = {
     "eps-outside": "with eps outside the root, (V^{1/2} + eps I)^{-1} instead of (V + eps I)^{-1/2}",
     "eps-ignored": "without eps (pseudo-inverse)",
@@ -40,6 +51,8 @@ ASGO_FLAGS = {
     "diagonal": "with the diagonal of V only",
     "gram-mean": "with G G^T divided by the number of its terms",
     "heads-ignored": "without the blocks of heads",
+    "newton-schulz": "with Newton-Schulz iterations for the inverse root",
+    "polar-express": "with Polar Express iterations for the inverse root (eps only in their norm)",
     **EVERY,
     **AVERAGES,
 }
@@ -66,6 +79,11 @@ def asgo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
     def root(gram: np.ndarray) -> np.ndarray:
         if "diagonal" in flags:
             gram = gram * np.eye(gram.shape[-1])
+        solver = config["root"]
+        if flags & {"newton-schulz", "polar-express"}:
+            solver = "newton_schulz" if "newton-schulz" in flags else "polar_express"
+        if solver != "eigh" and not flags & {*EXPONENTS, "eps-outside"}:
+            return np.stack([_iterated(solver, block, eps, config["root_steps"]) for block in gram])
         exponent = -0.25 if "exponent-quarter" in flags else -1.0 if "exponent-one" in flags else -0.5
         function = outside if "eps-outside" in flags else power
         return np.stack([function(block, exponent, eps) for block in gram])
@@ -83,9 +101,35 @@ def asgo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
         return (kept @ x.reshape(heads, rows // heads, columns)).reshape(shape) if left else x @ kept[0]
 
     def state(gram: np.ndarray) -> dict[str, np.ndarray]:
-        return {"gram": gram if config["heads"] is not None else gram[0]}
+        arrays = {"gram": gram} | ({"root": kept} if config["every"] > 1 else {})
+        return {key: a if config["heads"] is not None else a[0] for key, a in arrays.items()}
 
     return _averaged(config, shape, flags, np.zeros((heads, size, size)), product, precondition, state)
+
+
+def _iterated(solver: str, gram: np.ndarray, eps: float, steps: int) -> np.ndarray:
+    """``(V + eps I)^{-1/2}`` by a coupled iteration; in Polar Express eps enters only the norm."""
+    identity, norm = np.eye(len(gram)), float(np.linalg.norm(gram))
+    if solver == "coupled_newton":
+        m = gram + eps * identity
+        scale = 1.5 / (np.linalg.norm(m) or 1.0)
+        m, x = m * scale, identity * np.sqrt(scale)
+        for _ in range(steps):
+            t = (3 * identity - m) / 2
+            x, m = x @ t, t @ t @ m
+        return x
+    if solver == "newton_schulz":
+        norm, shifted, table = norm + eps or 1.0, gram + eps * identity, [(2.0, -1.5, 0.5)] * steps
+    else:
+        norm, shifted = 1.01 * float(np.linalg.norm(gram + eps * identity)) or 1.0, gram
+        table = [EXPRESS[min(i, 7)] for i in range(steps)]
+        table = [(a / 1.01, b / 1.01**3, c / 1.01**5) if i < 7 else (a, b, c) for i, (a, b, c) in enumerate(table)]
+    y, z = shifted / norm, identity
+    for a, b, c in table:
+        zy = z @ y
+        p = b * zy + c * zy @ zy
+        y, z = a * y + y @ p, a * z + p @ z
+    return z / np.sqrt(norm)
 
 
 DASGO_FLAGS = {
@@ -214,7 +258,8 @@ DASGO_THEORY_FLAGS = {
 def dasgo_theory(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]) -> Walk:
     """One scale per row, summed."""
     eps, axis = _eps(config["eps"], flags), 0 if "columns" in flags else 1
-    d, out = np.zeros(()), None
+    d: Any = 0.0
+    out = None
     for t in count(1):
         g, _ = yield out
         new = g * g if "elementwise" in flags else np.sum(g * g, axis=axis, keepdims=True)
@@ -240,20 +285,17 @@ def _infinite_if_zero(denominator: np.ndarray) -> np.ndarray:
     return np.where(denominator == 0, np.inf, denominator)
 
 
-EXPONENTS = frozenset({"exponent-quarter", "exponent-one"})
 AVERAGING = (
     frozenset({"sum", "weight-missing"}),
     frozenset({"sum", "corrected"}),
     frozenset({"sum", "betas-swapped"}),
-    frozenset({"momentum-ignored", "momentum-of-preconditioned"}),
-    frozenset({"momentum-ignored", "heavy-ball"}),
-    frozenset({"momentum-ignored", "momentum-corrected"}),
-    frozenset({"momentum-ignored", "nesterov"}),
-    frozenset({"momentum-ignored", "statistic-of-momentum"}),
+    *rivals(
+        {"momentum-ignored"},
+        {"momentum-of-preconditioned", "heavy-ball", "momentum-corrected", "nesterov", "statistic-of-momentum"},
+    ),
     frozenset({"momentum-of-preconditioned", "statistic-of-momentum"}),
     frozenset({"rms-ignored", "rms-max", "rms-frobenius"}),
-    frozenset({"rms-ignored", "zero-nan"}),
-    frozenset({"rms-max", "zero-nan"}),
+    *rivals({"zero-nan"}, {"rms-ignored", "rms-max"}),
 )
 VARIANTS = {
     "ASGO": Variants(
@@ -261,6 +303,8 @@ VARIANTS = {
         ASGO_FLAGS,
         (
             EXPONENTS,
+            frozenset({"newton-schulz", "polar-express"}),
+            *rivals({"newton-schulz", "polar-express"}, {"eps-outside", *EXPONENTS}),
             frozenset({"eps-ignored", "eps-squared"}),
             frozenset({"eps-ignored", "eps-outside"}),
             frozenset({"other-side", "always-left", "always-right", "tie-left"}),

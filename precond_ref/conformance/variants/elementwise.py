@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from precond_ref.conformance.variants import Variants, Walk, ema, outside, power, quotient
+from precond_ref.conformance.variants import Variants, Walk, ema, outside, power, quotient, rivals
 
 SGD_FLAGS = {
     "momentum-ema": "with an average, momentum b + (1 - momentum) g, instead of the heavy ball",
@@ -16,7 +16,6 @@ SGD_FLAGS = {
     "momentum-ignored": "without momentum",
     "nesterov-ignored": "without Nesterov's form",
     "nesterov-always": "with Nesterov's form, asked for or not",
-    "nesterov-old-buffer": "with g + momentum b_{t-1}, the buffer before it is renewed, as Nesterov's form",
 }
 
 
@@ -27,11 +26,11 @@ def sgd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
     buffer, out = np.zeros(shape), None
     for t in count(1):
         g, _ = yield out
-        old, weight = buffer, 1.0
+        weight = 1.0
         if "momentum-ema" in flags or ("momentum-ema-first" in flags and t > 1):
             weight = 1 - mu
         buffer = mu * buffer + weight * g
-        direction = g + mu * (old if "nesterov-old-buffer" in flags else buffer) if nesterov else buffer
+        direction = g + mu * buffer if nesterov else buffer
         out = direction, {"buffer": buffer} if config["momentum"] else {}
 
 
@@ -195,10 +194,7 @@ VARIANTS = {
         (
             frozenset({"momentum-ema", "momentum-ema-first", "momentum-ignored"}),
             frozenset({"nesterov-ignored", "nesterov-always"}),
-            frozenset({"nesterov-ignored", "nesterov-old-buffer"}),
-            frozenset({"momentum-ignored", "nesterov-ignored"}),
-            frozenset({"momentum-ignored", "nesterov-always"}),
-            frozenset({"momentum-ignored", "nesterov-old-buffer"}),
+            *rivals({"momentum-ignored"}, {"nesterov-ignored", "nesterov-always", "decay-coupled"}),
         ),
     ),
     "AdaGrad": Variants(
@@ -211,8 +207,7 @@ VARIANTS = {
         RMSPROP_FLAGS,
         (
             EPS,
-            frozenset({"momentum-ignored", "momentum-on-gradient"}),
-            frozenset({"momentum-ignored", "momentum-ema"}),
+            *rivals({"momentum-ignored"}, {"momentum-on-gradient", "momentum-ema"}),
             frozenset({"no-root", "eps-inside"}),
         ),
     ),
@@ -228,6 +223,6 @@ VARIANTS = {
     "FullAdaGrad": Variants(
         full_adagrad,
         FULL_FLAGS,
-        (EPS, frozenset({"exponent-one", "exponent-quarter"})),
+        (EPS, frozenset({"exponent-one", "exponent-quarter"}), frozenset({"exponent-one", "eps-inside"})),
     ),
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from precond_ref.conformance.variants import EVERY, Variants, Walk, due, ema, multiply, outside, power, unfold
+from precond_ref.conformance.variants import EVERY, Variants, Walk, due, ema, multiply, outside, power, rivals, unfold
 
 SHAMPOO_FLAGS = {
     "eps-outside": "with eps outside the root, (L^p + eps I)^{-1} instead of (L + eps I)^{-p}",
@@ -72,7 +72,10 @@ def shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[
                     used = used * np.eye(len(used))
                 roots[i] = (outside if "eps-outside" in flags else power)(used, exponent, eps)
             direction = multiply(direction, roots[i], i)
-        out = direction, {f"grams.{i}": gram for i, gram in enumerate(grams)}
+        state = {f"grams.{i}": gram for i, gram in enumerate(grams)}
+        if config["every"] > 1:
+            state |= {f"roots.{i}": root for i, root in enumerate(roots)}
+        out = direction, state
 
 
 MUON_FLAGS = {
@@ -140,8 +143,7 @@ VARIANTS = {
             frozenset({"first-axis-only", "last-axis-only"}),
             frozenset({"sum", "weight-missing"}),
             frozenset({"sum", "correction-ignored", "correction-always"}),
-            frozenset({"statistic-of-preconditioned", "first-axis-only"}),
-            frozenset({"statistic-of-preconditioned", "last-axis-only"}),
+            *rivals({"statistic-of-preconditioned"}, {"first-axis-only", "last-axis-only"}),
             frozenset({"every-ignored", "every-late"}),
         ),
     ),
@@ -150,8 +152,7 @@ VARIANTS = {
         MUON_FLAGS,
         (
             frozenset({"momentum-ignored", "nesterov-ignored", "nesterov-mixed"}),
-            frozenset({"momentum-ignored", "nesterov-always"}),
-            frozenset({"momentum-ignored", "momentum-of-orthogonal"}),
+            *rivals({"momentum-ignored"}, {"nesterov-always", "momentum-of-orthogonal"}),
             frozenset({"nesterov-ignored", "nesterov-always"}),
             frozenset({"rms-ignored", "rms-jordan", "rms-exact", "rms-min"}),
             frozenset({"exact", "newton-schulz"}),

@@ -1,0 +1,129 @@
+"""``precond-ref vectors build | verify | list``."""
+
+from __future__ import annotations
+
+import filecmp
+import importlib
+import json as json_module
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from precond_ref.cli import EXTRA, fail, progress
+from precond_ref.conformance import vectors
+
+ROOT = Path(__file__).parents[2]  # of a checkout
+
+EXAMPLES = """\b
+Examples:
+  precond-ref vectors list --method ASGO
+  precond-ref vectors list --json | python -m json.tool
+  precond-ref vectors verify
+  precond-ref vectors build --check
+"""
+
+
+def application() -> typer.Typer:
+    """The commands."""
+    app = typer.Typer(
+        help="The conformance vectors: show, check and write them.", no_args_is_help=True, rich_markup_mode=None
+    )
+    app.command("list", epilog=EXAMPLES)(list_command)
+    app.command("verify")(verify_command)
+    app.command("build")(build_command)
+    return app
+
+
+def list_command(
+    method: Annotated[str | None, typer.Option(metavar="NAME", help="Only this method's.")] = None,
+    tier: Annotated[str | None, typer.Option(metavar="must|should|may", help="Only this tier's.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The manifest's entries, on standard output.")] = False,
+) -> None:
+    """Show the cases: id, tier, kind, what each is for."""
+    listed = vectors.cases()
+    for option, value, key in (("--method", method, "method"), ("--tier", tier, "tier")):
+        known = dict.fromkeys(getattr(case, key) for case in listed)
+        if value is not None and value not in known:
+            fail(f"{option} must be one of {', '.join(known)}, got {value!r}")
+    listed = vectors.cases(method, tier)
+    if json:
+        ids = {case.id for case in listed}
+        entries = json_module.loads((vectors.FOLDER / "manifest.json").read_text(encoding="utf-8"))["cases"]
+        typer.echo(json_module.dumps([entry for entry in entries if entry["id"] in ids], indent=2))
+        return
+    width = max(len(case.id) for case in listed)
+    for case in listed:
+        typer.echo(f"{case.id:<{width}}  {case.tier:<6}  {case.kind:<9}  {case.why}")
+
+
+def verify_command(
+    folder: Annotated[Path | None, typer.Argument(help="A copy of the vectors.  [default: those installed]")] = None,
+) -> None:
+    """Check the files and the manifest against the rules."""
+    try:
+        faults = vectors.verify(folder)
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed: {EXTRA}")
+    for fault in faults:
+        typer.echo(fault)
+    if faults:
+        raise typer.Exit(1)
+    typer.echo(f"{len(vectors.cases(folder=folder))} cases: ok")
+
+
+def build_command(
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit code 1 if the files there are not these.")
+    ] = False,
+) -> None:
+    """Compute all cases anew; from a checkout only.
+
+    The arithmetic has 50 digits and shares no code with the library.
+    """
+    if not (ROOT / "tests" / "independent" / "build.py").is_file():
+        fail(f"vectors are built from a checkout of the repository only: there is no tests/independent in {ROOT}")
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        builder: Any = importlib.import_module("independent.build")
+    except ModuleNotFoundError as error:
+        fail(f'{error.name} is not installed: pip install -e ".[test]"')
+    finally:
+        sys.path.remove(str(ROOT / "tests"))
+    with tempfile.TemporaryDirectory() as temporary:
+        new = Path(temporary) / "v1"
+        with progress() as bar:
+            task = bar.add_task("", loss="")
+            try:
+                builder.build(
+                    new, lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
+                )
+            except KeyboardInterrupt:
+                typer.echo("interrupted: nothing was written", err=True)
+                raise typer.Exit(130) from None
+        faults = vectors.verify(new)
+        for fault in faults:
+            typer.echo(fault, err=True)
+        if faults:
+            raise typer.Exit(1)
+        differences = compared(vectors.FOLDER, new)
+        for difference in differences:
+            typer.echo(difference)
+        if check:
+            typer.echo(f"{len(differences)} files differ" if differences else "the files are what the build gives")
+            raise typer.Exit(1 if differences else 0)
+        if vectors.FOLDER.exists():
+            shutil.rmtree(vectors.FOLDER)
+        shutil.copytree(new, vectors.FOLDER)
+    typer.echo(f"{len(vectors.cases())} cases in {vectors.FOLDER}")
+
+
+def compared(old: Path, new: Path) -> list[str]:
+    """A line for each file that is not in both folders with the same bytes."""
+    files = [{p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} for folder in (old, new)]
+    lines = [f"gone: {name}" for name in files[0] - files[1]] + [f"new: {name}" for name in files[1] - files[0]]
+    both = files[0] & files[1]
+    return sorted(lines + [f"changed: {n}" for n in both if not filecmp.cmp(old / n, new / n, shallow=False)])
