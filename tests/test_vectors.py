@@ -98,7 +98,7 @@ def test_core_reproduces_trace(case):
     assert gap(case, got) <= 1
 
 
-def apply(case):
+def apply(case, roots=roots, sketch=sketch):
     """Our result of a primitive."""
     config, tensors = case.config, load(case)
     if case.constructor == "roots.power":
@@ -156,6 +156,20 @@ def test_vectors_catch_planted_bug(module, old, new, id):
     make = operator.attrgetter(case.constructor)(copy)
     with np.errstate(invalid="ignore"):
         assert not gap(case, run(case, make(**case.config))) <= 1e6
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "id"),
+    [
+        ("keep = live(w, xp) | (ridge > 0)", "keep = live(w, xp) | (ridge >= 0)", "roots.power/pseudo-inverse-2"),
+        ("w + ridge, 1.0) ** exponent, 0.0)", "w, 1.0) ** exponent + ridge, 0.0)", "roots.power/ridge-4"),
+        ("w, q, finite = eigh(matrix, xp=xp)", "w, q, finite = eigh(matrix * matrix, xp=xp)", "roots.power/no-ridge-6"),
+    ],
+)
+def test_primitives_catch_planted_bug(old, new, id):
+    case = BY_ID[id]
+    with np.errstate(all="ignore"):
+        assert not gap(case, apply(case, roots=mutated(roots, ((old, new),)))) <= 1e6
 
 
 # ---- what the cases cover -------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Check what a built wheel contains: ``python tools/check_wheel.py dist/*.whl``."""
 
+import json
 import re
 import sys
 import zipfile
@@ -7,7 +8,13 @@ from email.parser import Parser
 from pathlib import Path, PurePosixPath
 
 PACKAGES = frozenset({"precond_ref", "precond_ref_torch", "precond_ref_jax"})
-DATA = ["precond_ref/problems/data/digits.csv.gz", "precond_ref/problems/data/digits-licence.txt"]
+MANIFEST = "precond_ref/conformance/vectors/v1/manifest.json"
+DATA = [
+    "precond_ref/problems/data/digits.csv.gz",
+    "precond_ref/problems/data/digits-licence.txt",
+    "precond_ref/conformance/schema.json",
+    MANIFEST,
+]
 CORE = ["array-api-compat"]
 
 
@@ -24,6 +31,11 @@ def faults(wheel: Path) -> list[str]:
             for name in ("METADATA", "entry_points.txt")
         }
 
+        vectors = []
+        if MANIFEST in names:
+            entries = json.loads(archive.read(MANIFEST))["cases"]
+            vectors = [str(PurePosixPath(MANIFEST).parent / entry["file"]) for entry in entries if "file" in entry]
+
     found = []
     packages = {name.partition("/")[0] for name in names} - info
     if packages != PACKAGES:
@@ -39,7 +51,7 @@ def faults(wheel: Path) -> list[str]:
     ]
     if stray:
         found.append(f"holds files that belong to no release: {stray}")
-    found += [f"{file} is missing" for file in DATA if file not in names]
+    found += [f"{file} is missing" for file in [*DATA, *vectors] if file not in names]
     if f"{info_dir}/licenses/LICENSE" not in names:
         found.append("no LICENSE in the .dist-info folder")
     if "precond-ref = precond_ref.cli:main" not in texts["entry_points.txt"].splitlines():
