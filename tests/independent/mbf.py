@@ -164,7 +164,7 @@ CASES = [
           catches="early-inverses-missing inverse-with-statistic counter-from-one"),
     _case("schedule-statistics", (3, 2), "T1 = 3, T2 = 2", seed=11, steps=9, statistics_every=3, inverse_every=2,
           catches="statistics-every-update"),
-    _case("momentum-zero", (3, 2), "No momentum", seed=12, momentum=0.0),
+    _case("momentum-zero", (3, 2), "No momentum", seed=12, momentum=0.0, decay=0.5),
     _case("zero-gradients", (3, 2), "Zero gradients first and later", seed=13, zero=(0, 2)),
     _case("no-damping", (2, 3), "damping = 0: the pseudo-inverse of a statistic of rank two in three dimensions",
           seed=14, damping=0.0, steps=1, tier="should"),

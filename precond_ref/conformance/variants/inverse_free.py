@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from precond_ref.conformance.variants import Variants, Walk, due, ema, multiply, unfold
+from precond_ref.conformance.variants import Variants, Walk, due, multiply, unfold
 from precond_ref.conformance.variants.root_free import FACTOR_EXCLUSIVE, FACTOR_FLAGS, HeavyBall, factor_dims
 
 FLAGS = {
@@ -38,8 +38,8 @@ FLAGS = {
     "structure-first": "with the first axis's structure on all axes",
     "toeplitz-sum": "with sums instead of means along the diagonals of Toeplitz factors",
     "toeplitz-norm": "with each diagonal of a Toeplitz factor counted once in the norm",
-    "blocks-transposed": "with block-diagonal factors' K in the place of K^T, as in singd 0.0.5 (which takes blocks to be "
-    "symmetric)",
+    "blocks-transposed": "with block-diagonal factors' K in the place of K^T, as in singd 0.0.5, which takes blocks "
+    "to be symmetric",
 }
 
 

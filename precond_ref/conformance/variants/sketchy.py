@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from precond_ref.conformance.variants import EVERY, Variants, Walk, due, multiply, quotient, unfold
+from precond_ref.conformance.variants import EVERY, Variants, Walk, due, quotient, unfold
 
 LARGEST_AXIS = 4096
 STORED = 512  # the product of a longer axis's sketch is not given
@@ -456,8 +456,8 @@ VARIANTS = {
     "SAdaGrad": Variants(
         sadagrad,
         SADAGRAD_FLAGS,
-        (*EXCLUSIVE, _EXPONENTS, frozenset({"delta-ignored", "delta-kept"}), frozenset({"delta-ignored", "delta-squared"}),
-         frozenset({"mass-half", "mass-ignored"})),
+        (*EXCLUSIVE, _EXPONENTS, frozenset({"delta-ignored", "delta-kept"}),
+         frozenset({"delta-ignored", "delta-squared"}), frozenset({"mass-half", "mass-ignored"})),
     ),
     "SShampoo": Variants(sshampoo, {**SSHAMPOO_FLAGS, **TENSOR_FLAGS}, (*EXCLUSIVE, *EPS_EXCLUSIVE, _EXPONENTS)),
     "SShampooPractical": Variants(
