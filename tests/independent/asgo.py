@@ -276,8 +276,8 @@ ASGO = [
     reject("every", "Roots every zero updates.", "every", every=0),
     reject("heads", "Heads that do not divide the rows.", "heads", heads=2),
     reject("heads-right", "Heads on the right.", "heads", heads=2, side="right", shape=(4, 3)),
-    reject("vector", "A parameter with one axis.", "shape", shape=(3,)),
-    reject("order-3", "A parameter with three axes.", "shape", shape=(3, 2, 2)),
+    reject("vector", "A parameter with one axis.", "param", shape=(3,)),
+    reject("order-3", "A parameter with three axes.", "param", shape=(3, 2, 2)),
 ]
 
 case, reject = maker("ASGO", {"eps": 0.25, "side": "left"}, (2, 3), "ASGO.theory")
@@ -355,7 +355,7 @@ DASGO = [
     ),
     reject("beta2", "A decay of 1 never leaves zero.", "beta2", beta2=1.0),
     reject("eps", "A negative epsilon.", "eps", eps=-0.25),
-    reject("vector", "A parameter with one axis.", "shape", shape=(3,)),
+    reject("vector", "A parameter with one axis.", "param", shape=(3,)),
 ]
 
 case, reject = maker("DASGO", {"eps": 0.25}, (3, 2), "DASGO.theory")

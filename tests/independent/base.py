@@ -59,7 +59,7 @@ class Case:
     """Decoupled: x <- (1 - lr decay) x - lr direction."""
     stack_ndim: int = 0
     argument: str = ""
-    """Of a reject: what is refused, a field of ``config``, or "shape"."""
+    """Of a reject: what is refused, a field of ``config``, or "param" for its shape."""
 
 
 @dataclass(frozen=True, kw_only=True)

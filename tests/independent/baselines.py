@@ -339,7 +339,7 @@ FULL = [
     case("stack", "Each stack member is a vector of its own.", shape=(2, 3), stack_ndim=1, seed=64, tier="may"),
     case("decay", "Decoupled weight decay, before the step and times lr.", DECAY, seed=65, decay=0.25),
     reject("eps", "A negative epsilon.", "eps", eps=-0.5),
-    reject("scalar", "A parameter without axes.", "shape", shape=()),
+    reject("scalar", "A parameter without axes.", "param", shape=()),
 ]
 
 case, reject = maker("Shampoo", {"beta2": 1.0, "eps": 0.5, "every": 1, "bias_correction": False}, (3, 2))
@@ -428,7 +428,7 @@ SHAMPOO = [
     reject("eps", "A negative epsilon.", "eps", eps=-0.5),
     reject("every", "Roots every zero updates.", "every", every=0),
     reject("bias-correction", "A sum has nothing to correct.", "bias_correction", bias_correction=True),
-    reject("scalar", "A parameter without axes.", "shape", shape=()),
+    reject("scalar", "A parameter without axes.", "param", shape=()),
 ]
 
 case, reject = maker("Muon", {"momentum": 0.75, "nesterov": False, "rms": None, "root": "svd", "root_steps": 5}, (3, 2))
@@ -489,7 +489,7 @@ MUON = [
     reject("momentum", "A momentum of 1 never leaves zero.", "momentum", momentum=1.0),
     reject("root", "An unknown root.", "root", root="qr"),
     reject("rms", "A scale of zero.", "rms", rms=0.0),
-    reject("vector", "A parameter with one axis.", "shape", shape=(3,)),
+    reject("vector", "A parameter with one axis.", "param", shape=(3,)),
 ]
 
 CASES = [*SGD, *ADAGRAD, *RMSPROP, *ADAM, *FULL, *SHAMPOO, *MUON]
