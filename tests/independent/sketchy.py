@@ -54,16 +54,17 @@ def fd_update(
 def sketch_power(
     sketch: Array, mass: Any, exponent: Any, ridge: Any = 0, relative: bool = False, root_first: bool = False
 ) -> tuple[Array, Any]:
-    """``(S + (mass + ridge) I)^exponent``, zero wherever S + mass I is zero, and its condition number on the rest.
+    """``(S + (mass + ridge) I)^exponent``, zero wherever S + mass I is zero, and its sensitivity.
 
-    ``root_first``: of ``S^(1/2) + (mass + ridge) I`` instead.
+    That is twice the condition number on the rest: errors of the singular values of a factor count twice in S.
+    ``root_first``: the power of ``S^(1/2) + (mass + ridge) I`` instead.
     """
     w, q = eig(sketch)
     total = (sqrt(each(lambda v: max(v, 0), w)) if root_first else each(lambda v: max(v, 0), w)) + mass
     ridge = ridge * max(total) if relative else ridge
     live = [v + ridge for v in total if v > 0]
     scale = each(lambda v: (v + ridge) ** exponent if v > 0 else mp.mpf(0), total)
-    return (q * scale) @ q.T, max(live) / min(live) if live else mp.mpf(1)
+    return (q * scale) @ q.T, 2 * max(live) / min(live) if live else mp.mpf(1)
 
 
 # ---- S-AdaGrad and S-Shampoo ----------------------------------------------------------------------------------------
