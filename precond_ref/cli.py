@@ -16,6 +16,7 @@ try:
 except ModuleNotFoundError:
     typer = None  # type: ignore[assignment]
 
+import precond_ref
 from precond_ref.problems import list_problems
 from precond_ref.protocol import Method, list_methods
 
@@ -46,11 +47,27 @@ def application() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
+    app.callback()(version_option)
     app.command("list", epilog=LIST_EXAMPLES)(list_command)
     app.command("compare", epilog=COMPARE_EXAMPLES)(compare_command)
     app.command("check", epilog=commands.CHECK_EXAMPLES)(commands.check_command)
     app.add_typer(vector_commands.application(), name="vectors")
     return app
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end, if wanted."""
+    if wanted:
+        typer.echo(f"precond-ref {precond_ref.__version__}")
+        raise typer.Exit
+
+
+def version_option(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Reference implementations of preconditioned optimizers."""
 
 
 def fail(message: object) -> NoReturn:
@@ -99,9 +116,10 @@ def described(name: str, make: Callable[..., Method]) -> dict[str, Any]:
         made: Any = make()
         fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
         symbols = made.symbols
+    first_line = " ".join(inspect.cleandoc(make.__doc__ or "").partition("\n\n")[0].split())
     return {
         "name": name,
-        "about": " ".join(inspect.cleandoc(make.__doc__ or "").partition("\n\n")[0].split()).replace("::", "."),
+        "about": first_line.replace("::", ".").replace("``", ""),
         "paper": method.paper,
         "elementwise": method.elementwise,
         "fields": [

@@ -46,6 +46,8 @@ class Method:
     """The NamedTuple that ``init`` and ``update`` return."""
     elementwise: ClassVar[bool] = False
     """True if every entry of the parameter is updated independently of the others."""
+    joins_bias: ClassVar[bool] = False
+    """True if the paper's method takes a layer's weight (O, I) and bias (O,) as one parameter (O, I + 1)."""
     ndims: ClassVar[tuple[int, int]] = (0, 64)
     """Smallest and largest number of axes of one parameter, stack axes not counted."""
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import precond_ref
 import precond_ref as pr
 from precond_ref import cli, problems
 from precond_ref.compare import rates, runs
@@ -388,3 +389,7 @@ def test_examples_of_the_help_are_understood(run: Callable[..., Any], monkeypatc
         assert result.exit_code == 0, (example, result.output)
     assert len(calls) == len(examples) >= 5
     assert {run.entrant.name: run.lr for run in calls[2].planned}["ASGO"] == 0.02
+
+
+def test_version(run: Any) -> None:
+    assert run("--version").output == f"precond-ref {precond_ref.__version__}\n"

@@ -87,8 +87,25 @@ def dasgo_loop(problem: problems.Problem, lr: float, steps: int) -> tuple[list[f
     return losses, params
 
 
+def mbf_loop(problem: problems.Problem, lr: float, steps: int) -> tuple[list[float], dict[str, np.ndarray]]:
+    """MBF with a bias as last column of its weight, one block per output, averaged; the damping is the default."""
+    params, losses = problem.init(), []
+    m, f = {}, {}
+    for step in range(steps):
+        loss, grads = problem.loss_and_grad(params, problem.batch(step))
+        losses.append(float(loss))
+        for layer in (key.removesuffix("/weight") for key in list(params) if key.endswith("/weight")):
+            g = np.column_stack([grads[f"{layer}/weight"], grads[f"{layer}/bias"]])
+            m[layer] = 0.9 * m.get(layer, 0.0) + g
+            f[layer] = 0.9 * f.get(layer, 0.0) + 0.1 * g.T @ g / len(g)
+            direction = np.linalg.solve(f[layer] + 3e-4 * np.eye(len(f[layer])), m[layer].T).T
+            params[f"{layer}/weight"] = params[f"{layer}/weight"] - lr * direction[:, :-1]
+            params[f"{layer}/bias"] = params[f"{layer}/bias"] - lr * direction[:, -1]
+    return losses, params
+
+
 def check_numbers(name: str, loop: Any) -> None:
-    steps, lr = 6, 0.25
+    steps, lr = 6, 1e-4 if name == "MBF" else 0.25
     made = compare.prepare("digits-mlp", methods=name, steps=steps, dtype="float64", seed=3, lr=[f"{name}={lr}"])
     made.train()
     (run,) = made.finished
@@ -96,7 +113,9 @@ def check_numbers(name: str, loop: Any) -> None:
     losses, params = loop(problem, lr, steps)
     # Each step adds roundoff u per operation, in sums of at most 1437 terms, and these few steps amplify what came
     # before by less than 10 each (lr times the curvature): 1437 u 10^6 bounds the relative error.
-    tolerance = 1437 * U64 * 10**steps if name == "DASGO" else 0.0  # SGD: the same operations, the same bits
+    # SGD: the same operations, the same bits. MBF's small rate amplifies nothing, its inverse errs by the condition
+    # number of F + lambda I, below 1 + 1 / 3e-4, since gradients are shorter than 1.
+    tolerance = {"SGD": 0.0, "DASGO": 1437 * U64 * 10**steps, "MBF": 1437 * U64 * 3334}[name]
     np.testing.assert_allclose(run.batch_losses, losses, rtol=tolerance, atol=0)
     np.testing.assert_allclose(run.final_loss, float(problem.loss(params)), rtol=tolerance, atol=0)
     assert run.final_metric == float(problem.metric(params))
@@ -104,7 +123,7 @@ def check_numbers(name: str, loop: Any) -> None:
     assert run.train_losses[0] == float(problem.loss(problem.init()))
 
 
-@pytest.mark.parametrize(("name", "loop"), [("SGD", sgd_loop), ("DASGO", dasgo_loop)])
+@pytest.mark.parametrize(("name", "loop"), [("SGD", sgd_loop), ("DASGO", dasgo_loop), ("MBF", mbf_loop)])
 def test_numbers_are_those_of_a_loop_written_here(name: str, loop: Any) -> None:
     check_numbers(name, loop)
 
@@ -126,6 +145,7 @@ def mutated(function: Any, changes: dict[str, str]) -> Any:
         ("train", "self.problem.batch(step)", "self.problem.batch(0)"),
         ("train", "self.problem.batch(step)", "None"),
         ("train", "lr=run.lr", "lr=0.2"),
+        ("train", "join=run.entrant.join", "join=()"),
         ("train", "(step + 1) % every", "step % every"),
         ("train", "params, state = update", "params, _ = update"),
         ("_look", "self.problem.train or None", "self.problem.batch(0)"),
@@ -140,6 +160,7 @@ def test_numbers_notice(name: str, old: str, new: str, monkeypatch: pytest.Monke
 
 def check_training() -> None:
     check_numbers("DASGO", dasgo_loop)
+    check_numbers("MBF", mbf_loop)
     made = compare.prepare("quadratic", methods="SGD", steps=103)
     made.train()
     (run,) = made.finished

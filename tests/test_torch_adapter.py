@@ -31,7 +31,7 @@ from torch_adapter_cases import (
 import precond_ref as pr
 import precond_ref_torch as pt
 from precond_ref.problems import load_digits
-from precond_ref_torch import buckets
+from precond_ref_torch import buckets, states
 
 torch.set_num_threads(1)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -689,3 +689,8 @@ def test_old_step_formats_are_read() -> None:
     opt.load_state_dict(saved)
     assert opt.state[params[0]]["step"].dtype == torch.int64
     assert int(opt.state[params[0]]["step"]) == 2
+
+
+def test_an_unregistered_method_of_the_same_name_is_not_taken_for_the_registered_one() -> None:
+    shadow = type("MBF", (pr.Method,), {}, register=False)
+    assert states.type_of("MBF") is pr.MBF is not shadow

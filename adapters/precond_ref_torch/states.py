@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond_ref import Method
+from precond_ref import Method, list_methods
 
 
 def to_dict(state: Any) -> dict[str, Tensor]:
@@ -70,7 +70,9 @@ def due(method: Any, step: int) -> Any:
 
 
 def type_of(name: str) -> type[Method]:
-    """The `Method` class of that name, registered or made by a preset."""
+    """The `Method` class of that name: the registered one, else one that a preset makes."""
+    if name in list_methods():
+        return list_methods()[name]
     pending = [Method]
     while pending:
         found = pending.pop()

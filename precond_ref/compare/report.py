@@ -98,6 +98,9 @@ def notes(comparison: Comparison) -> list[str]:
     if chosen:
         values = "; ".join(f"{setting} for {', '.join(names)}" for setting, names in chosen.items())
         lines.append(f"fields have their defaults, except {values}.")
+    joined = ", ".join(run.entrant.name for run in comparison.finished if run.entrant.join)
+    if joined:
+        lines.append(f"the bias of a weight with two axes is the weight's last column for {joined}.")
     for reason in dict.fromkeys(comparison.left_out.values()):
         names = ", ".join(name for name, its in comparison.left_out.items() if its == reason)
         lines.append(f"left out: {names} ({reason}).")
@@ -256,5 +259,5 @@ def _label(axes: Axes, comparison: Comparison) -> None:
             color=line.get_color(),
             fontweight="bold" if rank == 0 else "normal",
             annotation_clip=False,
-            arrowprops=None if run.diverged else {**tie, "color": line.get_color()},
+            arrowprops=None if run.diverged else {**tie, "color": line.get_color(), "linestyle": line.get_linestyle()},
         )

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,8 @@ class Entrant:
     """Entries in the parameters that the method takes, of all entries."""
     state_bytes_per_parameter: float
     """Bytes of the arrays in the optimizer's state, per entry of the parameters."""
+    join: tuple[tuple[str, str], ...] = ()
+    """Weights and biases that the method takes as one parameter, for ``Optimizer(join=)``."""
 
 
 @dataclass(kw_only=True)
@@ -152,9 +154,10 @@ def choose(problem: Problem, names: Collection[str] | None = None) -> tuple[list
             left_out[name] = f"has no default for {', '.join(missing)}"
             continue
         method = make(**chosen)
+        join = biases(params) if method.joins_bias else ()
         to_adam = tuple(path for path, array in params.items() if method.for_shape(tuple(array.shape), path) is None)
         share = 1.0 - sum(sizes[path] for path in to_adam) / total
-        state = array_bytes(Optimizer(method).init(params))
+        state = array_bytes(Optimizer(method, join=join).init(params))
         relative = state / array_bytes(tuple(params.values()))
         if len(to_adam) == len(params):
             left_out[name] = "takes none of the parameters"
@@ -171,9 +174,16 @@ def choose(problem: Problem, names: Collection[str] | None = None) -> tuple[list
                     to_adam=to_adam,
                     share=share,
                     state_bytes_per_parameter=state / total,
+                    join=join,
                 )
             )
     return entrants, left_out
+
+
+def biases(params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Paths of the weights with two axes and of their biases."""
+    pairs = ((path, f"{path.removesuffix('weight')}bias") for path, array in params.items() if array.ndim == 2)
+    return tuple((weight, bias) for weight, bias in pairs if weight.endswith("/weight") and bias in params)
 
 
 def array_bytes(tree: Any) -> int:
@@ -230,7 +240,7 @@ class Trainer:
         """
         import numpy as np
 
-        optimizer = Optimizer(run.entrant.method, lr=run.lr)
+        optimizer = Optimizer(run.entrant.method, lr=run.lr, join=run.entrant.join)
         update = self._compile(optimizer.step)
         params = self.problem.init()
         state = optimizer.init(params)

@@ -119,6 +119,8 @@ def verify(folder: Path | None = None) -> list[str]:
 
 
 def _faults(case: Case) -> Iterator[str]:
+    from safetensors import SafetensorError
+
     if case.id.split("/")[0] != case.method or case.constructor.split(".")[0] != case.method.split(".")[0]:
         yield f"id and constructor must start with the method {case.method}, got constructor {case.constructor}"
     for name, value in [*case.config.items(), ("lr", case.lr), ("decay", case.decay)]:
@@ -133,7 +135,7 @@ def _faults(case: Case) -> Iterator[str]:
         yield f"a must-case has condition numbers up to {MUST_KAPPA:g}, got {largest:g}"
     try:
         tensors = load(case)
-    except Exception as error:  # whatever the parser raises on a damaged file
+    except (OSError, ValueError, SafetensorError) as error:
         yield str(error)
         return
     for name, tensor in tensors.items():

@@ -159,6 +159,7 @@ class MBF(Method):
 
     paper: ClassVar[str] = "Bahamou, Goldfarb, Ren: Mini-Block Fisher, AISTATS 2023, arXiv 2202.04124v4"
     state_type: ClassVar[Any] = MBFState
+    joins_bias: ClassVar[bool] = True
     symbols: ClassVar = MappingProxyType(
         {
             "kind": "'fc' (weights (O, J)), 'conv' (weights (O, I, kh, kw)) or 'diagonal' (anything else)",

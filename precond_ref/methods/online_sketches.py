@@ -86,7 +86,7 @@ class _OnlineSketch(Method, register=False):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaFD(_OnlineSketch):
-    """Ada-FD for vectors (Wan and Zhang, 2018): (1) above; takes (..., d) with ``stack_ndim`` leading axes."""
+    """Ada-FD (Wan and Zhang, 2018): a fixed ``delta`` is added to the root of the sketch; vectors (..., d)."""
 
     size: int
     delta: float
@@ -119,7 +119,7 @@ class AdaFD(_OnlineSketch):
 
 @dataclass(frozen=True, kw_only=True)
 class FDSON(_OnlineSketch):
-    """FD-SON for vectors (Luo et al., 2016): (2) above; takes (..., d) with ``stack_ndim`` leading axes."""
+    """FD-SON (Luo et al., 2016), sketched online Newton: the sketch plus ``delta`` is inverted; vectors (..., d)."""
 
     size: int
     delta: float
@@ -160,7 +160,7 @@ class FDSON(_OnlineSketch):
 
 @dataclass(frozen=True, kw_only=True)
 class RFDSON(_OnlineSketch):
-    """RFD-SON for vectors (Luo et al., 2019): (3) above; takes (..., d) with ``stack_ndim`` leading axes."""
+    """RFD-SON (Luo et al., 2019): as `FDSON`, and half the escaped mass is added to ``delta``; vectors (..., d)."""
 
     size: int
     delta: float

@@ -145,6 +145,15 @@ case, reject = maker(
 )
 ASGO = [
     case(
+        "heads-every-2",
+        "Blocks of rows with roots of updates 1, 3, 5.",
+        "heads-ignored every-late every-ignored",
+        shape=(4, 2),
+        seed=221,
+        change={"heads": 2, "every": 2},
+    ),
+    case("stack-2", "Two stack axes.", shape=(2, 1, 2, 3), stack_ndim=2, seed=222, tier="may"),
+    case(
         "left",
         "Fewer rows than columns: the statistic is G G^T.",
         "eps-outside exponent-quarter other-side always-right statistic-after statistic-of-momentum",
@@ -282,6 +291,8 @@ ASGO = [
 
 case, reject = maker("ASGO", {"eps": 0.25, "side": "left"}, (2, 3), "ASGO.theory")
 ASGO_THEORY = [
+    case("theory-row", "One row on the left: a scalar statistic.", "other-side", shape=(1, 4), seed=237),
+    case("theory-column", "One column on the left: full-matrix AdaGrad.", "other-side", shape=(3, 1), seed=238),
     case(
         "theory",
         "A plain sum with the current gradient in it, epsilon outside the root, no momentum.",
@@ -310,6 +321,8 @@ ASGO_THEORY = [
 
 case, reject = maker("DASGO", {"beta1": 0.75, "beta2": 0.5, "eps": 0.25, "rms": None}, (3, 2))
 DASGO = [
+    case("row", "One row: a scale for each entry.", "rows", shape=(1, 4), seed=248),
+    case("column", "One column: one scale.", "rows elementwise", shape=(4, 1), seed=249),
     case("columns", "One scale per column, epsilon under the root.", "eps-outside rows mean elementwise", seed=240),
     case("wide", "Columns whatever the shape.", "rows", shape=(2, 4), seed=241),
     case(
@@ -360,6 +373,8 @@ DASGO = [
 
 case, reject = maker("DASGO", {"eps": 0.25}, (3, 2), "DASGO.theory")
 DASGO_THEORY = [
+    case("theory-zero-first", "A zero gradient at the first step.", seed=254, grads=with_zeros(254, (3, 2), 0)),
+    case("theory-column", "One column: diagonal AdaGrad.", "columns", shape=(4, 1), seed=255),
     case(
         "theory",
         "One scale per row, a plain sum, epsilon outside the root.",

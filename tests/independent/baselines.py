@@ -463,6 +463,8 @@ MUON = [
         grads=with_zeros(97, (3, 2), 0),
         tier="should",
     ),
+    case("row", "One row: the direction is the unit vector.", shape=(1, 4), seed=103),
+    case("column", "One column: the direction is the unit vector.", shape=(4, 1), seed=104),
     case(
         "quintic",
         "Jordan's quintic, five times, instead of the polar factor.",
