@@ -29,9 +29,7 @@ class Variant:
         out = []
         for i, param in enumerate(self.first):
             history = np.stack([g[i] for g in self.grads])
-            trace = variants.run(
-                self.method, param, history, lr=self.config["lr"], decay=decay, flags=self.flags
-            )
+            trace = variants.run(self.method, param, history, lr=self.config["lr"], decay=decay, flags=self.flags)
             self.trace = trace
             out.append(trace.params[-1].astype(param.dtype))
         return out
@@ -93,6 +91,7 @@ def torch_target(constructor: str) -> Callable[..., Any]:
 def optax_target(constructor: str) -> Callable[..., Any]:
     """Makes the optax adapter's transformation: the method, then decay and learning rate by optax."""
     import optax
+
     from precond_ref_jax import scale_by
 
     def make(lr, weight_decay, **config):

@@ -13,6 +13,7 @@ and `Command` is a program in any language that speaks JSON lines.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -26,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from array_api_compat import array_namespace
 
 from precond_ref.protocol import Method, list_methods
 
@@ -336,13 +338,24 @@ class Reference:
         return [{k: v[i] if self.stacked and v.ndim else v for k, v in flat.items()} for i in range(count)]
 
     def primitive(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """`precond_ref.numerics.roots.power` and `precond_ref.numerics.sketch.update`."""
+        """`precond_ref.numerics.roots.power`, and `precond_ref.numerics.sketch.update` on batches of rows."""
+        from precond_ref.numerics import roots, sketch
+
         given = {key: self.arrays.of(value) for key, value in tensors.items()}
         if name == "roots.power":
-            from precond_ref.numerics import roots
-
-            return {"result": self.arrays.host(roots.power(given["matrix"], config["exponent"], config["ridge"]))}
-        raise Unsupported(name)
+            numerator, denominator = config["exponent"]
+            result = roots.power(given["matrix"], numerator / denominator, config["ridge"])
+            return {"result": self.arrays.host(result)}
+        if name != "sketch.update":
+            raise Unsupported(name)
+        rows, size = given["rows"], config["size"]
+        state = sketch.empty(rows.shape[-1], size, (), rows, xp=array_namespace(rows))
+        steps = []
+        for i in range(rows.shape[0]):
+            state = sketch.update(state, rows[i, ...], config["beta2"], config["tail_decay"], size=size)
+            steps.append({key: self.arrays.host(value) for key, value in _flat({"": state}, keep=True).items()})
+        names = {"product": "", "eigenvalues": ".eigenvalues", "escaped": ".escaped"}
+        return {name: np.stack([step[key] for step in steps]) for name, key in names.items()}
 
     def save(self) -> Any:
         """A copy of parameter and state (they are never changed in place)."""
@@ -379,11 +392,9 @@ class Command:
 
     def close(self) -> None:
         """End the program by closing its input."""
-        if self.process is not None and self.process.stdin is not None:
-            self.process.stdin.close()
-            self.process.wait(10)
-            assert self.process.stdout is not None
-            self.process.stdout.close()
+        if self.process is not None:
+            with contextlib.suppress(BrokenPipeError), self.process:  # closes both pipes and waits
+                pass
         self.process = None
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -398,8 +409,9 @@ class Command:
             pass
         line = self.process.stdout.readline()
         if not line:
-            code = self.process.wait()
-            self.process = None
+            process = self.process
+            self.close()
+            code = process.returncode
             raise RuntimeError(f"{self.command[0]} ended with exit code {code} instead of answering {request['op']!r}")
         try:
             reply = json.loads(line)
@@ -453,7 +465,7 @@ def _flat(state: Any, keep: bool = False, prefix: str = "") -> dict[str, Any]:
         state = state._asdict()
     if isinstance(state, Mapping) and {"basis", "eigenvalues"} <= state.keys():
         basis = state["basis"]
-        product = (basis * state["eigenvalues"][..., None, :]) @ basis.swapaxes(-1, -2)
+        product = (basis * state["eigenvalues"][..., None, :]) @ array_namespace(basis).matrix_transpose(basis)
         return {prefix: product} | {f"{prefix}.{name}": state[name] for name in ("eigenvalues", "escaped")}
     if isinstance(state, (list, tuple)):
         state = dict(enumerate(state))

@@ -143,6 +143,7 @@ VARIANTS = {
             frozenset({"first-axis-only", "last-axis-only"}),
             frozenset({"sum", "weight-missing"}),
             frozenset({"sum", "correction-ignored", "correction-always"}),
+            frozenset({"sum", "eps-at-start"}),
             *rivals({"statistic-of-preconditioned"}, {"first-axis-only", "last-axis-only"}),
             frozenset({"every-ignored", "every-late"}),
         ),
