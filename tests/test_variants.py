@@ -16,6 +16,7 @@ from precond_ref.methods import inverse_free, mbf, root_free, sketchy
 TRACES = cases(kind="trace")
 CLASSES = tuple(variants.registry())
 SEEN = 1e-6  # a flag changes at least one case by more
+SAME = {("polar-express", "eps-ignored")}  # iterations that converge to the root without eps
 
 
 def by_id(case):
@@ -93,7 +94,7 @@ def test_no_two_flags_are_the_same(name):
         (a, b)
         for i, a in enumerate(flags)
         for b in flags[:i]
-        if np.allclose(signatures[a], signatures[b], rtol=SEEN, atol=1e-12)
+        if (a, b) not in SAME and np.allclose(signatures[a], signatures[b], rtol=SEEN, atol=1e-12)
     ]
     assert same == []
 
@@ -218,9 +219,9 @@ EXCHANGED = [
         root_free,
         RF + "matrix",
         "momentum-ema",
-        [("buffer = self.momentum * state.buffer + u  # (3)\n        return", "buffer = self.momentum * state.buffer + (1 - self.momentum) * u\n        return")],
+        [("+ u  # (3)\n        return 1.0", "+ (1 - self.momentum) * u\n        return 1.0")],
     ),
-    (inverse_free, IF + "dense", "factor-dropped", [("k - self.beta2 * (k @ (m / length))", "k - self.beta2 * (m / length)")]),
+    (inverse_free, IF + "dense", "factor-dropped", [("(k @ (m / length))", "(m / length)")]),
     (inverse_free, IF + "dense", "factor-right", [("(k @ (m / length))", "((m / length) @ k)")]),
     (inverse_free, IF + "dense", "no-transpose", [("p = multiply(p, _t(k, xp), n, xp)", "p = multiply(p, k, n, xp)")]),
     # singd 0.0.5 takes blocks to be symmetric: its rmatmat and from_inner have K for K^T
@@ -235,8 +236,8 @@ EXCHANGED = [
         ],
     ),
     (mbf, M + "per-output", "root", [("roots.power(f, -1.0, self.damping", "roots.power(f, -0.5, self.damping")]),
-    (mbf, M + "schedule", "early-inverses-missing", [("((step <= t2) & statistics) | (step % t2 == 0)", "step % t2 == 0")]),
-    (mbf, M + "diagonal", "square-of-gradient", [("ema(state.statistic, n * n, D", "ema(state.statistic, grad * grad, D")]),
+    (mbf, M + "schedule", "early-inverses-missing", [("((step <= t2) & statistics) | (step", "(step")]),
+    (mbf, M + "diagonal", "square-of-gradient", [("statistic, n * n, D", "statistic, grad * grad, D")]),
 ]  # fmt: skip
 
 

@@ -74,15 +74,12 @@ def _projected(x: np.ndarray, structure: str, flags: frozenset[str]) -> np.ndarr
 
 
 def _length(m: np.ndarray, k: np.ndarray, constant: bool, flags: frozenset[str]) -> float:
-    if "clip-max" in flags:
-        return np.abs(m).max()
-    if "clip-spectral" in flags:
-        return np.linalg.norm(m, 2)
-    if "clip-factor" in flags:
-        return np.linalg.norm(k)
+    measured = k if "clip-factor" in flags else m
     if constant and "toeplitz-norm" in flags:
-        return np.linalg.norm(m[:, 0] if m[-1, 0] or not m[0, -1] else m[0])
-    return np.linalg.norm(m)
+        measured = m[:, 0] if m[-1, 0] or not m[0, -1] else m[0]
+    if "clip-max" in flags:
+        return float(np.abs(m).max())
+    return float(np.linalg.norm(measured, 2 if "clip-spectral" in flags else None))
 
 
 def _exponential(x: np.ndarray) -> np.ndarray:

@@ -209,7 +209,7 @@ class _Axes:
         self.pending.append(x)
         before = self.sketches
         if learn and (renewed or "every-sketches-all" in flags):
-            new = sum(self.pending) / len(self.pending) if "every-mean" in flags else x
+            new = np.mean(self.pending, axis=0) if "every-mean" in flags else x
             self.sketches = [self._updated(s, unfold(new, i)) for i, s in enumerate(self.sketches)]
             self.pending, self.seen = [], True
         if renewed:
