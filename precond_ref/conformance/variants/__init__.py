@@ -33,7 +33,7 @@ from precond_ref.protocol import Method
 
 Walk = Generator[Any, tuple[np.ndarray, np.ndarray], None]
 
-FAMILIES = ("agd", "asgo", "elementwise", "shampoo")
+FAMILIES = ("agd", "asgo", "elementwise", "shampoo", "sketchy", "root_free", "inverse_free", "mbf")
 """Modules of this folder that export ``VARIANTS``."""
 
 COMMON: Mapping[str, str] = MappingProxyType(
