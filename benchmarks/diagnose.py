@@ -53,10 +53,11 @@ def main() -> None:
     totals = {1: [0, 0, 0, 0, 0], 2: [0, 0, 0, 0, 0]}
     rows = ["| method | name | it is the method ... | cases that catch it | of tier must |", "|---|---|---|---|---|"]
     for name in names:
-        known = variants.of(next(case for case in cases if case.constructor == name).make())
+        own = [case for case in cases if case.constructor == name]
+        known, effective = variants.of(own[0].make()), variants.effective(own)
         line, exceptions = [f"{name:<20}"], []
         for size in (1, 2):
-            chosen = variants.choices(known, size)
+            chosen = [flags for flags in variants.choices(known, size) if flags <= effective]
             if size == 2 and arguments.pairs != "all" and len(chosen) > int(arguments.pairs):
                 chosen = random.Random(0).sample(chosen, int(arguments.pairs))
             results = [planted(name, flags) for flags in chosen]
@@ -79,6 +80,8 @@ def main() -> None:
         print(*line, flush=True)
         print("\n".join(exceptions[:12]), flush=True)
     for size, (n, caught, must, named, alone) in totals.items():
+        if not n:
+            continue
         print(f"{'single mistakes' if size == 1 else 'pairs'}: {n}, caught {caught}, by a must-case {must}, "
               f"named {named} ({100 * named / n:.1f} %), named alone {alone} ({100 * alone / n:.1f} %)")  # fmt: skip
     if arguments.write:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from precond_ref.conformance.vectors import Case, load
 from precond_ref.protocol import Method
 
 Walk = Generator[Any, tuple[np.ndarray, np.ndarray], None]
@@ -95,6 +96,21 @@ def choices(variants: Variants, size: int) -> list[frozenset[str]]:
 def rivals(these: Iterable[str], those: Iterable[str]) -> tuple[frozenset[str], ...]:
     """Groups for `Variants.exclusive`: none of ``these`` with any of ``those``."""
     return tuple(frozenset(pair) for pair in product(these, those))
+
+
+def effective(cases: Iterable[Case]) -> frozenset[str]:
+    """Flags that change a parameter of one of the (trace) cases, which are of one constructor, by more than 1e-6."""
+    seen: set[str] = set()
+    for case in cases:
+        method, tensors = case.make(), load(case)
+        arrays = tensors["param"], tensors["grads"]
+        given: dict[str, Any] = {"lr": case.lr, "decay": case.decay, "stack_ndim": case.stack_ndim}
+        right = run(method, *arrays, **given).params
+        for flag in {*of(method).flags, *COMMON} - seen:
+            wrong = run(method, *arrays, **given, flags=frozenset({flag})).params
+            if not np.allclose(wrong, right, rtol=1e-6, atol=0):
+                seen.add(flag)
+    return frozenset(seen)
 
 
 def describe(variants: Variants, flags: frozenset[str]) -> str:
