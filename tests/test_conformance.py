@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
+import math
+import os
 import random
+import re
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -17,7 +23,7 @@ from typer.testing import CliRunner
 
 import precond_ref
 from precond_ref import cli
-from precond_ref.conformance import cases_of, check, runner, subjects, tolerance, variants, vectors, wrap
+from precond_ref.conformance import check, runner, subjects, tolerance, variants, vectors, wrap
 from precond_ref.conformance.subjects import Reference, Unsupported
 
 TRACES = vectors.cases(kind="trace")
@@ -270,7 +276,7 @@ class Ten:
 def test_the_protocol_takes_ten_lines() -> None:
     report = check(wrap(Ten), "sgd")
     assert report.ok
-    assert report.ran < len([c for c in cases_of("SGD") if c.kind == "trace"])
+    assert report.ran < len(runner.cases("SGD"))
     assert {r.message for r in report.results if r.status == "skipped" and "/reject-" not in r.id} >= {"no momentum"}
     assert report.method == "SGD"
 
@@ -333,7 +339,7 @@ def test_a_command_that_answers_badly(program: str, message: str) -> None:
 
 
 def test_hyperparameters_reach_the_target_under_its_names() -> None:
-    config = runner.config_of(next(c for c in cases_of("ASGO") if c.id == "ASGO/forced-left"))
+    config = runner.config_of(next(c for c in runner.cases("ASGO") if c.id == "ASGO/forced-left"))
 
     def make(learning_rate, betas=(0.9, 0.99), epsilon=0.0, side="", rms=None):
         """Nothing."""
@@ -498,3 +504,102 @@ def test_nothing_that_runs_is_not_ok(run: Any) -> None:
     result = run("mine:Right", "--method", "ASGO")
     assert result.exit_code == 1
     assert "NOT CHECKED: no case ran to its end" in result.output
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
+def console(page: str) -> list[tuple[list[str], list[str]]]:
+    """Commands of a page's console blocks, and the lines they are said to print."""
+    blocks = re.findall(r"^```console\n\$ precond-ref (.*?)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    return [(command.split(), said.splitlines()) for command, said in blocks]
+
+
+def same(said: str, printed: str) -> bool:
+    """Equal words; numbers to 2 %, those of the size of rounding to a factor of 10."""
+
+    def number(word: str) -> float | None:
+        try:
+            return float(word.strip(".,:"))
+        except ValueError:
+            return None
+
+    words = said.split(), printed.split()
+    return len(words[0]) == len(words[1]) and all(
+        a == b or ((x := number(a)) is not None and (y := number(b)) is not None
+                   and (0.1 < x / y < 10 if max(x, y) < 1e-10 else math.isclose(x, y, rel_tol=0.02)))
+        for a, b in zip(*words, strict=True)
+    )  # fmt: skip
+
+
+def test_the_pages_print_what_the_command_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    page = (ROOT / "docs" / "check.md").read_text(encoding="utf-8")
+    for name, code in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(code, encoding="utf-8")
+
+    def printed(arguments: list[str]) -> list[str]:
+        for name in ("my_asgo", "recipes"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        return CliRunner().invoke(cli.application(), arguments).output.splitlines()
+
+    (wrong, said), (right, said_then) = console(page)
+    lines = printed(wrong)
+    assert [a for a, b in itertools.zip_longest(said, lines, fillvalue="") if not same(a, b)] == []
+    readme = console((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert [command for command, _ in readme] == [wrong]
+    assert all(line == "..." or any(same(line, real) for real in lines) for line in readme[0][1])
+    source = (tmp_path / "my_asgo.py").read_text(encoding="utf-8")
+    mistake, correction = '1 / (w.clamp(min=0).sqrt() + group["eps"])', '(w.clamp(min=0) + group["eps"]) ** -0.5'
+    assert mistake in source
+    (tmp_path / "my_asgo.py").write_text(source.replace(mistake, correction) + "\n\n", encoding="utf-8")
+    lines = printed(right)
+    assert [a for a, b in itertools.zip_longest(said_then, lines, fillvalue="") if not same(a, b)] == []
+    assert printed(["check", "recipes:make", "--method", "ASGO"])[-1].startswith("OK: ")
+    options = ["--level", "1", "--map", "state.gram=precond", "--map", "state.m=mean", "--dtype", "float32"]
+    last = printed(["check", "my_asgo:MyASGO", "--method", "ASGO", *options])
+    assert last[-1].startswith("OK: ")
+    assert not any("states not compared" in line for line in last)
+
+
+def test_the_comparison_of_pages_sees_a_difference() -> None:
+    assert same("to 1e-14.", "to 8e-15.")
+    assert not same("9.0e-02  1.8e-14", "9.9e-02  1.8e-14")
+    assert not same("13 failed", "12 failed")
+    assert console("```console\n$ precond-ref a --b\nx\ny\n```\n") == [(["a", "--b"], ["x", "y"])]
+
+
+# ---- pytest ---------------------------------------------------------------------------------------------------------
+
+
+def pytest_on(folder: Path, *arguments: str) -> tuple[int, str]:
+    """``pytest --pyargs precond_ref.conformance ...`` in a folder, as a user would."""
+    (folder / "mine.py").write_text(textwrap.dedent(MINE), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "precond_ref.conformance.plugin", "-p", "no:xdist", "-q"]
+    command += ["--pyargs", "precond_ref.conformance", *arguments]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_pytest_door(tmp_path: Path) -> None:
+    code, output = pytest_on(tmp_path, "--precond-target", "mine:Wrong", "--precond-method", "sgd")
+    assert code == 1
+    assert re.search(r"FAILED .*test_subject\[SGD/momentum\]", output)
+    assert "It is SGD with an average, momentum b + (1 - momentum) g, instead of the heavy ball" in output
+    failures = re.findall(r"FAILED .*test_subject\[(.*?)\]", output)
+    (tmp_path / "known.txt").write_text("\n".join(failures), encoding="utf-8")
+    options = ["--precond-target", "mine:Wrong", "--precond-method", "SGD", "--precond-xfails", "known.txt"]
+    code, output = pytest_on(tmp_path, *options)
+    assert code == 0, output
+    assert f"{len(failures)} xfailed" in output
+
+
+def test_the_pytest_door_says_what_it_needs(tmp_path: Path) -> None:
+    code, output = pytest_on(tmp_path, "--precond-target", "mine:Right")
+    assert code != 0
+    assert "give --precond-method, and one of --precond-target and --precond-command" in output

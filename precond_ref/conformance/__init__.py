@@ -8,16 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from precond_ref.conformance.runner import Report, cases_of, check
+    from precond_ref.conformance.runner import Report, cases, check, run_case
     from precond_ref.conformance.subjects import Config, Subject, Unsupported, wrap
     from precond_ref.conformance.vectors import Case, load
 
 _WHERE = {
-    "check": "runner", "cases_of": "runner", "Report": "runner",
+    "check": "runner", "cases": "runner", "run_case": "runner", "Report": "runner",
     "Config": "subjects", "Subject": "subjects", "Unsupported": "subjects", "wrap": "subjects",
     "Case": "vectors", "load": "vectors",
 }  # fmt: skip
-__all__ = ["Case", "Config", "Report", "Subject", "Unsupported", "cases_of", "check", "load", "wrap"]
+__all__ = ["Case", "Config", "Report", "Subject", "Unsupported", "cases", "check", "load", "run_case", "wrap"]
 
 
 def __getattr__(name: str) -> Any:

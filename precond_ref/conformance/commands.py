@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,7 +101,7 @@ def check_command(
             lambda step: runner.check(
                 subject, method, level=level, dtype=dtype, xfails=expected, target=label, on_case=step
             ),
-            len(runner.cases_of(method)) + 1,
+            len(runner.listed(method)) + 1,
         )
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         fail(error)
@@ -162,7 +163,7 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
     console.print(f"cases: {count(cases)}")
     if contract:
         console.print(f"contract: {count(contract)}")
-    skipped = Counter(r.message.partition("=")[0] for r in cases if r.status == "skipped")
+    skipped = Counter(re.sub(r"(no argument for \w+)=.*", r"\1", r.message) for r in cases if r.status == "skipped")
     for message, number in skipped.most_common(6):
         console.print(f"skipped ({number}): {message}", soft_wrap=True)
     rejects = [r for r in report.results if "/reject-" in r.id and r.status != "skipped"]

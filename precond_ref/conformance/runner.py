@@ -146,9 +146,8 @@ def check(
         raise ValueError(f"level must be 0, 1 or 2, got {level!r}")
     tolerance.relative(dtype)  # refuses an unknown dtype
     report = Report(constructor, target or type(subject).__name__, dtype, level, xfails=tuple(xfails))
-    cases = cases_of(constructor)
     touched: list[str] = []
-    for case in cases:
+    for case in listed(constructor):
         if on_case:
             on_case(case.id)
         if case.kind == "reject":
@@ -178,10 +177,29 @@ def check(
     return report
 
 
-def cases_of(method: str) -> list[Case]:
-    """Cases of a method as `method_name` takes it: those made by this constructor."""
+def cases(method: str) -> list[Case]:
+    """Traces of a method (``"ASGO"``, ``"asgo.theory"``, any case), for `run_case`."""
+    return [case for case in listed(method) if case.kind == "trace"]
+
+
+def listed(method: str) -> list[Case]:
+    """Traces and rejects of a method, by its constructor."""
     constructor = method_name(method)
     return [c for c in vectors.cases() if c.constructor == constructor and c.kind != "primitive"]
+
+
+CONTRACT = ("gradient-untouched", "dtype", "repeatable", "independent", "nonfinite", "resume")
+
+
+def ids(method: str, level: int = 0) -> list[str]:
+    """Ids of all results that `check` can give."""
+    primitives = vectors.cases(kind="primitive") if level == 2 else []
+    return [*(c.id for c in [*listed(method), *primitives]), *(f"contract/{name}" for name in CONTRACT)]
+
+
+def run_case(subject: Subject, case: Case, *, dtype: str = "float64", level: int = 0) -> Result:
+    """One trace of `cases`, for a test of one's own: ``assert not run_case(wrap(MyASGO), case).bad``."""
+    return _trace(subject, case, dtype, level, [])[0]
 
 
 def config_of(case: Case) -> Config:
