@@ -252,6 +252,7 @@ def test_flag_is_the_library_with_a_line_exchanged(module, case_id, flag, change
     trace = run(case, flag)
     assert distance(trace.directions, directions) <= 1e-11
     assert distance(trace.params, params) <= 1e-11
+    assert departure(case, flag) > SEEN
 
 
 def test_unknown_flag_is_refused():

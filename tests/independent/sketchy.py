@@ -360,7 +360,8 @@ CASES = [
           "mass-trace mass-complement"),
     _case("SShampoo", "average", (4, 3), "The exponential version; eps joins eigenvalues and mass at the root",
           seed=22, steps=6, size=2, beta2=0.75, eps=0.25,
-          catches="tail-sqrt tail-kept decay-sqrt eps-ignored eps-outside eps-in-sketch"),
+          catches="tail-sqrt tail-kept decay-sqrt eps-ignored eps-outside eps-in-sketch "
+          "small-axes-whole"),
     _case("SShampoo", "tail-decay", (4, 3), "Another decay of the escaped mass: sqrt(beta2) for beta2 = 1/4", seed=23,
           size=2, beta2=0.25, eps=0.25, tail_decay=0.5, catches="tail-decay-ignored"),
     _case("SShampoo", "relative-eps", (4, 3), "eps in units of the largest eigenvalue with its mass", seed=24,

@@ -24,6 +24,7 @@ FLAGS = {
     "gamma-ignored": "without - I in m_n: the curvature is summed, not averaged",
     "exponential": "with the matrix exponential of -beta2 m_n instead of its first two terms",
     "heavy-ball-riemannian": "with m_n = alpha2 m_n + new, without the weight 1 - alpha2, as in SINGD",
+    "names-swapped": "with beta2 and riemannian_momentum interchanged, as the authors' prototype names them",
     "riemannian-ignored": "without Riemannian momentum",
     "clip-ignored": "without the clip",
     "clip-always": "with the clip, though it is off",
@@ -105,6 +106,8 @@ def if_shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
     b = 1.0 if "batch-ignored" in flags else b**2 if "batch-squared" in flags else b
     if "weights-swapped" in flags:
         beta2 = 1 - beta2
+    elif "names-swapped" in flags:
+        beta2, alpha2 = alpha2, beta2
     if "riemannian-ignored" in flags:
         alpha2 = 0.0
     weight = 1.0 if "heavy-ball-riemannian" in flags else 1 - alpha2
@@ -169,6 +172,7 @@ VARIANTS = {
             *FACTOR_EXCLUSIVE,
             frozenset({"factor-dropped", "factor-right", "exponential"}),
             frozenset({"heavy-ball-riemannian", "riemannian-ignored"}),
+            frozenset({"names-swapped", "riemannian-ignored", "weights-swapped"}),
             frozenset(f for f in FLAGS if f.startswith("clip") or f == "toeplitz-norm"),
             frozenset({"structure-dense", "structure-first", "structure-mirrored"}),
         ),

@@ -176,6 +176,7 @@ SSHAMPOO_FLAGS = {
     "every-mean": "with the mean of the gradients since the last one sketched",
     "tail-decay-ignored": "with the escaped mass decayed by beta2, whatever tail_decay",
     "shared-tail": "with the largest axis's escaped mass on all axes",
+    "small-axes-whole": "with the whole statistic of axes of at most size + 1, as in the authors' distributed_shampoo",
     "exponent-double": "with exponent -1/n on each axis instead of -1/(2 n)",
     "exponent-quarter": "with exponent -1/4 on each axis whatever their number",
     "first-axis-only": "with the first axis alone preconditioned, with exponent -1/2",
@@ -231,7 +232,8 @@ class _Axes:
         if "eps-in-sketch" in self.flags:
             scale = s.e.max(initial=0) if c["relative_eps"] else 1.0
             s = s._replace(e=s.e + c["eps"] * scale)
-        return sketched(s, columns, c["size"], c["beta2"], c["tail_decay"], self.flags)
+        whole = "small-axes-whole" in self.flags and len(columns) <= c["size"] + 1
+        return sketched(s, columns, len(columns) + 2 if whole else c["size"], c["beta2"], c["tail_decay"], self.flags)
 
     def state(self) -> dict[str, Any]:
         """Of all axes."""
