@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 import precond_ref
 from precond_ref import cli
 from precond_ref.conformance import vector_commands, vectors
+from precond_ref.conformance.tolerance import relative
 from precond_ref.conformance.vectors import cases, load, verify
 from precond_ref.methods import agd, asgo, baselines, sketchy
 from precond_ref.numerics import roots, sketch
 
-U = np.finfo(np.float64).eps / 2
 TRACES, PRIMITIVES, REJECTS = (cases(kind=kind) for kind in ("trace", "primitive", "reject"))
 BY_ID = {case.id: case for case in cases()}
 
@@ -69,13 +69,9 @@ def run(case, method):
 
 
 def gap(case, got):
-    """Largest normwise distance from the truth over what rounding explains.
-
-    16 u kappa^(p + 1/2), or 16 u kappa for stale and bare roots.
-    """
-    kappa, p = np.array(case.conditioning["kappa"]), case.conditioning["exponent"]
-    if case.kind == "primitive" or case.conditioning["stale"]:
-        p = 0.5
+    """Largest normwise distance from the truth over what rounding explains."""
+    p, stale = case.conditioning["exponent"], case.kind == "primitive" or case.conditioning["stale"]
+    allowed = np.array([relative("float64", kappa, p, stale) for kappa in case.conditioning["kappa"]])
     ratios = []
     for name, truth in load(case).items():
         if name in case.inputs:
@@ -86,7 +82,7 @@ def gap(case, got):
         if name == "params":  # each is the one before minus a step, which may cancel
             size = np.maximum(size, np.concat([[np.linalg.norm(load(case)["param"])], size[:-1]]))
         distance = np.sqrt(np.sum((got[name] - truth) ** 2, axis=axes))
-        ratios.append(distance / np.where(size > 0, size, 1) / (16 * U * kappa ** (p + 0.5)))
+        ratios.append(distance / np.where(size > 0, size, 1) / allowed)
     return np.max(ratios)  # NaN where there is one
 
 

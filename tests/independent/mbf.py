@@ -82,7 +82,7 @@ def _diagonal(t: int, g: Array, state: dict[str, Any]) -> tuple:
     decay, square_decay, eps = mp.mpf(0.9), mp.mpf(0.999), mp.mpf(1e-8)
     n = exact(decay * state["m"] + (1 - decay) * g)
     v = exact(square_decay * state["statistic"] + (1 - square_decay) * n * n)
-    return n / (eps + sqrt(v / (1 - square_decay**t))), {"m": n, "statistic": v}, mp.mpf(1)
+    return n / (eps + sqrt(v / (1 - square_decay**t))), {"m": n, "statistic": v}, 1 / (1 - square_decay**t)
 
 
 PRESETS = {
