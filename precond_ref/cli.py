@@ -37,7 +37,7 @@ def main() -> None:
 
 def application() -> typer.Typer:
     """The commands."""
-    from precond_ref.conformance import vector_commands
+    from precond_ref.conformance import commands, vector_commands
 
     app = typer.Typer(
         help="Reference implementations of preconditioned optimizers.",
@@ -50,6 +50,7 @@ def application() -> typer.Typer:
     app.callback()(version_option)
     app.command("list", epilog=LIST_EXAMPLES)(list_command)
     app.command("compare", epilog=COMPARE_EXAMPLES)(compare_command)
+    app.command("check", epilog=commands.CHECK_EXAMPLES)(commands.check_command)
     app.add_typer(vector_commands.application(), name="vectors")
     return app
 
