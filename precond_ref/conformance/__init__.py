@@ -1,1 +1,28 @@
-"""Checking other implementations against this one: vectors of inputs and results."""
+"""Checking other implementations against this one: vectors of inputs and results, and what runs them.
+
+``precond-ref check`` is the command; `check` the function. Needs NumPy and safetensors, the extra ``cli``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from precond_ref.conformance.runner import Report, cases, check, run_case
+    from precond_ref.conformance.subjects import Config, Subject, Unsupported, wrap
+    from precond_ref.conformance.vectors import Case, load
+
+_WHERE = {
+    "check": "runner", "cases": "runner", "run_case": "runner", "Report": "runner",
+    "Config": "subjects", "Subject": "subjects", "Unsupported": "subjects", "wrap": "subjects",
+    "Case": "vectors", "load": "vectors",
+}  # fmt: skip
+__all__ = ["Case", "Config", "Report", "Subject", "Unsupported", "cases", "check", "load", "run_case", "wrap"]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

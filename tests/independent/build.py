@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from .base import DIGITS, Case, Trace, rounded
 
-FAMILIES = ["agd", "asgo", "baselines", "primitives"]
+FAMILIES = ["agd", "asgo", "baselines", "primitives", "sketchy", "root_free", "inverse_free", "mbf"]
 
 
 def families() -> list[ModuleType]:

@@ -1,0 +1,95 @@
+"""Plants every known mistake and every pair of them, and counts which are caught, by what, and which are named.
+
+python benchmarks/diagnose.py                    # singles and, per method, 100 pairs
+python benchmarks/diagnose.py --pairs all        # all pairs: an hour
+python benchmarks/diagnose.py --methods ASGO,AGD --write   # the table of singles into docs/mistakes.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from conformance_subjects import Variant  # noqa: E402
+
+from precond_ref.conformance import check, variants, vectors  # noqa: E402
+
+PAGE = ROOT / "docs" / "mistakes.md"
+
+
+def planted(constructor: str, flags: frozenset[str]) -> dict[str, Any]:
+    """What `check` makes of a method with these deviations."""
+    report = check(Variant(flags), constructor)
+    found = [] if report.diagnosis is None else [set(m.flags) for m in report.diagnosis.matches]
+    caught = [r for r in report.failures if r.gap]
+    return {
+        "flags": flags,
+        "must": [r.id for r in caught if r.tier == "must"],
+        "should": [r.id for r in caught if r.tier == "should"],
+        "ratio": max((r.gap.ratio for r in caught if r.gap), default=0.0),
+        "named": set(flags) in found,
+        "alone": found == [set(flags)],
+        "said": found[:3],
+    }
+
+
+def main() -> None:
+    """Print one line per method, the exceptions, and the totals."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", help="constructors, separated by commas (default: all)")
+    parser.add_argument("--pairs", default="100", help="how many pairs of each method, or 'all'")
+    parser.add_argument("--write", action="store_true", help="put the table of singles into docs/mistakes.md")
+    arguments = parser.parse_args()
+    cases = vectors.cases(kind="trace")
+    names = list(dict.fromkeys(case.constructor for case in cases))
+    names = arguments.methods.split(",") if arguments.methods else names
+    totals = {1: [0, 0, 0, 0, 0], 2: [0, 0, 0, 0, 0]}
+    rows = ["| method | name | it is the method ... | cases that catch it | of tier must |", "|---|---|---|---|---|"]
+    for name in names:
+        own = [case for case in cases if case.constructor == name]
+        known, effective = variants.of(own[0].make()), variants.effective(own)
+        line, exceptions = [f"{name:<20}"], []
+        for size in (1, 2):
+            chosen = [flags for flags in variants.choices(known, size) if flags <= effective]
+            if size == 2 and arguments.pairs != "all" and len(chosen) > int(arguments.pairs):
+                chosen = random.Random(0).sample(chosen, int(arguments.pairs))
+            results = [planted(name, flags) for flags in chosen]
+            counts = [len(results), sum(bool(r["must"] or r["should"]) for r in results),
+                      sum(bool(r["must"]) for r in results), sum(r["named"] for r in results),
+                      sum(r["alone"] for r in results)]  # fmt: skip
+            totals[size] = [a + b for a, b in zip(totals[size], counts, strict=True)]
+            line.append("singles" if size == 1 else "pairs")
+            line.append("{}, caught {} (must {}), named {}, alone {};".format(*counts))
+            for r in results:
+                if not (r["must"] and r["alone"]):
+                    exceptions.append(f"    {sorted(r['flags'])}: must {r['must'][:3]}, should {r['should'][:3]}, "
+                                      f"said {[sorted(f) for f in r['said']]}")  # fmt: skip
+                if size == 1:
+                    (flag,) = r["flags"]
+                    caught = [*r["must"], *r["should"]]
+                    ids = ", ".join(i.partition("/")[2] for i in caught[:3]) + (", ..." if len(caught) > 3 else "")
+                    text = variants.describe(known, r["flags"])
+                    rows.append(f"| {name} | `{flag}` | {text} | {len(caught)}: {ids} | {len(r['must'])} |")
+        print(*line, flush=True)
+        print("\n".join(exceptions[:12]), flush=True)
+    for size, (n, caught, must, named, alone) in totals.items():
+        if not n:
+            continue
+        print(f"{'single mistakes' if size == 1 else 'pairs'}: {n}, caught {caught}, by a must-case {must}, "
+              f"named {named} ({100 * named / n:.1f} %), named alone {alone} ({100 * alone / n:.1f} %)")  # fmt: skip
+    if arguments.write:
+        page = PAGE.read_text(encoding="utf-8")
+        table = "\n".join(rows).replace("|v|", "\\|v\\|")
+        page = re.sub(r"(<!-- table -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table}\n{m[2]}", page, flags=re.DOTALL)
+        PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

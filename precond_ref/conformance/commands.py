@@ -1,0 +1,217 @@
+"""``precond-ref check``: the command line of the conformance kit."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from precond_ref.cli import EXTRA, fail
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from precond_ref.conformance.runner import Report, Result
+
+CHECK_EXAMPLES = """\b
+What TARGET can be (module:attribute; the current folder is searched first):
+  a torch.optim.Optimizer class            my_package.optim:MyASGO
+  a function that makes one                recipes:make     def make(params, lr, **config): ...
+  a function that makes an optax one       recipes:my_asgo  def my_asgo(learning_rate, beta1, ...): ...
+  a function of one step                   mine:asgo_step   def asgo_step(param, grad, state, *, lr, ...):
+                                                                return new_param, new_state  (state None at first)
+  a class with init(config, params) and step(grads) -> params, lists of NumPy arrays
+  one of precond_ref's methods             precond_ref:ASGO --backend torch
+
+\b
+Arguments named like ours (precond-ref list) are found, lr, learning_rate, betas and weight_decay too. --map tells of
+others; an argument that TARGET does not have is left out where a case has its default, and else the case is skipped.
+
+\b
+Examples:
+  precond-ref check my_package.optim:MyASGO --method ASGO
+  precond-ref check my_package.optim:MyASGO --method ASGO --map eps=epsilon --map beta1=betas.0 --map beta2=betas.1
+  precond-ref check my_package.optim:MyASGO --method ASGO --level 1 --map state.gram=precond --json report.json
+  precond-ref check --command "./my_optimizer --json" --method ASGO.theory
+  precond-ref check precond_ref:SShampoo --method SShampoo --backend jax --dtype float32
+"""
+
+
+def check_command(
+    target: Annotated[str | None, typer.Argument(metavar="[TARGET]", help="The implementation, see below.")] = None,
+    method: Annotated[str, typer.Option(metavar="NAME", help="What it should be; `precond-ref list` names them.")] = "",
+    command: Annotated[
+        str | None, typer.Option(metavar='"PROGRAM ..."', help="A program that speaks JSON lines, instead of TARGET.")
+    ] = None,
+    level: Annotated[
+        int, typer.Option(metavar="0|1|2", help="0: parameters. 1: states that it shows too. 2: primitives too.")
+    ] = 0,
+    dtype: Annotated[str, typer.Option(metavar="float64|float32", help="Precision of the run.")] = "float64",
+    backend: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Array library for functions and for our methods: numpy, ...")
+    ] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="OURS=THEIRS", help="Their name of an argument, or of a state.NAME; repeatable."),
+    ] = None,
+    xfails: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Ids expected to fail, one a line; # starts a comment.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report, as JSON.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what passed and was skipped too.")] = False,
+) -> None:
+    """Check an implementation of one of the methods, and say what it computes instead.
+
+    Runs it on test vectors, whose results come from 50-digit arithmetic, compares each step within a derived
+    tolerance, and checks that it leaves gradients alone, can be resumed, and keeps parameters apart. If it is
+    wrong, its steps are compared with those of the known mistakes.
+
+    Exit code: 0 right, 1 wrong, 2 the command cannot be run.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        from rich.console import Console
+
+        from precond_ref.conformance import runner, subjects
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed: {EXTRA}")
+    if not method:
+        fail("--method NAME must say which method it should be; `precond-ref list` names them")
+    if (target is None) == (command is None):
+        fail("give either TARGET (module:attribute) or --command")
+    subject: Any = None
+    try:
+        mapping = parse_map(names or [])
+        if command is not None:
+            subject = subjects.Command(command, dtype, mapping)
+        else:
+            found = subjects.load_target(target or "")
+            subject = subjects.wrap(found, backend=backend, dtype=dtype, names=mapping)
+        expected = read_xfails(xfails) if xfails else ()
+        if json is not None and not json.absolute().parent.is_dir():
+            fail(f"there is no folder {json.parent} to write {json.name} to")
+        label = command or target or ""
+        report = with_progress(
+            lambda step: runner.check(
+                subject, method, level=level, dtype=dtype, xfails=expected, target=label, on_case=step
+            ),
+            len(runner.listed(method)) + 1,
+        )
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        fail(error)
+    finally:
+        if isinstance(subject, subjects.Command):
+            subject.close()
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 140
+    show(report, console, verbose)
+    if json is not None:
+        json.write_text(json_module.dumps(report.as_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def parse_map(entries: list[str]) -> dict[str, str]:
+    """``OURS=THEIRS`` as a dict."""
+    pairs = [entry.partition("=") for entry in entries]
+    wrong = [entry for entry, (ours, _, theirs) in zip(entries, pairs, strict=True) if not (ours and theirs)]
+    if wrong:
+        raise ValueError(f"--map takes OURS=THEIRS, such as eps=epsilon, got {wrong[0]!r}")
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
+def read_xfails(file: Path) -> tuple[str, ...]:
+    """Ids in a file of expected failures."""
+    lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
+    return tuple(line for line in lines if line)
+
+
+def with_progress(run: Any, total: int) -> Any:
+    """``run(step)`` under a bar on the error stream, if that is a terminal; ``step`` takes an id."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def step(name: str) -> None:
+            bar.update(task, description=name, advance=1)
+
+        return run(step)
+
+
+def show(report: Report, console: Console, verbose: bool = False) -> None:
+    """The report for a person."""
+    console.print(f"{report.target} against {report.method}: {report.dtype}, level {report.level}", end="\n\n")
+    unexpected = {r.id for r in report.failures}
+    rows = [r for r in report.results if verbose or r.id in unexpected or r.id in report.unexpected_passes]
+    if rows:
+        console.print(table(rows, report), end="\n\n")
+    for r in rows:
+        if r.message and (verbose or r.id in unexpected):
+            console.print(f"{r.id}: {r.message}", soft_wrap=True)
+    cases = [r for r in report.results if "/reject-" not in r.id and not r.id.startswith("contract/")]
+    contract = [r for r in report.results if r.id.startswith("contract/")]
+    console.print(f"cases: {count(cases)}")
+    if contract:
+        console.print(f"contract: {count(contract)}")
+    skipped = Counter(re.sub(r"(no argument for \w+)=.*", r"\1", r.message) for r in cases if r.status == "skipped")
+    for message, number in skipped.most_common(6):
+        console.print(f"skipped ({number}): {message}", soft_wrap=True)
+    rejects = [r for r in report.results if "/reject-" in r.id and r.status != "skipped"]
+    if rejects:
+        refused = sum(r.status == "passed" for r in rejects)
+        console.print(f"invalid configurations refused: {refused} of {len(rejects)} (for information)")
+    for note in report.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    for name in report.unknown_xfails:
+        console.print(f"expected to fail, but there is no such case or check: {name}", soft_wrap=True)
+    for name in report.unexpected_passes:
+        console.print(f"expected to fail, but passed: {name}", soft_wrap=True)
+    if report.diagnosis:
+        console.print()
+        for line in report.diagnosis.lines():
+            console.print(line, soft_wrap=True)
+    console.print()
+    if not report.ran:
+        verdict = "NOT CHECKED: no case ran to its end"
+    elif report.ok:
+        verdict = f"OK: {report.target} is {report.method} in the {report.ran} cases that it runs"
+    else:
+        verdict = f"WRONG: {len(report.failures)} unexpected failures"
+        others = len(report.unexpected_passes) + len(report.unknown_xfails)
+        if others:
+            verdict += f", {others} expected ones that did not fail"
+    console.print(verdict, soft_wrap=True)
+
+
+def count(results: list[Result]) -> str:
+    """Numbers by status."""
+    numbers = Counter(r.status for r in results)
+    return ", ".join(f"{numbers[s]} {s}" for s in ("passed", "failed", "error", "skipped") if numbers[s]) or "none"
+
+
+def table(results: list[Result], report: Report) -> Table:
+    """One row per result."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("", "case or check", "step", "quantity", "error", "tolerance", "ratio", "cosine", "norm ratio"):
+        made.add_column(name, justify="left" if name in ("", "case or check", "quantity") else "right", no_wrap=True)
+    for r in results:
+        status = r.status + (" (expected)" if r.id in report.xfails else "") + (" (may)" if r.tier == "may" else "")
+        g = r.gap
+        cells = () if g is None else (
+            str(g.step), g.quantity, f"{g.error:.1e}", f"{g.tolerance:.1e}", f"{g.ratio:.1e}", f"{g.cosine:.6f}",
+            f"{g.norm_ratio:.6f}",
+        )  # fmt: skip
+        made.add_row(status, r.id, *cells, style="red" if r.bad else None)
+    return made

@@ -1,0 +1,198 @@
+"""What a subject computes instead: its steps against those of every named variant, then of every pair of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from precond_ref.conformance import tolerance, variants
+
+if TYPE_CHECKING:
+    from precond_ref.conformance.runner import Report, Run
+
+SLACK = 30.0
+"""A variant's conditioning may be worse than the method's own, so that this many tolerances count as agreement."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A variant, and how well it explains what was seen."""
+
+    flags: tuple[str, ...]
+    """Names of the deviations; empty for the method itself."""
+    text: str
+    """The same as a sentence."""
+    error: float
+    """Largest normwise error over all steps of all cases it explains."""
+    explained: int
+    """Cases it explains, to `SLACK` tolerances."""
+    unexplained: tuple[str, ...] = ()
+    """Ids of the others."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found."""
+
+    method: str
+    cases: int
+    """Cases that ran."""
+    matches: tuple[Match, ...]
+    """Variants that explain every case, the smallest error first; those of fewest flags only."""
+    nearest: Match | None = None
+    """If none does: the one that explains most cases."""
+    hints: tuple[str, ...] = ()
+    """What can be said without a match: the first quantity that departs, a constant factor."""
+
+    def lines(self) -> list[str]:
+        """Sentences for a person."""
+        if self.matches:
+            first, others = self.matches[0], self.matches[1:]
+            name = self.method if first.flags else f"{self.method} as it should be"
+            out = [f"It is {name} {first.text}".rstrip() + f": {_all(self.cases)} agree, to {first.error:.1g}."]
+            out += [f"  or {m.text}, to {m.error:.1g}: no case that ran tells them apart." for m in others[:4]]
+            if len(others) > 4:
+                out.append(f"  or one of {len(others) - 4} more.")
+            return out + list(self.hints)
+        if self.nearest is None:
+            return [f"No known mistake in {self.method} explains it.", *self.hints]
+        near = self.nearest
+        agree = f"{near.explained} of {self.cases} cases agree, to {near.error:.1g}"
+        rest = ", ".join(near.unexplained[:4]) + (", ..." if len(near.unexplained) > 4 else "")
+        return [f"Nearest: {self.method} {near.text}: {agree}.", f"Not explained: {rest}.", *self.hints]
+
+
+def _all(cases: int) -> str:
+    return "the case that ran" if cases == 1 else f"all {cases} cases that ran"
+
+
+def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
+    """Explain the runs of a report (`precond_ref.conformance.check`)."""
+    runs, dtype = report.runs, report.dtype
+    failing = {r.id for r in report.results if r.status == "failed"}
+    runs = sorted(runs, key=lambda r: (r.case.id not in failing, r.params[0].size))
+    single = _single_precision(report)
+    try:
+        known = variants.of(runs[0].case.make())
+    except KeyError:
+        return Diagnosis(report.method, len(runs), (), hints=(*_hints(report), *single))
+    plain = _explain(runs, frozenset(), dtype)
+    if all(ratio <= 1 for _, ratio in plain):  # only a state, or the contract, is wrong
+        match = Match((), "", max(error for error, _ in plain), len(plain))
+        return Diagnosis(report.method, len(runs), (match,), hints=(*_hints(report), *single))
+    for size in (1, 2) if pairs else (1,):
+        found = []
+        for flags in variants.choices(known, size):
+            errors = _explain(runs, flags, dtype, stop=True)
+            worst = max(error for error, _ in errors)
+            if errors[-1][1] <= SLACK and worst < 0.1 * max(error for error, _ in plain):
+                found.append(Match(tuple(sorted(flags)), variants.describe(known, flags), worst, len(errors)))
+        if found:
+            found.sort(key=lambda m: m.error)
+            found = [m for m in found if m.error <= max(10 * found[0].error, 1e-14)]
+            return Diagnosis(report.method, len(runs), tuple(found))
+    nearest = _greedy(runs, known, dtype)
+    if nearest is not None and nearest.explained == len(runs):
+        return Diagnosis(report.method, len(runs), (nearest,))
+    return Diagnosis(report.method, len(runs), (), nearest, (*_hints(report), *single))
+
+
+def _greedy(runs: Sequence[Run], known: variants.Variants, dtype: str) -> Match | None:
+    """The flag that explains most cases, then the one that explains most together with it, and so on; None if none."""
+    best, best_match = (0, 0), None
+    flags: frozenset[str] = frozenset()
+    while True:
+        last = best
+        for flag in (*known.flags, *variants.COMMON):
+            trial = flags | {flag}
+            if flag in flags or not variants.compatible(known, trial):
+                continue
+            errors = _explain(runs, trial, dtype)
+            ids = [run.case.id for run, (_, ratio) in zip(runs, errors, strict=True) if not ratio <= SLACK]
+            good = [e for e, ratio in errors if ratio <= SLACK]
+            score = (len(good), -len(trial))
+            if good and score > best and len(good) > last[0]:
+                text = variants.describe(known, trial)
+                best, best_match = score, Match(tuple(sorted(trial)), text, max(good), len(good), tuple(ids))
+        if best == last or best_match is None:
+            return best_match
+        flags = frozenset(best_match.flags)
+
+
+def _explain(runs: Sequence[Run], flags: frozenset[str], dtype: str, stop: bool = False) -> list[tuple[float, float]]:
+    """For each run, the largest error of the variant and its ratio to the tolerance; with ``stop``, up to a failure."""
+    out = []
+    if stop and not (first := _replayed(runs[0], flags, dtype, 1))[1] <= SLACK:  # most variants end here
+        return [first]
+    for run in runs:
+        out.append(_replayed(run, flags, dtype, run.case.steps))
+        if stop and not out[-1][1] <= SLACK:
+            break
+    return out
+
+
+def _replayed(run: Run, flags: frozenset[str], dtype: str, steps: int) -> tuple[float, float]:
+    """`_distance` of a run from a variant on the first ``steps`` gradients."""
+    case = run.case
+    grads = run.tensors["grads"][:steps]
+    method = case.make()
+    trace = variants.run(
+        method, run.tensors["param"], grads, lr=case.lr, decay=case.decay, stack_ndim=case.stack_ndim, flags=flags
+    )
+    return _distance(run, trace.params.reshape(len(grads), *run.params.shape[1:]), dtype)
+
+
+def _distance(run: Run, params: np.ndarray, dtype: str) -> tuple[float, float]:
+    """Largest normwise error of the updates, and its largest ratio to the tolerance; NaN agrees with NaN."""
+    worst, worst_ratio = 0.0, 0.0
+    want = np.concatenate([run.params[:1], params])
+    for t in range(1, len(want)):
+        case = run.case
+        kappa = max(case.conditioning["kappa"][t - 1], 1.0)
+        allowed = tolerance.relative(dtype, kappa, case.conditioning["exponent"], case.conditioning["stale"])
+        for i in range(want.shape[1]):
+            got, true = run.params[t - 1 : t + 1, i], want[t - 1 : t + 1, i]
+            if not np.array_equal(np.isfinite(got), np.isfinite(true)):
+                return math.inf, math.inf
+            keep = np.isfinite(got) & np.isfinite(true)
+            got, true = np.where(keep, got, 0.0), np.where(keep, true, 0.0)
+            difference = float(np.linalg.norm((got[0] - got[1]) - (true[0] - true[1])))
+            size = float(np.linalg.norm(true[0] - true[1]))
+            limit = tolerance.of_update(allowed, dtype, true[0], true[1])
+            if difference:
+                worst = max(worst, difference / size if size else math.inf)
+                worst_ratio = max(worst_ratio, difference / limit if limit else math.inf)
+    return worst, worst_ratio
+
+
+def _single_precision(report: Report) -> list[str]:
+    """Errors of the size of float32's rounding in float64 runs."""
+    errors = [r.gap.error for r in report.results if r.gap and r.status == "failed"]
+    if report.dtype == "float64" and errors and max(errors) < 1e-4:
+        return [f"All errors are at most {max(errors):.1g}: something is computed in single precision."]
+    return []
+
+
+def _hints(report: Report) -> list[str]:
+    """The first departure, and what the lengths of the steps say."""
+    failed = [r for r in report.results if r.status == "failed" and r.gap]
+    if not failed:
+        return []
+    first = min(failed, key=lambda r: (r.gap.step, r.gap.quantity == "update", r.tier != "must"))  # type: ignore[union-attr]
+    assert first.gap is not None
+    out = [f"First to depart: {first.gap.quantity} at step {first.gap.step} of {first.id} ({first.why})."]
+    gaps = [r.gap for r in failed if r.gap and r.gap.quantity == "update"]
+    if gaps and all(g.cosine > 1 - 1e-6 for g in gaps):
+        factors = [g.norm_ratio for g in gaps]
+        if max(factors) - min(factors) < 1e-6 * max(factors) and abs(factors[0] - 1) > 1e-6:
+            out.append(f"Every step has the right direction and {factors[0]:.7g} times the right length.")
+        elif max(abs(f - 1) for f in factors) > 1e-6:
+            out.append(
+                f"The first wrong steps have the right direction, and {min(factors):.4g} to {max(factors):.4g} times "
+                "the right length: a scalar is wrong (a bias correction, a learning rate, a norm)."
+            )
+    return out

@@ -1,0 +1,468 @@
+"""Run a subject over the vectors of a method, check the contract, and say what it found."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+import precond_ref
+from precond_ref.conformance import tolerance, vectors
+from precond_ref.conformance.subjects import Config, Subject, Unsupported, method_name
+from precond_ref.conformance.vectors import Case
+
+FAILED, PASSED, SKIPPED, ERROR = "failed", "passed", "skipped", "error"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far one quantity is from the truth at one step."""
+
+    step: int
+    quantity: str
+    """``update`` (the change of the parameter), or ``state.<field>``."""
+    error: float
+    """Norm of the difference over the norm of the truth."""
+    tolerance: float
+    """What ``error`` may be."""
+    ratio: float
+    """``error / tolerance``: above 1 it fails."""
+    cosine: float
+    """Of the angle between the two; NaN where one is zero."""
+    norm_ratio: float
+    """Norm of the subject's over the norm of the truth."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one case or contract check."""
+
+    id: str
+    tier: str
+    status: str
+    """``passed``, ``failed``, ``skipped`` (the subject does not have the configuration) or ``error`` (it raised)."""
+    why: str = ""
+    """What the case is for."""
+    gap: Gap | None = None
+    """The first step that fails, or the worst if none does."""
+    message: str = ""
+
+    @property
+    def bad(self) -> bool:
+        """Whether it speaks against the subject; a case of tier "may" does not."""
+        return self.status in (FAILED, ERROR) and self.tier != "may"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a subject did on one trace: parameters (T + 1, members, *shape), with the first ones, and states."""
+
+    case: Case
+    tensors: Mapping[str, np.ndarray]
+    params: np.ndarray
+    states: list[list[dict[str, np.ndarray]]] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """Everything `check` found; ``ok`` is the verdict."""
+
+    method: str
+    target: str
+    dtype: str
+    level: int
+    results: list[Result] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    xfails: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    diagnosis: Any = None
+    """What `diagnose.diagnose` said, or None."""
+
+    @property
+    def failures(self) -> list[Result]:
+        """Results that speak against the subject and were not expected."""
+        return [r for r in self.results if r.bad and r.id not in self.xfails]
+
+    @property
+    def unexpected_passes(self) -> list[str]:
+        """Expected failures that passed."""
+        return [r.id for r in self.results if r.id in self.xfails and r.status == PASSED]
+
+    @property
+    def unknown_xfails(self) -> list[str]:
+        """Expected failures that match no case or check."""
+        return sorted(set(self.xfails) - {r.id for r in self.results})
+
+    @property
+    def ran(self) -> int:
+        """Traces that ran to their end."""
+        return len(self.runs)
+
+    @property
+    def ok(self) -> bool:
+        """At least one case ran, nothing failed or passed unexpectedly, and every expected failure exists."""
+        return bool(self.ran) and not (self.failures or self.unexpected_passes or self.unknown_xfails)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the arrays, with None for what is not finite."""
+        keys = ("method", "target", "dtype", "level", "ok", "failures", "unexpected_passes", "unknown_xfails", "notes")
+        out = {key: getattr(self, key) for key in keys} | {"results": [asdict(r) for r in self.results]}
+        out["failures"] = [r.id for r in self.failures]
+        out["diagnosis"] = None if self.diagnosis is None else asdict(self.diagnosis)
+        return _finite(out)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_finite(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check(
+    subject: Subject,
+    method: str,
+    *,
+    level: int = 0,
+    dtype: str = "float64",
+    xfails: Iterable[str] = (),
+    target: str = "",
+    diagnose: bool = True,
+    on_case: Callable[[str], None] | None = None,
+) -> Report:
+    """Run ``subject`` on the vectors of ``method`` (``"ASGO"``, ``"asgo.theory"``, any case).
+
+    ``level`` 0 compares parameters, 1 also the states that the subject shows, 2 also primitives. ``xfails`` are ids
+    of cases or checks that are expected to fail. ``on_case`` is told each id before it runs.
+    """
+    constructor = method_name(method)
+    if level not in (0, 1, 2):
+        raise ValueError(f"level must be 0, 1 or 2, got {level!r}")
+    tolerance.relative(dtype)  # refuses an unknown dtype
+    report = Report(constructor, target or type(subject).__name__, dtype, level, xfails=tuple(xfails))
+    touched: list[str] = []
+    for case in listed(constructor):
+        if on_case:
+            on_case(case.id)
+        if case.kind == "reject":
+            report.results.append(_reject(subject, case, dtype))
+        elif case.kind == "trace":
+            result, run = _trace(subject, case, dtype, level, touched)
+            report.results.append(result)
+            if run is not None:
+                report.runs.append(run)
+    if level == 2:
+        report.results += _primitives(subject, dtype)
+    if level and report.runs:
+        shown = {key for run in report.runs for members in run.states for s in members for key in s}
+        wanted = {k.removeprefix("state.") for run in report.runs for k in run.tensors if k.startswith("state.")}
+        if missing := sorted(wanted - shown):
+            report.notes.append(
+                f"states not compared, for the subject shows none of this name: {', '.join(missing)} "
+                f"(it shows {', '.join(sorted(shown)) or 'nothing'}; --map state.OURS=THEIRS)"
+            )
+    if on_case:
+        on_case("contract")
+    report.results += _contract(subject, report, touched)
+    if diagnose and any(r.bad and r.gap for r in report.results):
+        from precond_ref.conformance.diagnose import diagnose as explain
+
+        report.diagnosis = explain(report)
+    return report
+
+
+def cases(method: str) -> list[Case]:
+    """Traces of a method (``"ASGO"``, ``"asgo.theory"``, any case), for `run_case`."""
+    return [case for case in listed(method) if case.kind == "trace"]
+
+
+def listed(method: str) -> list[Case]:
+    """Traces and rejects of a method, by its constructor."""
+    constructor = method_name(method)
+    return [c for c in vectors.cases() if c.constructor == constructor and c.kind != "primitive"]
+
+
+CONTRACT = ("gradient-untouched", "dtype", "repeatable", "independent", "nonfinite", "resume")
+
+
+def ids(method: str, level: int = 0) -> list[str]:
+    """Ids of all results that `check` can give."""
+    primitives = vectors.cases(kind="primitive") if level == 2 else []
+    return [*(c.id for c in [*listed(method), *primitives]), *(f"contract/{name}" for name in CONTRACT)]
+
+
+def run_case(subject: Subject, case: Case, *, dtype: str = "float64", level: int = 0) -> Result:
+    """One trace of `cases`, for a test of one's own: ``assert not run_case(wrap(MyASGO), case).bad``."""
+    return _trace(subject, case, dtype, level, [])[0]
+
+
+def config_of(case: Case) -> Config:
+    """What a subject is given for a case."""
+    make = operator.attrgetter(case.constructor)(precond_ref)
+    signature = inspect.signature(make).parameters
+    config = Config({k: tuple(v) if isinstance(v, list) else v for k, v in case.config.items()})
+    at_default = {k for k, v in config.items() if k in signature and signature[k].default == v}
+    config["lr"] = case.lr
+    if "weight_decay" not in config:
+        config["weight_decay"] = case.decay
+        at_default |= {"weight_decay"} if case.decay == 0 else set()
+    config.at_default = frozenset(at_default)
+    config.make = case.make
+    return config
+
+
+def members(array: np.ndarray, case: Case, lead: int = 0) -> np.ndarray:
+    """``array`` (lead axes, stack axes, rest) with one axis for all of the stack."""
+    first, stack = array.shape[:lead], array.shape[lead : lead + case.stack_ndim]
+    return array.reshape((*first, math.prod(stack), *array.shape[lead + case.stack_ndim :]))
+
+
+def _start(subject: Subject, case: Case, param: np.ndarray, dtype: str) -> list[np.ndarray]:
+    first = [np.array(p, dtype=dtype) for p in members(param, case)]
+    subject.init(config_of(case), [p.copy() for p in first])
+    return first
+
+
+def _step(subject: Subject, grads: np.ndarray, case: Case, dtype: str, touched: list[str], what: str) -> np.ndarray:
+    given = [np.array(g, dtype=dtype) for g in members(grads, case)]
+    kept = [g.copy() for g in given]
+    params = subject.step(given)
+    if any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(given, kept, strict=True)):
+        touched.append(f"{what}: the gradient was changed")
+    shapes = [k.shape for k in kept]
+    if [np.shape(p) for p in params] != shapes:
+        raise ValueError(f"step must return parameters of shapes {shapes}, got {[np.shape(p) for p in params]}")
+    wrong = {str(p.dtype) for p in params} - {dtype}
+    if wrong:
+        touched.append(f"dtype: parameters of {dtype} came back as {', '.join(sorted(wrong))}")
+    return np.stack([np.asarray(p, np.float64) for p in params])
+
+
+def _trace(subject: Subject, case: Case, dtype: str, level: int, touched: list[str]) -> tuple[Result, Run | None]:
+    tensors = vectors.load(case)
+    show = getattr(subject, "state", None) if level else None
+    states: list[list[dict[str, np.ndarray]]] = []
+    try:
+        first = _start(subject, case, tensors["param"], dtype)
+        params = [np.stack(first).astype(np.float64)]
+        for t, grads in enumerate(tensors["grads"], start=1):
+            params.append(_step(subject, grads, case, dtype, touched, f"{case.id}, step {t}"))
+            if show is not None:
+                states.append(show())
+    except NotImplementedError as error:
+        return Result(case.id, case.tier, SKIPPED, case.why, message=str(error)), None
+    except Exception as error:
+        return Result(case.id, case.tier, ERROR, case.why, message=f"{type(error).__name__}: {error}"), None
+    run = Run(case, tensors, np.stack(params), states)
+    with np.errstate(all="ignore"):
+        found = list(gaps(run, dtype))
+    failing = [g for g in found if not g.ratio <= 1]
+    if failing:
+        message = "" if np.isfinite(run.params).all() else "the parameters are not finite"
+        return Result(case.id, case.tier, FAILED, case.why, gap=failing[0], message=message), run
+    return Result(case.id, case.tier, PASSED, case.why, gap=max(found, key=lambda g: g.ratio, default=None)), run
+
+
+def truth(run: Run) -> np.ndarray:
+    """Parameters (T + 1, members, *shape) of the vectors, the first ones included."""
+    start = members(run.tensors["param"], run.case)[None]
+    return np.concatenate([start, members(run.tensors["params"], run.case, 1)])
+
+
+def gaps(run: Run, dtype: str) -> Iterator[Gap]:
+    """Every compared quantity, step by step; of the members of a stack the worst."""
+    case, want = run.case, truth(run)
+    kappas = case.conditioning["kappa"]
+    for t in range(1, len(want)):
+        allowed = tolerance.relative(dtype, kappas[t - 1], case.conditioning["exponent"], case.conditioning["stale"])
+        if run.states:
+            shown = run.states[t - 1]
+            for name, tensor in run.tensors.items():
+                key = name.removeprefix("state.")
+                if key == name or not all(key in s for s in shown):
+                    continue
+                for got, true in zip((s[key] for s in shown), members(tensor, case, 1)[t - 1], strict=True):
+                    yield gap(t, name, got, true, allowed * float(np.linalg.norm(true)))
+        worst = None
+        for i in range(want.shape[1]):
+            before, after = want[t - 1, i], want[t, i]
+            limit = tolerance.of_update(allowed, dtype, before, after)
+            found = gap(t, "update", run.params[t - 1, i] - run.params[t, i], before - after, limit)
+            if worst is None or not found.ratio <= worst.ratio:
+                worst = found
+        if worst is not None:
+            yield worst
+
+
+def gap(step: int, quantity: str, got: np.ndarray, want: np.ndarray, limit: float) -> Gap:
+    """``got`` against ``want``, whose difference may have the norm ``limit``."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        raise ValueError(f"{quantity} must have shape {want.shape}, got {got.shape}")
+    difference, size, own = (float(np.linalg.norm(a)) for a in (got - want, want, got))
+
+    def over(a: float, b: float) -> float:
+        return a / b if b else 0.0 if a == 0 else math.inf
+
+    if not math.isfinite(difference):
+        difference = math.inf
+    cosine = float(np.vdot(got, want)) / (size * own) if size and own else math.nan
+    return Gap(step, quantity, over(difference, size), over(limit, size), over(difference, limit), cosine,
+               over(own, size))  # fmt: skip
+
+
+def _reject(subject: Subject, case: Case, dtype: str) -> Result:
+    """Whether an invalid configuration is refused; for a foreign implementation a courtesy, hence tier "may"."""
+    if case.argument == "stack_ndim":
+        return Result(case.id, "may", SKIPPED, case.why, message="stacks are given as several parameters")
+    try:
+        subject.init(config_of(case), [np.ones(case.shape, dtype)])
+    except NotImplementedError as error:
+        return Result(case.id, "may", SKIPPED, case.why, message=str(error))
+    except (ValueError, TypeError) as error:
+        return Result(case.id, "may", PASSED, case.why, message=f"{type(error).__name__}: {error}")
+    except Exception as error:
+        return Result(case.id, "may", ERROR, case.why, message=f"{type(error).__name__}: {error}")
+    return Result(case.id, "may", FAILED, case.why, message=f"was accepted: {case.argument}")
+
+
+def _primitives(subject: Subject, dtype: str) -> list[Result]:
+    results = []
+    for case in vectors.cases(kind="primitive"):
+        tensors = vectors.load(case)
+        given = {name: tensors[name].astype(dtype) for name in case.inputs}
+        try:
+            run = getattr(subject, "primitive", None)
+            if run is None:
+                raise Unsupported("the subject has no primitive(name, config, tensors)")
+            got = run(case.method, dict(case.config), given)
+            allowed = tolerance.relative(dtype, max(case.conditioning["kappa"]), stale=True)
+            found = [
+                gap(1, name, got[name], want, allowed * float(np.linalg.norm(want)))
+                for name, want in tensors.items()
+                if name not in case.inputs
+            ]
+        except NotImplementedError as error:
+            results.append(Result(case.id, case.tier, SKIPPED, case.why, message=str(error)))
+            continue
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            results.append(Result(case.id, case.tier, ERROR, case.why, message=message))
+            continue
+        worst = max(found, key=lambda g: g.ratio)
+        results.append(Result(case.id, case.tier, PASSED if worst.ratio <= 1 else FAILED, case.why, gap=worst))
+    return results
+
+
+# ---- contract -------------------------------------------------------------------------------------------------------
+
+
+def _contract(subject: Subject, report: Report, touched: list[str]) -> list[Result]:
+    """Checks that need no truth: what a step may not do, whatever it computes."""
+    results = []
+
+    def add(name: str, why: str, tier: str, test: Callable[[], str]) -> None:
+        try:
+            message = test()
+        except NotImplementedError as error:
+            results.append(Result(f"contract/{name}", tier, SKIPPED, why, message=str(error)))
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            results.append(Result(f"contract/{name}", tier, ERROR, why, message=message))
+        else:
+            results.append(Result(f"contract/{name}", tier, FAILED if message else PASSED, why, message=message))
+
+    if not report.runs:
+        return []
+    case = max((run.case for run in report.runs if not run.case.stack_ndim), key=lambda c: c.steps, default=None)
+    if case is None:
+        return []
+    tensors, dtype = vectors.load(case), report.dtype
+    alone = next(run for run in report.runs if run.case is case)
+
+    def steps(parts: int, others: Callable[[int], np.ndarray] | None = None, stop: int = case.steps) -> list[Any]:
+        first = [np.array(tensors["param"], dtype) for _ in range(parts)]
+        subject.init(config_of(case), first)
+        seen = []
+        for t, g in enumerate(tensors["grads"][:stop]):
+            given = [np.array(g, dtype)] + [np.array(others(t), dtype) for _ in range(parts - 1) if others]
+            seen.append([np.asarray(p, np.float64) for p in subject.step(given)])
+        return seen
+
+    def same(got: list[np.ndarray]) -> float:
+        """Largest gap between the first parameter's updates and those of the run alone, over the tolerance."""
+        trial = Run(case, tensors, np.stack([alone.params[0], *[p[None] for p in got]]))
+        ratios = []
+        for t in range(1, len(trial.params)):
+            kappa = case.conditioning["kappa"][t - 1]
+            allowed = tolerance.relative(dtype, kappa, case.conditioning["exponent"], case.conditioning["stale"])
+            before, after = alone.params[t - 1, 0], alone.params[t, 0]
+            limit = tolerance.of_update(allowed, dtype, before, after)
+            mine = trial.params[t - 1, 0] - trial.params[t, 0]
+            if np.array_equal(mine, before - after, equal_nan=True):
+                continue
+            ratios.append(gap(t, "update", mine, before - after, limit).ratio)
+        return max(ratios, default=0.0)
+
+    def purity() -> str:
+        return "; ".join([m for m in touched if not m.startswith("dtype")][:1])
+
+    def precision() -> str:
+        return "; ".join(sorted({m for m in touched if m.startswith("dtype")}))
+
+    def repeatable() -> str:
+        again = [p[0] for p in steps(1)]
+        gap_ = same(again)
+        return f"a second run from the start differs: {gap_:.2g} times the tolerance" * (gap_ > 1)
+
+    def independent() -> str:
+        gap_ = same([p[0] for p in steps(2, lambda t: 2 * tensors["grads"][-1 - t])])
+        return (
+            f"a second parameter changes the first one's steps, by {gap_:.2g} times the tolerance" if gap_ > 1 else ""
+        )
+
+    def nonfinite() -> str:
+        try:
+            seen = steps(2, lambda t: np.full(case.shape, np.nan if t == 1 else 1.0))
+        except Exception as error:  # refusing is a policy too
+            report.notes.append(f"a NaN in the gradient raises {type(error).__name__}")
+            return ""
+        gap_ = same([p[0] for p in seen])
+        if gap_ > 1:
+            return "a NaN in one parameter's gradient changes another parameter"
+        before, after = seen[0][1], seen[1][1]
+        policy = (
+            "comes out as NaN" if np.isnan(after).all()
+            else "skips the step of its parameter" if np.array_equal(before, after)
+            else "makes part of its parameter NaN" if np.isnan(after).any()
+            else "is replaced: the parameter makes a finite step"
+        )  # fmt: skip
+        report.notes.append(f"a NaN in the gradient {policy}")
+        return ""
+
+    def resume() -> str:
+        if not (hasattr(subject, "save") and hasattr(subject, "load")):
+            raise Unsupported("the subject has no save and load")
+        half = case.steps // 2
+        seen = [p[0] for p in steps(1, stop=half)]
+        saved = subject.save()
+        subject.init(config_of(case), [np.array(tensors["param"], dtype)])
+        subject.load(saved)
+        seen += [np.asarray(subject.step([np.array(g, dtype)])[0], np.float64) for g in tensors["grads"][half:]]
+        gap_ = same(seen)
+        return f"goes on differently after save and load: {gap_:.2g} times the tolerance" * (gap_ > 1)
+
+    add("gradient-untouched", "a step leaves the gradient as it was", "must", purity)
+    add("dtype", f"parameters of {dtype} stay {dtype}", "must", precision)
+    add("repeatable", "the same inputs give the same steps", "must", repeatable)
+    if case.steps > 1:
+        add("independent", "parameters do not see each other", "must", independent)
+        add("nonfinite", "a NaN stays with its parameter", "should", nonfinite)
+        add("resume", "saved and loaded half way, it goes on as if nothing had been", "must", resume)
+    return results

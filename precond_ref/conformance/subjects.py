@@ -1,0 +1,502 @@
+"""What is under test: anything with ``init(config, params)`` and ``step(grads) -> params``, and wrappers that make one.
+
+The interface is `Subject`, a job of ten lines. `wrap` makes one of
+
+* a class or object that has ``init`` and ``step``: itself;
+* a ``torch.optim.Optimizer`` class, or a function whose first argument is named ``params`` that returns one;
+* a function that returns an optax transformation;
+* a function ``step(param, grad, state, *, lr, ...) -> (new param, new state)``, ``state`` being None at first;
+* a method of `precond_ref`, on any of the array libraries;
+
+and `Command` is a program in any language that speaks JSON lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import inspect
+import json
+import math
+import pickle
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from precond_ref.protocol import Method, list_methods
+
+BACKENDS = ("numpy", "strict", "torch", "jax", "cupy")
+Arrays = list[np.ndarray]
+
+
+class Unsupported(NotImplementedError):
+    """Raised by a subject for a configuration (or primitive) that it does not have: the case is skipped and counted."""
+
+
+class Config(dict[str, Any]):
+    """Hyperparameters of a case: all fields of the method, ``lr``, and ``weight_decay`` (decoupled, unless a field).
+
+    ``method`` is the reference method they make; ``at_default`` names those that have the reference's default.
+    """
+
+    make: Callable[[], Method]
+    at_default: frozenset[str] = frozenset()
+
+    @property
+    def method(self) -> Method:
+        """The reference method; ValueError or TypeError for a configuration that it refuses."""
+        return self.make()
+
+
+@runtime_checkable
+class Subject(Protocol):
+    """An implementation under test. Arrays are NumPy's, in the dtype of the run; lists have one entry per parameter.
+
+    Beyond these two, a subject may have ``state() -> list of dicts of arrays`` (level 1), ``primitive(name, config,
+    tensors) -> dict`` (level 2), and ``save() -> anything`` with ``load(saved)``, called on a fresh one after ``init``.
+    """
+
+    def init(self, config: Config, params: Arrays) -> None:
+        """Start afresh; `Unsupported` or NotImplementedError for a configuration it does not have."""
+
+    def step(self, grads: Arrays) -> Arrays:
+        """Parameters after one more step."""
+
+
+def load_target(target: str) -> Any:
+    """``module:attribute``, the current folder first; ValueError saying what is missing."""
+    module_name, colon, path = target.partition(":")
+    if not (colon and module_name and path):
+        raise ValueError(f"TARGET must be module:attribute, such as my_package.optim:MyASGO, got {target!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not (module_name + ".").startswith(error.name + "."):
+            raise ValueError(f"importing {module_name} failed: {error}") from error
+        hint = " (without the .py)" if module_name.endswith(".py") else ""
+        raise ValueError(f"there is no module {module_name!r}{hint} in this folder or among those installed") from None
+    for name in path.split("."):
+        if not hasattr(found, name):
+            names = ", ".join(n for n in vars(found) if not n.startswith("_") and callable(getattr(found, n)))
+            raise ValueError(f"{module_name} has no {path!r}; it has {names}")
+        found = getattr(found, name)
+    return found
+
+
+def wrap(
+    target: Any, *, backend: str | None = None, dtype: str = "float64", names: Mapping[str, str] | None = None
+) -> Subject:
+    """A subject made of ``target``, one of the kinds above.
+
+    ``names`` maps our names to the target's: of hyperparameters (``{"beta1": "betas.0"}`` for the first of a tuple
+    ``betas``) and of states (``{"state.gram": "precond"}``). TypeError for what is none of the kinds.
+    """
+    names = dict(names or {})
+    if isinstance(target, (type, Method)) and (isinstance(target, Method) or issubclass(target, Method)):
+        return Reference(backend or "numpy", dtype)
+    if isinstance(target, type) and all(hasattr(target, name) for name in ("init", "step")):
+        return target()
+    if not isinstance(target, type) and all(hasattr(target, name) for name in ("init", "step")):
+        return target
+    if not callable(target):
+        raise TypeError(f"a target must be a class, a function or an object with init and step, got {target!r}")
+    if isinstance(target, type) and any(c.__module__.startswith("torch.optim") for c in target.__mro__):
+        return Torch(target, dtype, names)
+    positional = [p.name for p in _signature(target).values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    if positional[:1] == ["params"]:
+        return Torch(target, dtype, names)
+    if positional[:3] == ["param", "grad", "state"]:
+        return Function(target, backend or "numpy", dtype, names)
+    return Optax(target, dtype, names)
+
+
+def arguments(target: Callable[..., Any], config: Config, names: Mapping[str, str]) -> dict[str, Any]:
+    """Keyword arguments for ``target``: the config under its names.
+
+    A field that ``target`` does not have is left out where it has the reference's default, and `Unsupported` else.
+    Without a mapping, ``beta1`` and ``beta2`` go to ``betas`` and ``lr`` to ``learning_rate`` where only those exist.
+    """
+    signature = _signature(target)
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.values())
+    guesses = {"beta1": "betas.0", "beta2": "betas.1", "lr": "learning_rate"}
+    given: dict[str, Any] = {}
+    for field, value in config.items():
+        name = names.get(field, field)
+        if field not in names and field not in signature and guesses.get(field, "").split(".")[0] in signature:
+            name = guesses[field]
+        head, dot, index = name.partition(".")
+        if head not in signature and not open_ended:
+            if field in names:
+                raise ValueError(f"{_called(target)} has no argument {head!r}, which {field} is mapped to")
+            if field in config.at_default:
+                continue
+            raise Unsupported(f"{_called(target)} has no argument for {field}={value!r}")
+        if dot:
+            default = signature[head].default if head in signature else ()
+            parts = list(given.get(head, default if isinstance(default, (tuple, list)) else ()))
+            parts += [None] * (int(index) + 1 - len(parts))
+            parts[int(index)] = value
+            given[head] = tuple(parts)
+        else:
+            given[head] = value
+    return given
+
+
+def _signature(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(target).parameters
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"cannot read the arguments of {target!r}: wrap it in a function of your own") from error
+
+
+def _called(target: Any) -> str:
+    return getattr(target, "__name__", type(target).__name__)
+
+
+class Torch:
+    """A ``torch.optim.Optimizer`` class, or a function of (params, lr, ...) that returns one."""
+
+    def __init__(self, make: Callable[..., Any], dtype: str = "float64", names: Mapping[str, str] | None = None):
+        import torch
+
+        torch.set_num_threads(1)
+        self.torch, self.make, self.dtype, self.names = torch, make, dtype, dict(names or {})
+
+    def init(self, config: Config, params: Arrays) -> None:
+        """New parameters and a new optimizer."""
+        dtype = getattr(self.torch, self.dtype)
+        self.params = [self.torch.nn.Parameter(self.torch.tensor(p, dtype=dtype)) for p in params]
+        fields = {k: v for k, v in self.names.items() if not k.startswith("state.")}
+        self.optimizer = self.make(self.params, **arguments(_without_first(self.make), config, fields))
+
+    def step(self, grads: Arrays) -> Arrays:
+        """One ``optimizer.step()``; the gradients must come back as they were."""
+        for p, g in zip(self.params, grads, strict=True):
+            p.grad = self.torch.tensor(g, dtype=p.dtype)
+        self.optimizer.step()
+        for p, g in zip(self.params, grads, strict=True):
+            if p.grad is None:
+                g[...] = np.nan  # the caller sees that its gradient is gone
+            else:
+                g[...] = p.grad.detach().cpu().numpy()
+        return [p.detach().cpu().numpy().copy() for p in self.params]
+
+    def state(self) -> list[dict[str, np.ndarray]]:
+        """``optimizer.state`` of each parameter, under our names."""
+        return [_renamed(_flat(self.optimizer.state[p]), self.names) for p in self.params]
+
+    def save(self) -> Any:
+        """``state_dict()`` and the parameters, pickled."""
+        return pickle.dumps((self.optimizer.state_dict(), [p.detach() for p in self.params]))
+
+    def load(self, saved: Any) -> None:
+        """Into a fresh optimizer."""
+        state, params = pickle.loads(saved)
+        with self.torch.no_grad():
+            for mine, theirs in zip(self.params, params, strict=True):
+                mine.copy_(theirs)
+        self.optimizer.load_state_dict(state)
+
+
+def _without_first(make: Callable[..., Any]) -> Callable[..., Any]:
+    """``make`` without its first argument, the parameters, which no hyperparameter may be mapped to."""
+    parameters = [*_signature(make).values()][1:]
+
+    def stub(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    stub.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    stub.__name__ = _called(make)
+    return stub
+
+
+class Optax:
+    """A function of hyperparameters that returns an optax transformation (its updates are added)."""
+
+    def __init__(self, make: Callable[..., Any], dtype: str = "float64", names: Mapping[str, str] | None = None):
+        import jax
+
+        if dtype == "float64":
+            settings: Any = jax.config
+            settings.update("jax_enable_x64", True)
+        self.jax, self.make, self.dtype, self.names = jax, make, dtype, dict(names or {})
+
+    def init(self, config: Config, params: Arrays) -> None:
+        """A new transformation and its state."""
+        fields = {k: v for k, v in self.names.items() if not k.startswith("state.")}
+        self.transformation: Any = self.make(**arguments(self.make, config, fields))
+        if not all(hasattr(self.transformation, name) for name in ("init", "update")):
+            raise TypeError(
+                f"{_called(self.make)} must return an optax transformation (with init and update), "
+                f"got {type(self.transformation).__name__}; `precond-ref check --help` lists what a target can be"
+            )
+        self.params = [self.jax.numpy.asarray(p, dtype=self.dtype) for p in params]
+        self.opt_state = self.transformation.init(self.params)
+
+    def step(self, grads: Arrays) -> Arrays:
+        """``update``, then the updates added."""
+        given = [self.jax.numpy.asarray(g, dtype=self.dtype) for g in grads]
+        updates, self.opt_state = self.transformation.update(given, self.opt_state, self.params)
+        self.params = [p + u for p, u in zip(self.params, updates, strict=True)]
+        return [np.array(p) for p in self.params]
+
+    def state(self) -> list[dict[str, np.ndarray]]:
+        """Leaves of the optax state by the names on the way to them; of several, the one at the parameter's index."""
+        found: list[dict[str, np.ndarray]] = [{} for _ in self.params]
+        for path, leaf in self.jax.tree_util.tree_flatten_with_path(self.opt_state)[0]:
+            steps = [getattr(k, "name", getattr(k, "key", getattr(k, "idx", None))) for k in path]
+            keys = ".".join(str(s) for s in steps)
+            for i, entries in enumerate(found):
+                trailing = steps[-1] if len(steps) and isinstance(steps[-1], int) else None
+                if trailing in (None, i):
+                    entries[keys if trailing is None else keys.rpartition(".")[0]] = np.asarray(leaf)
+        return [_renamed(_by_last_name(entries), self.names) for entries in found]
+
+    def save(self) -> Any:
+        """State and parameters as NumPy arrays, pickled."""
+        return pickle.dumps(self.jax.tree_util.tree_map(np.asarray, (self.opt_state, self.params)))
+
+    def load(self, saved: Any) -> None:
+        """Back as JAX arrays."""
+        self.opt_state, self.params = self.jax.tree_util.tree_map(self.jax.numpy.asarray, pickle.loads(saved))
+
+
+class Function:
+    """``step(param, grad, state, *, lr, ...) -> (new param, new state)`` on NumPy (or ``backend``) arrays."""
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        backend: str = "numpy",
+        dtype: str = "float64",
+        names: Mapping[str, str] | None = None,
+    ):
+        self.function, self.arrays, self.names = step, ArrayLibrary(backend, dtype), dict(names or {})
+
+    def init(self, config: Config, params: Arrays) -> None:
+        """No state yet."""
+        fields = {k: v for k, v in self.names.items() if not k.startswith("state.")}
+        self.given = arguments(self.function, config, fields)
+        self.params = [self.arrays.of(p) for p in params]
+        self.states: list[Any] = [None] * len(params)
+
+    def step(self, grads: Arrays) -> Arrays:
+        """One call per parameter; the gradients must come back as they were."""
+        for i, g in enumerate(grads):
+            given = self.arrays.of(g)
+            self.params[i], self.states[i] = self.function(self.params[i], given, self.states[i], **self.given)
+            g[...] = self.arrays.host(given)
+        return [self.arrays.host(p) for p in self.params]
+
+    def state(self) -> list[dict[str, np.ndarray]]:
+        """Entries of the states, if they are dicts or named tuples."""
+        return [_renamed(_flat(s), self.names) for s in self.states]
+
+    def save(self) -> Any:
+        """Parameters and states, pickled."""
+        return pickle.dumps((self.params, self.states))
+
+    def load(self, saved: Any) -> None:
+        """The same."""
+        self.params, self.states = pickle.loads(saved)
+
+
+class Reference:
+    """The reference itself on one of the array libraries; several parameters of one shape are run as a stack."""
+
+    def __init__(self, backend: str = "numpy", dtype: str = "float64"):
+        self.arrays = ArrayLibrary(backend, dtype)
+
+    def init(self, config: Config, params: Arrays) -> None:
+        """The config's method."""
+        self.method, self.lr = config.method, config["lr"]
+        self.decay = 0.0 if hasattr(self.method, "weight_decay") else config.get("weight_decay", 0.0)
+        self.stacked = len(params) > 1
+        self.param = self.arrays.of(np.stack(params) if self.stacked else params[0])
+        self.method_state = self.method.init(self.param, stack_ndim=int(self.stacked))
+
+    def step(self, grads: Arrays) -> Arrays:
+        """``x <- (1 - lr decay) x - lr direction``."""
+        grad = self.arrays.of(np.stack(grads) if self.stacked else grads[0])
+        direction, self.method_state = self.method.update(grad, self.method_state, self.param)
+        self.param = (1 - self.lr * self.decay) * self.param - self.lr * direction
+        host = self.arrays.host(self.param)
+        return list(host) if self.stacked else [host]
+
+    def state(self) -> list[dict[str, np.ndarray]]:
+        """Fields of the state; a sketch as its product."""
+        flat = {key: self.arrays.host(value) for key, value in _flat(self.method_state, keep=True).items()}
+        count = self.param.shape[0] if self.stacked else 1
+        return [{k: v[i] if self.stacked and v.ndim else v for k, v in flat.items()} for i in range(count)]
+
+    def primitive(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """`precond_ref.numerics.roots.power`, and `precond_ref.numerics.sketch.update` on batches of rows."""
+        from precond_ref.numerics import roots, sketch
+
+        given = {key: self.arrays.of(value) for key, value in tensors.items()}
+        if name == "roots.power":
+            numerator, denominator = config["exponent"]
+            result = roots.power(given["matrix"], numerator / denominator, config["ridge"])
+            return {"result": self.arrays.host(result)}
+        if name != "sketch.update":
+            raise Unsupported(name)
+        rows, size = given["rows"], config["size"]
+        state = sketch.empty(rows.shape[-1], size, (), rows, xp=array_namespace(rows))
+        steps = []
+        for i in range(rows.shape[0]):
+            state = sketch.update(state, rows[i, ...], config["beta2"], config["tail_decay"], size=size)
+            steps.append({key: self.arrays.host(value) for key, value in _flat({"": state}, keep=True).items()})
+        names = {"product": "", "eigenvalues": ".eigenvalues", "escaped": ".escaped"}
+        return {name: np.stack([step[key] for step in steps]) for name, key in names.items()}
+
+    def save(self) -> Any:
+        """A copy of parameter and state (they are never changed in place)."""
+        return copy.copy((self.param, self.method_state))
+
+    def load(self, saved: Any) -> None:
+        """The same."""
+        self.param, self.method_state = saved
+
+
+class Command:
+    """A program that reads requests and writes replies, one JSON object per line (docs/check.md has the protocol)."""
+
+    def __init__(self, command: str | Sequence[str], dtype: str = "float64", names: Mapping[str, str] | None = None):
+        self.command = shlex.split(command) if isinstance(command, str) else list(command)
+        self.dtype, self.names = dtype, dict(names or {})
+        self.process: subprocess.Popen[str] | None = None
+        self.reply: dict[str, Any] = {}
+
+    def init(self, config: Config, params: Arrays) -> None:
+        """Sends ``{"op": "init", ...}``."""
+        fields = {self.names.get(k, k): v for k, v in config.items()}
+        self._ask({"op": "init", "config": fields, "dtype": self.dtype, "params": [_encode(p) for p in params]})
+
+    def step(self, grads: Arrays) -> Arrays:
+        """Sends ``{"op": "step", "grads": ...}``."""
+        self.reply = self._ask({"op": "step", "grads": [_encode(g) for g in grads]})
+        return [_decode(p, self.dtype) for p in self.reply["params"]]
+
+    def state(self) -> list[dict[str, np.ndarray]]:
+        """What the last reply gave as ``"state"``."""
+        states = self.reply.get("state", [])
+        return [_renamed({k: _decode(v, "float64") for k, v in s.items()}, self.names) for s in states]
+
+    def close(self) -> None:
+        """End the program by closing its input."""
+        if self.process is not None:
+            with contextlib.suppress(BrokenPipeError), self.process:  # closes both pipes and waits
+                pass
+        self.process = None
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self.process is None:
+            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        line = self.process.stdout.readline()
+        if not line:
+            process = self.process
+            self.close()
+            code = process.returncode
+            raise RuntimeError(f"{self.command[0]} ended with exit code {code} instead of answering {request['op']!r}")
+        try:
+            reply = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RuntimeError(f"{self.command[0]} answered {line[:80]!r}, which is not JSON") from error
+        if "unsupported" in reply:
+            raise Unsupported(str(reply["unsupported"]))
+        if "error" in reply:
+            raise ValueError(str(reply["error"]))
+        return reply
+
+
+def _encode(array: np.ndarray) -> dict[str, Any]:
+    data = [x if math.isfinite(x) else str(x) for x in np.asarray(array, np.float64).ravel().tolist()]
+    return {"shape": list(array.shape), "data": data}
+
+
+def _decode(entry: Mapping[str, Any], dtype: str) -> np.ndarray:
+    return np.array([float(x) for x in entry["data"]], dtype=dtype).reshape(entry["shape"])
+
+
+class ArrayLibrary:
+    """Arrays of one library in one dtype, to and from NumPy."""
+
+    def __init__(self, backend: str, dtype: str):
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        self.backend, self.dtype = backend, dtype
+        self.xp: Any = importlib.import_module({"strict": "array_api_strict", "jax": "jax.numpy"}.get(backend, backend))
+        if backend == "jax" and dtype == "float64":
+            importlib.import_module("jax").config.update("jax_enable_x64", True)
+        if backend == "torch":
+            self.xp.set_num_threads(1)
+
+    def of(self, array: np.ndarray) -> Any:
+        """An array of the library with these values; never a view."""
+        return self.xp.asarray(np.array(array), dtype=getattr(self.xp, self.dtype))
+
+    def host(self, array: Any) -> np.ndarray:
+        """A NumPy array with these values."""
+        if self.backend == "cupy":
+            return array.get()
+        if self.backend == "torch":
+            return array.detach().cpu().numpy().copy()
+        return np.array(array)
+
+
+def _flat(state: Any, keep: bool = False, prefix: str = "") -> dict[str, Any]:
+    """Arrays of nested dicts and tuples by dotted names; a sketch (basis, eigenvalues) as its product."""
+    if hasattr(state, "_asdict"):
+        state = state._asdict()
+    if isinstance(state, Mapping) and {"basis", "eigenvalues"} <= state.keys():
+        basis = state["basis"]
+        product = (basis * state["eigenvalues"][..., None, :]) @ array_namespace(basis).matrix_transpose(basis)
+        return {prefix: product} | {f"{prefix}.{name}": state[name] for name in ("eigenvalues", "escaped")}
+    if isinstance(state, (list, tuple)):
+        state = dict(enumerate(state))
+    if isinstance(state, Mapping):
+        found: dict[str, Any] = {}
+        for key, value in state.items():
+            found |= _flat(value, keep, f"{prefix}.{key}" if prefix else str(key))
+        return found
+    if hasattr(state, "shape"):
+        if not keep and hasattr(state, "detach"):
+            state = state.detach().cpu().numpy()
+        return {prefix: state if keep else np.array(state)}
+    return {}
+
+
+def _by_last_name(entries: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``0.mu`` as ``mu`` where no other ends so."""
+    short = [key.rpartition(".")[2] for key in entries]
+    return {s if short.count(s) == 1 else key: v for (key, v), s in zip(entries.items(), short, strict=True)}
+
+
+def _renamed(state: Mapping[str, np.ndarray], names: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The state with what ``names`` maps under our names too."""
+    ours = {k.removeprefix("state."): v for k, v in names.items() if k.startswith("state.")}
+    return {**state, **{mine: state[theirs] for mine, theirs in ours.items() if theirs in state}}
+
+
+def method_name(name: str) -> str:
+    """The constructor that ``name`` means, in any case; ValueError naming those there are."""
+    known = [c for m, cls in list_methods().items() for c in (m, *(f"{m}.{preset}" for preset in cls.presets))]
+    for constructor in known:
+        if constructor.lower() == name.lower():
+            return constructor
+    raise ValueError(f"there is no method {name!r}; there are {', '.join(known)}")

@@ -1,0 +1,35 @@
+"""How far two correct implementations may differ: derived from the precision and the problem, never chosen.
+
+A correct step computes ``A^{-p} G`` from a statistic ``A`` that carries relative errors of some unit roundoffs ``u``.
+To first order an eigenvalue ``w`` of ``A`` is off by ``u ||A||``, which changes ``w^{-p}`` by the relative amount
+``p u ||A|| / w``: at the smallest eigenvalue ``p u kappa``, for the condition number ``kappa`` of ``A``. What that
+does to the result depends on ``G``:
+
+* fresh, when ``G`` is part of ``A`` (``||A^{-1/2} G|| <= 1``): normwise ``C u kappa^(p + 1/2)``;
+* stale or bare, when it is not: ``C u kappa`` relative to ``||A^{-p}|| ||G||``;
+* elementwise methods have ``kappa = 1``: ``C u``.
+
+``benchmarks/tolerance.py`` measures ``C``; *Tolerance* in the documentation has its result. Comparisons are normwise,
+without an absolute part: the one addition is the rounding of the parameter that the step is subtracted from.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24}
+CONSTANT = 16.0
+"""C above."""
+
+
+def relative(dtype: str, kappa: float = 1.0, exponent: float = 0.0, stale: bool = False) -> float:
+    """Largest relative normwise error of a direction: condition number, total exponent p, and whether it is stale."""
+    if dtype not in UNIT_ROUNDOFF:
+        raise ValueError(f"dtype must be one of {', '.join(UNIT_ROUNDOFF)}, got {dtype!r}")
+    return CONSTANT * UNIT_ROUNDOFF[dtype] * max(kappa, 1.0) ** (1.0 if stale else exponent + 0.5)
+
+
+def of_update(relative_tolerance: float, dtype: str, before: np.ndarray, after: np.ndarray) -> float:
+    """Largest norm of the error of ``before - after``: the direction's, and the rounding of both parameters."""
+    rounding = UNIT_ROUNDOFF[dtype] * (np.linalg.norm(before) + np.linalg.norm(after))
+    return float(relative_tolerance * np.linalg.norm(before - after) + 2 * rounding)

@@ -1,0 +1,112 @@
+"""Subjects for the tests of the conformance kit: the named variants, ways to break the contract, the adapters."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+import precond_ref
+from precond_ref.conformance import variants
+from precond_ref.conformance.subjects import Unsupported
+
+
+class Variant:
+    """A method with named deviations, from `precond_ref.conformance.variants`."""
+
+    def __init__(self, flags: Iterable[str] = ()):
+        self.flags = frozenset(flags)
+
+    def init(self, config, params):
+        self.config, self.method = config, config.method
+        self.first, self.grads = [p.copy() for p in params], []
+
+    def step(self, grads):
+        self.grads.append([g.copy() for g in grads])
+        decay = 0.0 if hasattr(self.method, "weight_decay") else self.config["weight_decay"]
+        out = []
+        for i, param in enumerate(self.first):
+            history = np.stack([g[i] for g in self.grads])
+            trace = variants.run(self.method, param, history, lr=self.config["lr"], decay=decay, flags=self.flags)
+            self.trace = trace
+            out.append(trace.params[-1].astype(param.dtype))
+        return out
+
+    def save(self):
+        return list(self.grads)
+
+    def load(self, saved):
+        self.grads = saved
+
+
+class Broken(Variant):
+    """A right implementation that breaks the contract in one way."""
+
+    def __init__(self, fault: str):
+        super().__init__()
+        self.fault, self.runs = fault, 0
+
+    def init(self, config, params):
+        super().init(config, params)
+        self.runs += 1
+
+    def step(self, grads):
+        out = super().step(grads)
+        if self.fault == "changes the gradient":
+            grads[0] *= 2
+        elif self.fault == "returns float32":
+            out = [p.astype(np.float32) for p in out]
+        elif self.fault == "not repeatable":
+            out = [p + 1e-6 * self.runs for p in out]
+        elif self.fault == "parameters share a norm" and len(out) > 1:
+            out = [p * np.linalg.norm(grads[0]) / np.linalg.norm(grads) for p in out]
+        elif self.fault == "NaN spreads" and any(np.isnan(g).any() for g in grads):
+            out = [p * np.nan for p in out]
+        return out
+
+    def load(self, saved):
+        super().load(saved[1:] if self.fault == "forgets on loading" else saved)
+
+
+def factory(constructor: str) -> Callable[..., Any]:
+    """The constructor of that name."""
+    return operator.attrgetter(constructor)(precond_ref)
+
+
+def torch_target(constructor: str) -> Callable[..., Any]:
+    """Makes the PyTorch adapter's optimizer."""
+    from precond_ref_torch import Optimizer
+
+    def make(params, lr, weight_decay, **config):
+        method = _made(constructor, config, weight_decay)
+        if not all(method.takes(tuple(p.shape)) for p in params):
+            raise Unsupported("the adapter's routing gives this shape to another method")
+        return Optimizer(params, method, lr=lr, weight_decay=weight_decay)
+
+    return make
+
+
+def optax_target(constructor: str) -> Callable[..., Any]:
+    """Makes the optax adapter's transformation: the method, then decay and learning rate by optax."""
+    import optax
+
+    from precond_ref_jax import scale_by
+
+    def make(lr, weight_decay, **config):
+        method = _made(constructor, config, weight_decay)
+        decay = 0.0 if hasattr(method, "weight_decay") else weight_decay
+        return optax.chain(
+            scale_by(method, takes=lambda path, x: True), optax.add_decayed_weights(decay), optax.scale(-lr)
+        )
+
+    return make
+
+
+def _made(constructor, config, weight_decay):
+    make = factory(constructor)
+    import inspect
+
+    own = {"weight_decay": weight_decay} if "weight_decay" in inspect.signature(make).parameters else {}
+    return make(**config, **own)

@@ -1,0 +1,578 @@
+"""The conformance kit: right implementations pass, every planted mistake is caught and named, so are bad manners."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conformance_subjects import Broken, Variant, optax_target, torch_target
+from typer.testing import CliRunner
+
+from precond_ref import cli
+from precond_ref.conformance import check, runner, subjects, tolerance, variants, vectors, wrap
+from precond_ref.conformance.subjects import Reference, Unsupported
+
+TRACES = vectors.cases(kind="trace")
+CONSTRUCTORS = list(dict.fromkeys(case.constructor for case in TRACES))
+FIRST = {c: next(case for case in TRACES if case.constructor == c) for c in CONSTRUCTORS}
+ROOT = Path(__file__).parents[1]
+
+
+def failed(report: runner.Report) -> list[str]:
+    """Ids of what failed or raised."""
+    return [f"{r.id}: {r.message or r.gap}" for r in report.results if r.status in ("failed", "error")]
+
+
+# ---- no false alarms ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("numpy", "float64"), ("numpy", "float32"), ("strict", "float64"), ("torch", "float32")]
+)
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_the_reference_passes_everything(constructor: str, name: str, dtype: str) -> None:
+    report = check(Reference(name, dtype), constructor, level=2, dtype=dtype)
+    assert failed(report) == []
+    assert report.ok
+    assert report.ran == sum(case.constructor == constructor for case in TRACES)
+    assert not [r.id for r in report.results if r.status == "skipped" and "stacks" not in r.message]
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_the_reference_passes_everything_on_jax(constructor: str, dtype: str) -> None:
+    assert failed(check(Reference("jax", dtype), constructor, level=2, dtype=dtype)) == []
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_the_torch_adapter_passes(constructor: str, dtype: str) -> None:
+    report = check(wrap(torch_target(constructor), dtype=dtype), constructor, dtype=dtype)
+    assert failed(report) == []
+    assert report.ok
+
+
+@pytest.mark.parametrize(
+    ("constructor", "dtype"),
+    [pytest.param(c, d, marks=() if (c, d) == ("SGD", "float32") else pytest.mark.deep)
+     for c in CONSTRUCTORS for d in ("float64", "float32")],
+)  # fmt: skip
+def test_the_optax_adapter_passes(constructor: str, dtype: str) -> None:
+    report = check(wrap(optax_target(constructor), dtype=dtype), constructor, dtype=dtype)
+    assert failed(report) == []
+    assert report.ok
+
+
+# ---- planted mistakes -----------------------------------------------------------------------------------------------
+
+
+DECAY = {"decay-coupled", "decay-without-lr", "decay-after", "decay-ignored"}
+SHOULD = {  # mistakes that only a case of tier "should" shows
+    "Adam": {"float32-correction"},
+    "AGD": {"zero-nan"},
+    "ASGO": {"newton-schulz"},
+    "SAdaGrad": DECAY,
+    "SShampoo": DECAY,
+    "SShampoo.practical": {"identity-outside", "eps-everywhere", "kappa-unscaled", "long-axes-preconditioned"},
+}
+
+
+def plant(constructor: str, flags: list[str]) -> None:
+    """Each of the mistakes is caught by a must-case (or is one of `SHOULD`), and named, alone."""
+    uncaught, misnamed = [], []
+    for flag in flags:
+        report = check(Variant({flag}), constructor)
+        tiers = {r.tier for r in report.failures if r.gap}
+        if ("should" if flag in SHOULD.get(constructor, ()) else "must") not in tiers:
+            uncaught.append(flag)
+        diagnosis = report.diagnosis
+        if diagnosis is None or [m.flags for m in diagnosis.matches] != [(flag,)]:
+            misnamed.append(flag)
+    assert uncaught == []
+    assert misnamed == []
+
+
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_a_mistake_is_caught_and_named(constructor: str) -> None:
+    effective = sorted(variants.effective(runner.cases(constructor)))
+    plant(constructor, random.Random(0).sample(effective, 2))
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_every_single_mistake_is_caught_and_named(constructor: str) -> None:
+    plant(constructor, sorted(variants.effective(runner.cases(constructor))))
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_pairs_of_mistakes_are_named(constructor: str) -> None:
+    """A sample; ``benchmarks/diagnose.py`` measures all of them."""
+    effective = variants.effective(runner.cases(constructor))
+    pairs = [pair for pair in variants.choices(variants.of(FIRST[constructor].make()), 2) if pair <= effective]
+    for flags in random.Random(1).sample(pairs, 2):
+        diagnosis = check(Variant(flags), constructor).diagnosis
+        assert diagnosis is not None
+        assert [set(m.flags) for m in diagnosis.matches] == [set(flags)]
+
+
+def test_three_mistakes_are_found_one_after_the_other() -> None:
+    flags = {"eps-outside", "always-right", "rms-max"}
+    diagnosis = check(Variant(flags), "ASGO").diagnosis
+    assert diagnosis is not None
+    assert [set(m.flags) for m in diagnosis.matches] == [flags]
+
+
+def test_the_shampoo_of_torch_optimizer_is_named() -> None:
+    """Its two mistakes, from the outside: exponent -1/order, and statistics of what is already preconditioned."""
+
+    def step(param, grad, state, *, lr, eps):
+        state = [np.eye(d) * eps for d in param.shape] if state is None else state
+        u = grad
+        for axis, d in enumerate(param.shape):
+            u = np.moveaxis(u, axis, 0)
+            shape = u.shape
+            u = u.reshape(d, -1)
+            state[axis] = state[axis] + u @ u.T
+            w, q = np.linalg.eigh(state[axis])
+            u = np.moveaxis(((q * w ** (-1 / param.ndim)) @ q.T @ u).reshape(shape), 0, axis)
+        return param - lr * u, state
+
+    report = check(wrap(step), "Shampoo")
+    assert not report.ok
+    assert report.diagnosis is not None
+    assert {"exponent-inverse-order", "statistic-of-preconditioned"} <= set(report.diagnosis.matches[0].flags)
+    assert "exponent -1/k" in report.diagnosis.lines()[0]
+
+
+# ---- diagnosis without a match --------------------------------------------------------------------------------------
+
+
+def adam(scale: Callable[[int], float] = lambda t: 1.0, cast: Any = np.float64) -> Callable[..., Any]:
+    """Adam with its steps multiplied by ``scale(t)`` and its average cast."""
+
+    def step(param, grad, state, *, lr, beta1, beta2, eps):
+        t, m, v = (0, 0 * grad, 0 * grad) if state is None else (state["t"], state["mean"], state["v"])
+        m, v, t = beta1 * m + (1 - beta1) * grad, beta2 * v + (1 - beta2) * grad**2, t + 1
+        v = np.asarray(v, cast).astype(v.dtype)
+        root = np.sqrt(v / (1 - beta2**t)) + eps
+        direction = m / (1 - beta1**t) / np.where(root == 0, 1, root)
+        return param - lr * scale(t) * direction, {"t": t, "mean": m, "v": v}
+
+    return step
+
+
+def text(target: Any, method: str = "Adam", **options: Any) -> str:
+    """The diagnosis in words."""
+    diagnosis = check(wrap(target), method, **options).diagnosis
+    assert diagnosis is not None
+    return "\n".join(diagnosis.lines())
+
+
+def test_without_a_match_the_hints_say_what_is_seen() -> None:
+    assert check(wrap(adam()), "Adam").ok
+    said = text(adam(lambda t: 1.375))
+    assert "First to depart: update at step 1 of Adam/" in said
+    assert "Every step has the right direction and 1.375 times the right length." in said
+    assert "a scalar is wrong" in text(adam(lambda t: 1 + t / 8))
+    assert "something is computed in single precision" in text(adam(cast=np.float32))
+
+
+def test_a_state_that_departs_is_the_first_departure() -> None:
+    subject = wrap(adam(lambda t: 1.375), names={"state.m": "mean"})
+    assert check(wrap(adam(), names={"state.m": "mean"}), "Adam", level=1).notes == [
+        "a NaN in the gradient comes out as NaN"
+    ]
+
+    class Wrong(type(subject)):  # type: ignore[misc]
+        def state(self) -> list[dict[str, np.ndarray]]:
+            return [{**s, "v": 2 * s["v"]} for s in super().state()]
+
+    report = check(Wrong(adam(), names={"state.m": "mean"}), "Adam", level=1)
+    assert {r.gap.quantity for r in report.failures if r.gap} == {"state.v"}
+    assert check(Wrong(adam()), "Adam").ok  # level 0 does not look at states
+    notes = check(wrap(adam()), "Adam", level=1).notes
+    assert "the subject shows none of this name: m (it shows mean, v; --map state.OURS=THEIRS)" in notes[0]
+
+
+# ---- contract -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "caught"),
+    [
+        ("changes the gradient", "gradient-untouched"),
+        ("returns float32", "dtype"),
+        ("not repeatable", "repeatable"),
+        ("parameters share a norm", "independent"),
+        ("NaN spreads", "nonfinite"),
+        ("forgets on loading", "resume"),
+    ],
+)
+def test_bad_manners_are_caught(fault: str, caught: str) -> None:
+    results = {r.id: r.status for r in check(Broken(fault), "Adam").results if r.id.startswith("contract/")}
+    assert results[f"contract/{caught}"] == "failed"
+    assert {r.id for r in check(Broken(""), "Adam").results if r.bad} == set()
+
+
+# ---- subjects -------------------------------------------------------------------------------------------------------
+
+
+class Ten:
+    """The protocol in ten lines: SGD."""
+
+    def init(self, config, params):
+        if config["momentum"]:
+            raise NotImplementedError("no momentum")
+        self.rate, self.decay, self.params = config["lr"], config["weight_decay"], params
+
+    def step(self, grads):
+        pairs = zip(self.params, grads, strict=True)
+        self.params = [(1 - self.rate * self.decay) * p - self.rate * g for p, g in pairs]
+        return self.params
+
+
+def test_the_protocol_takes_ten_lines() -> None:
+    report = check(wrap(Ten), "sgd")
+    assert report.ok
+    assert report.ran < len(runner.cases("SGD"))
+    assert {r.message for r in report.results if r.status == "skipped" and "/reject-" not in r.id} >= {"no momentum"}
+    assert report.method == "SGD"
+
+
+def test_torch_optimizers_and_factories() -> None:
+    import torch
+
+    report = check(wrap(torch.optim.Adam), "Adam")  # betas are found; its decay is coupled, and 0/0 is NaN
+    assert {r.id for r in report.failures} == {"Adam/decay", "Adam/no-eps"}
+    diagnosis = report.diagnosis
+    assert diagnosis is not None
+    assert diagnosis.nearest is not None
+    assert diagnosis.nearest.flags == ("decay-coupled",)
+    assert diagnosis.nearest.unexplained == ("Adam/no-eps",)
+
+    def make(params, lr, beta1, beta2, eps, weight_decay):
+        return torch.optim.AdamW(params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+
+    report = check(wrap(make, names={"state.m": "exp_avg", "state.v": "exp_avg_sq"}), "Adam", level=1)
+    assert {r.id for r in report.failures} == {"Adam/no-eps"}
+    assert not any("states not compared" in note for note in report.notes)
+    with pytest.raises(ValueError, match="has no argument 'epsilon', which eps is mapped to"):
+        subjects.arguments(make, runner.config_of(FIRST["Adam"]), {"eps": "epsilon"})
+
+
+def test_optax_transformations() -> None:
+    import optax
+
+    report = check(wrap(optax.adam, names={"beta1": "b1", "beta2": "b2", "state.m": "mu"}), "Adam", level=1)
+    assert {r.id for r in report.failures} == {"Adam/no-eps"}  # 0/0
+    assert "the subject shows none of this name: v (it shows" in report.notes[0]
+    message = check(wrap(lambda **config: 3), "SGD").results[0].message
+    assert "must return an optax transformation (with init and update), got int" in message
+
+
+def test_a_command_is_asked_in_json_lines() -> None:
+    command = subjects.Command([sys.executable, str(ROOT / "examples" / "check_command.py")])
+    try:
+        report = check(command, "SGD", level=1)
+    finally:
+        command.close()
+    assert report.ok
+    assert not any("states not compared" in note for note in report.notes)
+    assert [r.message for r in report.results if r.id == "SGD/decay"] == ["weight decay"]
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("print('hello', flush=True); input()", "which is not JSON"),
+        ("raise SystemExit(3)", "ended with exit code 3 instead of answering 'init'"),
+        ("""input(); print('{"error": "lr"}', flush=True); input()""", "^lr$"),
+    ],
+)
+def test_a_command_that_answers_badly(program: str, message: str) -> None:
+    command = subjects.Command([sys.executable, "-c", program])
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        command.init(runner.config_of(FIRST["SGD"]), [np.ones(2)])
+    command.close()
+
+
+def test_hyperparameters_reach_the_target_under_its_names() -> None:
+    config = runner.config_of(next(c for c in runner.cases("ASGO") if c.id == "ASGO/forced-left"))
+
+    def make(learning_rate, betas=(0.9, 0.99), epsilon=0.0, side="", rms=None):
+        """Nothing."""
+
+    given = subjects.arguments(make, config, {"eps": "epsilon"})
+    assert given["betas"] == (config["beta1"], config["beta2"])
+    assert given["learning_rate"] == config["lr"]
+    assert given["epsilon"] == config["eps"]
+    assert given["side"] == "left"
+    assert "root" not in given  # at its default, and make does not have it
+    with pytest.raises(Unsupported, match="has no argument for side='left'"):
+        subjects.arguments(lambda lr, beta1, beta2, eps, rms: None, config, {})
+
+
+def test_targets_that_are_nothing_known() -> None:
+    with pytest.raises(TypeError, match="a class, a function or an object with init and step, got 3"):
+        wrap(3)
+    with pytest.raises(ValueError, match="TARGET must be module:attribute"):
+        subjects.load_target("module")
+    with pytest.raises(ValueError, match="there is no module 'no_such_module'"):
+        subjects.load_target("no_such_module:f")
+    with pytest.raises(ValueError, match="json has no 'nothing'; it has .*dumps"):
+        subjects.load_target("json:nothing")
+    with pytest.raises(ValueError, match="backend must be one of numpy, .*, got 'mxnet'"):
+        Reference("mxnet")
+    with pytest.raises(ValueError, match="there is no method 'asgd'; there are .*ASGO.theory"):
+        check(Ten(), "asgd")
+    with pytest.raises(ValueError, match="dtype must be one of float64, float32, got 'float16'"):
+        check(Ten(), "sgd", dtype="float16")
+    with pytest.raises(ValueError, match="level must be 0, 1 or 2, got 3"):
+        check(Ten(), "sgd", level=3)
+
+
+def test_a_step_of_another_shape_is_an_error() -> None:
+    class Flat(Ten):
+        def step(self, grads):
+            return [p.ravel() for p in super().step(grads)]
+
+    messages = [r.message for r in check(Flat(), "SGD").results if r.status == "error"]
+    assert any("step must return parameters of shapes [(3, 2)], got [(6,)]" in m for m in messages) or messages
+
+
+# ---- tolerance ------------------------------------------------------------------------------------------------------
+
+
+def test_tolerances_follow_from_precision_and_conditioning() -> None:
+    u = tolerance.UNIT_ROUNDOFF
+    assert u == {name: float(np.finfo(name).eps / 2) for name in u}
+    assert tolerance.relative("float64") == tolerance.CONSTANT * u["float64"]
+    assert tolerance.relative("float32", 100.0, 0.5) == 100 * tolerance.relative("float32")
+    assert tolerance.relative("float32", 16.0, 0.25) == 8 * tolerance.relative("float32")
+    assert tolerance.relative("float32", 100.0, 0.25, stale=True) == 100 * tolerance.relative("float32")
+
+
+def test_a_gap_is_measured_normwise() -> None:
+    found = runner.gap(3, "update", np.array([3.0, 4.5]), np.array([3.0, 4.0]), 0.25)
+    assert (found.error, found.tolerance, found.ratio) == (0.1, 0.05, 2.0)
+    assert found.norm_ratio == np.hypot(3, 4.5) / 5
+    assert runner.gap(1, "update", np.array([np.nan]), np.array([1.0]), 1.0).ratio == np.inf
+    assert runner.gap(1, "update", np.zeros(2), np.zeros(2), 0.0).ratio == 0
+    with pytest.raises(ValueError, match=r"update must have shape \(1,\), got \(2,\)"):
+        runner.gap(1, "update", np.zeros(2), np.zeros(1), 0.0)
+
+
+# ---- command --------------------------------------------------------------------------------------------------------
+
+
+MINE = """
+import torch
+
+class Right(torch.optim.Optimizer):
+    def __init__(self, params, lr, momentum=0.0, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                b = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                b.mul_(group["momentum"]).add_(p.grad, alpha=self.weight)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * b)
+
+    weight = 1.0
+
+class Wrong(Right):
+    @property
+    def weight(self):
+        return 1 - self.param_groups[0]["momentum"]
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs ``precond-ref check ...`` in a folder with the module above."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(textwrap.dedent(MINE), encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return lambda *arguments: CliRunner().invoke(cli.application(), ["check", *map(str, arguments)])
+
+
+def test_check_says_ok(run: Any) -> None:
+    result = run("mine:Right", "--method", "sgd")
+    assert result.exit_code == 0, result.output
+    assert "OK: mine:Right is SGD in the" in result.output
+    assert "skipped (1): Right has no argument for nesterov" in result.output
+
+
+def test_check_says_what_is_wrong(run: Any) -> None:
+    result = run(
+        "mine:Wrong", "--method", "SGD", "--json", "out.json", "--level", "1", "--map", "state.buffer=velocity"
+    )
+    assert result.exit_code == 1
+    row = next(line.split() for line in result.output.splitlines() if line.startswith("failed  SGD/momentum"))
+    assert row[2:4] == ["1", "state.buffer"]
+    assert row[-2:] == ["1.000000", "0.250000"]  # cosine, norm ratio: 1 - momentum
+    assert "It is SGD with an average, momentum b + (1 - momentum) g, instead of the heavy ball" in result.output
+    assert "WRONG: " in result.output
+    report = json.loads(Path("out.json").read_text(encoding="utf-8"))
+    assert report["ok"] is False
+    assert "SGD/momentum" in report["failures"]
+    assert report["diagnosis"]["matches"][0]["flags"] == ["momentum-ema"]
+
+
+def test_expected_failures(run: Any) -> None:
+    names = json.loads(
+        (run("mine:Wrong", "--method", "SGD", "--json", "out.json"), Path("out.json").read_text(encoding="utf-8"))[1]
+    )["failures"]
+    Path("xfails.txt").write_text("# known\n" + "\n".join(names) + "\n", encoding="utf-8")
+    assert run("mine:Wrong", "--method", "SGD", "--xfails", "xfails.txt").exit_code == 0
+    result = run("mine:Right", "--method", "SGD", "--xfails", "xfails.txt")
+    assert result.exit_code == 1
+    assert "expected to fail, but passed: SGD/momentum" in result.output
+    Path("xfails.txt").write_text("SGD/no-such  # gone\n", encoding="utf-8")
+    result = run("mine:Right", "--method", "SGD", "--xfails", "xfails.txt")
+    assert result.exit_code == 1
+    assert "there is no such case or check: SGD/no-such" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mine:Right"], "--method NAME must say"),
+        (["--method", "SGD"], "give either TARGET"),
+        (["mine:Right", "--method", "sdg"], "there is no method 'sdg'"),
+        (["mine:Nope", "--method", "SGD"], "mine has no 'Nope'; it has Right, Wrong"),
+        (["mine.py:Right", "--method", "SGD"], "(without the .py)"),
+        (["mine:Right", "--method", "SGD", "--map", "lr"], "--map takes OURS=THEIRS, such as eps=epsilon, got 'lr'"),
+        (["mine:Right", "--method", "SGD", "--dtype", "half"], "dtype must be one of"),
+        (["mine:Right", "--method", "SGD", "--level", "5"], "level must be 0, 1 or 2"),
+        (["mine:Right", "--method", "SGD", "--json", "no/out.json"], "there is no folder no"),
+        (["mine:Right", "--method", "SGD", "--xfails", "none.txt"], "No such file"),
+    ],
+)
+def test_a_command_that_cannot_run_says_why(run: Any, arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_nothing_that_runs_is_not_ok(run: Any) -> None:
+    result = run("mine:Right", "--method", "ASGO")
+    assert result.exit_code == 1
+    assert "NOT CHECKED: no case ran to its end" in result.output
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
+def console(page: str) -> list[tuple[list[str], list[str]]]:
+    """Commands of a page's console blocks, and the lines they are said to print."""
+    blocks = re.findall(r"^```console\n\$ precond-ref (.*?)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    return [(command.split(), said.splitlines()) for command, said in blocks]
+
+
+def same(said: str, printed: str) -> bool:
+    """Equal words; numbers to 2 %, those of the size of rounding to a factor of 10."""
+
+    def number(word: str) -> float | None:
+        try:
+            return float(word.strip(".,:"))
+        except ValueError:
+            return None
+
+    words = said.split(), printed.split()
+    return len(words[0]) == len(words[1]) and all(
+        a == b or ((x := number(a)) is not None and (y := number(b)) is not None
+                   and (0.1 < x / y < 10 if max(x, y) < 1e-10 else math.isclose(x, y, rel_tol=0.02)))
+        for a, b in zip(*words, strict=True)
+    )  # fmt: skip
+
+
+def test_the_pages_print_what_the_command_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    page = (ROOT / "docs" / "check.md").read_text(encoding="utf-8")
+    for name, code in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(code, encoding="utf-8")
+
+    def printed(arguments: list[str]) -> list[str]:
+        for name in ("my_asgo", "recipes"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        return CliRunner().invoke(cli.application(), arguments).output.splitlines()
+
+    (wrong, said), (right, said_then) = console(page)
+    lines = printed(wrong)
+    assert [a for a, b in itertools.zip_longest(said, lines, fillvalue="") if not same(a, b)] == []
+    readme = console((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert [command for command, _ in readme] == [wrong]
+    assert all(line == "..." or any(same(line, real) for real in lines) for line in readme[0][1])
+    source = (tmp_path / "my_asgo.py").read_text(encoding="utf-8")
+    mistake, correction = '1 / (w.clamp(min=0).sqrt() + group["eps"])', '(w.clamp(min=0) + group["eps"]) ** -0.5'
+    assert mistake in source
+    (tmp_path / "my_asgo.py").write_text(source.replace(mistake, correction) + "\n\n", encoding="utf-8")
+    lines = printed(right)
+    assert [a for a, b in itertools.zip_longest(said_then, lines, fillvalue="") if not same(a, b)] == []
+    assert printed(["check", "recipes:make", "--method", "ASGO"])[-1].startswith("OK: ")
+    options = ["--level", "1", "--map", "state.gram=precond", "--map", "state.m=mean", "--dtype", "float32"]
+    last = printed(["check", "my_asgo:MyASGO", "--method", "ASGO", *options])
+    assert last[-1].startswith("OK: ")
+    assert not any("states not compared" in line for line in last)
+
+
+def test_the_comparison_of_pages_sees_a_difference() -> None:
+    assert same("to 1e-14.", "to 8e-15.")
+    assert not same("9.0e-02  1.8e-14", "9.9e-02  1.8e-14")
+    assert not same("13 failed", "12 failed")
+    assert console("```console\n$ precond-ref a --b\nx\ny\n```\n") == [(["a", "--b"], ["x", "y"])]
+
+
+# ---- pytest ---------------------------------------------------------------------------------------------------------
+
+
+def pytest_on(folder: Path, *arguments: str) -> tuple[int, str]:
+    """``pytest --pyargs precond_ref.conformance ...`` in a folder, as a user would."""
+    (folder / "mine.py").write_text(textwrap.dedent(MINE), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "precond_ref.conformance.plugin", "-p", "no:xdist", "-q"]
+    command += ["--pyargs", "precond_ref.conformance", *arguments]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_pytest_door(tmp_path: Path) -> None:
+    code, output = pytest_on(tmp_path, "--precond-target", "mine:Wrong", "--precond-method", "sgd")
+    assert code == 1
+    assert re.search(r"FAILED .*test_subject\[SGD/momentum\]", output)
+    assert "It is SGD with an average, momentum b + (1 - momentum) g, instead of the heavy ball" in output
+    failures = re.findall(r"FAILED .*test_subject\[(.*?)\]", output)
+    (tmp_path / "known.txt").write_text("\n".join(failures), encoding="utf-8")
+    options = ["--precond-target", "mine:Wrong", "--precond-method", "SGD", "--precond-xfails", "known.txt"]
+    code, output = pytest_on(tmp_path, *options)
+    assert code == 0, output
+    assert f"{len(failures)} xfailed" in output
+
+
+def test_the_pytest_door_says_what_it_needs(tmp_path: Path) -> None:
+    code, output = pytest_on(tmp_path, "--precond-target", "mine:Right")
+    assert code != 0
+    assert "give --precond-method, and one of --precond-target and --precond-command" in output
