@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -22,7 +23,7 @@ from conformance_subjects import Broken, Variant, optax_target, torch_target
 from typer.testing import CliRunner
 
 from precond_ref import cli
-from precond_ref.conformance import check, runner, subjects, tolerance, variants, vectors, wrap
+from precond_ref.conformance import check, commands, runner, subjects, tolerance, variants, vectors, wrap
 from precond_ref.conformance.subjects import Reference, Unsupported
 
 TRACES = vectors.cases(kind="trace")
@@ -471,6 +472,18 @@ def test_a_command_that_cannot_run_says_why(run: Any, arguments: list[str], mess
     result = run(*arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_examples_of_the_help_are_understood(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(subject: Any, method: str, **options: Any) -> None:
+        raise ValueError(f"would check {method}")
+
+    monkeypatch.setattr(subjects, "load_target", lambda target: Ten)
+    monkeypatch.setattr(runner, "check", seen)
+    examples = re.findall(r"^  precond-ref (check .*)$", commands.CHECK_EXAMPLES, re.M)
+    for example in examples:
+        assert "would check " in run(*shlex.split(example)[1:]).output, example
+    assert len(examples) >= 5
 
 
 def test_nothing_that_runs_is_not_ok(run: Any) -> None:
