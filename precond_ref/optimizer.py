@@ -61,9 +61,9 @@ class Optimizer:
         weight_decay: decoupled decay, a number, or a callable ``(path, array) -> number``. ValueError beside a method
             with a ``weight_decay`` of its own that is not zero.
         route: ``(path, array) -> Method``, instead of the rule above. Paths join keys by "/".
-        on_nonfinite: what a step does when some gradient is not finite. "propagate": nothing, NaN comes out (no
-            synchronisation); "skip": parameters, states and counters stay as they are (eager: one synchronisation);
-            "raise": ValueError naming the parameters, eager only.
+        on_nonfinite: what a step does when some gradient or statistic is not finite. "propagate": nothing, NaN comes
+            out (no synchronisation); "skip": parameters, states and counters stay as they are (eager: one
+            synchronisation); "raise": ValueError naming the parameters, eager only.
         block_size: matrices and tensors are cut into blocks of at most this size on every axis, each a parameter of
             its own to a method that is not elementwise. This changes the method.
         fuse: update parameters of one shape as one stack, and elementwise methods on one flat buffer. Changes speed
@@ -145,7 +145,10 @@ class Optimizer:
             )
         finite = True
         if self.on_nonfinite != "propagate" and gradients:
-            finite = all_finite(xp, *gradients.values())
+            arrays = [
+                a for s in given for value in s.values() for a in (value if isinstance(value, tuple) else (value,))
+            ]
+            finite = all_finite(xp, *gradients.values(), *arrays)
             if not is_traced(finite):
                 finite = bool(finite)
             elif self.on_nonfinite == "raise":
@@ -154,7 +157,8 @@ class Optimizer:
                 if self.on_nonfinite == "skip":
                     return params, state
                 bad = [path for path, g in gradients.items() if not bool(xp.all(xp.isfinite(g)))]
-                raise ValueError(f"gradients must be finite (on_nonfinite='raise'), not so: {', '.join(bad)}")
+                where = ", ".join(bad) or "the statistics"
+                raise ValueError(f"gradients and statistics must be finite (on_nonfinite='raise'), not so: {where}")
 
         lr = _rate(self.lr(state.step)) if callable(self.lr) else self.lr
         new_leaves: dict[str, Any] = {}

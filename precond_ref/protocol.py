@@ -227,6 +227,8 @@ def check_bool(method: Any, field: str) -> None:
 def check_choice(method: Any, field: str, choices: tuple[str, ...]) -> None:
     """Refuse a field that is not one of the strings."""
     value = getattr(method, field)
+    if not isinstance(value, str):
+        raise TypeError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     if value not in choices:
         raise ValueError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 

@@ -240,6 +240,33 @@ def test_diagnose_runs_and_says_whether_all_is_finite(backend: Backend, config: 
         assert finite.tolist() == (False if config.method.elementwise else [True, False])
 
 
+def planted_nan(state: Any, at: int) -> Any:
+    """``state`` with NaN in the second stack member of array number ``at``."""
+    count = iter(range(1000))
+
+    def change(value: Any) -> Any:
+        if isinstance(value, tuple):
+            parts = [change(part) for part in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if hasattr(value, "shape") and next(count) == at:
+            value = value.copy()
+            value[1, ...] = np.nan
+        return value
+
+    return change(state._replace(step=None))._replace(step=state.step)
+
+
+@ids
+def test_finite_covers_every_array_of_the_state(config: Config) -> None:
+    param, grads = np.ones((2, *config.shape)), gradients((2, *config.shape), 1)[0]
+    _, state = config.method.update(grads, config.method.init(param, stack_ndim=1), param)
+    for at in range(len(leaves(state._replace(step=None)))):
+        with numpy_noise():
+            finite = config.method.diagnose(planted_nan(state, at)).finite
+        if finite is not None:
+            assert finite.tolist() == (False if config.method.elementwise else [True, False]), at
+
+
 # ---- refusals: state unchanged, message says what and what was got --------------------------------------------------
 
 

@@ -648,18 +648,18 @@ MUTANTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
         lambda lib: check_recorded(EVERY, lib),
     ),
     "directions of a stack in the wrong order": (
-        "directions = list(direction) if",
-        "directions = list(direction)[::-1] if",
+        "in zip(direction if stacked",
+        "in zip(direction[::-1] if stacked",
         lambda lib: check_recorded(EVERY, lib),
     ),
     "states of a stack in the wrong order": (
-        "for i in range(len(triples))]",
-        "for i in reversed(range(len(triples)))]",
+        "for i in range(len(rows))]",
+        "for i in reversed(range(len(rows)))]",
         lambda lib: check_recorded(EVERY, lib),
     ),
     "the state of the step before": (
-        "column[member.at] = value",
-        "column[member.at] = column[member.at]",
+        "column[member.at[0]] = value",
+        "column[member.at[0]] = column[member.at[0]]",
         lambda lib: check_recorded(EVERY, lib),
     ),
     "the sign flips twice": (
@@ -683,8 +683,8 @@ MUTANTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
         lambda lib: check_training(CASES["asgo"], lib),
     ),
     "the other transformation forgets": (
-        "ScaleByState(count, statistics, new_fallback)",
-        "ScaleByState(count, statistics, state.fallback)",
+        "ScaleByState(count, new_statistics, new_fallback)",
+        "ScaleByState(count, new_statistics, state.fallback)",
         lambda lib: check_training(CASES["asgo"], lib),
     ),
     "extra arguments are refused": (
@@ -703,8 +703,8 @@ MUTANTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
         lambda lib: check_dtypes(CASES["agd"], lib),
     ),
     "dtypes in one stack": (
-        "member.grad.shape, member.param.dtype, shapes",
-        "member.grad.shape, shapes",
+        "tuple((g.shape, p.dtype) for g, p",
+        "tuple((g.shape,) for g, p",
         check_mixed,
     ),
     "array hyperparameters promote": (
@@ -713,8 +713,8 @@ MUTANTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
         check_mixed,
     ),
     "the gradient for the parameter": (
-        "g, p = _real(method, grad), _real(method, param)",
-        "g, p = _real(method, grad), _real(method, grad)",
+        "[_real(method, param) for param in params]",
+        "[_real(method, grad) for grad in grads]",
         check_decay_inside,
     ),
     "statistics pass for parameters": (

@@ -815,6 +815,7 @@ def updated(statistic: Any = None, method: Any = FC, **more: Any) -> Any:
 
 REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "kind": (lambda: pr.MBF(kind="lstm"), ValueError, "kind must be one of 'fc', 'conv', 'diagonal', got 'lstm'"),
+    "kind as an array": (lambda: pr.MBF(kind=np.asarray("fc")), TypeError, "kind must be one of .* got array"),
     "layout": (lambda: pr.MBF(layout="rows"), ValueError, "layout must be one of 'per_output', .* got 'rows'"),
     "average": (lambda: pr.MBF(average=1), TypeError, "average must be True or False, got 1"),
     "damping": (lambda: pr.MBF(damping=-1e-3), ValueError, "damping must be finite and >= 0, got -0.001"),
@@ -1007,3 +1008,21 @@ def test_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch, name: str, check
     module = planted(monkeypatch, BUGS[name])
     with pytest.raises(AssertionError):
         CHECKS[check](module)
+
+
+@pytest.mark.parametrize("method", [pr.MBF(), pr.MBF(average=False, layout="per_input")])
+def test_blocks_without_entries_are_diagnosed(method: pr.MBF) -> None:
+    report = method.diagnose(method.init(np.zeros((3, 0) if method.average else (0, 3))))
+    assert report.eigenvalues.shape[-1] == 0
+    assert np.all(report.condition == 1.0)
+    assert np.all(report.finite)
+
+
+def test_blocks_are_the_statistics_of_samples_and_factors() -> None:
+    method = pr.MBF(average=False)
+    inputs, signals = rng(1).standard_normal((5, 3)), rng(2).standard_normal((5, 4))
+    expected = np.einsum("no,ni,nj->oij", signals**2, inputs, inputs) / 5
+    samples = method.blocks(method.Samples(signals[:, :, None] * inputs[:, None, :]))
+    assert relative(samples.statistic, expected) <= 64 * U
+    assert relative(method.blocks(method.Factors(inputs, signals)).statistic, expected) <= 64 * U
+    assert method.blocks(samples) is samples

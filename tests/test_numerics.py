@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import mpmath
@@ -84,6 +85,45 @@ def test_quotient(backend: Backend) -> None:
     with np.errstate(divide="ignore"):
         got = backend.numpy(quotient(numerator, denominator, backend.xp))
     assert np.array_equal(got, [0.0, math.inf, -math.inf, 0.0, math.nan, 2.0, math.nan], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.eager
+def test_quotient_with_a_bound(backend: Backend, dtype: str) -> None:
+    """A bound that the dtype rounds to zero, or to a subnormal number, proves nothing."""
+    numerator, denominator = backend.asarray([0.0, 0.0, math.nan], dtype), backend.asarray([0.0, 2.0, 2.0], dtype)
+    least = float(np.finfo(dtype).smallest_normal)
+    for bound in (0.0, least / 2, least / 2**60, np.asarray(1.0)):
+        got = backend.numpy(quotient(numerator, denominator, backend.xp, bound=bound))
+        assert np.array_equal(got, [0.0, 0.0, math.nan], equal_nan=True)
+    got = backend.numpy(quotient(numerator[1:], denominator[1:], backend.xp, bound=least))
+    assert np.array_equal(got, [0.0, math.nan], equal_nan=True)
+    with np.errstate(invalid="ignore"):  # where the bound is believed, nothing is looked at
+        assert np.isnan(backend.numpy(quotient(numerator, denominator, backend.xp, bound=least))[0])
+
+
+def check_ema(average: Any, backend: Backend, decay: float) -> None:
+    for old, new in ((3.0, 0.0), (0.0, 5.0), (3.0, 5.0), (-3.0, 5.0)):
+        got = float(backend.numpy(average(*(backend.asarray([x], "float32") for x in (old, new)), decay))[0])
+        exact_value = Fraction(decay) * Fraction(old) + (1 - Fraction(decay)) * Fraction(new)
+        assert abs(Fraction(got) - exact_value) <= 4 * Fraction(U32) * (
+            Fraction(decay) * abs(Fraction(old)) + (1 - Fraction(decay)) * abs(Fraction(new))
+        )
+
+
+@pytest.mark.parametrize("decay", [0.0, 2.0**-30, 0.25, 0.5, 0.999, 1 - 2.0**-20])
+@pytest.mark.eager
+def test_ema_keeps_the_digits_of_its_decay(backend: Backend, decay: float) -> None:
+    """Also of 1 - decay, near 1: float32 numbers against exact arithmetic."""
+    check_ema(ema, backend, decay)
+
+
+def test_the_check_catches_a_decay_rounded_before_it_is_taken_from_one() -> None:
+    backend = make_backend("torch")
+    with pytest.raises(AssertionError):
+        check_ema(lambda old, new, decay: new.lerp(old, decay), backend, 0.999)
+    with pytest.raises(AssertionError):
+        check_ema(lambda old, new, decay: old.lerp(new, 1 - decay), backend, 2.0**-30)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1.0, 1e30])

@@ -500,3 +500,15 @@ def test_a_state_without_momentum_is_refused(cls: Any) -> None:
     g = np.ones(3)
     with pytest.raises(ValueError, match="the state was made with momentum=0, got momentum=0.5"):
         cls(momentum=0.5).update(g, cls().init(g), g)
+
+
+def test_statistics_that_are_not_finite() -> None:
+    params, grads = {"w": np.ones((3, 2))}, {"w": gradients((3, 2), 1)[0]}
+    for bad in (pr.MBF.Samples(np.full((4, 3, 2), np.nan)), pr.MBF.Blocks(np.full((2, 2), np.inf))):
+        skip = pr.Optimizer(pr.MBF(), on_nonfinite="skip")
+        state = skip.init(params)
+        same, after = skip.step(params, grads, state, statistics={"w": bad})
+        assert same is params
+        assert after is state
+        with pytest.raises(ValueError, match="not so: the statistics"):
+            pr.Optimizer(pr.MBF(), on_nonfinite="raise").step(params, grads, state, statistics={"w": bad})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,6 @@ from configs import CONFIGS, LOUD, Config
 from torch._dynamo.utils import counters
 from torch_adapter_cases import ONE_EACH, by_core, distance, feed, forced, parameters, recorded
 
-import precond_ref as pr
 import precond_ref_torch as pt
 from precond_ref_torch import buckets
 
@@ -65,17 +63,20 @@ def test_all_compiled_updates(name: str) -> None:
     check_compiled(CONFIGS[name], "aot_eager")
 
 
-def _numbers_in_graph(self: Any, grad: Any, param: Any, step: int, scalars: Any, backend: Any, kernels: Any) -> Any:
+def _numbers_in_graph(
+    self: Any, grad: Any, param: Any, step: int, scalars: Any, given: Any, backend: Any, kernels: Any
+) -> Any:
     """The mistake of handing the step's scalars over as Python numbers."""
     kernel = kernels.setdefault(self.kernel_key, buckets._kernel(self.method, backend))
     state = buckets.states.fill(self.template, iter(self.arrays), 0)
-    return kernel(grad, state, param, scalars, buckets.states.due(self.method, step))
+    return kernel(grad, state, param, scalars, buckets.states.due(self.method, step), given)
 
 
 @pytest.mark.parametrize("name", ["AGD-default", "Adam-default"])
 def test_check_catches_numbers_in_the_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets.Bucket, "_compiled", _numbers_in_graph)
-    with pytest.raises(AssertionError, match="compiled again|assert [23] == 1"):
+    # either graph after graph, or none: Dynamo refuses a bound of clip that changes from call to call
+    with pytest.raises((AssertionError, torch._dynamo.exc.Unsupported), match="compiled again|assert [23] == 1|isnan"):
         check_compiled(CONFIGS[name])
 
 
@@ -123,33 +124,3 @@ def test_low_precision_and_checkpoints() -> None:
     assert other.param_groups[0]["compile"] == BACKEND
     assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
     assert {v.dtype for k, v in opt.state[params[0]].items() if k != "step"} == {torch.float32}
-
-
-@pytest.mark.deep
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-def test_speed_of_agd_against_adamw() -> None:
-    """100 matrices of 64 x 64 on one thread: prints the ratios to `torch.optim.AdamW(foreach=True)`."""
-
-    def matrices() -> list[Any]:
-        params = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(100)]
-        for p in params:
-            p.grad = torch.randn(64, 64)
-        return params
-
-    def seconds(opt: Any) -> float:
-        best = float("inf")
-        for _ in range(20):
-            start = time.process_time()
-            for _ in range(5):
-                opt.step()
-            best = min(best, time.process_time() - start)
-        return best
-
-    adamw = torch.optim.AdamW(matrices(), lr=1e-4, weight_decay=0.0, foreach=True)
-    eager, compiled = pt.AGD(matrices(), lr=1e-4), pt.AGD(matrices(), lr=1e-4, compile=True)
-    for opt in (adamw, eager, compiled):
-        opt.step()
-    base = seconds(adamw)
-    ratios = {"eager": seconds(eager) / base, "compiled": seconds(compiled) / base}
-    print(f"\nAGD / AdamW foreach, torch {torch.__version__}, precond_ref {pr.__version__}: {ratios}")
-    assert ratios["compiled"] < 1

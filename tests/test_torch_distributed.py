@@ -68,8 +68,16 @@ def test_fsdp_updates_whole_matrices(world: int, name: str) -> None:
 def test_other_layouts_and_missing_gradients(world: int) -> None:
     assert max(seen["replicated"] for seen in run(world)) <= 1e-12
     assert max(seen["mixed"] for seen in run(world)) <= 1e-12
+    assert max(seen["joined"] for seen in run(world)) <= 1e-12
     assert max(seen["columns"] for seen in run(world)) <= 1e-12
     assert max(seen["skipping"] for seen in run(world)) <= 1e-12
+
+
+@worlds
+def test_ddp_statistics_of_all_samples(world: int) -> None:
+    exchanged, alone = zip(*(seen["per sample"] for seen in run(world)), strict=True)
+    assert max(exchanged) <= 1e-12
+    assert min(alone) > 1e-3  # the planted mistake
 
 
 @worlds

@@ -122,14 +122,14 @@ def test_core_refuses(case):
 
 
 PLANTED = [
-    (agd, "s = m * k.inverse_c1 - state.m * k.previous_inverse_c1", "s = m - state.m", "AGD/plain"),
-    (agd, "floor = self.delta * k.sqrt_c2", "floor = self.delta", "AGD/switch"),
+    (agd, "(grad - k.previous_inverse_c1 * state.m)", "(grad - state.m)", "AGD/plain"),
+    (agd, "min=self.delta * k.sqrt_c2)", "min=self.delta)", "AGD/switch"),
     (agd, "xp.maximum(state.b_max, b)", "b", "AGD/amsgrad"),
     (agd, "(k.sqrt_c2 * k.inverse_c1) * u", "k.sqrt_c2 * u", "AGD/first-step"),
     (
         agd,
-        "quotient(m, xp.where(root < floor, floor, root), xp)",
-        "m / xp.where(root < floor, floor, root)",
+        "quotient(m, xp.clip(root, min=self.delta * k.sqrt_c2), xp, bound=least)",
+        "m / xp.clip(root, min=self.delta * k.sqrt_c2)",
         "AGD/zero-delta",
     ),
     (asgo, "roots.power(gram, -0.5, self.eps, xp=xp)", "roots.power(gram, -0.25, self.eps, xp=xp)", "ASGO/left"),
@@ -140,7 +140,7 @@ PLANTED = [
     (asgo, "inverse_shifted_sqrt(gram, self.eps, xp=xp)", "inverse_shifted_sqrt(state.gram, self.eps)", "ASGO/theory"),
     (asgo, "xp.sum(grad * grad, axis=-2)", "xp.mean(grad * grad, axis=-2)", "DASGO/columns"),
     (baselines, "grad + self.momentum * buffer if self.nesterov", "buffer if self.nesterov", "SGD/nesterov"),
-    (baselines, "k.inverse_sqrt_c2 + self.eps, xp)", "k.inverse_sqrt_c2 + 1.1 * self.eps, xp)", "Adam/plain"),
+    (baselines, "k.inverse_sqrt_c2 + self.eps, xp, b", "k.inverse_sqrt_c2 + 1.1 * self.eps, xp, b", "Adam/plain"),
     (baselines, "-0.5 / order", "-0.25", "Shampoo/order-3"),
     (baselines, "gram * k.correction", "gram", "Shampoo/bias-correction"),
     (baselines, "math.sqrt(max(param.shape[-2:]))", "math.sqrt(param.shape[-2])", "Muon/wide"),

@@ -323,67 +323,67 @@ class UnequalStepsStacked(BASE):
 
 
 class GroupRateIgnored(BASE):
-    def _update(self) -> None:
+    def _update(self, statistics: Any) -> None:
         kept = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             group["lr"] = self.defaults["lr"]
-        super()._update()
+        super()._update(statistics)
         for group, lr in zip(self.param_groups, kept, strict=True):
             group["lr"] = lr
 
 
 class MissingGradientIsZero(BASE):
-    def _update(self) -> None:
+    def _update(self, statistics: Any) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        super()._update()
+        super()._update(statistics)
 
 
 class ChecksTooLate(BASE):
-    def _update(self) -> None:
+    def _update(self, statistics: Any) -> None:
         for group in self.param_groups:
             groups, self.param_groups = self.param_groups, [group]
             try:
-                super()._update()
+                super()._update(statistics)
             finally:
                 self.param_groups = groups
 
 
-def _decay_after(group: Any, bucket: Any, directions: Any) -> None:
+def _decay_after(group: Any, bucket: Any, params: Any, directions: Any) -> None:
     lr, decay = group["lr"], group["weight_decay"]
-    torch._foreach_add_(bucket.values(), directions, alpha=-lr)
-    torch._foreach_mul_(bucket.values(), 1 - lr * decay)
+    torch._foreach_add_(params, directions, alpha=-lr)
+    torch._foreach_mul_(params, 1 - lr * decay)
 
 
-def _decay_without_rate(group: Any, bucket: Any, directions: Any) -> None:
-    torch._foreach_mul_(bucket.values(), 1 - group["weight_decay"])
-    torch._foreach_add_(bucket.values(), directions, alpha=-group["lr"])
+def _decay_without_rate(group: Any, bucket: Any, params: Any, directions: Any) -> None:
+    torch._foreach_mul_(params, 1 - group["weight_decay"])
+    torch._foreach_add_(params, directions, alpha=-group["lr"])
 
 
-def _decay_twice(group: Any, bucket: Any, directions: Any) -> None:
-    torch._foreach_mul_(bucket.values(), 1 - group["lr"] * group["weight_decay"])
-    torch._foreach_add_(bucket.values(), directions, alpha=-group["lr"])
+def _decay_twice(group: Any, bucket: Any, params: Any, directions: Any) -> None:
+    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+    torch._foreach_add_(params, directions, alpha=-group["lr"])
 
 
-def _rounds_twice(group: Any, bucket: Any, directions: Any) -> None:
-    torch._foreach_mul_(bucket.values(), 1 - group["lr"] * group["weight_decay"])
-    for p, d in zip(bucket.values(), directions, strict=True):
+def _rounds_twice(group: Any, bucket: Any, params: Any, directions: Any) -> None:
+    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+    for p, d in zip(params, directions, strict=True):
         p.sub_((group["lr"] * d).to(p.dtype))
 
 
 def _negates_in_place(original: Any) -> Any:
-    def directions(self: Any, grads: Any, params: Any, step: Any, scalars: Any, options: Any, kernels: Any) -> Any:
+    def directions(self: Any, grads: Any, params: Any, step: Any, scalars: Any, options: Any, *rest: Any) -> Any:
         if options["maximize"]:
             torch._foreach_neg_(grads)
-        return original(self, grads, params, step, scalars, {**options, "maximize": False}, kernels)
+        return original(self, grads, params, step, scalars, {**options, "maximize": False}, *rest)
 
     return directions
 
 
 def _old_scalars(original: Any) -> Any:
-    def directions(self: Any, grads: Any, params: Any, step: Any, scalars: Any, options: Any, kernels: Any) -> Any:
-        return original(self, grads, params, step, self.method.scalars(max(step, 1)), options, kernels)
+    def directions(self: Any, grads: Any, params: Any, step: Any, scalars: Any, *rest: Any) -> Any:
+        return original(self, grads, params, step, self.method.scalars(max(step, 1)), *rest)
 
     return directions
 

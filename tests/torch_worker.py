@@ -123,6 +123,51 @@ def mixed_distance(mesh: Any) -> float:
     return distance([params[0], *(p.full_tensor() for p in params[1:])], single_updates(method, grads, start))
 
 
+def joined_distance() -> float:
+    """FSDP2 with the weight and bias of each Linear joined: whole matrices, from the single process."""
+    method = ONE_EACH["MBF"].method
+    model, single = copies()
+    fully_shard(model)
+    params = list(model.parameters())
+    start = [p.detach().clone() for p in single.parameters()]
+    _, grads = recorded([tuple(p.shape) for p in start], STEPS)
+    opt = pt.Optimizer(pt.param_groups_for(model, method="MBF"), method, lr=0.125, weight_decay=0.25)
+    for row in grads:
+        for p, g in zip(params, sharded_grads(params, row), strict=True):
+            p.grad = g
+        opt.step()
+    values = {name: p.detach() for name, p in single.named_parameters()}
+    join = tuple((f"{i}.weight", f"{i}.bias") for i in (0, 2, 4))
+    core = pr.Optimizer(method, lr=0.125, weight_decay=0.25, join=join)
+    state = core.init(values)
+    for row in grads:
+        values, state = core.step(values, dict(zip(values, row, strict=True)), state)
+    return distance([p.full_tensor() for p in params], list(values.values()))
+
+
+def per_sample_distance(rank: int, world: int) -> tuple[float, float]:
+    """MBF on every sample's gradient under DDP, from one process with all samples; the same without the exchange."""
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.randn(STEPS, 2 * world, 5, generator=generator, dtype=torch.float64)
+    distances = []
+    for group in (dist.group.WORLD, None):
+        model, single = copies()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for net, run, samples in (
+            (model, wrapped, batches[:, 2 * rank : 2 * rank + 2]),
+            (single, single, batches),
+        ):
+            method = ONE_EACH["MBF"].method
+            opt = pt.Optimizer(pt.param_groups_for(net, method="MBF"), method, lr=0.125)
+            with pt.PerSampleStatistics(net, opt, process_group=group if net is model else None) as statistics:
+                for x in samples:
+                    opt.zero_grad()
+                    run(x).square().mean().backward()
+                    opt.step(statistics=statistics.take())
+        distances.append(distance(list(model.parameters()), list(single.parameters())))
+    return distances[0], distances[1]
+
+
 def work_done(mesh: Any) -> dict[str, Any]:
     """Sizes of the matrices this rank updated, and what it keeps of each parameter."""
     method = ONE_EACH["ASGO"].method
@@ -230,6 +275,8 @@ def main(rank: int, world: int, folder: Path) -> None:
         "columns": sharded_columns_distance(mesh),
         "replicated": replicated_distance(world),
         "mixed": mixed_distance(mesh),
+        "joined": joined_distance(),
+        "per sample": per_sample_distance(rank, world),
         "work": work_done(mesh),
         "resumed": {name: resumed(name) for name in ("AGD", "ASGO", "Shampoo")},
         "foreign": foreign_load_message(rank, mesh),

@@ -14,7 +14,7 @@ from typing import Any
 
 from precond_ref.protocol import Method, list_methods
 
-OPTIONS = ("takes", "fallback", "dtype")
+OPTIONS = ("takes", "fallback", "dtype", "join", "join_axis")
 """Keyword arguments of every function, besides the method's own; `scale_by` says what they do."""
 
 

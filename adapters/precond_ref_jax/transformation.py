@@ -42,6 +42,8 @@ def scale_by(
     takes: Callable[[str, Array], bool] | None = None,
     fallback: optax.GradientTransformation | None = None,
     dtype: Any = None,
+    join: Any = None,
+    join_axis: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of ``method`` in place of the gradient; ``optax.scale_by_learning_rate`` makes a step of it.
 
@@ -51,7 +53,13 @@ def scale_by(
         fallback: transformation of the other parameters; the default is `precond_ref.Adam`.
         dtype: of statistics and arithmetic; the default is the parameter's, but float32 at least (unless the method
             has ``narrow_state=True``). Updates always come out in the parameter's dtype.
+        join: pairs of paths (weight, bias), each one parameter to ``method``, called like the weight, whose place in
+            the state holds the state of both.
+        join_axis: 1 (the default): weights are (O, I) and the bias (O,) is the last column; 0: they are (I, O), as the
+            kernels of flax, and it is the last row.
 
+    ``update(..., statistics=)`` gives methods what the core's ``update`` takes as ``statistic``, by path (the weight's,
+    for a pair); ``update(..., batch_size=)`` is the value of this field of every method that has it.
     ``update`` needs ``params`` if the method decays weights itself. Parameters of one shape are stacked for the update.
     Errors: ValueError or TypeError, with the path, for arrays that the method refuses or that do not fit together.
     """
@@ -63,6 +71,10 @@ def scale_by(
         raise TypeError(f"fallback must be an optax.GradientTransformation or None, got {fallback!r}")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a real floating dtype or None, got {dtype!r}")
+    if join_axis not in (None, 0, 1):
+        raise ValueError(f"join_axis must be 0 or 1, got {join_axis!r}")
+    axis = 1 if join_axis is None else join_axis
+    pairs = _pairs(join)
     fields = method.state_type._fields[1:]
     if fallback is None and not (method.elementwise and takes is None):
         fallback = scale_by(Adam(), dtype=dtype)
@@ -75,25 +87,46 @@ def scale_by(
             return default
         return (default or method) if takes(path, leaf) else None
 
-    def is_other(path: Any, leaf: Any) -> bool:
-        return route(_name(path), leaf) is None
+    def plan(tree: Tree) -> tuple[list[str], list[Any], Any, list[_Unit]]:
+        """Paths, leaves and structure of ``tree``, and what ``method`` takes of it."""
+        names, leaves, treedef = _flatten(tree)
+        at = {name: index for index, name in enumerate(names)}
+        masked = _masked(tree)
+        units, second = [], set()
+        for weight, bias in pairs.items():
+            missing = [name for name in (weight, bias) if name not in at and name not in masked]
+            if leaves and (missing or (weight in at) != (bias in at)):
+                raise ValueError(f"join names {' and '.join(missing) or bias}, which the tree does not have")
+            if weight not in at or (leaves[at[weight]] is None and leaves[at[bias]] is None):
+                continue
+            with _named(weight):
+                shape = _joined_shape(leaves[at[weight]], leaves[at[bias]], axis)
+                chosen = route(weight, jax.ShapeDtypeStruct(shape, leaves[at[weight]].dtype))
+            if chosen is not None:
+                units.append(_Unit(chosen, weight, (at[weight], at[bias])))
+                second |= {at[weight], at[bias]}
+        for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+            chosen = None if index in second else route(name, leaf)
+            if chosen is not None:
+                units.append(_Unit(chosen, name, (index,)))
+        return names, leaves, treedef, sorted(units, key=lambda unit: unit.at)
 
-    others = fallback and optax.masked(
-        fallback, lambda tree: jax.tree_util.tree_map_with_path(is_other, tree, is_leaf=_is_none)
-    )
+    def others_of(tree: Tree) -> Tree:
+        _, leaves, treedef, units = plan(tree)
+        taken = {index for unit in units for index in unit.at}
+        return treedef.unflatten([index not in taken for index in range(len(leaves))])
+
+    others = fallback and optax.masked(fallback, others_of)
 
     def init(params: Tree) -> ScaleByState:
-        names, leaves, treedef = _flatten(params)
-        states = []
-        for name, leaf in zip(names, leaves, strict=True):
-            chosen = route(name, leaf)
-            if chosen is None:
-                states.append(dict.fromkeys(fields, None if leaf is None else optax.MaskedNode()))
-                continue
+        _, leaves, treedef, units = plan(params)
+        blank = [None if leaf is None else optax.MaskedNode() for leaf in leaves]
+        states: list[dict[str, Any]] = [dict.fromkeys(fields, value) for value in blank]
+        for chosen, name, at in units:
             with _named(name):
-                p = _real(chosen, leaf)
-                state = chosen.init(p.astype(_dtype(chosen, p.dtype, dtype)))._replace(step=None)
-            states.append(state._asdict())
+                parts = [_real(chosen, leaves[index]) for index in at]
+                p = _joined([part.astype(_dtype(chosen, parts[0].dtype, dtype)) for part in parts], axis)
+                states[at[0]] = chosen.init(p)._replace(step=None)._asdict()
         if leaves:
             trees = {field: treedef.unflatten([state[field] for state in states]) for field in fields}
         else:  # also what optax.tree.map_params asks, to learn where copies of the parameters are
@@ -109,30 +142,46 @@ def scale_by(
             raise ValueError(NO_PARAMS_MSG)
         if not isinstance(state, ScaleByState) or not isinstance(state.statistics, method.state_type):
             raise TypeError(f"state must be what init of {type(method).__name__} returned, got {type(state).__name__}")
-        names, grads, treedef = _flatten(updates)
+        statistics = dict(extra_args.get("statistics") or {})
+        names, grads, treedef, units = plan(updates)
         values = grads if params is None else _up_to("params", treedef, params)
         columns = [_up_to(f"state.statistics.{f}", treedef, getattr(state.statistics, f)) for f in fields if grads]
         groups: dict[Any, tuple[Method, list[_Member]]] = {}
-        for i, (name, g, p) in enumerate(zip(names, grads, values, strict=True)):
-            chosen = route(name, g)
-            if chosen is not None:
-                old = method.state_type(None, *(column[i] for column in columns))
-                member = _member(chosen, i, name, g, p, old)
-                groups.setdefault(_label(chosen, member), (chosen, []))[1].append(member)
+        masked = _masked(updates)
+        unknown = statistics.keys() - ({*names, *masked} - {names[i] for unit in units for i in unit.at[1:]})
+        if unknown:
+            raise ValueError(
+                f"statistics names {', '.join(sorted(unknown))}: no parameter, or one joined to its weight"
+            )
+        sized: dict[Any, Method] = {}
+        for chosen, name, at in units:
+            if extra_args.get("batch_size") is not None and hasattr(chosen, "batch_size"):
+                key = _identity(chosen)
+                sized[key] = sized.get(key) or chosen.replace(batch_size=extra_args["batch_size"])
+                chosen = sized[key]
+            old = method.state_type(None, *(column[at[0]] for column in columns))
+            member = _member(
+                chosen, at, name, [grads[i] for i in at], [values[i] for i in at], old, statistics.pop(name, None)
+            )
+            groups.setdefault(_label(chosen, member), (chosen, []))[1].append(member)
+        if statistics.keys() - masked and not others:
+            raise ValueError(f"statistics names {', '.join(sorted(statistics))}, which the method does not take")
 
         outputs, new_fallback = list(grads), None
         if others:
-            transformed, new_fallback = others.update(updates, state.fallback, params, **extra_args)
+            rest = {**extra_args, "statistics": statistics} if "statistics" in extra_args else extra_args
+            transformed, new_fallback = others.update(updates, state.fallback, params, **rest)
             outputs = treedef.flatten_up_to(transformed)
         scalars: dict[Any, Any] = {}  # computed once, whatever the number of parameters
         for chosen, members in groups.values():
-            for member, direction, new in _run(chosen, members, state.count, dtype, scalars):
-                outputs[member.at] = direction
+            for member, directions, new in _run(chosen, members, state.count, dtype, axis, scalars):
+                for index, direction in zip(member.at, directions, strict=True):
+                    outputs[index] = direction
                 for column, value in zip(columns, new[1:], strict=True):
-                    column[member.at] = value
-        statistics = method.state_type(None, *map(treedef.unflatten, columns)) if grads else state.statistics
+                    column[member.at[0]] = value
+        new_statistics = method.state_type(None, *map(treedef.unflatten, columns)) if grads else state.statistics
         count = optax.safe_increment(state.count)
-        return treedef.unflatten(outputs), ScaleByState(count, statistics, new_fallback)
+        return treedef.unflatten(outputs), ScaleByState(count, new_statistics, new_fallback)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -140,37 +189,52 @@ def scale_by(
 # ---- groups of parameters -------------------------------------------------------------------------------------------
 
 
-class _Member(NamedTuple):
-    """One parameter of an update."""
+class _Unit(NamedTuple):
+    """What a method sees as one parameter: its path, and where its arrays are (weight and bias of a pair)."""
 
-    at: int
+    method: Method
     name: str
-    grad: Array
-    param: Array
+    at: tuple[int, ...]
+
+
+class _Member(NamedTuple):
+    """A unit of an update; ``grads`` and ``params`` have an array for each of ``at``."""
+
+    at: tuple[int, ...]
+    name: str
+    grads: list[Array]
+    params: list[Array]
     state: Any
+    statistic: Any
 
 
-def _member(method: Method, at: int, name: str, grad: Any, param: Any, state: Any) -> _Member:
+def _member(
+    method: Method, at: tuple[int, ...], name: str, grads: list[Any], params: list[Any], state: Any, statistic: Any
+) -> _Member:
     with _named(name):
-        g, p = _real(method, grad), _real(method, param)
-        if g.shape != p.shape:
-            raise ValueError(f"the update must have its parameter's shape {p.shape}, got {g.shape}")
-    return _Member(at, name, g, p, state)
+        gs, ps = [_real(method, grad) for grad in grads], [_real(method, param) for param in params]
+        for g, p in zip(gs, ps, strict=True):
+            if g.shape != p.shape:
+                raise ValueError(f"the update must have its parameter's shape {p.shape}, got {g.shape}")
+        if statistic is not None and "statistic" not in inspect.signature(method.update).parameters:
+            raise ValueError(f"statistics must not be given for {type(method).__name__}, which takes none")
+    return _Member(at, name, gs, ps, state, statistic)
 
 
 def _label(method: Method, member: _Member) -> Any:
     """What members of one stack have in common; elementwise methods gain nothing from stacking under ``jit``."""
     if method.elementwise:
         return member.at
-    shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(member.state))
-    return _identity(method), member.grad.shape, member.param.dtype, shapes
+    shapes = tuple(jnp.shape(x) for x in jax.tree.leaves((member.state, member.statistic)))
+    parts = tuple((g.shape, p.dtype) for g, p in zip(member.grads, member.params, strict=True))
+    return _identity(method), parts, jax.tree.structure(member.statistic), shapes
 
 
 def _run(
-    method: Method, members: list[_Member], count: Array, wanted: Any, scalars: dict[Any, Any]
-) -> Iterator[tuple[_Member, Array, Any]]:
-    """Each member with its direction, in its parameter's dtype, and its new state."""
-    dtype = _dtype(method, members[0].param.dtype, wanted)
+    method: Method, members: list[_Member], count: Array, wanted: Any, axis: int, scalars: dict[Any, Any]
+) -> Iterator[tuple[_Member, list[Array], Any]]:
+    """Each member with its directions, in its parameters' dtype, and its new state."""
+    dtype = _dtype(method, members[0].params[0].dtype, wanted)
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
     # In the arithmetic's dtype, so that they promote nothing.
     arrays = {name: jnp.asarray(value, dtype) for name, value in fields.items() if hasattr(value, "dtype")}
@@ -183,19 +247,30 @@ def _run(
         scalars[label] = bound(arrays).scalars(count + 1, like=jnp.zeros((), dtype))
 
     # All arrays are arguments: with Explicit axes nothing may be closed over.
-    def run(shared: Any, grads: Any, params: Any, states: Any) -> tuple[list[Array], list[Any]]:
+    def run(shared: Any, grads: Any, params: Any, states: Any, given: Any) -> tuple[list[list[Array]], list[Any]]:
         count, scalars, arrays = shared
-        triples = [(g.astype(dtype), p.astype(dtype), s) for g, p, s in zip(grads, params, states, strict=True)]
-        stacked = len(triples) > 1
-        g, p, state = jax.tree.map(lambda *xs: jnp.stack(xs), *triples) if stacked else triples[0]
-        direction, new = bound(arrays).update(g, state._replace(step=count), p, scalars=scalars, xp=jnp)
+        rows = [
+            (*(_joined([x.astype(dtype) for x in parts], axis) for parts in (g, p)), s)
+            for g, p, s in zip(grads, params, states, strict=True)
+        ]
+        stacked = len(rows) > 1
+        g, p, state = jax.tree.map(lambda *xs: jnp.stack(xs), *rows) if stacked else rows[0]
+        extra = {}
+        if given[0] is not None:
+            given = [jax.tree.map(lambda x: jnp.asarray(x, dtype), value) for value in given]
+            along = 0 if isinstance(given[0], tuple) else 1  # samples come before the stack
+            extra["statistic"] = jax.tree.map(lambda *xs: jnp.stack(xs, along), *given) if stacked else given[0]
+        direction, new = bound(arrays).update(g, state._replace(step=count), p, scalars=scalars, xp=jnp, **extra)
         new = new._replace(step=None)
-        news = [jax.tree.map(lambda x, i=i: x[i], new) for i in range(len(triples))] if stacked else [new]
-        directions = list(direction) if stacked else [direction]
-        return [d.astype(p.dtype) for d, p in zip(directions, params, strict=True)], news
+        news = [jax.tree.map(lambda x, i=i: x[i], new) for i in range(len(rows))] if stacked else [new]
+        directions = []
+        for whole, parts in zip(direction if stacked else [direction], params, strict=True):
+            pieces = _apart(whole, len(parts), axis)
+            directions.append([d.astype(p.dtype) for d, p in zip(pieces, parts, strict=True)])
+        return directions, news
 
-    _, _, grads, params, states = map(list, zip(*members, strict=True))
-    mesh = jax.typeof(params[0]).sharding.mesh
+    _, _, grads, params, states, given = map(list, zip(*members, strict=True))
+    mesh = jax.typeof(params[0][0]).sharding.mesh
     if AxisType.Explicit in mesh.axis_types:
         # The core's products and factorisations are not sharding-typed: here the compiler places them. What goes in as
         # a parameter or a state comes out placed alike, so that types do not change from step to step.
@@ -205,7 +280,7 @@ def _run(
 
         run = jax.sharding.auto_axes(run, out_sharding=jax.tree.map(place, (params, states)))
     with _named(*(member.name for member in members)):
-        directions, news = run((count, scalars[label], arrays), grads, params, states)
+        directions, news = run((count, scalars[label], arrays), grads, params, states, given)
     yield from zip(members, directions, news, strict=True)
 
 
@@ -289,6 +364,43 @@ def _flatten(tree: Tree) -> tuple[list[str], list[Any], Any]:
     """Paths, leaves (None counts as one) and structure."""
     found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
     return [_name(path) for path, _ in found], [leaf for _, leaf in found], treedef
+
+
+def _masked(tree: Tree) -> set[str]:
+    """Paths of what a mask left out of ``tree``."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    return {_name(path) for path, leaf in found if isinstance(leaf, optax.MaskedNode)}
+
+
+def _pairs(join: Any) -> dict[str, str]:
+    pairs = [tuple(pair) if isinstance(pair, (tuple, list)) else () for pair in join or ()]
+    names = [name for pair in pairs for name in pair]
+    if any(len(pair) != 2 for pair in pairs) or len(set(names)) != len(names):
+        raise ValueError(f"join must be pairs of paths (weight, bias), no path twice, got {join!r}")
+    return dict(pairs)
+
+
+def _joined_shape(weight: Any, bias: Any, axis: int) -> tuple[int, ...]:
+    """Shape of a pair as one parameter; ValueError if they do not fit."""
+    shapes = [() if x is None else np.shape(x) for x in (weight, bias)]
+    if len(shapes[0]) != 2 or shapes[1] != (shapes[0][1 - axis],):
+        kind = "(O, I)" if axis else "(I, O)"
+        raise ValueError(f"join needs a weight {kind} and a bias (O,), got {shapes[0]} and {shapes[1]}")
+    if weight.dtype != bias.dtype:
+        raise TypeError(f"join needs one dtype, got {weight.dtype} and {bias.dtype}")
+    return tuple(d + (i == axis) for i, d in enumerate(shapes[0]))
+
+
+def _joined(parts: list[Array], axis: int) -> Array:
+    """The arrays of a unit as one, the bias last along ``axis``."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate([parts[0], jnp.expand_dims(parts[1], axis)], axis)
+
+
+def _apart(array: Array, count: int, axis: int) -> list[Array]:
+    """Inverse of `_joined`."""
+    if count == 1:
+        return [array]
+    return [array[:, :-1], array[:, -1]] if axis else [array[:-1], array[-1]]
 
 
 def _up_to(what: str, treedef: Any, tree: Tree) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from precond_ref import list_methods
 
-__all__ = ["Optimizer", "param_groups_for", *list_methods()]
+__all__ = ["Optimizer", "PerSampleStatistics", "param_groups_for", *list_methods()]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,6 +16,10 @@ def __getattr__(name: str) -> Any:
         from precond_ref_torch.routing import param_groups_for
 
         return param_groups_for
+    if name == "PerSampleStatistics":
+        from precond_ref_torch.statistics import PerSampleStatistics
+
+        return PerSampleStatistics
     if name == "Optimizer" or name in list_methods():
         from precond_ref_torch import optimizer
 

@@ -19,6 +19,20 @@ XP = array_namespace(torch.empty(0))
 CHUNK_BYTES = 2**17
 """Flat buffers on a CPU go through the method in pieces whose temporaries stay in its cache."""
 Foreign = tuple[Any, Callable[[Tensor], Any], Callable[[Any], Tensor], Callable[[], Any]]
+EVERY = slice(None)
+Unit = tuple[Any, ...]
+"""What a method sees as one parameter: ``(parameter,)``, or ``(weight, bias)`` for a joined pair."""
+
+
+def shape_of(unit: Unit) -> tuple[int, ...]:
+    """Shape of a unit; a weight (O, I) and its bias (O,) are (O, I + 1)."""
+    shape = tuple(unit[0].shape)
+    return shape if len(unit) == 1 else (shape[0], shape[1] + 1)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The tensors of a unit as one, the bias as last column."""
+    return parts[0] if len(parts) == 1 else torch.cat([parts[0], parts[1][:, None]], 1)
 
 
 def cupy_engine(device: torch.device) -> Foreign:
@@ -59,18 +73,21 @@ def check_engine(engine: Any, compiled: Any, device: torch.device) -> None:
 
 
 class Bucket:
-    """Parameters of one method, dtype, device and step, with their joined states.
+    """Units of one method, dtype, device and step, with their states in common arrays.
 
-    ``entries`` (the optimizer's state of each parameter) hold views of the joined arrays, which are written in place.
+    ``entries`` (the optimizer's state of each unit's first parameter) hold views of these arrays, which are written in
+    place.
     ``flat``: an elementwise method on the concatenation of this rank's parts of the parameters; otherwise whole
     parameters of one shape, stacked if there are several, and with ``owner`` set updated by that rank alone.
     """
 
-    def __init__(self, method: Method, params: list[Any], entries: list[Any], flat: bool, owner: int | None) -> None:
-        self.method, self.params, self.entries, self.flat, self.owner = method, params, entries, flat, owner
+    def __init__(self, method: Method, units: list[Unit], entries: list[Any], flat: bool, owner: int | None) -> None:
+        self.method, self.units, self.entries, self.flat, self.owner = method, units, entries, flat, owner
+        self.params = params = [unit[0] for unit in units]
+        self.all_params = [param for unit in units for param in unit]
         self.mine = owner is None or sharding.owns(params[0], owner)
         parts = [sharding.local(p) if flat else p for p in params]
-        self.shapes = [tuple(part.shape) for part in parts]
+        self.shapes = [tuple(part.shape) for part in parts] if flat else [shape_of(unit) for unit in units]
         self.uniform = not flat or len(set(self.shapes)) == 1
         self.sharded = sharding.is_sharded(params[0])
         self.dtype = states.work_dtype(method, params[0].dtype)
@@ -94,6 +111,17 @@ class Bucket:
         ]
         for entry, views in zip(entries, self.views, strict=True):
             entry.update(views)
+        self.pieces = list(self._pieces()) if flat and self.device.type == "cpu" else []
+
+    def _pieces(self) -> Iterator[tuple[slice, slice]]:
+        """Neighbours that fit in a CPU's cache together: which units, and where they are in the flat arrays."""
+        size, first, start, end = max(CHUNK_BYTES // self.dtype.itemsize, 1), 0, 0, 0
+        for index, shape in enumerate(self.shapes):
+            if end + math.prod(shape) > start + size and index > first:
+                yield slice(first, index), slice(start, end)
+                first, start = index, end
+            end += math.prod(shape)
+        yield slice(first, len(self)), slice(start, end)
 
     def __len__(self) -> int:
         return len(self.params)
@@ -128,28 +156,40 @@ class Bucket:
             return whole.view(-1) if self.flat else whole
         return torch.cat([part.reshape(-1) for part in parts])
 
-    def _split(self, whole: Tensor) -> list[Tensor]:
+    def _split(self, whole: Tensor, members: slice = EVERY) -> list[Tensor]:
+        shapes = self.shapes[members]
         if not self.flat:
             return [whole] if len(self) == 1 else list(whole.unbind())
         if self.uniform:
-            return list(whole.view(len(self), *self.shapes[0]).unbind())
-        pieces = torch.split(whole, [math.prod(shape) for shape in self.shapes])
-        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+            return list(whole.view(len(shapes), *shapes[0]).unbind())
+        pieces = torch.split(whole, [math.prod(shape) for shape in shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
-    def values(self) -> list[Tensor]:
-        """The parameters as plain tensors: of DTensors this rank's parts."""
-        return [sharding.local(p) for p in self.params] if self.sharded else self.params
+    def values(self, members: slice = EVERY) -> list[Tensor]:
+        """The parameters of these units as plain tensors: of DTensors this rank's parts."""
+        if len(self.all_params) == len(self):
+            params = self.params[members]
+        else:
+            params = [param for unit in self.units[members] for param in unit]
+        return [sharding.local(p) for p in params] if self.sharded else params
+
+    def parts(self, directions: list[Tensor], members: slice = EVERY) -> list[Tensor]:
+        """What each of `values` gets of these units' ``directions``."""
+        if len(self.all_params) == len(self):
+            return directions
+        pairs = zip(self.units[members], directions, strict=True)
+        return [part for unit, d in pairs for part in ([d] if len(unit) == 1 else [d[:, :-1], d[:, -1]])]
 
     # ---- the update -------------------------------------------------------------------------------------------------
 
     def gather(self) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients, and parameters if the method reads them; a collective for a bucket with an owner."""
         reads = states.reads_param(self.method)
-        if not self.sharded:
+        if not self.sharded and len(self.all_params) == len(self):
             return [p.grad for p in self.params], self.params if reads else []
-        part = sharding.local if self.owner is None else sharding.whole
-        grads = [part(sharding.aligned_grad(p)) for p in self.params]
-        params = [part(p) for p in self.params] if reads else []
+        part: Any = sharding.local if self.owner is None else sharding.whole
+        grads = [joined([part(sharding.aligned_grad(p)) for p in unit]) for unit in self.units]
+        params = [joined([part(p) for p in unit]) for unit in self.units] if reads else []
         return (grads, params) if self.mine else ([], [])
 
     def directions(
@@ -160,44 +200,52 @@ class Bucket:
         scalars: Any,
         options: Mapping[str, Any],
         kernels: Any,
-    ) -> list[Tensor]:
-        """A direction for each member, in the dtype of the arithmetic; the states are renewed."""
-        grad = self._join(grads).detach().to(self.dtype)
-        if options["maximize"]:
-            grad = -grad
-        param = self._join(params).detach().to(self.dtype) if params else grad  # its values are not read then
-        if options["compile"]:
-            whole = self._compiled(grad, param, step, scalars, options["compile"], kernels)
-        elif options["engine"] == "cupy":
-            whole = self._foreign(grad, param, step, scalars, cupy_engine(self.device))
-        elif self.flat and self.device.type == "cpu":
+        statistic: Any = None,
+    ) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Directions of some units after the other, in the dtype of the arithmetic; their states are renewed."""
+        eager = not options["compile"] and options["engine"] == "torch"
+        given = {} if statistic is None else {"statistic": statistic}
+        cut = eager and not given and len(self.pieces) > 1
+        for members, span in self.pieces if cut else [(EVERY, EVERY)]:
+            grad = self._join(grads[members]).detach().to(self.dtype)
+            if options["maximize"]:
+                grad = -grad
+            # a method that does not read the parameter's values gets others
+            param = self._join(params[members]).detach().to(self.dtype) if params else grad
+            if options["compile"]:
+                whole = self._compiled(grad, param, step, scalars, given, options["compile"], kernels)
+            elif options["engine"] == "cupy":
+                whole = self._foreign(grad, param, step, scalars, given, cupy_engine(self.device))
+            else:
+                arrays = [array[span] for array in self.arrays] if cut else self.arrays
+                whole = self._eager(grad, param, step, scalars, given, arrays)
+            yield members, self._split(whole, members)
+        self.steps += 1
+
+    def _eager(self, grad: Tensor, param: Tensor, step: int, scalars: Any, given: Any, arrays: list[Tensor]) -> Tensor:
+        size = max(CHUNK_BYTES // self.dtype.itemsize, 1)
+        if self.flat and self.device.type == "cpu" and not given and grad.numel() > size:  # a single large unit
             whole = torch.empty_like(grad)
-            size = max(CHUNK_BYTES // self.dtype.itemsize, 1)
             for start in range(0, grad.numel(), size):
                 piece = slice(start, start + size)
-                arrays = [array[piece] for array in self.arrays]
-                whole[piece] = self._eager(grad[piece], param[piece], step, scalars, arrays)
-        else:
-            whole = self._eager(grad, param, step, scalars, self.arrays)
-        self.steps += 1
-        return self._split(whole)
-
-    def _eager(self, grad: Tensor, param: Tensor, step: int, scalars: Any, arrays: list[Tensor]) -> Tensor:
+                whole[piece] = self._eager(grad[piece], param[piece], step, scalars, given, [a[piece] for a in arrays])
+            return whole
         state = states.fill(self.template, iter(arrays), step)
-        direction, new = self.method.update(grad, state, param, scalars=scalars, xp=XP)
+        direction, new = self.method.update(grad, state, param, scalars=scalars, xp=XP, **given)
         _write(arrays, states.tensors(new))
         return direction
 
-    def _foreign(self, grad: Tensor, param: Tensor, step: int, scalars: Any, engine: Foreign) -> Tensor:
+    def _foreign(self, grad: Tensor, param: Tensor, step: int, scalars: Any, given: Any, engine: Foreign) -> Tensor:
         xp, enter, leave, context = engine
         with context():
             state = states.fill(self.template, (enter(array) for array in self.arrays), step)
-            direction, new = self.method.update(enter(grad), state, enter(param), scalars=scalars, xp=xp)
+            given = {name: _map(enter, value) for name, value in given.items()}
+            direction, new = self.method.update(enter(grad), state, enter(param), scalars=scalars, xp=xp, **given)
             _write(self.arrays, [leave(array) for array in states.tensors(new)])
             return leave(direction)
 
     def _compiled(
-        self, grad: Tensor, param: Tensor, step: int, scalars: Any, backend: bool | str, kernels: dict[Any, Any]
+        self, grad: Tensor, param: Tensor, step: int, scalars: Any, given: Any, backend: Any, kernels: dict[Any, Any]
     ) -> Tensor:
         key = (*self.kernel_key, backend)
         if key not in kernels:
@@ -205,8 +253,27 @@ class Bucket:
         if scalars:
             scalars = type(scalars)(*(torch.tensor(value, dtype=self.dtype) for value in scalars))
         state = states.fill(self.template, iter(self.arrays), 0)
-        direction: Tensor = kernels[key](grad, state, param, scalars, states.due(self.method, step))
+        direction: Tensor = kernels[key](grad, state, param, scalars, states.due(self.method, step), given)
         return direction
+
+    def statistic(self, given: Mapping[Any, Any]) -> Any:
+        """What the method's ``update`` gets as ``statistic``, joined like the gradients; None if there is none."""
+        found = [given[p] for p in self.params if p in given]
+        if not found:
+            return None
+        if len(found) < len(self) or len({type(value) for value in found}) > 1:
+            raise ValueError(
+                f"statistics must be of one type for all parameters of size {list(self.shapes[0])} that "
+                f"{type(self.method).__name__} updates together, or none: a parameter group of its own separates one"
+            )
+        if self.owner is not None or self.sharded:
+            raise ValueError("statistics of sharded parameters (DTensor) are not supported")
+        found = [_map(lambda a: a.detach().to(self.dtype), value) for value in found]
+        if len(found) == 1 and not self.flat:
+            return found[0]
+        if isinstance(found[0], tuple):
+            return type(found[0])(*(torch.stack(arrays) for arrays in zip(*found, strict=True)))
+        return torch.cat([a.flatten(1) for a in found], 1) if self.flat else torch.stack(found, 1)
 
     def exchange(self, directions: list[Tensor]) -> list[Tensor]:
         """Each rank's parts of the owner's ``directions`` (a collective)."""
@@ -216,7 +283,13 @@ class Bucket:
         if self.mine:
             torch.stack(directions, out=whole)
         sharding.broadcast(whole, self.params[0].device_mesh, int(self.owner or 0))
-        return [sharding.shard_of(d, p) for d, p in zip(whole.unbind(), self.params, strict=True)]
+        parts = self.parts(list(whole.unbind()))
+        return [sharding.shard_of(d.contiguous(), p) for d, p in zip(parts, self.all_params, strict=True)]
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """``function`` of an array, or of each array of a NamedTuple."""
+    return type(value)(*map(function, value)) if isinstance(value, tuple) else function(value)
 
 
 def _write(old: list[Tensor], new: list[Tensor]) -> None:
@@ -228,8 +301,8 @@ def _write(old: list[Tensor], new: list[Tensor]) -> None:
 def _kernel(method: Method, backend: bool | str) -> Callable[..., Any]:
     """One compiled update that writes the new state into the given one."""
 
-    def kernel(grad: Tensor, state: Any, param: Tensor, scalars: Any, refresh: Any) -> Tensor:
-        direction, new = method.update(grad, state, param, scalars=scalars, refresh=refresh, xp=XP)
+    def kernel(grad: Tensor, state: Any, param: Tensor, scalars: Any, refresh: Any, given: Any) -> Tensor:
+        direction, new = method.update(grad, state, param, scalars=scalars, refresh=refresh, xp=XP, **given)
         for old, fresh in zip(states.tensors(state), states.tensors(new), strict=True):
             old.copy_(fresh)
         return direction

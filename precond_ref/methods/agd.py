@@ -151,12 +151,12 @@ class AGD(Method):
         if (state.b_max is None) == self.amsgrad:
             raise ValueError(f"state must be made with amsgrad={self.amsgrad}, its b_max says otherwise")
         m = ema(state.m, grad, self.beta1)  # (m)
-        s = m * k.inverse_c1 - state.m * k.previous_inverse_c1  # (s)
+        s = ((1 - self.beta1) * k.inverse_c1) * (grad - k.previous_inverse_c1 * state.m)  # (s), without cancellation
         b = ema(state.b, s * s, self.beta2)  # (b)
         b_max = xp.maximum(state.b_max, b) if self.amsgrad else None
         root = xp.sqrt(b_max if self.amsgrad else b)
-        floor = self.delta * k.sqrt_c2
-        u = quotient(m, xp.where(root < floor, floor, root), xp)
+        least = self.delta * sqrt(1 - self.beta2)  # the floor below at t = 1, where it is lowest
+        u = quotient(m, xp.clip(root, min=self.delta * k.sqrt_c2), xp, bound=least)
         if self.clip is not None:
             u = xp.clip(u, -self.clip, self.clip)
         direction = (k.sqrt_c2 * k.inverse_c1) * u  # (x)
@@ -174,5 +174,5 @@ class AGD(Method):
             corrected_b=b * inverse_c2,
             is_sgd=is_sgd,
             sgd_share=xp.mean(xp.astype(is_sgd, state.m.dtype)),
-            finite=all_finite(xp, state.m, state.b),
+            finite=all_finite(xp, *(a for a in state[1:] if a is not None)),
         )

@@ -155,7 +155,7 @@ class AdaGrad(Method):
     ) -> tuple[Array, AdaGradState]:
         xp, _ = self._enter(grad, state, param, scalars, xp)
         total = state.total + grad * grad
-        direction = quotient(grad, xp.sqrt(total) + self.eps, xp)
+        direction = quotient(grad, xp.sqrt(total) + self.eps, xp, bound=self.eps)
         return direction, AdaGradState(step=state.step + 1, total=total)
 
     def diagnose(self, state: AdaGradState) -> ElementwiseReport:
@@ -285,7 +285,7 @@ class RMSProp(Method):
     ) -> tuple[Array, RMSPropState]:
         xp, _ = self._enter(grad, state, param, scalars, xp)
         v = ema(state.v, grad * grad, self.beta2)
-        direction = quotient(grad, xp.sqrt(v) + self.eps, xp)
+        direction = quotient(grad, xp.sqrt(v) + self.eps, xp, bound=self.eps)
         _check_buffer(state.buffer, self.momentum)
         if state.buffer is None:
             return direction, RMSPropState(step=state.step + 1, v=v, buffer=None)
@@ -366,7 +366,7 @@ class Adam(Method):
         xp, k = self._enter(grad, state, param, scalars, xp)
         m = ema(state.m, grad, self.beta1)  # m_t
         v = ema(state.v, grad * grad, self.beta2)  # v_t
-        direction = quotient(m * k.inverse_c1, xp.sqrt(v) * k.inverse_sqrt_c2 + self.eps, xp)
+        direction = quotient(m * k.inverse_c1, xp.sqrt(v) * k.inverse_sqrt_c2 + self.eps, xp, bound=self.eps)
         return direction, AdamState(step=state.step + 1, m=m, v=v)
 
     def diagnose(self, state: AdamState) -> ElementwiseReport:
@@ -481,7 +481,8 @@ class Shampoo(Method):
     def diagnose(self, state: ShampooState) -> GramReport:
         """Spectra of the statistics."""
         xp = self._check_param(state.grams[0], state.grams[0].ndim - 2)
-        finite = finite_members(xp, *state.grams, core_ndims=(2,) * len(state.grams))
+        matrices = (*state.grams, *(state.roots or ()))
+        finite = finite_members(xp, *matrices, core_ndims=(2,) * len(matrices))
         return GramReport(eigenvalues=tuple(roots.eigenvalues(g, xp=xp) for g in state.grams), finite=finite)
 
 

@@ -276,7 +276,10 @@ class IFShampoo(Method):
         xp = self._check_param(state.factors[0], state.factors[0].ndim - 2)
         wide = [xp.astype(k, state_dtype(xp, k, False), copy=False) for k in state.factors]
         inverses = tuple(k @ _t(k, xp) for k in wide)
-        finite = finite_members(xp, *state.factors, core_ndims=(2,) * len(state.factors))
+        matrices = (*state.factors, *(state.momenta or ()))
+        rest = () if state.buffer is None else (state.buffer,)
+        core_ndims = (*(2 for _ in matrices), *(b.ndim - state.factors[0].ndim + 2 for b in rest))
+        finite = finite_members(xp, *matrices, *rest, core_ndims=core_ndims)
         return IFShampooReport(
             inverses=inverses, eigenvalues=tuple(roots.eigenvalues(x, xp=xp) for x in inverses), finite=finite
         )

@@ -71,6 +71,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
+from array_api_compat import array_namespace
+
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import all_finite, eye_like, finite_members, zeros
 from precond_ref.numerics.ema import ema, one_minus_power, reciprocal, sqrt
@@ -258,6 +260,15 @@ class MBF(Method):
         count = max(other.shape[-2] * other.shape[-1], 1)
         return xp.matrix_transpose(kept) @ (weight * kept) / count
 
+    def blocks(self, statistic: MBFSamples | MBFFactors | MBFBlocks, *, xp: Namespace = None) -> MBFBlocks:
+        """``statistic`` made ready, as (F) has it in the place of g_b g_b^T; for ``fc`` and ``conv``."""
+        if isinstance(statistic, MBFBlocks):
+            return statistic
+        xp = xp or array_namespace(*statistic)
+        if isinstance(statistic, MBFFactors):
+            return MBFBlocks(self._mean_outer_of_factors(*statistic, xp))
+        return MBFBlocks(self._mean_outer(statistic.grads, xp))
+
     # ---- the method -------------------------------------------------------------------------------------------------
 
     def init(self, param: Array, *, stack_ndim: int = 0) -> MBFState:
@@ -316,12 +327,9 @@ class MBF(Method):
             return direction, MBFState(step=state.step + 1, m=n, statistic=v, inverse=None)
 
         def new_statistic() -> Array:
-            if isinstance(statistic, MBFBlocks):
-                return statistic.statistic
-            if isinstance(statistic, MBFFactors):
-                return self._mean_outer_of_factors(*statistic, xp)
-            samples = statistic.grads if statistic else xp.expand_dims(grad, axis=-1 - self.ndims[0])
-            return self._mean_outer(samples, xp)
+            if statistic is None:
+                return self._mean_outer(xp.expand_dims(grad, axis=-1 - self.ndims[0]), xp)
+            return self.blocks(statistic, xp=xp).statistic
 
         m = self.momentum * state.m + grad  # (M)
         f = renew(statistics_due, lambda: ema(state.statistic, new_statistic(), self.decay), state.statistic)  # (F)
@@ -371,9 +379,13 @@ class MBF(Method):
         stack_ndim = state.m.ndim - core
         xp = self._check_param(state.m, stack_ndim)
         w = roots.eigenvalues(state.statistic, xp=xp)
-        condition = (w[..., -1] + self.damping) / (w[..., 0] + self.damping)
-        core_ndims = (core, state.statistic.ndim - stack_ndim)
-        return MBFReport(w, condition, None, finite_members(xp, state.m, state.statistic, core_ndims=core_ndims))
+        if w.shape[-1] == 0:  # blocks without entries
+            condition = zeros(xp, w.shape[:-1], w) + 1.0
+        else:
+            condition = (w[..., -1] + self.damping) / (w[..., 0] + self.damping)
+        arrays = [a for a in state[1:] if a is not None]
+        finite = finite_members(xp, *arrays, core_ndims=tuple(a.ndim - stack_ndim for a in arrays))
+        return MBFReport(w, condition, None, finite)
 
 
 def _check_array(name: str, array: Array, shape: tuple[int | None, ...], like: Array) -> None:

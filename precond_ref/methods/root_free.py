@@ -176,7 +176,7 @@ class RFRMSProp(Method):
         g = xp.astype(grad, dtype, copy=False)
         square = g * g if statistic is None else xp.mean(xp.astype(statistic, dtype, copy=False) ** 2, axis=0)
         s = (1 - self.beta2) * state.s + self.beta2 * (self.batch_size * square)  # (1)
-        u = quotient(g, s + self.damping, xp)  # (2)
+        u = quotient(g, s + self.damping, xp, bound=self.damping)  # (2)
         if not is_zero(self.weight_decay):
             u = u + self.weight_decay * xp.astype(param, dtype, copy=False)
         buffer = None if state.buffer is None else self.momentum * state.buffer + u  # (3)
@@ -279,7 +279,7 @@ class RFAdamW(Method):
         g = xp.astype(grad, state.s.dtype, copy=False)
         m = ema(state.m, g, self.beta1)  # (4)
         s = ema(state.s, self.batch_size * (g * g), self.beta2)  # (5)
-        direction = quotient(m * k.inverse_c1, s * k.inverse_c2 + self.damping, xp)  # (6)
+        direction = quotient(m * k.inverse_c1, s * k.inverse_c2 + self.damping, xp, bound=self.damping)  # (6)
         return xp.astype(direction, param.dtype, copy=False), RFAdamWState(step=state.step + 1, m=m, s=s)
 
     def diagnose(self, state: RFAdamWState) -> RFReport:
@@ -413,7 +413,10 @@ class RFShampoo(Method):
     def diagnose(self, state: RFShampooState) -> RFShampooReport:
         """Spectra of the factors."""
         xp = self._check_param(state.factors[0], state.factors[0].ndim - 2)
-        finite = finite_members(xp, *state.factors, core_ndims=(2,) * len(state.factors))
+        matrices = (*state.factors, *state.inverses)
+        rest = () if state.buffer is None else (state.buffer,)
+        core_ndims = (*(2 for _ in matrices), *(b.ndim - state.factors[0].ndim + 2 for b in rest))
+        finite = finite_members(xp, *matrices, *rest, core_ndims=core_ndims)
         return RFShampooReport(eigenvalues=tuple(roots.eigenvalues(s, xp=xp) for s in state.factors), finite=finite)
 
 

@@ -452,4 +452,5 @@ class SShampooPractical(Method, register=False):
         """Spectrum and escaped mass of each merged axis; all empty where only the graft applies."""
         if not state.sketches:
             return SketchReport((), (), (), None)
-        return fd.report(*state.sketches, xp=self._check_param(state.sketches[0].eigenvalues, 0))
+        others = tuple(array for array in (state.v, state.m) if array is not None)
+        return fd.report(*state.sketches, others=others, xp=self._check_param(state.sketches[0].eigenvalues, 0))

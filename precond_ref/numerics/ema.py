@@ -12,6 +12,8 @@ from precond_ref.protocol import Array, Namespace, Scalar, is_python_number
 
 def ema(old: Array, new: Array, decay: Scalar) -> Array:
     """``decay * old + (1 - decay) * new``."""
+    if hasattr(new, "lerp") and is_python_number(decay):  # PyTorch: one pass; its weight is at most 1/2 for all digits
+        return old.lerp(new, 1 - decay) if decay >= 0.5 else new.lerp(old, decay)
     return decay * old + (1 - decay) * new
 
 
@@ -50,6 +52,11 @@ def sqrt(value: Scalar) -> Scalar:
     return math.sqrt(value) if is_python_number(value) else array_namespace(value).sqrt(value)
 
 
-def quotient(numerator: Array, denominator: Array, xp: Namespace) -> Array:
-    """``numerator / denominator`` elementwise with 0/0 = 0; anything else over zero stays infinite, NaN stays NaN."""
+def quotient(numerator: Array, denominator: Array, xp: Namespace, *, bound: Scalar = 0.0) -> Array:
+    """``numerator / denominator`` elementwise with 0/0 = 0; anything else over zero stays infinite, NaN stays NaN.
+
+    ``bound`` is a number that no denominator falls below: where it shows that none is 0, the division is a plain one.
+    """
+    if is_python_number(bound) and bound >= float(xp.finfo(denominator.dtype).smallest_normal):
+        return numerator / denominator
     return numerator / xp.where((numerator == 0) & (denominator == 0), 1.0, denominator)

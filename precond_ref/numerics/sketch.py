@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from array_api_compat import array_namespace
 
-from precond_ref.numerics.arrays import eye_like, zeros
+from precond_ref.numerics.arrays import eye_like, finite_members, zeros
 from precond_ref.protocol import Array, Namespace, Scalar, is_zero
 
 SOLVERS = ("svd", "gram64")
@@ -54,7 +54,7 @@ class SketchReport(NamedTuple):
     rank: tuple[Array, ...]
     """Eigenvalues above 0, (...)."""
     finite: Array
-    """Whether all of the member's sketches are finite, (...)."""
+    """Whether the member's state is finite, (...)."""
 
 
 def empty(d: int, size: int, stack: tuple[int, ...], like: Array, escaped: Scalar = 0.0, *, xp: Namespace) -> Sketch:
@@ -173,12 +173,11 @@ def dense(sketch: Sketch, *, xp: Namespace = None) -> Array:
     return gram + sketch.escaped[..., None, None] * eye_like(xp, gram)
 
 
-def report(*sketches: Sketch, xp: Namespace) -> SketchReport:
-    """What a validator compares or a student plots."""
-    finite = None
-    for s in sketches:
-        flag = xp.all(xp.isfinite(s.eigenvalues), axis=-1) & xp.isfinite(s.escaped)
-        finite = flag if finite is None else finite & flag
+def report(*sketches: Sketch, others: tuple[Array, ...] = (), xp: Namespace) -> SketchReport:
+    """What a validator compares or a student plots; ``others`` are the rest of the state, with the same stack axes."""
+    arrays = [array for s in sketches for array in s] + list(others)
+    stack = sketches[0].escaped.ndim
+    finite = finite_members(xp, *arrays, core_ndims=tuple(a.ndim - stack for a in arrays))
     return SketchReport(
         eigenvalues=tuple(s.eigenvalues for s in sketches),
         escaped=tuple(s.escaped for s in sketches),

@@ -98,7 +98,8 @@ EPS_FLAGS = {
     "eps-relative": "with eps in units of the largest eigenvalue though relative_eps is off",
     "eps-absolute": "with an absolute eps though relative_eps is on",
     "eps-relative-deflated": "with eps in units of the largest eigenvalue of the sketch without its mass",
-    "eps-everywhere": "with eps^(-1/(2 n)) instead of zero where nothing has been seen (eigenvalue and mass zero)",
+    "eps-everywhere": "with eps^(-1/(2 n)) instead of zero where nothing has been seen (eigenvalue and mass zero), as "
+    "where rounding counts as mass",
     "eps-in-sketch": "with eps added to the sketch's eigenvalues at every update instead of at the root, as in the "
     "authors' distributed_shampoo",
     "axis-skipped": "with an axis left alone while its mass or one of its size - 1 eigenvalues is zero, as in the "
