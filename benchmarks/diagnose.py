@@ -75,7 +75,7 @@ def main() -> None:
                     (flag,) = r["flags"]
                     by = [*r["must"], *r["should"]]
                     ids = ", ".join(i.partition("/")[2] for i in by[:3]) + (", ..." if len(by) > 3 else "")
-                    text = variants.describe(known, r["flags"])
+                    text = variants.describe(known, r["flags"]).replace("|", "\\|")
                     rows.append(f"| {name} | `{flag}` | {text} | {len(by)}: {ids} | {len(r['must'])} |")
         print(*line, flush=True)
         print("\n".join(exceptions[:12]), flush=True)
