@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conformance_subjects import Variant  # noqa: E402
+from conformance_subjects import Variant  # type: ignore[import-not-found]  # noqa: E402
 
 from precond_ref.conformance import check, variants, vectors  # noqa: E402
 
@@ -50,7 +50,7 @@ def main() -> None:
     cases = vectors.cases(kind="trace")
     names = list(dict.fromkeys(case.constructor for case in cases))
     names = arguments.methods.split(",") if arguments.methods else names
-    totals = {1: [0, 0, 0, 0, 0], 2: [0, 0, 0, 0, 0]}
+    totals: dict[int, list[int]] = {1: [0] * 5, 2: [0] * 5}
     rows = ["| method | name | it is the method ... | cases that catch it | of tier must |", "|---|---|---|---|---|"]
     for name in names:
         own = [case for case in cases if case.constructor == name]
@@ -73,10 +73,10 @@ def main() -> None:
                                       f"said {[sorted(f) for f in r['said']]}")  # fmt: skip
                 if size == 1:
                     (flag,) = r["flags"]
-                    caught = [*r["must"], *r["should"]]
-                    ids = ", ".join(i.partition("/")[2] for i in caught[:3]) + (", ..." if len(caught) > 3 else "")
-                    text = variants.describe(known, r["flags"])
-                    rows.append(f"| {name} | `{flag}` | {text} | {len(caught)}: {ids} | {len(r['must'])} |")
+                    by = [*r["must"], *r["should"]]
+                    ids = ", ".join(i.partition("/")[2] for i in by[:3]) + (", ..." if len(by) > 3 else "")
+                    text = variants.describe(known, r["flags"]).replace("|", "\\|")
+                    rows.append(f"| {name} | `{flag}` | {text} | {len(by)}: {ids} | {len(r['must'])} |")
         print(*line, flush=True)
         print("\n".join(exceptions[:12]), flush=True)
     for size, (n, caught, must, named, alone) in totals.items():
@@ -86,7 +86,7 @@ def main() -> None:
               f"named {named} ({100 * named / n:.1f} %), named alone {alone} ({100 * alone / n:.1f} %)")  # fmt: skip
     if arguments.write:
         page = PAGE.read_text(encoding="utf-8")
-        table = "\n".join(rows).replace("|v|", "\\|v\\|")
+        table = "\n".join(rows)
         page = re.sub(r"(<!-- table -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table}\n{m[2]}", page, flags=re.DOTALL)
         PAGE.write_text(page, encoding="utf-8")
 

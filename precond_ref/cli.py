@@ -1,4 +1,4 @@
-"""The command line: ``precond-ref list``, ``compare`` and ``vectors``. Heavy libraries are imported when used."""
+"""The command line: ``precond-ref list | compare | check | vectors``. Heavy libraries are imported when used."""
 
 from __future__ import annotations
 

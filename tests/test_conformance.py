@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -22,7 +23,7 @@ from conformance_subjects import Broken, Variant, optax_target, torch_target
 from typer.testing import CliRunner
 
 from precond_ref import cli
-from precond_ref.conformance import check, runner, subjects, tolerance, variants, vectors, wrap
+from precond_ref.conformance import check, commands, runner, subjects, tolerance, variants, vectors, wrap
 from precond_ref.conformance.subjects import Reference, Unsupported
 
 TRACES = vectors.cases(kind="trace")
@@ -159,6 +160,29 @@ def test_the_shampoo_of_torch_optimizer_is_named() -> None:
     assert "exponent -1/k" in report.diagnosis.lines()[0]
 
 
+def test_mistakes_are_named_behind_single_precision() -> None:
+    """As in pytorch_optimizer 3.10.0: a wrong exponent, and roots in float32."""
+
+    def step(param, grad, state, *, lr, eps):
+        state = [np.zeros((d, d)) for d in param.shape] if state is None else state
+        u = grad
+        for axis, d in enumerate(param.shape):
+            unfolded = np.moveaxis(grad, axis, 0).reshape(d, -1)
+            state[axis] = state[axis] + unfolded @ unfolded.T
+            w, q = np.linalg.eigh((state[axis] + eps * np.eye(d)).astype(np.float32))
+            root = ((q * np.maximum(w, 1e-12) ** (-1 / param.ndim)) @ q.T).astype(np.float64)
+            u = variants.multiply(u, root, axis)
+        return param - lr * u, state
+
+    report = check(wrap(step), "Shampoo")
+    diagnosis = report.diagnosis
+    assert diagnosis is not None
+    said = diagnosis.matches or (diagnosis.nearest,)
+    assert said[0] is not None
+    assert "exponent-inverse-order" in said[0].flags
+    assert 1e-9 < said[0].error < 1e-3
+
+
 # ---- diagnosis without a match --------------------------------------------------------------------------------------
 
 
@@ -189,7 +213,9 @@ def test_without_a_match_the_hints_say_what_is_seen() -> None:
     assert "First to depart: update at step 1 of Adam/" in said
     assert "Every step has the right direction and 1.375 times the right length." in said
     assert "a scalar is wrong" in text(adam(lambda t: 1 + t / 8))
-    assert "something is computed in single precision" in text(adam(cast=np.float32))
+    said = text(adam(cast=np.float32))
+    assert said.startswith("It is Adam as it should be: all 10 cases that ran agree, to ")
+    assert "something is computed in it" in said
 
 
 def test_a_state_that_departs_is_the_first_departure() -> None:
@@ -323,6 +349,13 @@ def test_hyperparameters_reach_the_target_under_its_names() -> None:
     assert given["epsilon"] == config["eps"]
     assert given["side"] == "left"
     assert "root" not in given  # at its default, and make does not have it
+
+    class Swallows:
+        def __init__(self, params, lr, eps, **kwargs):
+            raise AssertionError
+
+    with pytest.raises(Unsupported, match="Swallows has no argument for beta1"):
+        subjects.arguments(subjects._without_first(Swallows), config, {})
     with pytest.raises(Unsupported, match="has no argument for side='left'"):
         subjects.arguments(lambda lr, beta1, beta2, eps, rms: None, config, {})
 
@@ -471,6 +504,18 @@ def test_a_command_that_cannot_run_says_why(run: Any, arguments: list[str], mess
     result = run(*arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_examples_of_the_help_are_understood(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(subject: Any, method: str, **options: Any) -> None:
+        raise ValueError(f"would check {method}")
+
+    monkeypatch.setattr(subjects, "load_target", lambda target: Ten)
+    monkeypatch.setattr(runner, "check", seen)
+    examples = re.findall(r"^  precond-ref (check .*)$", commands.CHECK_EXAMPLES, re.M)
+    for example in examples:
+        assert "would check " in run(*shlex.split(example)[1:]).output, example
+    assert len(examples) >= 5
 
 
 def test_nothing_that_runs_is_not_ok(run: Any) -> None:

@@ -38,6 +38,7 @@ Examples:
   precond-ref check my_package.optim:MyASGO --method ASGO
   precond-ref check my_package.optim:MyASGO --method ASGO --map eps=epsilon --map beta1=betas.0 --map beta2=betas.1
   precond-ref check my_package.optim:MyASGO --method ASGO --level 1 --map state.gram=precond --json report.json
+  precond-ref check my_package.optim:MyASGO --method ASGO --invariances
   precond-ref check --command "./my_optimizer --json" --method ASGO.theory
   precond-ref check precond_ref:SShampoo --method SShampoo --backend jax --dtype float32
 """
@@ -60,6 +61,9 @@ def check_command(
         list[str] | None,
         typer.Option("--map", metavar="OURS=THEIRS", help="Their name of an argument, or of a state.NAME; repeatable."),
     ] = None,
+    invariances: Annotated[
+        bool, typer.Option("--invariances", help="Try the method's laws on made-up gradients too; needs Hypothesis.")
+    ] = False,
     xfails: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Ids expected to fail, one a line; # starts a comment.")
     ] = None,
@@ -79,8 +83,11 @@ def check_command(
         from rich.console import Console
 
         from precond_ref.conformance import runner, subjects
+
+        if invariances:
+            import hypothesis  # noqa: F401
     except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: {EXTRA}")
+        fail(f"{error.name} is not installed: {'pip install hypothesis' if error.name == 'hypothesis' else EXTRA}")
     if not method:
         fail("--method NAME must say which method it should be; `precond-ref list` names them")
     if (target is None) == (command is None):
@@ -99,9 +106,16 @@ def check_command(
         label = command or target or ""
         report = with_progress(
             lambda step: runner.check(
-                subject, method, level=level, dtype=dtype, xfails=expected, target=label, on_case=step
+                subject,
+                method,
+                level=level,
+                dtype=dtype,
+                xfails=expected,
+                target=label,
+                on_case=step,
+                invariances=invariances,
             ),
-            len(runner.listed(method)) + 1,
+            len(runner.listed(method)) + 1 + 10 * invariances,
         )
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         fail(error)
@@ -158,11 +172,13 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
     for r in rows:
         if r.message and (verbose or r.id in unexpected):
             console.print(f"{r.id}: {r.message}", soft_wrap=True)
-    cases = [r for r in report.results if "/reject-" not in r.id and not r.id.startswith("contract/")]
-    contract = [r for r in report.results if r.id.startswith("contract/")]
+    contract, laws = ([r for r in report.results if r.id.startswith(kind)] for kind in ("contract/", "invariance/"))
+    cases = [r for r in report.results if "/reject-" not in r.id and r not in contract and r not in laws]
     console.print(f"cases: {count(cases)}")
     if contract:
         console.print(f"contract: {count(contract)}")
+    if laws:
+        console.print(f"invariances: {count(laws)}")
     skipped = Counter(re.sub(r"(no argument for \w+)=.*", r"\1", r.message) for r in cases if r.status == "skipped")
     for message, number in skipped.most_common(6):
         console.print(f"skipped ({number}): {message}", soft_wrap=True)

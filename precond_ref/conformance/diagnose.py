@@ -75,30 +75,47 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
     runs, dtype = report.runs, report.dtype
     failing = {r.id for r in report.results if r.status == "failed"}
     runs = sorted(runs, key=lambda r: (r.case.id not in failing, r.params[0].size))
-    single = _single_precision(report)
+    hints = tuple(_hints(report))
     try:
         known = variants.of(runs[0].case.make())
     except KeyError:
-        return Diagnosis(report.method, len(runs), (), hints=(*_hints(report), *single))
+        return Diagnosis(report.method, len(runs), (), hints=hints)
     plain = _explain(runs, frozenset(), dtype)
     if all(ratio <= 1 for _, ratio in plain):  # only a state, or the contract, is wrong
         match = Match((), "", max(error for error, _ in plain), len(plain))
-        return Diagnosis(report.method, len(runs), (match,), hints=(*_hints(report), *single))
+        return Diagnosis(report.method, len(runs), (match,), hints=hints)
+    found, nearest = _search(runs, known, dtype, pairs)
+    if found:
+        return Diagnosis(report.method, len(runs), found)
+    if dtype == "float64":
+        rough: tuple[Match, ...] = ()
+        if all(ratio <= SLACK for _, ratio in _explain(runs, frozenset(), "float32")):
+            rough = (Match((), "", max(error for error, _ in plain), len(plain)),)
+        if rough := rough or _search(runs, known, "float32", pairs)[0]:
+            hint = "What is left is of the size of single precision's rounding: something is computed in it."
+            return Diagnosis(report.method, len(runs), rough, hints=(hint,))
+    return Diagnosis(report.method, len(runs), (), nearest, hints)
+
+
+def _search(
+    runs: Sequence[Run], known: variants.Variants, dtype: str, pairs: bool
+) -> tuple[tuple[Match, ...], Match | None]:
+    """Variants of fewest flags that explain all runs to ``dtype``'s tolerance; if none does, the one that does most."""
+    plain = max(error for error, _ in _explain(runs, frozenset(), dtype))
     for size in (1, 2) if pairs else (1,):
         found = []
         for flags in variants.choices(known, size):
             errors = _explain(runs, flags, dtype, stop=True)
             worst = max(error for error, _ in errors)
-            if errors[-1][1] <= SLACK and worst < 0.1 * max(error for error, _ in plain):
+            if errors[-1][1] <= SLACK and worst < 0.1 * plain:
                 found.append(Match(tuple(sorted(flags)), variants.describe(known, flags), worst, len(errors)))
         if found:
             found.sort(key=lambda m: m.error)
-            found = [m for m in found if m.error <= max(10 * found[0].error, 1e-14)]
-            return Diagnosis(report.method, len(runs), tuple(found))
+            return tuple(m for m in found if m.error <= max(10 * found[0].error, 1e-14)), None
     nearest = _greedy(runs, known, dtype)
     if nearest is not None and nearest.explained == len(runs):
-        return Diagnosis(report.method, len(runs), (nearest,))
-    return Diagnosis(report.method, len(runs), (), nearest, (*_hints(report), *single))
+        return (nearest,), None
+    return (), nearest
 
 
 def _greedy(runs: Sequence[Run], known: variants.Variants, dtype: str) -> Match | None:
@@ -167,14 +184,6 @@ def _distance(run: Run, params: np.ndarray, dtype: str) -> tuple[float, float]:
                 worst = max(worst, difference / size if size else math.inf)
                 worst_ratio = max(worst_ratio, difference / limit if limit else math.inf)
     return worst, worst_ratio
-
-
-def _single_precision(report: Report) -> list[str]:
-    """Errors of the size of float32's rounding in float64 runs."""
-    errors = [r.gap.error for r in report.results if r.gap and r.status == "failed"]
-    if report.dtype == "float64" and errors and max(errors) < 1e-4:
-        return [f"All errors are at most {max(errors):.1g}: something is computed in single precision."]
-    return []
 
 
 def _hints(report: Report) -> list[str]:

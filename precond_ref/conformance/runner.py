@@ -134,12 +134,14 @@ def check(
     xfails: Iterable[str] = (),
     target: str = "",
     diagnose: bool = True,
+    invariances: bool = False,
     on_case: Callable[[str], None] | None = None,
 ) -> Report:
     """Run ``subject`` on the vectors of ``method`` (``"ASGO"``, ``"asgo.theory"``, any case).
 
     ``level`` 0 compares parameters, 1 also the states that the subject shows, 2 also primitives. ``xfails`` are ids
-    of cases or checks that are expected to fail. ``on_case`` is told each id before it runs.
+    of cases or checks that are expected to fail. ``invariances`` tries the method's laws on made-up gradients too: that
+    needs Hypothesis. ``on_case`` is told each id before it runs.
     """
     constructor = method_name(method)
     if level not in (0, 1, 2):
@@ -170,6 +172,10 @@ def check(
     if on_case:
         on_case("contract")
     report.results += _contract(subject, report, touched)
+    if invariances:
+        from precond_ref.conformance.invariance import try_laws
+
+        report.results += try_laws(subject, constructor, dtype=dtype, target=report.target, on_case=on_case)
     if diagnose and any(r.bad and r.gap for r in report.results):
         from precond_ref.conformance.diagnose import diagnose as explain
 

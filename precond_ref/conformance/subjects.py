@@ -207,8 +207,10 @@ class Torch:
 
 
 def _without_first(make: Callable[..., Any]) -> Callable[..., Any]:
-    """``make`` without its first argument, the parameters, which no hyperparameter may be mapped to."""
+    """``make`` without its first argument, the parameters, and, if a class, ``**kwargs``, which it may ignore."""
     parameters = [*_signature(make).values()][1:]
+    if isinstance(make, type):
+        parameters = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
 
     def stub(*args: Any, **kwargs: Any) -> None:
         raise NotImplementedError

@@ -99,7 +99,7 @@ def rivals(these: Iterable[str], those: Iterable[str]) -> tuple[frozenset[str], 
 
 
 def effective(cases: Iterable[Case]) -> frozenset[str]:
-    """Flags that change a parameter of one of the (trace) cases, which are of one constructor, by more than 1e-6."""
+    """Flags that change a parameter of one of the (trace) cases, which are of one constructor, by more than 1e-9."""
     seen: set[str] = set()
     for case in cases:
         method, tensors = case.make(), load(case)
@@ -108,7 +108,7 @@ def effective(cases: Iterable[Case]) -> frozenset[str]:
         right = run(method, *arrays, **given).params
         for flag in {*of(method).flags, *COMMON} - seen:
             wrong = run(method, *arrays, **given, flags=frozenset({flag})).params
-            if not np.allclose(wrong, right, rtol=1e-6, atol=0):
+            if not np.allclose(wrong, right, rtol=1e-9, atol=0):
                 seen.add(flag)
     return frozenset(seen)
 

@@ -52,10 +52,13 @@ def agd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
     if "clip-ignored" in flags:
         clip = None
 
-    def correction(beta: float, t: int) -> Any:
-        if "float32-correction" in flags:
-            return float(np.float32(1) - np.float32(beta) ** np.float32(t)) if t else 0.0
-        return 1 - beta**t if t else 0.0
+    real = np.float32 if "float32-correction" in flags else np.float64
+
+    def correction(beta: float, t: int) -> float:
+        return float(real(1) - real(beta) ** real(t)) if t else 0.0
+
+    def over(a: float, b: float) -> float:
+        return float(real(a) / real(b))
 
     m, b, b_max, g_old = (np.zeros(shape) for _ in range(4))
     out = None
@@ -65,7 +68,7 @@ def agd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
         c1, c2, c1_old = correction(beta1, k), correction(beta2, k), correction(beta1, k - 1)
         m_old, b_old = m, b_max if amsgrad else b
         m = beta1 * m + g if "heavy-ball" in flags else ema(m, g, beta1)
-        s = m / c1 - (m_old / c1_old if c1_old else 0.0)
+        s = m * over(1.0, c1) - (m_old * over(1.0, c1_old) if c1_old else 0.0)
         if "gradient-difference" in flags:
             s = g - g_old
         elif "difference-uncorrected" in flags:
@@ -87,11 +90,9 @@ def agd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
         square = b_max * (c2 if corrected else 1) if amsgrad else b
         if "statistic-after" in flags:
             square = b_old
-        sqrt_c2 = 1.0 if "no-correction-2" in flags else np.sqrt(c2)
-        if "float32-correction" in flags:
-            sqrt_c2 = float(np.sqrt(np.float32(c2)))
+        sqrt_c2 = 1.0 if "no-correction-2" in flags else float(np.sqrt(real(c2)))
         root = square if "no-root" in flags else np.sqrt(square)
-        floor = delta * (1.0 if "delta-uncorrected" in flags else sqrt_c2)
+        floor = delta if "delta-uncorrected" in flags else float(real(delta) * real(sqrt_c2))
         if "delta-added" in flags:
             denominator = root + floor
         elif "delta-inside" in flags:
@@ -100,7 +101,7 @@ def agd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
             denominator = np.maximum(root, floor)
         m_step = g if "momentum-none" in flags else ema(g, m, 1 - beta1) if "nesterov" in flags else m
         u = m_step / denominator if "zero-nan" in flags else quotient(m_step, denominator)
-        factor = sqrt_c2 / (1.0 if "no-correction-1" in flags else c1)
+        factor = over(sqrt_c2, 1.0 if "no-correction-1" in flags else c1)
         if clip is None:
             direction = factor * u
         elif "clip-after" in flags:

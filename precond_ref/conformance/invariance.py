@@ -1,0 +1,362 @@
+"""Laws that a method obeys on any input, tried on a subject with gradients that Hypothesis makes up and then shrinks.
+
+A law is a function of ``run(param, grads, lr=..., **changed fields) -> updates`` (the subject's changes of the
+parameter, one per gradient), of the method, and of inputs. It returns two arrays that must agree to half of the digits
+of the precision: a broken law is off by far more, and gradients that are made up may be ill-conditioned. Truth is
+the law, or a closed form by singular values: no reference values are involved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from precond_ref.conformance import runner, tolerance
+from precond_ref.conformance.subjects import Command, Subject
+from precond_ref.conformance.variants import multiply
+from precond_ref.conformance.vectors import Case
+from precond_ref.protocol import Method
+
+Run = Callable[..., np.ndarray]
+STEPS = 3
+
+
+class Law(NamedTuple):
+    """A property of some methods."""
+
+    text: str
+    """What the law says."""
+    applies: Callable[[Any], bool]
+    """Whether a method obeys it, with its hyperparameters."""
+    sides: Callable[[Run, Any, np.ndarray, np.ndarray, float, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+    """(run, method, param, grads (STEPS, *shape), lr, draws) -> what must agree."""
+
+
+class Broken(Exception):
+    """A law does not hold; Hypothesis looks for a smaller input that breaks it too."""
+
+
+# ---- what the laws hold for -----------------------------------------------------------------------------------------
+
+VECTORS = ("SAdaGrad", "AdaFD", "FDSON", "RFDSON")
+MATRICES = ("ASGOTheory", "Shampoo", "SShampoo", "FullAdaGrad", "RFShampoo")
+SCALES: Mapping[str, tuple[Mapping[str, int], int]] = {
+    # by class: powers of c by which fields change when gradients are multiplied by c, and the power by which steps do
+    "SGD": ({}, 1),
+    "AdaGrad": ({"eps": 1, "initial": 2}, 0),
+    "FullAdaGrad": ({"eps": 1}, 0),
+    "RMSProp": ({"eps": 1}, 0),
+    "Adam": ({"eps": 1}, 0),
+    "AGD": ({"delta": 1}, 0),
+    "ASGO": ({"eps": 2}, 0),
+    "ASGOTheory": ({"eps": 1}, 0),
+    "DASGO": ({"eps": 2}, 0),
+    "DASGOTheory": ({"eps": 1}, 0),
+    "Shampoo": ({"eps": 2}, 0),
+    "Muon": ({}, 0),
+    "SAdaGrad": ({"delta": 2}, 0),
+    "AdaFD": ({"delta": 1}, 0),
+    "RFRMSProp": ({"initial": 2, "damping": 2}, -1),
+    "RFAdamW": ({"initial": 2, "damping": 2}, -1),
+}
+
+
+def name_of(method: Method) -> str:
+    """Its class."""
+    return type(method).__name__
+
+
+def decays(method: Any) -> bool:
+    """Whether steps depend on the parameter."""
+    return getattr(method, "weight_decay", 0) != 0
+
+
+def regular(method: Any) -> bool:
+    """Whether no rank is decided: something positive is added to every eigenvalue."""
+    return all(getattr(method, field, 1) > 0 for field in ("eps", "damping", "delta", "graft_eps"))
+
+
+def per_axis(method: Any, name: str) -> bool:
+    """Whether each axis is treated as a whole, and without preferred directions."""
+    if not regular(method):
+        return False
+    return (
+        name in (*VECTORS, *MATRICES)
+        or (name == "ASGO" and method.heads is None)
+        or (name == "Muon" and method.root == "newton_schulz")
+        or (name == "IFShampoo" and method.structure == "dense")
+        or (name == "MBF" and method.kind == "fc" and method.layout != "contiguous" and method.average)
+        or (name == "SShampooPractical" and method.graft != "rmsprop")
+    )
+
+
+def permutable(method: Any) -> bool:
+    """Whether the order of an axis' entries does not matter."""
+    name = name_of(method)
+    if method.elementwise or name in ("DASGO", "DASGOTheory"):
+        return True
+    return per_axis(method, name) or (regular(method) and name == "SShampooPractical")
+
+
+def adds_up(method: Any) -> bool:
+    """Whether the statistic is a plain sum, and the step depends on nothing else of the past."""
+    name = name_of(method)
+    sums = ("ASGOTheory", "DASGOTheory", "AdaGrad", "FullAdaGrad")
+    return regular(method) and (name in sums or (name == "Shampoo" and method.beta2 == 1 and method.every == 1))
+
+
+# ---- laws -----------------------------------------------------------------------------------------------------------
+
+
+def _sign(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+    return run(-x, -g), -run(x, g)
+
+
+def _rate(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+    return run(x, g, lr=2 * lr), 2 * run(x, g)
+
+
+def _translation(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+    return run(x + 1, g), run(x, g)
+
+
+def _permutation(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+    if x.ndim == 0:
+        return x, x
+    orders = [draws.permutation(d) for d in x.shape]
+
+    def permuted(a: np.ndarray) -> np.ndarray:
+        return a[..., *np.ix_(*orders)]
+
+    return run(permuted(x), permuted(g)), permuted(run(x, g))
+
+
+def _rotation(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+    matrices = [np.linalg.qr(draws.integers(-3, 4, (d, d)) + 4 * np.eye(d))[0] for d in x.shape]
+
+    def rotated(a: np.ndarray) -> np.ndarray:
+        for axis, q in enumerate(matrices, start=a.ndim - x.ndim):
+            a = multiply(a, q, axis)
+        return a
+
+    return run(rotated(x), rotated(g)), rotated(run(x, g))
+
+
+def _scale(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+    fields, power = SCALES[name_of(method)]
+    changed = {field: getattr(method, field) * 4.0**e for field, e in fields.items()}
+    return run(x, 4 * g, **changed), 4.0**power * run(x, g)
+
+
+def _order(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+    return run(x, g[[1, 0, 2]])[2], run(x, g)[2]
+
+
+def _zero(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+    return run(x, 0 * g), 0 * g
+
+
+def _coordinates(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+    other = g.copy()
+    other.reshape(STEPS, -1)[:, 0] += 1
+    return tuple(u.reshape(STEPS, -1)[:, 1:] for u in (run(x, other), run(x, g)))
+
+
+def _first(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+    return run(x, g[:1])[0], lr * FIRST[name_of(method)](method, g[0])
+
+
+def _spectral(g: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    u, s, vt = np.linalg.svd(g, full_matrices=False)
+    return (u * function(s)) @ vt
+
+
+def _asgo_first(method: Any, g: np.ndarray) -> np.ndarray:
+    u = _spectral(g, lambda s: (1 - method.beta1) * s / np.sqrt((1 - method.beta2) * s**2 + method.eps))
+    return u if method.rms is None else u * (method.rms * math.sqrt(g.size) / (np.linalg.norm(u) or 1))
+
+
+def _shampoo_first(method: Any, g: np.ndarray) -> np.ndarray:
+    weight = 1 if method.beta2 == 1 or method.bias_correction else 1 - method.beta2
+    return _spectral(g, lambda s: s / np.sqrt(weight * s**2 + method.eps))
+
+
+FIRST: Mapping[str, Callable[[Any, np.ndarray], np.ndarray]] = {
+    "SGD": lambda m, g: g * (1 + m.momentum if m.nesterov else 1),
+    "AdaGrad": lambda m, g: g / (np.sqrt(m.initial + g**2) + m.eps),
+    "FullAdaGrad": lambda m, g: g / (np.linalg.norm(g) + m.eps),
+    "RMSProp": lambda m, g: g / (np.sqrt(1 - m.beta2) * np.abs(g) + m.eps),
+    "Adam": lambda m, g: g / (np.abs(g) + m.eps),
+    "AGD": lambda m, g: g / np.maximum(np.abs(g), m.delta),
+    "ASGO": _asgo_first,
+    "ASGOTheory": lambda m, g: _spectral(g, lambda s: s / (s + m.eps)),
+    "Shampoo": _shampoo_first,
+}
+
+
+def _first_applies(method: Any) -> bool:
+    name = name_of(method)
+    if name == "ASGO" and (method.heads is not None or method.root == "polar_express"):
+        return False
+    return name in FIRST and regular(method) and getattr(method, "clip", None) is None
+
+
+def _rotates(method: Any) -> bool:
+    return per_axis(method, name_of(method))
+
+
+LAWS: Mapping[str, Law] = {
+    "sign": Law("gradients (and parameter) of the other sign give steps of the other sign", lambda m: True, _sign),
+    "rate": Law("twice the learning rate gives twice the step", lambda m: not decays(m), _rate),
+    "translation": Law("steps do not depend on where the parameter is", lambda m: not decays(m), _translation),
+    "zero": Law("zero gradients from the start give no step", lambda m: not decays(m), _zero),
+    "permutation": Law("exchanging entries of an axis exchanges them in the step", permutable, _permutation),
+    "rotation": Law("rotating every axis rotates the step", _rotates, _rotation),
+    "scale": Law(
+        "gradients times 4, with eps or its like in proportion, give the same step (or one in proportion)",
+        lambda m: name_of(m) in SCALES and not decays(m) and getattr(m, "clip", None) is None,
+        _scale,
+    ),
+    "coordinates": Law("an entry's steps depend on its own gradients only", lambda m: m.elementwise, _coordinates),
+    "order": Law("a sum of statistics forgets the order of past gradients", adds_up, _order),
+    "first-step": Law("the first step has its closed form", _first_applies, _first),
+}
+
+
+# ---- trying them ----------------------------------------------------------------------------------------------------
+
+
+def updates(
+    subject: Subject, case: Case, dtype: str, param: Any, grads: Any, lr: float = 0.5, **changed: Any
+) -> np.ndarray:
+    """Changes of one parameter, (steps, *shape), under the case's hyperparameters (without decoupled decay)."""
+    config = runner.config_of(case)
+    config |= {"lr": lr, **changed}
+    if not hasattr(case.make(), "weight_decay"):
+        config["weight_decay"] = 0.0
+        config.at_default |= {"weight_decay"}
+    config.make = lambda: case.make().replace(**changed)
+    param = np.array(param, dtype)
+    subject.init(config, [param.copy()])
+    seen = [param.astype(np.float64)]
+    for g in grads:
+        seen.append(np.asarray(subject.step([np.array(g, dtype)])[0], np.float64))
+    return np.stack([a - b for a, b in itertools.pairwise(seen)])
+
+
+def distance(
+    subject: Subject, law: str, case: Case, dtype: str, param: Any, grads: Any, draws: int = 0
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """The two sides of a law, and the norm of their difference over what is allowed."""
+
+    def run(x: Any, g: Any, lr: float = 0.5, **changed: Any) -> np.ndarray:
+        return updates(subject, case, dtype, x, g, lr, **changed)
+
+    param, grads = np.asarray(param, np.float64), np.asarray(grads, np.float64)
+    with np.errstate(all="ignore"):
+        got, want = LAWS[law].sides(run, case.make(), param, grads, 0.5, np.random.default_rng(draws))
+        u = tolerance.UNIT_ROUNDOFF[dtype]
+        limit = math.sqrt(u) * float(np.linalg.norm(want)) + 16 * u * (float(np.linalg.norm(param)) + 1)
+        ratio = float(np.linalg.norm(got - want)) / limit
+    return (ratio if math.isfinite(ratio) else math.inf), got, want
+
+
+def try_laws(
+    subject: Subject,
+    method: str,
+    *,
+    dtype: str = "float64",
+    target: str = "",
+    examples: int = 40,
+    laws: Iterable[str] = tuple(LAWS),
+    on_case: Callable[[str], None] | None = None,
+) -> Iterator[runner.Result]:
+    """One result per law of ``method``; a broken one's message is a script with the smallest input that breaks it."""
+    candidates = [case for case in runner.cases(method) if case.tier == "must" and not case.stack_ndim]
+    for name in laws:
+        law = LAWS[name]
+        if on_case:
+            on_case(f"invariance/{name}")
+        usable, reasons = [], set()
+        for case in candidates:
+            if law.applies(case.make()):
+                try:
+                    zeros = np.zeros(case.shape)
+                    updates(subject, case, dtype, zeros, [zeros])
+                    usable.append(case)
+                except NotImplementedError as error:
+                    reasons.add(str(error))
+                except Exception as error:
+                    usable.append(case)
+                    reasons.add(str(error))
+        if not usable:
+            if reasons:
+                yield runner.Result(f"invariance/{name}", "must", runner.SKIPPED, law.text, message=reasons.pop())
+            continue
+        try:
+            found = _search(subject, name, usable, dtype, examples)
+        except NotImplementedError as error:
+            yield runner.Result(f"invariance/{name}", "must", runner.SKIPPED, law.text, message=str(error))
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            yield runner.Result(f"invariance/{name}", "must", runner.ERROR, law.text, message=message)
+        else:
+            message = (
+                f"it does not hold that {law.text}\n{script(subject, name, found, dtype, target)}" if found else ""
+            )
+            status = runner.FAILED if found else runner.PASSED
+            yield runner.Result(f"invariance/{name}", "must", status, law.text, message=message)
+
+
+def _search(subject: Subject, law: str, usable: list[Case], dtype: str, examples: int) -> dict[str, Any]:
+    """The smallest input that breaks the law; empty if none was found."""
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+
+    found: dict[str, Any] = {}
+
+    @settings(max_examples=examples, derandomize=True, deadline=None, database=None, report_multiple_bugs=False,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(st.data())
+    def attempt(data: Any) -> None:
+        case = data.draw(st.sampled_from(usable))
+        size = math.prod(case.shape)
+        entries = data.draw(st.lists(st.integers(-3, 3), min_size=STEPS * size, max_size=STEPS * size))
+        first = data.draw(st.lists(st.integers(-3, 3), min_size=size, max_size=size))
+        draws = data.draw(st.integers(0, 5))
+        grads, param = np.reshape(entries, (STEPS, *case.shape)), np.reshape(first, case.shape)
+        ratio, got, want = distance(subject, law, case, dtype, param, grads, draws)
+        if not ratio <= 1:
+            found.update(case=case, grads=grads, param=param, draws=draws, ratio=ratio, got=got, want=want)
+            raise Broken
+
+    with contextlib.suppress(Broken):
+        attempt()
+    return found
+
+
+def script(subject: Subject, law: str, found: Mapping[str, Any], dtype: str, target: str) -> str:
+    """A program that shows the two sides of a law."""
+    case, names = found["case"], getattr(subject, "names", {})
+    options = f'dtype="{dtype}"' + (f", names={names!r}" if names else "")
+    if isinstance(subject, Command):
+        made = f"subjects.Command({target!r}, {options})"
+    else:
+        made = f'subjects.wrap(subjects.load_target("{target or "your_module:YourOptimizer"}"), {options})'
+    return f'''import numpy as np
+from precond_ref.conformance import invariance, runner, subjects
+
+subject = {made}
+case = next(case for case in runner.cases("{case.constructor}") if case.id == "{case.id}")
+print(dict(case.config))
+param = {found["param"].tolist()}
+grads = {found["grads"].tolist()}
+ratio, got, want = invariance.distance(subject, "{law}", case, "{dtype}", param, grads, {found["draws"]})
+print("{LAWS[law].text}")
+print("one side", got, "other side", want, f"{{ratio:.3g}} times the tolerance apart", sep="\\n")
+'''
