@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import numbers
 import warnings
@@ -91,6 +92,11 @@ class Method:
         raise NotImplementedError
 
     # ---- shared -----------------------------------------------------------------------------------------------------
+
+    def check_statistic(self, statistic: Any, param: Array) -> None:
+        """ValueError or TypeError for what ``update`` of ``param`` cannot take as ``statistic``; reads no values."""
+        if "statistic" not in inspect.signature(self.update).parameters:
+            raise ValueError(f"statistic must not be given for {type(self).__name__}, which takes none")
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
         """Whether the default routing gives this method a parameter of this shape and path (else: Adam)."""

@@ -694,3 +694,13 @@ def test_old_step_formats_are_read() -> None:
 def test_an_unregistered_method_of_the_same_name_is_not_taken_for_the_registered_one() -> None:
     shadow = type("MBF", (pr.Method,), {}, register=False)
     assert states.type_of("MBF") is pr.MBF is not shadow
+
+
+@pytest.mark.parametrize("method", [pr.AGD(), pr.Shampoo()], ids=["flat", "stacked"])
+def test_channels_last(method: Method) -> None:
+    """A stack of such arrays has another layout than its shape says."""
+    start, grads = recorded([(4, 3, 2, 2)] * 2, 3)
+    last = torch.channels_last
+    params = [torch.nn.Parameter(x.to(memory_format=last, copy=True)) for x in start]
+    feed(pt.Optimizer(params, method, lr=0.125), params, [[g.to(memory_format=last) for g in row] for row in grads])
+    assert distance(params, by_core(method, start, grads, 0.125)) <= 1e-12

@@ -368,6 +368,12 @@ def test_bad_joins_are_refused() -> None:
         opt.step()
 
 
+def test_pairs_need_names_of_their_own() -> None:
+    twice = [*named((3, 2), (3,)), *named((3, 2), (3,))]
+    with pytest.raises(ValueError, match="join names w and b, which more than one parameter of this group is called"):
+        pt.MBF(twice, join=[("w", "b")])
+
+
 def test_a_checkpoint_that_joins_otherwise_is_refused() -> None:
     params = named((3, 2), (3,))
     joined, apart = pt.MBF(params, join=[("w", "b")]), pt.MBF(params)
@@ -407,6 +413,57 @@ def test_statistics_of_other_methods_and_bad_ones() -> None:
         with pytest.raises(ValueError, match=r"no parameter with a gradient.*size \[7\]"):
             opt.step(statistics={torch.zeros(7): given[params[0]]})
         assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+
+
+BAD_STATISTICS = {
+    "shape": (lambda x: pr.MBF.Samples(x[:, :, :-1]), ValueError, r"size \[4, 2\], updated by MBF: .* got \(5, 4, 1\)"),
+    "no samples": (lambda x: pr.MBF.Samples(x[:0]), ValueError, r"got \(0, 4, 2\)"),
+    "a tensor": (lambda x: x, TypeError, "an MBF.Samples, MBF.Factors or MBF.Blocks, got Tensor"),
+    "None": (lambda x: None, TypeError, "must be a real tensor .* got NoneType"),
+    "complex": (lambda x: pr.MBF.Samples(x + 0j), TypeError, "must be a real tensor"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STATISTICS.values(), ids=BAD_STATISTICS)
+def test_a_refused_statistic_changes_nothing(case: Any) -> None:
+    """Also not the parameters that are updated before the one it is for."""
+    make_bad, error, match = case
+    params = parameters(recorded([(3, 2), (4, 2), (3,)], 0)[0])
+    opt = pt.MBF(params, lr=0.125)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    before = [p.detach().clone() for p in params], copy.deepcopy(opt.state_dict())
+    with pytest.raises(error, match=match):
+        opt.step(statistics={params[1]: make_bad(torch.ones(5, 4, 2, dtype=torch.float64))})
+    assert all(torch.equal(a, b) for a, b in zip(before[0], params, strict=True))
+    after = opt.state_dict()
+    assert after["param_groups"] == before[1]["param_groups"]
+    for key, entry in before[1]["state"].items():
+        assert all(torch.equal(value, after["state"][key][name]) for name, value in entry.items())
+
+
+def test_statistics_are_checked_by_parameter() -> None:
+    params = parameters(recorded([(3, 2), (2, 3), (4, 2)], 0)[0])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    samples = {p: torch.ones(5, *p.shape, dtype=torch.float64) for p in params}
+    opt = pt.RFRMSProp(params)
+    with pytest.raises(ValueError, match=r"size \[3, 2\], updated by RFRMSProp: .* got \(5, 2, 3\)"):
+        opt.step(statistics={**samples, params[0]: samples[params[1]]})  # as many entries
+    with pytest.raises(ValueError, match="one number of samples, got 4 and 5"):
+        opt.step(statistics={**samples, params[0]: samples[params[0]][:4]})
+    with pytest.raises(TypeError, match=r"array of shape \(q, \*param.shape\), got tuple"):
+        opt.step(statistics={**samples, params[0]: (samples[params[0]],)})
+    with pytest.raises(ValueError, match="updated by ASGO: statistic must not be given for ASGO, which takes none"):
+        pt.ASGO(params).step(statistics=samples)
+    with pytest.raises(TypeError, match="statistics must be a mapping from parameters.* got MBFSamples"):
+        opt.step(statistics=pr.MBF.Samples(samples[params[0]]))
+    with pytest.raises(ValueError, match="no parameter with a gradient.*one is 'w'"):
+        opt.step(statistics={**samples, "w": 1})
+    with pytest.raises(ValueError, match="updated by RFRMSProp"):
+        opt.step(statistics={params[0]: samples[params[1]]}, batch_size=7)
+    assert opt.param_groups[0]["batch_size"] == 1
 
 
 def test_batch_size_of_a_step() -> None:
@@ -460,3 +517,59 @@ def test_a_collector_that_cannot_be_right_is_refused() -> None:
         pytest.raises(ValueError, match="first axis counts the samples"),
     ):
         layer(torch.ones(3)).sum().backward()
+
+
+class ByKeyword(nn.Module):
+    """A linear layer called by keyword, and one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.b(input=self.a(input=x).tanh())
+        return result
+
+
+def test_layers_called_by_keyword_and_frozen_ones() -> None:
+    model, x = ByKeyword(), torch.ones(5, 3)
+    opt = make(model, METHODS["per_output"])
+    with pt.PerSampleStatistics(model, opt) as statistics:
+        model(x).square().mean().backward()
+        assert set(statistics.take()) == {model.a.weight, model.b.weight}
+        opt.zero_grad()
+        model.b.requires_grad_(False)
+        model(x).square().mean().backward()
+        taken = statistics.take()
+        assert set(taken) == {model.a.weight}
+        opt.step(statistics=taken)
+
+
+def test_layers_that_no_process_has_run_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
+    model = ByKeyword()
+    with pt.PerSampleStatistics(model, make(model, METHODS["per_output"]), process_group=0) as statistics:
+        model.b(torch.ones(5, 4)).sum().backward()
+        assert set(statistics.take()) == {model.b.weight}
+
+
+def test_an_input_overwritten_before_take_is_noticed() -> None:
+    model, x = ByKeyword(), torch.ones(5, 3)
+    with pt.PerSampleStatistics(model, make(model, METHODS["per_output"])) as statistics:
+        model(x).sum().backward()
+        x.zero_()
+        with pytest.raises(RuntimeError, match=r"the input of a was overwritten after its forward pass, before take"):
+            statistics.take()
+        model(x).sum().backward()
+        assert len(statistics.take()) == 2
+
+
+def test_bad_arguments_of_the_collector() -> None:
+    model = ByKeyword()
+    with pytest.raises(TypeError, match="optimizer must be one of precond_ref_torch, got SGD"):
+        pt.PerSampleStatistics(model, torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]
+    with pt.PerSampleStatistics(model, make(model, METHODS["per_output"])) as statistics:
+        for scale in (0, -1.0, float("nan"), float("inf"), "2"):
+            with pytest.raises(ValueError, match=f"scale must be finite and > 0, got {scale!r}"):
+                statistics.take(scale=scale)  # type: ignore[arg-type]

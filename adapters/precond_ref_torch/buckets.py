@@ -153,7 +153,7 @@ class Bucket:
     def _join(self, parts: list[Tensor]) -> Tensor:
         if self.uniform:
             whole = parts[0].contiguous() if len(parts) == 1 else torch.stack(parts)
-            return whole.view(-1) if self.flat else whole
+            return whole.reshape(-1) if self.flat else whole  # a stack of channels_last arrays is not contiguous
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _split(self, whole: Tensor, members: slice = EVERY) -> list[Tensor]:
@@ -258,22 +258,41 @@ class Bucket:
 
     def statistic(self, given: Mapping[Any, Any]) -> Any:
         """What the method's ``update`` gets as ``statistic``, joined like the gradients; None if there is none."""
-        found = [given[p] for p in self.params if p in given]
-        if not found:
+        pairs = [(given[p], shape) for p, shape in zip(self.params, self.shapes, strict=True) if p in given]
+        if not pairs:
             return None
+        if self.owner is not None or self.sharded:
+            raise ValueError("statistics of sharded parameters (DTensor) are not supported")
+        found = [self._fitting(value, shape) for value, shape in pairs]
         if len(found) < len(self) or len({type(value) for value in found}) > 1:
             raise ValueError(
                 f"statistics must be of one type for all parameters of size {list(self.shapes[0])} that "
                 f"{type(self.method).__name__} updates together, or none: a parameter group of its own separates one"
             )
-        if self.owner is not None or self.sharded:
-            raise ValueError("statistics of sharded parameters (DTensor) are not supported")
-        found = [_map(lambda a: a.detach().to(self.dtype), value) for value in found]
         if len(found) == 1 and not self.flat:
             return found[0]
+        counts = {str(_map(lambda a: a.shape[0], value)) if self.flat else str(_map(lambda a: list(a.shape), value)) for value in found}
+        if len(counts) > 1:
+            raise ValueError(
+                f"statistics of parameters that {type(self.method).__name__} updates together must have one number of "
+                f"samples, got {' and '.join(map(str, sorted(counts)))}"
+            )
         if isinstance(found[0], tuple):
             return type(found[0])(*(torch.stack(arrays) for arrays in zip(*found, strict=True)))
         return torch.cat([a.flatten(1) for a in found], 1) if self.flat else torch.stack(found, 1)
+
+    def _fitting(self, value: Any, shape: tuple[int, ...]) -> Any:
+        """The statistic of one unit in the dtype of the arithmetic; ValueError or TypeError if it does not fit."""
+        try:
+            for part in value if isinstance(value, tuple) else (value,):
+                if not isinstance(part, Tensor) or part.is_complex():
+                    raise TypeError(f"it must be a real tensor or a NamedTuple of some, got {type(value).__name__}")
+            value = _map(lambda a: a.detach().to(self.device, self.dtype), value)
+            self.method.check_statistic(value, torch.empty(shape, dtype=self.dtype, device="meta"))
+        except (TypeError, ValueError) as error:
+            name = type(self.method).__name__
+            raise type(error)(f"statistics: for a parameter of size {list(shape)}, updated by {name}: {error}") from None
+        return value
 
     def exchange(self, directions: list[Tensor]) -> list[Tensor]:
         """Each rank's parts of the owner's ``directions`` (a collective)."""

@@ -206,13 +206,16 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if batch_size is not None:
-            self._set_batch_size(batch_size)
+        if callable(statistics):
+            statistics = statistics()
         with torch.no_grad():
-            self._update((statistics() if callable(statistics) else statistics) or {})
+            self._update({} if statistics is None else statistics, batch_size)
         return loss
 
-    def _set_batch_size(self, batch_size: float) -> None:
+    def _set_batch_size(self, batch_size: float | None) -> list[tuple[Any, Any]]:
+        """Set it in every group and fallback that has the field; returns these, each with the value before."""
+        if batch_size is None:
+            return []
         found = [
             fields
             for group in self.param_groups
@@ -222,10 +225,18 @@ class Optimizer(torch.optim.Optimizer):
         if not found:
             raise ValueError(f"batch_size is no field of the methods of this optimizer, got {batch_size!r}")
         states.decode({**found[0], "batch_size": batch_size})
+        before = [(fields, fields["batch_size"]) for fields in found]
         for fields in found:
             fields["batch_size"] = batch_size
+        return before
 
-    def _update(self, statistics: Mapping[Any, Any]) -> None:
+    def _checked(self, statistics: Mapping[Any, Any]) -> tuple[list[tuple[Any, Bucket]], list[Any]]:
+        """Each group's buckets and their statistics, once gradients and statistics are known to fit."""
+        if not isinstance(statistics, Mapping):
+            raise TypeError(
+                f"statistics must be a mapping from parameters, or a function that returns one, got "
+                f"{type(statistics).__name__}"
+            )
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None and param.grad.layout != torch.strided:
@@ -238,8 +249,18 @@ class Optimizer(torch.optim.Optimizer):
         if unknown:
             raise ValueError(
                 f"statistics has {len(unknown)} keys that are no parameter with a gradient, nor the weight of a joined "
-                f"pair; one has size {list(getattr(next(iter(unknown)), 'shape', ()))}"
+                f"pair; one {_shown(next(iter(unknown)))}"
             )
+        return found, given
+
+    def _update(self, statistics: Mapping[Any, Any], batch_size: float | None) -> None:
+        before = self._set_batch_size(batch_size)
+        try:
+            found, given = self._checked(statistics)
+        except BaseException:
+            for fields, size in before:
+                fields["batch_size"] = size
+            raise
         work = [(group, bucket, s, *bucket.gather()) for (group, bucket), s in zip(found, given, strict=True)]
         scalars: dict[Any, Any] = {}
         pending = []
@@ -453,6 +474,9 @@ def _own_pairs(group: Mapping[str, Any], strict: bool) -> tuple[tuple[str, str],
             raise ValueError(f"join names {' and '.join(missing)}, which this group has no parameter of")
         if missing:
             continue
+        twice = [name for name in pair if group["param_names"].count(name) > 1]
+        if twice:
+            raise ValueError(f"join names {' and '.join(twice)}, which more than one parameter of this group is called")
         weight, bias = (params[name] for name in pair)
         if weight.ndim != 2 or tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(
@@ -472,6 +496,10 @@ def _positions(group: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Where the joined parameters are in a group."""
     names = list(group.get("param_names", ()))
     return sorted((names.index(weight), names.index(bias)) for weight, bias in group["join"])
+
+
+def _shown(key: Any) -> str:
+    return f"has size {list(key.shape)}" if isinstance(key, Tensor) else f"is {key!r}"
 
 
 def _listed(pairs: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Self
 
@@ -31,7 +32,8 @@ class PerSampleStatistics:
         process_group: processes whose samples are averaged, as `torch.distributed` has them. Under
             `DistributedDataParallel` it must be given, or parameters differ between ranks.
 
-    Raises ValueError if the optimizer has no such layer, or one whose weight two modules share.
+    Raises ValueError if the optimizer has no such layer, or one whose weight two modules share, and TypeError for another
+    optimizer.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class PerSampleStatistics:
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be one of precond_ref_torch, got {type(optimizer).__name__}")
         self.reduction, self.process_group = reduction, process_group
         units = {
             unit[0]: (unit, method)
@@ -56,14 +60,14 @@ class PerSampleStatistics:
             unit, method = units[module.weight]
             if len(unit) == 2 and unit[1] is not module.bias:
                 raise ValueError(f"the weight of {name} is joined with the bias of another layer")
-            self._layers[module.weight] = name, module, unit, method
+            self._layers[module.weight] = name or "the model", module, unit, method
         if not self._layers:
             raise ValueError("optimizer runs MBF on the weight of no Linear or convolution of this model")
         self._open: dict[Any, int] = dict.fromkeys(self._layers, 0)
-        self._seen: dict[Any, list[tuple[Tensor, Tensor]]] = {weight: [] for weight in self._layers}
+        self._seen: dict[Any, list[tuple[Tensor, Tensor, int]]] = {weight: [] for weight in self._layers}
         self._idle = False
         self._hooks = [
-            module.register_forward_hook(partial(self._forward, weight))
+            module.register_forward_hook(partial(self._forward, weight), with_kwargs=True)
             for weight, (_, module, _, _) in self._layers.items()
         ]
 
@@ -82,27 +86,39 @@ class PerSampleStatistics:
     def take(self, scale: float = 1.0) -> dict[Any, Any]:
         """Statistics of the samples since the last call, by weight; ``scale`` is what the loss was multiplied by.
 
-        A layer that has seen no sample is left out. With a ``process_group``, a collective.
+        A layer that has seen no sample, or whose weight is frozen, is left out. With a ``process_group``, a collective.
+        RuntimeError if the input of a layer was overwritten since: its gradients cannot be told any more.
         """
+        if not (isinstance(scale, (int, float, Tensor)) and scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"scale must be finite and > 0, got {scale!r}")
         taken = {}
-        for weight, (_, module, unit, method) in self._layers.items():
-            seen, self._seen[weight], self._open[weight] = self._seen[weight], [], 0
-            if not seen and self.process_group is None:
+        everything, self._seen = self._seen, {weight: [] for weight in self._layers}
+        self._open = dict.fromkeys(self._layers, 0)
+        for weight, (name, module, unit, method) in self._layers.items():
+            seen = everything[weight]
+            if any(x._version != version for x, _, version in seen):
+                raise RuntimeError(f"the input of {name} was overwritten after its forward pass, before take()")
+            if not weight.requires_grad or (not seen and self.process_group is None):
                 continue
             total, count = self._total(module, unit, method, seen, scale)
             if self.process_group is not None:
                 for tensor in (total, count):
                     torch.distributed.all_reduce(tensor, group=self.process_group)
+                if not count:
+                    continue
             taken[weight] = MBF.Blocks(total / count)
         return taken
 
     # ---- private ----------------------------------------------------------------------------------------------------
 
-    def _forward(self, weight: Any, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if self._idle or not output.requires_grad:
+    def _forward(
+        self, weight: Any, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> None:
+        if self._idle or not weight.requires_grad or not output.requires_grad:
             return
         self._open[weight] += 1
-        x = inputs[0].detach()
+        x = (*inputs, *named.values())[0].detach()
+        version = x._version
 
         def backward(signal: Tensor) -> None:
             name = self._layers[weight][0]
@@ -114,21 +130,21 @@ class PerSampleStatistics:
             self._open[weight] = 0
             if x.ndim < 2 or (isinstance(module, CONVOLUTIONS) and x.ndim < weight.ndim):
                 raise ValueError(f"{name} needs inputs whose first axis counts the samples, got shape {list(x.shape)}")
-            self._seen[weight].append((x, signal.detach()))
+            self._seen[weight].append((x, signal.detach(), version))
 
         output.register_hook(backward)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _total(
-        self, module: nn.Module, unit: Unit, method: MBF, seen: list[tuple[Tensor, Tensor]], scale: float
+        self, module: nn.Module, unit: Unit, method: MBF, seen: list[tuple[Tensor, Tensor, int]], scale: float
     ) -> tuple[Tensor, Tensor]:
         """Sum over this process's samples of g_b g_b^T (of its mean over b, if averaged), and their number."""
         dtype = states.work_dtype(method, unit[0].dtype)
-        count = sum(len(x) for x, _ in seen)
+        count = sum(len(x) for x, *_ in seen)
         factor = (count if self.reduction == "mean" else 1.0) / scale
         shape = states.template(method, shape_of(unit), dtype).statistic.shape
         total = torch.zeros(shape, dtype=dtype, device=unit[0].device)
-        for x, signal in seen:
+        for x, signal, _ in seen:
             x, signal = x.to(dtype), signal.to(dtype) * factor
             if isinstance(module, nn.Linear) and x.ndim == 2:
                 if len(unit) == 2:

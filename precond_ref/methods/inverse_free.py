@@ -71,7 +71,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import eye_like, finite_members, placement, state_dtype
-from precond_ref.numerics.axes import factor_axes, multiply, samples, squeezed, unfold
+from precond_ref.numerics.axes import check_samples, factor_axes, multiply, samples, squeezed, unfold
 from precond_ref.numerics.ema import ema, sqrt
 from precond_ref.numerics.refresh import is_due, renew
 from precond_ref.numerics.structured import parse, project
@@ -195,6 +195,9 @@ class IFShampoo(Method):
             momenta=None if is_zero(self.riemannian_momentum) else zeros,
             buffer=None if is_zero(self.momentum) else zero,
         )
+
+    def check_statistic(self, statistic: Array, param: Array) -> None:
+        check_samples(param, statistic)
 
     def update(
         self,

@@ -319,7 +319,7 @@ class MBF(Method):
         shape = self._statistic_shape(param.shape)
         xp, k = self._enter(grad, state, param, scalars, xp, statistic=shape, inverse=shape)
         statistics_due, inverse_due = self.due(state.step) if refresh is None else self._refresh(refresh)
-        self._check_statistic(statistic, param)
+        self.check_statistic(statistic, param)
         if self.kind == "diagonal":
             n = ema(state.m, grad, DIAGONAL_DECAY)  # (n)
             v = ema(state.statistic, n * n, DIAGONAL_SQUARE_DECAY)  # (v)
@@ -348,11 +348,12 @@ class MBF(Method):
             raise ValueError("refresh without the inverse needs inverse_every > 1: with 1, none is kept")
         return pair
 
-    def _check_statistic(self, statistic: Any, param: Array) -> None:
+    def check_statistic(self, statistic: Any, param: Array) -> None:
         if statistic is None:
             return
         if not isinstance(statistic, (MBFSamples, MBFFactors, MBFBlocks)):
-            raise TypeError(f"statistic must be an MBF.Samples, MBF.Factors or MBF.Blocks, got {statistic!r}")
+            got = type(statistic).__name__
+            raise TypeError(f"statistic must be an MBF.Samples, MBF.Factors or MBF.Blocks, got {got}")
         if self.kind == "diagonal":
             raise ValueError("statistic must be None for kind='diagonal', which has no blocks")
         if isinstance(statistic, MBFBlocks):

@@ -157,6 +157,9 @@ class RFRMSProp(Method):
         zero = xp.zeros_like(param, dtype=state_dtype(xp, param, self.narrow_state))
         return RFRMSPropState(step=0, s=zero + self.initial, buffer=None if is_zero(self.momentum) else zero)
 
+    def check_statistic(self, statistic: Array, param: Array) -> None:
+        check_samples(param, statistic)
+
     def update(
         self,
         grad: Array,
@@ -357,6 +360,9 @@ class RFShampoo(Method):
         factors, inverses = (tuple(eye_like(xp, zeros(xp, (*stack, d, d), param)) for d in dims) for _ in range(2))
         buffer = None if is_zero(self.momentum) else xp.zeros_like(param)
         return RFShampooState(step=0, factors=factors, inverses=inverses, buffer=buffer)
+
+    def check_statistic(self, statistic: Array, param: Array) -> None:
+        check_samples(param, statistic)
 
     def update(
         self,

@@ -47,6 +47,8 @@ def factor_axes(factors: Any, param: Array) -> tuple[int, ...]:
 
 def check_samples(grad: Array, statistic: Array) -> None:
     """Refuse pseudo-gradients that are not (q, ...) for a gradient (...), in its dtype."""
+    if not hasattr(statistic, "shape"):
+        raise TypeError(f"statistic must be an array of shape (q, *param.shape), got {type(statistic).__name__}")
     if tuple(statistic.shape[1:]) != tuple(grad.shape) or statistic.ndim == grad.ndim or statistic.shape[0] == 0:
         raise ValueError(
             f"statistic must have shape (q, *param.shape) with q >= 1, got {tuple(statistic.shape)} "
