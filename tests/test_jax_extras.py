@@ -177,11 +177,12 @@ def test_pairs_under_masks_and_without_updates() -> None:
 
 def test_bad_joins_and_statistics() -> None:
     params = tree(0)
-    for join in ("wb", [("a/w",)], [("a/w", "a/w")], [("a/w", "a/b"), ("c/w", "a/b")]):
+    for join in ("wb", [("a/w",)], [("a/w", "a/w")], [("a/w", "a/b"), ("c/w", "a/b")], [(0, 1)], 5, True, 0):
         with pytest.raises(ValueError, match="join must be pairs of paths"):
             pj.mbf(0.1, join=join)
-    with pytest.raises(ValueError, match="join_axis must be 0 or 1, got 2"):
-        pj.mbf(0.1, join=JOIN, join_axis=2)
+    for axis in (2, -1, True, 1.0, "1"):
+        with pytest.raises(ValueError, match=f"join_axis must be 0 or 1, got {axis!r}"):
+            pj.mbf(0.1, join=JOIN, join_axis=axis)
     with pytest.raises(ValueError, match="join names a/x, which the tree does not have"):
         pj.mbf(0.1, join=[("a/w", "a/x")]).init(params)
     with pytest.raises(
@@ -199,6 +200,9 @@ def test_bad_joins_and_statistics() -> None:
         opt.update(params, state, params, statistics={"a/b": pr.MBF.Samples(jnp.ones((2, 3)))})
     with pytest.raises(ValueError, match="statistics names nope: no parameter, or"):
         opt.update(params, state, params, statistics={"nope": None})
+    for bad in (pr.MBF.Samples(jnp.ones((2, 3, 5))), [1], "a/w", {1: None, "a/w": None}, dict):
+        with pytest.raises(TypeError, match="statistics must be a mapping from paths"):
+            opt.update(params, state, params, statistics=bad)
     adam = pj.adam(0.1)
     with pytest.raises(ValueError, match="a/w: statistics must not be given for Adam"):
         adam.update(params, adam.init(params), params, statistics={"a/w": jnp.ones((2, 3, 4))})

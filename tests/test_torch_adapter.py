@@ -697,7 +697,7 @@ def test_an_unregistered_method_of_the_same_name_is_not_taken_for_the_registered
 
 
 @pytest.mark.parametrize("method", [pr.AGD(), pr.Shampoo()], ids=["flat", "stacked"])
-def test_channels_last(method: Method) -> None:
+def test_channels_last(method: pr.Method) -> None:
     """A stack of such arrays has another layout than its shape says."""
     start, grads = recorded([(4, 3, 2, 2)] * 2, 3)
     last = torch.channels_last

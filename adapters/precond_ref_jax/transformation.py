@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +71,7 @@ def scale_by(
         raise TypeError(f"fallback must be an optax.GradientTransformation or None, got {fallback!r}")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a real floating dtype or None, got {dtype!r}")
-    if join_axis not in (None, 0, 1):
+    if join_axis is not None and (type(join_axis) is not int or join_axis not in (0, 1)):
         raise ValueError(f"join_axis must be 0 or 1, got {join_axis!r}")
     axis = 1 if join_axis is None else join_axis
     pairs = _pairs(join)
@@ -142,7 +142,11 @@ def scale_by(
             raise ValueError(NO_PARAMS_MSG)
         if not isinstance(state, ScaleByState) or not isinstance(state.statistics, method.state_type):
             raise TypeError(f"state must be what init of {type(method).__name__} returned, got {type(state).__name__}")
-        statistics = dict(extra_args.get("statistics") or {})
+        statistics = extra_args.get("statistics")
+        statistics = {} if statistics is None else statistics
+        if not isinstance(statistics, Mapping) or not all(isinstance(name, str) for name in statistics):
+            raise TypeError(f"statistics must be a mapping from paths, such as 'layer/weight', got {statistics!r}")
+        statistics = dict(statistics)
         names, grads, treedef, units = plan(updates)
         values = grads if params is None else _up_to("params", treedef, params)
         columns = [_up_to(f"state.statistics.{f}", treedef, getattr(state.statistics, f)) for f in fields if grads]
@@ -373,9 +377,10 @@ def _masked(tree: Tree) -> set[str]:
 
 
 def _pairs(join: Any) -> dict[str, str]:
-    pairs = [tuple(pair) if isinstance(pair, (tuple, list)) else () for pair in join or ()]
-    names = [name for pair in pairs for name in pair]
-    if any(len(pair) != 2 for pair in pairs) or len(set(names)) != len(names):
+    given = () if join is None else tuple(join) if isinstance(join, Iterable) else (join,)
+    pairs = [tuple(pair) if isinstance(pair, (tuple, list)) else () for pair in given]
+    names = [name for pair in pairs for name in pair if isinstance(name, str)]
+    if len(names) != 2 * len(pairs) or any(len(pair) != 2 for pair in pairs) or len(set(names)) != len(names):
         raise ValueError(f"join must be pairs of paths (weight, bias), no path twice, got {join!r}")
     return dict(pairs)
 

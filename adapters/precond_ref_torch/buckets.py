@@ -271,7 +271,10 @@ class Bucket:
             )
         if len(found) == 1 and not self.flat:
             return found[0]
-        counts = {str(_map(lambda a: a.shape[0], value)) if self.flat else str(_map(lambda a: list(a.shape), value)) for value in found}
+        counts = {
+            str(_map(lambda a: a.shape[0], value)) if self.flat else str(_map(lambda a: list(a.shape), value))
+            for value in found
+        }
         if len(counts) > 1:
             raise ValueError(
                 f"statistics of parameters that {type(self.method).__name__} updates together must have one number of "
@@ -291,7 +294,9 @@ class Bucket:
             self.method.check_statistic(value, torch.empty(shape, dtype=self.dtype, device="meta"))
         except (TypeError, ValueError) as error:
             name = type(self.method).__name__
-            raise type(error)(f"statistics: for a parameter of size {list(shape)}, updated by {name}: {error}") from None
+            raise type(error)(
+                f"statistics: for a parameter of size {list(shape)}, updated by {name}: {error}"
+            ) from None
         return value
 
     def exchange(self, directions: list[Tensor]) -> list[Tensor]:

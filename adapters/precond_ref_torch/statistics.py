@@ -32,8 +32,8 @@ class PerSampleStatistics:
         process_group: processes whose samples are averaged, as `torch.distributed` has them. Under
             `DistributedDataParallel` it must be given, or parameters differ between ranks.
 
-    Raises ValueError if the optimizer has no such layer, or one whose weight two modules share, and TypeError for another
-    optimizer.
+    Raises ValueError if the optimizer has no such layer, or one whose weight two modules share; TypeError for an
+    optimizer of another package.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class PerSampleStatistics:
                 raise RuntimeError(f"the input of {name} was overwritten after its forward pass, before take()")
             if not weight.requires_grad or (not seen and self.process_group is None):
                 continue
-            total, count = self._total(module, unit, method, seen, scale)
+            total, count = self._total(module, unit, method, [(x, d) for x, d, _ in seen], scale)
             if self.process_group is not None:
                 for tensor in (total, count):
                     torch.distributed.all_reduce(tensor, group=self.process_group)
@@ -136,15 +136,15 @@ class PerSampleStatistics:
 
     @torch.no_grad()
     def _total(
-        self, module: nn.Module, unit: Unit, method: MBF, seen: list[tuple[Tensor, Tensor, int]], scale: float
+        self, module: nn.Module, unit: Unit, method: MBF, seen: list[tuple[Tensor, Tensor]], scale: float
     ) -> tuple[Tensor, Tensor]:
         """Sum over this process's samples of g_b g_b^T (of its mean over b, if averaged), and their number."""
         dtype = states.work_dtype(method, unit[0].dtype)
-        count = sum(len(x) for x, *_ in seen)
+        count = sum(len(x) for x, _ in seen)
         factor = (count if self.reduction == "mean" else 1.0) / scale
         shape = states.template(method, shape_of(unit), dtype).statistic.shape
         total = torch.zeros(shape, dtype=dtype, device=unit[0].device)
-        for x, signal, _ in seen:
+        for x, signal in seen:
             x, signal = x.to(dtype), signal.to(dtype) * factor
             if isinstance(module, nn.Linear) and x.ndim == 2:
                 if len(unit) == 2:

@@ -11,7 +11,7 @@ from precond_ref.protocol import Array, Namespace, Scalar, is_python_number
 
 
 def ema(old: Array, new: Array, decay: Scalar) -> Array:
-    """``decay * old + (1 - decay) * new``."""
+    """``decay * old + (1 - decay) * new``; on PyTorch NaN may stand where an infinite value belongs."""
     if hasattr(new, "lerp") and is_python_number(decay):  # PyTorch: one pass; its weight is at most 1/2 for all digits
         return old.lerp(new, 1 - decay) if decay >= 0.5 else new.lerp(old, decay)
     return decay * old + (1 - decay) * new
