@@ -279,10 +279,10 @@ MUTANTS = {
         "adam_w",
     ),
     "m not corrected": ("m * k.inverse_c1", "m", "adam_w"),
-    "s not corrected": ("s * k.inverse_c2 + self.damping, xp)", "s + self.damping, xp)", "adam_w"),
+    "s not corrected": ("s * k.inverse_c2 + self.damping, xp", "s + self.damping, xp", "adam_w"),
     "damping corrected too": (
-        "s * k.inverse_c2 + self.damping, xp)",
-        "(s + self.damping) * k.inverse_c2, xp)",
+        "s * k.inverse_c2 + self.damping, xp",
+        "(s + self.damping) * k.inverse_c2, xp",
         "adam_w",
     ),
     "no d_n / D": ("* (dims[n] / math.prod(dims))", "", "fixed_point"),
