@@ -323,29 +323,29 @@ class UnequalStepsStacked(BASE):
 
 
 class GroupRateIgnored(BASE):
-    def _update(self, statistics: Any) -> None:
+    def _update(self, *given: Any) -> None:
         kept = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             group["lr"] = self.defaults["lr"]
-        super()._update(statistics)
+        super()._update(*given)
         for group, lr in zip(self.param_groups, kept, strict=True):
             group["lr"] = lr
 
 
 class MissingGradientIsZero(BASE):
-    def _update(self, statistics: Any) -> None:
+    def _update(self, *given: Any) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        super()._update(statistics)
+        super()._update(*given)
 
 
 class ChecksTooLate(BASE):
-    def _update(self, statistics: Any) -> None:
+    def _update(self, *given: Any) -> None:
         for group in self.param_groups:
             groups, self.param_groups = self.param_groups, [group]
             try:
-                super()._update(statistics)
+                super()._update(*given)
             finally:
                 self.param_groups = groups
 
