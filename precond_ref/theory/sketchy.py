@@ -223,7 +223,8 @@ def low_rank(s: Sketched) -> Sides:
     return Sides(
         left=s.escaped[t] / max(s.spectrum[t, 0], 1e-300),
         right=0.0,
-        rounding=0.0,  # exactly: the rank decision
+        # the square of what rounding of several updates leaves of a singular value: more than the rank decision removes
+        rounding=(8 * (s.dimension + s.size + s.rows.shape[1]) * 2.0**-52) ** 2,
         assumptions={"rank < l at first": bool(below)},
         symbols=_symbols(s, t),
     )
