@@ -2,12 +2,15 @@
 
 import dataclasses
 import importlib.metadata
+import json
+from pathlib import Path
 
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 
 import precond_ref
+from precond_ref import theory
 
 project = "precond-ref"
 author = "the precond-ref authors"
@@ -62,7 +65,28 @@ def routing_table() -> str:
     return "\n".join(lines)
 
 
-myst_substitutions = {"methods_table": methods_table(), "routing_table": routing_table()}
+SOURCES = {"PROVED": "proved here", "PAPER": "paper, in words", "FORM": "paper's form"}
+
+
+def theory_table() -> str:
+    """Every statement with its formula, source, proof, and the largest ratio found, as a Markdown table."""
+    record = json.loads((Path(__file__).parents[1] / "tests" / "theory_worst.json").read_text(encoding="utf-8"))
+    lines = ["| statement | | source | instances | largest ratio | seed of it |", "|---|---|---|---|---|---|"]
+    for name, statement in theory.list_statements().items():
+        worst = record[name]  # a statement without a record fails the build
+        formula = "`" + statement.formula.replace("|", "\\|") + "`"
+        lines.append(
+            f"| [{name}]({statement.proof}) | {formula} | {SOURCES[statement.source.name]} | {worst['instances']} "
+            f"| {worst['ratio']:.3g}{' (identity)' if statement.identity else ''} | {worst['case']['seed']} |"
+        )
+    return "\n".join(lines)
+
+
+myst_substitutions = {
+    "theory_table": theory_table(),
+    "methods_table": methods_table(),
+    "routing_table": routing_table(),
+}
 
 
 def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:

@@ -37,6 +37,7 @@ def main() -> None:
 
 def application() -> typer.Typer:
     """The commands."""
+    from precond_ref import regret_command  # which imports typer and this module
     from precond_ref.bench import command as bench
     from precond_ref.conformance import commands, vector_commands
     from precond_ref.cost import command as cost
@@ -52,6 +53,7 @@ def application() -> typer.Typer:
     app.callback()(version_option)
     app.command("list", epilog=LIST_EXAMPLES)(list_command)
     app.command("compare", epilog=COMPARE_EXAMPLES)(compare_command)
+    app.command("regret", epilog=regret_command.EXAMPLES)(regret_command.regret_command)
     app.command("check", epilog=commands.CHECK_EXAMPLES)(commands.check_command)
     app.add_typer(vector_commands.application(), name="vectors")
     app.command("bench", epilog=bench.EXAMPLES)(bench.bench_command)

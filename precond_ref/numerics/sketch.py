@@ -14,7 +14,7 @@ The definition is the thin singular value decomposition of the concatenated fact
 as (s - c)(s + c); singular values of at most max(d, k + q) u s_1 (u the spacing of the dtype at 1) count as zero, for
 without this decision rounding becomes an escaped mass whose inverse root is arbitrary. ``solver="gram64"`` is the named
 alternative: eigenvalues of the smaller Gram matrix in float64, whatever the dtype; faster, but its errors are
-absolute, about (k + q) u s_1^2, so that rho is lost where s_l < 1e-7 s_1.
+absolute, about (d + k + q) u s_1^2, so that rho is lost where s_l < 1e-7 s_1.
 
 A member with a non-finite entry never reaches LAPACK (an infinity can hang it): its eigenvalues and escaped mass are
 NaN, hence all that is made from them, and the other members of the batch are not touched.

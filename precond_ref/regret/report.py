@@ -1,0 +1,182 @@
+"""What ``precond-ref regret`` shows of a game: text, figure, JSON."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from precond_ref.regret import Game
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
+
+
+def table(game: Game) -> Table:
+    """Some of the rounds."""
+    from rich.table import Table
+
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    titles = ["rounds", "mean loss", "of the best", "regret"] + ["bound", "ratio"] * bool(game.checks)
+    for lost in game.lost:
+        titles += [f"escaped {lost.name}".strip(), "Omega"]
+    for title in titles:
+        result.add_column(title, justify="right")
+    count = len(game.rounds)
+    for i in sorted({round(k * (count - 1) / 9) for k in range(10)}):
+        cells = [str(game.rounds[i]), f"{game.loss[i]:.5g}", f"{game.best_loss[i]:.5g}", f"{game.regret[i]:.5g}"]
+        if game.checks:
+            check = game.checks[i]
+            cells += [f"{check.right:.5g}", f"{check.ratio:.3f}"] if check.applies else ["-", "-"]
+        for lost in game.lost:
+            cells += [f"{lost.escaped[i]:.4g}", f"{lost.limit[i]:.4g}"]
+        result.add_row(*cells)
+    return result
+
+
+def notes(game: Game) -> list[str]:
+    """What the numbers mean."""
+    norm = float(abs(game.comparator.point**2).sum() ** 0.5)
+    lines = [f"comparator: {game.comparator.how}, norm {norm:.4g}."]
+    if game.statement is None:
+        lines.append("bound: none is known here for this method with these fields.")
+        return lines
+    lines.append(f"bound: {game.statement.name}, {game.statement.formula} ({game.statement.source.value}).")
+    last = game.checks[-1]
+    unmet = [what for what, met in last.assumptions.items() if not met]
+    if unmet:
+        lines.append(f"assumptions not met: {', '.join(unmet)}.")
+    lines.append("  " + ", ".join(f"{name} = {value:.4g}" for name, value in last.symbols.items()))
+    worst = [check.ratio for check in game.checks if check.applies]
+    if worst:
+        lines.append(f"largest regret/bound at the rounds looked at: {max(worst):.4f}.")
+    broken = sum(not check.holds for check in game.checks)
+    if broken:
+        lines.append(
+            f"THE BOUND IS EXCEEDED at {broken} of the rounds looked at: a mistake in the method or in the statement."
+        )
+    if game.lost:
+        lines.append(
+            "escaped: the sketch's error in spectral norm is at most this; Omega, of the exact spectrum, bounds it."
+        )
+    return lines
+
+
+def as_json(game: Game, settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything; what is not finite is null."""
+    return {
+        **settings,
+        "comparator": {"how": game.comparator.how, "point": _list(game.comparator.point.reshape(-1))},
+        "rounds": [int(k) for k in game.rounds],
+        "mean_loss": _list(game.loss),
+        "comparator_mean_loss": _list(game.best_loss),
+        "regret": _list(game.regret),
+        "bound": None
+        if game.statement is None
+        else {
+            "statement": game.statement.name,
+            "formula": game.statement.formula,
+            "source": game.statement.source.value,
+            "values": _list(game.bound),
+            "assumptions": dict(game.checks[-1].assumptions),
+            "symbols": {name: _number(value) for name, value in game.checks[-1].symbols.items()},
+        },
+        "sketches": [
+            {
+                "axis": lost.name,
+                "escaped": _list(lost.escaped),
+                "escaped_bound": _list(lost.limit),
+                "spectrum": _list(lost.spectrum),
+                "sketched": _list(lost.sketched),
+            }
+            for lost in game.lost
+        ],
+    }
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _list(values: Any) -> list[float | None]:
+    return [_number(value) for value in values]
+
+
+def figure(game: Game, title: str) -> Figure:
+    """Regret against its bound; for Sketchy also escaped mass against its bound, and the spectrum."""
+    from matplotlib.figure import Figure
+
+    panels = 1 + 2 * bool(game.lost)
+    result = Figure(figsize=(6.4 if panels == 1 else 13, 4.2), layout="constrained")
+    axes = result.subplots(1, panels, squeeze=False)[0]
+    _regret(axes[0], game)
+    if game.lost:
+        _mass(axes[1], game)
+        _spectrum(axes[2], game)
+    for each in axes:
+        each.grid(alpha=0.25)
+        each.spines[["top", "right"]].set_visible(False)
+    result.suptitle("\n".join(textwrap.wrap(title, 150 if panels > 1 else 75)), x=0.01, ha="left", fontsize=10)
+    return result
+
+
+def _regret(axes: Axes, game: Game) -> None:
+    positive = [value > 0 for value in game.regret]
+    rounds = game.rounds[positive]
+    axes.plot(rounds, game.regret[positive], color=BLUE, linewidth=2)
+    ends = [(game.regret[-1], "regret", BLUE)]
+    if game.checks:
+        axes.plot(game.rounds, game.bound, color=ORANGE, linewidth=2)
+        ends.append((game.bound[-1], "bound", ORANGE))
+    for value, name, colour in ends:
+        if math.isfinite(value):
+            text = f"{name} {value:.3g}"
+            axes.annotate(
+                text, (game.rounds[-1], max(value, axes.get_ylim()[0])), xytext=(-4, 6), textcoords="offset points",
+                ha="right", color=colour, fontweight="bold",
+            )  # fmt: skip
+    axes.set_title("cumulative regret" + ("" if game.checks else " (no bound known)"), loc="left")
+    hidden = "" if all(positive) else "; where positive"
+    axes.set(xscale="log", yscale="log" if any(positive) else "linear", xlabel=f"rounds{hidden}")
+    if any(positive):
+        axes.set_ylim(bottom=max(min(game.regret[positive]), 1e-4 * max(game.regret)) / 2)
+
+
+def _mass(axes: Axes, game: Game) -> None:
+    styles = ("-", "--", ":", "-.")
+    for style, lost in zip(styles, game.lost, strict=False):
+        axes.plot(game.rounds, lost.escaped, style, color=BLUE, linewidth=2)
+        axes.plot(game.rounds, lost.limit, style, color=ORANGE, linewidth=2)
+        for value, name, colour, up in ((lost.escaped[-1], "escaped", BLUE, -18), (lost.limit[-1], "Omega", ORANGE, 8)):
+            axes.annotate(
+                f"{name} {lost.name} {value:.3g}", (game.rounds[-1], value), xytext=(-4, up),
+                textcoords="offset points", ha="right", color=colour, fontweight="bold",
+            )  # fmt: skip
+    axes.set_title("escaped mass and Omega", loc="left")
+    axes.set(xscale="log", xlabel="rounds")
+    largest = max(float(lost.limit[-1]) for lost in game.lost)
+    if largest > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(1e-4 * largest, 3 * largest)
+
+
+def _spectrum(axes: Axes, game: Game) -> None:
+    markers = ("o", "s", "^", "D")
+    for marker, lost in zip(markers, game.lost, strict=False):
+        top = float(lost.spectrum[0]) or 1.0
+        seen = lost.spectrum > 1e-14 * top
+        index = range(1, int(seen.sum()) + 1)
+        axes.plot(index, lost.spectrum[seen], marker, color=GREY, markersize=4, label=f"exact {lost.name}".strip())
+        shifted = lost.sketched + lost.escaped[-1]
+        axes.plot(
+            range(1, len(shifted) + 1), shifted, marker, color=BLUE, markersize=6, fillstyle="none",
+            label=f"sketch + escaped {lost.name}".strip(),
+        )  # fmt: skip
+        axes.axhline(lost.escaped[-1], color=BLUE, linewidth=1, linestyle=":")
+    axes.set_title("eigenvalues of the statistic at the end", loc="left")
+    axes.set(xlabel="index", yscale="log")
+    axes.legend(frameon=False)

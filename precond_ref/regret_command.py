@@ -1,0 +1,172 @@
+"""``precond-ref regret``: a method on an online problem, its regret and what theory allows."""
+
+from __future__ import annotations
+
+import inspect
+import json as json_module
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from precond_ref.problems.online import ADVERSARIES
+
+if TYPE_CHECKING:
+    from precond_ref.protocol import Method
+
+EXAMPLES = """\b
+Examples:
+  precond-ref regret
+  precond-ref regret --adversary "least preconditioned" --dimension 8 --size 3 --rounds 2000
+  precond-ref regret --data a9a --method SAdaGrad --lr 0.4217 --rounds 4000
+  precond-ref regret --data a9a --method SGD --lr 1 --power 0.5 --radius 3
+  precond-ref regret --method ASGO.theory --shape 4x3 --adversary polar --lr 1 --json game.json --output game.svg
+
+\b
+Adversaries:
+""" + "\n".join(f"  {name:<21} {text}" for name, text in ADVERSARIES.items())
+
+
+def regret_command(
+    method: Annotated[str, typer.Option(metavar="NAME", help="As `precond-ref list` names it.")] = "SAdaGrad",
+    lr: Annotated[float, typer.Option("--lr", metavar="X", help="Learning rate.")] = 0.5,
+    power: Annotated[float, typer.Option(metavar="P", help="The rate is lr t^-P.")] = 0.0,
+    size: Annotated[int, typer.Option(metavar="N", help="Sketch size, for methods that have one.")] = 10,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another field of the method; repeatable.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="Logistic regression on a LIBSVM file, in file order, with an intercept."
+        ),
+    ] = None,
+    adversary: Annotated[str, typer.Option(metavar="KIND", help="Linear losses; one of those below.")] = "random",
+    dimension: Annotated[int, typer.Option(metavar="N", help="Length of the adversary's vector.")] = 20,
+    shape: Annotated[str | None, typer.Option(metavar="MxN", help="Shape of its matrix, instead of a vector.")] = None,
+    rounds: Annotated[int | None, typer.Option(metavar="N", help="Rounds.  [default: 1000; the whole file]")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the adversary.")] = 0,
+    radius: Annotated[
+        float | None,
+        typer.Option(metavar="R", help="The comparator is in the ball around 0.  [default: 1; with --data no ball]"),
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything, as JSON.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The figure; .png, .svg, .pdf, ...  [default: precond-ref-regret-METHOD.png]"
+        ),
+    ] = None,
+) -> None:
+    """Play a method against losses, one per round, and show its regret beside the bound.
+
+    The regret is against the best fixed point: of a ball, for the linear losses of an adversary; of the whole space
+    (or a ball), for the data, found by SciPy. For SAdaGrad and SShampoo the escaped mass, its bound and the spectrum
+    are shown too. Nothing is projected; in the bounds D is the largest distance met between iterate and comparator.
+    """
+    from precond_ref.cli import EXTRA, fail, progress
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy is imported
+    try:
+        import numpy as np
+        from rich.console import Console
+
+        from precond_ref import regret
+        from precond_ref.compare import UsageError
+        from precond_ref.compare.report import check_output
+        from precond_ref.problems import online
+        from precond_ref.regret import report
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed: {EXTRA}")
+    try:
+        made, name = _method(method, size, set or (), lr)
+        output = output or Path(f"precond-ref-regret-{name}.png")
+        check_output(output)
+        for file in (output, json):
+            if file is not None and not file.absolute().parent.is_dir():
+                fail(f"there is no folder {file.parent} to write {file.name} to")
+        if not lr > 0 or not power >= 0 or (radius is not None and not radius > 0):
+            fail(f"--lr and --radius must be positive and --power at least 0, got {lr}, {radius}, {power}")
+        if data is None:
+            dims = (dimension,) if shape is None else _shape(shape)
+            stream = online.adversary(adversary, dims, rounds=1000 if rounds is None else rounds, seed=seed)
+            what = f"adversary {adversary!r}, {'x'.join(map(str, dims))}, seed {seed}"
+            comparator: Any = lambda run: regret.comparator_of_linear(run, 1.0 if radius is None else radius)  # noqa: E731
+        else:
+            features, signs = online.libsvm(data, rounds)
+            stream = online.linear_model("logistic", features, signs)
+            what = f"logistic regression on {data}, {features.shape[1]} coordinates"
+            comparator = lambda run: regret.comparator_of_logistic(features, signs, radius)  # noqa: E731
+        low, high = made.ndims
+        if not (low <= len(stream.shape) <= high or made.elementwise):
+            hint = "give --shape" if len(stream.shape) == 1 else "leave out --shape"
+            fail(f"{name} does not take a parameter of shape {stream.shape}" + (f"; {hint}" if data is None else ""))
+        rates = lr * np.arange(1.0, stream.rounds + 1) ** -power
+        title = f"{made} on {what}, {stream.rounds} rounds, rate {lr:g}" + (f" t^-{power:g}" if power else "")
+        console = Console(highlight=False, markup=False, emoji=False)
+        console.print(title, end="\n\n", soft_wrap=True)
+        with progress() as bar:
+            task = bar.add_task(name, total=stream.rounds, loss="")
+
+            def on_round(t: int) -> None:
+                if t % 50 == 49 or t + 1 == stream.rounds:
+                    bar.update(task, completed=t + 1, loss="" if t + 1 < stream.rounds else "comparator and bound")
+
+            try:
+                with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # a diverged run says so itself
+                    game = regret.play(made, stream, rates, comparator, on_round=on_round)
+            except KeyboardInterrupt:
+                typer.echo("interrupted", err=True)
+                raise typer.Exit(130) from None
+        sound = np.isfinite(game.run.points).reshape(len(game.run.points), -1).all(axis=1)
+        if not sound.all():
+            fail(f"the run diverged in round {int(np.argmin(sound))}; try a smaller --lr")
+        console.print(report.table(game), end="\n\n")
+        for line in report.notes(game):
+            console.print(line, soft_wrap=True)
+        report.figure(game, title).savefig(output, dpi=120)
+        console.print(f"figure: {output}", soft_wrap=True)
+        if json is not None:
+            settings = {"method": repr(made), "problem": what, "lr": lr, "power": power, "seed": seed}
+            json.write_text(json_module.dumps(report.as_json(game, settings), allow_nan=False) + "\n", encoding="utf-8")
+            console.print(f"JSON: {json}", soft_wrap=True)
+    except (UsageError, OSError, ValueError, TypeError) as error:
+        fail(error)
+
+
+def _method(text: str, size: int, fields: Any, lr: float) -> tuple[Method, str]:
+    """The method of that name with its fields."""
+    from precond_ref.compare import UsageError, parse_methods
+    from precond_ref.compare.runs import constructors, required
+
+    (name, *more) = parse_methods(text)
+    if more:
+        raise UsageError(f"--method takes one method, got {text}")
+    make = constructors()[name]
+    known = list(inspect.signature(make).parameters)
+    chosen: dict[str, Any] = {"size": size} if "size" in known else {}
+    if "learning_rate" in known:
+        chosen["learning_rate"] = lr
+    for entry in fields:
+        field, equals, value = entry.partition("=")
+        if not equals or field not in known:
+            raise UsageError(f"--set takes FIELD=VALUE with one of {', '.join(known)}, got {entry}")
+        try:
+            chosen[field] = json_module.loads(value)
+        except ValueError:
+            chosen[field] = value
+    missing = [field for field in required(make) if field not in chosen]
+    if missing:
+        raise UsageError(f"{name} needs {', '.join(f'--set {field}=VALUE' for field in missing)}")
+    return make(**chosen), name
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """MxN as two ints."""
+    from precond_ref.compare import UsageError
+
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"--shape takes MxN, such as 4x3, got {text}")
+    return int(parts[0]), int(parts[1])

@@ -1,0 +1,292 @@
+"""Recorded runs, statements about them, and what a statement returns."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from precond_ref.numerics import sketch as fd
+from precond_ref.numerics.sketch import Sketch
+from precond_ref.problems.base import import_numpy
+from precond_ref.problems.online import Stream
+
+np = import_numpy()
+Array = Any
+
+ROUNDING = 1e-9
+"""Share of the right side by which sums of rounded steps, on both sides, may be off; statements may set their own."""
+
+_STATEMENTS: dict[str, Statement] = {}
+
+
+class Source(enum.Enum):
+    """Where a statement comes from."""
+
+    PAPER = "the paper states it, in words; constants proved here"
+    FORM = "hypotheses and name are the paper's, its display was not read; constants proved here"
+    PROVED = "proved here"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A statement held against one run."""
+
+    statement: str
+    """Name, as in `list_statements`."""
+    left: float
+    right: float
+    assumptions: Mapping[str, bool]
+    """What was checked of the run; the statement says nothing unless all are true."""
+    symbols: Mapping[str, float]
+    """Values of the statement's symbols."""
+    rounding: float
+    """By how much the computed left side may exceed the right, or differ from it (identities)."""
+    identity: bool
+
+    @property
+    def applies(self) -> bool:
+        """Whether all assumptions are met."""
+        return all(self.assumptions.values())
+
+    @property
+    def ratio(self) -> float:
+        """Inequality: left / right. Identity: ``|left - right| / rounding``. Above 1 is a violation."""
+        if self.identity:
+            over, under = abs(self.left - self.right), self.rounding
+        else:
+            over, under = self.left, self.right
+        if not math.isfinite(over) or math.isnan(under):
+            return math.inf
+        if under > 0:
+            return over / under
+        return math.inf if over > (0.0 if self.identity else self.rounding) else 0.0
+
+    @property
+    def holds(self) -> bool:
+        """False if the run contradicts the statement."""
+        gap = self.left - self.right  # NaN, where a side is infinite or NaN, is a violation
+        return not self.applies or (abs(gap) if self.identity else gap) <= self.rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """What the function of a statement computes."""
+
+    left: Any
+    right: Any
+    assumptions: Mapping[str, Any] = field(default_factory=dict)
+    symbols: Mapping[str, Any] = field(default_factory=dict)
+    rounding: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """An inequality or identity: call it with a recorded run and what else it asks for."""
+
+    name: str
+    about: str
+    formula: str
+    source: Source
+    proof: str
+    """Page and heading in the documentation."""
+    identity: bool
+    function: Callable[..., Sides]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Check:
+        sides = self.function(*args, **kwargs)
+        left, right = float(sides.left), float(sides.right)
+        return Check(
+            statement=self.name,
+            left=left,
+            right=right,
+            assumptions=MappingProxyType({k: bool(v) for k, v in sides.assumptions.items()}),
+            symbols=MappingProxyType({k: float(v) for k, v in sides.symbols.items()}),
+            rounding=ROUNDING * abs(right) if sides.rounding is None else float(sides.rounding),
+            identity=self.identity,
+        )
+
+
+def list_statements() -> Mapping[str, Statement]:
+    """All statements by name, in the order of definition (read-only)."""
+    return MappingProxyType(_STATEMENTS)
+
+
+def statement(
+    name: str, formula: str, source: Source, proof: str, *, identity: bool = False
+) -> Callable[[Callable[..., Sides]], Statement]:
+    """Register a function that returns `Sides` as the statement ``name``."""
+
+    def register(function: Callable[..., Sides]) -> Statement:
+        made = Statement(
+            name=name,
+            about=inspect.getdoc(function) or "",
+            formula=formula,
+            source=source,
+            proof=proof,
+            identity=identity,
+            function=function,
+        )
+        if name in _STATEMENTS:
+            raise ValueError(f"there are two statements called {name!r}")
+        _STATEMENTS[name] = made
+        return made
+
+    return register
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """T updates of one parameter: x_{t+1} = x_t - rate_t direction_t, projected if a projection was given."""
+
+    method: Any
+    stream: Stream
+    points: Array
+    """x_0, ..., x_T, (T + 1, *shape)."""
+    gradients: Array
+    """(T, *shape)."""
+    directions: Array
+    """(T, *shape)."""
+    rates: Array
+    """(T,)."""
+    states: tuple[Any, ...]
+    """The first state and that after each update, T + 1; of a long run perhaps only some, the last among them."""
+
+    forms: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What statements have computed of this run and share, see `form`."""
+
+    def form(self, kind: Callable[..., Any], *args: Any) -> Any:
+        """``kind(self, *args)``, computed once for these very arguments."""
+        key = (kind, *map(id, args))
+        if key not in self.forms:
+            self.forms[key] = kind(self, *args), args  # the arguments stay alive: their ids are theirs
+        return self.forms[key][0]
+
+    @property
+    def rate(self) -> float:
+        """The constant rate."""
+        return float(self.rates[0])
+
+    @property
+    def constant_rate(self) -> bool:
+        """Whether all rates are equal."""
+        return bool(np.all(self.rates == self.rates[0]))
+
+    @functools.cached_property
+    def paid(self) -> Array:
+        """f_t(x_t), (T,)."""
+        if self.stream.loss is None:
+            return np.sum((self.gradients * self.points[:-1]).reshape(len(self.gradients), -1), axis=1)
+        return np.array([self.stream.loss(t, x) for t, x in enumerate(self.points[:-1])])
+
+    def losses(self, comparator: Array) -> Array:
+        """f_t at a fixed point, (T,)."""
+        if self.stream.loss is None:
+            return np.sum((self.gradients * comparator).reshape(len(self.gradients), -1), axis=1)
+        return np.array([self.stream.loss(t, comparator) for t in range(len(self.gradients))])
+
+    def regret(self, comparator: Array) -> float:
+        """sum_t f_t(x_t) - f_t(comparator)."""
+        return float(np.sum(self.paid - self.losses(comparator)))
+
+    def linear_regret(self, comparator: Array) -> float:
+        """sum_t <g_t, x_t - comparator>, at least the regret of convex losses."""
+        return float(np.sum(self.gradients * (self.points[:-1] - comparator)))
+
+    def first(self, rounds: int, state: Any = None) -> Run:
+        """The run's first rounds; ``state`` is that after them, where not all are kept."""
+        return Run(
+            method=self.method,
+            stream=self.stream,
+            points=self.points[: rounds + 1],
+            gradients=self.gradients[:rounds],
+            directions=self.directions[:rounds],
+            rates=self.rates[:rounds],
+            states=self.states[: rounds + 1] if state is None else (self.states[0], state),
+        )
+
+    def all_states(self) -> tuple[Any, ...]:
+        """``states``, once all are known to be there."""
+        if len(self.states) != len(self.gradients) + 1:
+            raise ValueError(
+                f"the statement needs all {len(self.gradients) + 1} states, the run kept {len(self.states)}"
+            )
+        return self.states
+
+
+def statistic(state: Any) -> Array | None:
+    """The matrix that a method divides by a power of, for the adversaries that look at it."""
+    if isinstance(getattr(state, "sketch", None), Sketch) or hasattr(getattr(state, "sketch", None), "escaped"):
+        return fd.dense(Sketch(*state.sketch))
+    for name in ("gram", "grams"):
+        gram = getattr(state, name, None)
+        if gram is not None:
+            return gram[0] if isinstance(gram, tuple) else gram
+    for name in ("total", "d"):
+        scale = getattr(state, name, None)
+        if scale is not None:
+            return np.diag(np.ravel(scale))
+    return None
+
+
+def record(
+    method: Any,
+    stream: Stream,
+    lr: float | Array,
+    *,
+    project: Callable[[Array, Any], Array] | None = None,
+    update: Callable[..., Any] | None = None,
+    stack_ndim: int = 0,
+    keep_states: bool = True,
+    on_round: Callable[[int, Any], Any] | None = None,
+) -> Run:
+    """Run ``method`` on ``stream`` at the rate ``lr``, a number or (rounds,).
+
+    ``project(y, state)`` maps what the step gives into the domain. ``update(t, grad, state, x)`` stands for
+    ``method.update``. ``stack_ndim`` axes of the start are replicas. ``keep_states=False`` keeps the first and last
+    only (for long runs). ``on_round(t, state)`` is called after each update.
+    """
+    rates = np.broadcast_to(np.asarray(lr, dtype=float), (stream.rounds,))
+    x = np.asarray(stream.start, dtype=float)
+    state = method.init(x, stack_ndim=stack_ndim)
+    looks = stream.name.endswith("preconditioned")
+    points, gradients, directions, states = [x], [], [], [state]
+    for t in range(stream.rounds):
+        g = stream.gradient(t, x, statistic(state) if looks else None)
+        direction, state = method.update(g, state, x) if update is None else update(t, g, state, x)
+        x = x - rates[t] * direction
+        if project is not None:
+            x = project(x, state)
+        points.append(x)
+        gradients.append(g)
+        directions.append(direction)
+        states[1 if not keep_states else t + 1 :] = [state]
+        if on_round is not None:
+            on_round(t, state)
+    return Run(
+        method=method,
+        stream=stream,
+        points=np.stack(points),
+        gradients=np.stack(gradients),
+        directions=np.stack(directions),
+        rates=rates,
+        states=tuple(states),
+    )
+
+
+def pseudo_power(matrix: Array, exponent: float, floor: float = 1e-13) -> Array:
+    """Power of positive semidefinite matrices (..., d, d); eigenvalues up to ``floor`` of the largest count as 0."""
+    w, v = np.linalg.eigh(matrix)
+    live = w > floor * w[..., -1:]
+    scale = np.where(live, np.where(live, w, 1.0) ** exponent, 0.0)
+    return (v * scale[..., None, :]) @ np.swapaxes(v, -1, -2)
+
+
+def trace_power(matrix: Array, exponent: float) -> Array:
+    """tr A^exponent, A positive semidefinite (..., d, d)."""
+    return np.sum(np.maximum(np.linalg.eigvalsh(matrix), 0.0) ** exponent, axis=-1)
