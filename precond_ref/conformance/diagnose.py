@@ -85,6 +85,8 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
         match = Match((), "", max(error for error, _ in plain), len(plain))
         return Diagnosis(report.method, len(runs), (match,), hints=hints)
     found, nearest = _search(runs, known, dtype, pairs)
+    if nearest is not None and nearest.explained <= sum(ratio <= SLACK for _, ratio in plain):
+        nearest = None  # it explains no more than the method itself
     if found:
         return Diagnosis(report.method, len(runs), found)
     if dtype == "float64":
