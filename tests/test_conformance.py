@@ -218,6 +218,25 @@ def test_without_a_match_the_hints_say_what_is_seen() -> None:
     assert "something is computed in it" in said
 
 
+def test_a_mistake_that_explains_no_more_than_the_method_is_not_the_nearest() -> None:
+    class Late(Reference):  # wrong where `every` is not 1; without heads, whose mistakes no case then tells apart
+        def init(self, config, params):
+            if config["heads"] is not None or config["root"] != "eigh" or len(params) > 1:
+                raise Unsupported("heads, roots, stacks")
+            super().init(config, params)
+            self.wrong, self.count = config["every"] > 1, 0
+
+        def step(self, grads):
+            self.count += 1
+            return super().step([3 * g if self.wrong and self.count == 3 else g for g in grads])
+
+    report = check(Late(), "ASGO")
+    assert {r.id for r in report.failures if r.gap} == {"ASGO/every-3"}
+    assert report.diagnosis is not None
+    assert report.diagnosis.nearest is None
+    assert report.diagnosis.lines()[0] == "No known mistake in ASGO explains it."
+
+
 def test_a_state_that_departs_is_the_first_departure() -> None:
     subject = wrap(adam(lambda t: 1.375), names={"state.m": "mean"})
     assert check(wrap(adam(), names={"state.m": "mean"}), "Adam", level=1).notes == [
@@ -360,6 +379,35 @@ def test_hyperparameters_reach_the_target_under_its_names() -> None:
         subjects.arguments(lambda lr, beta1, beta2, eps, rms: None, config, {})
 
 
+def test_betas_are_found_under_the_names_of_optax() -> None:
+    config = runner.config_of(FIRST["Adam"])
+    given = subjects.arguments(lambda learning_rate, b1, b2, eps, weight_decay: None, config, {})
+    assert (given["b1"], given["b2"]) == (config["beta1"], config["beta2"])
+
+
+def test_a_function_that_returns_no_state_is_told_so() -> None:
+    def step(param, grad, state, *, lr, momentum, weight_decay):
+        return param - lr * grad
+
+    results = check(wrap(step), "SGD").results
+    messages = {r.message for r in results if r.status == "error"}
+    assert "TypeError: step must return (new_param, new_state), got ndarray" in messages
+
+
+def test_a_null_of_json_is_told_how_to_be_written() -> None:
+    with pytest.raises(ValueError, match='data" is null: write what is not finite as "nan"'):
+        subjects._decode({"shape": [2], "data": [1.0, None]}, "float64")
+
+
+def test_an_error_says_where_it_was_raised() -> None:
+    def step(param, grad, state, *, lr, momentum, weight_decay):
+        return [][0]
+
+    message = next(r.message for r in check(wrap(step), "SGD").results if r.status == "error")
+    line = step.__code__.co_firstlineno + 1
+    assert message == f"IndexError: list index out of range (test_conformance.py, line {line})"
+
+
 def test_targets_that_are_nothing_known() -> None:
     with pytest.raises(TypeError, match="a class, a function or an object with init and step, got 3"):
         wrap(3)
@@ -475,7 +523,9 @@ def test_expected_failures(run: Any) -> None:
         (run("mine:Wrong", "--method", "SGD", "--json", "out.json"), Path("out.json").read_text(encoding="utf-8"))[1]
     )["failures"]
     Path("xfails.txt").write_text("# known\n" + "\n".join(names) + "\n", encoding="utf-8")
-    assert run("mine:Wrong", "--method", "SGD", "--xfails", "xfails.txt").exit_code == 0
+    result = run("mine:Wrong", "--method", "SGD", "--xfails", "xfails.txt")
+    assert result.exit_code == 0
+    assert f"but for {len(names)} expected failure" in result.output
     result = run("mine:Right", "--method", "SGD", "--xfails", "xfails.txt")
     assert result.exit_code == 1
     assert "expected to fail, but passed: SGD/momentum" in result.output
@@ -494,6 +544,8 @@ def test_expected_failures(run: Any) -> None:
         (["mine:Nope", "--method", "SGD"], "mine has no 'Nope'; it has Right, Wrong"),
         (["mine.py:Right", "--method", "SGD"], "(without the .py)"),
         (["mine:Right", "--method", "SGD", "--map", "lr"], "--map takes OURS=THEIRS, such as eps=epsilon, got 'lr'"),
+        (["mine:Right", "--method", "SGD", "--map", "nesterof=n"], "SGD has no 'nesterof'; it has lr, momentum"),
+        (["mine:Right", "--method", "SGD", "--map", "state.b=v"], "SGD has no 'state.b'; it has state.buffer"),
         (["mine:Right", "--method", "SGD", "--dtype", "half"], "dtype must be one of"),
         (["mine:Right", "--method", "SGD", "--level", "5"], "level must be 0, 1 or 2"),
         (["mine:Right", "--method", "SGD", "--json", "no/out.json"], "there is no folder no"),
@@ -521,7 +573,7 @@ def test_examples_of_the_help_are_understood(run: Any, monkeypatch: pytest.Monke
 def test_nothing_that_runs_is_not_ok(run: Any) -> None:
     result = run("mine:Right", "--method", "ASGO")
     assert result.exit_code == 1
-    assert "NOT CHECKED: no case ran to its end" in result.output
+    assert "NOT CHECKED: no case ran to its end; --map OURS=THEIRS says another name" in result.output
 
 
 # ---- pages ----------------------------------------------------------------------------------------------------------
@@ -621,3 +673,7 @@ def test_the_pytest_door_says_what_it_needs(tmp_path: Path) -> None:
     code, output = pytest_on(tmp_path, "--precond-target", "mine:Right")
     assert code != 0
     assert "give --precond-method, and one of --precond-target and --precond-command" in output
+    code, output = pytest_on(tmp_path, "--precond-target", "mine:Nope", "--precond-method", "SGD")
+    assert code != 0
+    assert "mine has no 'Nope'; it has Right, Wrong" in output
+    assert "1 error" in output  # once, not in every test

@@ -30,8 +30,9 @@ What TARGET can be (module:attribute; the current folder is searched first):
   one of precond_ref's methods             precond_ref:ASGO --backend torch
 
 \b
-Arguments named like ours (precond-ref list) are found, lr, learning_rate, betas and weight_decay too. --map tells of
-others; an argument that TARGET does not have is left out where a case has its default, and else the case is skipped.
+Arguments named like ours (precond-ref list) are found; lr, learning_rate, betas, b1, b2 and weight_decay too. --map
+tells of others; an argument that TARGET does not have is left out where a case has its default, and else the case is
+skipped.
 
 \b
 Examples:
@@ -103,6 +104,7 @@ def check_command(
         expected = read_xfails(xfails) if xfails else ()
         if json is not None and not json.absolute().parent.is_dir():
             fail(f"there is no folder {json.parent} to write {json.name} to")
+        runner.refuse_unknown(mapping, method)
         label = command or target or ""
         report = with_progress(
             lambda step: runner.check(
@@ -169,9 +171,14 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
     rows = [r for r in report.results if verbose or r.id in unexpected or r.id in report.unexpected_passes]
     if rows:
         console.print(table(rows, report), end="\n\n")
-    for r in rows:
-        if r.message and (verbose or r.id in unexpected):
-            console.print(f"{r.id}: {r.message}", soft_wrap=True)
+    said = [r for r in rows if verbose or r.id in unexpected]
+    few = 0 < len(said) <= 4  # then what each is for, too
+    messages = Counter(r.message for r in said)
+    for r in said:
+        number = messages.pop(r.message, 0)  # one that was said is not said again
+        text = r.message and r.message + f" (in {number} cases)" * (number > 1) if number else ""
+        if text := f"{r.why} {text[:1].upper()}{text[1:]}".strip() if few else text:
+            console.print(f"{r.id}: {text}", soft_wrap=True)
     contract, laws = ([r for r in report.results if r.id.startswith(kind)] for kind in ("contract/", "invariance/"))
     cases = [r for r in report.results if "/reject-" not in r.id and r not in contract and r not in laws]
     console.print(f"cases: {count(cases)}")
@@ -199,8 +206,12 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
     console.print()
     if not report.ran:
         verdict = "NOT CHECKED: no case ran to its end"
+        if all(r.status == "skipped" for r in cases) and any("has no argument for" in message for message in skipped):
+            verdict += "; --map OURS=THEIRS says another name of an argument, as in --map lr=step_size"
     elif report.ok:
         verdict = f"OK: {report.target} is {report.method} in the {report.ran} cases that it runs"
+        if expected := sum(r.bad for r in report.results):
+            verdict += f", but for {expected} expected failure{'s' * (expected > 1)}"
     else:
         verdict = f"WRONG: {len(report.failures)} unexpected failures"
         others = len(report.unexpected_passes) + len(report.unknown_xfails)

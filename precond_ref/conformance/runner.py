@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -208,6 +211,20 @@ def run_case(subject: Subject, case: Case, *, dtype: str = "float64", level: int
     return _trace(subject, case, dtype, level, [])[0]
 
 
+def refuse_unknown(names: Mapping[str, str], method: str) -> None:
+    """ValueError for a name of ours in a mapping that no case of the method has."""
+    own = cases(method)
+    known = {"lr", "weight_decay"}.union(*(case.config for case in own))
+    if any(name.startswith("state.") for name in names):
+        known.update(key for case in own for key in vectors.load(case) if key.startswith("state."))
+    for name in names:
+        if name not in known:
+            kind = sorted(k for k in known if k.startswith("state.") == name.startswith("state."))
+            raise ValueError(
+                f"--map {name}={names[name]}: {method_name(method)} has no {name!r}; it has {', '.join(kind)}"
+            )
+
+
 def config_of(case: Case) -> Config:
     """What a subject is given for a case."""
     make = operator.attrgetter(case.constructor)(precond_ref)
@@ -264,7 +281,7 @@ def _trace(subject: Subject, case: Case, dtype: str, level: int, touched: list[s
     except NotImplementedError as error:
         return Result(case.id, case.tier, SKIPPED, case.why, message=str(error)), None
     except Exception as error:
-        return Result(case.id, case.tier, ERROR, case.why, message=f"{type(error).__name__}: {error}"), None
+        return Result(case.id, case.tier, ERROR, case.why, message=_said(error)), None
     run = Run(case, tensors, np.stack(params), states)
     with np.errstate(all="ignore"):
         found = list(gaps(run, dtype))
@@ -273,6 +290,19 @@ def _trace(subject: Subject, case: Case, dtype: str, level: int, touched: list[s
         message = "" if np.isfinite(run.params).all() else "the parameters are not finite"
         return Result(case.id, case.tier, FAILED, case.why, gap=failing[0], message=message), run
     return Result(case.id, case.tier, PASSED, case.why, gap=max(found, key=lambda g: g.ratio, default=None)), run
+
+
+def _said(error: Exception) -> str:
+    """The error, and the line of the subject's code it came from; without one if this package raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own, standard = str(Path(precond_ref.__file__).parent), sysconfig.get_path("stdlib")
+    text = f"{type(error).__name__}: {error}"
+    theirs = [
+        f for f in frames if not f.filename.startswith((own, standard, "<")) and "site-packages" not in f.filename
+    ]
+    if not theirs or frames[-1].filename.startswith(own):
+        return text
+    return f"{text} ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})"
 
 
 def truth(run: Run) -> np.ndarray:
@@ -379,7 +409,7 @@ def _contract(subject: Subject, report: Report, touched: list[str]) -> list[Resu
         except NotImplementedError as error:
             results.append(Result(f"contract/{name}", tier, SKIPPED, why, message=str(error)))
         except Exception as error:
-            message = f"{type(error).__name__}: {error}"
+            message = _said(error)
             results.append(Result(f"contract/{name}", tier, ERROR, why, message=message))
         else:
             results.append(Result(f"contract/{name}", tier, FAILED if message else PASSED, why, message=message))

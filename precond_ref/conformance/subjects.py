@@ -122,20 +122,24 @@ def arguments(target: Callable[..., Any], config: Config, names: Mapping[str, st
     """Keyword arguments for ``target``: the config under its names.
 
     A field that ``target`` does not have is left out where it has the reference's default, and `Unsupported` else.
-    Without a mapping, ``beta1`` and ``beta2`` go to ``betas`` and ``lr`` to ``learning_rate`` where only those exist.
+    Without a mapping, ``beta1`` and ``beta2`` go to ``betas`` or ``b1`` and ``b2``, and ``lr`` to ``learning_rate``,
+    where only those exist.
     """
     signature = _signature(target)
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.values())
-    guesses = {"beta1": "betas.0", "beta2": "betas.1", "lr": "learning_rate"}
+    guesses = {"beta1": ("betas.0", "b1"), "beta2": ("betas.1", "b2"), "lr": ("learning_rate",)}
     given: dict[str, Any] = {}
     for field, value in config.items():
         name = names.get(field, field)
-        if field not in names and field not in signature and guesses.get(field, "").split(".")[0] in signature:
-            name = guesses[field]
+        if field not in names and field not in signature:
+            name = next((n for n in guesses.get(field, ()) if n.partition(".")[0] in signature), field)
         head, dot, index = name.partition(".")
         if head not in signature and not open_ended:
             if field in names:
-                raise ValueError(f"{_called(target)} has no argument {head!r}, which {field} is mapped to")
+                raise ValueError(
+                    f"{_called(target)} has no argument {head!r}, which {field} is mapped to; "
+                    f"it has {', '.join(signature) or 'none'}"
+                )
             if field in config.at_default:
                 continue
             raise Unsupported(f"{_called(target)} has no argument for {field}={value!r}")
@@ -294,7 +298,13 @@ class Function:
         """One call per parameter; the gradients must come back as they were."""
         for i, g in enumerate(grads):
             given = self.arrays.of(g)
-            self.params[i], self.states[i] = self.function(self.params[i], given, self.states[i], **self.given)
+            got = self.function(self.params[i], given, self.states[i], **self.given)
+            if not (isinstance(got, (tuple, list)) and len(got) == 2):
+                raise TypeError(
+                    f"{_called(self.function)} must return (new_param, new_state), got "
+                    + (f"{len(got)} values" if isinstance(got, (tuple, list)) else type(got).__name__)
+                )
+            self.params[i], self.states[i] = got
             g[...] = self.arrays.host(given)
         return [self.arrays.host(p) for p in self.params]
 
@@ -432,6 +442,8 @@ def _encode(array: np.ndarray) -> dict[str, Any]:
 
 
 def _decode(entry: Mapping[str, Any], dtype: str) -> np.ndarray:
+    if any(x is None for x in entry["data"]):  # what JSON.stringify makes of NaN and of infinities
+        raise ValueError('an entry of "data" is null: write what is not finite as "nan", "inf" or "-inf"')
     return np.array([float(x) for x in entry["data"]], dtype=dtype).reshape(entry["shape"])
 
 

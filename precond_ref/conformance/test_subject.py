@@ -46,6 +46,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         raise pytest.UsageError("give --precond-method, and one of --precond-target and --precond-command")
     try:
         names = runner.ids(option(config, "method"), option(config, "level"))
+        runner.refuse_unknown(parse_map(option(config, "map")), option(config, "method"))
+        if option(config, "target"):
+            subjects.load_target(option(config, "target"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
     file = option(config, "xfails")
