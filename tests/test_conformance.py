@@ -237,6 +237,11 @@ def test_a_mistake_that_explains_no_more_than_the_method_is_not_the_nearest() ->
     assert report.diagnosis.lines()[0] == "No known mistake in ASGO explains it."
 
 
+@pytest.mark.parametrize("constructor", ["ASGO", "Shampoo", "SShampoo", "RFShampoo", "IFShampoo"])
+def test_roots_renewed_at_multiples_of_the_interval_are_named(constructor: str) -> None:
+    plant(constructor, ["every-multiples"])
+
+
 def test_a_state_that_departs_is_the_first_departure() -> None:
     subject = wrap(adam(lambda t: 1.375), names={"state.m": "mean"})
     assert check(wrap(adam(), names={"state.m": "mean"}), "Adam", level=1).notes == [

@@ -231,10 +231,13 @@ def due(t: int, every: int, flags: frozenset[str]) -> bool:
         return True
     if "every-late" in flags:
         return t % every == 0
+    if "every-multiples" in flags:
+        return t == 1 or t % every == 0
     return (t - 1) % every == 0
 
 
 EVERY = {
     "every-ignored": "with roots renewed at every update",
     "every-late": "with roots renewed at updates every, 2 every, ... instead of 1, 1 + every, ... (identity before)",
+    "every-multiples": "with roots renewed at updates 1, every, 2 every, ... instead of 1, 1 + every, 1 + 2 every",
 }

@@ -308,7 +308,7 @@ VARIANTS = {
             frozenset({"eps-ignored", "eps-squared"}),
             frozenset({"eps-ignored", "eps-outside"}),
             frozenset({"other-side", "always-left", "always-right", "tie-left"}),
-            frozenset({"every-ignored", "every-late"}),
+            frozenset(EVERY),
             *AVERAGING,
         ),
     ),

@@ -145,7 +145,7 @@ VARIANTS = {
             frozenset({"sum", "correction-ignored", "correction-always"}),
             frozenset({"sum", "eps-at-start"}),
             *rivals({"statistic-of-preconditioned"}, {"first-axis-only", "last-axis-only"}),
-            frozenset({"every-ignored", "every-late"}),
+            frozenset(EVERY),
         ),
     ),
     "Muon": Variants(
