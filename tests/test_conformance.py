@@ -279,6 +279,16 @@ def test_bad_manners_are_caught(fault: str, caught: str) -> None:
     assert {r.id for r in check(Broken(""), "Adam").results if r.bad} == set()
 
 
+def test_gradients_rounded_to_single_precision_are_seen() -> None:
+    class Rounded(Ten):
+        def step(self, grads):
+            return super().step([g.astype(np.float32).astype(g.dtype) for g in grads])
+
+    assert {r.id: r.status for r in check(wrap(Rounded), "SGD").results}["contract/dtype"] == "failed"
+    assert check(wrap(Rounded), "SGD", dtype="float32").ok
+    assert check(wrap(Ten), "SGD").ok
+
+
 # ---- subjects -------------------------------------------------------------------------------------------------------
 
 
