@@ -97,7 +97,9 @@ class Optimizer:
             raise ValueError(f"on_nonfinite must be 'propagate', 'skip' or 'raise', got {self.on_nonfinite!r}")
         check_int(self, "block_size", ge=1, optional=True)
         check_bool(self, "fuse")
-        joined = [path for pair in self.join if len(pair) == 2 and not isinstance(pair, str) for path in pair]
+        if not isinstance(self.join, (tuple, list)):
+            raise TypeError(f"join must be a tuple of pairs of paths (weight, bias), got {self.join!r}")
+        joined = [path for pair in self.join if isinstance(pair, (tuple, list)) and len(pair) == 2 for path in pair]
         if len(joined) != 2 * len(self.join) or len(set(joined)) != len(joined):
             raise ValueError(f"join must be pairs of paths (weight, bias), no path twice, got {self.join!r}")
         if self.route is None:
@@ -132,17 +134,15 @@ class Optimizer:
         need all or none (``fuse=False`` separates them).
         ValueError or TypeError for gradients that do not fit the parameters, with the path; nothing is changed then.
         """
-        if not isinstance(state, OptimizerState):
-            raise TypeError(f"state must be an OptimizerState, got {type(state).__name__}")
+        _check_state(state)
+        if not (statistics is None or isinstance(statistics, Mapping)):
+            raise TypeError(f"statistics must be a mapping from paths or None, got {type(statistics).__name__}")
         leaves, gradients = _leaves(params, "params"), _leaves(grads, "grads")
         xp = _check_fit(leaves, gradients)
         joined, joined_gradients = self._joined(leaves), self._joined(gradients)
         groups = self._plan(joined)
         given = _statistics(groups, statistics or {}, xp)
-        if len(groups) != len(state.groups):
-            raise ValueError(
-                f"state has {len(state.groups)} groups, these parameters make {len(groups)}: it is another tree's"
-            )
+        _check_state(state, len(groups))
         finite = True
         if self.on_nonfinite != "propagate" and gradients:
             arrays = [
@@ -160,7 +160,7 @@ class Optimizer:
                 where = ", ".join(bad) or "the statistics"
                 raise ValueError(f"gradients and statistics must be finite (on_nonfinite='raise'), not so: {where}")
 
-        lr = _rate(self.lr(state.step)) if callable(self.lr) else self.lr
+        lr = _rate("lr(step)", self.lr(state.step)) if callable(self.lr) else self.lr
         new_leaves: dict[str, Any] = {}
         new_states = []
         for group, group_state, statistic in zip(groups, state.groups, given, strict=True):
@@ -199,7 +199,9 @@ class Optimizer:
     # ---- private ----------------------------------------------------------------------------------------------------
 
     def _members(self, params: Tree, state: OptimizerState) -> Iterator[tuple[str, Method, Any]]:
-        for group, group_state in zip(self.describe(params), state.groups, strict=True):
+        groups = self.describe(params)
+        _check_state(state, len(groups))
+        for group, group_state in zip(groups, state.groups, strict=True):
             for i, (path, block) in enumerate(group.members):
                 key = path if block is None else f"{path}[{', '.join(f'{s.start}:{s.stop}' for s in block)}]"
                 yield key, group.method, _member(group, group_state, i)
@@ -271,7 +273,8 @@ class Optimizer:
     def _decay(self, group: Group, leaves: Mapping[str, Array], param: Array, xp: Namespace) -> Any:
         if not callable(self.weight_decay):
             return _as_scalar(self.weight_decay, param, xp)
-        rates = [self.weight_decay(path, leaves[path]) for path, _ in group.members]
+        name = "weight_decay(path, array)"
+        rates = [_rate(name, self.weight_decay(path, leaves[path])) for path, _ in group.members]
         if all(isinstance(r, numbers.Real) and r == rates[0] for r in rates):
             return float(rates[0])
         whole = [
@@ -354,6 +357,14 @@ def _check_fit(params: Mapping[str, Array], grads: Mapping[str, Array]) -> Names
         raise TypeError("params and grads must be arrays of one array-API namespace") from error
 
 
+def _check_state(state: Any, groups: int | None = None) -> None:
+    """Refuse what is no state of an `Optimizer`, or has not this number of groups."""
+    if not isinstance(state, OptimizerState):
+        raise TypeError(f"state must be an OptimizerState, got {type(state).__name__}")
+    if groups is not None and len(state.groups) != groups:
+        raise ValueError(f"state has {len(state.groups)} groups, these parameters make {groups}: it is another tree's")
+
+
 # ---- groups ---------------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +413,12 @@ def _statistics(groups: tuple[Group, ...], given: Mapping[str, Any], xp: Namespa
             raise ValueError(
                 f"statistics must be of one type for all of {', '.join(paths)} (updated together), or none"
             )
+        shapes = {tuple(getattr(part[0] if isinstance(part, tuple) else part, "shape", ())) for part in parts}
+        if len({shape[:1] if group.method.elementwise else shape for shape in shapes}) > 1:
+            raise ValueError(
+                f"statistics must be of one size for all of {', '.join(paths)} (updated together; fuse=False separates "
+                f"them), got shapes {', '.join(map(str, sorted(shapes)))}"
+            )
         if len(parts) > 1:
             if isinstance(parts[0], tuple):
                 parts = [type(parts[0])(*(xp.stack(list(arrays)) for arrays in zip(*parts, strict=True)))]
@@ -412,7 +429,7 @@ def _statistics(groups: tuple[Group, ...], given: Mapping[str, Any], xp: Namespa
         result.append({"statistic": parts[0]} if parts else {})
     if unknown:
         raise ValueError(
-            f"statistics names {', '.join(sorted(unknown))}: no parameter, or one joined or cut into blocks"
+            f"statistics names {', '.join(sorted(map(str, unknown)))}: no parameter, or one joined or cut into blocks"
         )
     return result
 
@@ -467,13 +484,13 @@ def _select(finite: Array, new: Any, old: Any, xp: Namespace) -> Any:
     return xp.where(finite, new, old)
 
 
-def _rate(lr: Any) -> Any:
-    """What a schedule returned, if it is a rate."""
-    if isinstance(lr, numbers.Real) and not 0 <= float(lr) < math.inf:
-        raise ValueError(f"lr(step) must be finite and >= 0, got {lr!r}")
-    if not isinstance(lr, numbers.Real) and getattr(lr, "shape", None) != ():
-        raise TypeError(f"lr(step) must return a number or a 0-D array, got {lr!r}")
-    return lr
+def _rate(name: str, rate: Any) -> Any:
+    """What a callable returned, if it is a rate."""
+    if isinstance(rate, numbers.Real) and not 0 <= float(rate) < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {rate!r}")
+    if not isinstance(rate, numbers.Real) and getattr(rate, "shape", None) != ():
+        raise TypeError(f"{name} must return a number or a 0-D array, got {rate!r}")
+    return rate
 
 
 def _as_scalar(value: Any, param: Array, xp: Namespace) -> Any:

@@ -126,12 +126,26 @@ class Method:
             )
         return xp
 
+    def _check_state(self, state: Any) -> None:
+        """TypeError for what is no state of this method."""
+        if not isinstance(state, self.state_type):
+            raise TypeError(f"state must be a {self.state_type.__name__}, got {type(state).__name__}")
+
     def _enter(
-        self, grad: Array, state: Any, param: Array, scalars: Any, xp: Namespace, **shapes: tuple[int, ...]
+        self,
+        grad: Array,
+        state: Any,
+        param: Array,
+        scalars: Any,
+        xp: Namespace,
+        *,
+        unused: Mapping[str, bool] = MappingProxyType({}),
+        **shapes: tuple[int, ...],
     ) -> tuple[Namespace, Any]:
         """Checks of every update; returns the namespace and the step's scalars.
 
-        ``shapes`` gives what a state field's shape must be (fields not named must have ``param``'s shape).
+        ``shapes`` gives what a state field's shape must be (fields not named must have ``param``'s shape), ``unused``
+        whether these hyperparameters can do without it: only then it may be None.
         """
         if xp is None:  # a caller that binds xp (an adapter inside a compiled graph) has made sure of these two
             xp = _namespace("grad and param", grad, param)
@@ -144,18 +158,22 @@ class Method:
         if grad.dtype != param.dtype:
             raise TypeError(f"grad must have param's dtype, got grad {grad.dtype} and param {param.dtype}")
         _check_dtype(xp, "grad", grad.dtype, False, type(self).__name__)
-        if not isinstance(state, self.state_type):
-            raise TypeError(f"state must be a {self.state_type.__name__}, got {type(state).__name__}")
+        self._check_state(state)
         for field, value in state._asdict().items():
-            if hasattr(value, "shape") and field != "step":
+            if field == "step" or (value is None and unused.get(field)):
+                continue
+            if value is None:
+                raise ValueError(f"state.{field} must not be None: the state was made with other fields than {self!r}")
+            if hasattr(value, "shape"):
                 expected = shapes.get(field, tuple(param.shape))
                 if tuple(value.shape) != tuple(expected):
                     raise ValueError(
                         f"state.{field} must have shape {tuple(expected)} for param of shape {tuple(param.shape)}, "
                         f"got {tuple(value.shape)}"
                     )
-            if field != "step":
-                _check_state_dtype(xp, f"state.{field}", value, param.dtype)
+            elif not isinstance(value, tuple):
+                raise TypeError(f"state.{field} must be an array or a tuple of arrays, got {type(value).__name__}")
+            _check_state_dtype(xp, f"state.{field}", value, param.dtype)
         if scalars is None:
             scalars = self.scalars(state.step + 1, like=param)
         return xp, scalars
@@ -241,8 +259,10 @@ def check_choice(method: Any, field: str, choices: tuple[str, ...]) -> None:
 
 def _namespace(what: str, *arrays: Array) -> Namespace:
     try:
-        if any(array is None for array in arrays):  # which array_namespace would pass over
-            raise TypeError("None is no array")
+        if any(array is None or not hasattr(array, "shape") for array in arrays):  # which array_namespace passes over
+            raise TypeError("None and numbers are no arrays")
+        if any(type(array).__name__ == "matrix" for array in arrays):  # NumPy's: its * is the matrix product
+            raise TypeError("a matrix is no array")
         return array_namespace(*arrays)
     except TypeError as error:
         kinds = ", ".join(f"{type(a).__module__}.{type(a).__name__}" for a in arrays)

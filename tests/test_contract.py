@@ -302,7 +302,34 @@ def test_bad_arrays_are_refused(backend: Backend, name: str) -> None:
     for stack_ndim in (-1, len(shape) + 1, 0.5):
         with pytest.raises(ValueError, match="stack_ndim must be an int between 0 and"):
             method.init(param, stack_ndim=stack_ndim)
+    for bad in (None, 1.0, "x", [1.0], np.ones((2, 2)).view(np.matrix)):
+        for call in (lambda b: method.init(b), lambda b: method.update(b, state, param)):
+            with pytest.raises(TypeError, match="must be array"):
+                call(bad)
+        with pytest.raises((TypeError, ValueError), match="must be a|takes a parameter"):
+            method.update(grad, state, bad)
     assert all(np.array_equal(a, backend.numpy(b)) for a, b in zip(before, leaves(state), strict=True))
+
+
+@ids
+def test_a_state_of_other_fields_or_another_method_is_refused(config: Config) -> None:
+    method, shape = config
+    param = np.ones(shape)
+    _, state = method.update(param, method.init(param), param)
+    for bad in (None, (), {}, pr.SGD().init(param) if not isinstance(method, pr.SGD) else pr.Adam().init(param)):
+        with pytest.raises(TypeError, match=f"state must be a {type(state).__name__}, got {type(bad).__name__}"):
+            method.diagnose(bad)
+    for field, value in state._asdict().items():
+        if field == "step" or value is None:
+            continue
+        with pytest.raises(ValueError, match=r"state.* must"):
+            method.update(param, state._replace(**{field: None}), param)
+        with pytest.raises(TypeError, match=f"state.{field} must be an array or a tuple of arrays, got list"):
+            method.update(param, state._replace(**{field: [1.0]}), param)
+        if isinstance(value, tuple) and not hasattr(value, "_fields") and len(value) > 1:
+            for wrong in (value[1:], (*value, value[0])):
+                with pytest.raises(ValueError, match=rf"state\.{field}.* must"):
+                    method.update(param, state._replace(**{field: wrong}), param)
 
 
 @FAMILY

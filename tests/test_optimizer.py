@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -495,11 +496,40 @@ def test_joined_parameters_must_have_one_dtype() -> None:
         pr.Optimizer(pr.MBF(), join=(("w", "b"),)).init(params)
 
 
-@pytest.mark.parametrize("cls", [pr.SGD, pr.RMSProp])
-def test_a_state_without_momentum_is_refused(cls: Any) -> None:
-    g = np.ones(3)
-    with pytest.raises(ValueError, match="the state was made with momentum=0, got momentum=0.5"):
-        cls(momentum=0.5).update(g, cls().init(g), g)
+@pytest.mark.parametrize("call", ["step", "diagnose", "unstack"])
+def test_what_is_no_state_is_refused(call: str) -> None:
+    params = {"w": np.ones((2, 3)), "b": np.ones(2)}
+    optimizer = pr.Optimizer(pr.ASGO())
+    function = partial(optimizer.step, params, params) if call == "step" else partial(getattr(optimizer, call), params)
+    for bad in (None, (), pr.Adam().init(params["w"])):
+        with pytest.raises(TypeError, match=f"state must be an OptimizerState, got {type(bad).__name__}"):
+            function(state=bad)
+    with pytest.raises(ValueError, match="state has 1 groups, these parameters make 2: it is another tree's"):
+        function(state=pr.Optimizer(pr.Adam()).init(params))
+
+
+@pytest.mark.parametrize(("bad", "error"), [(-1.0, ValueError), (np.nan, ValueError), (None, TypeError)], ids=str)
+def test_a_callable_decay_must_return_a_rate(bad: Any, error: Any) -> None:
+    params = {"w": np.ones((2, 3))}
+    optimizer = pr.Optimizer(pr.ASGO(), weight_decay=lambda path, array: bad)
+    with pytest.raises(error, match=r"weight_decay\(path, array\) must .* got"):
+        optimizer.step(params, params, optimizer.init(params))
+
+
+def test_statistics_of_two_sizes_must_not_be_fused() -> None:
+    params = {"a": np.ones((3, 4)), "b": np.ones((3, 4))}
+    statistics = {"a": np.ones((2, 3, 4)), "b": np.ones((5, 3, 4))}
+    for method in (pr.RFShampoo(), pr.RFRMSProp()):
+        optimizer = pr.Optimizer(method)
+        with pytest.raises(ValueError, match=r"of one size for all of a, b .* got shapes \(2, 3, 4\), \(5"):
+            optimizer.step(params, params, optimizer.init(params), statistics=statistics)
+        apart = pr.Optimizer(method, fuse=False)
+        apart.step(params, params, apart.init(params), statistics=statistics)
+    shapes = {"a": np.ones((3, 4)), "b": np.ones(5)}  # one flat buffer
+    optimizer = pr.Optimizer(pr.RFRMSProp())
+    optimizer.step(
+        shapes, shapes, optimizer.init(shapes), statistics={k: np.ones((2, *v.shape)) for k, v in shapes.items()}
+    )
 
 
 def test_statistics_that_are_not_finite() -> None:

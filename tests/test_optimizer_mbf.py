@@ -287,6 +287,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
     ),
     "a triple": (lambda: pr.Optimizer(pr.MBF(), join=(("a", "b", "c"),)), ValueError, "join must be pairs"),
     "twice": (lambda: pr.Optimizer(pr.MBF(), join=(("a", "b"), ("c", "b"))), ValueError, "no path twice"),
+    "join that is no tuple": (lambda: pr.Optimizer(pr.MBF(), join=5), TypeError, "join must be a tuple of pairs"),
+    "join of numbers": (lambda: pr.Optimizer(pr.MBF(), join=(5,)), ValueError, "join must be pairs"),
+    "statistics that are no mapping": (lambda: step([SAMPLES]), TypeError, "statistics must be a mapping .* got list"),
+    "statistics of a list": (
+        lambda: step({"c/weight": pr.MBF.Samples([[1.0]])}),
+        TypeError,
+        "statistic.grads must be an array, got list",
+    ),
     "two letters": (lambda: pr.Optimizer(pr.MBF(), join=("ab",)), ValueError, "join must be pairs"),
     "unknown": (
         lambda: pr.Optimizer(pr.MBF(), join=(("a/weight", "a/bias0"),)).init(tree(0)),

@@ -222,6 +222,27 @@ def check_gram64(lib: ModuleType) -> None:
     assert ratio <= 1
 
 
+def check_gram64_range(lib: ModuleType) -> None:
+    """Scaling by a power of two scales the sketch exactly, also where the Gram matrix alone would not fit its dtype.
+
+    Beyond that the eigenvalues are infinite, as with the definition, and LAPACK has seen no infinity.
+    """
+    for d in (3, 7):
+        rows = np.random.default_rng(8).standard_normal((4, d))
+        sketch = start(lib, d, 3)
+        one = lib.update(sketch, rows, size=3, solver="gram64")
+        for exponent in (-500, 400, 505):
+            scaled = lib.update(sketch, rows * 2.0**exponent, size=3, solver="gram64")
+            assert np.array_equal(scaled.eigenvalues, np.ldexp(one.eigenvalues, 2 * exponent))
+            assert np.array_equal(scaled.escaped, np.ldexp(one.escaped, 2 * exponent))
+            assert np.array_equal(scaled.basis, one.basis)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for solver in fd.SOLVERS:
+                beyond = lib.update(sketch, rows * 2.0**600, size=3, solver=solver)
+                assert np.all(np.isinf(beyond.eigenvalues[:2]))
+                assert np.isinf(beyond.escaped)
+
+
 def check_shapes(lib: ModuleType) -> None:
     """Many rows, none, no dimension; k = min(d, l); float32 stays."""
     rng = np.random.default_rng(7)
@@ -252,6 +273,7 @@ CHECKS = {
         check_tail_decay,
         check_non_finite,
         check_gram64,
+        check_gram64_range,
         check_shapes,
     )
 }
@@ -313,9 +335,17 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "one bad member spoils all": ("non_finite", ("axis=(-2, -1), keepdims=True", "keepdims=True")),
     "Gram matrix in the working dtype": (
         "gram64",
-        ("-(transposed @ wide if", "-(xp.astype(xp.matrix_transpose(factor) @ factor, wide.dtype) if"),
+        (
+            "-(transposed @ wide if",
+            "-(xp.astype(xp.astype(transposed, factor.dtype) @ xp.astype(wide, factor.dtype), wide.dtype) if",
+        ),
     ),
     "Gram matrix without its rank decision": ("gram64", ("xp.where(s > tolerance * s[..., :1], s, math.inf)", "s")),
+    "Gram matrix that overflows": (
+        "gram64_range",
+        ("wide / xp.where(peak == 0, 1.0, peak)", "wide / xp.ones_like(peak)"),
+    ),
+    "scale of the Gram matrix forgotten": ("gram64_range", ("s * peak[..., 0]", "s")),
     "Gram eigenvalues for singular values": (
         "gram64",
         ("s = xp.sqrt(xp.where(w < 0, -w, 0.0))", "s = xp.where(w < 0, -w, 0.0)"),

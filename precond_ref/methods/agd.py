@@ -147,7 +147,7 @@ class AGD(Method):
         refresh: bool | None = None,
         xp: Namespace = None,
     ) -> tuple[Array, AGDState]:
-        xp, k = self._enter(grad, state, param, scalars, xp)
+        xp, k = self._enter(grad, state, param, scalars, xp, unused={"b_max": True})
         if (state.b_max is None) == self.amsgrad:
             raise ValueError(f"state must be made with amsgrad={self.amsgrad}, its b_max says otherwise")
         m = ema(state.m, grad, self.beta1)  # (m)
@@ -164,6 +164,7 @@ class AGD(Method):
 
     def diagnose(self, state: AGDState) -> AGDReport:
         """Bias-corrected averages and the switch; before the first update all averages are zero."""
+        self._check_state(state)
         xp = self._check_param(state.m, 0)
         k = self.scalars(state.step, like=state.m)
         b = state.b_max if self.amsgrad else state.b

@@ -214,7 +214,7 @@ class ASGO(Method):
         xp: Namespace = None,
     ) -> tuple[Array, ASGOState]:
         shape = self._gram_shape(param)
-        xp, _ = self._enter(grad, state, param, scalars, xp, gram=shape, root=shape)
+        xp, _ = self._enter(grad, state, param, scalars, xp, unused={"root": self.every == 1}, gram=shape, root=shape)
         due = is_due(state.step, self.every, refresh)
         left = self._left(param)
         g = self._blocks(grad, xp)
@@ -229,6 +229,7 @@ class ASGO(Method):
 
     def diagnose(self, state: ASGOState) -> ASGOReport:
         """Spectrum of V_t (of each head's, with ``heads``)."""
+        self._check_state(state)
         xp = self._check_param(state.m, state.m.ndim - 2, factorizes=True)
         matrices = (state.gram,) if state.root is None else (state.gram, state.root)
         ndim = 2 if self.heads is None else 3
@@ -296,6 +297,7 @@ class ASGOTheory(Method, register=False):
 
     def diagnose(self, state: ASGOTheoryState) -> ASGOReport:
         """Spectrum of V_t."""
+        self._check_state(state)
         xp = self._check_param(state.gram, state.gram.ndim - 2)
         return _gram_report(state.gram, finite_members(xp, state.gram, core_ndims=(2,)), xp)
 
@@ -379,7 +381,8 @@ class DASGO(Method):
         refresh: bool | None = None,
         xp: Namespace = None,
     ) -> tuple[Array, DASGOState]:
-        xp, _ = self._enter(grad, state, param, scalars, xp, v=(*param.shape[:-2], param.shape[-1]))
+        stack, _, n = _sides(param)
+        xp, _ = self._enter(grad, state, param, scalars, xp, v=(*stack, n))
         m = ema(state.m, grad, self.beta1)  # (M)
         v = ema(state.v, xp.sum(grad * grad, axis=-2), self.beta2)  # (v)
         u = m / _infinite_if_zero(xp.sqrt(v + self.eps), xp)[..., None, :]  # (U)
@@ -389,6 +392,7 @@ class DASGO(Method):
 
     def diagnose(self, state: DASGOState) -> DASGOReport:
         """Column scales."""
+        self._check_state(state)
         xp = self._check_param(state.m, state.m.ndim - 2)
         return DASGOReport(scale=xp.sqrt(state.v), finite=finite_members(xp, state.m, state.v, core_ndims=(2, 1)))
 
@@ -437,13 +441,15 @@ class DASGOTheory(Method, register=False):
         refresh: bool | None = None,
         xp: Namespace = None,
     ) -> tuple[Array, DASGOTheoryState]:
-        xp, _ = self._enter(grad, state, param, scalars, xp, d=tuple(param.shape[:-1]))
+        stack, m, _ = _sides(param)
+        xp, _ = self._enter(grad, state, param, scalars, xp, d=(*stack, m))
         d = state.d + xp.sum(grad * grad, axis=-1)  # (1)
         direction = grad / _infinite_if_zero(xp.sqrt(d) + self.eps, xp)[..., None]  # (2)
         return direction, DASGOTheoryState(step=state.step + 1, d=d)
 
     def diagnose(self, state: DASGOTheoryState) -> DASGOReport:
         """Row scales."""
+        self._check_state(state)
         xp = self._check_param(state.d[..., None], state.d.ndim - 1)
         return DASGOReport(scale=xp.sqrt(state.d), finite=finite_members(xp, state.d, core_ndims=(1,)))
 
@@ -461,5 +467,5 @@ def _sides(param: Array) -> tuple[tuple[int, ...], int, int]:
 
 
 def _infinite_if_zero(denominator: Array, xp: Namespace) -> Array:
-    """The pseudo-inverse of a diagonal is division by this."""
-    return xp.where(denominator == 0, math.inf, denominator)
+    """The pseudo-inverse of a diagonal is division by this; NaN where it is infinite already."""
+    return xp.where(denominator == 0, math.inf, xp.where(denominator == math.inf, math.nan, denominator))

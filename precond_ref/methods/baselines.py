@@ -48,12 +48,6 @@ class ElementwiseReport(NamedTuple):
     """Whether the whole state is finite, 0-D."""
 
 
-def _check_buffer(buffer: Array | None, momentum: Scalar) -> None:
-    """Refuse a state that was made without momentum for a method that has it."""
-    if buffer is None and not is_zero(momentum):
-        raise ValueError(f"state.buffer is None: the state was made with momentum=0, got momentum={momentum!r}")
-
-
 class SGDState(NamedTuple):
     """State of `SGD`."""
 
@@ -97,8 +91,7 @@ class SGD(Method):
         refresh: bool | None = None,
         xp: Namespace = None,
     ) -> tuple[Array, SGDState]:
-        xp, _ = self._enter(grad, state, param, scalars, xp)
-        _check_buffer(state.buffer, self.momentum)
+        xp, _ = self._enter(grad, state, param, scalars, xp, unused={"buffer": is_zero(self.momentum)})
         if state.buffer is None:
             return 1.0 * grad, SGDState(step=state.step + 1, buffer=None)  # a new array, never the caller's
         buffer = self.momentum * state.buffer + grad  # b_t
@@ -107,6 +100,7 @@ class SGD(Method):
 
     def diagnose(self, state: SGDState) -> ElementwiseReport:
         """Whether the momentum is finite; None without momentum."""
+        self._check_state(state)
         if state.buffer is None:
             return ElementwiseReport(denominator=None, finite=None)
         return ElementwiseReport(None, all_finite(self._check_param(state.buffer, 0), state.buffer))
@@ -160,6 +154,7 @@ class AdaGrad(Method):
 
     def diagnose(self, state: AdaGradState) -> ElementwiseReport:
         """The denominator."""
+        self._check_state(state)
         xp = self._check_param(state.total, 0)
         return ElementwiseReport(xp.sqrt(state.total) + self.eps, all_finite(xp, state.total))
 
@@ -218,8 +213,9 @@ class FullAdaGrad(Method):
         refresh: bool | None = None,
         xp: Namespace = None,
     ) -> tuple[Array, FullAdaGradState]:
-        stack = tuple(param.shape[: state.gram.ndim - 2]) if isinstance(state, FullAdaGradState) else ()
-        d = math.prod(param.shape[len(stack) :])
+        shape = tuple(getattr(param, "shape", ()))
+        stack = shape[: state.gram.ndim - 2] if hasattr(getattr(state, "gram", None), "ndim") else ()
+        d = math.prod(shape[len(stack) :])
         xp, _ = self._enter(grad, state, param, scalars, xp, gram=(*stack, d, d))
         g = xp.reshape(grad, (*stack, d, 1))
         gram = state.gram + g @ xp.matrix_transpose(g)
@@ -228,6 +224,7 @@ class FullAdaGrad(Method):
 
     def diagnose(self, state: FullAdaGradState) -> GramReport:
         """Spectrum of the sum of outer products."""
+        self._check_state(state)
         xp = self._check_param(state.gram, state.gram.ndim - 1)
         finite = finite_members(xp, state.gram, core_ndims=(2,))
         return GramReport(eigenvalues=(roots.eigenvalues(state.gram, xp=xp),), finite=finite)
@@ -283,10 +280,9 @@ class RMSProp(Method):
         refresh: bool | None = None,
         xp: Namespace = None,
     ) -> tuple[Array, RMSPropState]:
-        xp, _ = self._enter(grad, state, param, scalars, xp)
+        xp, _ = self._enter(grad, state, param, scalars, xp, unused={"buffer": is_zero(self.momentum)})
         v = ema(state.v, grad * grad, self.beta2)
         direction = quotient(grad, xp.sqrt(v) + self.eps, xp, bound=self.eps)
-        _check_buffer(state.buffer, self.momentum)
         if state.buffer is None:
             return direction, RMSPropState(step=state.step + 1, v=v, buffer=None)
         buffer = self.momentum * state.buffer + direction
@@ -294,6 +290,7 @@ class RMSProp(Method):
 
     def diagnose(self, state: RMSPropState) -> ElementwiseReport:
         """The denominator."""
+        self._check_state(state)
         xp = self._check_param(state.v, 0)
         arrays = (state.v,) if state.buffer is None else (state.v, state.buffer)
         return ElementwiseReport(xp.sqrt(state.v) + self.eps, all_finite(xp, *arrays))
@@ -371,6 +368,7 @@ class Adam(Method):
 
     def diagnose(self, state: AdamState) -> ElementwiseReport:
         """The denominator."""
+        self._check_state(state)
         xp = self._check_param(state.v, 0)
         k = self.scalars(state.step, like=state.v)
         denominator = xp.sqrt(state.v) * k.inverse_sqrt_c2 + self.eps
@@ -456,10 +454,16 @@ class Shampoo(Method):
         refresh: bool | None = None,
         xp: Namespace = None,
     ) -> tuple[Array, ShampooState]:
-        xp, k = self._enter(grad, state, param, scalars, xp)
+        xp, k = self._enter(grad, state, param, scalars, xp, unused={"roots": self.every == 1})
         due = is_due(state.step, self.every, refresh)
         order = len(state.grams)
         stack = param.ndim - order
+        if state.roots is not None and len(state.roots) != order:
+            raise ValueError(
+                f"state.roots must be one per statistic, of which there are {order}, got {len(state.roots)}"
+            )
+        if not 0 <= stack < param.ndim:
+            raise ValueError(f"state.grams must be one per axis of param of shape {tuple(param.shape)}, got {order}")
         weight = 1.0 - self.beta2  # of the new term; 1 in a sum
         weight = (weight or 1.0) if is_python_number(weight) else xp.where(weight == 0, 1.0, weight)
         grams, kept, direction = [], [], grad
@@ -480,6 +484,7 @@ class Shampoo(Method):
 
     def diagnose(self, state: ShampooState) -> GramReport:
         """Spectra of the statistics."""
+        self._check_state(state)
         xp = self._check_param(state.grams[0], state.grams[0].ndim - 2)
         matrices = (*state.grams, *(state.roots or ()))
         finite = finite_members(xp, *matrices, core_ndims=(2,) * len(matrices))
@@ -583,6 +588,7 @@ class Muon(Method):
 
     def diagnose(self, state: MuonState) -> MuonReport:
         """Singular values of the average."""
+        self._check_state(state)
         xp = self._check_param(state.m, state.m.ndim - 2)
         finite = finite_members(xp, state.m, core_ndims=(2,))
         values = xp.linalg.svdvals(xp.where(finite[..., None, None], state.m, 0.0))

@@ -211,11 +211,12 @@ class IFShampoo(Method):
         statistic: Array | None = None,
     ) -> tuple[Array, IFShampooState]:
         """One update; ``statistic``, shape (q, ...): in (2) the mean over these q gradients replaces ``grad``."""
-        xp, _ = self._enter(grad, state, param, scalars, xp)
+        unused = {"momenta": is_zero(self.riemannian_momentum), "buffer": is_zero(self.momentum)}
+        xp, _ = self._enter(grad, state, param, scalars, xp, unused=unused)
         if 0 in param.shape:
             return xp.zeros_like(param), state._replace(step=state.step + 1)
+        dims = factor_axes(param, factors=state.factors, momenta=state.momenta)
         dtype, stack = state.factors[0].dtype, state.factors[0].ndim - 2
-        dims = factor_axes(state.factors, param)
         structures = self._structures(dims)
         due = is_due(state.step, self.every, refresh)
         curvature = xp.astype(samples(grad, statistic, stack, dims, xp), dtype, copy=False)
@@ -276,6 +277,7 @@ class IFShampoo(Method):
 
     def diagnose(self, state: IFShampooState) -> IFShampooReport:
         """The inverses of the factors S_n, and their spectra."""
+        self._check_state(state)
         xp = self._check_param(state.factors[0], state.factors[0].ndim - 2)
         wide = [xp.astype(k, state_dtype(xp, k, False), copy=False) for k in state.factors]
         inverses = tuple(k @ _t(k, xp) for k in wide)

@@ -229,6 +229,10 @@ class MBF(Method):
     def _averaged(self) -> bool:
         return self.kind == "fc" and self.average
 
+    @property
+    def _keeps_no_inverse(self) -> bool:
+        return self.kind == "diagonal" or self.inverse_every == 1
+
     def _statistic_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if self.kind == "diagonal":
             return tuple(shape)
@@ -275,7 +279,7 @@ class MBF(Method):
         xp = self._check_param(param, stack_ndim, factorizes=self.kind != "diagonal")
         statistic = zeros(xp, self._statistic_shape(param.shape), param)
         inverse = None
-        if self.kind != "diagonal" and self.inverse_every > 1:
+        if not self._keeps_no_inverse:
             inverse = eye_like(xp, statistic) * reciprocal(self.damping)
         return MBFState(step=0, m=xp.zeros_like(param), statistic=statistic, inverse=inverse)
 
@@ -286,10 +290,11 @@ class MBF(Method):
         through the training set. ``diagonal`` is left alone. ValueError or TypeError for a state that was updated
         already, and for arrays that do not fit.
         """
+        self._check_state(state)
         if isinstance(state.step, int) and state.step > 0:
             raise ValueError(f"warm_start must come before the first update, got a state after {state.step}")
-        xp = self._check_param(grads, max(grads.ndim - self.ndims[0], 0))
         _check_array("grads", grads, (None, *state.m.shape), state.m)
+        xp = self._check_param(grads, max(grads.ndim - self.ndims[0], 0))
         if self.kind == "diagonal":
             return state
         return state._replace(statistic=self._mean_outer(xp.moveaxis(grads, 0, -1 - self.ndims[0]), xp))
@@ -316,8 +321,8 @@ class MBF(Method):
         statistic: MBFSamples | MBFFactors | MBFBlocks | None = None,
     ) -> tuple[Array, MBFState]:
         """One update; ``statistic`` replaces g_b g_b^T in (F), when that is due."""
-        shape = self._statistic_shape(param.shape)
-        xp, k = self._enter(grad, state, param, scalars, xp, statistic=shape, inverse=shape)
+        shape, unused = self._statistic_shape(getattr(param, "shape", ())), {"inverse": self._keeps_no_inverse}
+        xp, k = self._enter(grad, state, param, scalars, xp, unused=unused, statistic=shape, inverse=shape)
         statistics_due, inverse_due = self.due(state.step) if refresh is None else self._refresh(refresh)
         self.check_statistic(statistic, param)
         if self.kind == "diagonal":
@@ -371,6 +376,7 @@ class MBF(Method):
 
     def diagnose(self, state: MBFState) -> MBFReport:
         """Spectrum of F and condition of what is inverted; ``diagonal``: the denominator."""
+        self._check_state(state)
         if self.kind == "diagonal":
             xp = self._check_param(state.m, 0)
             k = self.scalars(state.step, like=state.m)
@@ -391,6 +397,8 @@ class MBF(Method):
 
 def _check_array(name: str, array: Array, shape: tuple[int | None, ...], like: Array) -> None:
     """Refuse an array without this shape (None: any length of at least 1) or without the dtype of ``like``."""
+    if not hasattr(array, "shape"):
+        raise TypeError(f"{name} must be an array, got {type(array).__name__}")
     got = tuple(array.shape)
     if len(got) != len(shape) or any(g != s if s is not None else g < 1 for g, s in zip(got, shape, strict=True)):
         rule = ", ".join("n >= 1" if s is None else str(s) for s in shape)

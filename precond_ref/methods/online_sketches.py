@@ -80,6 +80,7 @@ class _OnlineSketch(Method, register=False):
 
     def diagnose(self, state: OnlineSketchState) -> SketchReport:
         """Spectrum and escaped mass of the sketch."""
+        self._check_state(state)
         eigenvalues = state.sketch.eigenvalues
         return fd.report(state.sketch, xp=self._check_param(eigenvalues, eigenvalues.ndim - 1))
 

@@ -172,7 +172,7 @@ class RFRMSProp(Method):
         statistic: Array | None = None,
     ) -> tuple[Array, RFRMSPropState]:
         """One update; ``statistic``, shape (q, ...): in (1) the mean of its q squares replaces g^2."""
-        xp, _ = self._enter(grad, state, param, scalars, xp)
+        xp, _ = self._enter(grad, state, param, scalars, xp, unused={"buffer": is_zero(self.momentum)})
         if statistic is not None:
             check_samples(grad, statistic)
         dtype = state.s.dtype
@@ -188,6 +188,7 @@ class RFRMSProp(Method):
 
     def diagnose(self, state: RFRMSPropState) -> RFReport:
         """The denominator."""
+        self._check_state(state)
         xp = self._check_param(state.s, 0)
         arrays = (state.s,) if state.buffer is None else (state.s, state.buffer)
         return RFReport(denominator=state.s + self.damping, finite=all_finite(xp, *arrays))
@@ -287,6 +288,7 @@ class RFAdamW(Method):
 
     def diagnose(self, state: RFAdamWState) -> RFReport:
         """The denominator."""
+        self._check_state(state)
         xp = self._check_param(state.s, 0)
         k = self.scalars(state.step, like=state.s)
         denominator = state.s * k.inverse_c2 + self.damping
@@ -376,10 +378,11 @@ class RFShampoo(Method):
         statistic: Array | None = None,
     ) -> tuple[Array, RFShampooState]:
         """One update; ``statistic``, shape (q, ...): in (7) the mean over these q gradients replaces ``grad``."""
-        xp, _ = self._enter(grad, state, param, scalars, xp)
+        xp, _ = self._enter(grad, state, param, scalars, xp, unused={"buffer": is_zero(self.momentum)})
         if 0 in param.shape:
             return xp.zeros_like(param), state._replace(step=state.step + 1)
-        stack, dims = state.factors[0].ndim - 2, factor_axes(state.factors, param)
+        dims = factor_axes(param, factors=state.factors, inverses=state.inverses)
+        stack = state.factors[0].ndim - 2
         due = is_due(state.step, self.every, refresh)
         curvature = samples(grad, statistic, stack, dims, xp)
         factors, inverses = renew(
@@ -418,6 +421,7 @@ class RFShampoo(Method):
 
     def diagnose(self, state: RFShampooState) -> RFShampooReport:
         """Spectra of the factors."""
+        self._check_state(state)
         xp = self._check_param(state.factors[0], state.factors[0].ndim - 2)
         matrices = (*state.factors, *state.inverses)
         rest = () if state.buffer is None else (state.buffer,)

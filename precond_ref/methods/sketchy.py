@@ -155,6 +155,7 @@ class SAdaGrad(Method):
 
     def diagnose(self, state: SAdaGradState) -> SketchReport:
         """Spectrum and escaped mass of the sketch."""
+        self._check_state(state)
         eigenvalues = state.sketch.eigenvalues
         return fd.report(state.sketch, xp=self._check_param(eigenvalues, eigenvalues.ndim - 1))
 
@@ -256,12 +257,17 @@ class SShampoo(Method):
         xp, _ = self._enter(grad, state, param, scalars, xp)
         due = is_due(state.step, self.every, refresh)
         stack_ndim = param.ndim - len(state.sketches)
+        if not 0 <= stack_ndim < param.ndim:
+            raise ValueError(
+                f"state.sketches must be one per axis of param of shape {tuple(param.shape)}, got {len(state.sketches)}"
+            )
         dims = tuple(param.shape[stack_ndim:])
         direction, sketches = _precondition(self, grad, state.sketches, stack_ndim, dims, due, xp)
         return direction, SShampooState(step=state.step + 1, sketches=sketches)
 
     def diagnose(self, state: SShampooState) -> SketchReport:
         """Spectrum and escaped mass of each axis."""
+        self._check_state(state)
         return fd.report(*state.sketches, xp=self._check_param(state.sketches[0].eigenvalues, 0))
 
 
@@ -419,7 +425,8 @@ class SShampooPractical(Method, register=False):
         refresh: bool | None = None,
         xp: Namespace = None,
     ) -> tuple[Array, SShampooPracticalState]:
-        xp, k = self._enter(grad, state, param, scalars, xp)
+        unused = {"v": self.graft != "rmsprop", "m": is_zero(self.momentum)}
+        xp, k = self._enter(grad, state, param, scalars, xp, unused=unused)
         due = is_due(state.step, self.every, refresh)
         n, v, sketches = grad, None, state.sketches
         if self.graft == "rmsprop":
@@ -430,6 +437,8 @@ class SShampooPractical(Method, register=False):
         if sketches:
             stack_ndim = sketches[0].escaped.ndim
             dims = self.axes(tuple(param.shape[stack_ndim:]))
+            if len(dims) != len(sketches):
+                raise ValueError(f"state.sketches must be one per merged axis {dims}, got {len(sketches)}")
             u, sketches = _precondition(self, grad, sketches, stack_ndim, dims, due, xp)
             if self.graft is not None:
                 u = scale_to_norm(u, n, tuple(range(stack_ndim, param.ndim)), xp)  # (U)
@@ -450,6 +459,7 @@ class SShampooPractical(Method, register=False):
 
     def diagnose(self, state: SShampooPracticalState) -> SketchReport:
         """Spectrum and escaped mass of each merged axis; all empty where only the graft applies."""
+        self._check_state(state)
         if not state.sketches:
             return SketchReport((), (), (), None)
         others = tuple(array for array in (state.v, state.m) if array is not None)

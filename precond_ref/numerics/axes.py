@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from precond_ref.protocol import Array, Namespace
 
@@ -31,17 +30,22 @@ def multiply(tensor: Array, matrix: Array, axis: int, xp: Namespace) -> Array:
     return xp.moveaxis(xp.reshape(product, (*product.shape[:-1], *others)), stack, stack + axis)
 
 
-def factor_axes(factors: Any, param: Array) -> tuple[int, ...]:
-    """Sizes (d_1, ..., d_N) of ``param``'s axes that have a factor; ValueError if ``factors`` are of other shapes."""
-    stack = factors[0].ndim - 2
+def factor_axes(param: Array, **matrices: tuple[Array, ...] | None) -> tuple[int, ...]:
+    """Sizes (d_1, ..., d_N) of ``param``'s axes that have a factor.
+
+    ValueError if the state's ``matrices``, the factors first and each tuple one per such axis, are of other shapes.
+    """
+    factors = next(iter(matrices.values()))
+    stack = max(factors[0].ndim - 2, 0) if factors else 0
     dims = squeezed(param.shape[stack:])
     expected = [(*param.shape[:stack], d, d) for d in dims]
-    got = [tuple(f.shape) for f in factors]
-    if got != expected:
-        raise ValueError(
-            f"state.factors must have shapes {expected} for param of shape {tuple(param.shape)} "
-            f"(one per axis of size other than 1), got {got}"
-        )
+    for field, arrays in matrices.items():
+        got = None if arrays is None else [tuple(a.shape) for a in arrays]
+        if got is not None and got != expected:
+            raise ValueError(
+                f"state.{field} must have shapes {expected} for param of shape {tuple(param.shape)} "
+                f"(one per axis of size other than 1), got {got}"
+            )
     return dims
 
 

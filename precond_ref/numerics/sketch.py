@@ -128,6 +128,8 @@ def _gram64(factor: Array, xp: Namespace) -> tuple[Array, Array, float]:
     wide = xp.astype(factor, xp.float64, copy=False)
     if wide.dtype != xp.float64:
         raise ValueError("solver='gram64' needs float64, which this array library has switched off")
+    peak = xp.max(xp.abs(wide), keepdims=True, axis=(-2, -1))
+    wide = wide / xp.where(peak == 0, 1.0, peak)  # so that no square over- or underflows
     tall = factor.shape[-2] > factor.shape[-1]
     transposed = xp.matrix_transpose(wide)
     w, u = xp.linalg.eigh(-(transposed @ wide if tall else wide @ transposed))  # ascending, so that -w is descending
@@ -135,7 +137,7 @@ def _gram64(factor: Array, xp: Namespace) -> tuple[Array, Array, float]:
     s = xp.sqrt(xp.where(w < 0, -w, 0.0))
     if tall:
         u = (wide @ u) / xp.where(s > tolerance * s[..., :1], s, math.inf)[..., None, :]
-    return xp.astype(u, factor.dtype, copy=False), xp.astype(s, factor.dtype, copy=False), tolerance
+    return xp.astype(u, factor.dtype, copy=False), xp.astype(s * peak[..., 0], factor.dtype, copy=False), tolerance
 
 
 def apply_power(
