@@ -458,20 +458,19 @@ class Shampoo(Method):
         due = is_due(state.step, self.every, refresh)
         order = len(state.grams)
         stack = param.ndim - order
-        if state.roots is not None and len(state.roots) != order:
-            raise ValueError(
-                f"state.roots must be one per statistic, of which there are {order}, got {len(state.roots)}"
-            )
         if not 0 <= stack < param.ndim:
             raise ValueError(f"state.grams must be one per axis of param of shape {tuple(param.shape)}, got {order}")
+        if state.roots is not None and len(state.roots) != order:
+            raise ValueError(f"state.roots must be as many as state.grams, {order}, got {len(state.roots)}")
         weight = 1.0 - self.beta2  # of the new term; 1 in a sum
         weight = (weight or 1.0) if is_python_number(weight) else xp.where(weight == 0, 1.0, weight)
         grams, kept, direction = [], [], grad
         for i, old in enumerate(state.grams):
             d = param.shape[stack + i]
-            if tuple(old.shape) != (*param.shape[:stack], d, d):
-                expected = (*param.shape[:stack], d, d)
-                raise ValueError(f"state.grams[{i}] must have shape {expected}, got {tuple(old.shape)}")
+            expected = (*param.shape[:stack], d, d)
+            for field, matrix in (("grams", old), ("roots", old if state.roots is None else state.roots[i])):
+                if tuple(matrix.shape) != expected:
+                    raise ValueError(f"state.{field}[{i}] must have shape {expected}, got {tuple(matrix.shape)}")
             unfolded = _unfold(grad, stack, i, xp)  # G_(i), (..., d_i, rest)
             gram = self.beta2 * old + weight * (unfolded @ xp.matrix_transpose(unfolded))  # L_i
             compute = partial(roots.power, gram * k.correction, -0.5 / order, self.eps, xp=xp)
