@@ -137,6 +137,18 @@ def test_optional_checks_say_so() -> None:
         check_bool(Fields, "b")
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@ids
+def test_array_valued_fields_give_the_numbers_of_python_ones(config: Config, library: str) -> None:
+    backend = make_backend(library)
+    fields = {f.name: getattr(config.method, f.name) for f in dataclasses.fields(config.method)}
+    arrays = {name: backend.asarray(value) for name, value in fields.items() if isinstance(value, float)}
+    grads = gradients(config.shape, 4)
+    expected, _ = run(backend, config, grads, "float64")
+    got, _ = run(backend, config._replace(method=config.method.replace(**arrays)), grads, "float64")
+    assert distance(got, expected) <= 1e-12
+
+
 # ---- no dead knobs --------------------------------------------------------------------------------------------------
 
 OTHER_CHOICE = {

@@ -816,7 +816,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
         TypeError,
         "grads must have dtype float64",
     ),
-    "warm start's axes": (lambda: FC.warm_start(FC.init(G), G[0]), ValueError, "takes a parameter with exactly 2 axes"),
+    "warm start's axes": (lambda: FC.warm_start(FC.init(G), G[0]), ValueError, "grads must have shape"),
+    "warm start of a list": (lambda: FC.warm_start(FC.init(G), [1.0]), TypeError, "grads must be an array, got list"),
+    "warm start of no state": (lambda: FC.warm_start(None, G[None]), TypeError, "state must be a MBFState"),
     "warm start of nothing": (lambda: FC.warm_start(FC.init(G), G[:0][None]), ValueError, "grads must have shape"),
 }
 

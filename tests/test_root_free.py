@@ -848,7 +848,9 @@ def test_bad_arrays():
     with pytest.raises(ValueError, match="grad must have param's shape"):
         method.update(normal(3, 4), state, w)
     with pytest.raises(ValueError, match=r"state\.factors must have shapes"):
-        method.update(normal(3, 4), state._replace(buffer=None), normal(3, 4))
+        method.update(normal(3, 4), state._replace(buffer=normal(3, 4)), normal(3, 4))
+    with pytest.raises(ValueError, match=r"state\.inverses must have shapes"):
+        method.update(w, state._replace(inverses=state.inverses[::-1]), w)
     with pytest.raises(ValueError, match="statistic must have shape"):
         method.update(w, state, w, statistic=w)
     with pytest.raises(ValueError, match="refresh=False needs every > 1"):

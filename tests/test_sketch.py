@@ -146,8 +146,9 @@ def check_faded_mass(lib: ModuleType) -> None:
     assert 0 < sketch.escaped < 1e-100
     w, v = np.linalg.eigh(g)
     expected = ((v * w**-0.5) @ v.T @ coordinates[-1]) @ frame
-    got = lib.apply_power(sketch.basis, sketch.eigenvalues, sketch.escaped, -0.5, row.T)[:, 0]
-    assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
+    for ridge in (0.0, np.asarray(0.0)):
+        got = lib.apply_power(sketch.basis, sketch.eigenvalues, sketch.escaped, -0.5, row.T, ridge=ridge)[:, 0]
+        assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
 
 
 def check_tail_decay(lib: ModuleType) -> None:
@@ -327,9 +328,13 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "complement dropped": ("powers", ("outside * matrix + basis @ ((inside - outside)", "basis @ (inside")),
     "ridge on the untouched complement": (
         "powers",
-        ("largest if is_zero(ridge) else 0.0)", "largest if is_zero(ridge) else -1.0)"),
+        ("(total <= 0) | (faded", "(faded"),
     ),
-    "no rank decision at use": ("faded_mass", ("** 2 * largest if", "** 2 * 0.0 * largest if")),
+    "no rank decision at use": ("faded_mass", ("** 2 * largest", "** 2 * 0.0 * largest")),
+    "rank decision at use for numbers only": (
+        "faded_mass",
+        ("& (ridge == 0)", "& (isinstance(ridge, float) and ridge == 0)"),
+    ),
     "NaN reaches LAPACK": ("non_finite", ("xp.where(finite, factor, 0.0)", "factor")),
     "NaN repaired": ("non_finite", ("0.0 * s[..., :1], math.nan)", "0.0 * s[..., :1], 0.0)")),
     "one bad member spoils all": ("non_finite", ("axis=(-2, -1), keepdims=True", "keepdims=True")),

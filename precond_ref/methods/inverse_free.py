@@ -41,7 +41,7 @@ Conventions
     K_n stands left of m_n, and K_n^T, not K_n, contracts the gradient: K_n is not symmetric, also when dense.
     m_n is an average, weight 1 - alpha2 on the new term (the code; an early version and SINGD: heavy ball).
     The clip in (4) bounds the norm of m_n (the code): then every singular value of K_n shrinks by at most the factor
-    1 - beta2, so K_n stays invertible for every gradient. ``clip=False`` leaves it out.
+    1 - beta2, so K_n stays invertible for every gradient whose squares are finite. ``clip=False`` leaves it out.
     The factors are renewed with the current gradient before they are used.
     Below float32 the state is kept in float32: see ``narrow_state``. bfloat16 works, float16 can overflow.
     Factors are stored as full (d_n, d_n) arrays in every structure.

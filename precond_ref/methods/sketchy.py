@@ -63,7 +63,7 @@ from typing import Any, ClassVar, NamedTuple
 from array_api_compat import array_namespace
 
 from precond_ref.numerics import sketch as fd
-from precond_ref.numerics.ema import ema, quotient
+from precond_ref.numerics.ema import quotient
 from precond_ref.numerics.grafting import scale_to_norm
 from precond_ref.numerics.refresh import is_due, renew
 from precond_ref.numerics.sketch import Sketch, SketchReport
@@ -430,9 +430,10 @@ class SShampooPractical(Method, register=False):
         due = is_due(state.step, self.every, refresh)
         n, v, sketches = grad, None, state.sketches
         if self.graft == "rmsprop":
-            square = grad * grad
-            is_sum = is_python_number(self.graft_beta2) and self.graft_beta2 == 1
-            v = state.v + square if is_sum else ema(state.v, square, self.graft_beta2)
+            weight = 1.0 - self.graft_beta2  # of the new term; 1 in a sum
+            weight = (weight or 1.0) if is_python_number(weight) else xp.where(weight == 0, 1.0, weight)
+            old: Array = state.v
+            v = self.graft_beta2 * old + weight * (grad * grad)
             n = quotient(grad, xp.sqrt(v + self.graft_eps), xp)  # (N)
         if sketches:
             stack_ndim = sketches[0].escaped.ndim

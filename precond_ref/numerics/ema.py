@@ -34,7 +34,8 @@ def one_minus_power(beta: Scalar, step: Any, *, like: Array = None) -> Scalar:
     if is_python_number(beta):
         log_beta = math.log(beta) if beta > 0 else -math.inf
     else:
-        log_beta = xp.log(xp.astype(beta, dtype))
+        beta = xp.astype(beta, dtype)
+        log_beta = xp.where(beta == 0, -math.inf, xp.log(xp.where(beta == 0, 1.0, beta)))  # no warning for log(0)
     value = xp.where(t == 0, 0.0, -xp.expm1(xp.where(t == 0, 1.0, t) * log_beta))
     return xp.astype(value, like.dtype)
 

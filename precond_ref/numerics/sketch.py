@@ -28,7 +28,7 @@ from typing import NamedTuple
 from array_api_compat import array_namespace
 
 from precond_ref.numerics.arrays import eye_like, finite_members, zeros
-from precond_ref.protocol import Array, Namespace, Scalar, is_zero
+from precond_ref.protocol import Array, Namespace, Scalar
 
 SOLVERS = ("svd", "gram64")
 
@@ -161,7 +161,8 @@ def apply_power(
     xp = array_namespace(basis, matrix) if xp is None else xp
     total = xp.concat([eigenvalues + shift[..., None], shift[..., None]], axis=-1)
     largest = total[..., :1]
-    dead = total <= ((basis.shape[-2] * xp.finfo(total.dtype).eps) ** 2 * largest if is_zero(ridge) else 0.0)
+    faded = total <= (basis.shape[-2] * xp.finfo(total.dtype).eps) ** 2 * largest
+    dead = (total <= 0) | (faded & (ridge == 0))
     damped = total + (ridge * largest if relative else ridge)
     scale = (xp.where(dead, math.inf, damped) ** exponent)[..., None]
     inside, outside = scale[..., :-1, :], scale[..., -1:, :]
