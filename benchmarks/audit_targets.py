@@ -32,6 +32,8 @@ class Target:
     """Of the class or function in the package."""
     without_dependencies: bool = False
     """Whether the first of ``requires`` is installed with ``--no-deps``."""
+    dtype: str = "float64"
+    """Precision of the check."""
     note: str = ""
     """What a reader must know about the row."""
 
@@ -48,7 +50,8 @@ class Target:
     @property
     def command(self) -> str:
         """What repeats the check, from the folder of this file."""
-        return f"precond-ref check audit_targets:{self.make.__name__} --method {self.method}"
+        precision = "" if self.dtype == "float64" else f" --dtype {self.dtype}"
+        return f"precond-ref check audit_targets:{self.make.__name__} --method {self.method}{precision}"
 
     @property
     def install(self) -> str:
@@ -106,9 +109,7 @@ def torch_muon(
     )  # fmt: skip
 
 
-def _muon_rates(
-    params: Any, lr: float, weight_decay: float, rms: float | None, root: str
-) -> tuple[float, float, bool]:
+def _muon_rates(params: Any, lr: float, weight_decay: float, rms: float | None, root: str) -> tuple[float, float, bool]:
     """Rate and decay with which 0.2 sqrt(max(m, n)) (True) or sqrt(max(1, m / n)) (False) gives our factor."""
     if root != "newton_schulz":
         raise NotImplementedError(f"root={root!r}")
@@ -272,12 +273,15 @@ def sirfshampoo(
     )  # fmt: skip
 
 
-def singd(params: Any, lr: float, structure: Any = "dense", **fields: Any) -> Any:
+def singd(
+    params: Any, lr: float, beta2: float, damping: float, momentum: float, riemannian_momentum: float,
+    weight_decay: float, batch_size: float, every: int, structure: Any = "dense",
+) -> Any:  # fmt: skip
     """The same optimizer with singd's other structures entered into its table."""
-    from sirfshampoo import SIRFShampoo
     from singd.structures.diagonal import DiagonalMatrix
     from singd.structures.triltoeplitz import TrilToeplitzMatrix
     from singd.structures.triutoeplitz import TriuToeplitzMatrix
+    from sirfshampoo import SIRFShampoo
 
     SIRFShampoo.SUPPORTED_STRUCTURES |= {
         "diagonal": DiagonalMatrix, "tril-toeplitz": TrilToeplitzMatrix, "triu-toeplitz": TriuToeplitzMatrix,
@@ -285,7 +289,9 @@ def singd(params: Any, lr: float, structure: Any = "dense", **fields: Any) -> An
     for name in (structure,) if isinstance(structure, str) else structure:
         if "(" in name:
             SIRFShampoo.SUPPORTED_STRUCTURES[name] = _singd_class(name)
-    return sirfshampoo(params, lr, structure=structure, **fields)
+    return sirfshampoo(
+        params, lr, beta2, damping, momentum, riemannian_momentum, weight_decay, batch_size, every, structure
+    )
 
 
 @cache
@@ -339,7 +345,8 @@ TARGETS = (
     Target(sirfshampoo, "IFShampoo", ("sirfshampoo==0.0.1", "singd==0.0.5", TORCH), "sirfshampoo.SIRFShampoo"),
     Target(
         singd, "IFShampoo", ("singd==0.0.5", "sirfshampoo==0.0.1", TORCH), "singd.structures",
-        note="sirfshampoo.SIRFShampoo with the structures of singd, which it does not offer itself: those of singd "
-        "are written for singd's own method.",
+        dtype="float32",
+        note="sirfshampoo.SIRFShampoo with the structures of singd, which it does not offer itself; singd calls its "
+        "block-diagonal matrices symmetric. In float32: some structures do not take float64.",
     ),
 )  # fmt: skip
