@@ -93,7 +93,9 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
         nearest = None  # it explains no more than the method itself
     if found:
         return Diagnosis(report.method, len(runs), found)
-    if dtype == "float64" and (nearest is None or 2 * nearest.explained <= len(runs)):  # else few cases are rough
+    # Where nothing is added to a singular statistic the result jumps: a small error is then no sign of low precision.
+    jumps = {run.case.id for run in runs if any(run.case.config.get(k) == 0 for k in ("eps", "delta", "damping"))}
+    if dtype == "float64" and (nearest is None or set(nearest.unexplained) - jumps):
         rough: tuple[Match, ...] = ()
         if all(ratio <= SLACK for _, ratio in _explain(runs, frozenset(), "float32")):
             rough = (Match((), "", max(error for error, _ in plain), len(plain)),)
