@@ -78,7 +78,7 @@ class Verdict:
             return "not named"
         flags = ", ".join(f"`{flag}`" for flag in near.flags) or "the method"
         rough = any("single precision" in hint for hint in found.hints)
-        return flags + (", in single precision" if rough else "") + (
+        return flags + (", to single precision" if rough else "") + (
             "" if found.matches else f", in {near.explained} of {found.cases} cases"
         )  # fmt: skip
 

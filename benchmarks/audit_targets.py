@@ -155,19 +155,27 @@ def optax_muon(
     learning_rate: float, momentum: float, nesterov: bool, root_steps: int, weight_decay: float,
     rms: float | None = 0.2, root: str = "newton_schulz",
 ) -> Any:  # fmt: skip
-    """Its ``consistent_rms`` is our factor; without one, its transformation alone."""
+    """Its ``consistent_rms`` is our factor; without one, its transformation alone. Nothing is added to the norm."""
     import optax
 
     if root != "newton_schulz":
         raise NotImplementedError(f"root={root!r}")
-    given: dict[str, Any] = {"beta": momentum, "nesterov": nesterov, "ns_steps": root_steps}
+    given: dict[str, Any] = {"beta": momentum, "nesterov": nesterov, "ns_steps": root_steps, "eps": 0.0}
     if rms is not None:
         return optax.contrib.muon(learning_rate, weight_decay=weight_decay, consistent_rms=rms, **given)
     return optax.chain(
-        optax.contrib.scale_by_muon(**given),
+        optax.contrib.scale_by_muon(**given, weight_dimension_numbers=_matrices),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _matrices(params: Any) -> Any:
+    """That each parameter is a matrix: the default, None, does not fit a list of parameters in 0.2.8."""
+    import jax
+    import optax
+
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
 
 
 # ---- torch_optimizer, pytorch_optimizer -----------------------------------------------------------------------------
@@ -256,17 +264,18 @@ def atorch_agd(
 
 def sirfshampoo(
     params: Any, lr: float, beta2: float, damping: float, momentum: float, riemannian_momentum: float,
-    weight_decay: float, batch_size: float, every: int, structure: Any = "dense",
+    weight_decay: float, batch_size: float, every: int, structure: Any = "dense", optimizer: Any = None,
 ) -> Any:  # fmt: skip
     """Its parameters belong to a module; the one structure that it offers is "dense"."""
     import torch
     from sirfshampoo import SIRFShampoo
 
+    optimizer = optimizer or SIRFShampoo
     names = (structure,) if isinstance(structure, str) else structure
-    if missing := [name for name in names if name not in SIRFShampoo.SUPPORTED_STRUCTURES]:
+    if missing := [name for name in names if name not in optimizer.SUPPORTED_STRUCTURES]:
         raise NotImplementedError(f"structure={missing[0]!r}")
     order = sum(d != 1 for d in params[0].shape) or 1
-    return SIRFShampoo(
+    return optimizer(
         torch.nn.ParameterList(params), lr=lr, beta2=beta2, lam=damping, alpha1=momentum, alpha2=riemannian_momentum,
         kappa=weight_decay, batch_size=int(batch_size), T=every,
         structures=structure if isinstance(structure, str) else {order: tuple(structure)},
@@ -277,21 +286,22 @@ def singd(
     params: Any, lr: float, beta2: float, damping: float, momentum: float, riemannian_momentum: float,
     weight_decay: float, batch_size: float, every: int, structure: Any = "dense",
 ) -> Any:  # fmt: skip
-    """The same optimizer with singd's other structures entered into its table."""
+    """The same optimizer with singd's other structures in its table."""
     from singd.structures.diagonal import DiagonalMatrix
     from singd.structures.triltoeplitz import TrilToeplitzMatrix
     from singd.structures.triutoeplitz import TriuToeplitzMatrix
     from sirfshampoo import SIRFShampoo
 
-    SIRFShampoo.SUPPORTED_STRUCTURES |= {
-        "diagonal": DiagonalMatrix, "tril-toeplitz": TrilToeplitzMatrix, "triu-toeplitz": TriuToeplitzMatrix,
-    }  # fmt: skip
-    for name in (structure,) if isinstance(structure, str) else structure:
-        if "(" in name:
-            SIRFShampoo.SUPPORTED_STRUCTURES[name] = _singd_class(name)
+    table = {"diagonal": DiagonalMatrix, "tril-toeplitz": TrilToeplitzMatrix, "triu-toeplitz": TriuToeplitzMatrix}
+    sized = [name for name in ((structure,) if isinstance(structure, str) else structure) if "(" in name]
+
+    class Structured(SIRFShampoo):  # type: ignore[misc, unused-ignore]
+        SUPPORTED_STRUCTURES = SIRFShampoo.SUPPORTED_STRUCTURES | table | {name: _singd_class(name) for name in sized}
+
     return sirfshampoo(
-        params, lr, beta2, damping, momentum, riemannian_momentum, weight_decay, batch_size, every, structure
-    )
+        params, lr, beta2, damping, momentum, riemannian_momentum, weight_decay, batch_size, every, structure,
+        Structured,
+    )  # fmt: skip
 
 
 @cache

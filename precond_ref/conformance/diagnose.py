@@ -89,8 +89,6 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
         match = Match((), "", max(error for error, _ in plain), len(plain))
         return Diagnosis(report.method, len(runs), (match,), hints=hints)
     found, nearest = _search(runs, known, dtype, pairs)
-    if nearest is not None and nearest.explained <= sum(ratio <= SLACK for _, ratio in plain):
-        nearest = None  # it explains no more than the method itself
     if found:
         return Diagnosis(report.method, len(runs), found)
     # Where nothing is added to a singular statistic the result jumps: a small error is then no sign of low precision.
@@ -100,7 +98,10 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
         if all(ratio <= SLACK for _, ratio in _explain(runs, frozenset(), "float32")):
             rough = (Match((), "", max(error for error, _ in plain), len(plain)),)
         if rough := rough or _search(runs, known, "float32", pairs)[0]:
-            hint = "What is left is of the size of single precision's rounding: something is computed in it."
+            hint = (
+                "What is left is of the size of single precision's rounding: something is computed in it, or a number "
+                "of that size is added."
+            )
             return Diagnosis(report.method, len(runs), rough, hints=(hint,))
     errors = [error for error, _ in plain]
     if min(errors) >= 2**-12 and max(errors) <= 16 * 2**-8:
