@@ -65,17 +65,17 @@ class Verdict:
                   if r["id"].startswith("contract/") and r["status"] in ("failed", "error")]  # fmt: skip
         return (
             t.package, t.version, f"`{t.name}`", t.method, f"{right} of {len(ran)}", f"{must_right} of {len(must)}",
-            str(len(cases) - len(ran)), ", ".join(broken) or "kept", self.name(right == len(ran)),
+            str(len(cases) - len(ran)), ", ".join(broken) or "kept", self.name(right, len(ran)),
         )  # fmt: skip
 
-    def name(self, right: bool) -> str:
+    def name(self, right: int, ran: int) -> str:
         """The method, the names of known mistakes, and in how many cases if not in all."""
-        if right:
+        if right == ran:
             return "the method"
         found = self.diagnosis
         near = None if found is None else found.matches[0] if found.matches else found.nearest
         if found is None or near is None:
-            return "not named"
+            return f"the method, in {right} of {ran} cases" if right else "not named"
         flags = ", ".join(f"`{flag}`" for flag in near.flags) or "the method"
         rough = any("single precision" in hint for hint in found.hints)
         return flags + (", to single precision" if rough else "") + (

@@ -323,9 +323,7 @@ def test_torch_optimizers_and_factories() -> None:
     assert {r.id for r in report.failures} == {"Adam/decay", "Adam/no-eps"}
     diagnosis = report.diagnosis
     assert diagnosis is not None
-    assert diagnosis.nearest is not None
-    assert diagnosis.nearest.flags == ("decay-coupled",)
-    assert diagnosis.nearest.unexplained == ("Adam/no-eps",)
+    assert [match.flags for match in diagnosis.matches] == [("decay-coupled", "zero-nan")]
 
     def make(params, lr, beta1, beta2, eps, weight_decay):
         return torch.optim.AdamW(params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)

@@ -44,7 +44,7 @@ class Diagnosis:
     matches: tuple[Match, ...]
     """Variants that explain every case, the smallest error first; those of fewest flags only."""
     nearest: Match | None = None
-    """If none does: the one that explains most cases, without flags if that is the method itself."""
+    """If none does: the one that explains most cases, more than the method itself does."""
     hints: tuple[str, ...] = ()
     """What can be said without a match: the first quantity that departs, a constant factor."""
 
@@ -64,7 +64,7 @@ class Diagnosis:
         agree = f"{near.explained} of {self.cases} cases agree, to {near.error:.1g}"
         rest = ", ".join(near.unexplained[:4]) + (", ..." if len(near.unexplained) > 4 else "")
         return [
-            f"Nearest: {self.method} {near.text or 'as it should be'}: {agree}.",
+            f"Nearest: {self.method} {near.text}: {agree}.",
             f"Not explained: {rest}.",
             *self.hints,
         ]
@@ -103,6 +103,8 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
                 "of that size is added."
             )
             return Diagnosis(report.method, len(runs), rough, hints=(hint,))
+    if nearest is not None and not nearest.flags:
+        nearest = None  # no mistake explains more than the method itself
     errors = [error for error, _ in plain]
     if min(errors) >= 2**-12 and max(errors) <= 16 * 2**-8:
         hints += (
