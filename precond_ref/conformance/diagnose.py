@@ -140,27 +140,34 @@ def _greedy(runs: Sequence[Run], known: variants.Variants, dtype: str, pairs: bo
     No flag at all if the method itself explains as many; None if nothing explains any.
     """
     best = _explained(runs, known, frozenset(), dtype)
+    assert best is not None
     trials = [flags for size in ((1, 2) if pairs else (1,)) for flags in variants.choices(known, size)]
     while trials:
-        found = max((_explained(runs, known, flags, dtype) for flags in trials), key=lambda m: m.explained)
-        if found.explained <= best.explained:
+        last = best
+        for flags in trials:
+            best = _explained(runs, known, flags, dtype, best.explained) or best
+        if best is last:
             break
-        best = found
         more = [frozenset({*best.flags, flag}) for flag in (*known.flags, *variants.COMMON) if flag not in best.flags]
         trials = [flags for flags in more if variants.compatible(known, flags)]
     return best if best.explained else None
 
 
-def _explained(runs: Sequence[Run], known: variants.Variants, flags: frozenset[str], dtype: str) -> Match:
-    """How many cases these flags explain."""
+def _explained(
+    runs: Sequence[Run], known: variants.Variants, flags: frozenset[str], dtype: str, beat: int = -1
+) -> Match | None:
+    """How many cases these flags explain; None if not more than ``beat``."""
     good, rest = [0.0], []
     for run in runs:
-        if _replayed(run, flags, dtype, 1)[1] <= SLACK:  # most variants end here
+        error, ratio = _replayed(run, flags, dtype, 1)  # most variants end here
+        if ratio <= SLACK:
             error, ratio = _replayed(run, flags, dtype, run.case.steps)
-            if ratio <= SLACK:
-                good.append(error)
-                continue
-        rest.append(run.case.id)
+        if ratio <= SLACK:
+            good.append(error)
+        else:
+            rest.append(run.case.id)
+        if len(runs) - len(rest) <= beat:
+            return None
     text = variants.describe(known, flags)
     return Match(tuple(sorted(flags)), text, max(good), len(good) - 1, tuple(rest))
 
