@@ -56,10 +56,10 @@ class Target:
     @property
     def install(self) -> str:
         """What makes its environment."""
-        if not self.without_dependencies:
-            return f"pip install {' '.join(self.requires)}"
-        others = f"pip install {' '.join(self.requires[1:])} && " if self.requires[1:] else ""
-        return f"{others}pip install --no-deps {self.requires[0]}"
+        kit, (first, *others) = '"precond-ref[cli]"', self.requires
+        if self.without_dependencies:
+            return f"pip install {' '.join([*others, kit])} && pip install --no-deps {first}"
+        return f"pip install {' '.join([*self.requires, kit])}"
 
 
 # ---- torch ----------------------------------------------------------------------------------------------------------

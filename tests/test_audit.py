@@ -44,7 +44,7 @@ def test_the_page_has_the_targets() -> None:
     assert ROWS[0] == audit.HEADER
     assert [row[:4] for row in ROWS[2:]] == [(t.package, t.version, f"`{t.name}`", t.method) for t in TARGETS]
     for target in TARGETS:
-        assert f"\n{target.install} " in PAGE
+        assert f"\n{target.install}\n" in PAGE
         assert f"\ncd benchmarks && {target.command}\n" in PAGE
         assert target.note in PAGE
     assert PAGE.startswith(audit.INTRO)
