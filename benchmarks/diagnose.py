@@ -2,7 +2,7 @@
 
 python benchmarks/diagnose.py                    # singles and, per method, 100 pairs
 python benchmarks/diagnose.py --pairs all        # all pairs: an hour
-python benchmarks/diagnose.py --methods ASGO,AGD --write   # the table of singles into docs/mistakes.md
+python benchmarks/diagnose.py --methods ASGO,AGD --write   # their singles into the table of docs/mistakes.md
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def main() -> None:
               f"named {named} ({100 * named / n:.1f} %), named alone {alone} ({100 * alone / n:.1f} %)")  # fmt: skip
     if arguments.write:
         page = PAGE.read_text(encoding="utf-8")
-        table = "\n".join(rows)
+        old = [row for row in re.findall(r"^\| \S+ \| `.*$", page, re.MULTILINE) if row.split()[1] not in names]
+        order = list(dict.fromkeys(case.constructor for case in cases))
+        table = "\n".join([*rows[:2], *sorted([*old, *rows[2:]], key=lambda row: order.index(row.split()[1]))])
         page = re.sub(r"(<!-- table -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table}\n{m[2]}", page, flags=re.DOTALL)
         PAGE.write_text(page, encoding="utf-8")
 

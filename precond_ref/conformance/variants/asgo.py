@@ -42,6 +42,7 @@ ASGO_FLAGS = {
     "eps-outside": "with eps outside the root, (V^{1/2} + eps I)^{-1} instead of (V + eps I)^{-1/2}",
     "eps-ignored": "without eps (pseudo-inverse)",
     "eps-squared": "with eps^2 in the place of eps",
+    "eps-at-start": "with eps I as the statistic's start instead of added under each root",
     "exponent-quarter": "with exponent -1/4 instead of -1/2",
     "exponent-one": "with exponent -1 instead of -1/2",
     "other-side": "with the statistic on the other side",
@@ -71,6 +72,7 @@ def asgo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
     eps = _eps(config["eps"], flags)
     if "eps-squared" in flags:
         eps = eps**2
+    start, eps = (eps, 0.0) if "eps-at-start" in flags else (0.0, eps)
 
     def product(x: np.ndarray) -> np.ndarray:
         blocks = x.reshape(heads, rows // heads, columns) if left else x.T[None]
@@ -104,7 +106,7 @@ def asgo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
         arrays = {"gram": gram} | ({"root": kept} if config["every"] > 1 else {})
         return {key: a if config["heads"] is not None else a[0] for key, a in arrays.items()}
 
-    return _averaged(config, shape, flags, np.zeros((heads, size, size)), product, precondition, state)
+    return _averaged(config, shape, flags, np.tile(start * np.eye(size), (heads, 1, 1)), product, precondition, state)
 
 
 def _iterated(solver: str, gram: np.ndarray, eps: float, steps: int) -> np.ndarray:
@@ -306,7 +308,7 @@ VARIANTS = {
             frozenset({"newton-schulz", "polar-express"}),
             *rivals({"newton-schulz", "polar-express"}, {"eps-outside", *EXPONENTS}),
             frozenset({"eps-ignored", "eps-squared"}),
-            frozenset({"eps-ignored", "eps-outside"}),
+            frozenset({"eps-ignored", "eps-outside", "eps-at-start"}),
             frozenset({"other-side", "always-left", "always-right", "tie-left"}),
             frozenset(EVERY),
             *AVERAGING,

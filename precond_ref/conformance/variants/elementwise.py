@@ -42,6 +42,7 @@ ADAGRAD_FLAGS = {
     "statistic-after": "with the sum before this gradient in the denominator",
     "no-root": "with the sum instead of its square root in the denominator",
     "mean": "with the mean of the squared gradients instead of their sum",
+    "zero-nan": "with 0/0 = NaN for a zero gradient history at eps = 0",
 }
 
 
@@ -55,7 +56,8 @@ def adagrad(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[
         g, _ = yield out
         old, total = total, total + g * g
         square = old if "statistic-after" in flags else total
-        out = quotient(g, _denominator(square / (t if "mean" in flags else 1), eps, flags)), {"total": total}
+        denominator = _denominator(square / (t if "mean" in flags else 1), eps, flags)
+        out = _divided(g, denominator, flags), {"total": total}
 
 
 RMSPROP_FLAGS = {
@@ -70,6 +72,7 @@ RMSPROP_FLAGS = {
     "momentum-ignored": "without momentum",
     "momentum-on-gradient": "with momentum on the gradient, before the division",
     "momentum-ema": "with an average, momentum b + (1 - momentum) u, instead of the heavy ball",
+    "zero-nan": "with 0/0 = NaN for a zero gradient history at eps = 0",
 }
 
 
@@ -93,9 +96,9 @@ def rmsprop(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[
         denominator = _denominator(square, eps, flags)
         if "momentum-on-gradient" in flags:
             buffer = mu * buffer + weight * g
-            direction = quotient(buffer, denominator)
+            direction = _divided(buffer, denominator, flags)
         else:
-            buffer = mu * buffer + weight * quotient(g, denominator)
+            buffer = mu * buffer + weight * _divided(g, denominator, flags)
             direction = buffer
         out = direction, {"v": v} | ({"buffer": buffer} if config["momentum"] else {})
 
@@ -117,6 +120,7 @@ ADAM_FLAGS = {
     "square-of-residual": "with v the average of (g_t - m_t)^2, as in AdaBelief",
     "amsgrad": "with the running maximum of v, as in AMSGrad",
     "no-root": "with v instead of its square root in the denominator",
+    "zero-nan": "with 0/0 = NaN for a zero gradient history at eps = 0",
 }
 
 
@@ -148,7 +152,8 @@ def adam(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
         else:
             denominator = _denominator(square / c2, eps, flags)
         m_step = ema(g, m, 1 - beta1) if "nesterov" in flags else m
-        out = quotient(m_step / (1.0 if "no-correction-1" in flags else c1), denominator), {"m": m, "v": v}
+        m_step = m_step / (1.0 if "no-correction-1" in flags else c1)
+        out = _divided(m_step, denominator, flags), {"m": m, "v": v}
 
 
 FULL_FLAGS = {
@@ -184,6 +189,10 @@ def _denominator(square: np.ndarray, eps: float, flags: frozenset[str]) -> np.nd
     if "no-root" in flags:
         return square + eps
     return np.sqrt(square + eps) if "eps-inside" in flags else np.sqrt(square) + eps
+
+
+def _divided(a: np.ndarray, b: np.ndarray, flags: frozenset[str]) -> np.ndarray:
+    return a / b if "zero-nan" in flags else quotient(a, b)
 
 
 EPS = frozenset({"eps-inside", "eps-ignored"})

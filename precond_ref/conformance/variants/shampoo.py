@@ -83,6 +83,7 @@ MUON_FLAGS = {
     "nesterov-ignored": "without Nesterov's form",
     "nesterov-always": "with Nesterov's form, asked for or not",
     "nesterov-mixed": "with G + momentum M_t, M_t an average, as Nesterov's form (G not weighted by 1 - momentum)",
+    "nesterov-corrected": "with M_t / (1 - momentum^(t+1)) and G / (1 - momentum^t) in Nesterov's form, as in optax",
     "rms-ignored": "without the factor rms sqrt(max(m, n))",
     "rms-jordan": "with the factor sqrt(max(1, m / n)) instead of rms sqrt(max(m, n))",
     "rms-exact": "with the root mean square scaled to rms exactly instead of the factor rms sqrt(max(m, n))",
@@ -118,11 +119,17 @@ def muon(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
 
     m, out = np.zeros(shape), None
     rms = None if "rms-ignored" in flags else config["rms"]
-    for _t in count(1):
+    for t in count(1):
         g, _ = yield out
         new = orthogonal(g) if "momentum-of-orthogonal" in flags else g
         m = ema(m, new, mu)
-        n = (new + mu * m if "nesterov-mixed" in flags else ema(new, m, 1 - mu)) if nesterov else m
+        n = m
+        if nesterov and "nesterov-mixed" in flags:
+            n = new + mu * m
+        elif nesterov and "nesterov-corrected" in flags:
+            n = ema(new / (1 - mu**t), m / (1 - mu ** (t + 1)), 1 - mu)
+        elif nesterov:
+            n = ema(new, m, 1 - mu)
         u = n if "momentum-of-orthogonal" in flags else orthogonal(n)
         if rms is not None and "rms-jordan" in flags:
             u = u * np.sqrt(max(1, shape[0] / shape[1]))
@@ -152,7 +159,7 @@ VARIANTS = {
         muon,
         MUON_FLAGS,
         (
-            frozenset({"momentum-ignored", "nesterov-ignored", "nesterov-mixed"}),
+            frozenset({"momentum-ignored", "nesterov-ignored", "nesterov-mixed", "nesterov-corrected"}),
             *rivals({"momentum-ignored"}, {"nesterov-always", "momentum-of-orthogonal"}),
             frozenset({"nesterov-ignored", "nesterov-always"}),
             frozenset({"rms-ignored", "rms-jordan", "rms-exact", "rms-min"}),

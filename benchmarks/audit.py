@@ -1,0 +1,208 @@
+"""Runs ``precond-ref check`` on implementations from PyPI and writes docs/audit.md.
+
+python benchmarks/audit.py                        # all, each package in an environment of its own: some 10 GB
+python benchmarks/audit.py --only torch_optimizer # prints what the page would say; writes nothing
+
+Environments are made with venv and pip in ``--environments`` (default: build/audit) and kept for the next run.
+`audit_targets.py` has the list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from audit_targets import TARGETS, TORCH, Target  # type: ignore[import-not-found]  # noqa: E402
+
+from precond_ref.conformance.diagnose import Diagnosis, Match  # noqa: E402
+
+PAGE = ROOT / "docs" / "audit.md"
+HEADER = ("package", "version", "implementation", "checked as", "right", "of tier must", "skipped", "contract", "it is")
+INTRO = """\
+# Audit
+
+What `precond-ref check` says about implementations that can be had from PyPI. `python benchmarks/audit.py` makes an
+environment for each package, runs every check and writes this page; a row can be repeated by its command below.
+
+A row says how an implementation relates to the method *as this library writes it down* ([conventions](conventions.md)),
+not whether it is useful or does what its authors meant: many choices are free, and not every package claims the form
+that it is checked as. *right* counts the cases that agree within the [tolerance](tolerance.md) among those that ran, in
+float64 unless the command says otherwise; *skipped* those that need what the package does not offer, such as an average
+or decoupled weight decay. *contract* names the checks of [the contract](check.md#reading-the-report) that fail. *it is*
+names the deviations from the definition, of the list in [known mistakes](mistakes.md), that explain all cases that ran
+to their end or as many as it says; the sections below have the words.
+
+Not among them: precondition_opt 0.3.0 imports with JAX 0.4.25 and NumPy 1, the command needs NumPy 2.
+"""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the JSON of a report says, in the words of the page."""
+
+    target: Target
+    report: dict[str, Any]
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row, under `HEADER`."""
+        t = self.target
+        cases = [r for r in self.report["results"] if not r["id"].startswith("contract/") and "/reject-" not in r["id"]]
+        ran = [r for r in cases if r["status"] != "skipped"]
+        must = [r for r in ran if r["tier"] == "must"]
+        right, must_right = (sum(r["status"] == "passed" for r in group) for group in (ran, must))
+        broken = [r["id"].partition("/")[2] for r in self.report["results"]
+                  if r["id"].startswith("contract/") and r["status"] in ("failed", "error")]  # fmt: skip
+        return (
+            t.package, t.version, f"`{t.name}`", t.method, f"{right} of {len(ran)}", f"{must_right} of {len(must)}",
+            str(len(cases) - len(ran)), ", ".join(broken) or "kept", self.name(right, len(ran)),
+        )  # fmt: skip
+
+    def name(self, right: int, ran: int) -> str:
+        """The method, the names of known mistakes, and in how many cases if not in all."""
+        if right == ran:
+            return "the method"
+        found = self.diagnosis
+        near = None if found is None else found.matches[0] if found.matches else found.nearest
+        if found is None or near is None:
+            return f"the method, in {right} of {ran} cases" if right else "not named"
+        flags = ", ".join(f"`{flag}`" for flag in near.flags) or "the method"
+        rough = any("single precision" in hint for hint in found.hints)
+        return flags + (", to single precision" if rough else "") + (
+            "" if found.matches else f", in {near.explained} of {found.cases} cases"
+        )  # fmt: skip
+
+    @property
+    def diagnosis(self) -> Diagnosis | None:
+        """The report's, from its JSON."""
+        given = self.report["diagnosis"]
+        if given is None:
+            return None
+        near = given["nearest"]
+        return Diagnosis(
+            given["method"], given["cases"], tuple(_match(m) for m in given["matches"]), near and _match(near),
+            tuple(given["hints"]),
+        )  # fmt: skip
+
+    def section(self) -> str:
+        """Note, diagnosis and command."""
+        t, lines = self.target, []
+        lines.append(f"## {t.package} {t.version}: `{t.name}` as {t.method}\n")
+        if t.note:
+            lines.append(f"{t.note}\n")
+        said = [] if self.diagnosis is None else self.diagnosis.lines()
+        said += [f"{r['id']}: {r['message']}" for r in self.report["results"]
+                 if r["status"] in ("failed", "error") and r["message"] and "/reject-" not in r["id"]]  # fmt: skip
+        why = Counter(r["message"] for r in self.report["results"]
+                      if r["status"] == "skipped" and "/reject-" not in r["id"])  # fmt: skip
+        said += [f"skipped ({n}): {message.partition('=')[0] if 'no argument' in message else message}"
+                 for message, n in _merged(why).items()]  # fmt: skip
+        said += [f"note: {note}" for note in self.report["notes"]]
+        if said:
+            lines.append("```text\n" + "\n".join(said) + "\n```\n")
+        lines.append(f"```shell\n{t.install}\ncd benchmarks && {t.command}\n```\n")
+        return "\n".join(lines)
+
+
+def _merged(messages: Counter[str]) -> Counter[str]:
+    """Messages about one argument counted together, whatever its value."""
+    merged: Counter[str] = Counter()
+    for message, n in messages.items():
+        merged[message.partition("=")[0] if "no argument" in message else message] += n
+    return merged
+
+
+def _match(given: dict[str, Any]) -> Match:
+    return Match(**{**given, "flags": tuple(given["flags"]), "unexplained": tuple(given["unexplained"])})
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """In Markdown, with `HEADER`."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (HEADER, ("---",) * len(HEADER), *rows))
+
+
+def page(verdicts: list[Verdict]) -> str:
+    """The whole page."""
+    made = f"Python {platform.python_version()}, {platform.system()}, {platform.machine()}:\n"
+    return "\n".join([INTRO, made, table([v.cells for v in verdicts]) + "\n", *(v.section() for v in verdicts)])
+
+
+def environment(target: Target, folder: Path) -> Path:
+    """The ``bin`` of the environment that has the target's packages and this checkout; made if it is not there."""
+    names = sorted(r.replace("==", "-") for r in target.requires if r != TORCH) or [TORCH.replace("==", "-")]
+    home = folder / "_".join(names)
+    first, others = target.requires[0], target.requires[1:]
+    here = ["-e", f"{ROOT}[cli]"]
+    installs = [[*sorted(target.requires), *here]]
+    if target.without_dependencies:
+        installs = [[*others, *here], ["--no-deps", first]]
+    record, wanted = home / "installed.json", json.dumps(installs)
+    bin_folder = home / ("Scripts" if os.name == "nt" else "bin")
+    if record.is_file() and record.read_text() == wanted:
+        return bin_folder
+    shutil.rmtree(home, ignore_errors=True)
+    venv.create(home, with_pip=True)
+    for install in installs:
+        done = subprocess.run(
+            [bin_folder / "python", "-m", "pip", "install", "--quiet", *install], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise SystemExit(f"pip install {' '.join(install)} failed:\n{done.stderr}")
+    record.write_text(wanted)
+    return bin_folder
+
+
+def audit(target: Target, folder: Path) -> Verdict:
+    """Run the target's command in its environment."""
+    bin_folder = environment(target, folder)
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "report.json"
+        program, *arguments = target.command.split()
+        done = subprocess.run(
+            [bin_folder / program, *arguments, "--json", file], cwd=ROOT / "benchmarks", env=variables,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"{target.command} failed:\n{done.stdout}{done.stderr}")
+        return Verdict(target, json.loads(file.read_text(encoding="utf-8")))
+
+
+def main() -> None:
+    """Run the targets, one line for each; write the page, or print the sections of those asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="TEXT", help="targets whose package, version, name or method contain this")
+    parser.add_argument("--environments", type=Path, default=ROOT / "build" / "audit", help="folder to make them in")
+    arguments = parser.parse_args()
+    names = [f"{t.requires[0]} {t.name} {t.make.__name__} {t.method}".lower() for t in TARGETS]
+    chosen = [t for t, name in zip(TARGETS, names, strict=True) if (arguments.only or "").lower() in name]
+    if not chosen:
+        parser.error(f"--only: no target has {arguments.only!r} in its package, version, name or method")
+    verdicts = []
+    for number, target in enumerate(chosen, start=1):
+        print(f"[{number}/{len(chosen)}] {target.requires[0]} {target.name} as {target.method}", end=": ", flush=True)
+        verdicts.append(audit(target, arguments.environments.absolute()))
+        print("{4} ({5} must), {6} skipped, contract {7}: {8}".format(*verdicts[-1].cells), flush=True)
+    if arguments.only is None:
+        PAGE.write_text(page(verdicts), encoding="utf-8")
+        print(f"wrote {PAGE}")
+    else:
+        print("", *(v.section() for v in verdicts), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

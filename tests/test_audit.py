@@ -1,0 +1,126 @@
+"""The audit's page is what its script finds, a planted bug would show in it, and so would the bugs it must know."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from precond_ref.conformance import check, wrap
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import audit  # noqa: E402
+from audit_targets import TARGETS, Target  # noqa: E402
+
+PAGE = (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")
+ROWS = [tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in PAGE.splitlines() if line[:2] == "| "]
+QUICK = {"torch_sgd", "torch_adam", "torch_adagrad", "singd"}
+
+
+def installed(target: Target) -> bool:
+    """Whether what the target requires is here, in the versions it requires."""
+    try:
+        versions = [importlib.metadata.version(r.partition("==")[0]).partition("+")[0] for r in target.requires]
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return versions == [r.partition("==")[2] for r in target.requires]
+
+
+def found(target: Target, make: Callable[..., Any] | None = None) -> tuple[str, ...]:
+    """The target's row, by a check in this process."""
+    report = check(wrap(make or target.make, dtype=target.dtype), target.method, dtype=target.dtype)
+    return audit.Verdict(target, report.as_json()).cells
+
+
+def test_the_page_has_the_targets() -> None:
+    assert ROWS[0] == audit.HEADER
+    assert [row[:4] for row in ROWS[2:]] == [(t.package, t.version, f"`{t.name}`", t.method) for t in TARGETS]
+    for target in TARGETS:
+        assert f"\n{target.install}\n" in PAGE
+        assert f"\ncd benchmarks && {target.command}\n" in PAGE
+        assert target.note in PAGE
+    assert PAGE.startswith(audit.INTRO)
+
+
+def test_the_page_names_what_is_known() -> None:
+    said = {row[0] + " " + row[1] + " " + row[3]: row[-1] for row in ROWS[2:]}
+    assert said["torch_optimizer 0.3.0 Shampoo"] == "`exponent-inverse-order`, `statistic-of-preconditioned`"
+    assert said["pytorch_optimizer 3.10.0 Shampoo"].startswith("`exponent-inverse-order`")
+    assert "`float32-correction`" in said["atorch 0.2.5 AGD"]
+    assert said["singd 0.0.5 IFShampoo"] == "`blocks-transposed`"
+
+
+@pytest.mark.filterwarnings("ignore:Calling naive implementation:UserWarning:singd.structures.base")
+@pytest.mark.parametrize(
+    "index",
+    [pytest.param(i, id=f"{t.make.__name__}-{t.version}", marks=() if t.make.__name__ in QUICK else pytest.mark.deep)
+     for i, t in enumerate(TARGETS)],
+)  # fmt: skip
+def test_a_row_is_what_the_check_finds(index: int) -> None:
+    target = TARGETS[index]
+    if not installed(target):
+        pytest.skip(f"needs {', '.join(target.requires)}")
+    assert found(target) == ROWS[2 + index]
+
+
+def test_a_planted_bug_gives_another_row() -> None:
+    torch = pytest.importorskip("torch")
+    (target,) = (t for t in TARGETS if t.make.__name__ == "torch_adagrad")
+
+    def planted(params: Any, lr: float, eps: float, initial: float) -> Any:
+        return torch.optim.Adagrad(params, lr=lr, eps=eps, initial_accumulator_value=initial**2)
+
+    right, wrong = found(target), found(target, planted)
+    assert right[-1] == "`zero-nan`"
+    assert wrong[-1] == "`initial-squared`, `zero-nan`"
+    assert int(wrong[4].split()[0]) < int(right[4].split()[0])
+    assert right[:4] == wrong[:4]
+
+
+def test_what_differs_is_in_the_section() -> None:
+    torch = pytest.importorskip("torch")
+    (target,) = (t for t in TARGETS if t.make.__name__ == "torch_sgd")
+
+    def planted(params: Any, lr: float, momentum: float, nesterov: bool) -> Any:
+        return torch.optim.SGD(params, lr=1.375 * lr, momentum=momentum, nesterov=nesterov)
+
+    report = check(wrap(planted), "SGD")
+    verdict = audit.Verdict(target, report.as_json())
+    assert verdict.cells[4:] == ("0 of 8", "0 of 6", "1", "kept", "not named")
+    assert verdict.diagnosis == report.diagnosis
+    assert "Every step has the right direction and 1.375 times the right length." in verdict.section()
+    assert re.search(r"skipped \(1\): \w+ has no argument for weight_decay$", verdict.section(), re.MULTILINE)
+
+
+def test_a_sketch_whose_tail_decays_slower_is_named() -> None:
+    """As in the authors' tearfree code: the escaped mass times sqrt(beta2), the sketch times beta2."""
+
+    def sadagrad(decay: Callable[[float], float]) -> Callable[..., Any]:
+        def step(param: Any, grad: Any, state: Any, *, lr: float, size: int, beta2: float, delta: float) -> Any:
+            d = len(param)
+            sketch, mass = (np.zeros((d, d)), delta) if state is None else state
+            w, q = np.linalg.eigh(beta2 * sketch + np.outer(grad, grad))
+            cut = max(w[-size], 0.0) if size <= d else 0.0
+            cut = cut if cut > 1e-12 * w[-1] else 0.0
+            sketch, mass = (q * np.maximum(w - cut, 0)) @ q.T, decay(beta2) * mass + cut
+            w, q = np.linalg.eigh(sketch + mass * np.eye(d))
+            root = np.where(w > 1e-12 * w[-1], np.maximum(w, 1e-300) ** -0.5, 0.0)
+            return param - lr * (q * root) @ q.T @ grad, (sketch, mass)
+
+        return step
+
+    right, wrong = (check(wrap(sadagrad(decay)), "SAdaGrad") for decay in (lambda beta2: beta2, math.sqrt))
+    assert right.failures == []
+    assert right.ran > 5
+    assert not wrong.ok
+    assert wrong.diagnosis is not None
+    assert wrong.diagnosis.matches[0].flags == ("tail-sqrt",)
+    assert "with the escaped mass decayed by sqrt(beta2)" in wrong.diagnosis.lines()[0]
