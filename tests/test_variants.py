@@ -207,7 +207,12 @@ EXCHANGED = [
         [("u, e, rho = sketch\n        direction", "u, e, rho = sketch\n        rho = rho / 2\n        direction")],
     ),
     (sketchy, S + "practical", "graft-eps-outside", [("xp.sqrt(v + self.graft_eps)", "(xp.sqrt(v) + self.graft_eps)")]),
-    (root_free, "RFRMSProp/plain", "root", [("quotient(g, s + self.damping, xp, bound=self.damping)", "g / (xp.sqrt(s) + self.damping)")]),
+    (
+        root_free,
+        "RFRMSProp/plain",
+        "root",
+        [("quotient(g, s + self.damping, xp, bound=self.damping)", "g / (xp.sqrt(s) + self.damping)")],
+    ),
     (
         root_free,
         "RFAdamW/corrected",
