@@ -64,7 +64,7 @@ EXAMPLES = {
     "sadagrad_online": 21_000,
     "sshampoo_online": 30_000,
     "sketch_stream": 22_000,
-    "factors_at_rest": 12_500,
+    "factors_at_rest": 14_000,
     "mbf_network": 13_000,
     "asgo_online": 17_000,
     "mbf_linear": 16_000,
