@@ -177,7 +177,9 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
     for r in said:
         number = messages.pop(r.message, 0)  # one that was said is not said again
         text = r.message and r.message + f" (in {number} cases)" * (number > 1) if number else ""
-        if text := f"{r.why} {text[:1].upper()}{text[1:]}".strip() if few else text:
+        if few and not r.id.startswith("invariance/"):  # whose text says it all
+            text = f"{r.why} {text[:1].upper()}{text[1:]}".strip()
+        if text:
             console.print(f"{r.id}: {text}", soft_wrap=True)
     contract, laws = ([r for r in report.results if r.id.startswith(kind)] for kind in ("contract/", "invariance/"))
     cases = [r for r in report.results if "/reject-" not in r.id and r not in contract and r not in laws]
@@ -188,7 +190,7 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
         console.print(f"invariances: {count(laws)}")
     skipped = Counter(re.sub(r"(no argument for \w+)=.*", r"\1", r.message) for r in cases if r.status == "skipped")
     for message, number in skipped.most_common(6):
-        console.print(f"skipped ({number}): {message}", soft_wrap=True)
+        console.print(f"skipped ({number}): {message or 'NotImplementedError'}", soft_wrap=True)
     rejects = [r for r in report.results if "/reject-" in r.id and r.status != "skipped"]
     if rejects:
         refused = sum(r.status == "passed" for r in rejects)
