@@ -451,6 +451,7 @@ def rfdson(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[s
 
 
 _WEIGHTS = frozenset({"weight-timeless", "weight-one", "weight-time", "weight-root-time"})
+_RAW = frozenset({"weight-one", "weight-squared"})
 _EXPONENTS = frozenset(
     {"exponent-one", "exponent-quarter", "exponent-double", "first-axis-only", "exponent-half", "exponent-unmerged",
      "unit-axes-kept"}
@@ -484,6 +485,6 @@ VARIANTS = {
         (*EXCLUSIVE, frozenset({"delta-ignored", "delta-inside"}), frozenset({"delta-inside", "no-root"}),
          frozenset({"escaped-added", "delta-inside"}), frozenset({"escaped-added", "no-root"})),
     ),
-    "FDSON": Variants(fdson, FDSON_FLAGS, (*EXCLUSIVE, _WEIGHTS, _EXPONENTS)),
-    "RFDSON": Variants(rfdson, RFDSON_FLAGS, (*EXCLUSIVE, _WEIGHTS, _EXPONENTS)),
+    "FDSON": Variants(fdson, FDSON_FLAGS, (*EXCLUSIVE, _WEIGHTS, _RAW, _EXPONENTS)),
+    "RFDSON": Variants(rfdson, RFDSON_FLAGS, (*EXCLUSIVE, _WEIGHTS, _RAW, _EXPONENTS)),
 }  # fmt: skip
