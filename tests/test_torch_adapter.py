@@ -704,3 +704,10 @@ def test_channels_last(method: pr.Method) -> None:
     params = [torch.nn.Parameter(x.to(memory_format=last, copy=True)) for x in start]
     feed(pt.Optimizer(params, method, lr=0.125), params, [[g.to(memory_format=last) for g in row] for row in grads])
     assert distance(params, by_core(method, start, grads, 0.125)) <= 1e-12
+
+
+def test_a_copy_of_a_preset_class_is_not_taken_for_it() -> None:
+    real = type(pr.SShampoo.practical())
+    for base in (pr.Method, real):  # found before it, and after
+        copy = type(real.__name__, (base,), {"__module__": real.__module__}, register=False)
+        assert states.type_of(real.__name__) is real is not copy

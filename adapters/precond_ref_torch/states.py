@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -73,12 +74,13 @@ def type_of(name: str) -> type[Method]:
     """The `Method` class of that name: the registered one, else one that a preset makes."""
     if name in list_methods():
         return list_methods()[name]
-    pending = [Method]
-    while pending:
-        found = pending.pop()
-        if found.__name__ == name and found is not Method:
-            return found
-        pending.extend(found.__subclasses__())
+    classes: list[type[Method]] = [Method]
+    for cls in classes:
+        classes.extend(cls.__subclasses__())
+    named = [cls for cls in classes[1:] if cls.__name__ == name]
+    importable = [cls for cls in named if getattr(sys.modules.get(cls.__module__), name, None) is cls]
+    for cls in (*importable, *named):  # a class that its module no longer knows by this name is the last choice
+        return cls
     raise ValueError(f"no method is called {name!r}")
 
 
