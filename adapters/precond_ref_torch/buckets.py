@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from precond_ref_torch import distributed as sharding
 from precond_ref_torch import states
 
 XP = array_namespace(torch.empty(0))
-CHUNK_BYTES = 2**17
+CHUNK_BYTES = 2**18
 """Flat buffers on a CPU go through the method in pieces whose temporaries stay in its cache."""
 Foreign = tuple[Any, Callable[[Tensor], Any], Callable[[Any], Tensor], Callable[[], Any]]
 EVERY = slice(None)
@@ -111,6 +113,7 @@ class Bucket:
         ]
         for entry, views in zip(entries, self.views, strict=True):
             entry.update(views)
+        self.kept = list(chain.from_iterable(map(dict.values, entries)))
         self.pieces = list(self._pieces()) if flat and self.device.type == "cpu" else []
 
     def _pieces(self) -> Iterator[tuple[slice, slice]]:
@@ -128,14 +131,10 @@ class Bucket:
 
     def holds(self, state: Mapping[Any, Any]) -> bool:
         """Whether ``state`` (the optimizer's) still has the entries and views of this bucket."""
-        for param, entry, views in zip(self.params, self.entries, self.views, strict=True):
-            found: Any = state.get(param)
-            if found is not entry:
-                return False
-            for name, view in views.items():
-                if entry.get(name) is not view:
-                    return False
-        return True
+        if not all(map(is_, map(state.get, self.params), self.entries)):
+            return False
+        found = list(chain.from_iterable(map(dict.values, self.entries)))
+        return len(found) == len(self.kept) and all(map(is_, found, self.kept))
 
     def in_step(self) -> bool:
         """Whether the members' counters agree: someone may have set one."""

@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -238,13 +239,15 @@ class Optimizer(torch.optim.Optimizer):
                 f"{type(statistics).__name__}"
             )
         for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None and param.grad.layout != torch.strided:
-                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            grads = [param.grad for param in group["params"]]
+            if any(grad is not None and grad.layout is not torch.strided for grad in grads):
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         found = [
             (group, bucket) for index, group in enumerate(self.param_groups) for bucket in self._buckets(index, group)
         ]
-        given = [bucket.statistic(statistics) for _, bucket in found] if statistics else [None] * len(found)
+        if not statistics:
+            return found, [None] * len(found)
+        given = [bucket.statistic(statistics) for _, bucket in found]
         unknown = statistics.keys() - {param for _, bucket in found for param in bucket.params}
         if unknown:
             raise ValueError(
@@ -289,7 +292,7 @@ class Optimizer(torch.optim.Optimizer):
             old is not None
             and old.key == key
             and len(old.active) == len(active)
-            and all(a is b for a, b in zip(old.active, active, strict=True))
+            and all(map(is_, old.active, active))
             and all(b.in_step() and b.holds(self.state) for b in old.buckets)
         ):
             return old.buckets
@@ -434,9 +437,16 @@ def _apply(group: Mapping[str, Any], bucket: Bucket, params: list[Tensor], direc
     lr = float(group["lr"])
     decay = 0.0 if hasattr(bucket.method, "weight_decay") else group["weight_decay"]
     wide = params if params[0].dtype == bucket.dtype else [p.to(bucket.dtype) for p in params]
-    if decay:
-        torch._foreach_add_(wide, wide, alpha=-lr * decay)  # on a CPU twice as fast as a product with a number
-    torch._foreach_add_(wide, directions, alpha=-lr)
+    if bucket.device.type in ("cpu", "cuda") and all(map(Tensor.is_contiguous, [*wide, *directions])):
+        # SGD's coupled decay of a direction is the decoupled one
+        torch._fused_sgd_(
+            wide, directions, [], weight_decay=decay, lr=lr, momentum=0.0, dampening=0.0, nesterov=False,
+            maximize=False, is_first_step=False,
+        )  # fmt: skip
+    else:
+        if decay:
+            torch._foreach_mul_(wide, 1 - lr * decay)
+        torch._foreach_add_(wide, directions, alpha=-lr)
     if wide is not params:
         torch._foreach_copy_(params, wide)
 
