@@ -22,6 +22,18 @@ from conformance_subjects import Variant  # type: ignore[import-not-found]  # no
 from precond_ref.conformance import check, variants, vectors  # noqa: E402
 
 PAGE = ROOT / "docs" / "mistakes.md"
+replay, replayed = variants.run, dict[Any, Any]()
+
+
+def remembered(method: Any, param: Any, grads: Any, **options: Any) -> Any:
+    """`variants.run`, computed once: whatever is planted is compared with the same variants."""
+    key = (method, param.tobytes(), grads.tobytes(), *options.values())
+    if key not in replayed:
+        replayed[key] = replay(method, param, grads, **options)
+    return replayed[key]
+
+
+variants.run = remembered
 
 
 def planted(constructor: str, flags: frozenset[str]) -> dict[str, Any]:
@@ -54,6 +66,7 @@ def main() -> None:
     rows = ["| method | name | it is the method ... | cases that catch it | of tier must |", "|---|---|---|---|---|"]
     for name in names:
         own = [case for case in cases if case.constructor == name]
+        replayed.clear()
         known, effective = variants.of(own[0].make()), variants.effective(own)
         line, exceptions = [f"{name:<20}"], []
         for size in (1, 2):

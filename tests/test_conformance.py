@@ -499,6 +499,10 @@ def test_tolerances_follow_from_precision_and_conditioning() -> None:
     assert tolerance.relative("float32", 100.0, 0.5) == 100 * tolerance.relative("float32")
     assert tolerance.relative("float32", 16.0, 0.25) == 8 * tolerance.relative("float32")
     assert tolerance.relative("float32", 100.0, 0.25, stale=True) == 100 * tolerance.relative("float32")
+    assert tolerance.relative("float64", 4.0, 0.5, decompositions=3) == 12 * tolerance.relative("float64")
+    seen = {case.id: case.conditioning["decompositions"] for case in vectors.cases(method="SShampoo")}
+    assert seen["SShampoo/sum"] == list(range(1, len(seen["SShampoo/sum"]) + 1))
+    assert seen["SShampoo/every"][:4] == [1, 1, 1, 2]
 
 
 def test_a_gap_is_measured_normwise() -> None:
@@ -560,15 +564,41 @@ def test_check_says_what_is_wrong(run: Any) -> None:
         "mine:Wrong", "--method", "SGD", "--json", "out.json", "--level", "1", "--map", "state.buffer=velocity"
     )
     assert result.exit_code == 1
-    row = next(line.split() for line in result.output.splitlines() if line.startswith("failed  SGD/momentum"))
+    row = next(line.split() for line in result.output.splitlines() if line.split()[:2] == ["failed", "SGD/momentum"])
     assert row[2:4] == ["1", "state.buffer"]
     assert row[-2:] == ["1.000000", "0.250000"]  # cosine, norm ratio: 1 - momentum
     assert "It is SGD with an average, momentum b + (1 - momentum) g, instead of the heavy ball" in result.output
-    assert "WRONG: " in result.output
+    assert "failed (may)  SGD/stack" in result.output
+    failures = json.loads(Path("out.json").read_text(encoding="utf-8"))["failures"]
+    assert f"WRONG: {len(failures)} unexpected failures" in result.output
     report = json.loads(Path("out.json").read_text(encoding="utf-8"))
     assert report["ok"] is False
     assert "SGD/momentum" in report["failures"]
     assert report["diagnosis"]["matches"][0]["flags"] == ["momentum-ema"]
+
+
+def test_check_says_what_was_left_out(run: Any) -> None:
+    source = """
+class Bare:
+    def init(self, config, params):
+        if len(params) > 1 or any(config.get(name) for name in ("momentum", "nesterov", "weight_decay")):
+            raise NotImplementedError("one plain parameter")
+        self.params, self.lr = params, config["lr"]
+
+    def step(self, grads):
+        self.params = [p - self.lr * g for p, g in zip(self.params, grads)]
+        return self.params
+"""
+    Path("mine.py").write_text(source, encoding="utf-8")
+    result = run("mine:Bare", "--method", "SGD")
+    assert "one plain parameter" in result.output
+    assert "skipped (1): the subject has no save and load" in result.output  # a check of the contract
+    assert "OK: mine:Bare is SGD in the 1 case that it runs" in result.output
+    Path("mine.py").write_text(source.replace("self.params, self.lr", "self.params, self.rate"), encoding="utf-8")
+    sys.modules.pop("mine")
+    result = run("mine:Bare", "--method", "SGD")
+    assert "NOT CHECKED" in result.output
+    assert "configurations refused" not in result.output
 
 
 def test_expected_failures(run: Any) -> None:
@@ -592,6 +622,7 @@ def test_expected_failures(run: Any) -> None:
     ("arguments", "message"),
     [
         (["mine:Right"], "--method NAME must say"),
+        (["--command", "/no/such --json", "--method", "SGD"], "must begin with a program that can be run"),
         (["--method", "SGD"], "give either TARGET"),
         (["mine:Right", "--method", "sdg"], "there is no method 'sdg'"),
         (["mine:Nope", "--method", "SGD"], "mine has no 'Nope'; it has Right, Wrong"),
@@ -616,6 +647,7 @@ def test_examples_of_the_help_are_understood(run: Any, monkeypatch: pytest.Monke
         raise ValueError(f"would check {method}")
 
     monkeypatch.setattr(subjects, "load_target", lambda target: Ten)
+    monkeypatch.setattr(subjects, "Command", lambda *arguments: Ten())
     monkeypatch.setattr(runner, "check", seen)
     examples = re.findall(r"^  precond-ref (check .*)$", commands.CHECK_EXAMPLES, re.M)
     for example in examples:

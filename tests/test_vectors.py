@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import precond_ref
 from precond_ref import cli
 from precond_ref.conformance import vector_commands, vectors
-from precond_ref.conformance.tolerance import relative
+from precond_ref.conformance.tolerance import of_case
 from precond_ref.conformance.vectors import cases, load, verify
 from precond_ref.methods import agd, asgo, baselines, sketchy
 from precond_ref.numerics import roots, sketch
@@ -70,8 +70,7 @@ def run(case, method):
 
 def gap(case, got):
     """Largest normwise distance from the truth over what rounding explains."""
-    p, stale = case.conditioning["exponent"], case.kind == "primitive" or case.conditioning["stale"]
-    allowed = np.array([relative("float64", kappa, p, stale) for kappa in case.conditioning["kappa"]])
+    allowed = np.array([of_case(case, "float64", t) for t in range(1, len(case.conditioning["kappa"]) + 1)])
     ratios = []
     for name, truth in load(case).items():
         if name in case.inputs:
@@ -289,6 +288,7 @@ def put(name, index, value):
     return lambda tensors: tensors[name].__setitem__(index, value)
 
 
+ABOUT = {"kappa": [1] * 6, "exponent": 0.5, "stale": False, "decompositions": [1] * 6}
 FAULTS = {
     "flipped byte": (flip_byte, "AGD/plain: sha256 of .* must be"),
     "missing file": (lambda f: (f / "ASGO/left.safetensors").unlink(), "ASGO/left: .*No such file"),
@@ -302,9 +302,10 @@ FAULTS = {
     "unknown tier": (change_entry(tier="maybe"), "manifest.json: .*maybe"),
     "not dyadic": (change_entry(lr=0.1), "AGD/amsgrad: lr must be a multiple of a power of 2"),
     "config not dyadic": (change_entry(config={"beta1": 0.9}), "AGD/amsgrad: beta1 must be a multiple"),
-    "ill-conditioned": (change_entry(conditioning={"kappa": [1e4] * 6, "exponent": 0.5, "stale": False}),
+    "ill-conditioned": (change_entry(conditioning=ABOUT | {"kappa": [1e4] * 6}),
                         "AGD/amsgrad: a must-case has condition numbers up to 1000, got 10000"),
-    "kappas": (change_entry(conditioning={"kappa": [1], "exponent": 0.5, "stale": False}), "must have 6 entries"),
+    "kappas": (change_entry(conditioning=ABOUT | {"kappa": [1]}), "conditioning.kappa must have 6 entries"),
+    "decompositions": (change_entry(conditioning=ABOUT | {"decompositions": [1]}), "decompositions must have 6"),
     "other method": (change_entry(constructor="ASGO"), "AGD/amsgrad: id and constructor must start with the method"),
     "other file": (change_entry(file="AGD/clip.safetensors"), "AGD/amsgrad: file must be AGD/amsgrad.safetensors"),
     "wrong shape": (change_entry(shape=[3, 2]), r"AGD/amsgrad: param must have shape \(3, 2\), got \(2, 3\)"),

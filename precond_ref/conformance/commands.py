@@ -168,7 +168,7 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
     """The report for a person."""
     console.print(f"{report.target} against {report.method}: {report.dtype}, level {report.level}", end="\n\n")
     unexpected = {r.id for r in report.failures}
-    rows = [r for r in report.results if verbose or r.id in unexpected or r.id in report.unexpected_passes]
+    rows = [r for r in report.results if verbose or r.id in unexpected or r.id in report.unexpected_passes or may(r)]
     if rows:
         console.print(table(rows, report), end="\n\n")
     said = [r for r in rows if verbose or r.id in unexpected]
@@ -188,11 +188,12 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
         console.print(f"contract: {count(contract)}")
     if laws:
         console.print(f"invariances: {count(laws)}")
-    skipped = Counter(re.sub(r"(no argument for \w+)=.*", r"\1", r.message) for r in cases if r.status == "skipped")
+    ran = [*cases, *contract]
+    skipped = Counter(re.sub(r"(no argument for \w+)=.*", r"\1", r.message) for r in ran if r.status == "skipped")
     for message, number in skipped.most_common(6):
         console.print(f"skipped ({number}): {message or 'NotImplementedError'}", soft_wrap=True)
     rejects = [r for r in report.results if "/reject-" in r.id and r.status != "skipped"]
-    if rejects:
+    if rejects and report.ran:
         refused = sum(r.status == "passed" for r in rejects)
         console.print(f"invalid configurations refused: {refused} of {len(rejects)} (for information)")
     for note in report.notes:
@@ -211,15 +212,21 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
         if all(r.status == "skipped" for r in cases) and any("has no argument for" in message for message in skipped):
             verdict += "; --map OURS=THEIRS says another name of an argument, as in --map lr=step_size"
     elif report.ok:
-        verdict = f"OK: {report.target} is {report.method} in the {report.ran} cases that it runs"
+        cases_run = "case that it runs" if report.ran == 1 else "cases that it runs"
+        verdict = f"OK: {report.target} is {report.method} in the {report.ran} {cases_run}"
         if expected := sum(r.bad for r in report.results):
             verdict += f", but for {expected} expected failure{'s' * (expected > 1)}"
     else:
-        verdict = f"WRONG: {len(report.failures)} unexpected failures"
+        verdict = f"WRONG: {len(report.failures)} unexpected failure{'s' * (len(report.failures) != 1)}"
         others = len(report.unexpected_passes) + len(report.unknown_xfails)
         if others:
             verdict += f", {others} expected ones that did not fail"
     console.print(verdict, soft_wrap=True)
+
+
+def may(result: Result) -> bool:
+    """Whether it departs where a subject may: shown, but no failure."""
+    return result.tier == "may" and result.status in ("failed", "error") and "/reject-" not in result.id
 
 
 def count(results: list[Result]) -> str:

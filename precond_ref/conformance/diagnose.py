@@ -201,8 +201,7 @@ def _distance(run: Run, params: np.ndarray, dtype: str) -> tuple[float, float]:
     want = np.concatenate([run.params[:1], params])
     for t in range(1, len(want)):
         case = run.case
-        kappa = max(case.conditioning["kappa"][t - 1], 1.0)
-        allowed = tolerance.relative(dtype, kappa, case.conditioning["exponent"], case.conditioning["stale"])
+        allowed = tolerance.of_case(case, dtype, t)
         for i in range(want.shape[1]):
             got, true = run.params[t - 1 : t + 1, i], want[t - 1 : t + 1, i]
             if not np.array_equal(np.isfinite(got), np.isfinite(true)):

@@ -40,6 +40,12 @@ class Gap:
     norm_ratio: float
     """Norm of the subject's over the norm of the truth."""
 
+    def __str__(self) -> str:
+        return (
+            f"{self.quantity} at step {self.step}: error {self.error:.1e}, tolerance {self.tolerance:.1e}, ratio "
+            f"{self.ratio:.1e}, cosine {self.cosine:.6f}, norm ratio {self.norm_ratio:.6f}"
+        )
+
 
 @dataclass(frozen=True)
 class Result:
@@ -314,9 +320,8 @@ def truth(run: Run) -> np.ndarray:
 def gaps(run: Run, dtype: str) -> Iterator[Gap]:
     """Every compared quantity, step by step; of the members of a stack the worst."""
     case, want = run.case, truth(run)
-    kappas = case.conditioning["kappa"]
     for t in range(1, len(want)):
-        allowed = tolerance.relative(dtype, kappas[t - 1], case.conditioning["exponent"], case.conditioning["stale"])
+        allowed = tolerance.of_case(case, dtype, t)
         if run.states:
             shown = run.states[t - 1]
             for name, tensor in run.tensors.items():
@@ -378,7 +383,7 @@ def _primitives(subject: Subject, dtype: str) -> list[Result]:
             if run is None:
                 raise Unsupported("the subject has no primitive(name, config, tensors)")
             got = run(case.method, dict(case.config), given)
-            allowed = tolerance.relative(dtype, max(case.conditioning["kappa"]), stale=True)
+            allowed = tolerance.of_case(case, dtype, 1)
             found = [
                 gap(1, name, got[name], want, allowed * float(np.linalg.norm(want)))
                 for name, want in tensors.items()
@@ -436,10 +441,8 @@ def _contract(subject: Subject, report: Report, touched: list[str]) -> list[Resu
         trial = Run(case, tensors, np.stack([alone.params[0], *[p[None] for p in got]]))
         ratios = []
         for t in range(1, len(trial.params)):
-            kappa = case.conditioning["kappa"][t - 1]
-            allowed = tolerance.relative(dtype, kappa, case.conditioning["exponent"], case.conditioning["stale"])
             before, after = alone.params[t - 1, 0], alone.params[t, 0]
-            limit = tolerance.of_update(allowed, dtype, before, after)
+            limit = tolerance.of_update(tolerance.of_case(case, dtype, t), dtype, before, after)
             mine = trial.params[t - 1, 0] - trial.params[t, 0]
             if np.array_equal(mine, before - after, equal_nan=True):
                 continue

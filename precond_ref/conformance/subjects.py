@@ -21,6 +21,7 @@ import json
 import math
 import pickle
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -383,6 +384,8 @@ class Command:
 
     def __init__(self, command: str | Sequence[str], dtype: str = "float64", names: Mapping[str, str] | None = None):
         self.command = shlex.split(command) if isinstance(command, str) else list(command)
+        if not self.command or shutil.which(self.command[0]) is None:
+            raise ValueError(f"command must begin with a program that can be run, got {command!r}")
         self.dtype, self.names = dtype, dict(names or {})
         self.process: subprocess.Popen[str] | None = None
         self.reply: dict[str, Any] = {}

@@ -9,24 +9,44 @@ does to the result depends on ``G``:
 * stale or bare, when it is not: ``C u kappa`` relative to ``||A^{-p}|| ||G||``;
 * elementwise methods have ``kappa = 1``: ``C u``.
 
+A sketch is made of the one before by a decomposition, so that the errors of all decompositions so far are in it: their
+number is one more factor.
+
 ``benchmarks/tolerance.py`` measures ``C``; *Tolerance* in the documentation has its result. Comparisons are normwise,
 without an absolute part: the one addition is the rounding of the parameter that the step is subtracted from.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from precond_ref.conformance.vectors import Case
 
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24}
 CONSTANT = 16.0
 """C above."""
 
 
-def relative(dtype: str, kappa: float = 1.0, exponent: float = 0.0, stale: bool = False) -> float:
-    """Largest relative normwise error of a direction: condition number, total exponent p, and whether it is stale."""
+def relative(
+    dtype: str, kappa: float = 1.0, exponent: float = 0.0, stale: bool = False, decompositions: int = 1
+) -> float:
+    """Largest relative normwise error of a direction: condition number, total exponent p, and whether it is stale.
+
+    ``decompositions``: how many of them the statistic went through, one after the other.
+    """
     if dtype not in UNIT_ROUNDOFF:
         raise ValueError(f"dtype must be one of {', '.join(UNIT_ROUNDOFF)}, got {dtype!r}")
-    return CONSTANT * UNIT_ROUNDOFF[dtype] * max(kappa, 1.0) ** (1.0 if stale else exponent + 0.5)
+    return CONSTANT * UNIT_ROUNDOFF[dtype] * decompositions * max(kappa, 1.0) ** (1.0 if stale else exponent + 0.5)
+
+
+def of_case(case: Case, dtype: str, step: int) -> float:
+    """`relative` for a step of a trace, counted from 1, or for a primitive, which has one."""
+    about = case.conditioning
+    stale = about["stale"] or case.kind == "primitive"
+    return relative(dtype, about["kappa"][step - 1], about["exponent"], stale, about["decompositions"][step - 1])
 
 
 def of_update(relative_tolerance: float, dtype: str, before: np.ndarray, after: np.ndarray) -> float:

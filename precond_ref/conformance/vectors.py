@@ -169,8 +169,9 @@ def _trace_faults(case: Case, tensors: Mapping[str, np.ndarray]) -> Iterator[str
     for name in {"param", "grads"} & tensors.keys():
         if not 0 < abs(tensors[name]).max(initial=0) <= 8:
             yield f"{name} must be at most 8 in magnitude and not all zero"
-    if len(case.conditioning["kappa"]) != case.steps:
-        yield f"conditioning.kappa must have {case.steps} entries, got {len(case.conditioning['kappa'])}"
+    for name in ("kappa", "decompositions"):
+        if len(case.conditioning[name]) != case.steps:
+            yield f"conditioning.{name} must have {case.steps} entries, got {len(case.conditioning[name])}"
 
 
 def _has_bits(values: Iterable[float], bits: int) -> bool:

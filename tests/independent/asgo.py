@@ -147,7 +147,7 @@ ASGO = [
     case(
         "heads-every-2",
         "Blocks of rows with roots of updates 1, 3, 5.",
-        "heads-ignored every-late every-ignored",
+        "heads-ignored every-late every-ignored every-multiples",
         shape=(4, 2),
         seed=221,
         change={"heads": 2, "every": 2},
@@ -189,7 +189,7 @@ ASGO = [
     case(
         "every-3",
         "Roots of updates 1, 4, 7; the averages see every update.",
-        "every-late every-ignored",
+        "every-late every-ignored every-multiples",
         seed=207,
         steps=8,
         change={"every": 3},
@@ -223,7 +223,7 @@ ASGO = [
     ),
     case(
         "pseudo-inverse",
-        "The same without epsilon: the pseudo-inverse.",
+        "Dependent rows and no epsilon: the pseudo-inverse.",
         shape=(3, 4),
         seed=213,
         grads=DEPENDENT @ integers(213, (5, 2, 4)),

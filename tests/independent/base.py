@@ -2,8 +2,8 @@
 
 Arrays are NumPy object arrays of mpmath numbers: ``+ - * /``, ``@``, ``np.tensordot``, indexing and reshaping work on
 them. A family module has ``CASES``, a list of `Case`, and ``run(case)``, which gives a `Trace` for a case of kind
-"trace" (made by `drive`) and a dict of tensors for one of kind "primitive" (its "_kappa", a list, is not stored); a
-"reject" is not run. A method is two functions of one parameter::
+"trace" (made by `drive`) and a dict of tensors for one of kind "primitive" (its lists "_kappa" and "_decompositions"
+are not stored); a "reject" is not run. A method is two functions of one parameter::
 
     start(param, c) -> state                                state: dict of field name -> array or number
     step(t, grad, param, state, c) -> direction, state, kappa       t = 1, 2, ...
@@ -71,6 +71,8 @@ class Trace:
     """After each step."""
     states: list[dict[str, Array]]
     kappas: list[Any]
+    decompositions: list[int]
+    """How many decompositions' errors are in the statistic: what a sketch is off by stays in it."""
     exponent: float = 0.0
     """Total exponent p of the root, as in L^-1/4 G R^-1/4: 0.5; 0 for none."""
     stale: bool = False
@@ -95,6 +97,7 @@ def drive(
                 {k: np.stack([exact(m.states[t][k]) for m in members]) for k in members[0].states[t]} for t in steps
             ],
             kappas=[max(m.kappas[t] for m in members) for t in steps],
+            decompositions=members[0].decompositions,
             exponent=exponent,
             stale=stale,
         )
@@ -102,7 +105,7 @@ def drive(
     lr, decay, param = mp.mpf(case.lr), mp.mpf(case.decay), exact(case.param)
     state, trace = (
         start(param, c),
-        Trace(directions=[], params=[], states=[], kappas=[], exponent=exponent, stale=stale),
+        Trace(directions=[], params=[], states=[], kappas=[], decompositions=[], exponent=exponent, stale=stale),
     )
     for t, grad in enumerate(exact(case.grads), start=1):
         direction, state, kappa = step(t, exact(grad), param, state, c)
@@ -111,6 +114,7 @@ def drive(
         trace.params.append(param)
         trace.states.append({name: exact(value) for name, value in state.items() if not name.startswith("_")})
         trace.kappas.append(kappa)
+        trace.decompositions.append(state.get("_decompositions", 1))
     return trace
 
 

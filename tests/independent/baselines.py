@@ -367,7 +367,7 @@ SHAMPOO = [
     case(
         "every-3",
         "Roots of updates 1, 4, 7; the statistics see every update.",
-        "every-late every-ignored",
+        "every-late every-ignored every-multiples",
         seed=73,
         steps=8,
         change={"beta2": 0.75, "every": 3},

@@ -65,10 +65,12 @@ def described(case: Case, result: Any) -> tuple[dict[str, Any], bytes]:
         inputs = {"param": case.param, "grads": case.grads}
         entry |= {"steps": len(case.grads), "lr": case.lr, "decay": case.decay}
         kappa, exponent, stale = result.kappas, result.exponent, result.stale
+        decompositions = result.decompositions
         outputs = dict(trace_tensors(result))
     else:
         inputs, outputs = case.inputs, {name: array for name, array in result.items() if not name.startswith("_")}
         kappa, exponent, stale = result.get("_kappa", [1]), 0.0, False
+        decompositions = result.get("_decompositions", [1])
     tensors = {name: rounded(array) for name, array in {**inputs, **outputs}.items()}
     content = save(tensors)
     entry |= {
@@ -77,6 +79,7 @@ def described(case: Case, result: Any) -> tuple[dict[str, Any], bytes]:
             "kappa": [float(mp.nstr(mp.mpf(k), 6)) for k in kappa],
             "exponent": float(exponent),
             "stale": stale,
+            "decompositions": decompositions,
         },
         "file": f"{identifier}.safetensors",
         "sha256": hashlib.sha256(content).hexdigest(),

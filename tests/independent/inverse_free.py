@@ -156,7 +156,7 @@ CASES = [
     _case("weight-decay", (3, 2), "kappa w joins the preconditioned gradient, inside the momentum", seed=5,
           weight_decay=0.25, catches="kappa-outside kappa-coupled kappa-ignored"),
     _case("every", (3, 2), "Factors renewed at updates 1, 4, 7", seed=7, steps=7, every=3,
-          catches="every-ignored every-late"),
+          catches="every-ignored every-late every-multiples"),
     _case("zero-gradients", (3, 2), "Zero gradients first and later still shrink the curvature", seed=8, zero=(0, 2)),
     _case("vector", (4,), "One axis: H = B (K^T g)(K^T g)^T + lambda K^T K", seed=9, catches="no-transpose"),
     _case("scalar", (), "A scalar has one factor, 1 x 1", seed=10, tier="should"),

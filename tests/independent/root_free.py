@@ -191,7 +191,7 @@ CASES = [
     _case("RFShampoo", "weight-decay", (3, 2), "kappa w joins the preconditioned gradient, inside the momentum",
           seed=23, weight_decay=0.25, catches="kappa-outside kappa-coupled kappa-ignored"),
     _case("RFShampoo", "every", (3, 2), "Factors renewed at updates 1, 4, 7; no momentum", seed=25, steps=7, every=3,
-          momentum=0.0, catches="every-ignored every-late"),
+          momentum=0.0, catches="every-ignored every-late every-multiples"),
     _case("RFShampoo", "zero-gradients", (3, 2), "Zero gradients first and later", seed=26, zero=(0, 2)),
     _case("RFShampoo", "vector", (4,), "One axis: the full matrix (1 - beta2) S + beta2 (B g g^T + lambda I)",
           seed=27, catches="exponent-half"),

@@ -83,7 +83,12 @@ def _sadagrad_step(t: int, g: Array, param: Array, state: dict[str, Any], c: Sim
 def _sketched(state: dict[str, Any], g: Array, c: SimpleNamespace, beta2: Any) -> dict[str, Any]:
     """The state after a vector; the largest sensitivity so far with it."""
     sketch, escaped, worst = fd_update(state["sketch"], state["sketch.escaped"], np.outer(g, g), c.size, beta2, beta2)
-    return {"sketch": sketch, "sketch.escaped": escaped, "_sensitivity": max(worst, state["_sensitivity"])}
+    return {
+        "sketch": sketch,
+        "sketch.escaped": escaped,
+        "_sensitivity": max(worst, state["_sensitivity"]),
+        "_decompositions": state.get("_decompositions", 0) + 1,
+    }
 
 
 def _empty(dims: tuple[int, ...]) -> dict[str, Any]:
@@ -107,6 +112,7 @@ def _precondition(t: int, g: Array, state: dict[str, Any], c: SimpleNamespace) -
         new |= {f"sketches.{i}": sketch, f"sketches.{i}.escaped": escaped}
         kappas.append(kappa)
     new.setdefault("_sensitivity", state["_sensitivity"])
+    new["_decompositions"] = (t - 1) // c.every + 1
     return direction, new, max([*kappas, new["_sensitivity"]])
 
 
@@ -205,7 +211,8 @@ def _primitive(case: Case) -> dict[str, Array]:
         out.append((product, eig(product)[0][::-1][: c.size], escaped))
         kappas.append(worst)
     products, eigenvalues, masses = (np.stack([exact(x) for x in column]) for column in zip(*out, strict=True))
-    return {"product": products, "eigenvalues": eigenvalues, "escaped": masses, "_kappa": [max(kappas)]}
+    results = {"product": products, "eigenvalues": eigenvalues, "escaped": masses}
+    return results | {"_kappa": [max(kappas)], "_decompositions": [len(rows)]}
 
 
 METHODS = {
@@ -367,7 +374,7 @@ CASES = [
     _case("SShampoo", "relative-eps", (4, 3), "eps in units of the largest eigenvalue with its mass", seed=24,
           beta2=0.75, eps=0.25, relative_eps=True, catches="eps-absolute eps-relative-deflated"),
     _case("SShampoo", "every", (4, 3), "Every third gradient is sketched, all are preconditioned", seed=25, steps=7,
-          size=2, beta2=0.75, eps=0.25, every=3, catches="every-ignored every-late every-sketches-all"),
+          size=2, beta2=0.75, eps=0.25, every=3, catches="every-ignored every-late every-multiples every-sketches-all"),
     _case("SShampoo", "every-outside", (4, 3), "A gradient outside a stale sketch that has lost nothing gives 0 there",
           seed=26, size=4, every=2, grads=NARROW, catches="identity-outside"),
     _case("SShampoo", "every-outside-eps", (4, 3), "So it does with eps > 0", seed=27, size=4, eps=0.25, every=2,
@@ -432,7 +439,7 @@ CASES = [
           seed=58, size=2, graft_eps=0.0, zero=(0, 2), catches="zero-nan"),
     _case("SShampoo.practical", "practical-every", (4, 3), "Stale sketches under a graft; another tail decay",
           seed=59, steps=6, size=2, every=2, tail_decay=0.5, relative_eps=False, eps=0.25,
-          catches="every-ignored every-late tail-decay-ignored"),
+          catches="every-ignored every-late every-multiples tail-decay-ignored"),
     _case("SShampoo.practical", "practical-every-outside", (4, 3),
           "A gradient outside a stale sketch that has lost nothing gives 0 there, before the graft", seed=61, size=4,
           every=2, graft="sgd", grads=NARROW, tier="should", catches="identity-outside eps-everywhere"),
