@@ -5,11 +5,9 @@ Each check takes the module under test, so that `MUTANTS`, copies of it with one
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from functools import cache
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import mpmath
@@ -18,6 +16,7 @@ import pytest
 import scipy.linalg
 from conftest import Backend
 from helpers import distance, gradients, leaves
+from mutation import mutated
 from test_roots import from_mp, mp_sqrt, to_mp
 
 import precond_ref as pr
@@ -649,17 +648,6 @@ def test_holds(name: str) -> None:
 # ---- mutants --------------------------------------------------------------------------------------------------------
 
 
-def mutant(*edits: tuple[str, str]) -> Any:
-    """The module with edits of its source, each of which must fit in one place exactly."""
-    source = inspect.getsource(asgo).replace("(Method):", "(Method, register=False):")
-    for old, new in edits:
-        assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
-        source = source.replace(old, new)
-    names: dict[str, Any] = {"__name__": asgo.__name__}
-    exec(compile(source, "mutant", "exec"), names)
-    return SimpleNamespace(**names)
-
-
 def edit(line: str, *pairs: tuple[str, str]) -> tuple[str, str]:
     """A line of the source and what it becomes."""
     new = line
@@ -792,13 +780,13 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str) -> None:
     caught_by, edits = MUTANTS[name]
-    planted = mutant(*edits)
+    planted = mutated(asgo, *edits)
     with np.errstate(all="ignore"), pytest.raises(AssertionError):
         CHECKS[caught_by](planted)
 
 
 def test_the_copy_without_a_mistake_passes() -> None:
-    copy = mutant()
+    copy = mutated(asgo)
     assert copy.ASGO is not asgo.ASGO
     assert pr.list_methods()["ASGO"] is asgo.ASGO
     for name in {caught_by for caught_by, _ in MUTANTS.values()}:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import root_free_oracle as oracle
 import scipy.linalg
-from mutants import mutant
+from mutation import mutated
 from root_free_oracle import along, gap, kron, normal, positive, run, train
 
 import precond_ref as pr
+from precond_ref.methods import inverse_free
 
 U = 2**-53
 LOUD = {
@@ -365,7 +366,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name):
     old, new, check = MUTANTS[name]
-    cls = mutant("precond_ref.methods.inverse_free", old, new).IFShampoo
+    cls = mutated(inverse_free, (old, new)).IFShampoo
     with pytest.raises((AssertionError, FloatingPointError)), np.errstate(all="ignore"):
         CHECKS[check](cls)
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from configs import CONFIGS, LOUD, Config
 from helpers import distance, gradients
-from mutants import mutant
+from mutation import mutated
 
 import precond_ref as pr
 import precond_ref_jax as pj
@@ -733,7 +733,7 @@ MUTANTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bugs_are_seen(name: str) -> None:
     old, new, check = MUTANTS[name]
-    lib = mutant("precond_ref_jax.transformation", old, new)
+    lib = mutated(adapter, (old, new))
     with pytest.raises((AssertionError, TypeError, ValueError, jax.errors.JaxRuntimeError)):
         check(lib)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutants import mutant
+from mutation import mutated
 
 import precond_ref as pr
 
@@ -154,7 +154,7 @@ def test_check_passes(check: Any) -> None:
 def test_check_catches(name: str) -> None:
     old, new, check = MUTANTS[name]
     with pytest.raises((AssertionError, ValueError, TypeError)):
-        CHECKS[check](mutant("precond_ref_jax.transformation", old, new))
+        CHECKS[check](mutated(adapter, (old, new)))
 
 
 def test_pairs_under_masks_and_without_updates() -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import sys
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from conftest import make_backend
+from mutation import mutated
 
 import precond_ref as pr
 from precond_ref import optimizer, problems
@@ -389,14 +387,9 @@ BUGS = {
 
 
 @pytest.mark.parametrize(("name", "check"), [(name, check) for name, bug in BUGS.items() for check in bug.checks])
-def test_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch, name: str, check: str) -> None:
-    bug, source = BUGS[name], inspect.getsource(optimizer)
-    assert bug.old in source
-    copy = types.ModuleType("planted_optimizer")
-    monkeypatch.setitem(sys.modules, copy.__name__, copy)
-    exec(compile(source.replace(bug.old, bug.new), "<planted>", "exec"), vars(copy))
+def test_planted_bug_is_caught(name: str, check: str) -> None:
     with pytest.raises((AssertionError, pytest.fail.Exception)):
-        CHECKS[check](copy)
+        CHECKS[check](mutated(optimizer, BUGS[name][:2]))
 
 
 # ---- the authors' experiment ----------------------------------------------------------------------------------------

@@ -363,7 +363,7 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
 def test_planted_bug_is_caught(name: str) -> None:
     check, change = MUTANTS[name]
     with pytest.raises((AssertionError, np.linalg.LinAlgError, ValueError)):
-        CHECKS[check](mutated(fd, (change,)))
+        CHECKS[check](mutated(fd, change))
 
 
 def test_planted_bugs_start_from_a_sound_copy() -> None:

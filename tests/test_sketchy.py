@@ -434,13 +434,13 @@ ONLINE_MUTANTS = {
 def test_planted_bug_is_caught(name: str) -> None:
     check, change = SKETCHY_MUTANTS[name]
     with pytest.raises((AssertionError, ValueError)):
-        CHECKS[check](mutated(sketchy, (change,)))
+        CHECKS[check](mutated(sketchy, change))
 
 
 @pytest.mark.parametrize("name", ONLINE_MUTANTS)
 def test_planted_bug_in_a_yardstick_is_caught(name: str) -> None:
     with pytest.raises(AssertionError):
-        check_online(mutated(online_sketches, (ONLINE_MUTANTS[name],)))
+        check_online(mutated(online_sketches, ONLINE_MUTANTS[name]))
 
 
 def test_planted_bugs_start_from_a_sound_copy() -> None:

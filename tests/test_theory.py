@@ -40,7 +40,7 @@ def test_search_shrinks_to_a_counterexample() -> None:
     message = r"(?s)asgo\.\w+ is violated: left .* > right .*play\('asgo_online', .*'rounds': 1,.*D"
     lib = library(
         "asgo",
-        (("inverse = roots.inverse_shifted_sqrt(gram, self", "inverse = 2 * roots.inverse_shifted_sqrt(gram, self"),),
+        ("inverse = roots.inverse_shifted_sqrt(gram, self", "inverse = 2 * roots.inverse_shifted_sqrt(gram, self"),
     )
     with pytest.raises(Violation, match=message):
         search("asgo_online", 40, lib=lib)
@@ -84,12 +84,12 @@ def test_mutant_violates(name: str, planted: str) -> None:
     case = drawn(FAMILIES[family].fields, seed)
     sound = play(family, case).get(name)
     assert sound is None or sound.holds  # Theorem 5 needs a comparator at the right distance, which a run may not have
-    assert not play(family, case, library(mutant.module, ((mutant.old, mutant.new),)))[name].holds
+    assert not play(family, case, library(mutant.module, mutant[1:]))[name].holds
 
 
 @pytest.mark.parametrize("module", sorted({mutant.module for mutant in MUTANTS.values()}))
 def test_mutants_start_from_sound_copies(module: str) -> None:
-    lib = library(module, ())
+    lib = library(module)
     for name, family in FAMILIES.items():
         assert all(check.holds for check in play(name, drawn(family.fields, 1), lib).values())
 
@@ -136,7 +136,7 @@ def test_asgo_stays_near_the_minimum() -> None:
             lib: Any = pr
         else:
             mutant = MUTANTS[name]
-            lib = library(mutant.module, ((mutant.old, mutant.new),)).asgo
+            lib = library(mutant.module, mutant[1:]).asgo
         for seed in range(60):
             case = drawn(FAMILIES["asgo_smooth"].fields, seed)
             objective = online.smooth("least squares", (case["m"], case["n"]), seed)
