@@ -77,11 +77,11 @@ class Backend:
         """
         if self.name == "torch-compile":
             return _compiled_torch(method)
-        if self.name == "jax-jit":
-            import jax
+        return self.jit(method.update, static_argnames="refresh")
 
-            return jax.jit(method.update, static_argnames="refresh")
-        return method.update
+    def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """``function``, under ``jax.jit`` where the backend has it."""
+        return sys.modules["jax"].jit(function, **options) if self.name == "jax-jit" else function
 
 
 def _compiled_torch(method: Any) -> Callable[..., Any]:
