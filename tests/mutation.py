@@ -5,9 +5,17 @@ from __future__ import annotations
 import inspect
 import textwrap
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from precond_ref import protocol
+
+
+class Bug(NamedTuple):
+    """An edit of a module's source, and the checks that must reject it."""
+
+    old: str
+    new: str
+    checks: tuple[str, ...]
 
 
 def mutated(subject: Any, *changes: tuple[str, str]) -> Any:

@@ -251,3 +251,13 @@ def positive(d, seed=0):
     """A symmetric positive definite (d, d) matrix with condition number below 1e2."""
     a = normal(d, d, seed=seed)
     return a @ a.T / d + 0.5 * np.eye(d)
+
+
+def noisy(targets):
+    """Gradient of 1/2 ||W - T_t||^2."""
+    return lambda t, w: w - targets[t]
+
+
+def transformed(gradient, maps):
+    """The gradient with respect to V for W = V x_n maps[n]."""
+    return lambda t, v: along(gradient(t, along(v, maps)), [a.T for a in maps])

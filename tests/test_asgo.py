@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 from conftest import Backend
-from helpers import distance, gradients, leaves
+from helpers import directions, distance, gradients, leaves
 from mutation import mutated
 from test_roots import from_mp, mp_sqrt, to_mp
 
@@ -31,16 +31,6 @@ def check(function: Callable[[Any], None]) -> Callable[[Any], None]:
     """A test of the module given, to be run on the real one and on mutants."""
     CHECKS[function.__name__] = function
     return function
-
-
-def directions(method: Any, grads: np.ndarray) -> np.ndarray:
-    """Directions of a gradient sequence, (steps, m, n)."""
-    state = method.init(np.zeros(grads.shape[1:]))
-    out = []
-    for g in grads:
-        d, state = method.update(g, state, np.zeros(g.shape))
-        out.append(d)
-    return np.stack(out)
 
 
 def trajectory(method: Any, grads: np.ndarray, start: np.ndarray, weight_decay: float = 0.25) -> np.ndarray:

@@ -492,13 +492,6 @@ def test_end_loss() -> None:
     assert rates.end_loss([1.0, math.nan]) == math.inf
 
 
-@pytest.fixture
-def recorded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An empty record in a folder of its own."""
-    monkeypatch.setattr(rates, "FILE", tmp_path / "learning_rates.json")
-    return rates.FILE
-
-
 def test_tune_records_what_a_loop_written_here_finds(recorded: Any) -> None:
     part = compare.tune("digits-softmax", ["SGD"], 12)
     assert json.loads(recorded.read_text()) == {"digits-softmax": part}

@@ -15,7 +15,7 @@ import mpmath
 import numpy as np
 import pytest
 from conftest import make_backend
-from mutation import mutated
+from mutation import Bug, mutated
 
 import precond_ref as pr
 from precond_ref import problems, theory
@@ -829,14 +829,6 @@ def test_refused(what: str) -> None:
 
 
 # ---- planted bugs ---------------------------------------------------------------------------------------------------
-
-
-class Bug(NamedTuple):
-    """An edit of the module's source, and the checks that must reject it."""
-
-    old: str
-    new: str
-    checks: tuple[str, ...]
 
 
 BUGS = {

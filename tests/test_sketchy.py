@@ -10,6 +10,7 @@ import mpmath
 import numpy as np
 import pytest
 from mutation import mutated
+from root_free_oracle import exact
 
 import precond_ref as pr
 from precond_ref.methods import online_sketches, sketchy
@@ -42,11 +43,6 @@ def gap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 # ---- truth with 50 digits and dense matrices ------------------------------------------------------------------------
-
-
-def exact(array: np.ndarray) -> np.ndarray:
-    """Entries as 50-digit numbers."""
-    return np.vectorize(mpmath.mpf, otypes=[object])(array)
 
 
 def spectral(matrix: np.ndarray, function: Any) -> tuple[np.ndarray, list[Any]]:
