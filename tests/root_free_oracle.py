@@ -226,11 +226,6 @@ def train(method, start, gradient, steps, lr, state=None):
     return np.array(path), state
 
 
-def gap(got, expected):
-    """Largest normwise relative difference over the first axis."""
-    return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(got, expected, strict=True))
-
-
 def along(tensor, matrices):
     """``matrices[n]`` multiplied onto axis n, for every n."""
     shape = tuple(len(a) for a in matrices)

@@ -12,8 +12,9 @@ import mpmath
 import numpy as np
 import pytest
 import root_free_oracle as oracle
+from helpers import distance as gap
 from mutation import mutated
-from root_free_oracle import along, gap, kron, noisy, normal, positive, run, train, transformed
+from root_free_oracle import along, kron, noisy, normal, positive, run, train, transformed
 
 import precond_ref as pr
 from precond_ref.methods import root_free

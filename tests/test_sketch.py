@@ -55,7 +55,7 @@ def check_invariants(lib: ModuleType, steps: int = 8, seeds: int = 1, dims: tupl
                             for statement in STATEMENTS:
                                 check = statement(s)
                                 assert check.holds, (check, kind)
-                            worst = max(worst, oracle_distance(lib, rows, size, beta2))
+                            worst = np.maximum(worst, oracle_distance(lib, rows, size, beta2))
                             assert worst <= TOLERANCE
     print(f"{updates} updates; largest distance to the oracle {worst:.1e} of the largest eigenvalue")
 

@@ -9,6 +9,7 @@ from typing import Any
 import mpmath
 import numpy as np
 import pytest
+from helpers import distance as gap
 from mutation import mutated
 from root_free_oracle import exact
 
@@ -35,11 +36,6 @@ def run(method: Any, grads: np.ndarray, param: Any = None, lr: float | None = No
             x = x - lr * direction
         out.append(direction if lr is None else x)
     return np.stack(out)
-
-
-def gap(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest normwise relative difference over the steps."""
-    return max(float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in zip(a, b, strict=True))
 
 
 # ---- truth with 50 digits and dense matrices ------------------------------------------------------------------------
@@ -364,6 +360,10 @@ SKETCHY_MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "S-AdaGrad statistic after use": (
         "golden",
         ("rho = sketch\n        direction", "rho = state.sketch\n        direction"),
+    ),
+    "S-AdaGrad gives NaN from the second update": (
+        "sadagrad_truth",
+        ("return direction, SAdaGradState", "return direction * (xp.nan if state.step else 1), SAdaGradState"),
     ),
     "delta ignored": ("sadagrad_truth", ("param, self.delta, xp", "param, 0.0, xp")),
     "size taken as rank": ("golden", ("beta2, size=self.size, solver", "beta2, size=self.size + 1, solver")),
