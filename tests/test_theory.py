@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -217,3 +218,17 @@ def test_a_statement_about_all_states_refuses_a_run_without_them() -> None:
     assert theory.sketchy.regret(run, np.zeros(3)).holds
     with pytest.raises(ValueError, match="the statement needs all 6 states, the run kept 2"):
         theory.sketchy.quadratic(run, np.zeros(3))
+
+
+def test_nan_in_the_last_factor_is_a_violation() -> None:
+    stream = online.adversary("random", (3, 2), rounds=4)
+    for method, statements in (
+        (pr.RFShampoo(beta2=0.25), [theory.root_free.floor]),
+        (pr.IFShampoo(beta2=0.25, momentum=0.0), [theory.root_free.change, theory.root_free.descent]),
+    ):
+        run = theory.record(method, stream, 0.5)
+        last = run.states[-1]
+        spoiled = last._replace(factors=(last.factors[0], np.nan * last.factors[1]))
+        for statement in statements:
+            assert statement(run).holds
+            assert not statement(dataclasses.replace(run, states=(*run.states[:-1], spoiled), forms={})).holds
