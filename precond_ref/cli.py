@@ -1,4 +1,4 @@
-"""The command line: ``precond-ref list | compare | check | vectors``. Heavy libraries are imported when used."""
+"""The command line ``precond-ref``: all its commands, and ``list`` and ``compare``. Heavy libraries wait until used."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from precond_ref.compare import Comparison, Run
 
+CHECK = "Check an implementation, and say what it computes instead."
 EXTRA = 'pip install "precond-ref[cli]"'
 
 
@@ -44,6 +45,7 @@ def application() -> typer.Typer:
 
     app = typer.Typer(
         help="Reference implementations of preconditioned optimizers.",
+        epilog="Begin with `precond-ref compare`. The help of each command has examples.",
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode=None,
@@ -54,7 +56,7 @@ def application() -> typer.Typer:
     app.command("list", epilog=LIST_EXAMPLES)(list_command)
     app.command("compare", epilog=COMPARE_EXAMPLES)(compare_command)
     app.command("regret", epilog=regret_command.EXAMPLES)(regret_command.regret_command)
-    app.command("check", epilog=commands.CHECK_EXAMPLES)(commands.check_command)
+    app.command("check", short_help=CHECK, epilog=commands.CHECK_EXAMPLES)(commands.check_command)
     app.add_typer(vector_commands.application(), name="vectors")
     app.command("bench", epilog=bench.EXAMPLES)(bench.bench_command)
     app.command("cost", epilog=cost.EXAMPLES)(cost.cost_command)

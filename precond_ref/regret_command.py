@@ -39,7 +39,9 @@ def regret_command(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FILE", help="Logistic regression on a LIBSVM file, in file order, with an intercept."
+            metavar="NAME|FILE",
+            help="Logistic regression on a LIBSVM file, in file order, with an intercept. "
+            "A name is looked for in the folder PRECOND_REF_DATA.",
         ),
     ] = None,
     adversary: Annotated[str, typer.Option(metavar="KIND", help="Linear losses; one of those below.")] = "random",
@@ -59,7 +61,7 @@ def regret_command(
         ),
     ] = None,
 ) -> None:
-    """Play a method against losses, one per round, and show its regret beside the bound.
+    """Play a method against losses: its regret beside the bound.
 
     The regret is against the best fixed point: of a ball, for the linear losses of an adversary; of the whole space
     (or a ball), for the data, found by SciPy. For SAdaGrad and SShampoo the escaped mass, its bound and the spectrum

@@ -1,13 +1,15 @@
 """Configurations of every method in the registry, with loud hyperparameters: what "over all methods" tests run on.
 
-A new method adds one entry to `LOUD`; `test_registry.py` fails until it does.
+A new method adds one entry to `LOUD`; `test_contract.py` fails until it does.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import precond_ref as pr
+from precond_ref.protocol import Method
 
 
 class Config(NamedTuple):
@@ -15,6 +17,35 @@ class Config(NamedTuple):
 
     method: Any
     shape: tuple[int, ...] = (5, 3)
+
+
+class DecayedState(NamedTuple):
+    """State of `Decayed`."""
+
+    step: Any
+    buffer: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decayed(Method, register=False):
+    """Heavy ball with weight decay inside the momentum: a method that reads the parameter's values."""
+
+    momentum: float = 0.5
+    weight_decay: Any = 0.0
+    narrow_state: bool = False
+
+    state_type: ClassVar[Any] = DecayedState
+    elementwise: ClassVar[bool] = True
+
+    def init(self, param: Any, *, stack_ndim: int = 0) -> DecayedState:
+        return DecayedState(0, self._check_param(param, stack_ndim).zeros_like(param))
+
+    def update(
+        self, grad: Any, state: Any, param: Any, *, scalars: Any = None, refresh: Any = None, xp: Any = None
+    ) -> Any:
+        self._enter(grad, state, param, scalars, xp)
+        buffer = self.momentum * state.buffer + grad + self.weight_decay * param
+        return 1.0 * buffer, DecayedState(state.step + 1, buffer)
 
 
 def _inverse_free(**changes: Any) -> pr.IFShampoo:

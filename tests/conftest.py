@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -77,11 +78,11 @@ class Backend:
         """
         if self.name == "torch-compile":
             return _compiled_torch(method)
-        if self.name == "jax-jit":
-            import jax
+        return self.jit(method.update, static_argnames="refresh")
 
-            return jax.jit(method.update, static_argnames="refresh")
-        return method.update
+    def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """``function``, under ``jax.jit`` where the backend has it."""
+        return sys.modules["jax"].jit(function, **options) if self.name == "jax-jit" else function
 
 
 def _compiled_torch(method: Any) -> Callable[..., Any]:
@@ -173,6 +174,15 @@ def _forget_compiled() -> Iterator[None]:
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty record in the folder of the test."""
+    from precond_ref.compare import rates
+
+    monkeypatch.setattr(rates, "FILE", tmp_path / "learning_rates.json")
+    return rates.FILE
 
 
 @pytest.fixture

@@ -30,6 +30,16 @@ def run(backend: Backend, config: Config, grads: np.ndarray, dtype: str, stack_n
     return np.stack(directions), state
 
 
+def directions(method: Any, grads: np.ndarray) -> np.ndarray:
+    """Directions of a gradient sequence, (steps, *shape)."""
+    state = method.init(np.zeros(grads.shape[1:]))
+    out = []
+    for g in grads:
+        d, state = method.update(g, state, np.zeros(g.shape))
+        out.append(d)
+    return np.stack(out)
+
+
 def leaves(state: Any) -> list[Any]:
     """Arrays of a state."""
     if isinstance(state, tuple):

@@ -1,29 +1,43 @@
-"""Planted bugs: a copy of a module with a piece of its source exchanged."""
+"""Planted bugs: a copy of a module or function with pieces of its source exchanged."""
 
 from __future__ import annotations
 
 import inspect
+import textwrap
 from types import ModuleType
+from typing import Any, NamedTuple
 
 from precond_ref import protocol
 
 
-def mutated(module: ModuleType, changes: tuple[tuple[str, str], ...] = ()) -> ModuleType:
-    """``module`` executed anew with each ``(old, new)`` exchanged; ``old`` must occur exactly once.
+class Bug(NamedTuple):
+    """An edit of a module's source, and the checks that must reject it."""
 
+    old: str
+    new: str
+    checks: tuple[str, ...]
+
+
+def mutated(subject: Any, *changes: tuple[str, str]) -> Any:
+    """``subject``, a module or function, executed anew with each ``(old, new)`` exchanged.
+
+    ``old`` must occur exactly once; a `LookupError` says otherwise, which no test of a planted bug expects.
     Methods that the copy defines do not enter the registry.
     """
-    source = inspect.getsource(module)
+    source = textwrap.dedent(inspect.getsource(subject))
     for old, new in changes:
         if source.count(old) != 1:
-            raise ValueError(f"{old!r} occurs {source.count(old)} times in {module.__name__}")
+            raise LookupError(f"{old!r} occurs {source.count(old)} times in {subject.__name__}")
         source = source.replace(old, new)
+    module = inspect.getmodule(subject)
     copy = ModuleType(module.__name__)
     copy.__file__ = module.__file__
+    if subject is not module:
+        vars(copy).update(vars(module))
     registered = dict(protocol._REGISTRY)
     try:
-        exec(compile(source, f"<{module.__name__} mutated>", "exec"), copy.__dict__)
+        exec(compile(source, f"<{subject.__name__} mutated>", "exec"), vars(copy))
     finally:
         protocol._REGISTRY.clear()
         protocol._REGISTRY.update(registered)
-    return copy
+    return copy if subject is module else getattr(copy, subject.__name__)

@@ -226,11 +226,6 @@ def train(method, start, gradient, steps, lr, state=None):
     return np.array(path), state
 
 
-def gap(got, expected):
-    """Largest normwise relative difference over the first axis."""
-    return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(got, expected, strict=True))
-
-
 def along(tensor, matrices):
     """``matrices[n]`` multiplied onto axis n, for every n."""
     shape = tuple(len(a) for a in matrices)
@@ -251,3 +246,13 @@ def positive(d, seed=0):
     """A symmetric positive definite (d, d) matrix with condition number below 1e2."""
     a = normal(d, d, seed=seed)
     return a @ a.T / d + 0.5 * np.eye(d)
+
+
+def noisy(targets):
+    """Gradient of 1/2 ||W - T_t||^2."""
+    return lambda t, w: w - targets[t]
+
+
+def transformed(gradient, maps):
+    """The gradient with respect to V for W = V x_n maps[n]."""
+    return lambda t, v: along(gradient(t, along(v, maps)), [a.T for a in maps])

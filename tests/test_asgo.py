@@ -5,11 +5,9 @@ Each check takes the module under test, so that `MUTANTS`, copies of it with one
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from functools import cache
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import mpmath
@@ -17,7 +15,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 from conftest import Backend
-from helpers import distance, gradients, leaves
+from helpers import directions, distance, gradients, leaves
+from mutation import mutated
 from test_roots import from_mp, mp_sqrt, to_mp
 
 import precond_ref as pr
@@ -32,16 +31,6 @@ def check(function: Callable[[Any], None]) -> Callable[[Any], None]:
     """A test of the module given, to be run on the real one and on mutants."""
     CHECKS[function.__name__] = function
     return function
-
-
-def directions(method: Any, grads: np.ndarray) -> np.ndarray:
-    """Directions of a gradient sequence, (steps, m, n)."""
-    state = method.init(np.zeros(grads.shape[1:]))
-    out = []
-    for g in grads:
-        d, state = method.update(g, state, np.zeros(g.shape))
-        out.append(d)
-    return np.stack(out)
 
 
 def trajectory(method: Any, grads: np.ndarray, start: np.ndarray, weight_decay: float = 0.25) -> np.ndarray:
@@ -547,8 +536,8 @@ def raw_updates_are_bounded_if_momentum_forgets_faster(lib: Any) -> None:
     b1, b2 = 0.75, 0.625  # b1^2 < b2
     limit = (1 - b1) / math.sqrt(1 - b2) / math.sqrt(1 - b1**2 / b2)
     method = lib.ASGO(beta1=b1, beta2=b2, eps=0.0, rms=None)
-    worst = max(
-        np.linalg.norm(directions(method, gradients((3, 5), 20, seed=s)), 2, axis=(1, 2)).max() for s in range(5)
+    worst = np.max(
+        [np.linalg.norm(directions(method, gradients((3, 5), 20, seed=s)), 2, axis=(1, 2)) for s in range(5)]
     )
     assert 0.5 * limit < worst <= limit
     shrinking = (b2 / b1) ** np.arange(60.0)  # g_k proportional to the weight in M over that in V: the worst case
@@ -647,17 +636,6 @@ def test_holds(name: str) -> None:
 
 
 # ---- mutants --------------------------------------------------------------------------------------------------------
-
-
-def mutant(*edits: tuple[str, str]) -> Any:
-    """The module with edits of its source, each of which must fit in one place exactly."""
-    source = inspect.getsource(asgo).replace("(Method):", "(Method, register=False):")
-    for old, new in edits:
-        assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
-        source = source.replace(old, new)
-    names: dict[str, Any] = {"__name__": asgo.__name__}
-    exec(compile(source, "mutant", "exec"), names)
-    return SimpleNamespace(**names)
 
 
 def edit(line: str, *pairs: tuple[str, str]) -> tuple[str, str]:
@@ -792,13 +770,13 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str) -> None:
     caught_by, edits = MUTANTS[name]
-    planted = mutant(*edits)
+    planted = mutated(asgo, *edits)
     with np.errstate(all="ignore"), pytest.raises(AssertionError):
         CHECKS[caught_by](planted)
 
 
 def test_the_copy_without_a_mistake_passes() -> None:
-    copy = mutant()
+    copy = mutated(asgo)
     assert copy.ASGO is not asgo.ASGO
     assert pr.list_methods()["ASGO"] is asgo.ASGO
     for name in {caught_by for caught_by, _ in MUTANTS.values()}:

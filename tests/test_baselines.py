@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from helpers import distance, gradients
+from helpers import directions, distance, gradients
 
 import precond_ref as pr
 
@@ -177,15 +177,6 @@ def mp_shampoo(grads: np.ndarray, eps: float, beta2: float, correct: bool, expon
                 * mp_power(right * scale + eps * mpmath.eye(n), exponent)
             )
             out.append(np.array(direction.tolist(), dtype=float))
-    return np.stack(out)
-
-
-def directions(method: Any, grads: np.ndarray) -> np.ndarray:
-    state = method.init(np.zeros(grads.shape[1:]))
-    out = []
-    for g in grads:
-        d, state = method.update(g, state, np.zeros(g.shape))
-        out.append(d)
     return np.stack(out)
 
 

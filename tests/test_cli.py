@@ -293,13 +293,6 @@ def test_without_typer(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- tune ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty record in the folder of the test."""
-    monkeypatch.setattr(rates, "FILE", tmp_path / "learning_rates.json")
-    return rates.FILE
-
-
 def test_tune_writes_what_compare_reads(run: Callable[..., Any], recorded: Path) -> None:
     result = run("compare", "--tune", "--problem", "quadratic", "--methods", "SGD,Adam", "--steps", 3)
     assert result.exit_code == 0, result.output

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import math
 import re
 import sys
-import textwrap
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from mutation import mutated
 
 import precond_ref as pr
 from precond_ref import compare, problems
@@ -128,17 +127,6 @@ def test_numbers_are_those_of_a_loop_written_here(name: str, loop: Any) -> None:
     check_numbers(name, loop)
 
 
-def mutated(function: Any, changes: dict[str, str]) -> Any:
-    """``function`` with mistakes in its source."""
-    source = textwrap.dedent(inspect.getsource(function))
-    for old, new in changes.items():
-        assert source.count(old) == 1
-        source = source.replace(old, new)
-    scope = dict(vars(importlib.import_module(function.__module__)))
-    exec("from __future__ import annotations\n" + source, scope)
-    return scope[function.__name__]
-
-
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
@@ -153,7 +141,7 @@ def mutated(function: Any, changes: dict[str, str]) -> Any:
     ],
 )
 def test_numbers_notice(name: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.Trainer, name, mutated(getattr(runs.Trainer, name), {old: new}))
+    monkeypatch.setattr(runs.Trainer, name, mutated(getattr(runs.Trainer, name), (old, new)))
     with pytest.raises(AssertionError):
         check_training()
 
@@ -267,7 +255,7 @@ def test_time_is_the_optimizers_step_alone() -> None:
     ids=["gradient counted", "seconds", "first step counted"],
 )
 def test_time_notices(changes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.Trainer, "train", mutated(runs.Trainer.train, changes))
+    monkeypatch.setattr(runs.Trainer, "train", mutated(runs.Trainer.train, *changes.items()))
     with pytest.raises(AssertionError):
         check_time()
 
@@ -495,20 +483,13 @@ def test_search() -> None:
 )
 def test_search_notices(mutation: tuple[str, str]) -> None:
     with pytest.raises(AssertionError):
-        check_search(mutated(rates.search, dict([mutation])))
+        check_search(mutated(rates.search, mutation))
 
 
 def test_end_loss() -> None:
     assert rates.end_loss([9.0] * 18 + [1.0, 2.0]) == 1.5
     assert rates.end_loss([3.0, 2.0]) == 2.0
     assert rates.end_loss([1.0, math.nan]) == math.inf
-
-
-@pytest.fixture
-def recorded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An empty record in a folder of its own."""
-    monkeypatch.setattr(rates, "FILE", tmp_path / "learning_rates.json")
-    return rates.FILE
 
 
 def test_tune_records_what_a_loop_written_here_finds(recorded: Any) -> None:
@@ -597,7 +578,7 @@ def test_the_record_is_sound() -> None:
 
 
 def test_the_audit_notices() -> None:
-    def mutated(change: Any) -> dict[str, Any]:
+    def changed(change: Any) -> dict[str, Any]:
         part = json.loads(json.dumps(rates.record()["digits-mlp"]))
         change(part, part["methods"]["ASGO"])
         return part
@@ -614,7 +595,7 @@ def test_the_audit_notices() -> None:
     ]
     for change in changes:
         with pytest.raises((AssertionError, KeyError)):
-            audit("digits-mlp", mutated(change))
+            audit("digits-mlp", changed(change))
 
 
 def test_the_record_repeats() -> None:

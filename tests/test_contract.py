@@ -44,7 +44,7 @@ def test_every_method_is_public_configured_and_described() -> None:
             assert all(method.symbols.values())
         for preset in cls.presets:
             assert isinstance(getattr(cls, preset)(), Method)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="item assignment"):
         registry["Mine"] = pr.Adam  # type: ignore[index]
 
 
@@ -57,7 +57,7 @@ def test_is_a_frozen_hashable_printable_dataclass(config: Config) -> None:
     field = dataclasses.fields(method)[0].name if dataclasses.fields(method) else "nothing"
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(method, field, 0.5)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="positional argument"):
         type(method)(0.5)  # positional
 
 

@@ -160,7 +160,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("change", MUTANTS.values(), ids=MUTANTS)
 def test_a_wrong_formula_is_seen(change: tuple[str, str]) -> None:
-    wrong = mutated(formulas, (change,)).work
+    wrong = mutated(formulas, change).work
     assert any(
         {a.name: a.shape for a in wrong(c.method, c.shape).stored} != real_arrays(c.method, c.shape)
         or any(predicted(wrong(c.method, c.shape), r) != counted(c.method, c.shape, r) for r in (True, False))

@@ -13,16 +13,15 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from configs import CONFIGS, LOUD, Config
+from configs import CONFIGS, LOUD, Config, Decayed
 from helpers import distance, gradients
-from mutants import mutant
+from mutation import mutated
 
 import precond_ref as pr
 import precond_ref_jax as pj
@@ -378,36 +377,12 @@ def test_masks(case: Case) -> None:
     check_masks(case, adapter)
 
 
-# ---- a method with everything unusual -------------------------------------------------------------------------------
-
-
-class DecayInsideState(NamedTuple):
-    step: Any
-    buffer: Any
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecayInside(Method, register=False):
-    """Heavy ball with its own weight decay."""
-
-    momentum: float = 0.5
-    weight_decay: float = 0.0
-    narrow_state: bool = False
-
-    state_type = DecayInsideState
-
-    def init(self, param: Any, *, stack_ndim: int = 0) -> DecayInsideState:
-        return DecayInsideState(0, self._check_param(param, stack_ndim).zeros_like(param))
-
-    def update(self, grad: Any, state: Any, param: Any, **kwargs: Any) -> Any:
-        self._enter(grad, state, param, None, None)
-        buffer = self.momentum * state.buffer + grad + self.weight_decay * param
-        return 1.0 * buffer, DecayInsideState(state.step + 1, buffer)
+# ---- a method that reads its parameter -------------------------------------------------------------------------------
 
 
 def check_decay_inside(lib: Any) -> None:
     """The parameter that the method sees is the parameter."""
-    opt = lib.make_optimizer("decay_inside", DecayInside)(0.5, weight_decay=0.25)
+    opt = lib.make_optimizer("decay_inside", Decayed)(0.5, weight_decay=0.25)
     x, state = jnp.ones((2, 2)), opt.init(jnp.ones((2, 2)))
     for expected in (-0.625, -0.859375):  # -0.5 (1 + 0.25), then -0.5 (0.625 + 1 + 0.25 * 0.375)
         updates, state = opt.update(jnp.ones((2, 2)), state, x)
@@ -417,7 +392,7 @@ def check_decay_inside(lib: Any) -> None:
 
 def test_weight_decay_inside_the_method() -> None:
     check_decay_inside(adapter)
-    make = adapter.make_optimizer("decay_inside", DecayInside)
+    make = adapter.make_optimizer("decay_inside", Decayed)
     assert "mask" not in inspect.signature(make).parameters
     params = jnp.ones((2, 2))
     make(0.5).update(params, make(0.5).init(params))
@@ -446,7 +421,7 @@ def check_mixed(lib: Any) -> None:
 
 def test_dtypes_beside_each_other() -> None:
     check_mixed(adapter)
-    narrow = pj.scale_by(DecayInside(narrow_state=True)).init(jnp.ones((2, 2), "bfloat16"))
+    narrow = pj.scale_by(Decayed(narrow_state=True)).init(jnp.ones((2, 2), "bfloat16"))
     assert narrow.statistics.buffer.dtype == jnp.bfloat16
     with pytest.raises(TypeError, match="w: ASGO factorises matrices, which needs float32 or float64"):
         pj.scale_by_asgo(dtype="bfloat16").init({"w": jnp.ones((2, 2))})
@@ -733,7 +708,7 @@ MUTANTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bugs_are_seen(name: str) -> None:
     old, new, check = MUTANTS[name]
-    lib = mutant("precond_ref_jax.transformation", old, new)
+    lib = mutated(adapter, (old, new))
     with pytest.raises((AssertionError, TypeError, ValueError, jax.errors.JaxRuntimeError)):
         check(lib)
 

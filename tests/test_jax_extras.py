@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutants import mutant
+from helpers import distance as apart
+from mutation import mutated
 
 import precond_ref as pr
 
@@ -42,8 +43,7 @@ def turned(values: Any) -> Any:
 
 
 def distance(got: Any, expected: Any) -> float:
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-    return float(max(np.linalg.norm(np.asarray(x) - y) / np.linalg.norm(y) for x, y in pairs))
+    return apart(*(list(map(np.asarray, jax.tree.leaves(tree))) for tree in (got, expected)))
 
 
 def samples(values: Any) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def test_check_passes(check: Any) -> None:
 def test_check_catches(name: str) -> None:
     old, new, check = MUTANTS[name]
     with pytest.raises((AssertionError, ValueError, TypeError)):
-        CHECKS[check](mutant("precond_ref_jax.transformation", old, new))
+        CHECKS[check](mutated(adapter, (old, new)))
 
 
 def test_pairs_under_masks_and_without_updates() -> None:

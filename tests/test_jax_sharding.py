@@ -102,7 +102,7 @@ MUTANTS = {
 
 def main(chosen: list[str]) -> None:
     from jax.sharding import AxisType
-    from mutants import mutant
+    from mutation import mutated
     from test_jax_adapter import CASES, adapter
 
     for name in chosen or CASES:
@@ -113,7 +113,7 @@ def main(chosen: list[str]) -> None:
                 error.add_note(f"{name}, {axis_type}")
                 raise
     for name, (axis_type, old, new) in MUTANTS.items():
-        lib = mutant("precond_ref_jax.transformation", old, new)
+        lib = mutated(adapter, (old, new))
         try:
             check(CASES["asgo"], AxisType[axis_type], lib)
         except Exception as error:

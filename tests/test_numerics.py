@@ -10,6 +10,7 @@ import mpmath
 import numpy as np
 import pytest
 from conftest import Backend, make_backend
+from helpers import distance
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -154,3 +155,13 @@ def test_refresh_rule() -> None:
     assert renew(False, compute, None) == "new"  # nothing to keep
     assert renew(np.asarray(True), compute, "old") == "new"
     assert renew(np.asarray(False), compute, "old") == "old"
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_distances_of_the_tests_see_nan_at_any_step(at: int) -> None:
+    right, wrong = np.ones((3, 2)), np.ones((3, 2))
+    wrong[at, 1] = np.nan
+    assert distance(right, right) == 0.0
+    assert np.isnan(distance(wrong, right))
+    cases = pytest.importorskip("torch_adapter_cases")
+    assert np.isnan(cases.distance(*(list(map(cases.torch.from_numpy, x)) for x in (wrong, right))))

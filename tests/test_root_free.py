@@ -12,10 +12,12 @@ import mpmath
 import numpy as np
 import pytest
 import root_free_oracle as oracle
-from mutants import mutant
-from root_free_oracle import along, gap, kron, normal, positive, run, train
+from helpers import distance as gap
+from mutation import mutated
+from root_free_oracle import along, kron, noisy, normal, positive, run, train, transformed
 
 import precond_ref as pr
+from precond_ref.methods import root_free
 
 U = 2**-53
 DIAGONAL = {
@@ -34,16 +36,6 @@ METHODS = SimpleNamespace(RFRMSProp=pr.RFRMSProp, RFAdamW=pr.RFAdamW, RFShampoo=
 def start_at(method, param, factors):
     """The initial state of RF-Shampoo with other factors."""
     return method.init(param)._replace(factors=tuple(factors), inverses=tuple(np.linalg.inv(s) for s in factors))
-
-
-def noisy(targets):
-    """Gradient of 1/2 ||W - T_t||^2."""
-    return lambda t, w: w - targets[t]
-
-
-def transformed(gradient, maps):
-    """The gradient with respect to V for W = V x_n maps[n]."""
-    return lambda t, v: along(gradient(t, along(v, maps)), [a.T for a in maps])
 
 
 def well_conditioned(d, seed):
@@ -315,9 +307,8 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name):
     old, new, check = MUTANTS[name]
-    module = mutant("precond_ref.methods.root_free", old, new)
     with pytest.raises(AssertionError):
-        CHECKS[check](module)
+        CHECKS[check](mutated(root_free, (old, new)))
 
 
 # ---- truth at 50 digits and closed forms ----
@@ -628,9 +619,13 @@ def test_authors_numbers(method, rates, expected):
 # ---- the contract ----
 
 
-def test_every_and_refresh():
+FACTORED = pytest.mark.parametrize("make", [pr.RFShampoo, pr.IFShampoo])
+
+
+@FACTORED
+def test_every_and_refresh(make):
     grads = normal(6, 4, 3, seed=1)
-    method, w = pr.RFShampoo(**FACTORS, every=3), grads[0]
+    method, w = make(**FACTORS, every=3), grads[0]
     state, changed = method.init(w), []
     for g in grads:
         old = state.factors
@@ -643,9 +638,10 @@ def test_every_and_refresh():
     assert not np.array_equal(now.factors[0], state.factors[0])
 
 
+@FACTORED
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_bad_member_does_not_touch_the_others(bad):
-    method = pr.RFShampoo(**FACTORS)
+def test_a_bad_member_does_not_touch_the_others(bad, make):
+    method = make(**FACTORS)
     grads = normal(2, 4, 3, seed=1)
     expected, _ = method.update(grads[1], method.init(grads[1]), grads[1])
     grads[0, 1, 2] = bad

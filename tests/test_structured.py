@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
-from mutants import mutant
+from mutation import mutated
 from root_free_oracle import basis, free_entries, least_squares
 
 from precond_ref.numerics import structured
@@ -113,7 +113,7 @@ MUTANTS = {
 def test_mutant_is_caught(name):
     old, new, check = MUTANTS[name]
     with pytest.raises(AssertionError):
-        CHECKS[check](mutant("precond_ref.numerics.structured", old, new))
+        CHECKS[check](mutated(structured, (old, new)))
 
 
 # ---- what the classes must satisfy ----

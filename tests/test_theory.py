@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -40,7 +41,7 @@ def test_search_shrinks_to_a_counterexample() -> None:
     message = r"(?s)asgo\.\w+ is violated: left .* > right .*play\('asgo_online', .*'rounds': 1,.*D"
     lib = library(
         "asgo",
-        (("inverse = roots.inverse_shifted_sqrt(gram, self", "inverse = 2 * roots.inverse_shifted_sqrt(gram, self"),),
+        ("inverse = roots.inverse_shifted_sqrt(gram, self", "inverse = 2 * roots.inverse_shifted_sqrt(gram, self"),
     )
     with pytest.raises(Violation, match=message):
         search("asgo_online", 40, lib=lib)
@@ -84,12 +85,12 @@ def test_mutant_violates(name: str, planted: str) -> None:
     case = drawn(FAMILIES[family].fields, seed)
     sound = play(family, case).get(name)
     assert sound is None or sound.holds  # Theorem 5 needs a comparator at the right distance, which a run may not have
-    assert not play(family, case, library(mutant.module, ((mutant.old, mutant.new),)))[name].holds
+    assert not play(family, case, library(mutant.module, mutant[1:]))[name].holds
 
 
 @pytest.mark.parametrize("module", sorted({mutant.module for mutant in MUTANTS.values()}))
 def test_mutants_start_from_sound_copies(module: str) -> None:
-    lib = library(module, ())
+    lib = library(module)
     for name, family in FAMILIES.items():
         assert all(check.holds for check in play(name, drawn(family.fields, 1), lib).values())
 
@@ -136,7 +137,7 @@ def test_asgo_stays_near_the_minimum() -> None:
             lib: Any = pr
         else:
             mutant = MUTANTS[name]
-            lib = library(mutant.module, ((mutant.old, mutant.new),)).asgo
+            lib = library(mutant.module, mutant[1:]).asgo
         for seed in range(60):
             case = drawn(FAMILIES["asgo_smooth"].fields, seed)
             objective = online.smooth("least squares", (case["m"], case["n"]), seed)
@@ -217,3 +218,17 @@ def test_a_statement_about_all_states_refuses_a_run_without_them() -> None:
     assert theory.sketchy.regret(run, np.zeros(3)).holds
     with pytest.raises(ValueError, match="the statement needs all 6 states, the run kept 2"):
         theory.sketchy.quadratic(run, np.zeros(3))
+
+
+def test_nan_in_the_last_factor_is_a_violation() -> None:
+    stream = online.adversary("random", (3, 2), rounds=4)
+    for method, statements in (
+        (pr.RFShampoo(beta2=0.25), [theory.root_free.floor]),
+        (pr.IFShampoo(beta2=0.25, momentum=0.0), [theory.root_free.change, theory.root_free.descent]),
+    ):
+        run = theory.record(method, stream, 0.5)
+        last = run.states[-1]
+        spoiled = last._replace(factors=(last.factors[0], np.nan * last.factors[1]))
+        for statement in statements:
+            assert statement(run).holds
+            assert not statement(dataclasses.replace(run, states=(*run.states[:-1], spoiled), forms={})).holds

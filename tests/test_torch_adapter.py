@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from configs import CONFIGS, Config
+from configs import CONFIGS, Config, Decayed
 from torch import nn
 from torch_adapter_cases import (
     CHECKS,
     MUTANTS,
     ONE_EACH,
-    Decayed,
     by_core,
     distance,
     feed,
@@ -603,7 +602,7 @@ def test_bad_parameters() -> None:
     with pytest.raises(ValueError, match="no method is called 'Adamm'"):
         pt.ASGO([{"params": [p], "method": "Adamm"}])
     with pytest.raises(ValueError, match="weight_decay must be the method's, 0.25, or not be given, got 0.5"):
-        pt.Optimizer([p], Decayed(), weight_decay=0.5)
+        pt.Optimizer([p], Decayed(weight_decay=0.25), weight_decay=0.5)
 
 
 @every_method

@@ -251,7 +251,7 @@ EXCHANGED = [
 )
 def test_flag_is_the_library_with_a_line_exchanged(module, case_id, flag, changes):
     (case,) = (c for c in TRACES if c.id == case_id)
-    copy, method = mutated(module, tuple(changes)), case.make()
+    copy, method = mutated(module, *changes), case.make()
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
     directions, params = reference(case, getattr(copy, type(method).__name__)(**fields))
     trace = run(case, flag)

@@ -148,7 +148,7 @@ PLANTED = [
 
 @pytest.mark.parametrize(("module", "old", "new", "id"), PLANTED, ids=[f"{p[3]}: {p[2]}" for p in PLANTED])
 def test_vectors_catch_planted_bug(module, old, new, id):
-    copy, case = mutated(module, ((old, new),)), BY_ID[id]
+    copy, case = mutated(module, (old, new)), BY_ID[id]
     make = operator.attrgetter(case.constructor)(copy)
     with np.errstate(invalid="ignore"):
         assert not gap(case, run(case, make(**case.config))) <= 1e6
@@ -170,9 +170,9 @@ def test_vectors_catch_planted_bug(module, old, new, id):
 def test_primitives_catch_planted_bug(old, new, id):
     case = BY_ID[id]
     planted = (
-        {"roots": mutated(roots, ((old, new),))}
+        {"roots": mutated(roots, (old, new))}
         if case.constructor == "roots.power"
-        else {"sketch": mutated(sketch, ((old, new),))}
+        else {"sketch": mutated(sketch, (old, new))}
     )
     with np.errstate(all="ignore"):
         assert not gap(case, apply(case, **planted)) <= 1e6
@@ -181,7 +181,7 @@ def test_primitives_catch_planted_bug(old, new, id):
 def test_traces_catch_a_missing_rank_decision(monkeypatch):
     """Rounding that counts as escaped mass: the sketch hardly shows it, its inverse root does."""
     zero_only = ("** 2 * largest", "** 2 * 0.0")
-    planted = mutated(sketch, (("s = xp.where(s > tolerance * s[..., :1], s, 0.0)", "pass"), zero_only))
+    planted = mutated(sketch, ("s = xp.where(s > tolerance * s[..., :1], s, 0.0)", "pass"), zero_only)
     planted.Sketch = sketch.Sketch
     monkeypatch.setattr(sketchy, "fd", planted)
     case = BY_ID["SAdaGrad/low-rank"]

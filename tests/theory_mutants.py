@@ -154,10 +154,10 @@ SUBJECTS = {
 """Modules that the statements of a group are about."""
 
 
-def library(module: str, changes: tuple[tuple[str, str], ...]) -> Any:
+def library(module: str, *changes: tuple[str, str]) -> Any:
     """The modules, a copy of one of them with changes; `sketchy` is made anew on a copied sketch."""
     names = dict(vars(theory_cases.REAL))
-    names[module] = mutated(names[module], changes)
+    names[module] = mutated(names[module], *changes)
     if module == "fd":
         names["sketchy"] = mutated(names["sketchy"])
         names["sketchy"].fd = names["fd"]
@@ -500,7 +500,7 @@ BLIND = {
 def violations(planted: str, seeds: Any) -> dict[str, int]:
     """The statements that a mutant violates, with the first seed of an instance."""
     mutant, found = MUTANTS[planted], {}
-    lib = library(mutant.module, ((mutant.old, mutant.new),))
+    lib = library(mutant.module, mutant[1:])
     for family, each in theory_cases.FAMILIES.items():
         if not any(mutant.module in SUBJECTS[name.partition(".")[0]] for name in each.statements):
             continue

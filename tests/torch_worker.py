@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from configs import CONFIGS
@@ -102,7 +103,7 @@ def replicated_distance(world: int) -> float:
                 p.grad = g
             opt.step()
         expected = single_updates(method, grads, start)
-        worst = max(worst, distance([p.full_tensor() for p in params], expected))
+        worst = np.maximum(worst, distance([p.full_tensor() for p in params], expected))
     return worst
 
 

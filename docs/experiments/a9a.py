@@ -246,21 +246,23 @@ def figure(results: dict[str, Any], by_size: dict[str, Any]) -> Any:
         left.text(
             0.02, 0.05 + 0.075 * (len(ends) - 1 - rank), f"{loss:.5f}  {name}", color=colour, transform=left.transAxes
         )
-    left.set(xscale="log", xlabel="learning rate (best offset)", xlim=(1e-6, 1), ylim=(0.325, 0.75))
-    left.set_title("a9a, one pass: mean log-loss (dot: best)", loc="left")
+    left.set(
+        xscale="log", xlabel="learning rate (best offset)", ylabel="mean log-loss", xlim=(1e-6, 1), ylim=(0.325, 0.75)
+    )
+    left.set_title("a9a, one pass (dot: best)", loc="left")
     numbers = [name for name in by_size if name.isdigit()]
     for colour, key, label in (("#0072B2", "loss", "best rate"), ("#D55E00", "at 0.1", "rate 0.1")):
         right.plot([int(n) for n in numbers], [by_size[n][key] for n in numbers], "o-", color=colour)
-        right.text(1.05, by_size["1"][key] + 0.002, label, color=colour, va="bottom")
+        right.text(1.2, by_size["1"][key] + 0.001, label, color=colour, va="bottom")
         right.axhline(by_size["full matrix"][key], color=colour, linestyle=":", linewidth=1.2)
     right.text(
-        40, by_size["full matrix"]["loss"] - 0.002, "full matrix (dotted)", color="#444444", ha="right", va="top"
+        40, by_size["full matrix"]["loss"] - 0.003, "full matrix (dotted)", color="#444444", ha="right", va="top"
     )
     right.set(xscale="log", xlabel="sketch size", xticks=[int(n) for n in numbers], xticklabels=numbers)
     right.minorticks_off()
     right.set_title("S-AdaGrad, first 4000 rows", loc="left")
     low, high = right.get_ylim()
-    right.set_ylim(low - 0.006, high)
+    right.set_ylim(low - 0.006, high + 0.004)
     return drawing
 
 

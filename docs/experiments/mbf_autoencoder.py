@@ -17,6 +17,7 @@ from typing import Any
 
 import common
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 import precond_ref as pr
 from precond_ref import problems
@@ -124,9 +125,12 @@ def main() -> None:
         label="authors' log of MBF (test)",
     )
     panel.set(
-        yscale="log", xlabel="epochs of 60 iterations", yticks=[50, 100, 200, 500], yticklabels=[50, 100, 200, 500]
+        yscale="log", xlabel="epochs of 60 iterations", xlim=(0, max(len(r["losses"]) - 1 for r in runs.values()))
     )
-    panel.set_xlim(0, max(len(run["losses"]) - 1 for run in runs.values()))
+    panel.set_ylim(bottom=0.8 * min(min(run["losses"]) for run in runs.values()))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.minorticks_off()
     panel.set_title("MNIST autoencoder, loss over the 10000 training images", loc="left")
     panel.legend(frameon=False)
     epochs = [e for e in (*range(9), 10, 12, 15, 20) if e < max(len(run["losses"]) for run in runs.values())]

@@ -57,11 +57,12 @@ def cost_command(
     json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output; no table.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figure; .png, .svg, .pdf, ...")] = None,
 ) -> None:
-    """What each method would cost on a model: memory, arithmetic, communication. Nothing is allocated or trained.
+    """Count what each method needs on a model; nothing is run.
 
-    Bytes of state are exact. Flops are those of matrix products and factorizations, bytes moved are the least
-    possible, and work done every k steps counts 1/k. The floor is the time below which no step can come on a device
-    of the given bandwidth and rate, whose defaults are those of an A100 (80 GB) in float32.
+    Memory, arithmetic and communication. Bytes of state are exact. Flops are those of matrix products and
+    factorizations, bytes moved are the least possible, and work done every k steps counts 1/k. The floor is the time
+    below which no step can come on a device of the given bandwidth and rate, whose defaults are those of an A100
+    (80 GB) in float32.
     """
     from precond_ref.cli import EXTRA, fail
     from precond_ref.cost import Device, estimate

@@ -149,13 +149,10 @@ def _regret(axes: Axes, game: Game) -> None:
 def _mass(axes: Axes, game: Game) -> None:
     styles = ("-", "--", ":", "-.")
     for style, lost in zip(styles, game.lost, strict=False):
-        axes.plot(game.rounds, lost.escaped, style, color=BLUE, linewidth=2)
-        axes.plot(game.rounds, lost.limit, style, color=ORANGE, linewidth=2)
-        for value, name, colour, up in ((lost.escaped[-1], "escaped", BLUE, -18), (lost.limit[-1], "Omega", ORANGE, 8)):
-            axes.annotate(
-                f"{name} {lost.name} {value:.3g}", (game.rounds[-1], value), xytext=(-4, up),
-                textcoords="offset points", ha="right", color=colour, fontweight="bold",
-            )  # fmt: skip
+        for values, name, colour in ((lost.limit, "Omega", ORANGE), (lost.escaped, "escaped", BLUE)):
+            label = " ".join(f"{name} {lost.name} {values[-1]:.3g}".split())
+            axes.plot(game.rounds, values, style, color=colour, linewidth=2, label=label)
+    axes.legend(frameon=False, labelcolor="linecolor")
     axes.set_title("escaped mass and Omega", loc="left")
     axes.set(xscale="log", xlabel="rounds")
     largest = max(float(lost.limit[-1]) for lost in game.lost)

@@ -7,7 +7,6 @@ the new.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -85,17 +84,19 @@ def newton(run: Run, curvature: Array) -> Sides:
 @statement("rf.floor", "(1 - beta2)^t <= lambda_min(S_n)", Source.PROVED, "theory.md#root-free-methods")
 def floor(run: Run) -> Sides:
     """`RFShampoo`: every factor stays positive definite, at the worst t and axis; both sides in units of the left."""
-    k, worst = run.method, (math.inf, 0, 0)
-    for t, state in enumerate(run.all_states()[1:], start=1):
-        for axis, factor in enumerate(state.factors):
-            least = float(np.linalg.eigvalsh(factor)[0]) / (1 - k.beta2) ** t
-            worst = min(worst, (least, t, axis))
-    top = max(float(np.linalg.eigvalsh(f)[-1]) for f in run.states[worst[1]].factors)
+    k = run.method
+    least = [
+        (float(np.linalg.eigvalsh(factor)[0]) / (1 - k.beta2) ** t, t, axis)
+        for t, state in enumerate(run.all_states()[1:], start=1)
+        for axis, factor in enumerate(state.factors)
+    ]
+    worst, t, axis = least[np.argmin([value for value, *_ in least])]  # unlike min, NaN where there is one
+    top = np.max([np.linalg.eigvalsh(f)[-1] for f in run.states[t].factors])
     return Sides(
         left=1.0,
-        right=worst[0],
-        rounding=64 * 2.0**-53 * (1 + top / (1 - k.beta2) ** worst[1]),
-        symbols={"beta2": k.beta2, "t": worst[1], "axis": worst[2]},
+        right=worst,
+        rounding=64 * 2.0**-53 * (1 + top / (1 - k.beta2) ** t),
+        symbols={"beta2": k.beta2, "t": t, "axis": axis},
         assumptions={"renewed at every update": k.every == 1},
     )
 
@@ -126,7 +127,7 @@ def clip(run: Run) -> Sides:
 @statement("if.change", "|K_n^{-1} K_n,new - I|_F <= beta2", Source.PROVED, INVERSE)
 def change(run: Run) -> Sides:
     """`IFShampoo`, any gradients: the relative change of a factor; the worst update and axis."""
-    largest = max(float(np.linalg.norm(change - np.eye(len(change)))) for change in run.form(_changes))
+    largest = np.max([np.linalg.norm(change - np.eye(len(change))) for change in run.form(_changes)])
     k = run.method
     return Sides(
         left=largest,
@@ -145,7 +146,7 @@ def descent(run: Run) -> Sides:
         left_factor, right_factor = state.factors
         right = float(np.sum((left_factor.T @ G @ right_factor) ** 2))
         sides.append((float(np.sum(G * (u - run.method.weight_decay * W))), right, float(np.sum(abs(G * u)))))
-    left, right, size = max(sides, key=lambda s: abs(s[0] - s[1]) / (s[1] + 1e-300))
+    left, right, size = sides[np.argmax([abs(left - right) / (right + 1e-300) for left, right, _ in sides])]
     kappa = run.method.weight_decay
     return Sides(
         left=left,

@@ -128,6 +128,38 @@ def run(case: Case) -> Trace:
 
 DEPENDENT = np.array([[1, 0], [0, 1], [1, 1]])  # three rows out of two
 
+
+def practical(case, seed):
+    """What both practical methods are asked."""
+    return [
+        case(
+            "zero-first",
+            "A zero gradient at the first step: the direction is zero, not 0/0.",
+            "zero-nan",
+            seed=seed,
+            grads=with_zeros(seed, (3, 2), 0),
+            change={"rms": 0.25},
+        ),
+        case(
+            "zero-later",
+            "Zero gradients in between still decay both averages.",
+            "",
+            seed=seed + 1,
+            grads=with_zeros(seed + 1, (3, 2), 2, 3),
+        ),
+        case("decay", "Decoupled weight decay, before the step and times lr.", DECAY, seed=seed + 2, decay=0.25),
+        case(
+            "stack",
+            "Two parameters at once, each rescaled by itself.",
+            shape=(2, 3, 2),
+            stack_ndim=1,
+            seed=seed + 3,
+            change={"rms": 0.25},
+            tier="may",
+        ),
+    ]
+
+
 case, reject = maker(
     "ASGO",
     {
@@ -230,31 +262,7 @@ ASGO = [
         change={"eps": 0.0},
         tier="should",
     ),
-    case(
-        "zero-first",
-        "A zero gradient at the first step: the direction is zero, not 0/0.",
-        "zero-nan",
-        seed=214,
-        grads=with_zeros(214, (3, 2), 0),
-        change={"rms": 0.25},
-    ),
-    case(
-        "zero-later",
-        "Zero gradients in between still decay both averages.",
-        "",
-        seed=215,
-        grads=with_zeros(215, (3, 2), 2, 3),
-    ),
-    case("decay", "Decoupled weight decay, before the step and times lr.", DECAY, seed=216, decay=0.25),
-    case(
-        "stack",
-        "Two parameters at once, each rescaled by itself.",
-        shape=(2, 3, 2),
-        stack_ndim=1,
-        seed=217,
-        change={"rms": 0.25},
-        tier="may",
-    ),
+    *practical(case, 214),
     case(
         "newton-schulz",
         "The Newton-Schulz root, converged; the truth is the exact root.",
@@ -341,31 +349,7 @@ DASGO = [
         change={"eps": 0.0},
         tier="should",
     ),
-    case(
-        "zero-first",
-        "A zero gradient at the first step: the direction is zero, not 0/0.",
-        "zero-nan",
-        seed=244,
-        grads=with_zeros(244, (3, 2), 0),
-        change={"rms": 0.25},
-    ),
-    case(
-        "zero-later",
-        "Zero gradients in between still decay both averages.",
-        "",
-        seed=245,
-        grads=with_zeros(245, (3, 2), 2, 3),
-    ),
-    case("decay", "Decoupled weight decay, before the step and times lr.", DECAY, seed=246, decay=0.25),
-    case(
-        "stack",
-        "Two parameters at once, each rescaled by itself.",
-        shape=(2, 3, 2),
-        stack_ndim=1,
-        seed=247,
-        change={"rms": 0.25},
-        tier="may",
-    ),
+    *practical(case, 244),
     reject("beta2", "A decay of 1 never leaves zero.", "beta2", beta2=1.0),
     reject("eps", "A negative epsilon.", "eps", eps=-0.25),
     reject("vector", "A parameter with one axis.", "param", shape=(3,)),

@@ -198,6 +198,18 @@ def elementwise(case, seed):
     ]
 
 
+def no_eps(case, **change):
+    """An entry whose gradient is always zero."""
+    return case(
+        "no-eps",
+        "No epsilon: 0/0 gives 0 where the gradient is always zero.",
+        shape=(3,),
+        grads=np.array([[1, 0, -2], [3, 0, 1], [-1, 0, 2]]),
+        change={"eps": 0.0, **change},
+        tier="should",
+    )
+
+
 case, reject = maker("SGD", {"momentum": 0.75, "nesterov": False}, (2, 3))
 SGD = [
     case("plain", "No momentum: the direction is the gradient.", seed=20, change={"momentum": 0.0}),
@@ -229,14 +241,7 @@ ADAGRAD = [
         seed=30,
     ),
     case("no-initial", "The sum starts at zero.", "eps-inside", seed=31, change={"initial": 0.0}),
-    case(
-        "no-eps",
-        "No epsilon: 0/0 gives 0 where the gradient is always zero.",
-        shape=(3,),
-        grads=np.array([[1, 0, -2], [3, 0, 1], [-1, 0, 2]]),
-        change={"eps": 0.0, "initial": 0.0},
-        tier="should",
-    ),
+    no_eps(case, initial=0.0),
     *elementwise(case, 32),
     reject("eps", "A negative epsilon.", "eps", eps=-0.25),
     reject("initial", "A negative sum of squares.", "initial", initial=-0.5),
@@ -257,14 +262,7 @@ RMSPROP = [
         seed=41,
         change={"beta2": 0.5, "momentum": 0.5},
     ),
-    case(
-        "no-eps",
-        "No epsilon: 0/0 gives 0 where the gradient is always zero.",
-        shape=(3,),
-        grads=np.array([[1, 0, -2], [3, 0, 1], [-1, 0, 2]]),
-        change={"eps": 0.0},
-        tier="should",
-    ),
+    no_eps(case),
     *elementwise(case, 42),
     reject("beta2", "A decay of 1 never leaves zero.", "beta2", beta2=1.0),
     reject("eps", "A negative epsilon.", "eps", eps=-0.25),
@@ -293,14 +291,7 @@ ADAM = [
         seed=52,
         change={"beta1": 0.0, "beta2": 0.0},
     ),
-    case(
-        "no-eps",
-        "No epsilon: 0/0 gives 0 where the gradient is always zero.",
-        shape=(3,),
-        grads=np.array([[1, 0, -2], [3, 0, 1], [-1, 0, 2]]),
-        change={"eps": 0.0},
-        tier="should",
-    ),
+    no_eps(case),
     case(
         "slow-decay",
         "Decays near 1, as in use: bias corrections in float32 are visible in float64.",
