@@ -831,10 +831,15 @@ def test_refused(what: str) -> None:
 # ---- planted bugs ---------------------------------------------------------------------------------------------------
 
 
+SOLVE = "roots.solve(f, columns, self.damping, xp=xp)"
 BUGS = {
-    "square root of F": Bug("roots.power(f, -1.0,", "roots.power(f, -0.5,", ("definition", "e5", "e10", "t0", "t1")),
-    "damping left out": Bug(
-        "roots.power(f, -1.0, self.damping,", "roots.power(f, -1.0, 0.0,", ("definition", "e5", "t0", "t2")
+    "square root of F": Bug(
+        SOLVE, "roots.power(f, -0.5, self.damping, xp=xp) @ columns", ("definition", "e5", "e10", "t0", "t1")
+    ),
+    "square root of F kept": Bug("roots.power(f, -1.0,", "roots.power(f, -0.5,", ("definition", "schedule", "t2")),
+    "damping left out": Bug(SOLVE, "roots.solve(f, columns, 0.0, xp=xp)", ("definition", "e5", "t0")),
+    "damping left out of the inverse kept": Bug(
+        "roots.power(f, -1.0, self.damping,", "roots.power(f, -1.0, 0.0,", ("definition", "t2")
     ),
     "statistic of the momentum": Bug("xp.expand_dims(grad,", "xp.expand_dims(m,", ("definition", "e7")),
     "averaged momentum": Bug(
@@ -857,8 +862,9 @@ BUGS = {
         "xp.reshape(blocks, xp.moveaxis(blocks, -2 - self.ndims[0] // 2, -2).shape)",
         ("e2", "e8", "e9"),
     ),
-    "inverse of the previous statistic": Bug(
-        "roots.power(f, -1.0", "roots.power(state.statistic, -1.0", ("definition", "schedule", "e5")
+    "inverse of the previous statistic": Bug(SOLVE, SOLVE.replace("f,", "state.statistic,"), ("definition", "e5")),
+    "inverse of the previous statistic kept": Bug(
+        "roots.power(f, -1.0", "roots.power(state.statistic, -1.0", ("definition", "schedule")
     ),
     "no fresh inverses at first": Bug("((step <= t2) & statistics) | ", "", ("definition", "schedule")),
     "fresh inverses once more": Bug("step <= t2", "step <= t2 + 1", ("schedule",)),

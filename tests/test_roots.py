@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -11,9 +12,10 @@ from typing import Any
 import mpmath
 import numpy as np
 import pytest
-from conftest import Backend, make_backend
+from conftest import EAGER, Backend, make_backend
 from hypothesis import given
 from hypothesis import strategies as st
+from mutation import mutated
 
 from precond_ref.numerics import grafting, roots
 
@@ -367,16 +369,18 @@ class Watched:
         self.calls = 0
 
         def watch(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(a: Any, **kwargs: Any) -> Any:
+            def call(*arrays: Any, **kwargs: Any) -> Any:
                 self.calls += 1
-                assert np.all(np.isfinite(backend.numpy(a))), "a non-finite matrix reached LAPACK"
-                return function(a, **kwargs)
+                for a in arrays:
+                    assert np.all(np.isfinite(backend.numpy(a))), "a non-finite matrix reached LAPACK"
+                return function(*arrays, **kwargs)
 
             return call
 
         self.linalg = SimpleNamespace(
             eigh=watch(xp.linalg.eigh),
             svd=watch(xp.linalg.svd),
+            solve=watch(xp.linalg.solve),
             matrix_norm=xp.linalg.matrix_norm,
             matrix_power=xp.linalg.matrix_power,
         )
@@ -410,6 +414,150 @@ def test_members_of_a_batch_have_their_own_scale(backend: Backend, name: str) ->
     got = backend.numpy(function(backend.asarray(batch)))
     for single, result in zip(batch, got, strict=True):
         assert gap(result, backend.numpy(function(backend.asarray(single)))) <= 16 * U["float64"] * 1e2
+
+
+# ---- solving with a ridge -------------------------------------------------------------------------------------------
+
+
+def check_solve_in_fifty_digits(module: Any = roots, library: str = "numpy") -> None:
+    """Gram matrices of full and of low rank: relative error of at most 16 u kappa, kappa that of A + ridge I."""
+    backend = make_backend(library)
+    rng = np.random.default_rng(5)
+    for (dtype, u), n, rank, scale in itertools.product(U.items(), (1, 3, 9), (1, 9), (1e-6, 1.0, 1e2)):
+        g = (rng.standard_normal((2, rank, n)) * math.sqrt(scale)).astype(dtype).astype(float)
+        right = rng.standard_normal((2, n, 2)).astype(dtype).astype(float)
+        matrix = (np.swapaxes(g, -1, -2) @ g).astype(dtype).astype(float)
+        ridge = 2.0**-9
+        got = backend.numpy(module.solve(backend.asarray(matrix, dtype), backend.asarray(right, dtype), ridge))
+        assert got.dtype == dtype
+        for a, b, x in zip(matrix, right, got.astype(float), strict=True):
+            with mpmath.workdps(50):
+                truth = from_mp(mpmath.inverse(to_mp(a) + ridge * mpmath.eye(n)) * to_mp(b))
+            assert gap(x, truth) <= 16 * u * np.linalg.cond(a + ridge * np.eye(n))
+
+
+def check_hidden_ridge(module: Any = roots) -> None:
+    """A ridge below rounding, or none, and matrices that are not positive semidefinite: what `power` says."""
+    rng = np.random.default_rng(6)
+    g, right = rng.standard_normal((5, 1, 4)), rng.standard_normal((5, 4, 2))
+    matrix = np.swapaxes(g, -1, -2) @ g
+    for a, ridge in (
+        (1e14 * matrix, 0.25),
+        (matrix, 0.0),
+        (0 * matrix, 0.0),
+        (spectrum_matrix(1e2, 4) - 0.5 * np.eye(4), 0.5001),  # almost singular once the ridge is added
+        (spectrum_matrix(1e2, 4) - 0.5 * np.eye(4), 0.3),
+    ):
+        a = np.broadcast_to(a, matrix.shape)
+        assert np.array_equal(module.solve(a, right, ridge), roots.power(a, -1.0, ridge) @ right)
+
+
+def check_solve_has_no_scale(module: Any = roots) -> None:
+    """Right sides at both ends of the range, of size zero, and lopsided matrices."""
+    a = spectrum_matrix(1e2, 3).astype("float32")
+    right = np.random.default_rng(7).standard_normal((3, 2)).astype("float32")
+    expected = module.solve(a, right, 0.25)
+    for exponent in (-120, 120):
+        got = module.solve(a, np.ldexp(right, exponent), 0.25)
+        assert np.array_equal(got, np.ldexp(expected, exponent))
+    assert not np.any(module.solve(a, 0 * right, 0.25))
+    got = module.solve(np.ldexp(a, 100), np.ldexp(right, 100), 2.0**98)
+    assert gap(got, expected) <= 32 * U["float32"] * 5
+    skew = np.triu(np.ones((3, 3), "float32"), 1)
+    assert gap(module.solve(a + skew - skew.T, right, 0.25), expected) <= 32 * U["float32"] * 5
+
+
+def check_solve_keeps_members_apart(module: Any = roots, library: str = "numpy") -> None:
+    """Nothing non-finite reaches LAPACK; a bad member is NaN, a bad right side not finite, the others as they were."""
+    backend = make_backend(library)
+    rng = np.random.default_rng(8)
+    matrix = np.stack([spectrum_matrix(1e2, seed=s) for s in range(5)])
+    right = rng.standard_normal((5, 6, 2))
+    expected = backend.numpy(module.solve(backend.asarray(matrix), backend.asarray(right), 0.25))
+    for bad in (math.inf, -math.inf, math.nan):
+        a, b = matrix.copy(), right.copy()
+        a[1, 2, 3] = b[3, 4, 0] = bad
+        a[4] *= 1e20  # a hidden ridge
+        watched = Watched(backend)
+        with np.errstate(invalid="ignore"):
+            got = backend.numpy(module.solve(backend.asarray(a), backend.asarray(b), 0.25, xp=watched))
+        assert watched.calls == 2
+        assert np.all(np.isnan(got[1]))
+        assert not np.any(np.isfinite(got[3, :, 0]))
+        assert np.array_equal(got[::2][:2], expected[::2][:2])
+        assert gap(got[3, :, 1], expected[3, :, 1]) <= 16 * U["float64"] * 1e2
+        assert gap(got[4], roots.power(a[4], -1.0, 0.25) @ b[4]) <= 1e-6
+    alone = Watched(backend)
+    module.solve(backend.asarray(matrix), backend.asarray(right), 0.25, xp=alone)
+    assert alone.calls == 1  # no eigendecomposition
+
+
+SOLVE_CHECKS = {
+    check.__name__.removeprefix("check_"): check
+    for check in (
+        check_solve_in_fifty_digits,
+        check_hidden_ridge,
+        check_solve_has_no_scale,
+        check_solve_keeps_members_apart,
+    )
+}
+SOLVE_BUGS = {
+    "ridge forgotten": ("shift = ridge * identity", "shift = 0.0 * identity", "solve_in_fifty_digits"),
+    "not symmetrised": ("0.5 * matrix + 0.5 * xp.matrix_transpose(matrix) +", "matrix +", "solve_has_no_scale"),
+    "LU whatever the ridge": ("sure = (hidden < ridge) & (", "sure = (hidden < math.inf) & (", "hidden_ridge"),
+    "a ridge of zero": ("(hidden < ridge)", "(hidden <= ridge)", "hidden_ridge"),
+    "ridge doubled where hidden": ("-1.0, shift[0, 0]", "-1.0, 2 * shift[0, 0]", "hidden_ridge"),
+    "solutions of any length": ("sure = sure & xp.all(", "sure = sure | xp.all(", "hidden_ridge"),
+    "squares overflow": ("b, y = b / size, ridge * x / size", "b, y = b, ridge * x", "solve_has_no_scale"),
+    "bad right sides to LAPACK": (" & (size < math.inf)", "", "solve_keeps_members_apart"),
+    "bad matrices to LAPACK": ("xp.where(sure, damped, identity)", "damped", "solve_keeps_members_apart"),
+    "all or nothing": ("return xp.where(sure, x, power(", "return (power(", "solve_keeps_members_apart"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOLVE_CHECKS)
+def test_solve(name: str) -> None:
+    SOLVE_CHECKS[name]()
+
+
+@pytest.mark.parametrize("name", SOLVE_BUGS)
+def test_planted_bug_in_solve_is_caught(name: str) -> None:
+    old, new, check = SOLVE_BUGS[name]
+    with pytest.raises((AssertionError, ArithmeticError, RuntimeWarning, np.linalg.LinAlgError)):
+        SOLVE_CHECKS[check](mutated(roots, ((old, new),)))
+
+
+@pytest.mark.parametrize("library", [name for name in EAGER if name != "numpy"])
+def test_solve_on_other_libraries(library: str) -> None:
+    check_solve_in_fifty_digits(library=library)
+    check_solve_keeps_members_apart(library=library)
+
+
+@pytest.mark.parametrize("right", [(6, 1), (6, 3)], ids=str)
+def test_solve_in_compiled_graphs(right: tuple[int, int]) -> None:
+    jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
+    rng = np.random.default_rng(9)
+    b = rng.standard_normal((4, *right))
+    good = np.stack([spectrum_matrix(1e2, seed=s) for s in range(4)])
+    mixed = good * np.array([1.0, 1e20, math.nan, 1.0])[:, None, None]
+    namespace = make_backend("torch").xp
+    compiled = torch.compile(lambda a, b: roots.solve(a, b, 0.25, xp=namespace), fullgraph=True, backend="aot_eager")
+    jitted = jax.jit(lambda a, b: roots.solve(a, b, 0.25, xp=jax.numpy))
+    for a in (good, mixed):
+        expected = roots.solve(a, b, 0.25)
+        with jax.enable_x64(True):
+            results = [np.asarray(jitted(a, b)), compiled(torch.tensor(a), torch.tensor(b)).numpy()]
+        for got in results:
+            assert np.array_equal(np.isnan(got), np.isnan(expected))
+            keep = [0, 3] if a is mixed else slice(None)
+            assert gap(got[keep], expected[keep]) <= 16 * U["float64"] * 1e2
+            assert gap(got[1], expected[1]) <= 1e-6
+
+
+@pytest.mark.parametrize("shapes", [((0, 0), (0, 2)), ((3, 3), (3, 0)), ((0, 3, 3), (0, 3, 1))], ids=str)
+def test_solve_of_nothing(shapes: Any) -> None:
+    matrix, right = map(np.zeros, shapes)
+    assert roots.solve(matrix, right, 0.25).shape == right.shape
 
 
 # ---- properties -----------------------------------------------------------------------------------------------------

@@ -240,7 +240,12 @@ EXCHANGED = [
             ("multiply(u, _t(small, xp), n, xp), small", "multiply(u, small, n, xp), small"),
         ],
     ),
-    (mbf, M + "per-output", "root", [("roots.power(f, -1.0, self.damping", "roots.power(f, -0.5, self.damping")]),
+    (
+        mbf,
+        M + "per-output",
+        "root",
+        [("roots.solve(f, columns, self.damping, xp=xp)", "roots.power(f, -0.5, self.damping, xp=xp) @ columns")],
+    ),
     (mbf, M + "schedule", "early-inverses-missing", [("((step <= t2) & statistics) | (step", "(step")]),
     (mbf, M + "diagonal", "square-of-gradient", [("statistic, n * n, D", "statistic, grad * grad, D")]),
 ]  # fmt: skip

@@ -22,6 +22,7 @@ class Mutant(NamedTuple):
 V = "gram = state.gram + (grad @ _t(grad, xp) if left"
 LAM = "inverse = roots.inverse_shifted_sqrt(gram, self.eps, xp=xp)"
 D, D_U = "d = state.d + xp.sum(grad * grad, axis=-1)", "direction = grad / _infinite_if_zero(xp.sqrt(d) + self.eps, xp)"
+P = "roots.solve(f, columns, self.damping, xp=xp)"
 MUTANTS: dict[str, Mutant] = {
     # ASGO
     "asgo: exponent -1/4": Mutant("asgo", LAM, "inverse = roots.power(gram, -0.25, self.eps, xp=xp)"),
@@ -127,14 +128,12 @@ MUTANTS: dict[str, Mutant] = {
         "inverse_free", "damping = self.damping * math.prod(dims) * grams[n]", "damping = 0.0 * grams[n]"
     ),
     # MBF
-    "mbf: square root": Mutant("mbf", "roots.power(f, -1.0,", "roots.power(f, -0.5,"),
-    "mbf: damping left out": Mutant("mbf", "roots.power(f, -1.0, self.damping,", "roots.power(f, -1.0, 0.0,"),
+    "mbf: square root": Mutant("mbf", P, "roots.power(f, -0.5, self.damping, xp=xp) @ columns"),
+    "mbf: damping left out": Mutant("mbf", P, P.replace("self.damping", "0.0")),
     "mbf: samples summed": Mutant(
         "mbf", "rows / max(rows.shape[-2], 1)", "rows / max(rows.shape[-2] if self._averaged else 1, 1)"
     ),
-    "mbf: damping tenfold": Mutant(
-        "mbf", "roots.power(f, -1.0, self.damping,", "roots.power(f, -1.0, 10 * self.damping,"
-    ),
+    "mbf: damping tenfold": Mutant("mbf", P, P.replace("self.damping", "10 * self.damping")),
     "mbf: doubled": Mutant("mbf", "direction = self.from_blocks(", "direction = 2 * self.from_blocks("),
     "mbf: ascent": Mutant("mbf", "direction = self.from_blocks(", "direction = -1 * self.from_blocks("),
 }

@@ -60,7 +60,7 @@ class Factorization(NamedTuple):
     """``batch`` factorizations of (m, n) matrices."""
 
     kind: str
-    """"eigh", "svd", "cholesky" or "solve" (n right sides)."""
+    """"eigh", "svd", "cholesky" or "solve" (of (m, m), n right sides)."""
     batch: int
     m: int
     n: int
@@ -72,14 +72,15 @@ class Factorization(NamedTuple):
         """Golub and Van Loan, Matrix Computations (4th edition): 8.3.5, figure 8.6.1 (R-SVD), 4.2.5, 3.2.
 
         Symmetric QR with vectors 9 n^3, thin R-SVD with both factors 6 m n^2 + 20 n^3 for m >= n, Cholesky n^3 / 3,
-        LU and n substitutions 2/3 n^3 + 2 n^3. Leading terms; the algorithms in use differ from them by small factors.
+        LU and n substitutions 2/3 m^3 + 2 m^2 n. Leading terms; the algorithms in use differ from them by small
+        factors.
         """
         long, short = max(self.m, self.n), min(self.m, self.n)
         each = {
             "eigh": 9 * short**3,
             "svd": 6 * long * short**2 + 20 * short**3,
             "cholesky": short**3 / 3,
-            "solve": 8 * short**3 / 3,
+            "solve": 2 * self.m**3 / 3 + 2 * self.m**2 * self.n,
         }[self.kind]
         return self.batch * each
 
@@ -249,16 +250,18 @@ def _(method: MBF, shape: Shape) -> Work:
     else:
         count, s = (d1, d2) if method.layout == "per_output" else (d2, d1)
     averaged = method.kind == "fc" and method.average
-    matrices = 1 if averaged else count
+    matrices, columns = (1, count) if averaged else (count, 1)
     statistic = (s, s) if averaged else (*lead, s, s) if method.kind == "conv" else (count, s, s)
     t1, t2 = method.statistics_every, method.inverse_every
     stored = [Stored("m", shape), Stored("statistic", statistic, read=t1, written=t1)]  # (M), (F)
     if t2 > 1:
         stored.append(Stored("inverse", statistic, written=t2))  # (P)
+    products = [Product(1, s, count, s, t1)] if averaged and count > 1 else []  # (F)
+    if t2 == 1:
+        return Work(tuple(stored), tuple(products), (Factorization("solve", matrices, s, columns),))  # (P), (p)
     more, factorizations = _power(s, matrices, t2)  # (P)
-    outer = Product(1, s, count, s, t1) if averaged else Product(count, s, 1, s, t1)  # (F)
-    applied = Product(1, count, s, s) if averaged else Product(count, s, s, 1)  # (p)
-    return Work(tuple(stored), (outer, applied, *more), tuple(factorizations))
+    products.append(Product(matrices, s, s, columns))  # (p)
+    return Work(tuple(stored), (*products, *more), tuple(factorizations))
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------

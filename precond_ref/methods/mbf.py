@@ -253,6 +253,8 @@ class MBF(Method):
             rows = xp.reshape(blocks, (*lead, n * count, s))
         else:
             rows = xp.moveaxis(blocks, -2 - self.ndims[0] // 2, -2)  # samples beside the entries of a block
+        if rows.shape[-2] == 1:
+            return xp.matrix_transpose(rows) * rows
         return xp.matrix_transpose(rows) @ rows / max(rows.shape[-2], 1)
 
     def _mean_outer_of_factors(self, inputs: Array, signals: Array, xp: Namespace) -> Array:
@@ -338,11 +340,15 @@ class MBF(Method):
 
         m = self.momentum * state.m + grad  # (M)
         f = renew(statistics_due, lambda: ema(state.statistic, new_statistic(), self.decay), state.statistic)  # (F)
-        inverse = renew(inverse_due, lambda: roots.power(f, -1.0, self.damping, xp=xp), state.inverse)  # (P)
         blocks = self.to_blocks(m, xp=xp)
-        blocks = blocks @ inverse if self._averaged else (inverse @ blocks[..., None])[..., 0]  # (p)
+        columns = xp.matrix_transpose(blocks) if self._averaged else blocks[..., None]
+        if state.inverse is None:
+            inverse, columns = None, roots.solve(f, columns, self.damping, xp=xp)  # (P), (p)
+        else:
+            inverse = renew(inverse_due, lambda: roots.power(f, -1.0, self.damping, xp=xp), state.inverse)  # (P)
+            columns = inverse @ columns  # (p)
+        blocks = xp.matrix_transpose(columns) if self._averaged else columns[..., 0]
         direction = self.from_blocks(blocks, param.shape, xp=xp)
-        inverse = None if self.inverse_every == 1 else inverse
         return direction, MBFState(step=state.step + 1, m=m, statistic=f, inverse=inverse)
 
     def _refresh(self, refresh: Any) -> tuple[bool, bool]:

@@ -30,12 +30,15 @@ def is_traced(value: Any) -> bool:
 
 
 def renew(due: Any, compute: Callable[[], Array], previous: Array | None) -> Array:
-    """``compute()`` if ``due`` else ``previous``; under ``jax.jit`` the work is done only in the branch taken.
+    """``compute()`` if ``due`` else ``previous``; under ``jax.jit`` and ``torch.compile`` only one branch is run.
 
     Without a ``previous`` it is always due.
     """
     if previous is None:
         return compute()
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(due, torch.Tensor) and torch.compiler.is_compiling():
+        return torch.cond(due, compute, lambda: previous.clone(), ())
     if is_traced(due):
         return sys.modules["jax"].lax.cond(due, lambda _: compute(), lambda _: previous, None)
     return compute() if bool(due) else previous

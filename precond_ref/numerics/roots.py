@@ -17,6 +17,7 @@ from collections.abc import Callable
 from array_api_compat import array_namespace
 
 from precond_ref.numerics.arrays import eye_like
+from precond_ref.numerics.refresh import renew
 from precond_ref.protocol import Array, Namespace, Scalar
 
 # Polar Express (Amsel et al., 2025): odd quintics a s + b s^3 + c s^5, one per step, the last one repeated.
@@ -78,6 +79,33 @@ def power(matrix: Array, exponent: float, ridge: Scalar = 0.0, *, xp: Namespace 
         return xp.where(keep, xp.where(keep, w + ridge, 1.0) ** exponent, 0.0)
 
     return spectral(matrix, function, xp=xp)
+
+
+def solve(matrix: Array, right: Array, ridge: Scalar, *, xp: Namespace = None) -> Array:
+    """``(A + ridge I)^{-1} B`` for positive semidefinite ``A`` (..., n, n) and ``B`` (..., n, k), by LU.
+
+    If rounding may hide the ridge (``ridge <= 4 n u max |a_ij|``), or a solution is longer than any such ``A`` allows
+    (``x^T b < ridge x^T x / 2``), the member has ``power(A, -1, ridge) @ B`` instead, as have non-finite ones.
+    """
+    xp = array_namespace(matrix, right) if xp is None else xp
+    if 0 in matrix.shape or 0 in right.shape:
+        return right
+    n, size = matrix.shape[-1], xp.max(xp.abs(right), axis=(-2, -1), keepdims=True)
+    hidden = 4 * n * xp.finfo(matrix.dtype).eps * xp.max(xp.abs(matrix), axis=(-2, -1), keepdims=True)
+    sure = (hidden < ridge) & (size < math.inf)  # NaN is not less than anything
+    identity = eye_like(xp, matrix[(0,) * (matrix.ndim - 2) + (...,)])
+    shift = ridge * identity
+    damped = 0.5 * matrix + 0.5 * xp.matrix_transpose(matrix) + shift
+    b = xp.where(sure, right, 0.0)
+    x = xp.linalg.solve(xp.where(sure, damped, identity), b)
+    size = xp.where(sure & (size > 0), size, 1.0)  # products of the columns over their size do not overflow
+    b, y = b / size, ridge * x / size
+    sure = sure & xp.all(xp.sum(y * (b - 0.5 * y), axis=-2, keepdims=True) >= 0, axis=-1, keepdims=True)
+
+    def definition() -> Array:
+        return xp.where(sure, x, power(matrix, -1.0, shift[0, 0], xp=xp) @ right)
+
+    return renew(~xp.all(sure), definition, x)
 
 
 def inverse_shifted_sqrt(matrix: Array, shift: Scalar = 0.0, *, xp: Namespace = None) -> Array:
