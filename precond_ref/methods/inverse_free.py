@@ -70,7 +70,15 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import eye_like, finite_members, identity, largest, normed, placement, state_dtype
+from precond_ref.numerics.arrays import (
+    eye_like,
+    finite_members,
+    identity,
+    largest_entry,
+    normed,
+    placement,
+    state_dtype,
+)
 from precond_ref.numerics.axes import check_samples, factor_axes, multiply, samples, squeezed, unfold
 from precond_ref.numerics.ema import ema, sqrt
 from precond_ref.numerics.refresh import is_due, renew
@@ -270,7 +278,7 @@ class IFShampoo(Method):
         stack = tuple(factors[0].shape[:-2])
         u, scale = xp.reshape(grad, (*stack, *dims)), 1.0
         for n, k in enumerate(factors):
-            peak = xp.clip(largest(k, (-2, -1), xp), min=1.0)  # r_n^2
+            peak = xp.clip(largest_entry(k, (-2, -1), xp), min=1.0)  # r_n^2
             small = k / xp.sqrt(peak)
             u = multiply(multiply(u, _t(small, xp), n, xp), small, n, xp)
             scale = scale * peak

@@ -38,7 +38,7 @@ def identity(xp: Namespace, matrix: Array) -> Array:
     return eye_like(xp, matrix[(0,) * (matrix.ndim - 2)])
 
 
-def largest(array: Array, axes: tuple[int, ...], xp: Namespace) -> Array:
+def largest_entry(array: Array, axes: tuple[int, ...], xp: Namespace) -> Array:
     """Largest magnitude over ``axes``, which stay with size 1: 0 of nothing, NaN if there is one, else exact."""
     if 0 in array.shape:
         return xp.sum(array, axis=axes, keepdims=True)
@@ -50,7 +50,7 @@ def normed(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, A
 
     The largest magnitude in ``unit`` is 1, so that no square over- or underflows; zero stays zero.
     """
-    peak = largest(array, axes, xp)
+    peak = largest_entry(array, axes, xp)
     unit = array / xp.where(peak == 0, 1.0, peak)
     return peak, unit, xp.sqrt(xp.sum(unit * unit, axis=axes, keepdims=True))
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from array_api_compat import array_namespace
 
-from precond_ref.numerics.arrays import eye_like, largest, normed
+from precond_ref.numerics.arrays import eye_like, largest_entry, normed
 from precond_ref.protocol import Array, Namespace, Scalar
 
 # Polar Express (Amsel et al., 2025): odd quintics a s + b s^3 + c s^5, one per step, the last one repeated.
@@ -39,7 +39,7 @@ def eigh(matrix: Array, *, xp: Namespace = None) -> tuple[Array, Array, Array]:
     The last, (..., 1, 1), marks the members to believe; the others were replaced by zero before the decomposition.
     """
     xp = array_namespace(matrix) if xp is None else xp
-    finite = xp.isfinite(largest(matrix, (-2, -1), xp))
+    finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp))
     half = 0.5 * xp.where(finite, matrix, 0.0)
     w, q = xp.linalg.eigh(half + xp.matrix_transpose(half))
     return xp.clip(w, min=0.0), q, finite
@@ -164,7 +164,7 @@ def polar(matrix: Array, *, xp: Namespace = None) -> Array:
     xp = array_namespace(matrix) if xp is None else xp
     if 0 in matrix.shape:
         return matrix
-    finite = xp.isfinite(largest(matrix, (-2, -1), xp))
+    finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp))
     u, s, vh = xp.linalg.svd(xp.where(finite, matrix, 0.0), full_matrices=False)
     keep = s > max(matrix.shape[-2:]) * xp.finfo(s.dtype).eps * xp.max(s, axis=-1, keepdims=True)
     return xp.where(finite, (u * xp.astype(keep, s.dtype)[..., None, :]) @ vh, math.nan)
