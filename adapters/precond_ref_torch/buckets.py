@@ -18,7 +18,7 @@ from precond_ref_torch import states
 XP = array_namespace(torch.empty(0))
 CHUNK_BYTES = 2**17
 """Flat buffers on a CPU go through the method in pieces whose temporaries stay in its cache."""
-STACK_BYTES = 2**20
+STACK_BYTES = 2**18
 """So do stacks: larger pieces, for a call of such a method costs more."""
 Foreign = tuple[Any, Callable[[Tensor], Any], Callable[[Any], Tensor], Callable[[], Any]]
 EVERY = slice(None)
