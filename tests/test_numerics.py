@@ -14,7 +14,8 @@ from helpers import distance
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal, sqrt
+from precond_ref.numerics.arrays import largest_entry, normed
+from precond_ref.numerics.ema import accumulate, ema, one_minus_power, quotient, reciprocal, sqrt
 from precond_ref.numerics.grafting import scale_to_rms
 from precond_ref.numerics.refresh import is_due, renew
 
@@ -125,6 +126,55 @@ def test_the_check_catches_a_decay_rounded_before_it_is_taken_from_one() -> None
         check_ema(lambda old, new, decay: new.lerp(old, decay), backend, 0.999)
     with pytest.raises(AssertionError):
         check_ema(lambda old, new, decay: old.lerp(new, 1 - decay), backend, 2.0**-30)
+
+
+def check_accumulate(function: Any, backend: Backend) -> None:
+    old, new = backend.asarray([3.0], "float32"), backend.asarray([5.0], "float32")
+    for decay, expected in ((1.0, 8.0), (0.75, 3.5), (0.0, 5.0)):
+        for value in (decay, backend.asarray(decay, "float32")):
+            assert backend.numpy(function(old, new, value)).tolist() == [expected]
+
+
+@pytest.mark.eager
+def test_accumulate_sums_or_averages(backend: Backend) -> None:
+    check_accumulate(accumulate, backend)
+    with pytest.raises(AssertionError):
+        check_accumulate(ema, backend)
+
+
+def check_largest_entry(function: Any, backend: Backend) -> None:
+    rows = [[1.0, -3.0], [0.0, -0.0], [-1.0, -math.inf], [math.nan, 2.0], [math.inf, -math.inf]]
+    got = backend.numpy(function(backend.asarray(np.array(rows)[:, None], "float32"), (-2, -1), backend.xp))
+    assert got.shape == (5, 1, 1)
+    assert np.array_equal(got.ravel(), [3.0, 0.0, math.inf, math.nan, math.inf], equal_nan=True)
+    empty = backend.numpy(function(backend.asarray(np.zeros((2, 0, 3)), "float32"), (-2, -1), backend.xp))
+    assert np.array_equal(empty, np.zeros((2, 1, 1)))
+
+
+@pytest.mark.eager
+def test_largest_entry(backend: Backend) -> None:
+    check_largest_entry(largest_entry, backend)
+    for mistake in (
+        lambda a, axes, xp: xp.max(a, axis=axes, keepdims=True) if 0 not in a.shape else largest_entry(a, axes, xp),
+        lambda a, axes, xp: xp.max(xp.abs(a), axis=axes, keepdims=True),
+        lambda a, axes, xp: largest_entry(xp.where(xp.isnan(a), 0.0, a), axes, xp),
+    ):
+        with pytest.raises((AssertionError, ValueError, IndexError, RuntimeError)):
+            check_largest_entry(mistake, backend)
+
+
+def check_norm_of_many(function: Any, backend: Backend) -> None:
+    """Of 2^20 entries 0.1: sums by halves or in float64 lose a few u, one after the other in float32 2^-9."""
+    array = backend.asarray(np.full((1024, 1024), 0.1), "float32")
+    _, _, norm = function(array, (-2, -1), backend.xp)
+    assert abs(float(backend.numpy(norm)[0, 0]) - 1024) <= 1024 * 2.0**-16
+
+
+def test_norms_of_large_matrices_keep_their_digits() -> None:
+    backend = make_backend("torch")
+    check_norm_of_many(normed, backend)
+    with pytest.raises(AssertionError):
+        check_norm_of_many(lambda a, axes, xp: (0, a, 10 * xp.linalg.vector_norm(a, axis=axes, keepdims=True)), backend)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1.0, 1e30])

@@ -304,7 +304,8 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
         "invariants",
         ("xp.sqrt(beta2 * sketch.eigenvalues)", "beta2 * xp.sqrt(sketch.eigenvalues)"),
     ),
-    "right singular vectors": ("invariants", ("xp.reshape(u[..., :k]", "xp.reshape(u[..., ::-1][..., :k]")),
+    "right singular vectors": ("invariants", ("return u[..., :k], s, max", "return u[..., ::-1][..., :k], s, max")),
+    "right singular vectors of the transposed factor": ("invariants", ("u = xp.matrix_transpose(vh)", "u = vh")),
     "size above d cut like d": (
         "shapes",
         ("if size <= d else 0.0 * s[..., :1]", "if size <= d else s[..., d - 1 : d]"),
@@ -337,7 +338,10 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     ),
     "NaN reaches LAPACK": ("non_finite", ("xp.where(finite, factor, 0.0)", "factor")),
     "NaN repaired": ("non_finite", ("0.0 * s[..., :1], math.nan)", "0.0 * s[..., :1], 0.0)")),
-    "one bad member spoils all": ("non_finite", ("axis=(-2, -1), keepdims=True", "keepdims=True")),
+    "one bad member spoils all": (
+        "non_finite",
+        ("largest_entry(factor, (-2, -1)", "largest_entry(factor, tuple(range(factor.ndim))"),
+    ),
     "Gram matrix in the working dtype": (
         "gram64",
         (

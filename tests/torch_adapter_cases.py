@@ -109,6 +109,22 @@ def check_agrees_with_core(cls: Any) -> None:
         assert distance(params, expected) <= 1e-13
 
 
+def check_pieces_of_a_stack(cls: Any) -> None:
+    """Five matrices by twos and a last one, and one by one."""
+    for name in ("ASGO", "Shampoo", "IFShampoo", "SShampoo"):
+        method, shape = ONE_EACH[name].method, ONE_EACH[name].shape
+        start, grads = recorded([shape] * 5, 8)
+        expected = by_core(method, start, grads, 0.125)
+        for count in (2, 1):
+            params = parameters(start)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(buckets, "CHUNK_BYTES", count * start[0].nbytes)
+                opt = cls(params, **forced(method, lr=0.125))
+                feed(opt, params, grads)
+            assert distance(params, expected) <= 1e-13
+            assert [len(bucket.pieces) for bucket in opt._plans[0].buckets] == [-(-5 // count)]
+
+
 def check_maximize(cls: Any) -> None:
     """Climbing is descending with negated gradients, bit for bit; p.grad and its values stay what they were."""
     for config in (ONE_EACH["AGD"], ONE_EACH["ASGO"], ONE_EACH["SGD"]):
@@ -379,7 +395,29 @@ class Mutant(NamedTuple):
     patches: tuple[Patch, ...] = ()
 
 
+def _first_states(original: Any) -> Any:
+    def pieces(self: Any) -> Iterator[tuple[slice, slice]]:
+        for members, span in original(self):
+            yield members, slice(0, members.stop - members.start) if not self.flat else span
+
+    return pieces
+
+
+def _without_the_rest(original: Any) -> Any:
+    def pieces(self: Any) -> list[tuple[slice, slice]]:
+        found = list(original(self))
+        return found[:-1] + found[-1:] * (len(found) < 3)
+
+    return pieces
+
+
 MUTANTS: dict[str, Mutant] = {
+    "pieces of a stack with the first one's states": Mutant(
+        check_pieces_of_a_stack, patches=((buckets.Bucket, "_pieces", _first_states(buckets.Bucket._pieces)),)
+    ),
+    "last piece of a stack left out": Mutant(
+        check_pieces_of_a_stack, patches=((buckets.Bucket, "_pieces", _without_the_rest(buckets.Bucket._pieces)),)
+    ),
     "state cast to the parameter's dtype on load": Mutant(check_resume, CastOnLoad),
     "step not restored": Mutant(check_resume, StepLost),
     "loaded tensors shared with the state dict": Mutant(check_loaded_is_a_copy, AliasOnLoad),

@@ -19,7 +19,7 @@ from precond_ref_torch import states
 
 XP = array_namespace(torch.empty(0))
 CHUNK_BYTES = 2**18
-"""Flat buffers on a CPU go through the method in pieces whose temporaries stay in its cache."""
+"""Flat buffers and stacks on a CPU go through the method in pieces whose temporaries stay in its cache."""
 Foreign = tuple[Any, Callable[[Tensor], Any], Callable[[Any], Tensor], Callable[[], Any]]
 EVERY = slice(None)
 Unit = tuple[Any, ...]
@@ -114,17 +114,18 @@ class Bucket:
         for entry, views in zip(entries, self.views, strict=True):
             entry.update(views)
         self.kept = list(chain.from_iterable(map(dict.values, entries)))
-        self.pieces = list(self._pieces()) if flat and self.device.type == "cpu" else []
+        self.pieces = list(self._pieces()) if self.device.type == "cpu" else []
 
     def _pieces(self) -> Iterator[tuple[slice, slice]]:
         """Neighbours that fit in a CPU's cache together: which units, and where they are in the flat arrays."""
-        size, first, start, end = max(CHUNK_BYTES // self.dtype.itemsize, 1), 0, 0, 0
+        size = max(CHUNK_BYTES // self.dtype.itemsize, 1)
+        first, start, end = 0, 0, 0
         for index, shape in enumerate(self.shapes):
             if end + math.prod(shape) > start + size and index > first:
-                yield slice(first, index), slice(start, end)
+                yield slice(first, index), slice(start, end) if self.flat else slice(first, index)
                 first, start = index, end
             end += math.prod(shape)
-        yield slice(first, len(self)), slice(start, end)
+        yield slice(first, len(self)), slice(start, end) if self.flat else slice(first, len(self))
 
     def __len__(self) -> int:
         return len(self.params)
@@ -152,7 +153,9 @@ class Bucket:
     def _join(self, parts: list[Tensor]) -> Tensor:
         if self.uniform:
             whole = parts[0].contiguous() if len(parts) == 1 else torch.stack(parts)
-            return whole.reshape(-1) if self.flat else whole  # a stack of channels_last arrays is not contiguous
+            if self.flat:
+                return whole.reshape(-1)  # a stack of channels_last arrays is not contiguous
+            return whole[None] if len(parts) == 1 < len(self) else whole
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _split(self, whole: Tensor, members: slice = EVERY) -> list[Tensor]:

@@ -34,6 +34,8 @@ STEPS = (
     Race("IF-Shampoo, torch", "matrices", ("IFShampoo", "IFShampoo, bare", "sirfshampoo")),
     Race("IF-Shampoo, torch", "transformer", ("IFShampoo", "IFShampoo, bare", "sirfshampoo")),
     Race("S-Shampoo", "few", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
+    Race("S-Shampoo", "squares", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
+    Race("S-Shampoo", "contraction", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
     Race("S-Shampoo", "matrices", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
     Race(
         "training a ResNet-20",

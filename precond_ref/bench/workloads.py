@@ -51,10 +51,30 @@ def few() -> Shapes:
     return matrices(10)
 
 
-WORKLOADS = {"matrices": matrices, "few": few, "transformer": transformer, "convolutions": convolutions, "large": large}
+def squares() -> Shapes:
+    """Two matrices of the transformer's width."""
+    return matrices(2, 384)
+
+
+def contraction() -> Shapes:
+    """One matrix of the transformer that is four times as long as wide."""
+    return large(384, 1536)
+
+
+WORKLOADS = {
+    "matrices": matrices,
+    "few": few,
+    "squares": squares,
+    "contraction": contraction,
+    "transformer": transformer,
+    "convolutions": convolutions,
+    "large": large,
+}
 SMOKE: dict[str, Shapes] = {
     "matrices": matrices(3, 8),
     "few": matrices(2, 8),
+    "squares": matrices(2, 16),
+    "contraction": large(8, 32),
     "transformer": transformer(1, 8),
     "convolutions": convolutions(1, 2),
     "large": large(16, 8),

@@ -23,7 +23,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import all_finite, eye_like, finite_members, zeros
-from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal, sqrt
+from precond_ref.numerics.axes import multiply, unfold
+from precond_ref.numerics.ema import accumulate, ema, one_minus_power, quotient, reciprocal, sqrt
 from precond_ref.numerics.refresh import is_due, renew
 from precond_ref.protocol import (
     Array,
@@ -34,7 +35,6 @@ from precond_ref.protocol import (
     check_choice,
     check_int,
     check_real,
-    is_python_number,
     is_zero,
 )
 
@@ -462,8 +462,6 @@ class Shampoo(Method):
             raise ValueError(f"state.grams must be one per axis of param of shape {tuple(param.shape)}, got {order}")
         if state.roots is not None and len(state.roots) != order:
             raise ValueError(f"state.roots must be as many as state.grams, {order}, got {len(state.roots)}")
-        weight = 1.0 - self.beta2  # of the new term; 1 in a sum
-        weight = (weight or 1.0) if is_python_number(weight) else xp.where(weight == 0, 1.0, weight)
         grams, kept, direction = [], [], grad
         for i, old in enumerate(state.grams):
             d = param.shape[stack + i]
@@ -471,11 +469,12 @@ class Shampoo(Method):
             for field, matrix in (("grams", old), ("roots", old if state.roots is None else state.roots[i])):
                 if tuple(matrix.shape) != expected:
                     raise ValueError(f"state.{field}[{i}] must have shape {expected}, got {tuple(matrix.shape)}")
-            unfolded = _unfold(grad, stack, i, xp)  # G_(i), (..., d_i, rest)
-            gram = self.beta2 * old + weight * (unfolded @ xp.matrix_transpose(unfolded))  # L_i
-            compute = partial(roots.power, gram * k.correction, -0.5 / order, self.eps, xp=xp)
+            unfolded = unfold(grad, stack, i, xp)  # G_(i), (..., d_i, rest)
+            gram = accumulate(old, unfolded @ xp.matrix_transpose(unfolded), self.beta2)  # L_i
+            corrected = gram * k.correction if self.bias_correction else gram
+            compute = partial(roots.power, corrected, -0.5 / order, self.eps, xp=xp)
             root = renew(due, compute, None if state.roots is None else state.roots[i])  # (L_i + eps I)^{-1/(2k)}
-            direction = _fold(root @ _unfold(direction, stack, i, xp), direction.shape, stack, i, xp)  # x_i
+            direction = multiply(direction, root, i, xp)  # x_i
             grams.append(gram)
             kept.append(root)
         new = ShampooState(state.step + 1, tuple(grams), None if self.every == 1 else tuple(kept))
@@ -488,18 +487,6 @@ class Shampoo(Method):
         matrices = (*state.grams, *(state.roots or ()))
         finite = finite_members(xp, *matrices, core_ndims=(2,) * len(matrices))
         return GramReport(eigenvalues=tuple(roots.eigenvalues(g, xp=xp) for g in state.grams), finite=finite)
-
-
-def _unfold(tensor: Array, stack: int, axis: int, xp: Namespace) -> Array:
-    """(..., d_1, ..., d_k) -> (..., d_axis, product of the others)."""
-    moved = xp.moveaxis(tensor, stack + axis, stack)
-    return xp.reshape(moved, (*moved.shape[: stack + 1], math.prod(moved.shape[stack + 1 :])))
-
-
-def _fold(matrix: Array, shape: tuple[int, ...], stack: int, axis: int, xp: Namespace) -> Array:
-    """Inverse of `_unfold`."""
-    rest = [*shape[stack : stack + axis], *shape[stack + axis + 1 :]]
-    return xp.moveaxis(xp.reshape(matrix, (*matrix.shape[: stack + 1], *rest)), stack, stack + axis)
 
 
 class MuonState(NamedTuple):

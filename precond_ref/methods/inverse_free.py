@@ -70,7 +70,15 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import eye_like, finite_members, placement, state_dtype
+from precond_ref.numerics.arrays import (
+    eye_like,
+    finite_members,
+    identity,
+    largest_entry,
+    normed,
+    placement,
+    state_dtype,
+)
 from precond_ref.numerics.axes import check_samples, factor_axes, multiply, samples, squeezed, unfold
 from precond_ref.numerics.ema import ema, sqrt
 from precond_ref.numerics.refresh import is_due, renew
@@ -251,16 +259,17 @@ class IFShampoo(Method):
         new_factors, new_momenta = [], []
         for n, (k, structure) in enumerate(zip(factors, structures, strict=True)):
             rows = unfold(p, stack, n, xp)
-            damping = self.damping * math.prod(dims) * grams[n]
+            damping = self.damping * math.prod(dims)
             for j, trace in enumerate(traces):
                 if j != n:
                     damping = trace * damping
-            h = dims[n] * (rows @ _t(rows, xp)) + damping  # (2)
-            m = project(h - eye_like(xp, h), structure, xp)
+            h = dims[n] * (rows @ _t(rows, xp)) + damping * grams[n]  # (2)
+            m = project(h - identity(xp, h), structure, xp)
             if momenta is not None:
                 m = ema(momenta[n], m, self.riemannian_momentum)  # (3)
-            length = xp.clip(_norm(m, xp), min=1.0) if self.clip else 1.0
-            new_factors.append(k - self.beta2 * (k @ (m / length)))  # (4)
+            peak, unit, norm = normed(m, (-2, -1), xp)
+            length = xp.clip(peak * norm, min=1.0) if self.clip else 1.0
+            new_factors.append(k - (self.beta2 * peak / length) * (k @ unit))  # (4)
             new_momenta.append(m)
         return tuple(new_factors), None if momenta is None else tuple(new_momenta)
 
@@ -269,7 +278,7 @@ class IFShampoo(Method):
         stack = tuple(factors[0].shape[:-2])
         u, scale = xp.reshape(grad, (*stack, *dims)), 1.0
         for n, k in enumerate(factors):
-            peak = xp.clip(xp.max(xp.abs(k), axis=(-2, -1), keepdims=True), min=1.0)  # r_n^2
+            peak = xp.clip(largest_entry(k, (-2, -1), xp), min=1.0)  # r_n^2
             small = k / xp.sqrt(peak)
             u = multiply(multiply(u, _t(small, xp), n, xp), small, n, xp)
             scale = scale * peak
@@ -288,13 +297,6 @@ class IFShampoo(Method):
         return IFShampooReport(
             inverses=inverses, eigenvalues=tuple(roots.eigenvalues(x, xp=xp) for x in inverses), finite=finite
         )
-
-
-def _norm(matrix: Array, xp: Namespace) -> Array:
-    """Frobenius norm (..., 1, 1), scaled by the largest entry so that no square over- or underflows."""
-    peak = xp.max(xp.abs(matrix), axis=(-2, -1), keepdims=True)
-    peak = xp.where(peak == 0, 1.0, peak)
-    return peak * xp.linalg.matrix_norm(matrix / peak, keepdims=True)
 
 
 def _t(matrix: Array, xp: Namespace) -> Array:

@@ -71,7 +71,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import all_finite, eye_like, finite_members, state_dtype, zeros
+from precond_ref.numerics.arrays import all_finite, eye_like, finite_members, largest_entry, state_dtype, zeros
 from precond_ref.numerics.axes import check_samples, factor_axes, multiply, samples, squeezed, unfold
 from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal
 from precond_ref.numerics.refresh import is_due, renew
@@ -432,7 +432,7 @@ class RFShampoo(Method):
 
 def _inverse(matrix: Array, xp: Namespace) -> Array:
     """Of symmetric positive definite (..., d, d), by Cholesky; NaN for a non-finite member."""
-    finite = xp.all(xp.isfinite(matrix), axis=(-2, -1), keepdims=True)
+    finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp))
     identity = eye_like(xp, matrix)
     half = xp.linalg.solve(xp.linalg.cholesky(xp.where(finite, matrix, identity)), identity)
     return xp.where(finite, _t(half, xp) @ half, math.nan)

@@ -63,7 +63,7 @@ from typing import Any, ClassVar, NamedTuple
 from array_api_compat import array_namespace
 
 from precond_ref.numerics import sketch as fd
-from precond_ref.numerics.ema import quotient
+from precond_ref.numerics.ema import accumulate, quotient
 from precond_ref.numerics.grafting import scale_to_norm
 from precond_ref.numerics.refresh import is_due, renew
 from precond_ref.numerics.sketch import Sketch, SketchReport
@@ -76,7 +76,6 @@ from precond_ref.protocol import (
     check_choice,
     check_int,
     check_real,
-    is_python_number,
     is_zero,
 )
 
@@ -430,10 +429,7 @@ class SShampooPractical(Method, register=False):
         due = is_due(state.step, self.every, refresh)
         n, v, sketches = grad, None, state.sketches
         if self.graft == "rmsprop":
-            weight = 1.0 - self.graft_beta2  # of the new term; 1 in a sum
-            weight = (weight or 1.0) if is_python_number(weight) else xp.where(weight == 0, 1.0, weight)
-            old: Array = state.v
-            v = self.graft_beta2 * old + weight * (grad * grad)
+            v = accumulate(state.v, grad * grad, self.graft_beta2)
             n = quotient(grad, xp.sqrt(v + self.graft_eps), xp)  # (N)
         if sketches:
             stack_ndim = sketches[0].escaped.ndim

@@ -33,6 +33,28 @@ def eye_like(xp: Namespace, matrix: Array) -> Array:
     return xp.tril(xp.triu(xp.ones_like(matrix)))
 
 
+def identity(xp: Namespace, matrix: Array) -> Array:
+    """One identity matrix (n, n) for all of ``matrix`` (..., n, n), which must not be empty."""
+    return eye_like(xp, matrix[(0,) * (matrix.ndim - 2)])
+
+
+def largest_entry(array: Array, axes: tuple[int, ...], xp: Namespace) -> Array:
+    """Largest magnitude over ``axes``, which stay with size 1: 0 of nothing, NaN if there is one, else exact."""
+    if 0 in array.shape:
+        return xp.sum(array, axis=axes, keepdims=True)
+    return xp.maximum(xp.max(array, axis=axes, keepdims=True), -xp.min(array, axis=axes, keepdims=True))
+
+
+def normed(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, Array, Array]:
+    """``peak``, ``unit`` and ``norm`` with ``array = peak unit`` and ``norm = ||unit||_F`` over ``axes``, which stay.
+
+    The largest magnitude in ``unit`` is 1, so that no square over- or underflows; zero stays zero.
+    """
+    peak = largest_entry(array, axes, xp)
+    unit = array / xp.where(peak == 0, 1.0, peak)
+    return peak, unit, xp.sqrt(xp.sum(unit * unit, axis=axes, keepdims=True))
+
+
 def all_finite(xp: Namespace, *arrays: Array) -> Array:
     """Whether every entry of all arrays is finite: a 0-D bool array."""
     flags = [xp.all(xp.isfinite(a)) for a in arrays]

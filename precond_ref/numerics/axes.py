@@ -25,6 +25,9 @@ def unfold(tensor: Array, stack: int, axis: int, xp: Namespace) -> Array:
 def multiply(tensor: Array, matrix: Array, axis: int, xp: Namespace) -> Array:
     """X x_n A: ``matrix`` (..., k, d_n) multiplied onto axis n = ``axis`` of ``tensor``."""
     stack = matrix.ndim - 2
+    if stack + axis == tensor.ndim - 1:  # the same without a transposition of the result
+        rows = xp.reshape(tensor, (*matrix.shape[:-2], math.prod(tensor.shape[stack:-1]), tensor.shape[-1]))
+        return xp.reshape(rows @ xp.matrix_transpose(matrix), (*tensor.shape[:-1], matrix.shape[-2]))
     product = matrix @ unfold(tensor, stack, axis, xp)
     others = [*tensor.shape[stack : stack + axis], *tensor.shape[stack + axis + 1 :]]
     return xp.moveaxis(xp.reshape(product, (*product.shape[:-1], *others)), stack, stack + axis)

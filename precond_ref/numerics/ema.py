@@ -17,6 +17,14 @@ def ema(old: Array, new: Array, decay: Scalar) -> Array:
     return decay * old + (1 - decay) * new
 
 
+def accumulate(old: Array, new: Array, decay: Scalar) -> Array:
+    """``decay * old + w new``: a sum, w = 1, for ``decay = 1``, else the average with w = 1 - decay."""
+    if is_python_number(decay):
+        return old + new if decay == 1 else ema(old, new, decay)
+    xp = array_namespace(decay)
+    return decay * old + xp.where(decay == 1, 1.0, 1 - decay) * new
+
+
 def one_minus_power(beta: Scalar, step: Any, *, like: Array = None) -> Scalar:
     """``1 - beta**step`` for ``0 <= beta < 1``, without cancellation.
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from array_api_compat import array_namespace
 
-from precond_ref.numerics.arrays import eye_like
+from precond_ref.numerics.arrays import eye_like, largest_entry, normed
 from precond_ref.numerics.refresh import renew
 from precond_ref.protocol import Array, Namespace, Scalar
 
@@ -40,9 +40,9 @@ def eigh(matrix: Array, *, xp: Namespace = None) -> tuple[Array, Array, Array]:
     The last, (..., 1, 1), marks the members to believe; the others were replaced by zero before the decomposition.
     """
     xp = array_namespace(matrix) if xp is None else xp
-    finite = xp.all(xp.isfinite(matrix), axis=(-2, -1), keepdims=True)
-    symmetric = 0.5 * matrix + 0.5 * xp.matrix_transpose(matrix)
-    w, q = xp.linalg.eigh(xp.where(finite, symmetric, 0.0))
+    finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp))
+    half = 0.5 * xp.where(finite, matrix, 0.0)
+    w, q = xp.linalg.eigh(half + xp.matrix_transpose(half))
     return xp.clip(w, min=0.0), q, finite
 
 
@@ -59,8 +59,8 @@ def spectral(matrix: Array, function: Callable[[Array], Array], *, xp: Namespace
     if 0 in matrix.shape:
         return matrix
     w, q, finite = eigh(matrix, xp=xp)
-    result = (q * function(w)[..., None, :]) @ xp.matrix_transpose(q)
-    return xp.where(finite, result, math.nan)
+    power = xp.where(finite[..., 0], function(w), math.nan)
+    return (q * power[..., None, :]) @ xp.matrix_transpose(q)
 
 
 def live(w: Array, xp: Namespace) -> Array:
@@ -169,10 +169,9 @@ def inverse_root_coupled_newton(matrix: Array, order: int, ridge: Scalar, steps:
 
 
 def _frobenius(matrix: Array, xp: Namespace) -> Array:
-    """Frobenius norm (..., 1, 1), scaled by the largest entry so that no square over- or underflows."""
-    peak = xp.max(xp.abs(matrix), axis=(-2, -1), keepdims=True)
-    peak = xp.where(peak == 0, 1.0, peak)
-    return peak * xp.linalg.matrix_norm(matrix / peak, keepdims=True)
+    """Frobenius norm (..., 1, 1)."""
+    peak, _, norm = normed(matrix, (-2, -1), xp)
+    return peak * norm
 
 
 def _coupled_quintic(y: Array, triples: list[tuple[float, float, float]], xp: Namespace) -> Array:
@@ -193,7 +192,7 @@ def polar(matrix: Array, *, xp: Namespace = None) -> Array:
     xp = array_namespace(matrix) if xp is None else xp
     if 0 in matrix.shape:
         return matrix
-    finite = xp.all(xp.isfinite(matrix), axis=(-2, -1), keepdims=True)
+    finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp))
     u, s, vh = xp.linalg.svd(xp.where(finite, matrix, 0.0), full_matrices=False)
     keep = s > max(matrix.shape[-2:]) * xp.finfo(s.dtype).eps * xp.max(s, axis=-1, keepdims=True)
     return xp.where(finite, (u * xp.astype(keep, s.dtype)[..., None, :]) @ vh, math.nan)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from array_api_compat import array_namespace
 
-from precond_ref.numerics.arrays import eye_like, finite_members, zeros
+from precond_ref.numerics.arrays import eye_like, finite_members, largest_entry, zeros
 from precond_ref.protocol import Array, Namespace, Scalar
 
 SOLVERS = ("svd", "gram64")
@@ -105,38 +105,43 @@ def update(
     factor = xp.concat([old, xp.matrix_transpose(rows)], axis=-1)  # factor factor^T = A
     if 0 in factor.shape:
         return sketch
-    finite = xp.all(xp.isfinite(factor), axis=(-2, -1), keepdims=True)
-    u, s, tolerance = (_svd if solver == "svd" else _gram64)(xp.where(finite, factor, 0.0), xp)  # (A)
+    finite = xp.isfinite(largest_entry(factor, (-2, -1), xp))
+    u, s, tolerance = (_svd if solver == "svd" else _gram64)(xp.where(finite, factor, 0.0), k, xp)  # (A)
     s = xp.where(s > tolerance * s[..., :1], s, 0.0)
     cut = xp.where(finite[..., 0], s[..., size - 1 : size] if size <= d else 0.0 * s[..., :1], math.nan)
     s = s[..., :k]
     return Sketch(
-        basis=xp.reshape(xp.reshape(u[..., :k], (-1,)), sketch.basis.shape),  # a copy: a view would keep all of u
+        basis=xp.reshape(xp.reshape(u, (-1,)), sketch.basis.shape),  # a copy: a view would keep all singular vectors
         eigenvalues=(s - cut) * (s + cut),  # (S)
         escaped=(beta2 if tail_decay is None else tail_decay) * sketch.escaped + (cut * cut)[..., 0],  # (rho)
     )
 
 
-def _svd(factor: Array, xp: Namespace) -> tuple[Array, Array, float]:
-    """Left singular vectors, singular values, and which multiple of the largest of these is rounding."""
-    u, s, _ = xp.linalg.svd(factor, full_matrices=False)
-    return u, s, max(factor.shape[-2:]) * xp.finfo(s.dtype).eps
+def _svd(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, float]:
+    """k left singular vectors, all singular values, and which multiple of the largest of these is rounding."""
+    if factor.shape[-2] < factor.shape[-1]:  # LAPACK takes half the time for a tall matrix
+        _, s, vh = xp.linalg.svd(xp.matrix_transpose(factor), full_matrices=False)
+        u = xp.matrix_transpose(vh)
+    else:
+        u, s, _ = xp.linalg.svd(factor, full_matrices=False)
+    return u[..., :k], s, max(factor.shape[-2:]) * xp.finfo(s.dtype).eps
 
 
-def _gram64(factor: Array, xp: Namespace) -> tuple[Array, Array, float]:
+def _gram64(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, float]:
     """The same from the smaller Gram matrix in float64; vectors of singular values that are rounding are zero."""
     wide = xp.astype(factor, xp.float64, copy=False)
     if wide.dtype != xp.float64:
         raise ValueError("solver='gram64' needs float64, which this array library has switched off")
-    peak = xp.max(xp.abs(wide), keepdims=True, axis=(-2, -1))
+    peak = largest_entry(wide, (-2, -1), xp)
     wide = wide / xp.where(peak == 0, 1.0, peak)  # so that no square over- or underflows
     tall = factor.shape[-2] > factor.shape[-1]
     transposed = xp.matrix_transpose(wide)
     w, u = xp.linalg.eigh(-(transposed @ wide if tall else wide @ transposed))  # ascending, so that -w is descending
     tolerance = (max(factor.shape[-2:]) * xp.finfo(xp.float64).eps) ** 0.5
     s = xp.sqrt(xp.where(w < 0, -w, 0.0))
+    u = u[..., :k]
     if tall:
-        u = (wide @ u) / xp.where(s > tolerance * s[..., :1], s, math.inf)[..., None, :]
+        u = (wide @ u) / xp.where(s > tolerance * s[..., :1], s, math.inf)[..., None, :k]
     return xp.astype(u, factor.dtype, copy=False), xp.astype(s * peak[..., 0], factor.dtype, copy=False), tolerance
 
 

@@ -77,6 +77,8 @@ def mask(structure: str, like: Array, xp: Namespace) -> Array:
 
 def project(x: Array, structure: str, xp: Namespace) -> Array:
     """The m of the class nearest to the symmetric ``x`` (..., d, d) in the sense of (P)."""
+    if structure == "dense":
+        return 0.5 * x
     free = xp.astype(mask(structure, x, xp), x.dtype)
     m = x * (free / (1 + xp.matrix_transpose(free)))
     if structure == "tril-toeplitz":
