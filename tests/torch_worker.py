@@ -103,7 +103,7 @@ def replicated_distance(world: int) -> float:
                 p.grad = g
             opt.step()
         expected = single_updates(method, grads, start)
-        worst = np.maximum(worst, distance([p.full_tensor() for p in params], expected))
+        worst = float(np.maximum(worst, distance([p.full_tensor() for p in params], expected)))
     return worst
 
 
