@@ -458,7 +458,7 @@ class ArrayLibrary:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         self.backend, self.dtype = backend, dtype
         self.xp: Any = importlib.import_module({"strict": "array_api_strict", "jax": "jax.numpy"}.get(backend, backend))
-        if backend == "jax" and dtype == "float64":
+        if backend == "jax":  # for float32 too: gram64 computes in float64
             importlib.import_module("jax").config.update("jax_enable_x64", True)
         if backend == "torch":
             self.xp.set_num_threads(1)
