@@ -3,7 +3,7 @@
 The definition is the symmetric eigendecomposition: symmetrise, clip eigenvalues at zero, add the ridge. Without a
 ridge, powers are those of the pseudo-inverse: eigenvalues of at most ``n u max(w)`` (``u`` the spacing of the dtype
 at 1, as in matrix-rank decisions) count as zero and give zero. The iterations are named alternatives that use
-matrix products only.
+matrix products only; `solve` is the inverse times something, by LU where that is safe.
 
 A matrix with a non-finite entry never reaches LAPACK (an infinity can hang it, a NaN can give finite wrong
 eigenvalues): its result is NaN, and the other members of the batch are not touched.
