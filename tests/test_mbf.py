@@ -836,7 +836,7 @@ BUGS = {
     "square root of F": Bug(
         SOLVE, "roots.power(f, -0.5, self.damping, xp=xp) @ columns", ("definition", "e5", "e10", "t0", "t1")
     ),
-    "square root of F kept": Bug("roots.power(f, -1.0,", "roots.power(f, -0.5,", ("definition", "schedule", "t2")),
+    "square root of F kept": Bug("roots.power(f, -1.0,", "roots.power(f, -0.5,", ("definition", "schedule")),
     "damping left out": Bug(SOLVE, "roots.solve(f, columns, 0.0, xp=xp)", ("definition", "e5", "t0")),
     "damping left out of the inverse kept": Bug(
         "roots.power(f, -1.0, self.damping,", "roots.power(f, -1.0, 0.0,", ("definition", "t2")

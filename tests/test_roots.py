@@ -508,7 +508,7 @@ SOLVE_BUGS = {
     "a ridge of zero": ("(hidden < ridge)", "(hidden <= ridge)", "hidden_ridge"),
     "ridge doubled where hidden": ("-1.0, shift[0, 0]", "-1.0, 2 * shift[0, 0]", "hidden_ridge"),
     "solutions of any length": ("sure = sure & xp.all(", "sure = sure | xp.all(", "hidden_ridge"),
-    "squares overflow": ("b, y = b / size, ridge * x / size", "b, y = b, ridge * x", "solve_has_no_scale"),
+    "squares overflow": ("y = ridge * x / size", "y = ridge * x", "solve_has_no_scale"),
     "bad right sides to LAPACK": (" & (size < math.inf)", "", "solve_keeps_members_apart"),
     "bad matrices to LAPACK": ("xp.where(sure, damped, identity)", "damped", "solve_keeps_members_apart"),
     "all or nothing": ("return xp.where(sure, x, power(", "return (power(", "solve_keeps_members_apart"),

@@ -22,7 +22,7 @@ class Mutant(NamedTuple):
 V = "gram = state.gram + (grad @ _t(grad, xp) if left"
 LAM = "inverse = roots.inverse_shifted_sqrt(gram, self.eps, xp=xp)"
 D, D_U = "d = state.d + xp.sum(grad * grad, axis=-1)", "direction = grad / _infinite_if_zero(xp.sqrt(d) + self.eps, xp)"
-P = "roots.solve(f, columns, self.damping, xp=xp)"
+P, P_KEPT = "roots.solve(f, columns, self.damping, xp=xp)", "roots.power(f, -1.0,"
 MUTANTS: dict[str, Mutant] = {
     # ASGO
     "asgo: exponent -1/4": Mutant("asgo", LAM, "inverse = roots.power(gram, -0.25, self.eps, xp=xp)"),
@@ -130,6 +130,9 @@ MUTANTS: dict[str, Mutant] = {
     # MBF
     "mbf: square root": Mutant("mbf", P, "roots.power(f, -0.5, self.damping, xp=xp) @ columns"),
     "mbf: damping left out": Mutant("mbf", P, P.replace("self.damping", "0.0")),
+    "mbf: square root kept": Mutant("mbf", P_KEPT, "roots.power(f, -0.5,"),
+    "mbf: damping left out of the inverse kept": Mutant("mbf", P_KEPT + " self.damping", P_KEPT + " 0.0"),
+    "mbf: damping of the inverse kept tenfold": Mutant("mbf", P_KEPT + " self.damping", P_KEPT + " 10 * self.damping"),
     "mbf: samples summed": Mutant(
         "mbf", "rows / max(rows.shape[-2], 1)", "rows / max(rows.shape[-2] if self._averaged else 1, 1)"
     ),
@@ -320,22 +323,22 @@ CAUGHT: dict[str, dict[str, int]] = {
         "mbf: ascent": 4,
     },
     "mbf.descent": {
-        "mbf: damping left out": 0,
+        "mbf: damping left out of the inverse kept": 0,
         "mbf: ascent": 0,
         "mbf: doubled": 4,
-        "mbf: square root": 10,
+        "mbf: square root kept": 10,
     },
     "mbf.descent-by-gradient": {
-        "mbf: square root": 0,
-        "mbf: damping left out": 0,
-        "mbf: damping tenfold": 0,
+        "mbf: square root kept": 0,
+        "mbf: damping left out of the inverse kept": 0,
+        "mbf: damping of the inverse kept tenfold": 0,
         "mbf: ascent": 0,
         "mbf: doubled": 4,
     },
     "mbf.linear-rate": {
-        "mbf: square root": 0,
-        "mbf: damping left out": 0,
-        "mbf: damping tenfold": 0,
+        "mbf: square root kept": 0,
+        "mbf: damping left out of the inverse kept": 0,
+        "mbf: damping of the inverse kept tenfold": 0,
         "mbf: ascent": 0,
         "mbf: doubled": 4,
     },

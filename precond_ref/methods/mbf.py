@@ -50,8 +50,9 @@ Conventions
     per-sample gradients (`MBFSamples`), inputs and back-signals of a linear layer (`MBFFactors`), or F itself
     (`MBFBlocks`).
     No bias correction of F, no scaling of lambda, momentum before the inverse: the current P meets all of M.
-    P comes from the symmetric eigendecomposition, eigenvalues clipped at 0 (the authors' code: LU inverse), so that
-    0 < P <= I / lambda also under rounding; ``damping=0`` is the pseudo-inverse.
+    A P that is kept comes from the symmetric eigendecomposition, eigenvalues clipped at 0 (the authors' code: LU
+    inverse), so that 0 < P <= I / lambda also under rounding; ``damping=0`` is the pseudo-inverse. With T2 = 1 none is
+    kept: P_b M_b is an LU solution, or made from such a P where rounding may hide lambda beside F_b.
     The default is ``per_output``, averaged, with T1 = T2 = 1; `MBF.authors_code` is ``contiguous`` with theirs.
     Weight decay is decoupled, of every parameter, and belongs to the optimizer.
 
@@ -124,7 +125,7 @@ class MBFBlocks(NamedTuple):
     """The statistic itself, ready-made: what (F) has in the place of g_b g_b^T."""
 
     statistic: Array
-    """Shaped like ``state.statistic``."""
+    """Shaped like ``state.statistic``, symmetric positive semidefinite."""
 
 
 class MBFReport(NamedTuple):

@@ -3,7 +3,7 @@
 The definition is the symmetric eigendecomposition: symmetrise, clip eigenvalues at zero, add the ridge. Without a
 ridge, powers are those of the pseudo-inverse: eigenvalues of at most ``n u max(w)`` (``u`` the spacing of the dtype
 at 1, as in matrix-rank decisions) count as zero and give zero. The iterations are named alternatives that use
-matrix products only.
+matrix products only; `solve` is the inverse times something, by LU where that is safe.
 
 A matrix with a non-finite entry never reaches LAPACK (an infinity can hang it, a NaN can give finite wrong
 eigenvalues): its result is NaN, and the other members of the batch are not touched.
@@ -98,9 +98,10 @@ def solve(matrix: Array, right: Array, ridge: Scalar, *, xp: Namespace = None) -
     damped = 0.5 * matrix + 0.5 * xp.matrix_transpose(matrix) + shift
     b = xp.where(sure, right, 0.0)
     x = xp.linalg.solve(xp.where(sure, damped, identity), b)
-    size = xp.where(sure & (size > 0), size, 1.0)  # products of the columns over their size do not overflow
-    b, y = b / size, ridge * x / size
-    sure = sure & xp.all(xp.sum(y * (b - 0.5 * y), axis=-2, keepdims=True) >= 0, axis=-1, keepdims=True)
+    size = xp.where(sure & (size > 0), size, 1.0)
+    y = ridge * x / size  # its squares do not overflow
+    least = 0.5 * size * xp.sum(y * y, axis=-2, keepdims=True)
+    sure = sure & xp.all(xp.sum(y * b, axis=-2, keepdims=True) >= least, axis=-1, keepdims=True)
 
     def definition() -> Array:
         return xp.where(sure, x, power(matrix, -1.0, shift[0, 0], xp=xp) @ right)
