@@ -114,9 +114,10 @@ def _sketch(name: str, d: int, q: int, size: int, solver: str, every: int) -> Wo
     stored = tuple(Stored(f"{name}.{field}", shape, written=every) for field, shape in fields)
     rows = k + q
     if solver == "svd":
-        return Work(stored, (), (Factorization("svd", 1, d, rows, every),))
+        tall = (rows, d) if 2 * d < rows else (d, rows)
+        return Work(stored, (), (Factorization("svd", 1, *tall, every),))
     if d > rows:
-        products = (Product(1, rows, d, rows, every), Product(1, d, rows, rows, every))
+        products = (Product(1, rows, d, rows, every), Product(1, d, rows, k, every))
         return Work(stored, products, (Factorization("eigh", 1, rows, rows, every),))
     return Work(stored, (Product(1, d, rows, d, every),), (Factorization("eigh", 1, d, d, every),))
 

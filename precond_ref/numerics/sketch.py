@@ -119,7 +119,7 @@ def update(
 
 def _svd(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, float]:
     """k left singular vectors, all singular values, and which multiple of the largest of these is rounding."""
-    if factor.shape[-2] < factor.shape[-1]:  # LAPACK takes half the time for a tall matrix
+    if 2 * factor.shape[-2] < factor.shape[-1]:  # LAPACK takes half the time for so tall a matrix
         _, s, vh = xp.linalg.svd(xp.matrix_transpose(factor), full_matrices=False)
         u = xp.matrix_transpose(vh)
     else:
