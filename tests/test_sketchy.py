@@ -391,7 +391,13 @@ SKETCHY_MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "relative eps ignored": ("sshampoo_truth", ("relative=method.relative_eps", "relative=False")),
     "graft per row": ("practical", ("tuple(range(stack_ndim, param.ndim))", "(-1,)")),
     "graft eps outside the root": ("practical", ("xp.sqrt(v + self.graft_eps)", "xp.sqrt(v) + self.graft_eps")),
-    "graft sum weighted by 1 - beta2": ("practical", ("(weight or 1.0) if", "weight if")),
+    "graft sum weighted by 1 - beta2": (
+        "practical",
+        (
+            "accumulate(state.v, grad * grad, self.graft_beta2)",
+            "state.v + (1 - self.graft_beta2) * (grad * grad - state.v)",
+        ),
+    ),
     "start off by one": ("practical", ("float(step > self.start)", "float(step >= self.start)")),
     "no Nesterov": ("practical", ("u + self.momentum * m if self.nesterov else 1.0 * m", "1.0 * m")),
     "momentum as an average": (

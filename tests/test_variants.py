@@ -226,8 +226,8 @@ EXCHANGED = [
         "momentum-ema",
         [("+ u  # (3)\n        return 1.0", "+ (1 - self.momentum) * u\n        return 1.0")],
     ),
-    (inverse_free, IF + "dense", "factor-dropped", [("(k @ (m / length))", "(m / length)")]),
-    (inverse_free, IF + "dense", "factor-right", [("(k @ (m / length))", "((m / length) @ k)")]),
+    (inverse_free, IF + "dense", "factor-dropped", [("(k @ unit)", "unit")]),
+    (inverse_free, IF + "dense", "factor-right", [("(k @ unit)", "(unit @ k)")]),
     (inverse_free, IF + "dense", "no-transpose", [("p = multiply(p, _t(k, xp), n, xp)", "p = multiply(p, k, n, xp)")]),
     # singd 0.0.5 takes blocks to be symmetric: its rmatmat and from_inner have K for K^T
     (

@@ -116,17 +116,15 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "rf: batch left out of H": Mutant("root_free", "(self.batch_size / g.shape[-1] * outer", "(outer"),
     "if: no clip": Mutant("inverse_free", "if self.clip else 1.0", "if False else 1.0"),
-    "if: K m on the wrong side": Mutant("inverse_free", "(k @ (m / length))", "((m / length) @ k)"),
-    "if: twice the step": Mutant("inverse_free", "k - self.beta2 * (k @", "k - 2 * self.beta2 * (k @"),
+    "if: K m on the wrong side": Mutant("inverse_free", "(k @ unit)", "(unit @ k)"),
+    "if: twice the step": Mutant("inverse_free", "k - (self.beta2 * peak", "k - (2 * self.beta2 * peak"),
     "if: K without transpose": Mutant(
         "inverse_free",
         "multiply(multiply(u, _t(small, xp), n, xp), small, n, xp)",
         "multiply(multiply(u, small, n, xp), small, n, xp)",
     ),
     "if: batch left out of H": Mutant("inverse_free", "g * sqrt(self.batch_size / g.shape[-1])", "g * 1.0"),
-    "if: damping left out": Mutant(
-        "inverse_free", "damping = self.damping * math.prod(dims) * grams[n]", "damping = 0.0 * grams[n]"
-    ),
+    "if: damping left out": Mutant("inverse_free", "damping = self.damping * math.prod(dims)", "damping = 0.0"),
     # MBF
     "mbf: square root": Mutant("mbf", P, "roots.power(f, -0.5, self.damping, xp=xp) @ columns"),
     "mbf: damping left out": Mutant("mbf", P, P.replace("self.damping", "0.0")),
