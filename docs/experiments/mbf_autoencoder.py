@@ -31,8 +31,8 @@ METHODS: dict[str, tuple[Any, float, bool]] = {
     "Adam": (pr.Adam(eps=1e-4), 3e-4, False),
     "SGD, momentum": (pr.SGD(momentum=0.9), 3e-3, False),
 }
-"""Rates, damping and eps are the authors' (their demo). Shampoo's rate is times 10, for theirs has a momentum of 0.9, and
-its roots are of every 5th iteration, not of every 20th: with those of the first gradient for 20, it diverges."""
+"""Rates, damping and eps are the authors' (their demo). Shampoo's rate is tenfold, as theirs has a momentum of 0.9; its
+roots are of every 5th iteration, not of every 20th: with those of the first gradient for 20, it diverges."""
 LOG = {
     0: (543.67, 543.67), 1: (172.8, 171.6), 2: (134.6, 133.9), 3: (113.7, 113.1), 4: (95.4, 94.6), 5: (86.5, 85.9),
     6: (80.1, 79.8), 8: (71.6, 71.7), 10: (67.5, 68.1), 20: (59.7, 61.4),
