@@ -34,8 +34,8 @@ def eye_like(xp: Namespace, matrix: Array) -> Array:
 
 
 def identity(xp: Namespace, matrix: Array) -> Array:
-    """One identity matrix (n, n) for all of ``matrix`` (..., n, n), which must not be empty."""
-    return eye_like(xp, matrix[(0,) * (matrix.ndim - 2)])
+    """One identity matrix for all of ``matrix`` (..., n, n): (n, n), or empty like it."""
+    return eye_like(xp, matrix if 0 in matrix.shape else matrix[(0,) * (matrix.ndim - 2) + (...,)])
 
 
 def largest_entry(array: Array, axes: tuple[int, ...], xp: Namespace) -> Array:

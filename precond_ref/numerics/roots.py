@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from array_api_compat import array_namespace
 
-from precond_ref.numerics.arrays import eye_like, largest_entry, normed
+from precond_ref.numerics.arrays import eye_like, identity, largest_entry, normed
 from precond_ref.numerics.refresh import renew
 from precond_ref.protocol import Array, Namespace, Scalar
 
@@ -93,11 +93,11 @@ def solve(matrix: Array, right: Array, ridge: Scalar, *, xp: Namespace = None) -
     n, size = matrix.shape[-1], xp.max(xp.abs(right), axis=(-2, -1), keepdims=True)
     hidden = 4 * n * xp.finfo(matrix.dtype).eps * xp.max(xp.abs(matrix), axis=(-2, -1), keepdims=True)
     sure = (hidden < ridge) & (size < math.inf)  # NaN is not less than anything
-    identity = eye_like(xp, matrix[(0,) * (matrix.ndim - 2) + (...,)])
-    shift = ridge * identity
+    one = identity(xp, matrix)
+    shift = ridge * one
     damped = 0.5 * matrix + 0.5 * xp.matrix_transpose(matrix) + shift
     b = xp.where(sure, right, 0.0)
-    x = xp.linalg.solve(xp.where(sure, damped, identity), b)
+    x = xp.linalg.solve(xp.where(sure, damped, one), b)
     size = xp.where(sure & (size > 0), size, 1.0)
     y = ridge * x / size  # its squares do not overflow
     least = 0.5 * size * xp.sum(y * y, axis=-2, keepdims=True)
