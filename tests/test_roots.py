@@ -502,7 +502,7 @@ SOLVE_CHECKS = {
     )
 }
 SOLVE_BUGS = {
-    "ridge forgotten": ("shift = ridge * identity", "shift = 0.0 * identity", "solve_in_fifty_digits"),
+    "ridge forgotten": ("shift = ridge * one", "shift = 0.0 * one", "solve_in_fifty_digits"),
     "not symmetrised": ("0.5 * matrix + 0.5 * xp.matrix_transpose(matrix) +", "matrix +", "solve_has_no_scale"),
     "LU whatever the ridge": ("sure = (hidden < ridge) & (", "sure = (hidden < math.inf) & (", "hidden_ridge"),
     "a ridge of zero": ("(hidden < ridge)", "(hidden <= ridge)", "hidden_ridge"),
@@ -510,7 +510,7 @@ SOLVE_BUGS = {
     "solutions of any length": ("sure = sure & xp.all(", "sure = sure | xp.all(", "hidden_ridge"),
     "squares overflow": ("y = ridge * x / size", "y = ridge * x", "solve_has_no_scale"),
     "bad right sides to LAPACK": (" & (size < math.inf)", "", "solve_keeps_members_apart"),
-    "bad matrices to LAPACK": ("xp.where(sure, damped, identity)", "damped", "solve_keeps_members_apart"),
+    "bad matrices to LAPACK": ("xp.where(sure, damped, one)", "damped", "solve_keeps_members_apart"),
     "all or nothing": ("return xp.where(sure, x, power(", "return (power(", "solve_keeps_members_apart"),
 }  # fmt: skip
 
@@ -524,7 +524,7 @@ def test_solve(name: str) -> None:
 def test_planted_bug_in_solve_is_caught(name: str) -> None:
     old, new, check = SOLVE_BUGS[name]
     with pytest.raises((AssertionError, ArithmeticError, RuntimeWarning, np.linalg.LinAlgError)):
-        SOLVE_CHECKS[check](mutated(roots, ((old, new),)))
+        SOLVE_CHECKS[check](mutated(roots, (old, new)))
 
 
 @pytest.mark.parametrize("library", [name for name in EAGER if name != "numpy"])
