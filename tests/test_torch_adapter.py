@@ -710,3 +710,17 @@ def test_a_copy_of_a_preset_class_is_not_taken_for_it() -> None:
     for base in (pr.Method, real):  # found before it, and after
         copy = type(real.__name__, (base,), {"__module__": real.__module__}, register=False)
         assert states.type_of(real.__name__) is real is not copy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_autograd_sees_the_step(dtype: torch.dtype, transposed: bool) -> None:
+    """A graph from before a step, which would give gradients of the new values, is refused as with PyTorch's own."""
+    value = torch.ones(3, 2, dtype=dtype)
+    param = torch.nn.Parameter(value.T if transposed else value)
+    x = torch.ones_like(param, requires_grad=True)
+    loss = (param * x).sum()
+    param.grad = torch.ones_like(param)
+    pt.SGD([param], lr=0.5).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -443,6 +443,8 @@ def _apply(group: Mapping[str, Any], bucket: Bucket, params: list[Tensor], direc
             wide, directions, [], weight_decay=decay, lr=lr, momentum=0.0, dampening=0.0, nesterov=False,
             maximize=False, is_first_step=False,
         )  # fmt: skip
+        for param in wide:
+            torch.autograd.graph.increment_version(param)  # which the fused kernel leaves to its caller
     else:
         if decay:
             torch._foreach_mul_(wide, 1 - lr * decay)
