@@ -18,8 +18,8 @@ from precond_ref_torch import distributed as sharding
 from precond_ref_torch import states
 from precond_ref_torch.buckets import Bucket, Unit, check_engine, joined, partition, shape_of
 
-LARGEST_BUFFER = 2**22
-"""Entries in one flat buffer of several parameters; a larger parameter is updated where it is."""
+LARGEST_BUFFER = {"cpu": 2**19, "other": 2**22}
+"""Entries in one flat buffer of several parameters, by device; a larger parameter is updated where it is."""
 OPTIONS = (
     "lr", "weight_decay", "maximize", "fallback", "compile", "engine", "join", "method", "params", "param_names",
 )  # fmt: skip
@@ -298,7 +298,8 @@ class Optimizer(torch.optim.Optimizer):
             return old.buckets
         for bucket in old.buckets if old else ():
             bucket.release()
-        cut = partition(self._labels(group), LARGEST_BUFFER)
+        device = active[0].device.type if active else "other"
+        cut = partition(self._labels(group), LARGEST_BUFFER.get(device, LARGEST_BUFFER["other"]))
         buckets = []
         for members in cut:
             (method, flat, owner), units = members[0][0], [unit for _, unit in members]

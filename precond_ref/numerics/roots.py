@@ -84,18 +84,19 @@ def power(matrix: Array, exponent: float, ridge: Scalar = 0.0, *, xp: Namespace 
 def solve(matrix: Array, right: Array, ridge: Scalar, *, xp: Namespace = None) -> Array:
     """``(A + ridge I)^{-1} B`` for positive semidefinite ``A`` (..., n, n) and ``B`` (..., n, k), by LU.
 
-    If rounding may hide the ridge (``ridge <= 4 n u max |a_ij|``), or a solution is longer than any such ``A`` allows
-    (``x^T b < ridge x^T x / 2``), the member has ``power(A, -1, ridge) @ B`` instead, as have non-finite ones.
+    If rounding may hide the ridge (at most ``4 n u`` times the largest entry of ``A + ridge I``), or a solution is
+    longer than any such ``A`` allows (``x^T b < ridge x^T x / 2``), the member has ``power(A, -1, ridge) @ B`` instead,
+    as have non-finite ones.
     """
     xp = array_namespace(matrix, right) if xp is None else xp
     if 0 in matrix.shape or 0 in right.shape:
         return right
-    n, size = matrix.shape[-1], xp.max(xp.abs(right), axis=(-2, -1), keepdims=True)
-    hidden = 4 * n * xp.finfo(matrix.dtype).eps * xp.max(xp.abs(matrix), axis=(-2, -1), keepdims=True)
-    sure = (hidden < ridge) & (size < math.inf)  # NaN is not less than anything
     one = identity(xp, matrix)
     shift = ridge * one
     damped = 0.5 * matrix + 0.5 * xp.matrix_transpose(matrix) + shift
+    n, size = matrix.shape[-1], xp.max(xp.abs(right), axis=(-2, -1), keepdims=True)
+    hidden = 4 * n * xp.finfo(matrix.dtype).eps * xp.max(xp.abs(damped), axis=(-2, -1), keepdims=True)
+    sure = (hidden < ridge) & (size < math.inf)  # NaN is not less than anything
     b = xp.where(sure, right, 0.0)
     x = xp.linalg.solve(xp.where(sure, damped, one), b)
     size = xp.where(sure & (size > 0), size, 1.0)
