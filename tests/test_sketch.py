@@ -352,9 +352,9 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "Gram matrix without its rank decision": ("gram64", ("xp.where(s > tolerance * s[..., :1], s, math.inf)", "s")),
     "Gram matrix that overflows": (
         "gram64_range",
-        ("wide / xp.where(peak == 0, 1.0, peak)", "wide / xp.ones_like(peak)"),
+        ("unit = xp.where(finite & (peak > 0), peak, 1.0)", "unit = xp.ones_like(peak)"),
     ),
-    "scale of the Gram matrix forgotten": ("gram64_range", ("s * peak[..., 0]", "s")),
+    "scale of the Gram matrix forgotten": ("gram64_range", ("s * unit[..., 0]", "s")),
     "Gram eigenvalues for singular values": (
         "gram64",
         ("s = xp.sqrt(xp.where(w < 0, -w, 0.0))", "s = xp.where(w < 0, -w, 0.0)"),

@@ -105,8 +105,10 @@ def update(
     factor = xp.concat([old, xp.matrix_transpose(rows)], axis=-1)  # factor factor^T = A
     if 0 in factor.shape:
         return sketch
-    finite = xp.isfinite(largest_entry(factor, (-2, -1), xp))
-    u, s, tolerance = (_svd if solver == "svd" else _gram64)(xp.where(finite, factor, 0.0), k, xp)  # (A)
+    peak = largest_entry(factor, (-2, -1), xp)
+    finite = xp.isfinite(peak)
+    unit = xp.where(finite & (peak > 0), peak, 1.0)
+    u, s, tolerance = (_svd if solver == "svd" else _gram64)(xp.where(finite, factor, 0.0), unit, k, xp)  # (A)
     s = xp.where(s > tolerance * s[..., :1], s, 0.0)
     cut = xp.where(finite[..., 0], s[..., size - 1 : size] if size <= d else 0.0 * s[..., :1], math.nan)
     s = s[..., :k]
@@ -117,7 +119,7 @@ def update(
     )
 
 
-def _svd(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, float]:
+def _svd(factor: Array, unit: Array, k: int, xp: Namespace) -> tuple[Array, Array, float]:
     """k left singular vectors, all singular values, and which multiple of the largest of these is rounding."""
     if 2 * factor.shape[-2] < factor.shape[-1]:  # LAPACK takes half the time for so tall a matrix
         _, s, vh = xp.linalg.svd(xp.matrix_transpose(factor), full_matrices=False)
@@ -127,13 +129,12 @@ def _svd(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, float]:
     return u[..., :k], s, max(factor.shape[-2:]) * xp.finfo(s.dtype).eps
 
 
-def _gram64(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, float]:
+def _gram64(factor: Array, unit: Array, k: int, xp: Namespace) -> tuple[Array, Array, float]:
     """The same from the smaller Gram matrix in float64; vectors of singular values that are rounding are zero."""
     wide = xp.astype(factor, xp.float64, copy=False)
     if wide.dtype != xp.float64:
         raise ValueError("solver='gram64' needs float64, which this array library has switched off")
-    peak = largest_entry(wide, (-2, -1), xp)
-    wide = wide / xp.where(peak == 0, 1.0, peak)  # so that no square over- or underflows
+    wide = wide / unit  # so that no square over- or underflows
     tall = factor.shape[-2] > factor.shape[-1]
     transposed = xp.matrix_transpose(wide)
     w, u = xp.linalg.eigh(-(transposed @ wide if tall else wide @ transposed))  # ascending, so that -w is descending
@@ -142,7 +143,7 @@ def _gram64(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, float]:
     u = u[..., :k]
     if tall:
         u = (wide @ u) / xp.where(s > tolerance * s[..., :1], s, math.inf)[..., None, :k]
-    return xp.astype(u, factor.dtype, copy=False), xp.astype(s * peak[..., 0], factor.dtype, copy=False), tolerance
+    return xp.astype(u, factor.dtype, copy=False), xp.astype(s * unit[..., 0], factor.dtype, copy=False), tolerance
 
 
 def apply_power(
