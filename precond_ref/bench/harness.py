@@ -67,6 +67,7 @@ class Worker:
             "OPENBLAS_NUM_THREADS": str(threads),
             "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'} "
             f"intra_op_parallelism_threads={threads}",
+            "NPROC": "16",  # jaxlib's pool: several batched factorizations wait for ever for each other on two threads
         }
         if python is None:
             command = [sys.executable, "-m", worker.__name__]

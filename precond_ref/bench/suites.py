@@ -23,6 +23,8 @@ STEPS = (
     Race("elementwise, JAX", "matrices", ("optax.adam", "agd")),
     Race("elementwise, JAX", "transformer", ("optax.adam", "agd")),
     Race("elementwise, JAX", "large", ("optax.adam", "agd")),
+    Race("matrix methods in JAX", "matrices", ("optax.adam", "asgo", "shampoo", "if_shampoo", "mbf")),
+    Race("matrix methods in JAX", "convolutions", ("optax.adam", "mbf")),
     Race("ASGO, torch", "transformer", ("ASGO", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side")),
     Race("ASGO, torch", "matrices", ("ASGO", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side")),
     Race("ASGO, torch", "large", ("ASGO", "ASGO, bare")),
