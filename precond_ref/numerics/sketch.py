@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from array_api_compat import array_namespace
 
-from precond_ref.numerics.arrays import eye_like, finite_members, largest_entry, zeros
+from precond_ref.numerics.arrays import eye_like, finite_members, zeros
 from precond_ref.protocol import Array, Namespace, Scalar
 
 SOLVERS = ("svd", "gram64")
@@ -105,31 +105,35 @@ def update(
     factor = xp.concat([old, xp.matrix_transpose(rows)], axis=-1)  # factor factor^T = A
     if 0 in factor.shape:
         return sketch
-    peak = largest_entry(factor, (-2, -1), xp)
+    peak = xp.max(xp.abs(factor), axis=(-2, -1), keepdims=True)
     finite = xp.isfinite(peak)
-    unit = xp.where(finite & (peak > 0), peak, 1.0)
-    u, s, tolerance = (_svd if solver == "svd" else _gram64)(xp.where(finite, factor, 0.0), unit, k, xp)  # (A)
-    s = xp.where(s > tolerance * s[..., :1], s, 0.0)
+    factor = xp.where(finite, factor, 0.0)
+    if solver == "svd":
+        u, s, kept = _svd(factor, k, xp)  # (A)
+    else:
+        u, s, kept = _gram64(factor, xp.where(finite & (peak > 0), peak, 1.0), k, xp)
+    s = xp.where(kept, s, 0.0)
     cut = xp.where(finite[..., 0], s[..., size - 1 : size] if size <= d else 0.0 * s[..., :1], math.nan)
     s = s[..., :k]
     return Sketch(
-        basis=xp.reshape(xp.reshape(u, (-1,)), sketch.basis.shape),  # a copy: a view would keep all singular vectors
+        basis=u,
         eigenvalues=(s - cut) * (s + cut),  # (S)
         escaped=(beta2 if tail_decay is None else tail_decay) * sketch.escaped + (cut * cut)[..., 0],  # (rho)
     )
 
 
-def _svd(factor: Array, unit: Array, k: int, xp: Namespace) -> tuple[Array, Array, float]:
-    """k left singular vectors, all singular values, and which multiple of the largest of these is rounding."""
+def _svd(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, Array]:
+    """k left singular vectors, all singular values, and which of these are more than rounding."""
     if 2 * factor.shape[-2] < factor.shape[-1]:  # LAPACK takes half the time for so tall a matrix
         _, s, vh = xp.linalg.svd(xp.matrix_transpose(factor), full_matrices=False)
         u = xp.matrix_transpose(vh)
     else:
         u, s, _ = xp.linalg.svd(factor, full_matrices=False)
-    return u[..., :k], s, max(factor.shape[-2:]) * xp.finfo(s.dtype).eps
+    kept = s > max(factor.shape[-2:]) * xp.finfo(s.dtype).eps * s[..., :1]
+    return xp.asarray(u[..., :k], copy=True), s, kept  # a view would keep all singular vectors
 
 
-def _gram64(factor: Array, unit: Array, k: int, xp: Namespace) -> tuple[Array, Array, float]:
+def _gram64(factor: Array, unit: Array, k: int, xp: Namespace) -> tuple[Array, Array, Array]:
     """The same from the smaller Gram matrix in float64; vectors of singular values that are rounding are zero."""
     wide = xp.astype(factor, xp.float64, copy=False)
     if wide.dtype != xp.float64:
@@ -138,12 +142,13 @@ def _gram64(factor: Array, unit: Array, k: int, xp: Namespace) -> tuple[Array, A
     tall = factor.shape[-2] > factor.shape[-1]
     transposed = xp.matrix_transpose(wide)
     w, u = xp.linalg.eigh(-(transposed @ wide if tall else wide @ transposed))  # ascending, so that -w is descending
-    tolerance = (max(factor.shape[-2:]) * xp.finfo(xp.float64).eps) ** 0.5
     s = xp.sqrt(xp.where(w < 0, -w, 0.0))
-    u = u[..., :k]
+    kept = s > (max(factor.shape[-2:]) * xp.finfo(xp.float64).eps) ** 0.5 * s[..., :1]
     if tall:
-        u = (wide @ u) / xp.where(s > tolerance * s[..., :1], s, math.inf)[..., None, :k]
-    return xp.astype(u, factor.dtype, copy=False), xp.astype(s * unit[..., 0], factor.dtype, copy=False), tolerance
+        u = wide @ (u[..., :k] / xp.where(kept, s, math.inf)[..., None, :k])
+    else:
+        u = xp.asarray(u[..., :k], copy=True)
+    return xp.astype(u, factor.dtype, copy=False), xp.astype(s * unit[..., 0], factor.dtype, copy=False), kept
 
 
 def apply_power(
