@@ -1,0 +1,131 @@
+"""What a step asks of a device, counted without one: values that the host reads, and calls that compute.
+
+Reading a value makes the host wait for the device. array-api-strict's second device shows every call that the
+tree-level optimizer makes of an array library, as on CuPy; PyTorch's meta device has no values: reading one raises.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import array_api_strict
+import numpy as np
+import pytest
+import torch
+from configs import CONFIGS, Config
+from mutation import mutated
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import precond_ref as pr
+import precond_ref_torch
+from precond_ref import optimizer
+from precond_ref.methods import agd
+
+READS = {"__bool__", "__float__", "__int__", "__index__", "__complex__", "__array__", "__buffer__", "__dlpack__"}
+FREE = {"shape", "ndim", "dtype", "device", "size", "mT", "T", "__array_namespace__", "__repr__", "finfo", "isdtype"}
+VIEWS = {"reshape", "__getitem__"}  # of contiguous arrays
+
+
+def asks_once(method: Any) -> bool:
+    """Whether an update must know whether a solution is to be believed: MBF's, where it solves at every one."""
+    return isinstance(method, pr.MBF) and method.kind != "diagonal" and method.inverse_every == 1
+
+
+def census(step: Callable[[], Any]) -> tuple[Counter[str], int]:
+    """Calls of array-api-strict that compute, by name, and reads by the host."""
+    calls: Counter[str] = Counter()
+
+    def inside(frame: Any) -> bool:
+        return frame is not None and frame.f_globals.get("__name__", "").startswith("array_api_strict")
+
+    def seen(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and inside(frame) and not inside(frame.f_back):
+            owner = type(frame.f_locals.get("self")).__name__
+            if owner in ("Array", "NoneType"):  # not the methods of devices and dtypes
+                calls[frame.f_code.co_name] += 1
+
+    sys.setprofile(seen)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    reads = sum(calls.pop(name, 0) for name in READS)
+    return Counter({name: count for name, count in calls.items() if name not in FREE | VIEWS}), reads
+
+
+def second_step(config: Config, count: int, module: Any = optimizer, **fields: Any) -> tuple[Counter[str], int]:
+    """Of ``count`` equal parameters; what is renewed every few steps was renewed in the first."""
+    device, rng = array_api_strict.Device("device1"), np.random.default_rng(0)
+    trees = [
+        {str(i): array_api_strict.asarray(rng.standard_normal(config.shape), device=device) for i in range(count)}
+        for _ in range(3)
+    ]
+    opt = module.Optimizer(config.method, lr=0.5, **fields)
+    params, state = opt.step(trees[0], trees[1], opt.init(trees[0]))
+    return census(lambda: opt.step(params, trees[2], state))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_no_value_is_read_and_no_call_is_made_for_each_parameter(config: Config) -> None:
+    few, many = second_step(config, 2), second_step(config, 7)
+    assert few == many
+    assert few[1] == asks_once(config.method)
+    assert few[0]["__add__"] + few[0]["__mul__"] + few[0]["__rmul__"] > 0  # the census sees what is computed
+
+
+def test_planted_bugs_are_counted() -> None:
+    config = CONFIGS["AGD-default"]
+    line = "m = ema(state.m, grad, self.beta1)"
+    asking = mutated(agd, (line, f"{line} if xp.max(grad) else grad"))
+    assert second_step(config._replace(method=asking.AGD()), 2)[1] == 1
+    assert second_step(config, 2, fuse=False) != second_step(config, 7, fuse=False)
+    loop = mutated(optimizer, ("_gather(group, joined_gradients, xp), group_state", "xp.stack([*map(xp.negative, "
+                               "joined_gradients.values())]), group_state"))  # fmt: skip
+    right = CONFIGS["ASGO-right"]
+    assert second_step(right, 2, loop) != second_step(right, 7, loop)
+
+
+class Operations(TorchDispatchMode):
+    """Operations on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        if str(function) != "prim.device.default" and any(getattr(x, "is_meta", False) for x in leaves):
+            self.calls[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def torch_operations(method: Any, shape: tuple[int, ...], count: int) -> Counter[str]:
+    """Of the PyTorch adapter's second step."""
+    params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for _ in range(count)]
+    opt = precond_ref_torch.Optimizer(params, method, lr=0.5)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.empty(shape, device="meta")
+        with Operations() as operations:
+            opt.step()
+    return operations.calls
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_torch_reads_no_value_and_makes_no_call_for_each_parameter(config: Config) -> None:
+    if asks_once(config.method):
+        with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
+            torch_operations(config.method, config.shape, 2)
+        return
+    few, many = (torch_operations(config.method, config.shape, count) for count in (2, 7))
+    assert few == many
+    assert few.total() > 4
+
+
+def test_buffers_of_one_parameter_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(precond_ref_torch.optimizer.LARGEST_BUFFER, "other", 1)
+    few, many = (torch_operations(pr.AGD(), (5, 3), count) for count in (2, 7))
+    assert few.total() < many.total()
