@@ -304,8 +304,9 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
         ("s[..., size - 1 : size] if size <= d", "s[..., size : size + 1] if size < d"),
     ),
     "cut at the smallest of A": ("invariants", ("s[..., size - 1 : size] if size <= d", "s[..., -1:] if size <= d")),
-    "a view of all singular vectors": ("memory", ("xp.asarray(u[..., :k], copy=True), s", "u[..., :k], s")),
-    "a view of all eigenvectors": ("memory", ("u = xp.asarray(u[..., :k], copy=True)", "u = u[..., :k]")),
+    "a view where one column is kept": ("memory", ("xp.concat([xp.reshape(u, (-1,))])", "xp.reshape(u, (-1,))")),
+    "a view of all singular vectors": ("memory", ("_own(u[..., :k], xp), s", "u[..., :k], s")),
+    "a view of all eigenvectors": ("memory", ("u = _own(u[..., :k], xp)", "u = u[..., :k]")),
     "singular values deflated, not squares": ("invariants", ("(s - cut) * (s + cut),", "(s - cut) * (s - cut),")),
     "mass adds singular value, not square": ("invariants", ("(cut * cut)[..., 0]", "cut[..., 0]")),
     "no deflation": ("invariants", ("(s - cut) * (s + cut),", "s * s,")),
@@ -319,7 +320,7 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     ),
     "right singular vectors": (
         "invariants",
-        ("xp.asarray(u[..., :k], copy=True), s", "xp.asarray(u[..., ::-1][..., :k], copy=True), s"),
+        ("_own(u[..., :k], xp), s", "_own(u[..., ::-1][..., :k], xp), s"),
     ),
     "right singular vectors of the transposed factor": ("invariants", ("u = xp.matrix_transpose(vh)", "u = vh")),
     "size above d cut like d": (

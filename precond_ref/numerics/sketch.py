@@ -130,7 +130,7 @@ def _svd(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, Array]:
     else:
         u, s, _ = xp.linalg.svd(factor, full_matrices=False)
     kept = s > max(factor.shape[-2:]) * xp.finfo(s.dtype).eps * s[..., :1]
-    return xp.asarray(u[..., :k], copy=True), s, kept  # a view would keep all singular vectors
+    return _own(u[..., :k], xp), s, kept
 
 
 def _gram64(factor: Array, unit: Array, k: int, xp: Namespace) -> tuple[Array, Array, Array]:
@@ -147,8 +147,13 @@ def _gram64(factor: Array, unit: Array, k: int, xp: Namespace) -> tuple[Array, A
     if tall:
         u = wide @ (u[..., :k] / xp.where(kept, s, math.inf)[..., None, :k])
     else:
-        u = xp.asarray(u[..., :k], copy=True)
+        u = _own(u[..., :k], xp)
     return xp.astype(u, factor.dtype, copy=False), xp.astype(s * unit[..., 0], factor.dtype, copy=False), kept
+
+
+def _own(u: Array, xp: Namespace) -> Array:
+    """``u`` row by row in memory of its own: a view would keep all singular vectors alive."""
+    return xp.reshape(xp.concat([xp.reshape(u, (-1,))]), u.shape)
 
 
 def apply_power(
