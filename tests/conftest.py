@@ -147,7 +147,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "eager: runs on the eager libraries only, or on those of --backend")
-    config.addinivalue_line("markers", "cases: every configuration of every method on every backend")
+    config.addinivalue_line(
+        "markers",
+        "cases(first_on=()): every configuration of every method on every backend; on these the first of each method",
+    )
     config.addinivalue_line("markers", "eager_cases: the same, on the eager libraries only")
 
 
@@ -157,11 +160,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     backends = asked or (EAGER if eager else BACKENDS)
     if any(metafunc.definition.get_closest_marker(name) for name in ("cases", "eager_cases")):
         # JAX compiles every single operation: eagerly the first configuration of each method, unless it was asked for
+        marker = metafunc.definition.get_closest_marker("cases")
+        few = ("jax", *(marker.kwargs.get("first_on", ()) if marker else ()))
         cases = [
             pytest.param(backend, config, id=f"{backend}-{name}")
             for backend in backends
             for name, config in CONFIGS.items()
-            if asked or backend != "jax" or name in FIRST
+            if asked or backend not in few or name in FIRST
         ]
         metafunc.parametrize(("backend", "config"), cases, indirect=["backend"])
     elif "backend" in metafunc.fixturenames:

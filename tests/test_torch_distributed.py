@@ -1,4 +1,4 @@
-"""DDP and FSDP2 with two and three gloo processes, started once for each number."""
+"""DDP and FSDP2 with three gloo processes (deep: with two as well), started once for each number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch_adapter_cases import FSDP, ONE_EACH
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("PyTorch was built without gloo", allow_module_level=True)
 
-worlds = pytest.mark.parametrize("world", [2, 3])
+worlds = pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.deep), 3])  # 3: uneven shards too
 
 
 @lru_cache
