@@ -74,7 +74,7 @@ def theory_table() -> str:
     lines = ["| statement | | source | instances | largest ratio | seed of it |", "|---|---|---|---|---|---|"]
     for name, statement in theory.list_statements().items():
         worst = record[name]  # a statement without a record fails the build
-        formula = "`" + statement.formula.replace("|", "\\|") + "`"
+        formula = "`" + statement.formula.replace("|", "\\|") + f"`<br>`{statement.call}`"
         lines.append(
             f"| [{name}]({statement.proof}) | {formula} | {SOURCES[statement.source.name]} | {worst['instances']} "
             f"| {worst['ratio']:.3g}{' (identity)' if statement.identity else ''} | {worst['case']['seed']} |"

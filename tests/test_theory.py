@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -232,3 +233,124 @@ def test_nan_in_the_last_factor_is_a_violation() -> None:
         for statement in statements:
             assert statement(run).holds
             assert not statement(dataclasses.replace(run, states=(*run.states[:-1], spoiled), forms={})).holds
+
+
+# ---- wrong use ------------------------------------------------------------------------------------------------------
+
+VECTOR, MATRIX = online.adversary("doubling switches", (4,), rounds=40), online.adversary("rows", (4, 3), rounds=40)
+
+
+@pytest.mark.parametrize("name", [name for name in list_statements() if not name.startswith("sketch.")])
+def test_a_statement_refuses_a_run_of_another_method(name: str) -> None:
+    statement = list_statements()[name]
+    other = theory.record(pr.RMSProp(), MATRIX, 0.5)
+    rest = [None] * (statement.call.count(",") - statement.call.count("="))
+    with pytest.raises(TypeError, match=rf"^{name} is about a run of {statement.methods[0]}.*, got a run of RMSProp"):
+        statement(other, *rest)
+    with pytest.raises(TypeError, match=f"{name} is about a run of"):
+        statement(0.5, *rest)
+    with pytest.raises(TypeError, match=rf"^{name} is called theory\.\w+\.\w+\(run.*missing a required argument"):
+        statement()
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "stream", "arguments"),
+    [
+        ("sadagrad.quadratic", pr.SAdaGrad(size=2, beta2=0.5), VECTOR, [np.zeros(4)]),
+        ("agd.identity", pr.AGD(clip=0.125), VECTOR, [np.zeros(4)]),
+        ("agd.regret-measured", pr.AGD(clip=0.125), VECTOR, [np.zeros(4)]),
+        ("sshampoo.regret", pr.SShampoo(size=2, tail_decay=0.5), MATRIX, [np.zeros((4, 3)), 3]),
+        ("sshampoo.regret", pr.SShampoo(size=2, every=3), MATRIX, [np.zeros((4, 3)), 3]),
+        ("sshampoo.quadratic", pr.SShampoo(size=2, eps=0.5, relative_eps=True), MATRIX, [np.zeros((4, 3)), 3]),
+        ("sshampoo.root-trace", pr.SShampoo(size=2, beta2=0.5), MATRIX, [np.zeros((4, 3)), 3]),
+        ("rf.stationary", pr.RFShampoo(every=3), MATRIX, []),
+    ],
+)
+def test_fields_that_a_statement_is_not_about_are_an_assumption(
+    name: str, method: Any, stream: online.Stream, arguments: list[Any]
+) -> None:
+    check = list_statements()[name](theory.record(method, stream, 0.5), *arguments)
+    assert not check.applies
+    assert check.holds  # it says nothing
+    assert "says nothing of this run, not met: " in str(check)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: theory.record(pr.SAdaGrad, VECTOR, 0.5), TypeError, "method must be an instance"),
+        (lambda: theory.record(pr.SGD(), VECTOR, np.ones(3)), ValueError, "one for each of the 40 rounds, got (3,)"),
+        (lambda: theory.record(pr.SGD(), VECTOR, -0.5), ValueError, "lr must be finite and >= 0, got -0.5"),
+        (lambda: theory.record(pr.SGD(), VECTOR, math.nan), ValueError, "lr must be finite and >= 0, got nan"),
+        (lambda: online.adversary("random", 4, rounds=3), ValueError, "shape must have one or two axes"),
+        (
+            lambda: theory.gradient_descent.regret(theory.record(pr.SGD(), VECTOR, 0.5), 0.0),
+            ValueError,
+            "comparator must have the parameter's shape (4,), got ()",
+        ),
+        (
+            lambda: theory.asgo.smooth(theory.record(pr.ASGO.theory(), MATRIX, 0.5), np.zeros((4, 3))),
+            TypeError,
+            "objective must be an Objective of precond_ref.problems.online, got ndarray",
+        ),
+        (lambda: theory.sketchy.lower(theory.record(pr.SGD(), VECTOR, 0.5)), TypeError, "record_sketch(rows, size)"),
+        (
+            lambda: theory.root_free.descent(theory.record(pr.IFShampoo(), VECTOR, 0.5)),
+            ValueError,
+            "must be a matrix with both sides above 1, got shape (4,)",
+        ),
+        (
+            lambda: theory.sketchy.sshampoo_regret(theory.record(pr.SShampoo(size=2), VECTOR, 0.5), np.zeros(4), 1),
+            ValueError,
+            "must be a matrix, got shape (4,)",
+        ),
+        (
+            lambda: theory.root_free.newton(theory.record(pr.RFRMSProp(), MATRIX, 0.5), np.ones(4)),
+            ValueError,
+            "curvature its shape (4, 3), got (4,)",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+def test_a_comparator_may_be_a_list() -> None:
+    run = theory.record(pr.SGD(), VECTOR, 0.5)
+    assert theory.gradient_descent.regret(run, [1, 0, 2, 0]) == theory.gradient_descent.regret(
+        run, np.array([1.0, 0.0, 2.0, 0.0])
+    )
+
+
+def test_rows_of_adagrad_are_its_entries() -> None:
+    """A row's regret in the sense of DASGO is exceeded by AdaGrad, which has a step of its own for each entry."""
+    stream = online.adversary("along", (1, 12), rounds=30)
+    run = theory.record(pr.AdaGrad(), stream, 2.0)
+    check = theory.asgo.row_regret(run, stream.target)
+    assert check.symbols["m"] == 12
+    assert check.holds
+    assert (
+        check.ratio
+        == theory.asgo.row_regret(
+            dataclasses.replace(
+                run,
+                points=run.points.reshape(31, 12),
+                gradients=run.gradients.reshape(30, 12),
+                stream=dataclasses.replace(stream, start=np.zeros(12)),
+            ),
+            stream.target.reshape(12),
+        ).ratio
+    )
+    far = float(np.max(np.linalg.norm(run.points[:-1] - stream.target, axis=2)))
+    as_one_row = (far**2 / 4 + 2) * float(np.linalg.norm(run.gradients))
+    assert check.left > as_one_row
+
+
+def test_what_a_session_shows_is_short() -> None:
+    run = theory.record(pr.SGD(), VECTOR, 0.5)
+    assert repr(run) == "<Run of SGD(momentum=0.0, nesterov=False) on 'doubling switches', 40 rounds, rate 0.5>"
+    shown = str(theory.gradient_descent.regret(run, np.zeros(4)))
+    assert re.fullmatch(r"sgd\.regret: -?[\d.e+]+ <= [\d.e+]+, ratio -?[\d.e-]+: holds", shown)
+    assert str(check(3, 2)).endswith("ratio 1.5: VIOLATED")
+    assert list_statements()["agd.regret-closed-varying"].call == "theory.agd.regret_closed_varying(run, star, beta1)"

@@ -618,6 +618,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, default=WORST, help="the file of worst instances")
     options = parser.parse_args(arguments)
+    if unknown := set(options.families) - FAMILIES.keys():
+        parser.error(f"there is no family {', '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}")
     for name in options.families or FAMILIES:
         found = search(name, options.examples or EXAMPLES.get(name, 10_500), seed=options.seed)
         merge(found, name, options.record)

@@ -3,7 +3,7 @@ r"""What the theorems are about: adversaries, convex and smooth functions with a
 A `Stream` shows a method one loss per round::
 
     stream = online.adversary("polar", (4, 3), rounds=50, seed=1)
-    stream = online.repeated(online.nonsmooth("nuclear", (4, 3), seed=1), rounds=50)
+    stream = online.repeated(online.nonsmooth("nuclear", (4, 3), seed=1), start=np.zeros((4, 3)), rounds=50)
     stream = online.logistic("a9a")
 
 Everything is float64 on NumPy, and depends on the arguments alone.
@@ -158,7 +158,8 @@ def adversary(
     np = import_numpy()
     choose("kind", kind, ADVERSARIES)
     rounds, scale = check_int("rounds", rounds, ge=1), check_real("scale", scale, ge=0.0)
-    if len(shape) not in (1, 2) or any(check_int("shape", n, ge=1) < 1 for n in shape):
+    lengths = [check_int("shape", n, ge=1) for n in shape] if isinstance(shape, tuple | list) else []
+    if len(lengths) not in (1, 2):
         raise ValueError(f"shape must have one or two axes of length >= 1, got {shape!r}")
     rng = generator(check_int("seed", seed, ge=0), "adversary")
     size = math.prod(shape)

@@ -14,9 +14,10 @@ from typing import Any
 
 from precond_ref.methods.agd import AGDScalars
 from precond_ref.problems.online import Objective
-from precond_ref.theory.base import Array, Run, Sides, Source, np, statement
+from precond_ref.theory.base import Array, Run, Sides, Source, about, np
 
 PAGE = "methods/agd.md#what-is-proved"
+statement = about("AGD")
 
 
 def varying_beta1(method: Any, beta1: Array) -> Callable[..., Any]:
@@ -56,6 +57,7 @@ class AGDForm:
             "alpha": self.alpha, "beta1": method.beta1, "beta2": method.beta2, "delta": method.delta, "T": T,
             "n": self.n, "Delta": np.max(self.spread), "G": np.max(self.peak),
         }  # fmt: skip
+        self.assumptions = {"not clipped": method.clip is None}
 
     def terms(self) -> list[Array]:
         """The four sums of the identity's right side."""
@@ -98,6 +100,7 @@ def identity(run: Run, star: Array) -> Sides:
         right=sum(np.sum(term) for term in terms),
         rounding=1e-13 * size + moved,
         symbols=form.symbols,
+        assumptions=form.assumptions,
     )
 
 
@@ -120,6 +123,7 @@ def regret_measured(run: Run, star: Array) -> Sides:
         right=sum(terms),
         rounding=rounding,
         symbols={**form.symbols, **{f"term {i + 1}": term for i, term in enumerate(terms)}},
+        assumptions=form.assumptions,
     )
 
 
@@ -155,7 +159,7 @@ def regret_closed(run: Run, star: Array) -> Sides:
         right=sum(terms),
         rounding=_size(run, star) + 1e-13 * sum(terms),
         symbols={**form.symbols, **{f"term {i + 1}": term for i, term in enumerate(terms)}},
-        assumptions=_falling(run),
+        assumptions={**form.assumptions, **_falling(run)},
     )
 
 
@@ -185,10 +189,11 @@ def regret_closed_varying(run: Run, star: Array, beta1: Array) -> Sides:
     """(iii), second form, beta_{1,t} <= beta1 non-increasing."""
     form = AGDForm(run, star, beta1)
     spread, peak, root_t = np.max(form.spread), np.max(form.peak), math.sqrt(form.T)
+    n = run.points[0].size
     terms = [
-        root_t * form.n * spread**2 * max(2 * peak, form.delta) / (2 * form.alpha),
-        np.sum(form.beta1 / form.effective) * form.n * spread**2 / 2,
-        root_t * form.n * form.alpha * peak**2 * (run.method.beta1 + 1 / form.delta),
+        root_t * n * spread**2 * max(2 * peak, form.delta) / (2 * form.alpha),
+        np.sum(form.beta1 / form.effective) * n * spread**2 / 2,
+        root_t * n * form.alpha * peak**2 * (run.method.beta1 + 1 / form.delta),
     ]
     right = sum(terms) / (1 - run.method.beta1)
     return Sides(
@@ -197,6 +202,7 @@ def regret_closed_varying(run: Run, star: Array, beta1: Array) -> Sides:
         rounding=_size(run, star) + 1e-13 * right,
         symbols=form.symbols,
         assumptions={
+            **form.assumptions,
             **_falling(run),
             "beta1 does not increase": bool(np.all(np.diff(beta1) <= 0) and beta1[0] <= run.method.beta1),
         },
@@ -215,7 +221,7 @@ def _smooth(run: Run, objective: Objective) -> tuple[AGDForm, float, dict[str, A
     alpha = float(np.max(run.rates))
     u = objective.curvature * alpha / run.method.delta
     form.symbols |= {"u": u, "L": objective.curvature, "alpha": alpha}
-    return form, alpha, {"u + (kappa u)^2 <= 1": u + (form.kappa * u) ** 2 <= 1 + 1e-12}
+    return form, alpha, {**form.assumptions, "u + (kappa u)^2 <= 1": u + (form.kappa * u) ** 2 <= 1 + 1e-12}
 
 
 @statement("agd.gradients", "sum_t sum_i eta_{t,i} (d_i F(x_t))^2 <= 2 (F(x_1) - F*)", Source.PROVED, PAGE)
@@ -236,7 +242,7 @@ def gradients(run: Run, objective: Objective) -> Sides:
 def least_gradient(run: Run, objective: Objective) -> Sides:
     """(iv), second form."""
     form, _, assumptions = _smooth(run, objective)
-    left = np.min(np.sum(run.gradients**2, axis=-1))
+    left = np.min(np.sum(run.gradients.reshape(form.T, -1) ** 2, axis=1))
     top = max(2 * float(np.max(form.peak)) / (1 + run.method.beta1), form.delta)
     right = 2 * float(objective.value(run.points[0])) * top / np.sum(run.rates)
     return Sides(left=left, right=right, rounding=1e-12 * right, symbols=form.symbols, assumptions=assumptions)

@@ -11,9 +11,10 @@ import functools
 from typing import Any
 
 from precond_ref.problems.online import Objective
-from precond_ref.theory.base import ROUNDING, Array, Run, Sides, Source, np, pseudo_power, statement
+from precond_ref.theory.base import ROUNDING, Array, Run, Sides, Source, about, np, pseudo_power
 
 PAGE = "methods/asgo.md#what-is-proved"
+statement = about("ASGOTheory")
 U64 = 2.0**-53
 
 
@@ -109,6 +110,7 @@ def energy(run: Run, comparator: Array) -> Sides:
     Source.PROVED,
     PAGE,
     identity=True,
+    methods=("DASGOTheory",),
 )
 def diagonal_energy(run: Run, comparator: Array) -> Sides:
     """T0 of `DASGO.theory`."""
@@ -304,14 +306,18 @@ def own_root_trace(run: Run) -> tuple[float, float]:
 
 
 @statement(
-    "asgo.row-regret", "sum <G_t, W_t - U> <= D^2/(2 eta) (sum_i s_i + m eps) + eta sum_i s_i", Source.PROVED, PAGE
+    "asgo.row-regret",
+    "sum <G_t, W_t - U> <= D^2/(2 eta) (sum_i s_i + m eps) + eta sum_i s_i",
+    Source.PROVED,
+    PAGE,
+    methods=("DASGOTheory", "AdaGrad"),
 )
 def row_regret(run: Run, comparator: Array) -> Sides:
-    """T5, `DASGO.theory`, and `AdaGrad` on a vector: D = max_{t,i} |(W_t - U)_i|, s_i = (sum_t |(G_t)_i|^2)^{1/2}.
+    """T5, `DASGO.theory`: D = max_{t,i} |(W_t - U)_i|, s_i = (sum_t |(G_t)_i|^2)^{1/2}.
 
-    A start of the sum of squares (`AdaGrad`'s ``initial``) counts in s_i.
+    For `AdaGrad` each entry is a row, and a start of the sum of squares (``initial``) counts in s_i.
     """
-    m = run.points.shape[1]
+    m = run.points[0].size if run.method.elementwise else run.points.shape[1]
     X, G = (
         (run.points - comparator).reshape(len(run.points), m, -1),
         run.gradients.reshape(-1, m, run.points[0].size // m),

@@ -49,6 +49,12 @@ class Check:
     """By how much the computed left side may exceed the right, or differ from it (identities)."""
     identity: bool
 
+    def __str__(self) -> str:
+        relation = "=" if self.identity else "<="
+        unmet = ", ".join(what for what, met in self.assumptions.items() if not met)
+        verdict = f"says nothing of this run, not met: {unmet}" if unmet else "holds" if self.holds else "VIOLATED"
+        return f"{self.statement}: {self.left:.6g} {relation} {self.right:.6g}, ratio {self.ratio:.3g}: {verdict}"
+
     @property
     def applies(self) -> bool:
         """Whether all assumptions are met."""
@@ -96,10 +102,41 @@ class Statement:
     proof: str
     """Page and heading in the documentation."""
     identity: bool
+    methods: tuple[str, ...]
+    """Classes whose runs it is about, by name; of sketches none."""
     function: Callable[..., Sides]
 
+    @property
+    def call(self) -> str:
+        """How to call it."""
+        given = ", ".join(str(p.replace(annotation=p.empty)) for p in _parameters(self.function))
+        return f"theory.{self.function.__module__.rpartition('.')[2]}.{self.function.__name__}({given})"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Check:
-        sides = self.function(*args, **kwargs)
+        """Errors: TypeError for a run of another method, ValueError for a point of another shape."""
+        try:
+            given = inspect.signature(self.function).bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.name} is called {self.call}: {error}") from None
+        run = next(iter(given.arguments.values()))
+        if self.methods:
+            names = {cls.__name__ for cls in type(getattr(run, "method", None)).__mro__}
+            if not isinstance(run, Run) or names.isdisjoint(self.methods):
+                what = f"a run of {run.method!r}" if isinstance(run, Run) else repr(run)
+                raise TypeError(f"{self.name} is about a run of {' or '.join(self.methods)}, got {what}")
+            for name in {"comparator", "star"} & given.arguments.keys():
+                point = np.asarray(given.arguments[name], dtype=float)
+                if point.shape != run.stream.shape:
+                    raise ValueError(f"{name} must have the parameter's shape {run.stream.shape}, got {point.shape}")
+                given.arguments[name] = point
+            objective = given.arguments.get("objective")
+            if objective is not None and not hasattr(objective, "minimizer"):
+                raise TypeError(
+                    f"objective must be an Objective of precond_ref.problems.online, got {type(objective).__name__}"
+                )
+        elif isinstance(run, Run):
+            raise TypeError(f"{self.name} is about what theory.sketchy.record_sketch(rows, size) returns, got a run")
+        sides = self.function(*given.args, **given.kwargs)
         left, right = float(sides.left), float(sides.right)
         return Check(
             statement=self.name,
@@ -112,13 +149,18 @@ class Statement:
         )
 
 
+@functools.cache
+def _parameters(function: Callable[..., Sides]) -> tuple[inspect.Parameter, ...]:
+    return tuple(inspect.signature(function).parameters.values())
+
+
 def list_statements() -> Mapping[str, Statement]:
     """All statements by name, in the order of definition (read-only)."""
     return MappingProxyType(_STATEMENTS)
 
 
 def statement(
-    name: str, formula: str, source: Source, proof: str, *, identity: bool = False
+    name: str, formula: str, source: Source, proof: str, *, identity: bool = False, methods: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Sides]], Statement]:
     """Register a function that returns `Sides` as the statement ``name``."""
 
@@ -130,6 +172,7 @@ def statement(
             source=source,
             proof=proof,
             identity=identity,
+            methods=methods,
             function=function,
         )
         if name in _STATEMENTS:
@@ -140,7 +183,12 @@ def statement(
     return register
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+def about(*methods: str) -> Callable[..., Callable[[Callable[..., Sides]], Statement]]:
+    """`statement` for runs of these classes."""
+    return functools.partial(statement, methods=methods)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Run:
     """T updates of one parameter: x_{t+1} = x_t - rate_t direction_t, projected if a projection was given."""
 
@@ -157,8 +205,12 @@ class Run:
     states: tuple[Any, ...]
     """The first state and that after each update, T + 1; of a long run perhaps only some, the last among them."""
 
-    forms: dict[Any, Any] = field(default_factory=dict, repr=False)
+    forms: dict[Any, Any] = field(default_factory=dict)
     """What statements have computed of this run and share, see `form`."""
+
+    def __repr__(self) -> str:
+        rates = f"rate {self.rate:g}" if self.constant_rate else f"rates {self.rate:g} to {self.rates[-1]:g}"
+        return f"<Run of {self.method!r} on {self.stream.name!r}, {len(self.gradients)} rounds, {rates}>"
 
     def form(self, kind: Callable[..., Any], *args: Any) -> Any:
         """``kind(self, *args)``, computed once for these very arguments."""
@@ -250,8 +302,16 @@ def record(
     ``project(y, state)`` maps what the step gives into the domain. ``update(t, grad, state, x)`` stands for
     ``method.update``. ``stack_ndim`` axes of the start are replicas. ``keep_states=False`` keeps the first and last
     only (for long runs). ``on_round(t, state)`` is called after each update.
+    Errors: TypeError for a class in place of a method, ValueError for a rate that is negative or not finite.
     """
-    rates = np.broadcast_to(np.asarray(lr, dtype=float), (stream.rounds,))
+    if isinstance(method, type) or not hasattr(method, "update"):
+        raise TypeError(f"method must be an instance of a method, such as precond_ref.SAdaGrad(size=3), got {method!r}")
+    rates = np.asarray(lr, dtype=float)
+    if rates.shape not in ((), (stream.rounds,)):
+        raise ValueError(f"lr must be a number or have one for each of the {stream.rounds} rounds, got {rates.shape}")
+    if not (np.all(np.isfinite(rates)) and np.all(rates >= 0)):
+        raise ValueError(f"lr must be finite and >= 0, got {lr!r}")
+    rates = np.broadcast_to(rates, (stream.rounds,))
     x = np.asarray(stream.start, dtype=float)
     state = method.init(x, stack_ndim=stack_ndim)
     looks = stream.name.endswith("preconditioned")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from precond_ref.theory.base import Array, Run, Sides, Source, np, statement
+from precond_ref.theory.base import Array, Run, Sides, Source, about, np
+
+statement = about("SGD")
 
 
 @statement("sgd.regret", "R_T <= D^2 / (2 eta_T) + 1/2 sum eta_t |g_t|^2", Source.PROVED, "theory.md#gradient-descent")

@@ -13,9 +13,10 @@ from typing import Any
 
 from precond_ref.methods import mbf as methods
 from precond_ref.problems.online import Objective, Stream, TwoLayer
-from precond_ref.theory.base import Array, Run, Sides, Source, np, record, statement
+from precond_ref.theory.base import Array, Run, Sides, Source, about, np, record
 
 PAGE = "methods/mbf.md#theory"
+statement = about("MBF")
 
 
 def record_network(net: Any, damping: float, eta: float, rounds: int, lib: Any = methods) -> Run:

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from precond_ref.theory.base import Array, Run, Sides, Source, np, statement
+from precond_ref.theory.base import Array, Run, Sides, Source, about, np
 
 DIAGONAL, INVERSE = "theory.md#root-free-methods", "methods/inverse_free.md#equations"
+rf_rmsprop, rf_shampoo, if_shampoo = about("RFRMSProp"), about("RFShampoo"), about("IFShampoo")
+either = about("RFShampoo", "IFShampoo")
 
 
 def given_statistic(method: Any, statistic: Array) -> Callable[..., Any]:
@@ -25,7 +27,7 @@ def _plain(run: Run) -> dict[str, bool]:
     return {"no momentum": method.momentum == 0, "no weight decay": method.weight_decay == 0}
 
 
-@statement(
+@rf_rmsprop(
     "rf.step", "|g| / (s_t + lambda) <= 1 / (2 sqrt(beta2 B ((1 - beta2) s_{t-1} + lambda)))", Source.PROVED, DIAGONAL
 )
 def step(run: Run) -> Sides:
@@ -43,7 +45,7 @@ def step(run: Run) -> Sides:
     )
 
 
-@statement(
+@rf_rmsprop(
     "rf.constant",
     "s_t = (1 - beta2)^t s_0 + (1 - (1 - beta2)^t) B g^2 for a constant gradient",
     Source.PROVED,
@@ -65,10 +67,15 @@ def constant(run: Run) -> Sides:
     )
 
 
-@statement("rf.newton", "|x_{t+1} - x*| = |1 - lr| |x_t - x*| while S = H", Source.PROVED, DIAGONAL, identity=True)
+@rf_rmsprop("rf.newton", "|x_{t+1} - x*| = |1 - lr| |x_t - x*| while S = H", Source.PROVED, DIAGONAL, identity=True)
 def newton(run: Run, curvature: Array) -> Sides:
     """`RFRMSProp` on 1/2 sum h_i (x_i - x*_i)^2 with s = h: whatever the condition number; at the worst t."""
-    error = np.linalg.norm(run.points - run.stream.target, axis=1)
+    curvature = np.asarray(curvature, dtype=float)
+    if run.stream.target is None or curvature.shape != run.stream.shape:
+        raise ValueError(
+            f"the stream must have a target and curvature its shape {run.stream.shape}, got {curvature.shape}"
+        )
+    error = np.linalg.norm((run.points - run.stream.target).reshape(len(run.points), -1), axis=1)
     expected = abs(1 - run.rate) * error[:-1]
     t = int(np.argmax(abs(error[1:] - expected) / error[:-1]))
     at_curvature = all(np.allclose(state.s, curvature, rtol=1e-12, atol=0) for state in run.all_states())
@@ -81,7 +88,7 @@ def newton(run: Run, curvature: Array) -> Sides:
     )
 
 
-@statement("rf.floor", "(1 - beta2)^t <= lambda_min(S_n)", Source.PROVED, "theory.md#root-free-methods")
+@rf_shampoo("rf.floor", "(1 - beta2)^t <= lambda_min(S_n)", Source.PROVED, "theory.md#root-free-methods")
 def floor(run: Run) -> Sides:
     """`RFShampoo`: every factor stays positive definite, at the worst t and axis; both sides in units of the left."""
     k = run.method
@@ -110,7 +117,7 @@ def _changes(run: Run) -> list[Array]:
     ]
 
 
-@statement("if.clip", "1 - beta2 <= sigma_min(K_n^{-1} K_n,new)", Source.PROVED, INVERSE)
+@if_shampoo("if.clip", "1 - beta2 <= sigma_min(K_n^{-1} K_n,new)", Source.PROVED, INVERSE)
 def clip(run: Run) -> Sides:
     """`IFShampoo`, any gradients: K_n stays invertible; the worst update and axis."""
     least = min(float(np.linalg.svd(change, compute_uv=False)[-1]) for change in run.form(_changes))
@@ -124,7 +131,7 @@ def clip(run: Run) -> Sides:
     )
 
 
-@statement("if.change", "|K_n^{-1} K_n,new - I|_F <= beta2", Source.PROVED, INVERSE)
+@if_shampoo("if.change", "|K_n^{-1} K_n,new - I|_F <= beta2", Source.PROVED, INVERSE)
 def change(run: Run) -> Sides:
     """`IFShampoo`, any gradients: the relative change of a factor; the worst update and axis."""
     largest = np.max([np.linalg.norm(change - np.eye(len(change))) for change in run.form(_changes)])
@@ -138,9 +145,10 @@ def change(run: Run) -> Sides:
     )
 
 
-@statement("if.descent", "<G, u - kappa W> = |K_1^T x ... G|_F^2 >= 0", Source.PROVED, INVERSE, identity=True)
+@if_shampoo("if.descent", "<G, u - kappa W> = |K_1^T x ... G|_F^2 >= 0", Source.PROVED, INVERSE, identity=True)
 def descent(run: Run) -> Sides:
     """`IFShampoo` on matrices: every direction descends, with P from the factors in use; at the worst t."""
+    _two_factors(run)
     sides = []
     for G, W, u, state in zip(run.gradients, run.points, run.directions, run.all_states()[1:], strict=False):
         left_factor, right_factor = state.factors
@@ -153,11 +161,11 @@ def descent(run: Run) -> Sides:
         right=right,
         rounding=1e-12 * (size + right),
         symbols={"kappa": kappa, "T": len(run.gradients)},
-        assumptions={"no momentum": run.method.momentum == 0, "matrices": run.gradients.ndim == 3},
+        assumptions={"no momentum": run.method.momentum == 0},
     )
 
 
-@statement(
+@either(
     "rf.stationary",
     "B |S_C^{-1/2} G S_K^{-1/2}|_F^2 + lambda tr S_C^{-1} tr S_K^{-1} = d_C d_K at a fixed point",
     Source.PROVED,
@@ -166,6 +174,7 @@ def descent(run: Run) -> Sides:
 )
 def stationary(run: Run) -> Sides:
     """`RFShampoo` and `IFShampoo` under a constant gradient: the trace of the fixed-point equation."""
+    _two_factors(run)
     k, G = run.method, run.gradients[-1]
     inverses, before = (_inverses(state) for state in (run.states[-1], run.states[-2]))
     moved = max(
@@ -181,9 +190,15 @@ def stationary(run: Run) -> Sides:
         symbols={"lambda": k.damping, "B": k.batch_size, "beta2": k.beta2, "last change": moved},
         assumptions={
             "the gradient is constant": bool(np.all(run.gradients == G)),
+            "renewed at every update": k.every == 1,
             "stationary": moved <= 1e-9,
         },
     )
+
+
+def _two_factors(run: Run) -> None:
+    if len(run.stream.shape) != 2 or 1 in run.stream.shape:
+        raise ValueError(f"the parameter must be a matrix with both sides above 1, got shape {run.stream.shape}")
 
 
 def _inverses(state: Any) -> list[Array]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from precond_ref.numerics import sketch as fd
-from precond_ref.theory.base import Array, Run, Sides, Source, np, pseudo_power, statement, trace_power
+from precond_ref.theory.base import Array, Run, Sides, Source, about, np, pseudo_power, statement, trace_power
 
 PAGE = "methods/sketchy.md#what-is-proved"
+sadagrad, sshampoo = about("SAdaGrad"), about("SShampoo")
 TOLERANCE = 1e-12
 """Of the largest eigenvalue of G_t, in which a sketch is computed; observed: 1.2e-13 over 3e5 updates."""
 
@@ -289,14 +290,15 @@ def quadratic_sum(run: Run) -> float:
     return total
 
 
-@statement("sadagrad.quadratic", "sum g_t^T Gtil_t^{-1/2} g_t <= 2 tr G_T^{1/2}", Source.PROVED, PAGE)
+@sadagrad("sadagrad.quadratic", "sum g_t^T Gtil_t^{-1/2} g_t <= 2 tr G_T^{1/2}", Source.PROVED, PAGE)
 def quadratic(run: Run, comparator: Array, diameter: float | None = None) -> Sides:
     """AdaGrad's lemma, for Gtil >= G."""
     form: SAdaGradForm = run.form(SAdaGradForm, comparator, diameter)
-    return Sides(left=run.form(quadratic_sum), right=2 * form.own, symbols=form.symbols)
+    plain = {"a plain sum": form.assumptions["a plain sum"]}
+    return Sides(left=run.form(quadratic_sum), right=2 * form.own, symbols=form.symbols, assumptions=plain)
 
 
-@statement(
+@sadagrad(
     "sadagrad.regret-by-sketch",
     "R_T <= D^2/(2 eta) tr Gtil_T^{1/2} + eta/2 sum g_t^T Gtil_t^{-1/2} g_t",
     Source.PROVED,
@@ -309,7 +311,7 @@ def regret_by_sketch(run: Run, comparator: Array, diameter: float | None = None)
     return Sides(left=form.regret, right=right, symbols=form.symbols, assumptions=form.assumptions)
 
 
-@statement(
+@sadagrad(
     "sadagrad.regret",
     "R_T <= D^2/(2 eta) (tr G_T^{1/2} + sqrt(d (d - l)_+ rho_{1:T})) + eta tr G_T^{1/2}",
     Source.PROVED,
@@ -323,7 +325,7 @@ def regret(run: Run, comparator: Array, diameter: float | None = None) -> Sides:
     return Sides(left=form.regret, right=right, symbols=form.symbols, assumptions=form.assumptions)
 
 
-@statement(
+@sadagrad(
     "sadagrad.theorem-3", "R_T <= D (sqrt 2 tr G_T^{1/2} + d sqrt(Omega_l / 2)), eta = D / sqrt 2", Source.FORM, PAGE
 )
 def theorem_3(run: Run, comparator: Array, diameter: float | None = None) -> Sides:
@@ -333,7 +335,7 @@ def theorem_3(run: Run, comparator: Array, diameter: float | None = None) -> Sid
     return Sides(left=form.regret, right=right, symbols=form.symbols, assumptions=form.tuned())
 
 
-@statement(
+@sadagrad(
     "sadagrad.corollary-4",
     "R_T <= D (sqrt 2 tr G_T^{1/2} + sqrt(d (d - l)_+ Omega_l / 2)), eta = D / sqrt 2",
     Source.FORM,
@@ -354,6 +356,8 @@ class SShampooForm:
 
     def __init__(self, run: Run, comparator: Array, rank: int) -> None:
         G, eps = run.gradients, run.method.eps
+        if G.ndim != 3:
+            raise ValueError(f"the parameter must be a matrix, got shape {G.shape[1:]}")
         self.eta, self.r, self.size, self.shape = run.rate, rank, run.method.size, G.shape[1:]
         self.D = float(np.max(np.linalg.norm(run.points[:-1] - comparator, axis=(1, 2))))
         self.own, self.omegas, self.masses, self.roots = [], [], [], []
@@ -372,7 +376,9 @@ class SShampooForm:
         }  # fmt: skip
         self.assumptions = {
             "the rate is constant": run.constant_rate,
-            "a plain sum": run.method.beta2 == 1,
+            "a plain sum": run.method.beta2 == 1 and run.method.tail_decay in (None, 1),
+            "renewed at every update": run.method.every == 1,
+            "eps is absolute": not run.method.relative_eps,
             "rank at most r": bool(np.all(np.linalg.matrix_rank(G, tol=1e-9 * np.max(np.abs(G))) <= rank)),
         }
 
@@ -383,7 +389,7 @@ def trace_live(matrix: Array, exponent: float) -> Any:
     return np.sum(np.where(w > 1e-13 * w[..., -1:], np.maximum(w, 0.0), 0.0) ** exponent, axis=-1)
 
 
-@statement(
+@sshampoo(
     "sshampoo.quadratic",
     "sum <G_t, Ltil_t^{-1/4} G_t Rtil_t^{-1/4}> <= 2 r tr L_T^{1/4} tr R_T^{1/4}",
     Source.PROVED,
@@ -398,17 +404,22 @@ def sshampoo_quadratic(run: Run, comparator: Array, rank: int) -> Sides:
     )
 
 
-@statement("sshampoo.root-trace", "tr Ltil_T^{1/4} <= tr L_T^{1/4} + m (rho^L_{1:T})^{1/4}", Source.PROVED, PAGE)
+@sshampoo("sshampoo.root-trace", "tr Ltil_T^{1/4} <= tr L_T^{1/4} + m (rho^L_{1:T})^{1/4}", Source.PROVED, PAGE)
 def sshampoo_root_trace(run: Run, comparator: Array, rank: int) -> Sides:
     """The axis where it is tighter."""
     form: SShampooForm = run.form(SShampooForm, comparator, rank)
     right = [own + d * mass**0.25 for own, d, mass in zip(form.own, form.shape, form.masses, strict=True)]
     i = int(np.argmax(np.array(form.roots) / np.maximum(right, 1e-300)))
-    # eigenvalues are good to u lambda_1, a fourth root of zero to u^(1/4)
-    return Sides(left=form.roots[i], right=right[i], rounding=1e-3 * right[i], symbols=form.symbols)
+    return Sides(
+        left=form.roots[i],
+        right=right[i],
+        rounding=1e-3 * right[i],  # eigenvalues are good to u lambda_1, a fourth root of zero to u^(1/4)
+        symbols=form.symbols,
+        assumptions={name: met for name, met in form.assumptions.items() if name != "the rate is constant"},
+    )
 
 
-@statement(
+@sshampoo(
     "sshampoo.regret",
     "R_T <= D^2/(2 eta) tr Ltil_T^{1/4} tr Rtil_T^{1/4} + eta r tr L_T^{1/4} tr R_T^{1/4}",
     Source.PROVED,
@@ -421,7 +432,7 @@ def sshampoo_regret(run: Run, comparator: Array, rank: int) -> Sides:
     return Sides(left=form.regret, right=right, symbols=form.symbols, assumptions=form.assumptions)
 
 
-@statement(
+@sshampoo(
     "sshampoo.theorem-5",
     "R_T <= sqrt(2 r) D (tr L_T^{1/4} + m Omega_L^{1/4}) (tr R_T^{1/4} + n Omega_R^{1/4}), eta = D / sqrt(2 r)",
     Source.FORM,
