@@ -21,6 +21,7 @@ from precond_ref.problems import list_problems
 from precond_ref.protocol import Method, list_methods
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
     from precond_ref.compare import Comparison, Run
@@ -82,6 +83,22 @@ def fail(message: object) -> NoReturn:
     """One line on the error stream, exit code 2."""
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(2)
+
+
+def check_files(*files: Path | None) -> None:
+    """Fail, before anything is computed, unless each of the files can be written."""
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            fail(f"there is no folder {file.parent} to write {file.name} to")
+        if file is not None and file.is_dir():
+            fail(f"{file} is a folder, no file can be written there")
+
+
+def standard_output() -> Console:
+    """Standard output. Tables keep all their columns, and long lines are left to the terminal to wrap."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=1000)
 
 
 # ---- list -----------------------------------------------------------------------------------------------------------
@@ -190,9 +207,9 @@ def compare_command(
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy or PyTorch is imported
     try:
-        from rich.console import Console
-
         from precond_ref.compare import UsageError, prepare, report
+
+        console = standard_output()
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed: {EXTRA}")
     try:
@@ -204,23 +221,20 @@ def compare_command(
         comparison = prepare(
             problem or "digits-mlp", methods=methods, steps=steps, seed=seed, backend=backend, dtype=dtype, lr=lr or ()
         )
-        output = output or Path(f"precond-ref-compare-{comparison.problem.name}.png")
-        report.check_output(output)
-        for file in (output, json):
-            if file is not None and not file.absolute().parent.is_dir():
-                fail(f"there is no folder {file.parent} to write {file.name} to")
-        console = Console(highlight=False, markup=False, emoji=False)
+        figure = output or Path(f"precond-ref-compare-{comparison.problem.name}.png")
+        report.check_output(figure)
+        check_files(figure, json)
         console.print(report.heading(comparison), end="\n\n")
         interrupted = not train(comparison)
         if comparison.finished:
             console.print(report.table(comparison), end="\n\n")
             for line in report.notes(comparison):
                 console.print(line)
-            report.figure(comparison).savefig(output, dpi=120)
-            console.print(f"figure: {output}", soft_wrap=True)
+            report.figure(comparison).savefig(figure, dpi=120)
+            console.print(f"figure: {figure}")
             if json is not None:
                 json.write_text(json_module.dumps(report.as_json(comparison), allow_nan=False) + "\n", encoding="utf-8")
-                console.print(f"JSON: {json}", soft_wrap=True)
+                console.print(f"JSON: {json}")
         if interrupted:
             typer.echo(f"interrupted: {len(comparison.finished)} of {len(comparison.planned)} runs done", err=True)
             raise typer.Exit(130)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_bench(*arguments: str) -> Any:
-    return CliRunner().invoke(application(), ["bench", *arguments], env={"COLUMNS": "140", "PRECOND_REF_PEERS": ""})
+    return CliRunner().invoke(application(), ["bench", *arguments], env={"COLUMNS": "40", "PRECOND_REF_PEERS": ""})
 
 
 def test_every_contender_of_a_race_exists() -> None:
@@ -72,7 +72,8 @@ def test_steps_of_one_race_and_its_pyperf_file(tmp_path: Path) -> None:
 def test_the_table_shows_every_contender() -> None:
     result = run_bench("--smoke", "--rounds", "2", "--only", "roots, matrices", "--suite", "roots")
     assert result.exit_code == 0, result.output
-    assert all(name in result.stdout for name in suites.ROOTS_OF)
+    assert all(name in result.stdout for name in suites.ROOTS_OF)  # on one line each, however narrow the terminal
+    assert "\u2026" not in result.stdout
 
 
 def test_memory_measures_what_the_formulas_say() -> None:
@@ -163,7 +164,17 @@ REFUSED = {
     "peers": (("--against", "peers"), "needs --peers FOLDER"),
     "rounds": (("--rounds", "1"), "--rounds >= 2"),
     "clock": (("--clock", "x"), "--clock must be wall or cpu, got 'x'"),
-    "only": (("--suite", "roots", "--only", "x y"), "nothing in suite roots has 'x y' in its title"),
+    "only": (
+        ("--suite", "roots", "--only", "x y"),
+        "nothing in suite roots has 'x y' in its title; there are roots, matrices; roots, transformer",
+    ),
+    "peers of others": (
+        ("--suite", "roots", "--against", "peers", "--peers", "."),
+        "goes with --suite steps, got roots",
+    ),
+    "folder": (("--output", "nowhere/a.json"), "there is no folder nowhere to write a.json to"),
+    "a folder": (("--output", "."), ". is a folder"),
+    "no times": (("--suite", "memory", "--output", "a.json"), "--suite memory has none"),
 }
 
 

@@ -322,7 +322,7 @@ def run_cost(*arguments: str) -> Any:
 
     from precond_ref.cli import application
 
-    return CliRunner().invoke(application(), ["cost", *arguments], env={"COLUMNS": "120"})
+    return CliRunner().invoke(application(), ["cost", *arguments], env={"COLUMNS": "40"})
 
 
 def test_table_figure_and_json(tmp_path: Any) -> None:
@@ -334,6 +334,8 @@ def test_table_figure_and_json(tmp_path: Any) -> None:
     assert result.exit_code == 0, result.output
     assert "SShampoo(size=3, every=2)" in result.stdout
     assert "on 3 devices" in result.stdout
+    assert "\u2026" not in result.stdout  # no column is cut short, however narrow the terminal
+    assert "flops/step" in result.stdout
     assert figure.read_bytes()[:4] == b"\x89PNG"
     shown = json.loads(run_cost(*arguments, "--json").stdout)
     expected = cost.estimate("", pr.ASGO(), read(file), mesh=3)
@@ -359,14 +361,19 @@ def test_shapes_of_a_safetensors_file(tmp_path: Any) -> None:
 REFUSED = {
     "neither": ((), "give one of --preset and --shapes"),
     "preset": (("--preset", "gpt9"), "there is no preset 'gpt9'; there are gpt2,"),
-    "method": (("--preset", "gpt2", "--method", "Asgo"), "there is no method 'Asgo'; there are AGD"),
-    "field": (("--preset", "gpt2", "--method", "ASGO(k=1)"), "ASGO has no field k"),
+    "method": (("--preset", "gpt2", "--method", "Azgo"), "no method is called Azgo; there are AGD"),
+    "field": (("--preset", "gpt2", "--method", "ASGO(k=1)"), "ASGO has no field k; it has beta1, beta2,"),
     "value": (("--preset", "gpt2", "--method", "ASGO(every=0)"), "every must be >= 1, got 0"),
     "needs": (("--preset", "gpt2", "--method", "AdaFD"), "AdaFD needs delta"),
     "syntax": (("--preset", "gpt2", "--method", "ASGO(1"), "must be like 'SShampoo(size=64, every=10)'"),
     "dtype": (("--preset", "gpt2", "--dtype", "int8"), "dtype must be one of float64"),
     "mesh": (("--preset", "gpt2", "--mesh", "0"), "mesh must be >= 1, got 0"),
-    "rate": (("--preset", "gpt2", "--bandwidth", "0"), "must be > 0"),
+    "rate": (("--preset", "gpt2", "--bandwidth", "0"), "--bandwidth must be finite and > 0, got 0.0"),
+    "rate inf": (("--preset", "gpt2", "--matmul-rate", "inf"), "--matmul-rate must be finite and > 0, got inf"),
+    "folder": (("--preset", "gpt2", "--output", "nowhere/a.svg"), "there is no folder nowhere to write a.svg to"),
+    "a folder": (("--preset", "gpt2", "--output", "."), ". is a folder, no file can be written there"),
+    "suffix": (("--preset", "gpt2", "--output", "a.foo"), "--output must end in one of"),
+    "no suffix": (("--preset", "gpt2", "--output", "noext"), "--output must end in one of"),
     "file": (("--shapes", "nowhere.json"), "No such file"),
 }
 
@@ -392,3 +399,9 @@ def test_quantities() -> None:
         "0 B", "7 B", "999 B", "1.00 kB", "12.3 kB", "1.50 GB",
     ]  # fmt: skip
     assert [report.duration(x) for x in (2.0, 0.0125, 3e-7)] == ["2 s", "12.5 ms", "0.3 us"]
+    assert [report.duration(x) for x in (599.0, 600.0, 2270.0, 36000.0)] == ["599 s", "10 min", "37.8 min", "10 h"]
+
+
+def test_a_method_in_any_case_of_letters() -> None:
+    assert report.parse_method("asgo(every=3)") == pr.ASGO(every=3)
+    assert report.parse_method(" asgo.Theory ") == pr.ASGO.theory()

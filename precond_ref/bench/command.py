@@ -61,7 +61,7 @@ def bench_command(
     A ratio is the median over the rounds of the time divided by that of the first row in the same round. States are
     float32, gradients random, four sets in turn; the first steps, which compile, are not counted.
     """
-    from precond_ref.cli import fail
+    from precond_ref.cli import check_files, fail, standard_output
 
     if suite not in SUITES:
         fail(f"there is no suite {suite!r}; there are {', '.join(SUITES)}")
@@ -69,16 +69,20 @@ def bench_command(
         fail(f"--against takes only `peers`, got {against!r}")
     if against == "peers" and (peers is None or not peers.is_dir()):
         fail("--against peers needs --peers FOLDER with what `bash benchmarks/peers.sh FOLDER` makes")
+    if against and suite != "steps":
+        fail(f"--against peers goes with --suite steps, got {suite}")
+    if output is not None and suite == "memory":
+        fail("--output is for times, and --suite memory has none; --json writes what it has")
+    check_files(output)
     if threads < 1 or rounds < 2:
         fail(f"--threads must be >= 1 and --rounds >= 2, got {threads} and {rounds}")
     if clock not in ("wall", "cpu"):
         fail(f"--clock must be wall or cpu, got {clock!r}")
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
-        from rich.console import Console
-
         from precond_ref.bench import report
 
+        console = standard_output()
         folder = peers.absolute() if against and peers else None
         shown, data, entries = measured(suite, only, threads, rounds, smoke, folder, clock)
     except ModuleNotFoundError as error:
@@ -86,7 +90,7 @@ def bench_command(
     except OSError as error:
         fail(error)
     if not shown:
-        fail(f"nothing in suite {suite} has {only!r} in its title")
+        fail(f"nothing in suite {suite} has {only!r} in its title; there are {'; '.join(titles(suite))}")
     if output is not None:
         times = report.suite(entries, threads, clock)
         if times is None:
@@ -103,11 +107,25 @@ def bench_command(
         }
         typer.echo(json_module.dumps(content, indent=1))
         return
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(report.heading(suite, threads, clock), soft_wrap=True)
+    console.print(report.heading(suite, threads, clock))
     for table in shown:
         console.print()
         console.print(table)
+    if suite == "memory":
+        console.print()
+        for line in report.MEMORY_NOTES:
+            console.print(line)
+
+
+def titles(suite: str) -> list[str]:
+    """What `--only` looks into."""
+    from precond_ref.bench import memory, suites
+
+    if suite == "memory":
+        return [f"{workload}: {method}" for workload, methods in memory.METHODS.items() for method in methods]
+    if suite == "scaling":
+        return [sweep.title for sweep in suites.sweeps(smoke=False)]
+    return [f"{race.title}, {race.workload}" for race in suites.RACES[suite]]
 
 
 def measured(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import tracemalloc
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ def measure(workload: str, method: str, *, smoke: bool) -> Memory:
 
 
 def _torch(method: str, shapes: Shapes) -> tuple[int, int | None]:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler announces itself; read when PyTorch is imported
     from torch.profiler import ProfilerActivity, profile
 
     import precond_ref_torch

@@ -64,6 +64,12 @@ def sweep_table(sweep: Sweep, results: dict[int, Result]) -> Table:
     return table
 
 
+MEMORY_NOTES = (
+    "parameters, state: bytes in float32, the state after two steps of the PyTorch adapter. formula: precond-ref cost.",
+    "torch, NumPy, JAX: the most that one step has allocated at a time beside parameters, gradients and state.",
+)
+
+
 def memory_table(rows: list[Memory]) -> Table:
     """A row for each method and workload."""
     table = _table("state and peak of a step", "parameters", "state", "formula", "torch", "NumPy", "JAX")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from precond_ref.cli import EXTRA, fail
+from precond_ref.cli import EXTRA, check_files, fail
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,8 +102,7 @@ def check_command(
             found = subjects.load_target(target or "")
             subject = subjects.wrap(found, backend=backend, dtype=dtype, names=mapping)
         expected = read_xfails(xfails) if xfails else ()
-        if json is not None and not json.absolute().parent.is_dir():
-            fail(f"there is no folder {json.parent} to write {json.name} to")
+        check_files(json)
         runner.refuse_unknown(mapping, method)
         label = command or target or ""
         report = with_progress(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,10 @@ def cost_command(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="float32|bfloat16|...", help="Of the parameters; states have float32 at least.")
+        str,
+        typer.Option(
+            metavar="NAME", help="Of the parameters: float64, float32, bfloat16, float16; states have float32 at least."
+        ),
     ] = "float32",
     mesh: Annotated[int, typer.Option(metavar="N", help="Share the work among N devices.")] = 1,
     bandwidth: Annotated[float, typer.Option(metavar="GB/S", help="Memory bandwidth of a device.")] = 2039.0,
@@ -64,7 +68,7 @@ def cost_command(
     below which no step can come on a device of the given bandwidth and rate, whose defaults are those of an A100
     (80 GB) in float32.
     """
-    from precond_ref.cli import EXTRA, fail
+    from precond_ref.cli import EXTRA, check_files, fail, standard_output
     from precond_ref.cost import Device, estimate
     from precond_ref.cost.shapes import read
 
@@ -72,12 +76,17 @@ def cost_command(
         fail("give one of --preset and --shapes")
     if preset is not None and preset not in PRESETS:
         fail(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
-    if not (bandwidth > 0 and matmul_rate > 0):
-        fail(f"--bandwidth and --matmul-rate must be > 0, got {bandwidth} and {matmul_rate}")
+    for option, rate in (("--bandwidth", bandwidth), ("--matmul-rate", matmul_rate)):
+        if not 0 < rate < math.inf:
+            fail(f"{option} must be finite and > 0, got {rate}")
+    check_files(output)
     try:
-        from rich.console import Console
-
+        from precond_ref.compare.report import check_output
         from precond_ref.cost import report
+
+        console = standard_output()
+        if output is not None:
+            check_output(output)
 
         found = read(shapes) if shapes is not None else PRESETS[preset or ""]()
         device = Device(bandwidth * 1e9, matmul_rate * 1e12)
@@ -95,7 +104,6 @@ def cost_command(
     if json:
         typer.echo(json_module.dumps(report.as_json(source, estimates), indent=1))
         return
-    console = Console(highlight=False, markup=False, emoji=False)
     console.print(report.heading(source, estimates))
     console.print()
     console.print(report.table(estimates))
@@ -109,4 +117,4 @@ def cost_command(
         for line in report.mesh_notes():
             console.print(line)
     if output is not None:
-        console.print(f"figure: {output}", soft_wrap=True)
+        console.print(f"figure: {output}")

@@ -18,15 +18,17 @@ SIZE = 256
 """Value of a field ``size`` that has no default."""
 
 
-def parse_method(text: str) -> Method:
-    """``"ASGO"``, ``"ASGO.theory"`` or ``"SShampoo(size=64, every=10)"``; ValueError for anything else."""
-    from precond_ref.compare.runs import constructors, required
+def split_method(text: str) -> tuple[str, dict[str, Any]]:
+    """``"sshampoo(size=64)"`` as the name in `list_methods` (or of a preset) and the fields; ValueError otherwise."""
+    from precond_ref.compare.runs import constructors
 
-    name, bracket, _ = text.partition("(")
-    makers = constructors()
-    if name.strip() not in makers:
-        raise ValueError(f"there is no method {name.strip()!r}; there are {', '.join(makers)}")
-    make, fields = makers[name.strip()], {}
+    name, bracket, _ = text.strip().partition("(")
+    makers, fields = {each.lower(): (each, make) for each, make in constructors().items()}, {}
+    if name.strip().lower() not in makers:
+        raise ValueError(
+            f"no method is called {name.strip()}; there are {', '.join(known for known, _ in makers.values())}"
+        )
+    name, make = makers[name.strip().lower()]
     if bracket:
         try:
             call = ast.parse(text.strip(), mode="eval").body
@@ -35,14 +37,23 @@ def parse_method(text: str) -> Method:
             fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
         except (SyntaxError, ValueError) as error:
             raise ValueError(f"{text!r} must be like 'SShampoo(size=64, every=10)': {error}") from error
+    known = inspect.signature(make).parameters.keys()
+    if unknown := fields.keys() - known:
+        raise ValueError(f"{name} has no field {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    return name, fields
+
+
+def parse_method(text: str) -> Method:
+    """``"ASGO"``, ``"ASGO.theory"`` or ``"SShampoo(size=64, every=10)"``; ValueError for anything else."""
+    from precond_ref.compare.runs import constructors, required
+
+    name, fields = split_method(text)
+    make = constructors()[name]
     for field in required(make):
         if field not in fields:
             if field != "size":
-                raise ValueError(f"{name.strip()} needs {field}: '{name.strip()}({field}=...)'")
+                raise ValueError(f"{name} needs {field}: '{name}({field}=...)'")
             fields[field] = SIZE
-    unknown = fields.keys() - inspect.signature(make).parameters.keys()
-    if unknown:
-        raise ValueError(f"{name.strip()} has no field {', '.join(sorted(unknown))}")
     try:
         return make(**fields)
     except TypeError as error:
@@ -61,6 +72,8 @@ def quantity(value: float, unit: str) -> str:
 
 def duration(seconds: float) -> str:
     """Three digits with a unit."""
+    if seconds >= 600:
+        return f"{seconds / 60:.3g} min" if seconds < 36000 else f"{seconds / 3600:,.3g} h"
     for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
         if seconds * factor >= 1 or unit == "us":
             break
@@ -145,26 +158,45 @@ def mesh_notes() -> list[str]:
 def figure(source: str, estimates: list[Estimate]) -> Figure:
     """State per parameter, and the time floor with its two parts, for each method."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    names = [estimate.name for estimate in estimates]
+    names, device = [estimate.name for estimate in estimates], estimates[0].device
     rows = range(len(names))
-    result = Figure(figsize=(10, 1.2 + 0.32 * len(names)), layout="constrained")
+    result = Figure(figsize=(11, 1.6 + 0.36 * len(names)), layout="constrained")
     left, right = result.subplots(1, 2, sharey=True)
-    left.barh(rows, [e.state_bytes / max(e.entries, 1) for e in estimates], color="#0072B2")
+    state = [e.state_bytes / max(e.entries, 1) for e in estimates]
+    left.barh(rows, state, color="#0072B2")
     left.set_yticks(rows, names)
     left.invert_yaxis()
     left.set_xlabel("bytes of state per parameter")
-    left.set_title(source, loc="left")
-    moved = [1e3 * e.moved / e.device.bandwidth for e in estimates]
-    computed = [1e3 * e.flops / e.device.matmul_rate for e in estimates]
+    left.margins(x=0.12)
+    moved = [e.moved / device.bandwidth for e in estimates]
+    computed = [e.flops / device.matmul_rate for e in estimates]
     right.barh([r - 0.2 for r in rows], moved, height=0.4, color="#56B4E9", label="moving bytes")
     right.barh([r + 0.2 for r in rows], computed, height=0.4, color="#D55E00", label="products and factorizations")
     right.set_xscale("log")
-    right.set_xlabel("time floor of a step, ms")
-    right.legend(frameon=False, fontsize="small")
+    times = [t for t in (*moved, *computed) if t > 0]
+    if times:
+        right.set_xlim(min(times) / 3, max(times) * 8)
+    right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} s" if x >= 1 else duration(x)))
+    right.xaxis.set_minor_formatter(NullFormatter())
+    right.set_xlabel("time floor of a step: the longer of the two bars")
+    for row, bytes_each, times_of in zip(rows, state, zip(moved, computed, strict=True), strict=True):
+        left.annotate(f"{bytes_each:.2f}", (bytes_each, row), **BESIDE)
+        longer = max(times_of)
+        right.annotate(duration(longer), (longer, row + (0.2 if times_of[1] == longer else -0.2)), **BESIDE)
+    right.legend(frameon=False, fontsize="small", loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
+    speed = f"{quantity(device.bandwidth, 'B/s')} and {quantity(device.matmul_rate, 'flop/s')}"
+    left.set_title(f"{heading(source, estimates)}; {speed}", loc="left", fontsize=10, pad=24)
     return result
+
+
+BESIDE: dict[str, Any] = {
+    "xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": "small",
+}  # fmt: skip
+"""Of a number at the end of a bar."""
 
 
 def as_json(source: str, estimates: list[Estimate]) -> dict[str, Any]:
