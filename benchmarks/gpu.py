@@ -338,9 +338,11 @@ def constants(libraries: list[Library], dry: bool) -> list[Any]:
     u, rows = 2.0**-24, []
     rng = np.random.default_rng(1)
     sizes, count = ((3, 5), 2) if dry else ((4, 16, 64, 128), 8)
-    for library in libraries:
-        for p in (0.25, 0.5, 1.0):
-            worst = {"u kappa^(p + 1/2)": 0.0, "u kappa": 0.0}
+    for library, p in itertools.product(libraries, (0.25, 0.5, 1.0)):
+        row: dict[str, Any] = {"library": library.name, "p": p}
+        rows.append(row)
+        worst = {"u kappa^(p + 1/2)": 0.0, "u kappa": 0.0}
+        try:
             for n, kappa in itertools.product(sizes, (1e1, 1e2, 1e3)):
                 q, _ = np.linalg.qr(rng.standard_normal((count, n, n)))
                 w = kappa ** -np.linspace(0, 1, n)
@@ -351,11 +353,12 @@ def constants(libraries: list[Library], dry: bool) -> list[Any]:
                 got = library.host(roots.power(library.array(a), -p, 0.0, xp=library.xp))
                 error = np.linalg.norm(got - truth, axis=(1, 2)) / np.linalg.norm(truth, axis=(1, 2))
                 true_kappa = values[:, -1] / values[:, 0]
-                worst["u kappa^(p + 1/2)"] = max(
-                    worst["u kappa^(p + 1/2)"], float(np.max(error / (u * true_kappa ** (p + 0.5))))
-                )
-                worst["u kappa"] = max(worst["u kappa"], float(np.max(error / (u * true_kappa))))
-            rows.append({"library": library.name, "p": p, **worst})
+                for name, unit in (("u kappa^(p + 1/2)", true_kappa ** (p + 0.5)), ("u kappa", true_kappa)):
+                    worst[name] = max(worst[name], float(np.max(error / (u * unit))))
+        except Exception as failure:
+            row["error"] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+            continue
+        row |= worst
     return rows
 
 
@@ -376,7 +379,10 @@ def markdown(content: dict[str, Any]) -> str:
         return [*lines, ""]
 
     rates, software = content["rates"], ", ".join(f"{k} {v}" for k, v in content["versions"].items())
-    lines = [
+    lines = ["Dry run: small sizes on a CPU, NumPy in the place of CuPy. The times say nothing.", ""] * content[
+        "dry_run"
+    ]
+    lines += [
         f"{content['device']}, {content['date']}, {software}: copy {rates['bandwidth'] / 1e9:.0f} GB/s, "
         f"float32 product {rates['matmul_rate'] / 1e12:.2f} Tflop/s.",
         "",
@@ -406,6 +412,11 @@ def main(given: list[str] | None = None) -> int:
         print("this machine cannot run the GPU benchmarks:", *lacks, sep="\n  ", file=sys.stderr)
         print("`--dry-run` tries the script on the CPU", file=sys.stderr)
         return 1
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output must be a folder or a name for one: {error}")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler announces itself; read when PyTorch is imported
     import torch
 
     import precond_ref
@@ -435,7 +446,6 @@ def main(given: list[str] | None = None) -> int:
     section("launches", lambda: launches(libraries, dry, lambda: over(0.4)))
     section("steps", lambda: steps(libraries, content["rates"], dry, over))
     content["seconds"] = time.monotonic() - begin
-    arguments.output.mkdir(parents=True, exist_ok=True)
     stem = f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{content['date']}"
     (arguments.output / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (arguments.output / f"{stem}.md").write_text(markdown(content), encoding="utf-8")

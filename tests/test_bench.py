@@ -229,7 +229,19 @@ def test_out_of_time_it_still_writes_its_results(gpu: Any, tmp_path: Path) -> No
     assert {row["error"] for row in content["steps"]} == {"left out: no time"}
     assert content["rates"]["bandwidth"] > 0
     assert len(content["constants"]) == 9
-    assert "left out: no time" in file.with_suffix(".md").read_text()
+    table = file.with_suffix(".md").read_text()
+    assert "left out: no time" in table
+    assert table.startswith("Dry run: ")
+
+
+def test_a_failing_library_costs_only_its_rows(gpu: Any, capsys: Any, tmp_path: Path) -> None:
+    library = types.SimpleNamespace(name="broken", array=lambda a: 1 / 0, host=None)
+    rows = gpu.constants([library], True)
+    assert [row["error"] for row in rows] == ["ZeroDivisionError: division by zero"] * 3
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", "--output", str(tmp_path / "file")])
+    assert "--output must be a folder or a name for one" in capsys.readouterr().err
 
 
 @pytest.mark.deep
