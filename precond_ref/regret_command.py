@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json as json_module
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +30,12 @@ Adversaries:
 
 
 def regret_command(
-    method: Annotated[str, typer.Option(metavar="NAME", help="As `precond-ref list` names it.")] = "SAdaGrad",
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help='As `precond-ref list` names it, with fields in brackets if need be: "AGD(delta=0.1)".'
+        ),
+    ] = "SAdaGrad",
     lr: Annotated[float, typer.Option("--lr", metavar="X", help="Learning rate.")] = 0.5,
     power: Annotated[float, typer.Option(metavar="P", help="The rate is lr t^-P.")] = 0.0,
     size: Annotated[int, typer.Option(metavar="N", help="Sketch size, for methods that have one.")] = 10,
@@ -44,11 +50,15 @@ def regret_command(
             "A name is looked for in the folder PRECOND_REF_DATA.",
         ),
     ] = None,
-    adversary: Annotated[str, typer.Option(metavar="KIND", help="Linear losses; one of those below.")] = "random",
-    dimension: Annotated[int, typer.Option(metavar="N", help="Length of the adversary's vector.")] = 20,
+    adversary: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Linear losses; one of those below.  [default: random]")
+    ] = None,
+    dimension: Annotated[
+        int | None, typer.Option(metavar="N", help="Length of the adversary's vector.  [default: 20]")
+    ] = None,
     shape: Annotated[str | None, typer.Option(metavar="MxN", help="Shape of its matrix, instead of a vector.")] = None,
     rounds: Annotated[int | None, typer.Option(metavar="N", help="Rounds.  [default: 1000; the whole file]")] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the adversary.")] = 0,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the adversary.  [default: 0]")] = None,
     radius: Annotated[
         float | None,
         typer.Option(metavar="R", help="The comparator is in the ball around 0.  [default: 1; with --data no ball]"),
@@ -67,36 +77,50 @@ def regret_command(
     (or a ball), for the data, found by SciPy. For SAdaGrad and SShampoo the escaped mass, its bound and the spectrum
     are shown too. Nothing is projected; in the bounds D is the largest distance met between iterate and comparator.
     """
-    from precond_ref.cli import EXTRA, fail, progress
+    from precond_ref.cli import EXTRA, check_files, fail, progress, standard_output
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy is imported
     try:
         import numpy as np
-        from rich.console import Console
 
         from precond_ref import regret
-        from precond_ref.compare import UsageError
         from precond_ref.compare.report import check_output
         from precond_ref.problems import online
         from precond_ref.regret import report
+
+        console = standard_output()
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed: {EXTRA}")
     try:
         made, name = _method(method, size, set or (), lr)
         output = output or Path(f"precond-ref-regret-{name}.png")
         check_output(output)
-        for file in (output, json):
-            if file is not None and not file.absolute().parent.is_dir():
-                fail(f"there is no folder {file.parent} to write {file.name} to")
-        if not lr > 0 or not power >= 0 or (radius is not None and not radius > 0):
-            fail(f"--lr and --radius must be positive and --power at least 0, got {lr}, {radius}, {power}")
+        check_files(output, json)
+        for option, value in (("--lr", lr), ("--radius", 1.0 if radius is None else radius)):
+            if not 0 < value < math.inf:
+                fail(f"{option} must be finite and > 0, got {value}")
+        if not 0 <= power < math.inf:
+            fail(f"--power must be finite and >= 0, got {power}")
+        for option, number, least in (("--rounds", rounds, 1), ("--dimension", dimension, 1), ("--seed", seed, 0)):
+            if number is not None and number < least:
+                fail(f"{option} must be >= {least}, got {number}")
         if data is None:
-            dims = (dimension,) if shape is None else _shape(shape)
-            stream = online.adversary(adversary, dims, rounds=1000 if rounds is None else rounds, seed=seed)
-            what = f"adversary {adversary!r}, {'x'.join(map(str, dims))}, seed {seed}"
+            kind, seed = adversary or "random", seed or 0
+            if kind not in ADVERSARIES:
+                fail(f"--adversary must be one of {', '.join(ADVERSARIES)}, got {kind}")
+            dims = (dimension or 20,) if shape is None else _shape(shape)
+            stream = online.adversary(kind, dims, rounds=rounds or 1000, seed=seed)
+            form = "a matrix of " + "x".join(map(str, dims)) if len(dims) > 1 else f"a vector of {dims[0]}"
+            what = f"adversary {kind!r}, {form}, seed {seed}"
             comparator: Any = lambda run: regret.comparator_of_linear(run, 1.0 if radius is None else radius)  # noqa: E731
         else:
-            features, signs = online.libsvm(data, rounds)
+            given = {"--adversary": adversary, "--dimension": dimension, "--shape": shape, "--seed": seed}
+            if ours := [option for option, value in given.items() if value is not None]:
+                fail(f"{', '.join(ours)} would be of an adversary, and the losses are those of --data {data}")
+            features, signs = online.libsvm(data)
+            if rounds is not None and rounds > len(signs):
+                fail(f"--rounds must be at most {len(signs)}, the lines of {data}, got {rounds}")
+            features, signs = features[:rounds], signs[:rounds]
             stream = online.linear_model("logistic", features, signs)
             what = f"logistic regression on {data}, {features.shape[1]} coordinates"
             comparator = lambda run: regret.comparator_of_logistic(features, signs, radius)  # noqa: E731
@@ -105,9 +129,9 @@ def regret_command(
             hint = "give --shape" if len(stream.shape) == 1 else "leave out --shape"
             fail(f"{name} does not take a parameter of shape {stream.shape}" + (f"; {hint}" if data is None else ""))
         rates = lr * np.arange(1.0, stream.rounds + 1) ** -power
-        title = f"{made} on {what}, {stream.rounds} rounds, rate {lr:g}" + (f" t^-{power:g}" if power else "")
-        console = Console(highlight=False, markup=False, emoji=False)
-        console.print(title, end="\n\n", soft_wrap=True)
+        count = f"{stream.rounds} round{'s' * (stream.rounds > 1)}"
+        title = f"{made} on {what}, {count}, rate {lr:g}" + (f" t^-{power:g}" if power else "")
+        console.print(title, end="\n\n")
         with progress() as bar:
             task = bar.add_task(name, total=stream.rounds, loss="")
 
@@ -126,30 +150,32 @@ def regret_command(
             fail(f"the run diverged in round {int(np.argmin(sound))}; try a smaller --lr")
         console.print(report.table(game), end="\n\n")
         for line in report.notes(game):
-            console.print(line, soft_wrap=True)
+            console.print(line)
         report.figure(game, title).savefig(output, dpi=120)
-        console.print(f"figure: {output}", soft_wrap=True)
+        console.print(f"figure: {output}")
         if json is not None:
             settings = {"method": repr(made), "problem": what, "lr": lr, "power": power, "seed": seed}
             json.write_text(json_module.dumps(report.as_json(game, settings), allow_nan=False) + "\n", encoding="utf-8")
-            console.print(f"JSON: {json}", soft_wrap=True)
-    except (UsageError, OSError, ValueError, TypeError) as error:
+            console.print(f"JSON: {json}")
+    except (OSError, ValueError, TypeError) as error:
         fail(error)
 
 
 def _method(text: str, size: int, fields: Any, lr: float) -> tuple[Method, str]:
     """The method of that name with its fields."""
-    from precond_ref.compare import UsageError, parse_methods
+    from precond_ref.compare import UsageError
     from precond_ref.compare.runs import constructors, required
+    from precond_ref.cost.report import split_method
 
-    (name, *more) = parse_methods(text)
-    if more:
+    if "," in text.partition("(")[0]:
         raise UsageError(f"--method takes one method, got {text}")
+    name, within = split_method(text)
     make = constructors()[name]
     known = list(inspect.signature(make).parameters)
     chosen: dict[str, Any] = {"size": size} if "size" in known else {}
     if "learning_rate" in known:
         chosen["learning_rate"] = lr
+    chosen |= within
     for entry in fields:
         field, equals, value = entry.partition("=")
         if not equals or field not in known:

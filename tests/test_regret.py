@@ -83,6 +83,51 @@ def test_on_data_the_comparator_is_the_minimizer(run: Callable[..., Any], tmp_pa
         assert data["bound"]["statement"] == "asgo.row-regret"
 
 
+def test_the_comparator_in_a_ball_is_the_same_to_six_digits_from_any_start() -> None:
+    rng = np.random.default_rng(0)
+    features = np.concatenate([(rng.random((300, 12)) < 0.3) * 1.0, np.ones((300, 1))], axis=1)
+    signs = np.where(features @ rng.standard_normal(13) > 0, 1.0, -1.0)
+    found = regret.comparator_of_logistic(features, signs, 2.0).point
+    slope = (-signs / (1 + np.exp(signs * (features @ found)))) @ features / 300
+    along = slope - (slope @ found) / (found @ found) * found
+    assert np.linalg.norm(found) == pytest.approx(2, rel=1e-9)
+    assert np.linalg.norm(along) < 1e-5 * np.linalg.norm(slope)
+
+
+def test_without_a_ball_the_comparator_is_said_to_hang_on_the_solver(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text(DATA)
+    arguments = ("--data", "./few.txt", "--size", 2)
+    assert "no --radius: if some feature comes with one label only" in run(*arguments).output
+    assert "no --radius" not in run(*arguments, "--radius", 1).output
+
+
+def drawn(game: regret.Game) -> tuple[Any, dict[str, np.ndarray]]:
+    """Axes of the regret, and its curves by colour."""
+    axes = report.figure(game, "").axes[0]
+    return axes, {line.get_color(): np.asarray(line.get_ydata()) for line in axes.lines if len(line.get_xdata()) > 2}
+
+
+def test_the_figure_breaks_the_curve_where_the_regret_is_negative_or_shows_it_there() -> None:
+    game = regret.play(pr.SAdaGrad(size=10), online.adversary("random", (20,), rounds=1000), 0.5)
+    axes, curves = drawn(game)
+    assert axes.get_yscale() == "log"
+    assert "negative where its curve is missing" in axes.get_xlabel()
+    assert np.array_equal(np.isnan(curves[report.BLUE]), game.regret <= 0)
+    assert np.isnan(curves[report.BLUE]).any()
+    game = regret.play(pr.SAdaGrad(size=2), online.adversary("against", (5,), rounds=300), 0.5)
+    axes, curves = drawn(game)
+    assert axes.get_yscale() == "symlog"
+    assert np.array_equal(curves[report.BLUE], game.regret)
+    assert axes.get_ylim()[0] < game.regret[-1] < 0
+    assert f"regret {game.regret[-1]:,.0f}" in {text.get_text() for text in axes.texts}
+
+
+def test_the_figure_of_one_round_has_no_warning(tmp_path: Path) -> None:
+    game = regret.play(pr.SAdaGrad(size=3), online.adversary("random", (4,), rounds=1), 0.5)
+    report.figure(game, "one").savefig(tmp_path / "one.png")  # a warning is an error
+    assert [axes.get_yscale() for axes in report.figure(game, "one").axes] == ["log", "linear", "log"]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -92,7 +137,12 @@ def test_on_data_the_comparator_is_the_minimizer(run: Callable[..., Any], tmp_pa
         (("--method", "SGD", "--power", 0.5, "--dimension", 4), "sgd.regret"),
         (("--method", "AGD", "--dimension", 3), "agd.regret-measured"),
         (("--method", "FDSON", "--set", "delta=1", "--dimension", 4), None),
+        (("--method", "SShampoo", "--dimension", 4, "--size", 2), None),
         (("--method", "SAdaGrad", "--set", "beta2=0.5", "--dimension", 4), None),
+        (("--method", "SAdaGrad(beta2=0.5, size=2)", "--dimension", 4), None),
+        (("--method", "sadagrad(size=2)", "--dimension", 4), "sadagrad.regret"),
+        (("--method", "SShampoo", "--shape", "3x4", "--size", 2, "--set", "tail_decay=0.5"), None),
+        (("--method", "AdaGrad", "--shape", "3x4"), "asgo.row-regret"),
     ],
 )
 def test_each_method_has_its_bound(run: Callable[..., Any], options: tuple[Any, ...], expected: str | None) -> None:
@@ -105,7 +155,7 @@ def test_each_method_has_its_bound(run: Callable[..., Any], options: tuple[Any, 
     else:
         assert data["bound"]["statement"] == expected
         assert "EXCEEDED" not in result.output
-        assert len(data["sketches"]) == (2 if "SShampoo" in options else 0)
+        assert len(data["sketches"]) == (2 if "SShampoo" in options else "sadagrad(size=2)" in options)
 
 
 def test_an_exceeded_bound_is_said() -> None:
@@ -131,16 +181,27 @@ def test_an_exceeded_bound_is_said() -> None:
         (("--method", "ASGO.theory"), "ASGO.theory does not take a parameter of shape (20,); give --shape"),
         (("--shape", "4x3"), "SAdaGrad does not take a parameter of shape (4, 3); leave out --shape"),
         (("--shape", "4,3"), "--shape takes MxN, such as 4x3, got 4,3"),
-        (("--adversary", "kind"), "kind must be one of 'random'"),
-        (("--rounds", 0), "rounds must be >= 1, got 0"),
-        (("--lr", 0), "--lr and --radius must be positive"),
+        (("--adversary", "kind"), "--adversary must be one of random, low rank"),
+        (("--rounds", 0), "--rounds must be >= 1, got 0"),
+        (("--lr", 0), "--lr must be finite and > 0, got 0.0"),
+        (("--lr", "inf"), "--lr must be finite and > 0, got inf"),
+        (("--radius", -1), "--radius must be finite and > 0, got -1.0"),
+        (("--power", -1), "--power must be finite and >= 0, got -1.0"),
+        (("--dimension", 0), "--dimension must be >= 1, got 0"),
+        (("--seed", -1), "--seed must be >= 0, got -1"),
+        (("--method", "SAdaGrad(3)"), "must be like"),
+        (("--method", "SAdaGrad(k=3)"), "SAdaGrad has no field k; it has size, beta2"),
+        (("--json", "."), ". is a folder, no file can be written there"),
+        (("--data", "./few.txt", "--shape", "4x3", "--seed", 0), "--shape, --seed would be of an adversary"),
+        (("--data", "./few.txt", "--rounds", 9), "--rounds must be at most 8, the lines of ./few.txt, got 9"),
         (("--output", "a.txt"), "--output must end in one of"),
         (("--output", "nowhere/a.png"), "there is no folder nowhere"),
         (("--data", "./none"), "no such file: none"),
         (("--adversary", "quadratic", "--method", "SGD", "--lr", 1e6), "the run diverged in round"),
     ],
 )
-def test_refusals_are_one_line(run: Callable[..., Any], options: tuple[Any, ...], message: str) -> None:
+def test_refusals_are_one_line(run: Callable[..., Any], options: tuple[Any, ...], message: str, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text(DATA)
     result = run(*options)
     assert result.exit_code == 2
     assert message in result.stderr

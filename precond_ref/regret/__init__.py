@@ -41,6 +41,8 @@ class Comparator:
 
     point: Array
     how: str
+    remark: str = ""
+    """What one must know of it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,11 +90,15 @@ def checkpoints(rounds: int, count: int = 60) -> list[int]:
     return sorted({round(x) for x in np.geomspace(1, rounds, count)})
 
 
-def bound_of(method: Any) -> tuple[Statement, Callable[[Run, Array], Check]] | None:
-    """The regret bound that fits a method with these fields, as a function of run and comparator; None if unknown."""
+def bound_of(method: Any, ndim: int) -> tuple[Statement, Callable[[Run, Array], Check]] | None:
+    """The regret bound that fits a method with these fields, as a function of run and comparator; None if unknown.
+
+    ``ndim`` is the parameter's.
+    """
     if isinstance(method, SAdaGrad) and method.beta2 == 1 and method.delta == 0:
         return theory.sketchy.regret, theory.sketchy.regret
-    if isinstance(method, SShampoo) and method.beta2 == 1 and method.every == 1 and not method.relative_eps:
+    kept = isinstance(method, SShampoo) and method.beta2 == 1 and method.tail_decay in (None, 1)
+    if kept and ndim == 2 and method.every == 1 and not method.relative_eps:
         statement = theory.sketchy.sshampoo_regret
         return statement, lambda run, u: statement(run, u, min(run.gradients.shape[1:]))
     if isinstance(method, ASGOTheory):
@@ -124,7 +130,7 @@ def play(
             raise ValueError("a stream of losses that are not linear needs a comparator")
         comparator = comparator_of_linear
     rounds = checkpoints(stream.rounds, count)
-    known = bound_of(method)
+    known = bound_of(method, len(stream.shape))
     wanted, kept = set(rounds), {}
 
     def look(t: int, state: Any) -> None:
@@ -169,7 +175,7 @@ def comparator_of_logistic(features: Array, signs: Array, radius: float | None =
 
     start = np.zeros(features.shape[1])
     found = minimize(total, start, jac=True, method="L-BFGS-B", options={"maxiter": 500, "gtol": 1e-6, "maxcor": 30})
-    how = "L-BFGS"
+    remark = ""
     if radius is not None and np.linalg.norm(found.x) > radius:
         found = minimize(
             total,
@@ -177,14 +183,21 @@ def comparator_of_logistic(features: Array, signs: Array, radius: float | None =
             jac=True,
             method="SLSQP",
             constraints={"type": "ineq", "fun": lambda x: radius**2 - x @ x, "jac": lambda x: -2 * x},
-            options={"maxiter": 200, "ftol": 1e-10},
+            options={"maxiter": 1000, "ftol": 1e-14},
         )
         point = found.x * min(1.0, radius / float(np.linalg.norm(found.x)))
-        how = f"SLSQP in the ball of radius {radius:g}"
+        slope = total(point)[1]
+        slope = slope - (slope @ point) / (point @ point) * point
+        how = f"SLSQP in the ball of radius {radius:g}; largest slope along its surface"
     else:
-        point = found.x
-    gradient = float(np.max(np.abs(total(point)[1])))
-    return Comparator(point=point, how=f"the minimizer of the mean loss by SciPy ({how}; largest slope {gradient:.1e})")
+        point, slope, how = found.x, total(found.x)[1], "L-BFGS; largest slope"
+        if radius is None:
+            remark = (
+                "no --radius: if some feature comes with one label only, no point is a minimizer, this is where SciPy "
+                "stopped, and D and the bound are as large as that is far."
+            )
+    how = f"the minimizer of the mean loss by SciPy ({how} {float(np.max(np.abs(slope))):.1e})"
+    return Comparator(point=point, how=how, remark=remark)
 
 
 def _lost(parts: list[Run]) -> list[Lost]:

@@ -28,22 +28,28 @@ def table(game: Game) -> Table:
         result.add_column(title, justify="right")
     count = len(game.rounds)
     for i in sorted({round(k * (count - 1) / 9) for k in range(10)}):
-        cells = [str(game.rounds[i]), f"{game.loss[i]:.5g}", f"{game.best_loss[i]:.5g}", f"{game.regret[i]:.5g}"]
+        cells = [str(game.rounds[i]), f"{game.loss[i]:.5g}", f"{game.best_loss[i]:.5g}", _five(game.regret[i])]
         if game.checks:
             check = game.checks[i]
-            cells += [f"{check.right:.5g}", f"{check.ratio:.3f}"] if check.applies else ["-", "-"]
+            cells += [_five(check.right), f"{check.ratio:.3f}"] if check.applies else ["-", "-"]
         for lost in game.lost:
             cells += [f"{lost.escaped[i]:.4g}", f"{lost.limit[i]:.4g}"]
         result.add_row(*cells)
     return result
 
 
+def _five(value: float) -> str:
+    return f"{value:,.0f}" if 1e5 <= abs(value) < 1e10 else f"{value:.5g}"
+
+
 def notes(game: Game) -> list[str]:
     """What the numbers mean."""
     norm = float(abs(game.comparator.point**2).sum() ** 0.5)
     lines = [f"comparator: {game.comparator.how}, norm {norm:.4g}."]
+    if game.comparator.remark:
+        lines.append(f"  {game.comparator.remark}")
     if game.statement is None:
-        lines.append("bound: none is known here for this method with these fields.")
+        lines.append("bound: none is known here for this method with these fields and this shape.")
         return lines
     lines.append(f"bound: {game.statement.name}, {game.statement.formula} ({game.statement.source.value}).")
     last = game.checks[-1]
@@ -61,7 +67,8 @@ def notes(game: Game) -> list[str]:
         )
     if game.lost:
         lines.append(
-            "escaped: the sketch's error in spectral norm is at most this; Omega, of the exact spectrum, bounds it."
+            "escaped: the sketch's error in spectral norm is at most this; Omega, the least over k < l of "
+            "(eigenvalues after the k-th) / (l - k) of the exact statistic, bounds it."
         )
     return lines
 
@@ -120,40 +127,50 @@ def figure(game: Game, title: str) -> Figure:
     for each in axes:
         each.grid(alpha=0.25)
         each.spines[["top", "right"]].set_visible(False)
-    result.suptitle("\n".join(textwrap.wrap(title, 150 if panels > 1 else 75)), x=0.01, ha="left", fontsize=10)
+    result.suptitle("\n".join(textwrap.wrap(title, 165 if panels > 1 else 80)), x=0.01, ha="left", fontsize=10)
     return result
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e7 else f"{value:.3g}"
+
+
 def _regret(axes: Axes, game: Game) -> None:
-    positive = [value > 0 for value in game.regret]
-    rounds = game.rounds[positive]
-    axes.plot(rounds, game.regret[positive], color=BLUE, linewidth=2)
-    ends = [(game.regret[-1], "regret", BLUE)]
-    if game.checks:
-        axes.plot(game.rounds, game.bound, color=ORANGE, linewidth=2)
-        ends.append((game.bound[-1], "bound", ORANGE))
-    for value, name, colour in ends:
-        if math.isfinite(value):
-            text = f"{name} {value:.3g}"
+    """On a logarithmic scale, where a curve is broken off while it is not positive; a symmetric one if it mostly is."""
+    curves = [("regret", game.regret, BLUE)] + [("bound", game.bound, ORANGE)] * bool(game.checks)
+    largest = max((abs(x) for _, values, _ in curves for x in values if math.isfinite(x)), default=0.0)
+    positive = [float(x) for x in game.regret if x > 0]
+    both = bool(game.regret[-1] <= 0) or 2 * len(positive) < len(game.regret)
+    if largest > 0 and both:
+        axes.set_yscale("symlog", linthresh=10.0 ** (math.floor(math.log10(largest)) - 2))
+        axes.axhline(0, color=GREY, linewidth=1)
+        axes.margins(y=0.12)
+    elif largest > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(max(min(positive), 1e-4 * max(positive)) / 3, 3 * largest)
+    for name, values, colour in curves:
+        shown = [x if x > 0 or both else math.nan for x in values]
+        axes.plot(game.rounds, shown, ".-", color=colour, linewidth=2, markersize=4)
+        if math.isfinite(values[-1]):
             axes.annotate(
-                text, (game.rounds[-1], max(value, axes.get_ylim()[0])), xytext=(-4, 6), textcoords="offset points",
-                ha="right", color=colour, fontweight="bold",
+                f"{name} {_short(values[-1])}", (1, values[-1]), xycoords=("axes fraction", "data"),
+                xytext=(-4, 6 if values[-1] > 0 else -12), textcoords="offset points", ha="right", color=colour,
+                fontweight="bold",
             )  # fmt: skip
     axes.set_title("cumulative regret" + ("" if game.checks else " (no bound known)"), loc="left")
-    hidden = "" if all(positive) else "; where positive"
-    axes.set(xscale="log", yscale="log" if any(positive) else "linear", xlabel=f"rounds{hidden}")
-    if any(positive):
-        axes.set_ylim(bottom=max(min(game.regret[positive]), 1e-4 * max(game.regret)) / 2)
+    missing = "; the regret is negative where its curve is missing" * (not both and len(positive) < len(game.regret))
+    axes.set(xscale="log", xlim=(0.8, 1.25 * game.rounds[-1]), xlabel=f"rounds{missing}")
 
 
 def _mass(axes: Axes, game: Game) -> None:
     styles = ("-", "--", ":", "-.")
     for style, lost in zip(styles, game.lost, strict=False):
+        of = f" of {lost.name}" if lost.name else ""
         for values, name, colour in ((lost.limit, "Omega", ORANGE), (lost.escaped, "escaped", BLUE)):
-            label = " ".join(f"{name} {lost.name} {values[-1]:.3g}".split())
-            axes.plot(game.rounds, values, style, color=colour, linewidth=2, label=label)
+            label = f"{name}{of}: {_short(values[-1])}"
+            axes.plot(game.rounds, values, style, marker=".", color=colour, linewidth=2, markersize=4, label=label)
     axes.legend(frameon=False, labelcolor="linecolor")
-    axes.set_title("escaped mass and Omega", loc="left")
+    axes.set_title("escaped mass and its bound, Omega", loc="left")
     axes.set(xscale="log", xlabel="rounds")
     largest = max(float(lost.limit[-1]) for lost in game.lost)
     if largest > 0:
@@ -162,18 +179,25 @@ def _mass(axes: Axes, game: Game) -> None:
 
 
 def _spectrum(axes: Axes, game: Game) -> None:
-    markers = ("o", "s", "^", "D")
+    from matplotlib.ticker import MaxNLocator
+
+    markers, shown = ("o", "s", "^", "D"), []
     for marker, lost in zip(markers, game.lost, strict=False):
-        top = float(lost.spectrum[0]) or 1.0
-        seen = lost.spectrum > 1e-14 * top
-        index = range(1, int(seen.sum()) + 1)
-        axes.plot(index, lost.spectrum[seen], marker, color=GREY, markersize=4, label=f"exact {lost.name}".strip())
+        of = f", {lost.name}" if lost.name else ""
+        seen = lost.spectrum[lost.spectrum > 1e-14 * (float(lost.spectrum[0]) or 1.0)]
         shifted = lost.sketched + lost.escaped[-1]
+        shown += [*seen, *shifted[shifted > 0]]
+        axes.plot(range(1, len(seen) + 1), seen, marker, color=GREY, markersize=4, label=f"exact{of}")
         axes.plot(
             range(1, len(shifted) + 1), shifted, marker, color=BLUE, markersize=6, fillstyle="none",
-            label=f"sketch + escaped {lost.name}".strip(),
+            label=f"sketch, with what escaped{of}",
         )  # fmt: skip
         axes.axhline(lost.escaped[-1], color=BLUE, linewidth=1, linestyle=":")
+    axes.plot([], [], ":", color=BLUE, linewidth=1, label="outside the sketch: what escaped")
     axes.set_title("eigenvalues of the statistic at the end", loc="left")
-    axes.set(xlabel="index", yscale="log")
+    axes.set_xlabel("index")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if shown:
+        axes.set_yscale("log")
+        axes.set_ylim(min(shown) / 2, 2 * max(shown))
     axes.legend(frameon=False)
