@@ -158,6 +158,14 @@ def test_each_method_has_its_bound(run: Callable[..., Any], options: tuple[Any, 
         assert len(data["sketches"]) == (2 if "SShampoo" in options else "sadagrad(size=2)" in options)
 
 
+@pytest.mark.parametrize(("fields", "shown"), [({}, True), ({"every": 2}, False), ({"tail_decay": 0.5}, False)])
+def test_what_escaped_is_shown_where_the_sketch_is_of_all_rounds(fields: dict[str, Any], shown: bool) -> None:
+    for shape in ((4,), (4, 3)):
+        game = regret.play(pr.SShampoo(size=2, **fields), online.adversary("random", shape, rounds=9), 0.5)
+        assert len(game.lost) == shown * len(shape)
+        assert any(line.startswith("escaped: ") for line in report.notes(game)) == shown
+
+
 def test_an_exceeded_bound_is_said() -> None:
     stream = online.adversary("constant", (3,), rounds=30)
     game = regret.play(pr.SAdaGrad(size=2), stream, 1e-3)

@@ -97,8 +97,7 @@ def bound_of(method: Any, ndim: int) -> tuple[Statement, Callable[[Run, Array], 
     """
     if isinstance(method, SAdaGrad) and method.beta2 == 1 and method.delta == 0:
         return theory.sketchy.regret, theory.sketchy.regret
-    kept = isinstance(method, SShampoo) and method.beta2 == 1 and method.tail_decay in (None, 1)
-    if kept and ndim == 2 and method.every == 1 and not method.relative_eps:
+    if isinstance(method, SShampoo) and _plain(method) and ndim == 2 and not method.relative_eps:
         statement = theory.sketchy.sshampoo_regret
         return statement, lambda run, u: statement(run, u, min(run.gradients.shape[1:]))
     if isinstance(method, ASGOTheory):
@@ -110,6 +109,12 @@ def bound_of(method: Any, ndim: int) -> tuple[Statement, Callable[[Run, Array], 
     if isinstance(method, AGD) and method.clip is None:
         return theory.agd.regret_measured, theory.agd.regret_measured
     return None
+
+
+def _plain(method: SAdaGrad | SShampoo) -> bool:
+    """Whether its sketches are of the sum of all rounds."""
+    whole = isinstance(method, SAdaGrad) or (method.every == 1 and method.tail_decay in (None, 1))
+    return bool(whole and method.beta2 == 1)
 
 
 def play(
@@ -203,7 +208,7 @@ def comparator_of_logistic(features: Array, signs: Array, radius: float | None =
 def _lost(parts: list[Run]) -> list[Lost]:
     """What the sketches of S-AdaGrad and S-Shampoo have lost, plain sums only."""
     method, whole = parts[-1].method, parts[-1]
-    if not isinstance(method, (SAdaGrad, SShampoo)) or method.beta2 != 1:
+    if not isinstance(method, (SAdaGrad, SShampoo)) or not _plain(method):
         return []
     out = []
     axes = range(whole.gradients.ndim - 1)

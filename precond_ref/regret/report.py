@@ -7,6 +7,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from precond_ref.regret import Game
+from precond_ref.theory import Statement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,8 +51,18 @@ def notes(game: Game) -> list[str]:
         lines.append(f"  {game.comparator.remark}")
     if game.statement is None:
         lines.append("bound: none is known here for this method with these fields and this shape.")
-        return lines
-    lines.append(f"bound: {game.statement.name}, {game.statement.formula} ({game.statement.source.value}).")
+    else:
+        lines += _of_bound(game, game.statement)
+    if game.lost:
+        lines.append(
+            "escaped: the sketch's error in spectral norm is at most this; Omega, the least over k < l of "
+            "(eigenvalues after the k-th) / (l - k) of the exact statistic, bounds it."
+        )
+    return lines
+
+
+def _of_bound(game: Game, statement: Statement) -> list[str]:
+    lines = [f"bound: {statement.name}, {statement.formula} ({statement.source.value})."]
     last = game.checks[-1]
     unmet = [what for what, met in last.assumptions.items() if not met]
     if unmet:
@@ -64,11 +75,6 @@ def notes(game: Game) -> list[str]:
     if broken:
         lines.append(
             f"THE BOUND IS EXCEEDED at {broken} of the rounds looked at: a mistake in the method or in the statement."
-        )
-    if game.lost:
-        lines.append(
-            "escaped: the sketch's error in spectral norm is at most this; Omega, the least over k < l of "
-            "(eigenvalues after the k-th) / (l - k) of the exact statistic, bounds it."
         )
     return lines
 
