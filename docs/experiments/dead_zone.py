@@ -69,7 +69,8 @@ def main() -> None:
             panel.text(
                 1.02,
                 0.95 - 0.09 * drawn.index(beta2),
-                f"beta2 = {beta2:.4g}  {network}",
+                f"beta2 = {beta2:.4g}, {network or f'2^{round(math.log2(beta2))}'}"
+                + ": stays at 1" * (narrow[-1] == 1),
                 color=colour,
                 transform=panel.transAxes,
             )

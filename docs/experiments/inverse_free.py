@@ -103,7 +103,7 @@ def main() -> None:
         right.text(0.04, 0.9 - 0.08 * (name == "bfloat16"), name, color=colour, transform=right.transAxes)
     right.axhline(1, color="black", linewidth=0.8)
     right.set(xscale="log", yscale="log", xlabel="condition number")
-    right.set_yticks([0.3, 0.5, 1, 2, 3], ["0.3", "0.5", "1", "2", "3"])
+    right.set_yticks([0.2, 0.3, 0.5, 1, 2, 3], ["0.2", "0.3", "0.5", "1", "2", "3"])
     right.minorticks_off()
     right.set_title("IF-Shampoo: eigenvalues of mean(K K^T) H", loc="left")
     text = common.table(

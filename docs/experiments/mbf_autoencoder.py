@@ -12,6 +12,7 @@ done, and one that is there is not repeated.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import common
@@ -106,10 +107,13 @@ def main() -> None:
         runs[name] = train(name, images, options.epochs, options.seed)
         common.save(options.output, "mbf_autoencoder", data=runs)
     figure, panel = common.axes(9, 5.4)
-    for colour, (name, run) in zip(common.COLOURS, runs.items(), strict=False):
+    lowest = math.inf
+    for name, run in sorted(runs.items(), key=lambda item: -item[1]["losses"][-1]):
+        colour = common.COLOURS[list(runs).index(name)]
+        lowest = min(lowest / 1.12, run["losses"][-1])  # labels do not touch
         panel.plot(range(len(run["losses"])), run["losses"], color=colour, linewidth=2.4 if name == "MBF" else 1.6)
         panel.annotate(
-            f"{name} {run['losses'][-1]:.1f}", (len(run["losses"]) - 1, run["losses"][-1]), xytext=(8, 0),
+            f"{name} {run['losses'][-1]:.1f}", (len(run["losses"]) - 1, lowest), xytext=(8, 0),
             textcoords="offset points", va="center", color=colour, annotation_clip=False,
         )  # fmt: skip
     panel.plot(
@@ -118,11 +122,13 @@ def main() -> None:
         "o",
         color="black",
         markersize=4,
+        clip_on=False,
         label="authors' log of MBF (test)",
     )
     panel.set(
         yscale="log",
         xlabel="epochs of 60 iterations",
+        ylabel="loss per image",
         xticks=range(0, 21, 5),
         xlim=(0, max(len(r["losses"]) - 1 for r in runs.values())),
     )
