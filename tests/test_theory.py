@@ -347,7 +347,7 @@ def test_rows_of_adagrad_are_its_entries() -> None:
     assert check.left > as_one_row
 
 
-def test_what_a_session_shows_is_short() -> None:
+def test_what_python_shows_is_short() -> None:
     run = theory.record(pr.SGD(), VECTOR, 0.5)
     assert repr(run) == "<Run of SGD(momentum=0.0, nesterov=False) on 'doubling switches', 40 rounds, rate 0.5>"
     shown = str(theory.gradient_descent.regret(run, np.zeros(4)))
