@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from array_api_compat import array_namespace
 
-from precond_ref.numerics.arrays import eye_like, identity, largest_entry, normed
+from precond_ref.numerics.arrays import clamp, eye_like, identity, largest_entry, normed
 from precond_ref.numerics.refresh import renew
 from precond_ref.protocol import Array, Namespace, Scalar
 
@@ -43,7 +43,7 @@ def eigh(matrix: Array, *, xp: Namespace = None) -> tuple[Array, Array, Array]:
     finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp))
     half = 0.5 * xp.where(finite, matrix, 0.0)
     w, q = xp.linalg.eigh(half + xp.matrix_transpose(half))
-    return xp.clip(w, min=0.0), q, finite
+    return clamp(w, 0.0, xp=xp), q, finite
 
 
 def eigenvalues(matrix: Array, *, xp: Namespace = None) -> Array:
