@@ -6,6 +6,7 @@ tree-level optimizer makes of an array library, as on CuPy; PyTorch's meta devic
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import precond_ref as pr
 import precond_ref_torch
 from precond_ref import optimizer
+from precond_ref.cost.report import parse_method
 from precond_ref.methods import agd
 from precond_ref_torch.buckets import Bucket
 
@@ -141,6 +143,16 @@ def test_torch_reads_no_value_and_makes_no_call_for_each_parameter(config: Confi
     few, many = (torch_operations(config.method, config.shape, count) for count in (2, 7))
     assert few == many
     assert few.total() > 4
+
+
+def test_the_documentation_has_these_counts() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.+)` \| (\d+) \| (\d+) \|$", page.partition("## A CUDA GPU")[2], re.MULTILINE)
+    assert len(rows) == 12
+    for text, core, adapter in rows:
+        config = Config(parse_method(text), (6, 6))
+        counted = second_step(config, 100)[0].total(), torch_operations(*config, 100).total()
+        assert counted == (int(core), int(adapter)), text
 
 
 def test_buffers_of_one_parameter_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
