@@ -1,11 +1,11 @@
 """The methods on a CUDA GPU: `python benchmarks/gpu.py`, in less than 8 minutes. Needs CuPy, PyTorch and JAX with CUDA.
 
-Writes ``benchmarks/results/<gpu>-<date>.json`` and the same as a Markdown table beside it:
+Writes ``benchmarks/results/<gpu>-<date>.json`` and the same as Markdown beside it, anew after every measurement:
 
 * bandwidth of a copy and rate of a float32 matrix product, measured;
 * time of a step by device events (JAX, which has none: by the host's clock around many steps), with the share of it
   that the least possible bytes at that bandwidth and the flops at that rate account for (`precond_ref.cost`);
-* kernels and host synchronizations of a step without a refresh, for 100 and for 10 equal matrices;
+* kernels of a step without a refresh, for 100 and for 10 equal matrices, and how often the host waits or reads;
 * residuals of batched eigendecompositions and inverses, by size;
 * the constants c with which errors of float32 roots stay below c u kappa^(p + 1/2) and c u kappa.
 
@@ -19,16 +19,18 @@ import datetime
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or PyTorch's profiler announces itself
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # three libraries share the memory
 RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = {
@@ -39,7 +41,7 @@ METHODS = {
     "convolutions": ("Adam", "AGD", "MBF", "IFShampoo"),
     "large": ("Adam", "AGD", "ASGO(every=10)", "SShampoo(size=257, every=10, solver='gram64')", "Muon"),
 }  # fmt: skip
-SYNCHRONIZATIONS = re.compile(r"cuda(Device|Stream|Event)Synchronize|cuMemcpyDtoH|cudaMemcpy$|Memcpy DtoH")
+WAITS = re.compile(r"cuda(Device|Stream|Event)Synchronize|cudaMemcpy$")
 
 
 def missing() -> list[str]:
@@ -54,7 +56,7 @@ def missing() -> list[str]:
         try:
             if not check(importlib.import_module(name)):
                 found.append(f"{name} is installed but finds no CUDA GPU")
-        except ImportError as error:
+        except (ImportError, OSError) as error:
             found.append(f"{name} cannot be imported: {error}")
         except RuntimeError as error:  # JAX without a driver for the plugin it has
             found.append(f"{name} finds no CUDA GPU: {error}")
@@ -72,6 +74,7 @@ class Library:
         self.module = importlib.import_module({"cupy": "numpy"}.get(name, name) if dry else name)
         if name == "jax":
             self.module.config.update("jax_enable_x64", True)  # for gram64; all arrays are float32 by name
+            self.module.config.update("jax_default_matmul_precision", "highest")  # else TF32, as for no other library
         self.xp = self._namespace()
 
     def _namespace(self) -> Any:
@@ -98,38 +101,40 @@ class Library:
             array = array.get()
         return np.asarray(array).astype("float64")
 
-    def wait(self) -> None:
-        """Until the device is idle."""
-        if self.dry:
-            return
-        if self.name == "torch":
+    def wait(self, result: Any) -> None:
+        """Until ``result`` is there and the device idle."""
+        if self.name == "jax":
+            self.module.block_until_ready(result)
+        elif self.name == "torch" and not self.dry:
             self.module.cuda.synchronize()
-        elif self.name == "cupy":
+        elif not self.dry:
             self.module.cuda.Device().synchronize()
 
     def seconds(self, step: Callable[[], Any], rounds: int = 5, period: int = 1) -> float:
-        """Median time of a step, over whole periods; about 0.2 s in all beside two steps to get warm."""
-        block = self.module.block_until_ready if self.name == "jax" else lambda result: None
-        block(step())
-        self.wait()
-        start = time.perf_counter()
-        block(step())
-        self.wait()
-        repeat = period * max(1, min(200, round(0.04 / max(period * (time.perf_counter() - start), 1e-7))))
-        values = []
-        for _ in range(rounds if repeat > period else 2):
-            start, stop = self._event(), self._event()
-            begin = time.perf_counter()
-            if start is not None:
-                start.record()
-            for _ in range(repeat):
-                result = step()
-            if stop is not None:
-                stop.record()
-            block(result)
-            self.wait()
-            values.append((time.perf_counter() - begin if start is None else self._elapsed(start, stop)) / repeat)
+        """Median time of a step, over whole periods; about 0.2 s in all beside two steps and a period to get warm.
+
+        No new round after eight seconds.
+        """
+        begin = time.perf_counter()
+        self._clock(step, 1)
+        self._clock(step, 1)
+        repeat = period * max(1, min(200, round(0.04 / max(period * self._clock(step, period), 1e-7))))
+        values = [self._clock(step, repeat)]
+        while len(values) < (rounds if repeat > period else 2) and time.perf_counter() - begin < 8:
+            values.append(self._clock(step, repeat))
         return statistics.median(values)
+
+    def _clock(self, step: Callable[[], Any], count: int) -> float:
+        """Time of one of ``count`` steps."""
+        start, stop, begin = self._event(), self._event(), time.perf_counter()
+        if start is not None:
+            start.record()
+        for _ in range(count):
+            result = step()
+        if stop is not None:
+            stop.record()
+        self.wait(result)
+        return (time.perf_counter() - begin if start is None else self._elapsed(start, stop)) / count
 
     def _event(self) -> Any:
         if self.dry or self.name == "jax":
@@ -211,121 +216,120 @@ def device_rates(torch: Library) -> dict[str, float]:
     return {"bandwidth": 8 * n * n / copy, "matmul_rate": 2 * side**3 / product}
 
 
-def steps(libraries: list[Library], rates: dict[str, float], dry: bool, over: Callable[[], bool]) -> list[Any]:
-    """Time of a step of every method on every workload in every library, with its roofline."""
+def measured(row: dict[str, Any], over: Callable[[], bool], measure: Callable[..., Any], *of: Any) -> dict[str, Any]:
+    """``row`` with what ``measure(*of)`` returns, or with the reason why there is nothing."""
+    if over():
+        return row | {"error": "left out: no time"}
+    try:
+        return row | measure(*of)
+    except Exception as error:
+        return row | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+
+
+def steps(libraries: list[Library], rates: dict[str, float], dry: bool, over: Callable[[], bool]) -> Iterator[Any]:
+    """Time of a step of every method on every workload in every library, with its roofline.
+
+    JAX is last: its compilations take longer than all that is measured.
+    """
     from precond_ref.bench.workloads import shapes
     from precond_ref.cost import Device, estimate
     from precond_ref.cost.report import parse_method
 
-    rows = []
-    for workload, methods in METHODS.items():
-        found = shapes(workload, dry)
-        for method, library in itertools.product(methods, libraries):
+    def measure(library: Library, method: str, found: Any, variant: Any) -> dict[str, Any]:
+        made = parse_method(method)
+        seconds = library.seconds(library.step(method, found, **variant), period=getattr(made, "every", 1))
+        cost = estimate(method, made, found, device=Device(**rates))
+        return {
+            "seconds": seconds,
+            "bytes": cost.moved,
+            "flops": cost.flops,
+            "share_of_bandwidth": cost.moved / rates["bandwidth"] / seconds,
+            "share_of_matmul_rate": cost.flops / rates["matmul_rate"] / seconds,
+        }
+
+    labels = {"engine": "torch engine=cupy", "compiled": "torch compile"}
+    for library, (workload, methods) in itertools.product(libraries, METHODS.items()):
+        for method in methods:
             variants: list[dict[str, Any]] = [{}]
             if library.name == "torch" and not dry:
                 variants += [{"engine": "cupy"}] + [{"compiled": True}] * (method == "AGD" and workload == "matrices")
             for variant in variants:
-                label = {"engine": "torch engine=cupy", "compiled": "torch compile"}.get(
-                    next(iter(variant), ""), library.name
-                )
-                row: dict[str, Any] = {"workload": workload, "method": method, "library": label}
-                rows.append(row)
-                if over():
-                    row["error"] = "left out: no time"
-                    continue
-                try:
-                    period = getattr(parse_method(method), "every", 1)
-                    row["seconds"] = library.seconds(library.step(method, found, **variant), period=period)
-                except Exception as error:
-                    row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                    continue
-                cost = estimate(method, parse_method(method), found, device=Device(**rates))
-                row |= {
-                    "bytes": cost.moved,
-                    "flops": cost.flops,
-                    "share_of_bandwidth": cost.moved / rates["bandwidth"] / row["seconds"],
-                    "share_of_matmul_rate": cost.flops / rates["matmul_rate"] / row["seconds"],
-                }
-    return rows
+                label = labels.get(next(iter(variant), ""), library.name)
+                row = {"workload": workload, "method": method, "library": label}
+                yield measured(row, over, measure, library, method, shapes(workload, dry), variant)
 
 
-def launches(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> list[Any]:
-    """Kernels and host synchronizations of a step without a refresh, for 100 and for 10 equal matrices."""
+def launches(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> Iterator[Any]:
+    """Kernels of a step without a refresh, for 100 and for 10 equal matrices, and how often the host waits or reads."""
     from precond_ref.bench.workloads import matrices
 
-    rows = []
-    idle = _launched(lambda: None, dry)["synchronizations"]  # the profiler's own
+    def measure(library: Library, method: str, count: int) -> dict[str, Any]:
+        step = library.step(method, matrices(count, 4 if dry else 64))
+        for _ in range(3):
+            library.wait(step())
+        _launched(library, tuple)  # the profiler's first run has calls of its own
+        idle, busy = _launched(library, tuple), _launched(library, step)
+        row = {name: busy[name] - idle[name] for name in busy}
+        return row | {"synchronizations": max(row.pop("waits"), row.pop("reads"))}  # a read has both
+
     for library, method, count in itertools.product(libraries, ("AGD", "ASGO(every=1000)"), (100, 10)):
-        row: dict[str, Any] = {"library": library.name, "method": method, "matrices": count}
-        rows.append(row)
-        if over():
-            row["error"] = "left out: no time"
-            continue
-        try:
-            step = library.step(method, matrices(count, 4 if dry else 64))
-            for _ in range(3):
-                result = step()
-            if library.name == "jax":
-                library.module.block_until_ready(result)
-            library.wait()
-            row |= _launched(step, dry)
-            row["synchronizations"] -= idle
-        except Exception as error:
-            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    return rows
+        row = {"library": library.name, "method": method, "matrices": count}
+        yield measured(row, over, measure, library, method, count)
 
 
-def _launched(step: Callable[[], Any], dry: bool) -> dict[str, int]:
+def _launched(library: Library, step: Callable[[], Any]) -> dict[str, int]:
+    """What PyTorch's profiler sees of a step and of waiting for it; it sees the kernels of all libraries."""
     from torch.profiler import ProfilerActivity, profile
 
-    activities = [ProfilerActivity.CPU, *([] if dry else [ProfilerActivity.CUDA])]
+    activities = [ProfilerActivity.CPU, *([] if library.dry else [ProfilerActivity.CUDA])]
     with profile(activities=activities, acc_events=True) as recorded:
-        step()
-    events = recorded.events() or []
+        library.wait(step())  # JAX launches from a thread of its own
+    return census(recorded.events() or [])
+
+
+def census(events: Iterable[Any]) -> dict[str, int]:
+    """Kernels, copies, waits of the host and copies to it among a profiler's events."""
+    events = [e for e in events if not getattr(e, "is_user_annotation", False)]  # the step's name, on the device too
     on_device = [e.name for e in events if "CUDA" in str(e.device_type)]
     kernels = sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
-    waits = sum(bool(SYNCHRONIZATIONS.search(e.name)) for e in events)
-    return {"kernels": kernels, "copies": len(on_device) - kernels, "synchronizations": waits}
+    return {
+        "kernels": kernels,
+        "copies": len(on_device) - kernels,
+        "waits": sum(bool(WAITS.search(e.name)) for e in events),
+        "reads": sum(name.startswith("Memcpy DtoH") for name in on_device),
+    }
 
 
-def residuals(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> list[Any]:
+def residuals(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> Iterator[Any]:
     """Largest relative residual of a batch, and its time: eigh ||A Q - Q W||, inverse ||A X - I||, over norms."""
     import numpy as np
 
-    rows = []
+    def measure(library: Library, kind: str, a: Any) -> dict[str, Any]:
+        array, function = library.array(a), getattr(library.xp.linalg, kind)
+        seconds = library.seconds(partial(function, array), rounds=3)
+        result, exact = function(array), a.astype("float64")
+        scale = np.linalg.norm(exact, axis=(1, 2))
+        if kind == "eigh":
+            w, q = (library.host(x) for x in result)
+            gap = exact @ q - q * w[:, None, :]
+        else:
+            x = library.host(result)
+            gap, scale = exact @ x - np.eye(x.shape[-1]), scale * np.linalg.norm(x, axis=(1, 2))
+        return {"seconds": seconds, "residual": float(np.max(np.linalg.norm(gap, axis=(1, 2)) / scale))}
+
     sizes = (
         ((16, 4), (4, 8)) if dry else ((1000, 9), (1000, 32), (500, 33), (500, 64), (500, 100), (24, 384), (4, 1024))
     )
     rng = np.random.default_rng(0)
-    for (count, n), library in itertools.product(sizes, libraries):
+    for count, n in sizes:
         factor = rng.standard_normal((count, n, n), dtype="float32")
         a = factor @ np.swapaxes(factor, 1, 2) / n + np.eye(n, dtype="float32")
-        array, exact = library.array(a), a.astype("float64")
-        norm = np.linalg.norm(exact, axis=(1, 2))
-        for kind in ("eigh", "inv"):
-            row: dict[str, Any] = {"library": library.name, "kind": kind, "count": count, "size": n}
-            rows.append(row)
-            if over():
-                row["error"] = "left out: no time"
-                continue
-            try:
-                function = getattr(library.xp.linalg, kind)
-                row["seconds"] = library.seconds(partial(function, array), rounds=3)
-                result = function(array)
-                if kind == "eigh":
-                    w, q = (library.host(x) for x in result)
-                    gap = exact @ q - q * w[:, None, :]
-                    row["residual"] = float(np.max(np.linalg.norm(gap, axis=(1, 2)) / norm))
-                else:
-                    x = library.host(result)
-                    scale = norm * np.linalg.norm(x, axis=(1, 2))
-                    row["residual"] = float(np.max(np.linalg.norm(exact @ x - np.eye(n), axis=(1, 2)) / scale))
-            except Exception as error:
-                row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    return rows
+        for library, kind in itertools.product(libraries, ("eigh", "inv")):
+            row = {"library": library.name, "kind": kind, "count": count, "size": n}
+            yield measured(row, over, measure, library, kind, a)
 
 
-def constants(libraries: list[Library], dry: bool) -> list[Any]:
+def constants(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> Iterator[Any]:
     """Errors of float32 roots A^-p against float64 on the host, as multiples of u kappa^(p + 1/2) and of u kappa.
 
     A = Q diag(w) Q^T with w log-uniform from 1 / kappa to 1, rounded to float32 before the truth is taken; the
@@ -335,34 +339,39 @@ def constants(libraries: list[Library], dry: bool) -> list[Any]:
 
     from precond_ref.numerics import roots
 
-    u, rows = 2.0**-24, []
-    rng = np.random.default_rng(1)
+    u = 2.0**-24
     sizes, count = ((3, 5), 2) if dry else ((4, 16, 64, 128), 8)
+
+    def measure(library: Library, p: float) -> dict[str, Any]:
+        rng, found = np.random.default_rng(1), []
+        for n, kappa in itertools.product(sizes, (1e1, 1e2, 1e3)):
+            q, _ = np.linalg.qr(rng.standard_normal((count, n, n)))
+            w = kappa ** -np.linspace(0, 1, n)
+            a = ((q * w) @ np.swapaxes(q, 1, 2)).astype("float32")
+            a = (a + np.swapaxes(a, 1, 2)) / 2
+            values, vectors = np.linalg.eigh(a.astype("float64"))
+            truth = (vectors * values[:, None, :] ** -p) @ np.swapaxes(vectors, 1, 2)
+            got = library.host(roots.power(library.array(a), -p, 0.0, xp=library.xp))
+            error = np.linalg.norm(got - truth, axis=(1, 2)) / np.linalg.norm(truth, axis=(1, 2))
+            true_kappa = values[:, -1] / values[:, 0]
+            found.append((np.max(error / (u * true_kappa ** (p + 0.5))), np.max(error / (u * true_kappa))))
+        fresh, stale = np.max(found, axis=0)  # NaN if there is one
+        return {"u kappa^(p + 1/2)": float(fresh), "u kappa": float(stale)}
+
     for library, p in itertools.product(libraries, (0.25, 0.5, 1.0)):
-        row: dict[str, Any] = {"library": library.name, "p": p}
-        rows.append(row)
-        worst = {"u kappa^(p + 1/2)": 0.0, "u kappa": 0.0}
-        try:
-            for n, kappa in itertools.product(sizes, (1e1, 1e2, 1e3)):
-                q, _ = np.linalg.qr(rng.standard_normal((count, n, n)))
-                w = kappa ** -np.linspace(0, 1, n)
-                a = ((q * w) @ np.swapaxes(q, 1, 2)).astype("float32")
-                a = (a + np.swapaxes(a, 1, 2)) / 2
-                values, vectors = np.linalg.eigh(a.astype("float64"))
-                truth = (vectors * values[:, None, :] ** -p) @ np.swapaxes(vectors, 1, 2)
-                got = library.host(roots.power(library.array(a), -p, 0.0, xp=library.xp))
-                error = np.linalg.norm(got - truth, axis=(1, 2)) / np.linalg.norm(truth, axis=(1, 2))
-                true_kappa = values[:, -1] / values[:, 0]
-                for name, unit in (("u kappa^(p + 1/2)", true_kappa ** (p + 0.5)), ("u kappa", true_kappa)):
-                    worst[name] = max(worst[name], float(np.max(error / (u * unit))))
-        except Exception as failure:
-            row["error"] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-            continue
-        row |= worst
-    return rows
+        yield measured({"library": library.name, "p": p}, over, measure, library, p)
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------
+
+
+def jsonable(value: Any) -> Any:
+    """``value`` with the names of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: jsonable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [jsonable(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -378,6 +387,7 @@ def markdown(content: dict[str, Any]) -> str:
             lines.append("| " + " | ".join(texts) + " |")
         return [*lines, ""]
 
+    content = {name: [] for name in ("steps", "launches", "residuals", "constants")} | content
     rates, software = content["rates"], ", ".join(f"{k} {v}" for k, v in content["versions"].items())
     lines = ["Dry run: small sizes on a CPU, NumPy in the place of CuPy. The times say nothing.", ""] * content[
         "dry_run"
@@ -416,7 +426,6 @@ def main(given: list[str] | None = None) -> int:
         arguments.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--output must be a folder or a name for one: {error}")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler announces itself; read when PyTorch is imported
     import torch
 
     import precond_ref
@@ -435,21 +444,31 @@ def main(given: list[str] | None = None) -> int:
         "dry_run": dry,
     }
 
-    def section(name: str, make: Callable[[], Any]) -> None:
+    stem = arguments.output / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{content['date']}"
+
+    def save() -> None:
+        content["seconds"] = time.monotonic() - begin
+        text = json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n"
+        stem.with_name(f"{stem.name}.json").write_text(text, encoding="utf-8")
+        stem.with_name(f"{stem.name}.md").write_text(markdown(content), encoding="utf-8")
+
+    def section(name: str, rows: Iterator[Any]) -> None:
         start = time.monotonic()
-        content[name] = make()
+        content[name] = []
+        for row in rows:
+            content[name].append(row)
+            save()
         print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
 
-    section("rates", lambda: device_rates(libraries[0]))
-    section("constants", lambda: constants(libraries, dry))
-    section("residuals", lambda: residuals(libraries, dry, lambda: over(0.3)))
-    section("launches", lambda: launches(libraries, dry, lambda: over(0.4)))
-    section("steps", lambda: steps(libraries, content["rates"], dry, over))
-    content["seconds"] = time.monotonic() - begin
-    stem = f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{content['date']}"
-    (arguments.output / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (arguments.output / f"{stem}.md").write_text(markdown(content), encoding="utf-8")
-    print(f"{arguments.output / stem}.json and .md, {content['seconds']:.0f} s in all")
+    content["rates"] = device_rates(libraries[0])
+    section("constants", constants(libraries, dry, lambda: over(0.2)))
+    section("residuals", residuals(libraries, dry, lambda: over(0.35)))
+    section("launches", launches(libraries, dry, lambda: over(0.45)))
+    section("steps", steps(libraries, content["rates"], dry, over))
+    order = [(workload, method) for workload, methods in METHODS.items() for method in methods]
+    content["steps"].sort(key=lambda row: order.index((row["workload"], row["method"])))
+    save()
+    print(f"{stem}.json and .md, {content['seconds']:.0f} s in all")
     return 0
 
 

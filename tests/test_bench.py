@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -224,11 +225,13 @@ def test_out_of_time_it_still_writes_its_results(gpu: Any, tmp_path: Path) -> No
         assert gpu.main(["--dry-run", "--minutes", "0", "--output", str(tmp_path)]) == 0
     finally:
         sys.modules["jax"].config.update("jax_enable_x64", x64)
+        sys.modules["jax"].config.update("jax_default_matmul_precision", None)
     (file,) = tmp_path.glob("cpu-*.json")
     content = json.loads(file.read_text())
-    assert {row["error"] for row in content["steps"]} == {"left out: no time"}
+    lists = [content[name] for name in ("constants", "residuals", "launches", "steps")]
+    assert {row["error"] for rows in lists for row in rows} == {"left out: no time"}
+    assert [len(rows) for rows in lists] == [9, 12, 12, 75]
     assert content["rates"]["bandwidth"] > 0
-    assert len(content["constants"]) == 9
     table = file.with_suffix(".md").read_text()
     assert "left out: no time" in table
     assert table.startswith("Dry run: ")
@@ -236,7 +239,7 @@ def test_out_of_time_it_still_writes_its_results(gpu: Any, tmp_path: Path) -> No
 
 def test_a_failing_library_costs_only_its_rows(gpu: Any, capsys: Any, tmp_path: Path) -> None:
     library = types.SimpleNamespace(name="broken", array=lambda a: 1 / 0, host=None)
-    rows = gpu.constants([library], True)
+    rows = list(gpu.constants([library], True, lambda: False))
     assert [row["error"] for row in rows] == ["ZeroDivisionError: division by zero"] * 3
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
@@ -258,12 +261,51 @@ def test_the_whole_script_on_the_cpu(tmp_path: Path) -> None:
     assert all(0 < row["u kappa^(p + 1/2)"] < 16 for row in content["constants"])
 
 
-def test_synchronizations_are_recognized(gpu: Any) -> None:
-    names = (
-        "cudaStreamSynchronize",
-        "cudaDeviceSynchronize",
-        "cuMemcpyDtoHAsync_v2",
-        "Memcpy DtoH (Device -> Pageable)",
-    )
-    assert all(gpu.SYNCHRONIZATIONS.search(name) for name in names)
-    assert not any(gpu.SYNCHRONIZATIONS.search(name) for name in ("cudaLaunchKernel", "Memcpy DtoD", "cudaMemcpyAsync"))
+def test_events_are_told_apart(gpu: Any) -> None:
+    host = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy", "cudaMemcpyAsync", "cudaLaunchKernel")
+    device = ("gemm", "cupy_where", "Memcpy DtoH (Device -> Pageable)", "Memcpy DtoD (Device -> Device)", "Memset")
+    events = [types.SimpleNamespace(name=name, device_type="DeviceType.CPU") for name in host]
+    events += [types.SimpleNamespace(name=name, device_type="DeviceType.CUDA") for name in device]
+    events += [types.SimpleNamespace(name="Optimizer.step", device_type="DeviceType.CUDA", is_user_annotation=True)]
+    assert gpu.census(events) == {"kernels": 2, "copies": 3, "waits": 3, "reads": 1}
+
+
+def test_a_failure_is_noted_and_what_was_measured_is_kept(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        yield gpu.measured({"p": 1}, lambda: False, lambda: 1 / 0)
+        yield {"p": 2, "u kappa": float("nan")}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "Library", lambda name, dry: types.SimpleNamespace(module=json, name=name))
+    monkeypatch.setattr(json, "__version__", "1", raising=False)
+    monkeypatch.setattr(gpu, "device_rates", lambda torch: {"bandwidth": 1.0, "matmul_rate": math.inf})
+    monkeypatch.setattr(gpu, "constants", broken)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--dry-run", "--output", str(tmp_path)])
+    (file,) = tmp_path.glob("cpu-*.json")
+    content = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert content["constants"] == [
+        {"p": 1, "error": "ZeroDivisionError: division by zero"},
+        {"p": 2, "u kappa": "nan"},
+    ]
+    assert content["rates"]["matmul_rate"] == "inf"
+    assert "division by zero" in file.with_suffix(".md").read_text()
+
+
+def test_a_long_step_is_timed_once_and_over_whole_periods(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, now, counts = gpu.Library("cupy", True), [0.0], []
+
+    def clock(step: Any, count: int) -> float:
+        counts.append(count)
+        now[0] += count * step()
+        return float(step())
+
+    monkeypatch.setattr(library, "_clock", clock)
+    monkeypatch.setattr(gpu, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    assert library.seconds(lambda: 3.0, period=10) == 3.0
+    assert counts == [1, 1, 10, 10]
+    counts.clear()
+    assert library.seconds(lambda: 0.001, period=10) == 0.001
+    assert counts == [1, 1, 10, *[40] * 5]

@@ -6,9 +6,11 @@ tree-level optimizer makes of an array library, as on CuPy; PyTorch's meta devic
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import array_api_strict
@@ -22,10 +24,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import precond_ref as pr
 import precond_ref_torch
 from precond_ref import optimizer
+from precond_ref.cost.report import parse_method
 from precond_ref.methods import agd
+from precond_ref_torch.buckets import Bucket
 
-READS = {"__bool__", "__float__", "__int__", "__index__", "__complex__", "__array__", "__buffer__", "__dlpack__"}
-FREE = {"shape", "ndim", "dtype", "device", "size", "mT", "T", "__array_namespace__", "__repr__", "finfo", "isdtype"}
+READS = {"__bool__", "__float__", "__int__", "__index__", "__complex__", "__array__", "__buffer__", "__dlpack__",
+         "to_device", "nonzero", "repeat", "unique_all", "unique_counts", "unique_inverse", "unique_values",
+         "clip"}  # fmt: skip
+"""What waits for the device; array-api-compat's ``clip`` for CuPy chooses entries by a mask, and counts them."""
+FREE = {"shape", "ndim", "dtype", "device", "size", "mT", "T", "__array_namespace__", "__repr__", "finfo", "isdtype",
+        "__getattr__", "prim.device.default", "aten.empty.memory_format", "aten.empty_like.default"}  # fmt: skip
 VIEWS = {"reshape", "__getitem__"}  # of contiguous arrays
 
 
@@ -45,7 +53,9 @@ def census(step: Callable[[], Any]) -> tuple[Counter[str], int]:
         if event == "call" and inside(frame) and not inside(frame.f_back):
             owner = type(frame.f_locals.get("self")).__name__
             if owner in ("Array", "NoneType"):  # not the methods of devices and dtypes
-                calls[frame.f_code.co_name] += 1
+                key, wrapped = frame.f_locals.get("key"), frame.f_locals.get("func")
+                masked = any(hasattr(part, "dtype") for part in (key if isinstance(key, tuple) else (key,)))
+                calls["nonzero" if masked else getattr(wrapped, "__name__", frame.f_code.co_name)] += 1
 
     sys.setprofile(seen)
     try:
@@ -79,13 +89,20 @@ def test_no_value_is_read_and_no_call_is_made_for_each_parameter(config: Config)
 def test_planted_bugs_are_counted() -> None:
     config = CONFIGS["AGD-default"]
     line = "m = ema(state.m, grad, self.beta1)"
-    asking = mutated(agd, (line, f"{line} if xp.max(grad) else grad"))
-    assert second_step(config._replace(method=asking.AGD()), 2)[1] == 1
+    for asking in ("{} if xp.max(grad) else grad", "{}; float(m[0])", "{}; xp.clip(m, min=0.0)", "{}; m[m > 0]"):
+        method = mutated(agd, (line, asking.format(line))).AGD()
+        with array_api_strict.ArrayAPIStrictFlags(boolean_indexing=True, data_dependent_shapes=True):
+            assert second_step(config._replace(method=method), 2)[1] == 1, asking
     assert second_step(config, 2, fuse=False) != second_step(config, 7, fuse=False)
     loop = mutated(optimizer, ("_gather(group, joined_gradients, xp), group_state", "xp.stack([*map(xp.negative, "
                                "joined_gradients.values())]), group_state"))  # fmt: skip
     right = CONFIGS["ASGO-right"]
     assert second_step(right, 2, loop) != second_step(right, 7, loop)
+
+
+def test_clip_is_called_nowhere() -> None:
+    sources = Path(pr.__file__).parent.rglob("*.py")
+    assert [path.name for path in sources if "xp.clip(" in path.read_text(encoding="utf-8")] == []
 
 
 class Operations(TorchDispatchMode):
@@ -96,10 +113,13 @@ class Operations(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        if str(function) != "prim.device.default" and any(getattr(x, "is_meta", False) for x in leaves):
+        result = function(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves(
+            (args, kwargs, result)
+        )  # what is made or copied there has no arguments
+        if str(function) not in FREE and any(getattr(x, "is_meta", False) for x in leaves):
             self.calls[str(function)] += 1
-        return function(*args, **(kwargs or {}))
+        return result
 
 
 def torch_operations(method: Any, shape: tuple[int, ...], count: int) -> Counter[str]:
@@ -125,7 +145,31 @@ def test_torch_reads_no_value_and_makes_no_call_for_each_parameter(config: Confi
     assert few.total() > 4
 
 
+def test_the_documentation_has_these_counts() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.+)` \| (\d+) \| (\d+) \|$", page.partition("## A CUDA GPU")[2], re.MULTILINE)
+    assert len(rows) == 12
+    for text, core, adapter in rows:
+        config = Config(parse_method(text), (6, 6))
+        counted = second_step(config, 100)[0].total(), torch_operations(*config, 100).total()
+        assert counted == (int(core), int(adapter)), text
+
+
 def test_buffers_of_one_parameter_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(precond_ref_torch.optimizer.LARGEST_BUFFER, "other", 1)
     few, many = (torch_operations(pr.AGD(), (5, 3), count) for count in (2, 7))
     assert few.total() < many.total()
+
+
+@pytest.mark.parametrize("make", [torch.zeros, lambda shape, device: torch.ones(shape).to(device)])
+def test_what_is_made_or_copied_for_each_parameter_is_counted(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    gather = Bucket.gather
+
+    def making(self: Bucket) -> Any:
+        for param in self.params:
+            make((), device=param.device)
+        return gather(self)
+
+    monkeypatch.setattr(Bucket, "gather", making)
+    few, many = (torch_operations(pr.AGD(), (5, 3), count) for count in (2, 7))
+    assert few.total() + 5 == many.total()

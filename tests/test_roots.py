@@ -419,6 +419,22 @@ def test_members_of_a_batch_have_their_own_scale(backend: Backend, name: str) ->
 # ---- solving with a ridge -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("name", ["power", "inverse_shifted_sqrt", "polar"])
+def test_what_overflows_in_the_decomposition_is_nan(backend: Backend, name: str) -> None:
+    function = INVERSE_ROOTS.get(name, roots.polar)
+    stack = np.stack([np.full((4, 4), 1.5e308), np.eye(4)])  # one eigenvalue, 6e308, which float64 does not have
+    got = backend.numpy(backend.jit(function)(backend.asarray(stack)))
+    assert np.all(np.isnan(got[0]))
+    assert gap(got[1], np.eye(4)) <= 16 * U["float64"]
+
+
+def test_muon_has_no_scale_up_to_the_largest_number() -> None:
+    matrix = np.random.default_rng(3).uniform(0.5, 1.0, (4, 3))
+    huge = roots.polar_muon(matrix * 1.5e308, 5)
+    assert gap(huge, roots.polar_muon(matrix, 5)) <= 64 * U["float64"]
+
+
 def check_solve_in_fifty_digits(module: Any = roots, library: str = "numpy") -> None:
     """Gram matrices of full and of low rank: relative error of at most 16 u kappa, kappa that of A + ridge I."""
     backend = make_backend(library)

@@ -244,6 +244,18 @@ def check_gram64_range(lib: ModuleType) -> None:
                 assert np.isinf(beyond.escaped)
 
 
+def check_overflow(lib: ModuleType) -> None:
+    """Finite rows with a singular value that is not: NaN for that member, which is not the sketch of nothing."""
+    rows = np.stack([np.full((2, 4), 1.5e308), np.ones((2, 4))])
+    for solver in fd.SOLVERS:
+        for size in (1, 3, 6):
+            with np.errstate(all="ignore"):
+                got = lib.update(start(lib, 4, size, (2,)), rows, size=size, solver=solver)
+            assert np.all(np.isnan(got.eigenvalues[0])), (solver, size)
+            assert np.isnan(got.escaped[0])
+            assert np.isclose(got.eigenvalues[1, 0] + got.escaped[1], 8.0, rtol=1e-14)
+
+
 def check_shapes(lib: ModuleType) -> None:
     """Many rows, none, no dimension; k = min(d, l); float32 stays."""
     rng = np.random.default_rng(7)
@@ -285,6 +297,7 @@ CHECKS = {
         check_non_finite,
         check_gram64,
         check_gram64_range,
+        check_overflow,
         check_shapes,
         check_memory,
     )
@@ -354,6 +367,7 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
         ("& (ridge == 0)", "& (isinstance(ridge, float) and ridge == 0)"),
     ),
     "NaN reaches LAPACK": ("non_finite", ("xp.where(finite, factor, 0.0)", "factor")),
+    "overflow is nothing": ("overflow", ("finite[..., 0] & (s[..., :1] < math.inf)", "finite[..., 0]")),
     "NaN repaired": ("non_finite", ("0.0 * s[..., :1], math.nan)", "0.0 * s[..., :1], 0.0)")),
     "one bad member spoils all": (
         "non_finite",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import pickle
 import runpy
+import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -489,8 +493,6 @@ def test_matrix_methods_leave_the_rest_to_the_fallback() -> None:
 
 
 def test_foreign_engine_shares_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    import contextlib
-
     from array_api_compat import array_namespace
 
     used: list[Any] = []
@@ -508,6 +510,30 @@ def test_foreign_engine_shares_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         feed(pt.Optimizer(params, **forced(config.method, lr=0.125, engine="cupy")), params, grads)
         assert distance(params, by_core(config.method, start, grads, 0.125)) <= 1e-12
     assert used
+
+
+def test_cupy_engine_computes_on_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[Any] = []
+
+    @contextlib.contextmanager
+    def entering(*what: Any) -> Any:
+        entered.append(what)
+        yield
+
+    def from_external(stream: Any) -> Any:
+        return entering("stream", *stream.__cuda_stream__())
+
+    cuda = SimpleNamespace(
+        Device=partial(entering, "device"),
+        Stream=SimpleNamespace(from_external=from_external),  # CuPy 14 warns of ExternalStream
+        UnownedMemory=lambda *_: None,
+        MemoryPointer=lambda *_: None,
+    )
+    fake = SimpleNamespace(cuda=cuda, ndarray=lambda shape, memptr: np.zeros(shape), from_dlpack=np.from_dlpack)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=40 + device.index))
+    with buckets.cupy_engine(torch.device("cuda", 2))[3]():
+        assert entered == [("device", 2), ("stream", 0, 42)]
 
 
 def test_cupy_engine_needs_a_gpu() -> None:

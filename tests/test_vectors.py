@@ -122,13 +122,13 @@ def test_core_refuses(case):
 
 PLANTED = [
     (agd, "(grad - k.previous_inverse_c1 * state.m)", "(grad - state.m)", "AGD/plain"),
-    (agd, "min=self.delta * k.sqrt_c2)", "min=self.delta)", "AGD/switch"),
+    (agd, "self.delta * k.sqrt_c2, xp=xp)", "self.delta, xp=xp)", "AGD/switch"),
     (agd, "xp.maximum(state.b_max, b)", "b", "AGD/amsgrad"),
     (agd, "(k.sqrt_c2 * k.inverse_c1) * u", "k.sqrt_c2 * u", "AGD/first-step"),
     (
         agd,
-        "quotient(m, xp.clip(root, min=self.delta * k.sqrt_c2), xp, bound=least)",
-        "m / xp.clip(root, min=self.delta * k.sqrt_c2)",
+        "quotient(m, clamp(root, self.delta * k.sqrt_c2, xp=xp), xp, bound=least)",
+        "m / clamp(root, self.delta * k.sqrt_c2, xp=xp)",
         "AGD/zero-delta",
     ),
     (asgo, "roots.power(gram, -0.5, self.eps, xp=xp)", "roots.power(gram, -0.25, self.eps, xp=xp)", "ASGO/left"),

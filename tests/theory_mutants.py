@@ -44,10 +44,10 @@ MUTANTS: dict[str, Mutant] = {
     "sgd: ascent": Mutant("baselines", "return 1.0 * grad, SGDState(", "return -1.0 * grad, SGDState("),
     # AGD
     "agd: no steps": Mutant("agd", "(k.sqrt_c2 * k.inverse_c1) * u", "0 * u"),
-    "agd: delta added": Mutant("agd", "xp.clip(root, min=self.delta * k.sqrt_c2)", "root + self.delta * k.sqrt_c2"),
-    "agd: no threshold": Mutant("agd", "xp.clip(root, min=self.delta * k.sqrt_c2)", "root"),
+    "agd: delta added": Mutant("agd", "clamp(root, self.delta * k.sqrt_c2, xp=xp)", "root + self.delta * k.sqrt_c2"),
+    "agd: no threshold": Mutant("agd", "clamp(root, self.delta * k.sqrt_c2, xp=xp)", "root"),
     "agd: delta not corrected": Mutant(
-        "agd", "xp.clip(root, min=self.delta * k.sqrt_c2)", "xp.clip(root, min=self.delta)"
+        "agd", "clamp(root, self.delta * k.sqrt_c2, xp=xp)", "clamp(root, self.delta, xp=xp)"
     ),
     "agd: no first correction": Mutant("agd", "(k.sqrt_c2 * k.inverse_c1) * u", "k.sqrt_c2 * u"),
     "agd: no second correction": Mutant("agd", "(k.sqrt_c2 * k.inverse_c1) * u", "k.inverse_c1 * u"),
@@ -57,7 +57,7 @@ MUTANTS: dict[str, Mutant] = {
     "agd: ascent": Mutant("agd", "(k.sqrt_c2 * k.inverse_c1) * u", "-(k.sqrt_c2 * k.inverse_c1) * u"),
     "agd: heavy ball": Mutant("agd", "m = ema(state.m, grad, self.beta1)", "m = self.beta1 * state.m + grad"),
     "agd: sum of squares": Mutant("agd", "b = ema(state.b, s * s, self.beta2)", "b = state.b + 4 * s * s"),
-    "agd: old momentum": Mutant("agd", "u = quotient(m, xp", "u = quotient(state.m, xp"),
+    "agd: old momentum": Mutant("agd", "u = quotient(m, ", "u = quotient(state.m, "),
     "agd: no momentum kept": Mutant(
         "agd", "m = ema(state.m, grad, self.beta1)", "m = ema(0 * state.m, grad, self.beta1)"
     ),

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from operator import is_
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,9 +43,11 @@ def cupy_engine(device: torch.device) -> Foreign:
     import cupy
 
     def context() -> Any:
+        current = torch.cuda.current_stream(device)
+        shared = SimpleNamespace(__cuda_stream__=lambda: (0, current.cuda_stream))  # not every PyTorch's has it
         stack = contextlib.ExitStack()
         stack.enter_context(cupy.cuda.Device(device.index))
-        stack.enter_context(cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index))
+        stack.enter_context(cupy.cuda.Stream.from_external(shared))
         return stack
 
     namespace = array_namespace(cupy.ndarray((0,), memptr=cupy.cuda.MemoryPointer(_no_memory(cupy), 0)))

@@ -47,7 +47,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
-from precond_ref.numerics.arrays import all_finite
+from precond_ref.numerics.arrays import all_finite, clamp
 from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal, sqrt
 from precond_ref.protocol import Array, Method, Namespace, Scalar, check_bool, check_real
 
@@ -156,9 +156,9 @@ class AGD(Method):
         b_max = xp.maximum(state.b_max, b) if self.amsgrad else None
         root = xp.sqrt(b_max if self.amsgrad else b)
         least = self.delta * sqrt(1 - self.beta2)  # the floor below at t = 1, where it is lowest
-        u = quotient(m, xp.clip(root, min=self.delta * k.sqrt_c2), xp, bound=least)
+        u = quotient(m, clamp(root, self.delta * k.sqrt_c2, xp=xp), xp, bound=least)
         if self.clip is not None:
-            u = xp.clip(u, -self.clip, self.clip)
+            u = clamp(u, -self.clip, self.clip, xp=xp)
         direction = (k.sqrt_c2 * k.inverse_c1) * u  # (x)
         return direction, AGDState(step=state.step + 1, m=m, b=b, b_max=b_max)
 

@@ -71,6 +71,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import (
+    clamp,
     eye_like,
     finite_members,
     identity,
@@ -268,7 +269,7 @@ class IFShampoo(Method):
             if momenta is not None:
                 m = ema(momenta[n], m, self.riemannian_momentum)  # (3)
             peak, unit, norm = normed(m, (-2, -1), xp)
-            length = xp.clip(peak * norm, min=1.0) if self.clip else 1.0
+            length = clamp(peak * norm, 1.0, xp=xp) if self.clip else 1.0
             new_factors.append(k - (self.beta2 * peak / length) * (k @ unit))  # (4)
             new_momenta.append(m)
         return tuple(new_factors), None if momenta is None else tuple(new_momenta)
@@ -278,7 +279,7 @@ class IFShampoo(Method):
         stack = tuple(factors[0].shape[:-2])
         u, scale = xp.reshape(grad, (*stack, *dims)), 1.0
         for n, k in enumerate(factors):
-            peak = xp.clip(largest_entry(k, (-2, -1), xp), min=1.0)  # r_n^2
+            peak = clamp(largest_entry(k, (-2, -1), xp), 1.0, xp=xp)  # r_n^2
             small = k / xp.sqrt(peak)
             u = multiply(multiply(u, _t(small, xp), n, xp), small, n, xp)
             scale = scale * peak

@@ -7,7 +7,7 @@ from typing import Any
 from array_api_compat import device as device_of
 from array_api_compat import is_jax_array
 
-from precond_ref.protocol import Array, Namespace
+from precond_ref.protocol import Array, Namespace, Scalar
 
 
 def placement(array: Array) -> dict[str, Any]:
@@ -53,6 +53,14 @@ def normed(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, A
     peak = largest_entry(array, axes, xp)
     unit = array / xp.where(peak == 0, 1.0, peak)
     return peak, unit, xp.sqrt(xp.sum(unit * unit, axis=axes, keepdims=True))
+
+
+def clamp(array: Array, low: Scalar, high: Scalar | None = None, *, xp: Namespace) -> Array:
+    """``array`` brought between ``low`` and ``high``; NaN stays. The ``clip`` made for CuPy waits for the device."""
+    if hasattr(array, "clamp"):  # PyTorch, whose `maximum` of a Python number no compiler traces
+        return array.clamp(low, high)
+    array = xp.maximum(array, low)
+    return array if high is None else xp.minimum(array, high)
 
 
 def all_finite(xp: Namespace, *arrays: Array) -> Array:

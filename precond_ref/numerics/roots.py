@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from array_api_compat import array_namespace
 
-from precond_ref.numerics.arrays import eye_like, identity, largest_entry, normed
+from precond_ref.numerics.arrays import clamp, eye_like, identity, largest_entry, normed
 from precond_ref.numerics.refresh import renew
 from precond_ref.protocol import Array, Namespace, Scalar
 
@@ -37,13 +37,14 @@ SAFETY = 1.01  # the first seven are divided by (1.01, 1.01^3, 1.01^5), and so i
 def eigh(matrix: Array, *, xp: Namespace = None) -> tuple[Array, Array, Array]:
     """Eigenvalues (..., n), ascending and clipped at zero, eigenvectors (..., n, n), and which members are finite.
 
-    The last, (..., 1, 1), marks the members to believe; the others were replaced by zero before the decomposition.
+    The last, (..., 1, 1), marks the members to believe, which have finite entries (the others were replaced by zero
+    before the decomposition) and eigenvalues.
     """
     xp = array_namespace(matrix) if xp is None else xp
     finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp))
     half = 0.5 * xp.where(finite, matrix, 0.0)
     w, q = xp.linalg.eigh(half + xp.matrix_transpose(half))
-    return xp.clip(w, min=0.0), q, finite
+    return clamp(w, 0.0, xp=xp), q, finite & xp.all(w < math.inf, axis=-1)[..., None, None]
 
 
 def eigenvalues(matrix: Array, *, xp: Namespace = None) -> Array:
@@ -197,6 +198,7 @@ def polar(matrix: Array, *, xp: Namespace = None) -> Array:
     finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp))
     u, s, vh = xp.linalg.svd(xp.where(finite, matrix, 0.0), full_matrices=False)
     keep = s > max(matrix.shape[-2:]) * xp.finfo(s.dtype).eps * xp.max(s, axis=-1, keepdims=True)
+    finite = finite & (s[..., :1, None] < math.inf)
     return xp.where(finite, (u * xp.astype(keep, s.dtype)[..., None, :]) @ vh, math.nan)
 
 
@@ -206,8 +208,8 @@ def polar_muon(matrix: Array, steps: int, *, xp: Namespace = None) -> Array:
     if 0 in matrix.shape:
         return matrix
     wide = matrix.shape[-2] <= matrix.shape[-1]
-    norm = _frobenius(matrix, xp)
-    x = (matrix if wide else xp.matrix_transpose(matrix)) / xp.where(norm == 0, 1.0, norm)
+    _, unit, norm = normed(matrix, (-2, -1), xp)
+    x = (unit if wide else xp.matrix_transpose(unit)) / xp.where(norm == 0, 1.0, norm)
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(steps):
         gram = x @ xp.matrix_transpose(x)

@@ -17,7 +17,8 @@ alternative: eigenvalues of the smaller Gram matrix in float64, whatever the dty
 absolute, about (d + k + q) u s_1^2, so that rho is lost where s_l < 1e-7 s_1.
 
 A member with a non-finite entry never reaches LAPACK (an infinity can hang it): its eigenvalues and escaped mass are
-NaN, hence all that is made from them, and the other members of the batch are not touched.
+NaN, hence all that is made from them, and the other members of the batch are not touched. So are those of a member
+whose singular values overflow.
 """
 
 from __future__ import annotations
@@ -112,8 +113,9 @@ def update(
         u, s, kept = _svd(factor, k, xp)  # (A)
     else:
         u, s, kept = _gram64(factor, xp.where(finite & (peak > 0), peak, 1.0), k, xp)
+    finite = finite[..., 0] & (s[..., :1] < math.inf)
     s = xp.where(kept, s, 0.0)
-    cut = xp.where(finite[..., 0], s[..., size - 1 : size] if size <= d else 0.0 * s[..., :1], math.nan)
+    cut = xp.where(finite, s[..., size - 1 : size] if size <= d else 0.0 * s[..., :1], math.nan)
     s = s[..., :k]
     return Sketch(
         basis=u,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from precond_ref.numerics.arrays import clamp
+
 Array = Any
 
 
@@ -25,7 +27,7 @@ def binary_cross_entropy(xp: Any, logits: Array, targets: Array) -> tuple[Array,
     overflows, as max(z, 0) - z x + log(1 + exp(-abs(z))).
     """
     n = logits.shape[0]
-    value = xp.sum(xp.clip(logits, min=0.0) - logits * targets + xp.log1p(xp.exp(-xp.abs(logits)))) / n
+    value = xp.sum(clamp(logits, 0.0, xp=xp) - logits * targets + xp.log1p(xp.exp(-xp.abs(logits)))) / n
     return value, (sigmoid(xp, logits) - targets) / n
 
 

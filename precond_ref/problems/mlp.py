@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from precond_ref.numerics.arrays import clamp
 from precond_ref.problems.base import Array, Batch, Params, Problem, Space, check_int, generator, import_numpy
 from precond_ref.problems.datasets import Split
 from precond_ref.problems.losses import binary_cross_entropy, cross_entropy, sigmoid
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 ACTIVATIONS: dict[str, tuple[Callable[[Any, Array], Array], Callable[[Any, Array], Array]]] = {
     "tanh": (lambda xp, s: xp.tanh(s), lambda xp, a: 1.0 - a * a),
-    "relu": (lambda xp, s: xp.clip(s, min=0.0), lambda xp, a: xp.astype(a > 0.0, a.dtype)),
+    "relu": (lambda xp, s: clamp(s, 0.0, xp=xp), lambda xp, a: xp.astype(a > 0.0, a.dtype)),
 }
 """phi as a function of s, and phi' as a function of a = phi(s)."""
 
