@@ -218,3 +218,26 @@ def test_injected_batch_size() -> None:
     plain = pj.scale_by_rf_rmsprop(batch_size=8.0)
     expected, _ = plain.update(grads, plain.init(params), params)
     assert distance(got, expected) <= 1e-12
+
+
+def check_products(module: Any) -> None:
+    """Every product of a step is float32 proper, or what the user has chosen."""
+    opt = module.scale_by(pr.ASGO())
+    params = {"w": jnp.ones((3, 4), "float32"), "b": jnp.ones(3, "float32")}
+    state = opt.init(params)
+
+    def precisions() -> set[str]:
+        text = jax.jit(lambda u, s, p: opt.update(u, s, p)).lower(params, state, params).as_text()
+        return {line.split("precision = ")[1].split("]")[0] for line in text.splitlines() if "dot_general" in line}
+
+    assert precisions() == {"[HIGHEST, HIGHEST"}
+    with jax.default_matmul_precision("tensorfloat32"):
+        assert precisions() == {"[HIGH, HIGH"}
+    assert jax.config.jax_default_matmul_precision is None
+
+
+def test_products_are_float32() -> None:
+    check_products(adapter)
+    for change in (("chosen or", "None and"), ('chosen or "highest"', '"highest"')):
+        with pytest.raises(AssertionError):
+            check_products(mutated(adapter, change))

@@ -283,7 +283,7 @@ def _run(
             return sharding if sharding.mesh == mesh else NamedSharding(mesh, PartitionSpec())
 
         run = jax.sharding.auto_axes(run, out_sharding=jax.tree.map(place, (params, states)))
-    with _named(*(member.name for member in members)):
+    with _named(*(member.name for member in members)), _full_products():
         directions, news = run((count, scalars[label], arrays), grads, params, states, given)
     yield from zip(members, directions, news, strict=True)
 
@@ -425,6 +425,12 @@ def _named(name: str, *others: str) -> Iterator[None]:
             raise
         more = f" and {len(others)} more" if others else ""
         raise type(error)(f"{name or 'the parameter'}{more}: {error}") from error
+
+
+def _full_products() -> contextlib.AbstractContextManager[Any]:
+    """Products of float32 in float32, unless the user has chosen: by default GPUs take TF32, TPUs bfloat16."""
+    chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return jax.default_matmul_precision(chosen or "highest")
 
 
 def _real(method: Method, leaf: Any) -> Array:
