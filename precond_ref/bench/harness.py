@@ -64,7 +64,7 @@ class Worker:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
-            "OPENBLAS_NUM_THREADS": str(threads),
+            "OPENBLAS_NUM_THREADS": "1",  # jaxlib's threads call it; if each started more, a step took 30 times as long
             "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'} "
             f"intra_op_parallelism_threads={threads}",
             "NPROC": "16",  # jaxlib's pool: several batched factorizations wait for ever for each other on two threads
