@@ -114,9 +114,8 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        leaves = torch.utils._pytree.tree_leaves(
-            (args, kwargs, result)
-        )  # what is made or copied there has no arguments
+        # The result too: what is made or copied there has no argument there.
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
         if str(function) not in FREE and any(getattr(x, "is_meta", False) for x in leaves):
             self.calls[str(function)] += 1
         return result

@@ -429,10 +429,39 @@ def test_what_overflows_in_the_decomposition_is_nan(backend: Backend, name: str)
     assert gap(got[1], np.eye(4)) <= 16 * U["float64"]
 
 
-def test_muon_has_no_scale_up_to_the_largest_number() -> None:
+def check_muon_scale(module: Any = roots) -> None:
     matrix = np.random.default_rng(3).uniform(0.5, 1.0, (4, 3))
-    huge = roots.polar_muon(matrix * 1.5e308, 5)
+    huge = module.polar_muon(matrix * 1.5e308, 5)
     assert gap(huge, roots.polar_muon(matrix, 5)) <= 64 * U["float64"]
+
+
+def test_muon_has_no_scale_up_to_the_largest_number() -> None:
+    check_muon_scale()
+
+
+def check_overflow_is_nan(module: Any) -> None:
+    huge = np.full((1, 4, 4), 1.5e308)
+    assert np.all(np.isnan(module.power(huge, -0.5)))
+    assert np.all(np.isnan(module.polar(huge)))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("check", "changes"),
+    [
+        (check_overflow_is_nan, [("finite & xp.all(w < math.inf, axis=-1)[..., None, None]", "finite")]),
+        (check_overflow_is_nan, [("finite & (s[..., :1, None] < math.inf)", "finite")]),
+        (
+            check_muon_scale,
+            [("_, unit, norm = normed(", "p, unit, norm = normed("), ("(unit if wide", "p * (unit if wide")],
+        ),
+    ],
+    ids=["eigenvalues", "singular values", "scale of Muon"],
+)
+def test_planted_overflow_is_caught(check: Any, changes: list[tuple[str, str]]) -> None:
+    check(mutated(roots))
+    with pytest.raises(AssertionError):
+        check(mutated(roots, *changes))
 
 
 def check_solve_in_fifty_digits(module: Any = roots, library: str = "numpy") -> None:

@@ -106,13 +106,13 @@ def update(
     factor = xp.concat([old, xp.matrix_transpose(rows)], axis=-1)  # factor factor^T = A
     if 0 in factor.shape:
         return sketch
-    peak = xp.max(xp.abs(factor), axis=(-2, -1), keepdims=True)
+    peak = xp.max(xp.abs(factor), axis=(-2, -1), keepdims=True)  # `largest_entry` takes twice as long on small ones
     finite = xp.isfinite(peak)
     factor = xp.where(finite, factor, 0.0)
     if solver == "svd":
         u, s, kept = _svd(factor, k, xp)  # (A)
     else:
-        u, s, kept = _gram64(factor, xp.where(finite & (peak > 0), peak, 1.0), k, xp)
+        u, s, kept = _gram64(factor, xp.where(finite & (peak > 0), peak, 1.0), k, xp)  # (A)
     finite = finite[..., 0] & (s[..., :1] < math.inf)
     s = xp.where(kept, s, 0.0)
     cut = xp.where(finite, s[..., size - 1 : size] if size <= d else 0.0 * s[..., :1], math.nan)
