@@ -56,7 +56,7 @@ class Target:
     @property
     def install(self) -> str:
         """What makes its environment."""
-        kit, (first, *others) = '"precond-ref[cli]"', self.requires
+        kit, (first, *others) = '-e ".[cli]"', self.requires
         if self.without_dependencies:
             return f"pip install {' '.join([*others, kit])} && pip install --no-deps {first}"
         return f"pip install {' '.join([*self.requires, kit])}"
@@ -208,6 +208,8 @@ def pytorch_optimizer_scalable_asgo(
 
     if rms is not None:
         raise NotImplementedError(f"rms={rms}")
+    if side == "smaller" and len({p.shape[0] < p.shape[1] for p in params}) > 1:
+        raise NotImplementedError("one side for all parameters")
     left = side == "left" or (side == "smaller" and params[0].shape[0] < params[0].shape[1])
     return pytorch_optimizer.ScalableShampoo(
         params, lr=lr, betas=(beta1, beta2), matrix_eps=eps, preconditioning_compute_steps=every,

@@ -21,6 +21,12 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"precond-ref {release}"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+mathjax_path = (
+    "mathjax-3.2.2/tex-svg.js"  # one file of npm's mathjax@3.2.2 with its fonts, so that pages need no network
+)
+mathjax3_config = {"options": {"enableMenu": False}}
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath", "substitution"]
 myst_heading_anchors = 3

@@ -1,6 +1,6 @@
 """A flax classifier trained with ASGO from optax: MNIST where PRECOND_REF_DATA names a folder with it, else the digits.
 
-python -m pip install "precond-ref[jax,cli]" flax && python examples/jax_mnist.py
+python -m pip install -e ".[jax,cli]" flax && python examples/jax_mnist.py
 """
 
 import os

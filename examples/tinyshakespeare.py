@@ -1,7 +1,7 @@
 """A character-level transformer on tinyshakespeare, trained with several methods in PyTorch and in JAX side by side.
 
     export PRECOND_REF_DATA=folder/of/tinyshakespeare.txt OMP_NUM_THREADS=1
-    python examples/tinyshakespeare.py --output curves.svg        # needs "precond-ref[cli,torch,jax]"
+    python examples/tinyshakespeare.py --output curves.svg        # python -m pip install -e ".[cli,torch,jax]"
     python examples/tinyshakespeare.py --framework torch --methods ASGO,AdamW --steps 100
     python examples/tinyshakespeare.py --tune                     # repeat the search of the learning rates
 

@@ -7,7 +7,7 @@ import inspect
 import math
 import numbers
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -24,6 +24,15 @@ _REGISTRY: dict[str, type[Method]] = {}
 def list_methods() -> Mapping[str, type[Method]]:
     """All methods by name, in the order of definition (read-only)."""
     return MappingProxyType(_REGISTRY)
+
+
+def constructors() -> dict[str, Callable[..., Method]]:
+    """Every method of the registry, and after it its presets, such as ``ASGO.theory``."""
+    found: dict[str, Callable[..., Method]] = {}
+    for name, method in _REGISTRY.items():
+        found[name] = method
+        found.update({f"{name}.{preset}": getattr(method, preset) for preset in method.presets})
+    return found
 
 
 class Method:

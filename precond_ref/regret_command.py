@@ -47,7 +47,8 @@ def regret_command(
         typer.Option(
             metavar="NAME|FILE",
             help="Logistic regression on a LIBSVM file, in file order, with an intercept. "
-            "A name is looked for in the folder PRECOND_REF_DATA.",
+            "A name is looked for in the folder PRECOND_REF_DATA, then in this one. "
+            "Labels are of two classes; the larger counts as 1, the smaller as -1.",
         ),
     ] = None,
     adversary: Annotated[

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import precond_ref
-from precond_ref.conformance import variants
+from precond_ref.conformance import subjects, variants
 from precond_ref.conformance.subjects import Unsupported
 
 
@@ -61,13 +61,27 @@ class Broken(Variant):
         elif self.fault == "not repeatable":
             out = [p + 1e-6 * self.runs for p in out]
         elif self.fault == "parameters share a norm" and len(out) > 1:
-            out = [p * np.linalg.norm(grads[0]) / np.linalg.norm(grads) for p in out]
+            shared = np.linalg.norm(np.concatenate([g.ravel() for g in grads]))
+            out = [p * np.linalg.norm(grads[0]) / shared for p in out]
         elif self.fault == "NaN spreads" and any(np.isnan(g).any() for g in grads):
             out = [p * np.nan for p in out]
         return out
 
     def load(self, saved):
         super().load(saved[1:] if self.fault == "forgets on loading" else saved)
+
+
+class Here:
+    """In the place of `isolation.Isolated`, for tests of what the command says: in this process, at once."""
+
+    def __init__(self, target, *, backend, dtype, names, limits):
+        self.subject = subjects.wrap(subjects.load_target(target), backend=backend, dtype=dtype, names=names)
+
+    def __getattr__(self, name):
+        return getattr(self.subject, name)
+
+    def close(self):
+        pass
 
 
 def factory(constructor: str) -> Callable[..., Any]:

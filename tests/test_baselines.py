@@ -199,7 +199,7 @@ def test_shampoo_renews_its_roots_when_due() -> None:
     seen = []
     for g in grads:
         _, state = method.update(g, state, np.zeros((4, 3)))
-        seen.append(state.roots[0])
+        seen.append(state.roots[0].basis)
     changed = [not np.array_equal(a, b) for a, b in pairwise(seen)]
     assert changed == [False, False, True, False, False, True]  # renewed at updates 1, 4, 7
 

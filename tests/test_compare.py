@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import colors
 from mutation import mutated
 
 import precond_ref as pr
@@ -694,10 +695,17 @@ def test_a_backend_that_is_not_installed(library: str, extra: str, monkeypatch: 
 # ---- figure ---------------------------------------------------------------------------------------------------------
 
 
-def test_figure_shows_every_run_in_the_order_of_the_ranking() -> None:
+@pytest.fixture(scope="module")
+def eight() -> compare.Comparison:
+    """More runs than have a colour."""
     made = compare.prepare("digits-softmax", steps=4, methods="SGD,Adam,AdaGrad,Muon,DASGO,AGD,RMSProp,DASGO.theory")
     made.train()
-    drawn = report.figure(made)
+    return made
+
+
+def check_figure(module: Any, made: compare.Comparison) -> None:
+    """Every run, in the order of the ranking, the best in colours of their own and in front."""
+    drawn = module.figure(made)
     loss, metric = drawn.axes
     assert loss.get_yscale() == "log"
     assert metric.get_yscale() == "linear"
@@ -705,12 +713,40 @@ def test_figure_shows_every_run_in_the_order_of_the_ranking() -> None:
         np.testing.assert_array_equal(loss.lines[rank].get_xydata(), np.transpose([run.steps, run.train_losses]))
         np.testing.assert_array_equal(metric.lines[rank].get_xydata(), np.transpose([run.steps, run.metrics]))
         assert loss.texts[rank].get_text() == f"{rank + 1}  {run.entrant.name}  {run.final_loss:.3g}"
-        assert loss.texts[rank].get_color() == loss.lines[rank].get_color() == metric.lines[rank].get_color()
+        assert loss.lines[rank].get_color() == metric.lines[rank].get_color()
+        tie = loss.texts[rank].arrow_patch.get_edgecolor()
+        assert tie == colors.to_rgba(loss.lines[rank].get_color())
     heights = [text.xyann[1] for text in loss.texts]
     assert heights == sorted(heights)
-    looks = {(line.get_color(), line.get_linestyle()) for line in loss.lines}
-    assert len(looks) == len(made.ranked)
+    drawn_colours = [line.get_color() for line in loss.lines]
+    texts = [text.get_color() for text in loss.texts]
+    assert len(set(drawn_colours[: report.BEST])) == report.BEST  # no colour for two of the best
+    assert texts[: report.BEST] == drawn_colours[: report.BEST]
+    assert {*drawn_colours[report.BEST :]} == {report.GREY}
+    assert {*texts[report.BEST :]} == {report.GREY_TEXT}
+    front = [line.get_zorder() for line in loss.lines]
+    assert front == sorted(front, reverse=True)  # a better run is drawn over a worse one
     assert metric.get_title(loc="left") == "test accuracy"
+
+
+def test_figure_shows_every_run_in_the_order_of_the_ranking(eight: compare.Comparison) -> None:
+    check_figure(report, eight)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("COLOURS[rank] if best else GREY", "COLOURS[rank % len(COLOURS)]"),
+        ("COLOURS[rank] if best else GREY", "COLOURS[rank // 2] if best else GREY"),
+        ("3 - rank / len(runs)", "2 + rank / len(runs)"),
+        ("line.get_color() if rank < BEST else GREY_TEXT", "GREY_TEXT"),
+        ('{**tie, "color": line.get_color()}', "tie"),
+        ("metric.plot(run.steps, run.metrics, **style)", "metric.plot(run.steps, run.metrics)"),
+    ],
+)
+def test_planted_bug_in_the_figure_is_caught(change: tuple[str, str], eight: compare.Comparison) -> None:
+    with pytest.raises(AssertionError):
+        check_figure(mutated(report, change), eight)
 
 
 def test_figure_of_curves_that_stay_where_they_are() -> None:

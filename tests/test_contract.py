@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import Any
 
+import array_api_compat.numpy as compat
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,8 +16,12 @@ from conftest import Backend, make_backend
 from helpers import distance, gradients, leaves, run
 from hypothesis import given
 from hypothesis import strategies as st
+from mutation import mutated
 
 import precond_ref as pr
+from precond_ref.methods import asgo, baselines, inverse_free, mbf, root_free, sketchy
+from precond_ref.numerics import roots
+from precond_ref.numerics import sketch as fd
 from precond_ref.protocol import Method, check_bool, check_int
 
 ids = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -249,7 +254,8 @@ def test_diagnose_runs_and_says_whether_all_is_finite(backend: Backend, config: 
         report = config.method.diagnose(state)
     if report.finite is not None:
         finite = backend.numpy(report.finite)
-        assert finite.tolist() == (False if config.method.elementwise else [True, False])
+        assert finite.tolist() == ([True, False] if finite.ndim else False)
+        assert finite.ndim or config.method.elementwise or state.sketches == ()
 
 
 def planted_nan(state: Any, at: int) -> Any:
@@ -276,7 +282,7 @@ def test_finite_covers_every_array_of_the_state(config: Config) -> None:
         with numpy_noise():
             finite = config.method.diagnose(planted_nan(state, at)).finite
         if finite is not None:
-            assert finite.tolist() == (False if config.method.elementwise else [True, False]), at
+            assert finite.tolist() == ([True, False] if finite.ndim else False), at
 
 
 # ---- refusals: state unchanged, message says what and what was got --------------------------------------------------
@@ -419,22 +425,167 @@ def test_zero_gradients_give_zero(backend: Backend, config: Config) -> None:
         assert np.array_equal(backend.numpy(direction), np.zeros(config.shape))
 
 
-@pytest.mark.eager_cases
-@pytest.mark.parametrize("bad", [math.inf, math.nan], ids=str)
-def test_a_bad_gradient_spoils_its_stack_member_only(backend: Backend, config: Config, bad: float) -> None:
-    grads = gradients((3, *config.shape), 2)
-    clean = grads.copy()
-    grads[(1, 1, *(0 for _ in config.shape))] = bad  # the second update's, in the second member
-    param = backend.asarray(np.zeros((3, *config.shape)))
+BAD = (math.nan, math.inf, -math.inf)
+
+
+def check_bad_members(backend: Backend, method: Any, shape: tuple[int, ...], at: int, **extra: Any) -> None:
+    """One bad entry in update ``at`` of three of five members: these are NaN throughout from then on, and reported;
+    the others are what they are without, bit for bit. Elementwise methods: that entry, at that update."""
+    bad, good, entry = slice(1, 4), [0, 4], (0, *(d // 2 for d in shape))
+    clean = gradients((5, *shape), at + 3)
+    grads = clean.copy()
+    for member, value in enumerate(BAD, 1):
+        grads[(at, member, *entry[1:])] = value
+    param, update = backend.asarray(np.full((5, *shape), 0.5)), backend.update(method)
+    state = reference = method.init(param, stack_ndim=1)
+    entrywise = method.elementwise or getattr(state, "sketches", None) == ()
     with numpy_noise():
-        state, reference = (config.method.init(param, stack_ndim=1) for _ in range(2))
         for t, (g, c) in enumerate(zip(grads, clean, strict=True)):
-            direction, state = config.method.update(backend.asarray(g), state, param)
-            expected, reference = config.method.update(backend.asarray(c), reference, param)
-            got, want = backend.numpy(direction), backend.numpy(expected)
-            assert np.all(np.isfinite(got[1])) == (t == 0)
-            # the decompositions of a batch may round differently in another batch: 16 u kappa
-            assert np.allclose(got[[0, 2]], want[[0, 2]], rtol=1e-12, atol=1e-14)
+            direction, state = update(backend.asarray(g), state, param, **extra)
+            expected, reference = update(backend.asarray(c), reference, param, **extra)
+            got, want = np.array(backend.numpy(direction)), backend.numpy(expected)
+            assert np.array_equal(got[good], want[good]), t
+            if entrywise and t >= at:
+                assert t > at or not np.any(np.isfinite(got[(bad, *entry[1:])]))
+                got[(bad, *entry[1:])] = want[(bad, *entry[1:])]
+                assert np.array_equal(got[bad], want[bad]), t
+            else:
+                assert np.all(np.isnan(got[bad]) if t >= at else np.isfinite(got[bad])), t
+            if t in (at, at + 2):
+                finite = method.diagnose(state).finite
+                held = bool(leaves(state._replace(step=None)))
+                assert (finite is None) != held
+                if held:
+                    assert backend.numpy(finite).tolist() == (False if entrywise else [True, *[False] * 3, True]), t
+
+
+@pytest.mark.eager_cases
+def test_a_bad_gradient_spoils_its_stack_member_only(backend: Backend, config: Config) -> None:
+    check_bad_members(backend, config.method, config.shape, 1)
+
+
+def schedules(method: Any) -> list[Any]:
+    """``method`` with roots, factors or inverses kept, with no momentum to remember a gradient, and unnormalised."""
+    fields = vars(method)
+    if "statistics_every" in fields:
+        return [method.replace(statistics_every=a, inverse_every=b) for a, b in ((1, 3), (3, 1), (2, 3))]
+    changes: list[dict[str, Any]] = [{"every": 3}] if "every" in fields else [{}]
+    for field, value in (("momentum", 0.0), ("rms", None)):
+        if field in fields and not (isinstance(method, pr.SGD) and method.nesterov):
+            changes += [{**change, field: value} for change in changes]
+    return [method.replace(**change) for change in changes]
+
+
+@ids
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_bad_gradient_at_a_renewal_and_between_two(config: Config, at: int) -> None:
+    for method in schedules(config.method):
+        check_bad_members(make_backend("numpy"), method, config.shape, at)
+
+
+@pytest.mark.parametrize("name", ["SShampoo-every", "RFShampoo-every"])
+@pytest.mark.parametrize("compiler", ["jax-jit", "torch-compile"])
+def test_a_bad_gradient_between_renewals_when_compiled(compiler: str, name: str) -> None:
+    check_bad_members(make_backend(compiler), *CONFIGS[name], 1)
+
+
+@pytest.mark.parametrize("name", ["RFShampoo-every", "IFShampoo-plain", "MBF-per_output"])
+def test_a_bad_gradient_beside_a_clean_statistic(name: str) -> None:
+    method, shape = CONFIGS[name]
+    clean = gradients((2, 5, *shape), 1)[0]
+    statistic = pr.MBF.Samples(np.moveaxis(clean, 0, 1)) if isinstance(method, pr.MBF) else clean
+    check_bad_members(make_backend("numpy"), method, shape, 1, statistic=statistic)
+
+
+FORGETS: dict[str, tuple[Any, str, str, Any, tuple[int, ...]]] = {
+    "roots": (baselines, "if i == 0 and self.every > 1:", "if False:", pr.Shampoo(eps=0.25, every=3), (4, 3)),
+    "columns": (asgo, "if self.rms is None and (self.every", "if False and (self.every",
+                pr.ASGO(rms=None, every=3), (4, 3)),
+    "heads": (asgo, "or self.heads is not None):", "or False):", pr.ASGO(rms=None, heads=2), (4, 3)),
+    "diagonals": (asgo, "math.inf, whole(diagonal, 1, xp))", "math.inf, diagonal)", pr.DASGO(rms=None), (4, 3)),
+    "sketches": (sketchy, "if i == 0 and method.every > 1:", "if False:", pr.SShampoo(size=2, every=3), (4, 3)),
+    "factors": (root_free, "factors, inverses = ((first", "_, inverses = ((first",
+                pr.RFShampoo(momentum=0.0, every=3), (4,)),
+    "inverses": (root_free, "factors, inverses = ((first", "factors, _ = ((first",
+                 pr.RFShampoo(momentum=0.0, every=3), (4, 3)),
+    "inverse-free": (inverse_free, "if self.every > 1 or statistic is not None:", "if False:",
+                     pr.IFShampoo(momentum=0.0, every=3), (4, 3)),
+    "buffers": (inverse_free, "if self.every > 1 or statistic is not None:", "if False:",
+                pr.IFShampoo(every=3), (4,)),
+    "blocks": (mbf, "if not (self._averaged and fresh):", "if not fresh:", pr.MBF(average=False), (4, 3)),
+    "inverses of before": (mbf, "if not (self._averaged and fresh):", "if not self._averaged:",
+                           pr.MBF(inverse_every=3, statistics_every=3), (4, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGETS)
+def test_planted_bugs_that_forget_a_bad_gradient(name: str) -> None:
+    module, old, new, method, shape = FORGETS[name]
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    broken = getattr(mutated(module, (old, new)), type(method).__name__)(**fields)
+    check_bad_members(make_backend("numpy"), method, shape, 1)
+    with pytest.raises(AssertionError):
+        check_bad_members(make_backend("numpy"), broken, shape, 1)
+
+
+# ---- factorisations that fail ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """NumPy's factorisations raise for a batch with a matrix whose largest entry is above 1e5, whatever the dtype."""
+    calls: list[str] = []
+
+    def watch(name: str) -> None:
+        function = getattr(compat.linalg, name)
+
+        def call(a: Any, *args: Any, **kwargs: Any) -> Any:
+            if np.max(np.abs(a), initial=0.0) > 1e5:
+                calls.append(name)
+                raise np.linalg.LinAlgError("did not converge")
+            return function(a, *args, **kwargs)
+
+        monkeypatch.setattr(compat.linalg, name, call)
+
+    for name in ("eigh", "svd", "svdvals", "solve", "cholesky"):
+        watch(name)
+    return calls
+
+
+def check_failure(config: Config, failing: list[str]) -> None:
+    """The second of three members, which LAPACK takes or does not: NaN and reported, or not touched; no exception."""
+    grads = gradients((3, *config.shape), 2)
+    grads[:, 1] *= 1e6
+    param, method = np.zeros(grads.shape[1:]), config.method
+    state = method.init(param, stack_ndim=1)
+    alone = method.init(param[[0, 2]], stack_ndim=1)
+    for g in grads:
+        direction, state = method.update(g, state, param)
+        expected, alone = method.update(g[[0, 2]], alone, param[[0, 2]])
+        assert np.array_equal(direction[[0, 2]], expected)
+    failed = bool(failing)
+    assert np.all(np.isnan(direction[1])) == failed
+    finite = method.diagnose(state).finite
+    if failed:
+        assert finite.tolist() == [True, False, True]
+
+
+@ids
+def test_what_cannot_be_factorised_is_nan_for_its_member(config: Config, failing: list[str]) -> None:
+    check_failure(config, failing)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(roots, "Shampoo-sum"), (roots, "Muon-svd"), (roots, "MBF-per_output"), (fd, "SAdaGrad-sum"),
+     (root_free, "RFShampoo-default"), (baselines, "Muon-svd")],
+)  # fmt: skip
+def test_exceptions_of_factorisations_are_seen(
+    module: Any, name: str, failing: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "attempt", lambda function, *arrays, **_: function(*arrays))
+    with pytest.raises(np.linalg.LinAlgError, match="did not converge"):
+        check_failure(CONFIGS[name], failing)
 
 
 @given(data=st.data())

@@ -5,8 +5,10 @@ Each check is a function of a case and of a library, which is the adapter's modu
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import itertools
 import pickle
 import runpy
 import subprocess
@@ -15,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -338,12 +340,95 @@ def check_masks(case: Case, lib: Any) -> None:
     frozen = opt.init(params)
     got, state = opt.update({"a": grads["a"], "b": [None, None]}, frozen, params)
     close(got, {"a": expected["a"], "b": [None, None]}, ROUNDING)
-    for field in case.method.state_type._fields[1:]:
-        close(getattr(state.statistics, field)["b"], getattr(frozen.statistics, field)["b"], 0.0)
+    kept, before = (
+        jax.tree.map(lambda t: t["b"], x.statistics, is_leaf=lambda t: isinstance(t, dict)) for x in (state, frozen)
+    )
+    close(kept, before, 0.0)
     nothing = {"a": None, "b": optax.MaskedNode()}
     got, state = opt.update(nothing, opt.init(nothing), nothing)
     assert jax.tree.leaves(got) == []
     assert state.count == 1
+
+
+class Pair(NamedTuple):
+    """Parameters that are a named tuple; also what `PerAxis` keeps of an axis."""
+
+    w: Any
+    b: Any
+
+
+class PerAxisState(NamedTuple):
+    """State of `PerAxis`."""
+
+    step: Any
+    axes: tuple[Pair, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerAxis(Method, register=False):
+    """Nested tuples of arrays, as many as the parameter has axes."""
+
+    state_type: ClassVar[Any] = PerAxisState
+
+    def init(self, param: Any, *, stack_ndim: int = 0) -> PerAxisState:
+        zero = 0.0 * param.reshape((*param.shape[:stack_ndim], -1))[..., 0]
+        return PerAxisState(0, tuple(Pair(zero + axis, zero) for axis in range(param.ndim - stack_ndim)))
+
+    def update(self, grad: Any, state: Any, param: Any, **_: Any) -> Any:
+        axes = tuple(Pair(w + (1 + b) * grad.sum(tuple(range(-len(state.axes), 0))), b + 1) for w, b in state.axes)
+        scale = sum(w - b for w, b in axes)
+        return grad * scale.reshape(scale.shape + (1,) * len(axes)), PerAxisState(state.step + 1, axes)
+
+
+def check_containers(lib: Any) -> None:
+    """Parameters in tuples, alone, and with other numbers of axes: directions and states are the core's, and the state
+    has a tree like the parameters for each array."""
+    method, shapes = PerAxis(), ((3, 4), (2, 3, 4), (5,), (3, 4))
+    opt = lib.scale_by(method, takes=lambda path, array: array.ndim > 0, fallback=optax.identity())
+    for build, chosen in (
+        (tuple, shapes[:3]),
+        (lambda xs: Pair(xs[0], (xs[1],)), shapes[:2]),
+        (lambda xs: xs[0], shapes[1:2]),
+        (lambda xs: {"x": list(xs), "y": None, "z": jnp.ones(())}, shapes),
+    ):
+        rows = [gradients(shape, 2, seed) for seed, shape in enumerate(chosen)]
+        expected, states = [], [method.init(np.ones(shape)) for shape in chosen]
+        for t in range(2):
+            pairs = [method.update(g[t], state, g[t]) for g, state in zip(rows, states, strict=True)]
+            expected, states = zip(*pairs, strict=True)
+        state = opt.init(build([jnp.asarray(g[0]) for g in rows]))
+        structure = jax.tree.structure(state)
+        for t in range(2):
+            grads = build([jnp.asarray(g[t]) for g in rows])
+            got, state = jit(opt.update)(grads, state)
+        assert jax.tree.structure(state) == structure
+        close([x for x in jax.tree.leaves(got) if x.ndim], [*expected], 1e-14)
+        most = max(map(len, chosen))
+        assert len(state.statistics.axes) == most
+        for i, field in itertools.product(range(most), range(2)):
+            array = getattr(state.statistics.axes[i], Pair._fields[field])
+            close(jax.tree.leaves(array), [s.axes[i][field] for s in states if i < len(s.axes)], 1e-14)
+            alike = jax.tree.map(lambda x: 0.0, array, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+            assert jax.tree.structure(alike) == jax.tree.structure(grads)
+
+
+def test_containers() -> None:
+    check_containers(adapter)
+
+
+def check_abstract(case: Case, lib: Any) -> None:
+    """``init`` of shapes and dtypes alone gives the state of parameters that have them, as optax's own does."""
+    opt = case.optimizer(lib)
+    params = tree(case.shape, "bfloat16")
+    shapes = jax.eval_shape(lambda: params)
+    state = opt.init(params)
+    close(opt.init(shapes), state, 0.0)
+    assert jax.eval_shape(opt.init, shapes) == jax.eval_shape(lambda: state)
+
+
+@cases
+def test_abstract_parameters(case: Case) -> None:
+    check_abstract(case, adapter)
 
 
 def check_vmap(case: Case, lib: Any) -> None:
@@ -470,7 +555,7 @@ def test_statistics_are_the_cores() -> None:
     opt = pj.scale_by_shampoo(eps=0.25)
     _, state = opt.update(grads, opt.init(params), params)
     for key, g in grads.items():
-        left, right = state.statistics.grams[key]
+        left, right = (gram[key] for gram in state.statistics.grams)
         np.testing.assert_allclose(left, g @ g.T, rtol=0, atol=1e-13)
         np.testing.assert_allclose(right, g.T @ g, rtol=0, atol=1e-13)
 
@@ -697,6 +782,26 @@ MUTANTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
         "if value is not None",
         lambda lib: check_map_params(CASES["dasgo"], lib),
     ),
+    "tuples of arrays at the leaves": (
+        "if not held:",
+        "if True:",
+        check_containers,
+    ),
+    "trees for the first parameter's arrays only": (
+        "max(held, key=len)",
+        "held[0][:2]",
+        check_containers,
+    ),
+    "any tuple is a tree like the parameters": (
+        "any(map(_is_tuple, values))",
+        "False",
+        check_containers,
+    ),
+    "shapes are no parameters": (
+        "jnp.zeros_like(x) if isinstance(x, jax.ShapeDtypeStruct) else x",
+        "x",
+        lambda lib: check_abstract(CASES["agd"], lib),
+    ),
     "None is an update": (
         "        if leaf is None:\n            return None\n",
         "",
@@ -714,11 +819,18 @@ def test_planted_bugs_are_seen(name: str) -> None:
 
 
 def test_the_checks_of_the_planted_bugs_pass_without_them() -> None:
-    for check in (lambda lib: check_recorded(EVERY, lib), lambda lib: check_map_params(CASES["dasgo"], lib)):
+    for check in (
+        lambda lib: check_recorded(EVERY, lib),
+        lambda lib: check_map_params(CASES["dasgo"], lib),
+        lambda lib: check_abstract(CASES["agd"], lib),
+    ):
         check(adapter)
 
 
 def test_a_static_argument_left_out_is_seen() -> None:
     left_out = {"asgo": tuple(arg for arg in pj.STATIC_ARGS["asgo"] if arg != "every")}
-    with pytest.raises(TypeError, match="every must be a Python int"):
+    hint = r"every must be a Python int, got .*: optax.inject_hyperparams needs static_args=.*STATIC_ARGS\['asgo'\]"
+    with pytest.raises(TypeError, match=hint):
         check_inject(CASES["asgo"], adapter, left_out)
+    with pytest.raises(TypeError, match="every must be a Python int, got 2.0$"):
+        pj.asgo(0.5, every=2.0)

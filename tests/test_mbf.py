@@ -232,12 +232,12 @@ def check_refresh(module: Any) -> None:
     assert np.array_equal(both.statistic, statistic.statistic)
     assert not np.array_equal(both.statistic, first.statistic)
     assert np.array_equal(inverse.statistic, first.statistic)
-    assert np.array_equal(statistic.inverse, first.inverse)
+    assert np.array_equal(statistic.inverse.basis, first.inverse.basis)
     assert np.array_equal(neither.statistic, first.statistic)
-    assert np.array_equal(neither.inverse, first.inverse)
-    assert not np.array_equal(both.inverse, first.inverse)
+    assert np.array_equal(neither.inverse.basis, first.inverse.basis)
+    assert not np.array_equal(both.inverse.basis, first.inverse.basis)
     as_one = method.update(grads[1], first, grads[0], refresh=True)[1]
-    assert np.array_equal(as_one.inverse, both.inverse)
+    assert np.array_equal(as_one.inverse.basis, both.inverse.basis)
 
 
 # ---- E1 to E10 ------------------------------------------------------------------------------------------------------
@@ -586,8 +586,7 @@ def test_inverse_is_between_zero_and_one_over_lambda(name: str) -> None:
     grads = 100 * rng(50).standard_normal((6, *variant.shape))
     method = pr.MBF(**{**variant.fields, "momentum": 0.0, "inverse_every": 2})
     directions, state = run(method, grads)
-    w = np.linalg.eigvalsh(state.inverse)
-    assert np.allclose(state.inverse, np.swapaxes(state.inverse, -1, -2), rtol=0, atol=8 * U * np.max(w))
+    w = state.inverse.eigenvalues
     assert np.min(w) > 0
     assert np.max(w) <= (1 + 8 * U) / 0.25
     assert all(np.sum(g * p) > 0 for g, p in zip(grads, directions, strict=True))
@@ -605,17 +604,15 @@ def test_a_numerically_singular_matrix_does_not_stop_it(dtype: str) -> None:
     assert report.condition > 1e15
 
 
-def test_bad_entries_spoil_their_block_only() -> None:
+def test_the_report_says_which_block_had_a_bad_entry() -> None:
     method = pr.MBF(**LOUD, kind="conv")
     grad = rng(51).standard_normal((2, 3, 2, 2))
-    expected, _ = one_step(method, grad)
     grad[1, 2, 0, 1] = np.inf
     with np.errstate(invalid="ignore"):
         direction, state = one_step(method, grad)
         report = method.diagnose(state)
-    assert np.all(np.isnan(direction[1, 2]))
-    direction[1, 2] = expected[1, 2]
-    assert relative(direction, expected) <= 16 * U
+    assert np.all(np.isnan(direction))
+    assert np.argwhere(np.isnan(report.condition)).tolist() == [[1, 2]]
     assert not report.finite
 
 
@@ -831,16 +828,15 @@ def test_refused(what: str) -> None:
 # ---- planted bugs ---------------------------------------------------------------------------------------------------
 
 
-SOLVE = "roots.solve(f, columns, self.damping, xp=xp)"
+SOLVE = "roots.solve(f, columns, self.damping, own, xp=xp)"
+KEPT = "law = roots.Law(-1.0, self.damping)"
 BUGS = {
     "square root of F": Bug(
         SOLVE, "roots.power(f, -0.5, self.damping, xp=xp) @ columns", ("definition", "e5", "e10", "t0", "t1")
     ),
-    "square root of F kept": Bug("roots.power(f, -1.0,", "roots.power(f, -0.5,", ("definition", "schedule")),
-    "damping left out": Bug(SOLVE, "roots.solve(f, columns, 0.0, xp=xp)", ("definition", "e5", "t0")),
-    "damping left out of the inverse kept": Bug(
-        "roots.power(f, -1.0, self.damping,", "roots.power(f, -1.0, 0.0,", ("definition", "t2")
-    ),
+    "square root of F kept": Bug(KEPT, KEPT.replace("-1.0", "-0.5"), ("definition", "schedule")),
+    "damping left out": Bug(SOLVE, "roots.solve(f, columns, 0.0, own, xp=xp)", ("definition", "e5", "t0")),
+    "damping left out of the inverse kept": Bug(KEPT, KEPT.replace("self.damping", "0.0"), ("definition", "t2")),
     "statistic of the momentum": Bug("xp.expand_dims(grad,", "xp.expand_dims(m,", ("definition", "e7")),
     "averaged momentum": Bug(
         "self.momentum * state.m + grad", "self.momentum * state.m + (1 - self.momentum) * grad", ("definition", "e5")
@@ -864,7 +860,7 @@ BUGS = {
     ),
     "inverse of the previous statistic": Bug(SOLVE, SOLVE.replace("f,", "state.statistic,"), ("definition", "e5")),
     "inverse of the previous statistic kept": Bug(
-        "roots.power(f, -1.0", "roots.power(state.statistic, -1.0", ("definition", "schedule")
+        "roots.renewed(inverse_due, f,", "roots.renewed(inverse_due, state.statistic,", ("definition", "schedule")
     ),
     "no fresh inverses at first": Bug("((step <= t2) & statistics) | ", "", ("definition", "schedule")),
     "fresh inverses once more": Bug("step <= t2", "step <= t2 + 1", ("schedule",)),
@@ -878,7 +874,7 @@ BUGS = {
         "return statistics, statistics",
         ("definition", "schedule"),
     ),
-    "inverse starts at the identity": Bug(" * reciprocal(self.damping)", "", ("refresh",)),
+    "inverse starts at the identity": Bug("statistic, reciprocal(self.damping), xp", "statistic, xp", ("refresh",)),
     "refresh pair exchanged": Bug("return pair\n", "return pair[::-1]\n", ("refresh",)),
     "warm start of the last batch": Bug(
         "self._mean_outer(xp.moveaxis(grads, 0,",

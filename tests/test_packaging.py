@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import pkgutil
 import subprocess
 import sys
 import tomllib
@@ -157,3 +158,15 @@ def test_wheel_check_sees_planted_fault(fault, wheel, check_wheel, tmp_path, cap
 def test_wheel_check_wants_a_wheel(check_wheel, capsys):
     assert check_wheel.main([]) == 1
     assert "usage" in capsys.readouterr().err
+
+
+def shadowed(package: str) -> list[str]:
+    """Public names of ``package`` that are one of its modules as well: the import of that would take their place."""
+    module = importlib.import_module(package)
+    return sorted(set(module.__all__) & {found.name for found in pkgutil.iter_modules(module.__path__)})
+
+
+def test_no_module_takes_the_place_of_a_public_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shadowed("precond_ref") == shadowed("precond_ref.conformance") == []
+    monkeypatch.setattr("precond_ref.conformance.__all__", ["cases", "runner"])  # planted
+    assert shadowed("precond_ref.conformance") == ["runner"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mutation import mutated
 from typer.testing import CliRunner
 
 import precond_ref as pr
@@ -81,6 +82,43 @@ def test_on_data_the_comparator_is_the_minimizer(run: Callable[..., Any], tmp_pa
         assert free or np.linalg.norm(best) == pytest.approx(0.5, rel=1e-6)
         assert data["mean_loss"][-1] * 8 - least == pytest.approx(data["regret"][-1], rel=1e-9)
         assert data["bound"]["statement"] == "asgo.row-regret"
+
+
+def test_a_name_is_found_in_the_current_folder(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "mine.libsvm").write_text(DATA)
+    for folder in (None, elsewhere):
+        monkeypatch.delenv("PRECOND_REF_DATA", raising=False)
+        if folder is not None:
+            monkeypatch.setenv("PRECOND_REF_DATA", str(folder))
+        assert "8 rounds" in run("--data", "mine.libsvm", "--size", 2).output
+    (elsewhere / "mine.libsvm").write_text("1 1:1\n2 1:1\n")  # the folder of the data is first
+    assert "2 rounds" in run("--data", "mine.libsvm", "--size", 2).output
+
+
+def test_labels_are_of_two_classes(tmp_path: Path) -> None:
+    path = tmp_path / "few.txt"
+    for low, high in ((-1, 1), (0, 1), (1, 2), (2, 4), (-3, -2)):
+        path.write_text(DATA.replace("+1 ", f"{high} ").replace("-1 ", f"{low} "))
+        assert online.libsvm(path)[1].tolist() == [1, -1, -1, 1, -1, 1, 1, -1]
+    for labels, message in ((("1", "1"), "got 1: 1$"), (("1", "2", "3"), "got 3: 1, 2, 3$"), (range(7), "3, 4, ...$")):
+        path.write_text("".join(f"{label} 1:1\n" for label in labels))
+        with pytest.raises(ValueError, match=f"logistic regression wants labels of two classes, .*{message}"):
+            online.libsvm(path)
+
+
+@pytest.mark.parametrize(
+    "change", [("labels == classes[1]", "labels > 0"), ("len(classes) != 2", "len(classes) > 2"), ("!= 2", "< 2")]
+)
+def test_planted_bug_in_labels_is_caught(
+    change: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(online, "signs", mutated(online.signs, change))
+    with pytest.raises((AssertionError, IndexError, pytest.fail.Exception)):
+        test_labels_are_of_two_classes(tmp_path)
 
 
 def test_the_comparator_in_a_ball_is_the_same_to_six_digits_from_any_start() -> None:

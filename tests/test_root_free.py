@@ -808,6 +808,7 @@ def test_every_field_is_perturbed(name):
         ("RFAdamW", {"narrow_state": "no"}, TypeError),
         ("RFShampoo", {"beta2": -0.5}, ValueError),
         ("RFShampoo", {"damping": float("nan")}, ValueError),
+        ("RFShampoo", {"damping": 0.0, "beta2": 1.0}, ValueError),  # nothing makes the factors definite
         ("RFShampoo", {"momentum": -0.5}, ValueError),
         ("RFShampoo", {"weight_decay": -1.0}, ValueError),
         ("RFShampoo", {"batch_size": "auto"}, TypeError),

@@ -417,17 +417,17 @@ SKETCHY_MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
 
 ONLINE_MUTANTS = {
     "Ada-FD delta squared under the root": (
-        "xp.sqrt(sketch.eigenvalues)",
-        "xp.sqrt(sketch.eigenvalues + self.delta**2)",
+        "self._apply(grad, sketch, shift, weight, xp, root=True)",
+        "self._apply(grad, sketch._replace(eigenvalues=sketch[1] + self.delta**2), shift, weight, xp, root=True)",
     ),
-    "Ada-FD without the root": ("xp.sqrt(sketch.eigenvalues)", "sketch.eigenvalues"),
+    "Ada-FD without the root": ("weight, xp, root=True)", "weight, xp)"),
     "FD-SON decays like RFD-SON": (
         "self.learning_rate * _real(step, like) ** 0.5)",
         "self.learning_rate * _real(step, like))",
     ),
     "RFD-SON adds the whole mass": ("0.5 * sketch.escaped", "1.0 * sketch.escaped"),
     "RFD-SON without delta": ("sketch.escaped + self.delta", "sketch.escaped"),
-    "sketch of unscaled gradients": ("grad[..., None, :] * k.weight if k else", ""),
+    "sketch of unscaled gradients": ("grad[..., None, :] * weight", "grad[..., None, :]"),
 }
 
 
@@ -525,7 +525,8 @@ def test_practical_excludes_long_axes() -> None:
     direction, state = method.update(long, method.init(long), long)
     assert state.sketches == ()
     assert np.allclose(direction, 1 / np.sqrt(0.001 + 0.25), rtol=1e-14)
-    assert method.diagnose(state).finite is None
+    assert bool(method.diagnose(state).finite)
+    assert method.replace(graft="sgd").diagnose(state._replace(v=None)).finite is None
 
 
 def test_zero_gradients_stay_zero() -> None:

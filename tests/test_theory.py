@@ -42,7 +42,7 @@ def test_search_shrinks_to_a_counterexample() -> None:
     message = r"(?s)asgo\.\w+ is violated: left .* > right .*play\('asgo_online', .*'rounds': 1,.*D"
     lib = library(
         "asgo",
-        ("inverse = roots.inverse_shifted_sqrt(gram, self", "inverse = 2 * roots.inverse_shifted_sqrt(gram, self"),
+        ("direction = roots.apply(grad,", "direction = 2 * roots.apply(grad,"),
     )
     with pytest.raises(Violation, match=message):
         search("asgo_online", 40, lib=lib)

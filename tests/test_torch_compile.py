@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -124,3 +125,45 @@ def test_low_precision_and_checkpoints() -> None:
     assert other.param_groups[0]["compile"] == BACKEND
     assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
     assert {v.dtype for k, v in opt.state[params[0]].items() if k != "step"} == {torch.float32}
+
+
+def check_compiled_by_the_caller(whole: bool, inner: bool | str, cls: Any = pt.ASGO) -> None:
+    """``torch.compile`` of the step, or of a whole training step: the same bits as without, one warning or none."""
+    torch.manual_seed(0)
+    values, x = torch.randn(4, 3), torch.randn(5, 3)
+    (param,), (twin,) = parameters([values]), parameters([values])
+    opt, other = cls([param], compile=inner), cls([twin], compile=inner)
+
+    def backward(param: Any) -> None:
+        param.grad = None
+        (x @ param.T).square().mean().backward()
+
+    def train(param: Any, opt: Any) -> None:
+        backward(param)
+        opt.step()
+
+    compiled = torch.compile(train if whole else opt.step, backend=BACKEND)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            if whole:
+                compiled(param, opt)
+            else:
+                backward(param)
+                compiled()
+    assert sum("give the optimizer compile=True" in str(w.message) for w in caught) == (not inner)
+    assert graphs() <= bool(inner) + 2 * whole, "graphs of the step"
+    for _ in range(3):
+        train(twin, other)
+    assert torch.equal(param, twin)
+
+
+@pytest.mark.parametrize(("whole", "inner"), [(False, False), (True, False), (False, BACKEND)])
+def test_a_step_compiled_by_the_caller(whole: bool, inner: bool | str) -> None:
+    check_compiled_by_the_caller(whole, inner)
+
+
+def test_check_catches_a_step_cut_into_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pt.Optimizer, "_step_uncompiled", torch.no_grad()(pt.Optimizer._update))
+    with pytest.raises(AssertionError):
+        check_compiled_by_the_caller(False, False, pt.SGD)

@@ -296,7 +296,7 @@ def test_check_catches(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_groups_and_table() -> None:
     opt = make(Net(), METHODS["per_output"])
-    table = [line.split("  ") for line in opt.describe().splitlines()]
+    table = [line.split("  ") for line in opt.describe().partition("\n\n")[0].splitlines()]
     rows = {
         cells[2]: [cell for cell in cells if cell] for cells in ([c.strip() for c in r if c.strip()] for r in table)
     }

@@ -244,7 +244,7 @@ EXCHANGED = [
         mbf,
         M + "per-output",
         "root",
-        [("roots.solve(f, columns, self.damping, xp=xp)", "roots.power(f, -0.5, self.damping, xp=xp) @ columns")],
+        [("roots.solve(f, columns, self.damping, own, xp=xp)", "roots.power(f, -0.5, self.damping, xp=xp) @ columns")],
     ),
     (mbf, M + "schedule", "early-inverses-missing", [("((step <= t2) & statistics) | (step", "(step")]),
     (mbf, M + "diagonal", "square-of-gradient", [("statistic, n * n, D", "statistic, grad * grad, D")]),

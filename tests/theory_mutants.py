@@ -20,20 +20,22 @@ class Mutant(NamedTuple):
 
 
 V = "gram = state.gram + (grad @ _t(grad, xp) if left"
-LAM = "inverse = roots.inverse_shifted_sqrt(gram, self.eps, xp=xp)"
+LAM = "law = roots.Law(-1.0, self.eps, root=True)"
+LAM_ROOT = "root = roots.decompose(gram, law, xp=xp)  # (2)"
+LAM_U = "direction = roots.apply(grad, {0 if left else 1: root}, law, 1.0, xp=xp)"
 D, D_U = "d = state.d + xp.sum(grad * grad, axis=-1)", "direction = grad / _infinite_if_zero(xp.sqrt(d) + self.eps, xp)"
-P, P_KEPT = "roots.solve(f, columns, self.damping, xp=xp)", "roots.power(f, -1.0,"
+P, P_KEPT = "roots.solve(f, columns, self.damping, own, xp=xp)", "law = roots.Law(-1.0, self.damping)"
 MUTANTS: dict[str, Mutant] = {
     # ASGO
-    "asgo: exponent -1/4": Mutant("asgo", LAM, "inverse = roots.power(gram, -0.25, self.eps, xp=xp)"),
-    "asgo: exponent -1": Mutant("asgo", LAM, "inverse = roots.power(gram, -1.0, self.eps, xp=xp)"),
-    "asgo: eps under the root": Mutant("asgo", LAM, "inverse = roots.power(gram, -0.5, self.eps, xp=xp)"),
+    "asgo: exponent -1/4": Mutant("asgo", LAM, "law = roots.Law(-0.25, self.eps)"),
+    "asgo: exponent -1": Mutant("asgo", LAM, "law = roots.Law(-1.0, self.eps)"),
+    "asgo: eps under the root": Mutant("asgo", LAM, "law = roots.Law(-0.5, self.eps)"),
     "asgo: average": Mutant("asgo", V, V.replace("state.gram + ", "0.5 * state.gram + 0.5 * ")),
     "asgo: no memory": Mutant("asgo", V, V.replace("state.gram", "0 * state.gram")),
-    "asgo: V_{t-1}": Mutant("asgo", LAM, LAM.replace("gram,", "state.gram,")),
-    "asgo: diagonal of V": Mutant("asgo", LAM, LAM.replace("gram,", "gram * eye_like(xp, gram),")),
-    "asgo: doubled": Mutant("asgo", LAM, LAM.replace("= ", "= 2 * ")),
-    "asgo: ascent": Mutant("asgo", LAM, LAM.replace("= ", "= -")),
+    "asgo: V_{t-1}": Mutant("asgo", LAM_ROOT, LAM_ROOT.replace("gram,", "state.gram,")),
+    "asgo: diagonal of V": Mutant("asgo", LAM_ROOT, LAM_ROOT.replace("gram,", "gram * eye_like(xp, gram),")),
+    "asgo: doubled": Mutant("asgo", LAM_U, LAM_U.replace("= ", "= 2 * ")),
+    "asgo: ascent": Mutant("asgo", LAM_U, LAM_U.replace("= ", "= -")),
     "asgo: V fourfold": Mutant("asgo", V, V.replace("+ (", "+ 4 * (")),
     "dasgo: eps under the root": Mutant("asgo", D_U, D_U.replace("(d) + self.eps", "(d + self.eps)")),
     "dasgo: average": Mutant("asgo", D, D.replace("state.d + ", "0.5 * state.d + 0.5 * ")),
@@ -81,20 +83,20 @@ MUTANTS: dict[str, Mutant] = {
     "sketch: new rows doubled": Mutant("fd", "xp.matrix_transpose(rows)]", "2 * xp.matrix_transpose(rows)]"),
     "sketch: eps onto the stored eigenvalues": Mutant("fd", "(s - cut) * (s + cut),", "(s - cut) * (s + cut) + 0.125,"),
     "sketch: a hundredth": Mutant(
-        "fd", "return outside * matrix + basis @", "return 0.01 * outside * matrix + 0.01 * basis @"
+        "fd", "return beyond * outside + basis @", "return 0.01 * beyond * outside + 0.01 * basis @"
     ),
     "sketch: mass not added back": Mutant(
         "fd",
-        "xp.concat([eigenvalues + shift[..., None], shift[..., None]]",
-        "xp.concat([eigenvalues, 0.0 * shift[..., None]]",
+        "xp.concat([size + shift[..., None], shift[..., None]]",
+        "xp.concat([size, 0.0 * shift[..., None]]",
     ),
     "sketch: mass forgets": Mutant(
         "fd", "else tail_decay) * sketch.escaped", "else tail_decay) * 0.5 * sketch.escaped"
     ),
     "sketch: exponent halved": Mutant("fd", ") ** exponent)", ") ** (exponent / 2))"),
-    "sketch: ascent": Mutant("fd", "return outside * matrix + basis @", "return -outside * matrix - basis @"),
-    "sketch: doubled": Mutant("fd", "return outside * matrix + basis @", "return 2 * outside * matrix + 2 * basis @"),
-    "sketch: fourfold": Mutant("fd", "return outside * matrix + basis @", "return 4 * outside * matrix + 4 * basis @"),
+    "sketch: ascent": Mutant("fd", "return beyond * outside + basis @", "return -beyond * outside - basis @"),
+    "sketch: doubled": Mutant("fd", "return beyond * outside + basis @", "return 2 * beyond * outside + 2 * basis @"),
+    "sketch: fourfold": Mutant("fd", "return beyond * outside + basis @", "return 4 * beyond * outside + 4 * basis @"),
     "sketch: mass left out of sum": Mutant(
         "fd", "escaped=(beta2 if tail_decay is None else tail_decay) * sketch.escaped + ", "escaped="
     ),
@@ -128,9 +130,9 @@ MUTANTS: dict[str, Mutant] = {
     # MBF
     "mbf: square root": Mutant("mbf", P, "roots.power(f, -0.5, self.damping, xp=xp) @ columns"),
     "mbf: damping left out": Mutant("mbf", P, P.replace("self.damping", "0.0")),
-    "mbf: square root kept": Mutant("mbf", P_KEPT, "roots.power(f, -0.5,"),
-    "mbf: damping left out of the inverse kept": Mutant("mbf", P_KEPT + " self.damping", P_KEPT + " 0.0"),
-    "mbf: damping of the inverse kept tenfold": Mutant("mbf", P_KEPT + " self.damping", P_KEPT + " 10 * self.damping"),
+    "mbf: square root kept": Mutant("mbf", P_KEPT, P_KEPT.replace("-1.0", "-0.5")),
+    "mbf: damping left out of the inverse kept": Mutant("mbf", P_KEPT, P_KEPT.replace("self.damping", "0.0")),
+    "mbf: damping of the inverse kept tenfold": Mutant("mbf", P_KEPT, P_KEPT.replace("self", "10 * self")),
     "mbf: samples summed": Mutant(
         "mbf", "rows / max(rows.shape[-2], 1)", "rows / max(rows.shape[-2] if self._averaged else 1, 1)"
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -157,7 +158,8 @@ def check_resume(cls: Any) -> None:
             for step, (state_dict, values) in enumerate(saved):
                 again = parameters(values)
                 other = cls(again, **forced(config.method, lr=0.5))
-                other.load_state_dict(state_dict)
+                with warnings.catch_warnings(action="ignore"):  # the last parameter's first gradient comes later
+                    other.load_state_dict(state_dict)
                 assert other.state_dict()["param_groups"] == opt.state_dict()["param_groups"]
                 feed(other, again, grads[step:])
                 assert all(torch.equal(a, b) for a, b in zip(again, params, strict=True))
@@ -170,10 +172,13 @@ def check_loaded_is_a_copy(cls: Any) -> None:
     a, b = parameters(start), parameters(start)
     first, second = cls(a, **forced(config.method)), cls(b, **forced(config.method))
     feed(first, a, grads[:3])
-    second.load_state_dict(first.state_dict())
+    given = first.state_dict()
+    second.load_state_dict(given)
     before = second.state[b[0]]["m"].clone()
     feed(first, a, grads[3:])
     assert torch.equal(second.state[b[0]]["m"], before)
+    feed(second, b, grads[3:])
+    assert torch.equal(given["state"][0]["m"], before)
 
 
 def check_refused_load_changes_nothing(cls: Any) -> None:
@@ -396,15 +401,16 @@ class Mutant(NamedTuple):
 
 
 def _first_states(original: Any) -> Any:
-    def pieces(self: Any) -> Iterator[tuple[slice, slice]]:
-        for members, span in original(self):
-            yield members, slice(0, members.stop - members.start) if not self.flat else span
+    def pieces(self: Any) -> Iterator[Any]:
+        for piece in original(self):
+            members = piece.members
+            yield piece if self.flat else piece._replace(span=slice(0, members.stop - members.start))
 
     return pieces
 
 
 def _without_the_rest(original: Any) -> Any:
-    def pieces(self: Any) -> list[tuple[slice, slice]]:
+    def pieces(self: Any) -> list[Any]:
         found = list(original(self))
         return found[:-1] + found[-1:] * (len(found) < 3)
 

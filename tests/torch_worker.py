@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import traceback
 from pathlib import Path
@@ -10,8 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from configs import CONFIGS
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -20,8 +27,11 @@ from torch_adapter_cases import FSDP, ONE_EACH, distance, feed, forced, recorded
 import precond_ref as pr
 import precond_ref_torch as pt
 from precond_ref_torch import buckets
+from precond_ref_torch import distributed as sharding
 
 STEPS = 6
+KINDS = ["AGD-default", "ASGO-right", "Shampoo-every", "SShampoo-average", "joined"]
+"""One configuration of each kind: elementwise, whole matrices (one that keeps roots), sketches, joined biases."""
 
 
 def copies() -> tuple[nn.Module, nn.Module]:
@@ -187,7 +197,7 @@ def work_done(mesh: Any) -> dict[str, Any]:
         p.grad = g
     opt.step()
     buckets.Bucket.directions = original  # type: ignore[method-assign]
-    return {"updated": sorted(seen), "kept": sum("gram" in opt.state[p] for p in params)}
+    return {"updated": sorted(seen), "kept": sum(opt.state[p]["gram"].numel() > 0 for p in params)}
 
 
 def resumed(name: str) -> tuple[bool, bool]:
@@ -219,6 +229,143 @@ def resumed(name: str) -> tuple[bool, bool]:
     same = all(torch.equal(p.full_tensor(), x) for p, x in zip(params, final, strict=True))
     bias = other.state[params[1]]["m"]
     return same, isinstance(bias, DTensor) and bias.placements == params[1].placements
+
+
+def _make(kind: str, model: nn.Module) -> Any:
+    if kind == "joined":
+        return pt.Optimizer(pt.param_groups_for(model, method="MBF"), ONE_EACH["MBF"].method, lr=0.125)
+    return pt.Optimizer(model.parameters(), CONFIGS[kind].method, lr=0.125)
+
+
+def _by_options(**options: Any) -> Any:
+    """A way from one optimizer into another by PyTorch's functions for state dicts."""
+
+    def way(model: Any, opt: Any, other_model: Any, other: Any, folder: Path) -> None:
+        broadcast = options.pop("broadcast_from_rank0", False)
+        saved = get_optimizer_state_dict(model, opt, options=StateDictOptions(**options))
+        if broadcast and dist.get_rank():
+            saved = {}
+        given = StateDictOptions(**options, broadcast_from_rank0=broadcast)
+        set_optimizer_state_dict(other_model, other, saved, options=given)
+
+    return way
+
+
+def _by_file(model: Any, opt: Any, other_model: Any, other: Any, folder: Path) -> None:
+    path = folder / f"own-{dist.get_rank()}.pt"
+    torch.save(opt.state_dict(), path)
+    other.load_state_dict(torch.load(path, weights_only=False))
+
+
+def _by_copy(model: Any, opt: Any, other_model: Any, other: Any, folder: Path) -> None:
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def _by_dcp(model: Any, opt: Any, other_model: Any, other: Any, folder: Path) -> None:
+    place = folder / "dcp"
+    dcp.save({"optim": get_optimizer_state_dict(model, opt)}, checkpoint_id=place)
+    read = {"optim": get_optimizer_state_dict(other_model, other)}
+    dcp.load(read, checkpoint_id=place)
+    set_optimizer_state_dict(other_model, other, read["optim"])
+
+
+WAYS = {
+    "torch.save": lambda: _by_file,
+    "deepcopy": lambda: _by_copy,
+    "dcp": lambda: _by_dcp,
+    "sharded": lambda: _by_options(),
+    "full": lambda: _by_options(full_state_dict=True),
+    "from rank 0": lambda: _by_options(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True),
+    "offloaded": lambda: _by_options(cpu_offload=True),
+    "flat": lambda: _by_options(flatten_optimizer_state_dict=True),
+}
+QUICK_WAYS = ("torch.save", "full")
+
+
+def ways(world: int) -> list[str]:
+    """Those that processes of this number try."""
+    return list(WAYS) if world == 2 else list(QUICK_WAYS)
+
+
+def carried(kind: str, way: str, folder: Path) -> bool:
+    """Whether FSDP2 training goes on with the same bits in another optimizer that got the state this way."""
+    one, two = copies()
+    for model in (one, two):
+        fully_shard(model)
+    folder = folder / kind
+    folder.mkdir(exist_ok=True)
+    params, others = list(one.parameters()), list(two.parameters())
+    _, grads = recorded([tuple(p.shape) for p in params], STEPS)
+    first, second = _make(kind, one), _make(kind, two)
+    for step, row in enumerate(grads):
+        if step == 3:
+            two.load_state_dict(one.state_dict())
+            WAYS[way]()(one, first, two, second, folder)
+        for p, q, g in zip(params, others, sharded_grads(params, row), strict=True):
+            p.grad, q.grad = g, g if step >= 3 else None
+        first.step()
+        second.step()
+    return all(torch.equal(p.full_tensor(), q.full_tensor()) for p, q in zip(params, others, strict=True))
+
+
+def full_states(kind: str) -> float:
+    """Of the full state dict under FSDP2 from that of a single process."""
+    model, single = copies()
+    fully_shard(model)
+    params, others = list(model.parameters()), list(single.parameters())
+    _, grads = recorded([tuple(p.shape) for p in params], STEPS)
+    opt, other = _make(kind, model), _make(kind, single)
+    for row in grads:
+        for p, q, g, h in zip(params, others, sharded_grads(params, row), row, strict=True):
+            p.grad, q.grad = g, h.clone()
+        opt.step()
+        other.step()
+    full = StateDictOptions(full_state_dict=True)
+    found, expected = (get_optimizer_state_dict(m, o, options=full) for m, o in ((model, opt), (single, other)))
+    assert found["state"].keys() == expected["state"].keys()
+    pairs = [
+        (found["state"][name][key].double(), value.double())
+        for name, entry in expected["state"].items()
+        for key, value in entry.items()
+        if "sketch" not in key and "basis" not in key
+    ]
+    return distance([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def own_states_alone() -> bool:
+    """Whether the planted mistake is caught: each rank hands out the states that it keeps."""
+    original, sharding.spread = sharding.spread, lambda value, *given: value
+    try:
+        return not full_states("ASGO-right") <= 1e-10
+    except RuntimeError:  # of another shape
+        return True
+    finally:
+        sharding.spread = original
+
+
+def interrupted(mesh: Any) -> bool:
+    """Whether an error at the second of two shapes leaves both matrices, whose directions are not exchanged, alone."""
+    method = ONE_EACH["ASGO"].method
+    start, grads = recorded([(5, 4), (4, 3)], 2)
+    params = [nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in start]
+    opt = pt.Optimizer(params, method, lr=0.125)
+    for p, g in zip(params, sharded_grads(params, grads[0]), strict=True):
+        p.grad = g
+    opt.step()
+    before = [[p.full_tensor(), *(v.clone() for v in opt.state[p].values())] for p in params]
+    original = buckets.Bucket.exchange
+    buckets.Bucket.exchange = lambda self, directions: 1 / 0  # type: ignore[method-assign, assignment]
+    try:
+        opt.step()
+        return False
+    except ZeroDivisionError as error:
+        told = "as before the step: 0-1 of group 0" in error.__notes__[0]
+    finally:
+        buckets.Bucket.exchange = original  # type: ignore[method-assign]
+    after = [[p.full_tensor(), *opt.state[p].values()] for p in params]
+    return told and all(
+        torch.equal(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True)
+    )
 
 
 def foreign_load_message(rank: int, mesh: Any) -> str:
@@ -281,6 +428,10 @@ def main(rank: int, world: int, folder: Path) -> None:
         "work": work_done(mesh),
         "resumed": {name: resumed(name) for name in ("AGD", "ASGO", "Shampoo")},
         "foreign": foreign_load_message(rank, mesh),
+        "carried": {f"{kind}, {way}": carried(kind, way, folder) for kind in KINDS for way in ways(world)},
+        "full states": {kind: full_states(kind) for kind in KINDS},
+        "own states alone": own_states_alone(),
+        "interrupted": interrupted(mesh),
         "skipping": skipping_distance(mesh),
         "per shard": per_shard_distance(mesh),
     }

@@ -19,7 +19,7 @@ from optax._src.base import NO_PARAMS_MSG  # not exported, but the message that 
 
 from precond_ref.methods.baselines import Adam
 from precond_ref.protocol import Array, Method, is_zero
-from precond_ref_jax import OPTIONS
+from precond_ref_jax import OPTIONS, STATIC_ARGS
 
 Tree = Any
 
@@ -30,8 +30,8 @@ class ScaleByState(NamedTuple):
     count: Array
     """Updates done, int32 of shape ()."""
     statistics: Any
-    """The method's own state, whose ``step`` is None (it is ``count``) and whose other fields are trees like the
-    parameters, with an ``optax.MaskedNode`` for each parameter that the method does not take."""
+    """The method's own state, whose ``step`` is None (it is ``count``) and which has a tree like the parameters in the
+    place of each array, with an ``optax.MaskedNode`` for each parameter that has no such array."""
     fallback: Any
     """State of the transformation of those parameters; None where there is no such transformation."""
 
@@ -119,6 +119,7 @@ def scale_by(
     others = fallback and optax.masked(fallback, others_of)
 
     def init(params: Tree) -> ScaleByState:
+        params = jax.tree.map(lambda x: jnp.zeros_like(x) if isinstance(x, jax.ShapeDtypeStruct) else x, params)
         _, leaves, treedef, units = plan(params)
         blank = [None if leaf is None else optax.MaskedNode() for leaf in leaves]
         states: list[dict[str, Any]] = [dict.fromkeys(fields, value) for value in blank]
@@ -128,7 +129,7 @@ def scale_by(
                 p = _joined([part.astype(_dtype(chosen, parts[0].dtype, dtype)) for part in parts], axis)
                 states[at[0]] = chosen.init(p)._replace(step=None)._asdict()
         if leaves:
-            trees = {field: treedef.unflatten([state[field] for state in states]) for field in fields}
+            trees = {field: _spread([state[field] for state in states], treedef) for field in fields}
         else:  # also what optax.tree.map_params asks, to learn where copies of the parameters are
             alike = _like_params(method)
             trees = {field: params if field in alike else jnp.zeros((), jnp.int32) for field in fields}
@@ -149,7 +150,7 @@ def scale_by(
         statistics = dict(statistics)
         names, grads, treedef, units = plan(updates)
         values = grads if params is None else _up_to("params", treedef, params)
-        columns = [_up_to(f"state.statistics.{f}", treedef, getattr(state.statistics, f)) for f in fields if grads]
+        columns = [_gather(f"state.statistics.{f}", treedef, getattr(state.statistics, f)) for f in fields if grads]
         groups: dict[Any, tuple[Method, list[_Member]]] = {}
         masked = _masked(updates)
         unknown = statistics.keys() - ({*names, *masked} - {names[i] for unit in units for i in unit.at[1:]})
@@ -183,7 +184,8 @@ def scale_by(
                     outputs[index] = direction
                 for column, value in zip(columns, new[1:], strict=True):
                     column[member.at[0]] = value
-        new_statistics = method.state_type(None, *map(treedef.unflatten, columns)) if grads else state.statistics
+        trees = [_spread(column, treedef) for column in columns]
+        new_statistics = method.state_type(None, *trees) if grads else state.statistics
         count = optax.safe_increment(state.count)
         return treedef.unflatten(outputs), ScaleByState(count, new_statistics, new_fallback)
 
@@ -345,7 +347,13 @@ def _public(make: Any, name: str, parameters: list[inspect.Parameter]) -> Any:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{name}() {error}") from None
-        return make(**bound.arguments)
+        try:
+            return make(**bound.arguments)
+        except TypeError as error:
+            if not any(isinstance(bound.arguments.get(argument), jax.Array) for argument in STATIC_ARGS.get(name, ())):
+                raise
+            hint = f"optax.inject_hyperparams needs static_args=precond_ref_jax.STATIC_ARGS[{name!r}]"
+            raise TypeError(f"{error}: {hint}") from error
 
     function.__name__ = function.__qualname__ = name
     function.__module__ = "precond_ref_jax"
@@ -406,6 +414,44 @@ def _apart(array: Array, count: int, axis: int) -> list[Array]:
     if count == 1:
         return [array]
     return [array[:, :-1], array[:, -1]] if axis else [array[:-1], array[-1]]
+
+
+def _spread(values: list[Any], treedef: Any) -> Tree:
+    """One value for each leaf, as trees: one for each array, in tuples as the arrays are in a value.
+
+    With arrays at its leaves alone a tree is what optax and flax take for one like the parameters.
+    """
+    held = [value for value in values if _is_tuple(value)]
+    if not held:
+        return treedef.unflatten(values)
+    longest = max(held, key=len)
+    trees = []
+    for i in range(len(longest)):
+        blank = [None if value is None else optax.MaskedNode() for value in values]
+        parts = [v[i] if _is_tuple(v) and i < len(v) else b for v, b in zip(values, blank, strict=True)]
+        trees.append(_spread(parts, treedef))
+    return type(longest)(*trees) if hasattr(longest, "_fields") else tuple(trees)
+
+
+def _gather(what: str, treedef: Any, tree: Tree) -> list[Any]:
+    """Inverse of `_spread`; a leaf without arrays has a MaskedNode, None, or a tuple without arrays."""
+    try:
+        values = _up_to(what, treedef, tree)
+    except ValueError:
+        if not _is_tuple(tree):
+            raise
+    else:
+        if not (_is_tuple(tree) and any(map(_is_tuple, values))):
+            return values
+    columns = [_gather(f"{what}[{i}]", treedef, part) for i, part in enumerate(tree)]
+    rows = [[column[i] for column in columns] for i in range(treedef.num_leaves)]
+    if hasattr(tree, "_fields"):
+        return [row[0] if isinstance(row[0], optax.MaskedNode) else type(tree)(*row) for row in rows]
+    return [tuple(x for x in row if not isinstance(x, optax.MaskedNode)) for row in rows]
+
+
+def _is_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and not isinstance(value, optax.MaskedNode)
 
 
 def _up_to(what: str, treedef: Any, tree: Tree) -> list[Any]:

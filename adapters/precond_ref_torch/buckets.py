@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import is_
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from array_api_compat import array_namespace
@@ -23,6 +23,8 @@ CHUNK_BYTES = 2**18
 """Flat buffers and stacks on a CPU go through the method in pieces whose temporaries stay in its cache."""
 Foreign = tuple[Any, Callable[[Tensor], Any], Callable[[Any], Tensor], Callable[[], Any]]
 EVERY = slice(None)
+Pairs = list[tuple[Tensor, Tensor]]
+"""State tensors, each with what is to be written into it."""
 Unit = tuple[Any, ...]
 """What a method sees as one parameter: ``(parameter,)``, or ``(weight, bias)`` for a joined pair."""
 
@@ -77,6 +79,20 @@ def check_engine(engine: Any, compiled: Any, device: torch.device) -> None:
             raise ValueError(f"engine='cupy' needs parameters on a CUDA device, got one on {device}")
 
 
+class Piece(NamedTuple):
+    """What one call of a method computes: some units, or a part of a large one."""
+
+    members: slice = EVERY
+    """Which units."""
+    span: slice = EVERY
+    """Where they are in the common arrays."""
+    part: slice | None = None
+    """Which entries of a unit that takes several calls."""
+
+
+WHOLE = Piece()
+
+
 class Bucket:
     """Units of one method, dtype, device and step, with their states in common arrays.
 
@@ -84,9 +100,12 @@ class Bucket:
     place.
     ``flat``: an elementwise method on the concatenation of this rank's parts of the parameters; otherwise whole
     parameters of one shape, stacked if there are several, and with ``owner`` set updated by that rank alone.
+    ``lent``: somebody has the entries' tensors, which are to stay as they are.
     """
 
-    def __init__(self, method: Method, units: list[Unit], entries: list[Any], flat: bool, owner: int | None) -> None:
+    def __init__(
+        self, method: Method, units: list[Unit], entries: list[Any], flat: bool, owner: int | None, lent: bool = False
+    ) -> None:
         self.method, self.units, self.entries, self.flat, self.owner = method, units, entries, flat, owner
         self.params = params = [unit[0] for unit in units]
         self.all_params = [param for unit in units for param in unit]
@@ -102,11 +121,15 @@ class Bucket:
         self.kernel_key = (method, None if flat else shape, self.dtype, self.device)
 
         self.steps = torch.stack([entry["step"] for entry in entries])
+        self.counted = states.has_value(self.steps)
+        self.fake_step = 0
         self.arrays: list[Tensor] = []
         columns: list[Any] = [self.steps.unbind()]
         names = ["step", *(states.to_dict(self.template) if self.mine else ())]
         for name in names[1:]:
             whole = self._join([sharding.local(entry[name]).detach() for entry in entries])
+            if lent and len(self) == 1:  # which is not copied by joining it
+                whole = whole.clone()
             self.arrays.append(whole)
             columns.append(
                 [sharding.wrap(v, p) if flat else v for v, p in zip(self._split(whole), params, strict=True)]
@@ -118,35 +141,68 @@ class Bucket:
             entry.update(views)
         self.kept = list(chain.from_iterable(map(dict.values, entries)))
         self.pieces = list(self._pieces()) if self.device.type == "cpu" else []
+        self.large = any(piece.part is not None for piece in self.pieces)
+        self.one = torch.ones((), dtype=self.dtype, device=self.device)
+        self.zeros: list[Tensor] = []
 
-    def _pieces(self) -> Iterator[tuple[slice, slice]]:
-        """Neighbours that fit in a CPU's cache together: which units, and where they are in the flat arrays."""
+    def _pieces(self) -> Iterator[Piece]:
+        """Neighbours that fit in a CPU's cache together, and parts of this size of larger units."""
         size = max(CHUNK_BYTES // self.dtype.itemsize, 1)
         first, start, end = 0, 0, 0
-        for index, shape in enumerate(self.shapes):
+        for index, shape in enumerate([*self.shapes, (size + 1,)]):
             if end + math.prod(shape) > start + size and index > first:
-                yield slice(first, index), slice(start, end) if self.flat else slice(first, index)
+                members = slice(first, index)
+                if not self.flat:
+                    yield Piece(members, members)
+                elif end - start <= size or not states.is_own(self.method):
+                    yield Piece(members, slice(start, end))
+                else:
+                    for at in range(start, end, size):
+                        to = min(at + size, end)
+                        yield Piece(members, slice(at, to), slice(at - start, to - start))
                 first, start = index, end
             end += math.prod(shape)
-        yield slice(first, len(self)), slice(start, end) if self.flat else slice(first, len(self))
 
     def __len__(self) -> int:
         return len(self.params)
+
+    def zero(self) -> Tensor:
+        """A 0-D zero, of the parameters' dtype, that nobody has."""
+        if not self.zeros:
+            self.zeros = list(torch.zeros(64, dtype=self.params[0].dtype, device=self.device).unbind())
+        return self.zeros.pop()
 
     def holds(self, state: Mapping[Any, Any]) -> bool:
         """Whether ``state`` (the optimizer's) still has the entries and views of this bucket."""
         if not all(map(is_, map(state.get, self.params), self.entries)):
             return False
         found = list(chain.from_iterable(map(dict.values, self.entries)))
-        return len(found) == len(self.kept) and all(map(is_, found, self.kept))
+        if len(found) != len(self.kept) or not all(map(is_, found, self.kept)):
+            if any(e.get(k) is not v for e, own in zip(self.entries, self.views, strict=True) for k, v in own.items()):
+                return False
+            self.kept = found  # a wrapper changed what it keeps beside them
+        return True
+
+    def step(self) -> int:
+        """Updates done; of fake parameters, by this bucket."""
+        return int(self.steps[0]) if self.counted else self.fake_step
+
+    def count(self, units: int, step: int) -> None:
+        """Set the counters of the first ``units``."""
+        (self.steps if units == len(self) else self.steps[:units]).fill_(step)
+        self.fake_step = step
 
     def in_step(self) -> bool:
         """Whether the members' counters agree: someone may have set one."""
+        if not self.counted:
+            return True
         counts = self.steps.tolist()
         return bool(counts.count(counts[0]) == len(counts))
 
     def release(self) -> None:
         """Give each entry tensors of its own."""
+        if len(self) == 1:
+            return
         for entry, views, param in zip(self.entries, self.views, self.params, strict=True):
             for name, view in views.items():
                 if entry.get(name) is view:
@@ -170,13 +226,15 @@ class Bucket:
         pieces = torch.split(whole, [math.prod(shape) for shape in shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
-    def values(self, members: slice = EVERY) -> list[Tensor]:
-        """The parameters of these units as plain tensors: of DTensors this rank's parts."""
+    def values(self, piece: Piece = WHOLE) -> list[Tensor]:
+        """The parameters of this piece as plain tensors: of DTensors this rank's parts."""
         if len(self.all_params) == len(self):
-            params = self.params[members]
+            params = self.params[piece.members]
         else:
-            params = [param for unit in self.units[members] for param in unit]
-        return [sharding.local(p) for p in params] if self.sharded else params
+            params = [param for unit in self.units[piece.members] for param in unit]
+        if self.sharded:
+            params = [sharding.local(p) for p in params]
+        return params if piece.part is None else [p.view(-1)[piece.part] for p in params]
 
     def parts(self, directions: list[Tensor], members: slice = EVERY) -> list[Tensor]:
         """What each of `values` gets of these units' ``directions``."""
@@ -197,6 +255,13 @@ class Bucket:
         params = [joined([part(p) for p in unit]) for unit in self.units] if reads else []
         return (grads, params) if self.mine else ([], [])
 
+    def cut(self, options: Mapping[str, Any], statistic: Any = None) -> list[Piece]:
+        """The pieces of an update, one after the other."""
+        eager = not options["compile"] and options["engine"] == "torch"
+        if not eager or statistic is not None or len(self.pieces) < 2:
+            return [WHOLE]
+        return [WHOLE] if self.large and not all(map(Tensor.is_contiguous, self.values())) else self.pieces
+
     def directions(
         self,
         grads: list[Tensor],
@@ -206,60 +271,64 @@ class Bucket:
         options: Mapping[str, Any],
         kernels: Any,
         statistic: Any = None,
-    ) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Directions of some units after the other, in the dtype of the arithmetic; their states are renewed."""
-        eager = not options["compile"] and options["engine"] == "torch"
+        pieces: Sequence[Piece] = (WHOLE,),
+    ) -> Iterator[tuple[Piece, list[Tensor], Pairs]]:
+        """Directions of one piece after the other, in the dtype of the arithmetic, and what their states become.
+
+        Nothing is changed yet, except the states of an elementwise method that is compiled.
+        """
         given = {} if statistic is None else {"statistic": statistic}
-        cut = eager and not given and len(self.pieces) > 1
-        for members, span in self.pieces if cut else [(EVERY, EVERY)]:
-            grad = self._join(grads[members]).detach().to(self.dtype)
+        members: slice | None = None
+        for piece in pieces:
+            if piece.members != members:
+                members = piece.members
+                whole, values = self._join(grads[members]), self._join(params[members]) if params else None
+            grad = (whole if piece.part is None else whole[piece.part]).detach().to(self.dtype)
             if options["maximize"]:
                 grad = -grad
             # a method that does not read the parameter's values gets others
-            param = self._join(params[members]).detach().to(self.dtype) if params else grad
+            param = grad
+            if values is not None:
+                param = (values if piece.part is None else values[piece.part]).detach().to(self.dtype)
             if options["compile"]:
-                whole = self._compiled(grad, param, step, scalars, given, options["compile"], kernels)
+                found, pairs = self._compiled(grad, param, step, scalars, given, options["compile"], kernels)
             elif options["engine"] == "cupy":
-                whole = self._foreign(grad, param, step, scalars, given, cupy_engine(self.device))
+                found, pairs = self._foreign(grad, param, step, scalars, given, cupy_engine(self.device))
             else:
-                arrays = [array[span] for array in self.arrays] if cut else self.arrays
-                whole = self._eager(grad, param, step, scalars, given, arrays)
-            yield members, self._split(whole, members)
-        self.steps += 1
+                found, pairs = self._eager(grad, param, step, scalars, given, piece.span)
+            if found.shape != grad.shape:
+                raise ValueError(f"update returned a direction of shape {list(found.shape)} for {list(grad.shape)}")
+            yield piece, self._split(found, members) if piece.part is None else [found], pairs
 
-    def _eager(self, grad: Tensor, param: Tensor, step: int, scalars: Any, given: Any, arrays: list[Tensor]) -> Tensor:
-        size = max(CHUNK_BYTES // self.dtype.itemsize, 1)
-        if self.flat and self.device.type == "cpu" and not given and grad.numel() > size:  # a single large unit
-            whole = torch.empty_like(grad)
-            for start in range(0, grad.numel(), size):
-                piece = slice(start, start + size)
-                whole[piece] = self._eager(grad[piece], param[piece], step, scalars, given, [a[piece] for a in arrays])
-            return whole
+    def _eager(
+        self, grad: Tensor, param: Tensor, step: int, scalars: Any, given: Any, span: slice
+    ) -> tuple[Tensor, Pairs]:
+        arrays = self.arrays if span is EVERY else [array[span] for array in self.arrays]
         state = states.fill(self.template, iter(arrays), step)
         direction, new = self.method.update(grad, state, param, scalars=scalars, xp=XP, **given)
-        _write(arrays, states.tensors(new))
-        return direction
+        return direction, _changed(arrays, states.tensors(new))
 
-    def _foreign(self, grad: Tensor, param: Tensor, step: int, scalars: Any, given: Any, engine: Foreign) -> Tensor:
+    def _foreign(
+        self, grad: Tensor, param: Tensor, step: int, scalars: Any, given: Any, engine: Foreign
+    ) -> tuple[Tensor, Pairs]:
         xp, enter, leave, context = engine
         with context():
             state = states.fill(self.template, (enter(array) for array in self.arrays), step)
             given = {name: _map(enter, value) for name, value in given.items()}
             direction, new = self.method.update(enter(grad), state, enter(param), scalars=scalars, xp=xp, **given)
-            _write(self.arrays, [leave(array) for array in states.tensors(new)])
-            return leave(direction)
+            return leave(direction), _changed(self.arrays, [leave(array) for array in states.tensors(new)])
 
     def _compiled(
         self, grad: Tensor, param: Tensor, step: int, scalars: Any, given: Any, backend: Any, kernels: dict[Any, Any]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Pairs]:
         key = (*self.kernel_key, backend)
         if key not in kernels:
             kernels[key] = _kernel(self.method, backend)
         if scalars:
-            scalars = type(scalars)(*(torch.tensor(value, dtype=self.dtype) for value in scalars))
+            scalars = type(scalars)(*(torch.as_tensor(value, dtype=self.dtype, device="cpu") for value in scalars))
         state = states.fill(self.template, iter(self.arrays), 0)
-        direction: Tensor = kernels[key](grad, state, param, scalars, states.due(self.method, step), given)
-        return direction
+        direction, new = kernels[key](grad, state, param, scalars, states.due(self.method, step), given)
+        return direction, _changed(self.arrays, new) if new else []
 
     def statistic(self, given: Mapping[Any, Any]) -> Any:
         """What the method's ``update`` gets as ``statistic``, joined like the gradients; None if there is none."""
@@ -306,8 +375,6 @@ class Bucket:
 
     def exchange(self, directions: list[Tensor]) -> list[Tensor]:
         """Each rank's parts of the owner's ``directions`` (a collective)."""
-        if not self.mine:
-            self.steps += 1
         whole = torch.empty((len(self), *self.shapes[0]), dtype=self.dtype, device=self.device)
         if self.mine:
             torch.stack(directions, out=whole)
@@ -321,20 +388,31 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
     return type(value)(*map(function, value)) if isinstance(value, tuple) else function(value)
 
 
-def _write(old: list[Tensor], new: list[Tensor]) -> None:
+def _changed(old: list[Tensor], new: list[Tensor]) -> Pairs:
     pairs = [(o, n) for o, n in zip(old, new, strict=True) if o is not n]
+    wrong = [(o, n) for o, n in pairs if o.shape != n.shape]
+    if wrong:
+        raise ValueError(f"update returned a state of shape {list(wrong[0][1].shape)} for {list(wrong[0][0].shape)}")
+    return pairs
+
+
+def write(pairs: Pairs) -> None:
+    """The new states into the old ones; to do it again changes nothing."""
     if pairs:
-        torch._foreach_copy_([o for o, _ in pairs], [n for _, n in pairs])
+        torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
 
 
 def _kernel(method: Method, backend: bool | str) -> Callable[..., Any]:
-    """One compiled update that writes the new state into the given one."""
+    """One compiled update; if the method is elementwise, it writes the new state into the given one."""
+    in_place = method.elementwise
 
-    def kernel(grad: Tensor, state: Any, param: Tensor, scalars: Any, refresh: Any, given: Any) -> Tensor:
+    def kernel(grad: Tensor, state: Any, param: Tensor, scalars: Any, refresh: Any, given: Any) -> Any:
         direction, new = method.update(grad, state, param, scalars=scalars, refresh=refresh, xp=XP, **given)
+        if not in_place:
+            return direction, states.tensors(new)
         for old, fresh in zip(states.tensors(state), states.tensors(new), strict=True):
             old.copy_(fresh)
-        return direction
+        return direction, []
 
     kernel.__code__ = kernel.__code__.replace()  # graphs are cached, and their number limited, per code object
     return torch.compile(kernel, fullgraph=True, backend="inductor" if backend is True else str(backend))

@@ -97,6 +97,33 @@ def broadcast(tensor: Tensor, mesh: Any, owner: int) -> None:
             dist.broadcast(tensor, src=dist.get_global_rank(group, source[dim]), group=group)
 
 
+def refused_by_any(mesh: Any, refused: bool) -> bool:
+    """Whether it is true on any rank (a collective)."""
+    import torch.distributed as dist
+
+    flag = torch.tensor(float(refused), device=mesh.device_type)
+    for dim in range(mesh.ndim):
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=mesh.get_group(dim))
+    return bool(flag)
+
+
+def spread(value: Tensor, like: Tensor, param: Any, owner: int) -> Tensor:
+    """``value`` of rank ``owner``, shaped as ``like``, sharded along its first axis (a collective); 0-D: whole."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = param.device_mesh
+    full = value if owns(param, owner) else value.new_empty(like.shape)
+    full = full.contiguous()
+    broadcast(full, mesh, owner)
+    if full.ndim == 0:
+        return full
+    shards = [Shard(0)] * mesh.ndim
+    part = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(mesh, shards)
+    return DTensor.from_local(
+        part.to_local().clone(), mesh, shards, run_check=False, shape=full.shape, stride=full.stride()
+    )
+
+
 def restored(value: Tensor, like: Any, shape: torch.Size) -> Tensor:
     """A saved elementwise state as this rank's part: a DTensor of any layout, the whole, or already the part."""
     if is_sharded(value):

@@ -5,31 +5,57 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from operator import is_
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from precond_ref import Adam, Method
 from precond_ref_torch import distributed as sharding
 from precond_ref_torch import states
-from precond_ref_torch.buckets import Bucket, Unit, check_engine, joined, partition, shape_of
+from precond_ref_torch.buckets import (
+    WHOLE,
+    Bucket,
+    Pairs,
+    Piece,
+    Unit,
+    check_engine,
+    joined,
+    partition,
+    shape_of,
+    write,
+)
+from precond_ref_torch.interrupts import interrupts_deferred
 
 LARGEST_BUFFER = {"cpu": 2**19, "other": 2**22}
 """Entries in one flat buffer of several parameters, by device; a larger parameter is updated where it is."""
 OPTIONS = (
     "lr", "weight_decay", "maximize", "fallback", "compile", "engine", "join", "method", "params", "param_names",
 )  # fmt: skip
+FLAGS = {
+    "foreach": "parameters are always updated together, there is nothing to switch on",
+    "fused": "give compile=True instead",
+    "capturable": "the counters stay on the CPU; give compile=True for speed",
+    "differentiable": "differentiate through the pure functions of precond_ref.Optimizer instead",
+}
+"""Arguments of PyTorch's optimizers that may be given as False or None, and what to do instead of True."""
+ENTRIES = itemgetter("lr", "weight_decay", "maximize", "compile", "engine", "join", "fallback", "method")
+LAYOUT = attrgetter("shape", "dtype", "device")
+COUNTER = (torch.Size(), torch.int64, torch.device("cpu"))
 
 
 class Plan(NamedTuple):
     """How a group was cut into buckets, and what for."""
 
     key: Any
+    entries: tuple[Any, ...]
     active: list[Any]
+    layout: list[Any]
     buckets: list[Bucket]
 
 
@@ -40,9 +66,9 @@ class Optimizer(torch.optim.Optimizer):
 
     Arguments:
         params: tensors, named tensors, or parameter groups. A group may override every argument below except
-            ``params``, every field of its method, and the method itself by an entry ``"method"`` (a
-            `precond_ref.Method`).
-        method: for all parameters that it takes.
+            ``params``, every field of its method, and the method itself by an entry ``"method"``.
+        method: for all parameters that it takes. As an entry of a group also a name that ``precond-ref list`` prints:
+            that method with its own defaults, so far as the group does not give its fields.
         lr: learning rate, a number or a tensor with one element (read as a number at every step).
         weight_decay: decoupled decay; for a method with a field of this name, that field.
         maximize: climb instead of descend.
@@ -53,6 +79,7 @@ class Optimizer(torch.optim.Optimizer):
         join: pairs of names (weight, bias): each weight (O, I) and bias (O,) is one parameter (O, I + 1) for a method
             that is not elementwise, called like the weight, whose entry of ``state`` holds the state of both. The
             parameters must be named, and both in one group.
+        flags: ``foreach``, ``fused``, ``capturable`` and ``differentiable`` as False or None, for code that gives them.
 
     Parameters below float32 have their statistics and arithmetic in float32, and are rounded once per step.
     Raises ValueError or TypeError for arguments, and RuntimeError for sparse gradients, before anything changes.
@@ -70,13 +97,15 @@ class Optimizer(torch.optim.Optimizer):
         compile: bool | str = False,
         engine: str = "torch",
         join: Any = (),
+        **flags: Any,
     ) -> None:
+        if unknown := flags.keys() - FLAGS.keys():
+            raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {min(unknown)!r}")
+        _check_flags(flags)
         if not isinstance(method, Method):
             raise TypeError(f"method must be a precond_ref.Method, got {method!r}")
         encoded = states.encode(method)
-        clash = set(OPTIONS[:-3]) & encoded.keys() - {"weight_decay"}
-        if clash:
-            raise ValueError(f"{encoded['method']} has fields that this adapter names itself: {', '.join(clash)}")
+        _check_names(encoded["method"])
         if weight_decay is None:
             weight_decay = encoded.get("weight_decay", 0.0)
         elif encoded.get("weight_decay", weight_decay) != weight_decay:
@@ -84,6 +113,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"weight_decay must be the method's, {encoded['weight_decay']}, or not be given, got {weight_decay}"
             )
         self._reset()
+        _check_rates({"lr": lr, "weight_decay": weight_decay})
         defaults = {
             **encoded,
             "lr": lr,
@@ -104,6 +134,13 @@ class Optimizer(torch.optim.Optimizer):
         self._plans: dict[int, Plan] = {}
         self._kernels: dict[Any, Any] = {}
         self._owners: dict[Any, int] = {}
+        self._warned = False
+        self._runs: list[Run] = []
+        self._lent: set[Any] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._release()
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -112,42 +149,40 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may name its own method and any hyperparameter; a refused one changes nothing."""
-        if isinstance(param_group, dict):
-            group = dict(param_group)
-            if isinstance(group.get("method"), Method):
-                group = {**states.encode(group["method"]), **group, "method": type(group["method"]).__name__}
-            own = states.field_names(group.get("method", self.defaults["method"]))
-            super().add_param_group(group)
-            try:
-                for name in states.field_names(self.defaults["method"]):
-                    if name not in own and name != "weight_decay":
-                        del group[name]
-                group["fallback"] = _plain(group["fallback"])
-                group["join"] = _own_pairs(group, strict="join" in param_group)
-                self._check(group)
-                for _ in self._routed(group):
-                    pass
-            except BaseException:
-                self.param_groups.pop()
-                raise
-            self._owners = sharding.owners(group["params"] for group in self.param_groups)
-        else:
+        if not isinstance(param_group, dict):
             super().add_param_group(param_group)
+            return
+        group = _with_method(param_group, self.defaults["method"])
+        own = states.field_names(group.get("method", self.defaults["method"]))
+        super().add_param_group(group)
+        try:
+            for name in states.field_names(self.defaults["method"]):
+                if name not in own and name != "weight_decay":
+                    del group[name]
+            group["fallback"] = _plain(group["fallback"])
+            group["join"] = _own_pairs(group, strict="join" in param_group)
+            self._check(group)
+            for _ in self._routed(group):
+                pass
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._owners = sharding.owners(group["params"] for group in self.param_groups)
 
     def _check(self, group: Mapping[str, Any]) -> None:
         """ValueError or TypeError for hyperparameters or parameters that do not fit."""
-        lr, decay = group["lr"], group["weight_decay"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not (lr >= 0.0 and math.isfinite(lr)):
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if not (decay >= 0.0 and math.isfinite(decay)):
-            raise ValueError(f"Invalid weight_decay value: {decay}")
+        _check_rates(group)
+        _check_flags(group)
         if not isinstance(group["maximize"], bool):
             raise TypeError(f"Invalid maximize value: {group['maximize']} (it must be True or False)")
-        if not isinstance(group["compile"], (bool, str)):
-            raise TypeError(f"Invalid compile value: {group['compile']} (it must be True, False or a backend's name)")
+        backend = group["compile"]
+        if not isinstance(backend, (bool, str)):
+            raise TypeError(f"Invalid compile value: {backend} (it must be True, False or a backend's name)")
+        if isinstance(backend, str) and backend not in torch.compiler.list_backends(exclude_tags=()):
+            raise ValueError(f"Invalid compile value: {backend} (torch.compiler.list_backends names the backends)")
         states.decode(group)
+        if group["fallback"] is not None:
+            states.decode(group["fallback"])
         name = type(self).__name__
         for param in group["params"]:
             if param.is_complex():
@@ -186,7 +221,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"{group['method']} does not take a parameter of size {list(shape)}"
                     f"{f' ({name})' if name else ''}: give `fallback` a method for it, or its group a `method`"
                 )
-            chosen = _cached(tuple(group["fallback"].items()))
+            chosen = _method(group["fallback"])
         states.template(chosen, shape, states.work_dtype(chosen, dtype))
         return chosen
 
@@ -209,9 +244,26 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         if callable(statistics):
             statistics = statistics()
-        with torch.no_grad():
-            self._update({} if statistics is None else statistics, batch_size)
+        given = {} if statistics is None else statistics
+        if torch.compiler.is_compiling():
+            self._step_uncompiled(given, batch_size)
+        else:
+            with torch.no_grad():
+                self._update(given, batch_size)
         return loss
+
+    @_disable_dynamo
+    def _step_uncompiled(self, statistics: Any, batch_size: float | None) -> None:
+        """The update within a `torch.compile` of the caller's, which would cut it into dozens of graphs."""
+        if not self._warned and not all(group["compile"] for group in self.param_groups):
+            warnings.warn(
+                f"torch.compile leaves {type(self).__name__}.step() as it is: give the optimizer compile=True for "
+                "one graph per method and shape, or compile the model alone",
+                stacklevel=3,
+            )
+            self._warned = True
+        with torch.no_grad():
+            self._update(statistics, batch_size)
 
     def _set_batch_size(self, batch_size: float | None) -> list[tuple[Any, Any]]:
         """Set it in every group and fallback that has the field; returns these, each with the value before."""
@@ -238,12 +290,14 @@ class Optimizer(torch.optim.Optimizer):
                 f"statistics must be a mapping from parameters, or a function that returns one, got "
                 f"{type(statistics).__name__}"
             )
-        for group in self.param_groups:
-            grads = [param.grad for param in group["params"]]
-            if any(grad is not None and grad.layout is not torch.strided for grad in grads):
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        if any(param.grad.layout is not torch.strided for params in active for param in params):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        self._check_entries()
         found = [
-            (group, bucket) for index, group in enumerate(self.param_groups) for bucket in self._buckets(index, group)
+            (group, bucket)
+            for index, group in enumerate(self.param_groups)
+            for bucket in self._buckets(index, group, active[index])
         ]
         if not statistics:
             return found, [None] * len(found)
@@ -257,54 +311,103 @@ class Optimizer(torch.optim.Optimizer):
         return found, given
 
     def _update(self, statistics: Mapping[Any, Any], batch_size: float | None) -> None:
+        self._settle()  # what a second interruption left
         before = self._set_batch_size(batch_size)
         try:
             found, given = self._checked(statistics)
-        except BaseException:
-            for fields, size in before:
-                fields["batch_size"] = size
-            raise
-        work = [(group, bucket, s, *bucket.gather()) for (group, bucket), s in zip(found, given, strict=True)]
-        scalars: dict[Any, Any] = {}
-        pending = []
-        for group, bucket, statistic, grads, params in work:
-            directions: Iterator[tuple[slice, list[Tensor]]] = iter(())
-            if bucket.mine:
-                step = int(bucket.steps[0])
-                key = (bucket.method, step)
+            self._runs = [Run(group, bucket, s) for (group, bucket), s in zip(found, given, strict=True)]
+            scalars: dict[Any, Any] = {}
+            for run in self._runs:
+                bucket = run.bucket
+                key = (bucket.method, run.step, bucket.dtype, bucket.device)
                 if key not in scalars:
-                    scalars[key] = bucket.method.scalars(step + 1)
-                directions = bucket.directions(grads, params, step, scalars[key], group, self._kernels, statistic)
-            if bucket.owner is None:
-                for members, some in directions:
-                    _apply(group, bucket, bucket.values(members), bucket.parts(some, members))
-            else:
-                pending.append((group, bucket, [direction for _, some in directions for direction in some]))
-        for group, bucket, whole in pending:
-            _apply(group, bucket, bucket.values(), bucket.exchange(whole))
+                    like = torch.empty((), dtype=bucket.dtype, device=bucket.device)  # for fields that are tensors
+                    scalars[key] = bucket.method.scalars(run.step + 1, like=like)
+                run.advance(scalars[key], self._kernels)
+            for run in self._runs:
+                run.exchange()
+            self._runs = []
+        except BaseException as error:
+            begun = bool(self._runs)
+            stepped = self._settle()
+            if begun:
+                error.add_note(self._told(stepped))
+            if not stepped:
+                for fields, size in before:
+                    fields["batch_size"] = size
+            raise
 
-    def _buckets(self, index: int, group: Mapping[str, Any]) -> list[Bucket]:
+    def _settle(self) -> dict[Any, str]:
+        """Complete what an exception left half written; how each parameter that is not as before the step came out."""
+        result: dict[Any, str] = {}
+        if self._runs:
+            with interrupts_deferred():
+                for run in self._runs:
+                    result.update(run.settle())
+                self._runs = []
+        return result
+
+    def _told(self, came_out: Mapping[Any, str]) -> str:
+        """Which parameters came out how of a step that an exception ended."""
+        found: dict[str, list[str]] = {}
+        for index, group in enumerate(self.param_groups):
+            outcomes = [came_out.get(param, "as before the step") for param in group["params"]]
+            for outcome in dict.fromkeys(outcomes):
+                members = [position for position, o in enumerate(outcomes) if o == outcome]
+                found.setdefault(outcome, []).append(f"{_ranges(members)} of group {index}")
+        parts = [f"{outcome}: {', '.join(where)}" for outcome, where in found.items()]
+        return (
+            f"{type(self).__name__}.step() ended early. Its parameters, each with state and counter: {'; '.join(parts)}"
+        )
+
+    def _check_entries(self) -> None:
+        """ValueError or TypeError for what was put into a group since the last step and does not fit."""
+        for index, group in enumerate(self.param_groups):
+            try:
+                entries = ENTRIES(group)
+            except KeyError as error:
+                raise ValueError(f"parameter group {index} has lost its entry {error}") from None
+            old = self._plans.get(index)
+            if old is not None and all(map(is_, entries[2:], old.entries[2:])):
+                if isinstance(entries[0], Tensor) or not all(map(is_, entries[:2], old.entries[:2])):
+                    _check_rates(group)
+            else:
+                group["fallback"] = _plain(group["fallback"])
+                group["join"] = _own_pairs(group, strict=True)
+                self._check(group)
+
+    def _buckets(self, index: int, group: Mapping[str, Any], active: list[Any]) -> list[Bucket]:
         """The group's parameters with a gradient, cut into buckets; made anew when something has changed."""
-        active = [p for p in group["params"] if p.grad is not None]
-        key = (_method(group), group["fallback"])
+        key = (_method(group), group["fallback"], group["join"])
+        layout = list(map(LAYOUT, active))
         old = self._plans.get(index)
         if (
             old is not None
             and old.key == key
-            and len(old.active) == len(active)
+            and old.layout == layout
             and all(map(is_, old.active, active))
             and all(b.in_step() and b.holds(self.state) for b in old.buckets)
         ):
+            if not all(map(is_, ENTRIES(group), old.entries)):
+                self._plans[index] = old._replace(entries=ENTRIES(group))
             return old.buckets
         for bucket in old.buckets if old else ():
             bucket.release()
         device = active[0].device.type if active else "other"
         cut = partition(self._labels(group), LARGEST_BUFFER.get(device, LARGEST_BUFFER["other"]))
+        before = old.buckets if old else []
+        kept = {unit[0]: views.keys() for b in before for unit, views in zip(b.units, b.views, strict=True)}
         buckets = []
         for members in cut:
             (method, flat, owner), units = members[0][0], [unit for _, unit in members]
-            buckets.append(Bucket(method, units, [self.state[unit[0]] for unit in units], flat, owner))
-        self._plans[index] = Plan(key, active, buckets)
+            for unit in units:  # what a method with other fields kept would be out of date if they came back
+                for name in kept.get(unit[0], {"step"}) - _expected(unit, method).keys() - {"step"}:
+                    self.state[unit[0]].pop(name, None)
+            params = [unit[0] for unit in units]
+            lent = not self._lent.isdisjoint(params)
+            buckets.append(Bucket(method, units, [self.state[param] for param in params], flat, owner, lent))
+            self._lent.difference_update(params)
+        self._plans[index] = Plan(key, ENTRIES(group), active, layout, buckets)
         return buckets
 
     def _labels(self, group: Mapping[str, Any]) -> Iterator[tuple[Any, int, Any]]:
@@ -317,47 +420,145 @@ class Optimizer(torch.optim.Optimizer):
                 continue
             flat = method.elementwise
             owner = None if flat or not sharding.is_sharded(param) else self._owners[param]
+            for p in unit:
+                if p.grad.shape != p.shape or p.grad.device != p.device:
+                    raise ValueError(
+                        f"{_called(name, p)} has a gradient of shape {list(p.grad.shape)} on {p.grad.device}: "
+                        f"it must be like the parameter, on {p.device}"
+                    )
             entry = self.state[param]
-            if not entry:
-                entry["step"] = torch.zeros((), dtype=torch.int64)
-                if owner is None or sharding.owns(param, owner):
-                    entry.update(_fresh(method, unit, flat))
+            mine = owner is None or sharding.owns(param, owner)
+            if "step" not in entry:
+                arrays = _fresh(method, unit, flat) if mine else _elsewhere(method, unit)
+                entry.update(step=torch.zeros((), dtype=torch.int64, device="cpu"), **arrays)
+            elif not isinstance(entry["step"], Tensor) or LAYOUT(entry["step"]) != COUNTER:
+                step = _count(entry["step"])
+                if step is None:
+                    raise ValueError(f"the state of {_called(name, param)} has no valid step, got {entry['step']!r}")
+                entry["step"] = torch.tensor(step, dtype=torch.int64, device="cpu")
+            if mine:
+                _check_entry(entry, unit, method, name)
             shape = None if flat else shape_of(unit)
             layout = (owner, param.device_mesh) if sharding.is_sharded(param) else None
-            label = (method, param.dtype, param.device, shape, layout, int(entry["step"]))
+            label = (method, param.dtype, param.device, shape, layout, states.count(entry["step"]))
             yield label, sharding.local(param).numel() if flat else 0, ((method, flat, owner), unit)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes: tensors with memory of their own, which later steps do not change.
+
+        A collective, if matrices are sharded among ranks: their states are, too, along the first axis.
+        """
+        with torch.no_grad():
+            self._settle()
+            self._release()
+            held, self.state = self.state, self._handed()
+        try:
+            return super().state_dict()
+        finally:
+            self.state = held
+
+    def _release(self) -> None:
+        """Give every parameter a state in memory of its own."""
+        for plan in self._plans.values():
+            for bucket in plan.buckets:
+                bucket.release()
+        self._plans.clear()
+
+    def _handed(self) -> Any:
+        """The state as others see it. The next step copies the tensors that they are given."""
+        self._lent.update(self.state)
+        state = copy.copy(self.state)
+        state.update({key: copy.copy(entry) for key, entry in self.state.items()})
+        for group in self.param_groups:
+            for _, unit, method in self._routed(group):
+                entry = state.get(unit[0], {})
+                if "step" not in entry:
+                    continue
+                if sharding.is_sharded(unit[0]) and not method.elementwise:
+                    for name, like in _expected(unit, method).items():
+                        entry[name] = sharding.spread(entry[name], like, unit[0], self._owners[unit[0]])
+                for bias in unit[1:]:
+                    state.setdefault(bias, {})  # tools look for one of each parameter
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, dtypes kept, tensors copied to the parameters' devices.
 
-        ValueError for a state of another method, of other shapes, dtypes or groups; nothing is loaded then.
+        ValueError for a state of another method, of other shapes, dtypes or groups, or damaged; nothing is loaded then.
+        What wrappers keep beside it in ``state`` is kept. UserWarning for values that are not finite, and for
+        parameters that have no state while others have one: they start afresh.
+        A collective, if matrices are sharded among ranks: what one rank refuses, all refuse.
         """
-        state_dict = dict(state_dict)
+        groups: list[dict[str, Any]] = []
+        loaded: dict[Any, Any] = {}
+        others: dict[Any, Any] = {}
+        refusal: Exception | None = None
+        try:
+            groups, loaded, others = self._read(state_dict)
+        except Exception as error:
+            refusal = error
+        whole = [
+            unit[0]
+            for group in self.param_groups
+            for _, unit, method in self._routed(group)
+            if sharding.is_sharded(unit[0]) and not method.elementwise
+        ]
+        meshes = dict.fromkeys(param.device_mesh for param in whole)
+        elsewhere = [sharding.refused_by_any(mesh, refusal is not None) for mesh in meshes]
+        if refusal is not None:
+            raise refusal
+        if any(elsewhere):
+            raise ValueError("loaded state dict was refused on another rank")
+        for param in whole:
+            self._gather(loaded.get(param, {}), param)
+        state = copy.copy(self.state)
+        state.clear()
+        state.update(loaded)
+        state.update(others)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _read(self, state_dict: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[Any, Any], dict[Any, Any]]:
+        """Groups and states of a state dict, once they fit, and what wrappers keep under keys of their own."""
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        if not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError(f"loaded state dict must have state and param_groups, it has {', '.join(state_dict)}")
-        groups = self._merged_groups(copy.deepcopy(state_dict["param_groups"]))
+        keys = _checked_keys(state_dict)
         loaded: dict[Any, Any] = {}
-        for group, saved in zip(groups, state_dict["param_groups"], strict=True):
-            routed = {unit[0]: (unit, method) for _, unit, method in self._routed(group)}
-            for param, key in zip(group["params"], saved["params"], strict=True):
+        absent, infinite = [], []
+        try:
+            groups = self._merged_groups(copy.deepcopy(list(state_dict["param_groups"])))
+            routes = [{unit[0]: (unit, method) for _, unit, method in self._routed(group)} for group in groups]
+        except (TypeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"loaded state dict does not fit: {error}") from error
+        flat = [key for own in keys for key in own]
+        if len(set(flat)) < len(flat):
+            raise ValueError(f"loaded state dict has a parameter twice in its groups, got {keys!r}")
+        for group, routed, own in zip(groups, routes, keys, strict=True):
+            for param, key in zip(group["params"], own, strict=True):
                 entry = state_dict["state"].get(key)
                 if entry and param not in routed:
                     raise ValueError(f"loaded state dict has a state of parameter {key}, which is joined to its weight")
                 if entry:
                     loaded[param] = self._restored(entry, *routed[param], f"parameter {key}")
-        extra = state_dict["state"].keys() - {k for g in state_dict["param_groups"] for k in g["params"]}
-        if extra:
-            raise ValueError(f"loaded state dict has a state of {', '.join(map(str, extra))}, which is in no group")
-        state = copy.copy(self.state)
-        state.clear()
-        state.update(loaded)
-        self.__setstate__({"state": state, "param_groups": groups})
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+                    infinite += [f"{name} of {key}" for name, value in loaded[param].items() if not _finite(value)]
+                if param in routed and param.requires_grad and "step" not in loaded.get(param, {}):
+                    absent.append(str(key))
+        others = {key: value for key, value in state_dict["state"].items() if key not in flat}
+        named = any(isinstance(key, str) for key in flat)
+        homeless = [key for key in others if named or not isinstance(key, str)]
+        if homeless:
+            raise ValueError(f"loaded state dict has a state of {', '.join(map(str, homeless))}, which is in no group")
+        if infinite:
+            warnings.warn(f"loaded state dict has values that are not finite: {', '.join(infinite)}", stacklevel=3)
+        if absent and any("step" in entry for entry in loaded.values()):
+            warnings.warn(
+                f"loaded state dict has no state of parameters {', '.join(absent)}, which start afresh", stacklevel=3
+            )
+        return groups, loaded, copy.deepcopy(others)
 
     def _merged_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The saved groups with this optimizer's parameters, once they are known to fit."""
@@ -372,6 +573,8 @@ class Optimizer(torch.optim.Optimizer):
                 other = saved.get("method", "another optimizer")
                 raise ValueError(f"loaded state dict is of {other}, this group runs {group['method']}")
             fields = states.field_names(group["method"])
+            saved.setdefault("join", ())  # tools that flatten a state dict lose what is empty, and make lists of tuples
+            saved.update({name: _tuples(saved[name]) for name in ("fallback", "join", *fields) if name in saved})
             missing = [name for name in (*OPTIONS[:-3], *fields) if name not in saved]
             if missing:
                 raise ValueError(
@@ -380,6 +583,10 @@ class Optimizer(torch.optim.Optimizer):
             saved["params"] = group["params"]
             if "param_names" in group:
                 saved.setdefault("param_names", group["param_names"])
+            names = saved.get("param_names", [""] * len(group["params"]))
+            if not isinstance(names, (list, tuple)) or [type(name) for name in names] != [str] * len(group["params"]):
+                raise ValueError(f"loaded state dict must have a name for each parameter, got param_names={names!r}")
+            saved["join"], saved["fallback"] = _pairs(saved["join"]), _plain(saved["fallback"])
             if _positions(saved) != _positions(group):
                 raise ValueError(
                     f"loaded state dict joins {_listed(saved['join']) or 'nothing'}, this group joins "
@@ -388,37 +595,61 @@ class Optimizer(torch.optim.Optimizer):
             self._check(saved)
         return saved_groups
 
-    def _restored(self, entry: Mapping[str, Any], unit: Unit, method: Method, label: str) -> dict[str, Tensor]:
+    def _restored(self, entry: Mapping[str, Any], unit: Unit, method: Method, label: str) -> dict[str, Any]:
         param, flat = unit[0], method.elementwise
-        step = entry.get("step")
-        if not isinstance(step, Tensor) or step.numel() != 1 or int(step) != float(step) or int(step) < 0:
-            raise ValueError(f"loaded state dict has no valid step for {label}, got {step!r}")
-        result = {"step": torch.tensor(int(step), dtype=torch.int64)}
-        if not flat and sharding.is_sharded(param) and not sharding.owns(param, self._owners[param]):
-            return result  # whatever the rank that saved this kept
         part = sharding.local(param)
-        shape = part.shape if flat else torch.Size(shape_of(unit))
-        expected = states.to_dict(states.template(method, tuple(shape), states.work_dtype(method, param.dtype)))
-        if entry.keys() - {"step"} != expected.keys():
+        expected = _expected(unit, method)
+        result = {key: _copied(v, part.device) for key, v in entry.items() if key not in ("step", *expected)}
+        if "step" not in entry and len(result) == len(entry):  # only what a wrapper keeps
+            return result
+        step = _count(entry.get("step"))
+        if step is None:
+            raise ValueError(f"loaded state dict has no valid step for {label}, got {entry.get('step')!r}")
+        result = {"step": torch.tensor(step, dtype=torch.int64, device="cpu"), **result}
+        sharded = sharding.is_sharded(param)
+        mine = flat or not sharded or sharding.owns(param, self._owners[param])
+        if not mine and not any(map(sharding.is_sharded, entry.values())):
+            return {**result, **_elsewhere(method, unit)}  # whatever the rank that saved this kept
+        if not expected.keys() <= entry.keys():
             raise ValueError(
-                f"loaded state dict has {', '.join(entry)} for {label}, "
+                f"loaded state dict has {', '.join(map(str, entry))} for {label}, "
                 f"{type(method).__name__} keeps {', '.join(('step', *expected))}"
             )
         for key, like in expected.items():
-            value = sharding.restored(entry[key], param, shape) if flat else entry[key]
+            value = entry[key]
+            if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta > part.is_meta:
+                kind = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"loaded state dict has {key} for {label} as {kind}, it must be a dense tensor")
+            value = sharding.restored(value, param, like.shape) if flat else value
             if value.shape != like.shape or value.dtype != like.dtype:
                 raise ValueError(
                     f"loaded state dict has {key} of shape {list(value.shape)} and dtype {value.dtype} for {label}, "
                     f"it must have shape {list(like.shape)} and dtype {like.dtype}"
                 )
-            value = value.detach().to(part.device, copy=True, memory_format=torch.contiguous_format)
+            value = value.detach()
+            if sharded and not flat and sharding.is_sharded(value):
+                result[key] = value  # until all ranks are known to load it
+                continue
+            value = sharding.whole(value).to(part.device, copy=True, memory_format=torch.contiguous_format)
             result[key] = sharding.wrap(value, param) if flat else value
         return result
+
+    def _gather(self, entry: dict[str, Any], param: Any) -> None:
+        """The whole state of a sharded matrix for its owner (a collective)."""
+        mine = sharding.owns(param, self._owners[param])
+        for name, value in entry.items():
+            if sharding.is_sharded(value):
+                full = sharding.whole(value)
+                entry[name] = full.to(param.device, copy=True) if mine else full.new_empty(0)
 
     # ---- inspection -------------------------------------------------------------------------------------------------
 
     def describe(self) -> str:
-        """A table of the parameters: group, role (from `param_groups_for`), name, shape, method, rates."""
+        """A table of the parameters: group, role (from `param_groups_for`), name, shape, method, rates.
+
+        Below it the methods with their fields, each with the groups that run it.
+        """
+        used: dict[str, dict[int, None]] = {}
         rows = [("group", "role", "parameter", "shape", "dtype", "method", "lr", "weight_decay")]
         for index, group in enumerate(self.param_groups):
             for position, (name, unit, method) in enumerate(self._routed(group)):
@@ -428,15 +659,102 @@ class Optimizer(torch.optim.Optimizer):
                 rates = f"{float(group['lr']):g}", f"{group['weight_decay']:g}"
                 cells = (str(index), group.get("role", ""), label or str(position), shape, dtype)
                 rows.append((*cells, type(method).__name__, *rates))
+                used.setdefault(repr(method), {})[index] = None
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join(lines)
+        fields = [f"group{'s'[: len(on) - 1]} {', '.join(map(str, on))}: {method}" for method, on in used.items()]
+        return "\n".join([*lines, "", *fields])
+
+
+class Run:
+    """One step of one bucket: the states and parameters of a piece change together, once all of it is computed.
+
+    Whatever is raised at whatever place, `settle` leaves each unit stepped and counted, or as it was.
+    """
+
+    def __init__(self, group: Mapping[str, Any], bucket: Bucket, statistic: Any) -> None:
+        self.group, self.bucket, self.statistic = group, bucket, statistic
+        self.grads, self.params = bucket.gather()
+        self.step = bucket.step()
+        self.pieces = bucket.cut(group, statistic)
+        self.computed: tuple[list[Tensor], Pairs] = [], []
+        """Directions and states of an owner, until the directions are exchanged."""
+        self.done: tuple[int, tuple[Pairs, list[Tensor], list[Tensor]] | None] = 0, None
+        """How many pieces are written, and what of the next one is being written."""
+        self.in_graph = False
+        """Whether a compiled update is writing the states by itself."""
+
+    def advance(self, scalars: Any, kernels: dict[Any, Any]) -> None:
+        """Compute and write piece after piece; compute all, if the directions are to be exchanged."""
+        self.given = self.grads, self.params, self.step, scalars, self.group, kernels, self.statistic
+        if self.bucket.owner is not None:
+            if self.bucket.mine:
+                for _, some, pairs in self.bucket.directions(*self.given, self.pieces):
+                    self.computed[0].extend(some)
+                    self.computed[1].extend(pairs)
+            self.pieces = [WHOLE]
+            return
+        if self.group["compile"] and self.bucket.method.elementwise:
+            with interrupts_deferred():
+                self.in_graph = True
+                self._write(self.pieces)
+                self.in_graph = False
+        else:
+            self._write(self.pieces)
+        self.bucket.count(len(self.bucket), self.step + 1)
+
+    def exchange(self) -> None:
+        """Write what the owner computed; a collective."""
+        if self.bucket.owner is not None:
+            directions, pairs = self.computed
+            self._commit(WHOLE, self.bucket.exchange(directions), pairs)
+            self.bucket.count(len(self.bucket), self.step + 1)
+
+    def settle(self) -> dict[Any, str]:
+        """Complete a piece that is half written, and the unit that it is part of; what became of the parameters."""
+        bucket, (done, change) = self.bucket, self.done
+        if change is not None:
+            pairs, params, directions = change
+            write(pairs)
+            if states.has_value(params[-1]) and params[-1]:  # moved, as all before it
+                torch.autograd.graph.increment_version(params[:-1])
+            else:
+                _apply(self.group, bucket, params, directions)
+            done += 1
+            self.done = done, None
+        if done == 0:
+            unknown = "of unknown state (that of a compiled graph; load a checkpoint), value as before"
+            return dict.fromkeys(bucket.all_params, unknown) if self.in_graph else {}
+        last = self.pieces[done - 1].members
+        units = bucket.units[: last.stop]
+        result = {param: "stepped" for unit in units for param in unit}
+        try:
+            self._write([piece for piece in self.pieces[done:] if piece.members == last])
+        except Exception as error:
+            result[units.pop()[0]] = f"half stepped, as {type(error).__name__} came again (load a checkpoint)"
+        bucket.count(len(units), self.step + 1)
+        return result
+
+    def _write(self, pieces: list[Piece]) -> None:
+        for piece, directions, pairs in self.bucket.directions(*self.given, pieces):
+            self._commit(piece, self.bucket.parts(directions, piece.members), pairs)
+
+    def _commit(self, piece: Piece, directions: list[Tensor], pairs: Pairs) -> None:
+        bucket, done = self.bucket, self.done[0]
+        params = bucket.values(piece)
+        # the kernel that moves the parameters moves this too
+        change = pairs, [*params, bucket.zero()], [*directions, bucket.one]
+        self.done = done, change  # from here on it is completed, whatever is raised
+        write(pairs)
+        _apply(self.group, bucket, *change[1:])
+        self.done = done + 1, None
+        pairs.clear()
 
 
 def _apply(group: Mapping[str, Any], bucket: Bucket, params: list[Tensor], directions: list[Tensor]) -> None:
-    """``x <- (1 - lr weight_decay) x - lr direction``, rounded once below float32."""
+    """``x <- (1 - lr weight_decay) x - lr direction``, rounded once below float32; one call moves all, or none."""
     lr = float(group["lr"])
-    decay = 0.0 if hasattr(bucket.method, "weight_decay") else group["weight_decay"]
+    decay = 0.0 if hasattr(bucket.method, "weight_decay") else float(group["weight_decay"])
     wide = params if params[0].dtype == bucket.dtype else [p.to(bucket.dtype) for p in params]
     if bucket.device.type in ("cpu", "cuda") and all(map(Tensor.is_contiguous, [*wide, *directions])):
         # SGD's coupled decay of a direction is the decoupled one
@@ -447,11 +765,144 @@ def _apply(group: Mapping[str, Any], bucket: Bucket, params: list[Tensor], direc
         for param in wide:
             torch.autograd.graph.increment_version(param)  # which the fused kernel leaves to its caller
     else:
-        if decay:
-            torch._foreach_mul_(wide, 1 - lr * decay)
+        wide = list(torch._foreach_mul(wide, 1 - lr * decay))
         torch._foreach_add_(wide, directions, alpha=-lr)
     if wide is not params:
         torch._foreach_copy_(params, wide)
+
+
+def _check_rates(group: Mapping[str, Any]) -> None:
+    """ValueError for a learning rate or weight decay out of range."""
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for key, label in (("lr", "learning rate"), ("weight_decay", "weight_decay value")):
+        try:
+            number = math.nan if isinstance(group[key], str) else float(group[key])
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            number = math.nan
+        if not 0.0 <= number < math.inf:
+            raise ValueError(f"Invalid {label}: {group[key]}")
+
+
+def _check_flags(given: Mapping[str, Any]) -> None:
+    """ValueError for a flag of PyTorch's optimizers that is set."""
+    for flag, instead in FLAGS.items():
+        value = given.get(flag)
+        if value is not None and value is not False:
+            raise ValueError(f"{flag} must be False or None, got {value!r}: {instead}")
+
+
+def _check_names(name: str) -> None:
+    """ValueError for a method with a field that this adapter names itself."""
+    clash = set(OPTIONS) & set(states.field_names(name)) - {"weight_decay"}
+    if clash:
+        raise ValueError(f"{name} has fields that this adapter names itself: {', '.join(sorted(clash))}")
+
+
+def _with_method(group: Mapping[str, Any], default: str) -> dict[str, Any]:
+    """The group with the name and fields of its own method, if it has one; ValueError for another method's fields."""
+    group, method = dict(group), group.get("method", default)
+    arguments: set[str] = set()
+    if isinstance(method, Method):
+        encoded = states.encode(method)
+    elif "method" in group:
+        encoded, arguments = states.named(method, group)
+        if "weight_decay" not in group:
+            encoded.pop("weight_decay", None)  # the optimizer's, as for every method
+    else:
+        encoded = {"method": default}
+    name = encoded["method"]
+    own = set(states.field_names(name))
+    foreign = group.keys() & states.all_field_names() - own - arguments - set(OPTIONS)
+    if foreign:
+        raise ValueError(f"{name} has no field {', '.join(sorted(foreign))}; it has {', '.join(sorted(own))}")
+    if "method" in group:
+        _check_names(name)
+        group = {**encoded, **{key: v for key, v in group.items() if key in own or key not in arguments}}
+        group["method"] = name
+    return group
+
+
+def _count(step: Any) -> int | None:
+    """A saved counter, a number or a tensor with one element; None if it is no count."""
+    try:
+        count = int(step) if isinstance(step, (int, float, Tensor)) and not isinstance(step, bool) else -1
+        return count if 0 <= count < 2**63 and count == step else None
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        return None
+
+
+def _finite(value: Any) -> bool:
+    """Whether no entry is known to be NaN or infinite."""
+    if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
+        return True
+    return bool(sharding.local(value).isfinite().all())
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """A wrapper's entry of a state, as its own; a tensor with the parameter."""
+    if not isinstance(value, Tensor) or value.is_meta:
+        return copy.deepcopy(value)
+    return value.detach().to(device, copy=True)
+
+
+def _checked_keys(state_dict: Any) -> list[list[Any]]:
+    """The keys of each group's parameters; ValueError for what is not built like a state dict."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        has = ", ".join(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(f"loaded state dict must have state and param_groups, it has {has}")
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"loaded state dict must have state as a mapping, got {type(state).__name__}")
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
+        raise ValueError(f"loaded state dict must have param_groups as a list of mappings, got {groups!r}")
+    keys = [list(group["params"]) if isinstance(group.get("params"), (list, tuple)) else [None] for group in groups]
+    flat = [key for own in keys for key in own]
+    if not all(isinstance(key, (int, str)) for key in flat):
+        raise ValueError(f"loaded state dict must number or name the params of its groups, got {keys!r}")
+    for key in flat:
+        if not isinstance(state.get(key, {}), Mapping):
+            raise ValueError(
+                f"loaded state dict must have a mapping for parameter {key}, got {type(state[key]).__name__}"
+            )
+    return keys
+
+
+def _called(name: str, param: Any) -> str:
+    return f"parameter {name}" if name else f"a parameter of size {list(param.shape)}"
+
+
+def _expected(unit: Unit, method: Method) -> dict[str, Tensor]:
+    """The tensors of a unit's state (of an elementwise method: of this rank's part), without their values."""
+    shape = tuple(sharding.local(unit[0]).shape) if method.elementwise else shape_of(unit)
+    return states.to_dict(states.template(method, shape, states.work_dtype(method, unit[0].dtype)))
+
+
+def _check_entry(entry: Mapping[str, Any], unit: Unit, method: Method, name: str) -> None:
+    """ValueError for a state that was made for another parameter or with other fields."""
+    device = sharding.local(unit[0]).device
+    for key, like in _expected(unit, method).items():
+        value = sharding.local(entry[key]) if isinstance(entry.get(key), Tensor) else None
+        if value is None or (value.shape, value.dtype, value.device) != (like.shape, like.dtype, device):
+            found = "none" if value is None else f"one of shape {list(value.shape)}, {value.dtype} on {value.device}"
+            raise ValueError(
+                f"{type(method).__name__} needs {key!r} of shape {list(like.shape)}, {like.dtype} on {device} for "
+                f"{_called(name, unit[0])}, its state has {found}: a field, or the parameter's shape, dtype or device, "
+                "was changed; delete the parameter's entry of `state` to begin afresh"
+            )
+
+
+def _elsewhere(method: Method, unit: Unit) -> dict[str, Tensor]:
+    """What stands for the state that another rank keeps: tools ask for the names."""
+    device = sharding.local(unit[0]).device
+    return {name: torch.empty(0, dtype=a.dtype, device=device) for name, a in _expected(unit, method).items()}
+
+
+def _tuples(value: Any) -> Any:
+    """``value`` with tuples for lists, at any depth."""
+    if isinstance(value, dict):
+        return {key: _tuples(part) for key, part in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _fresh(method: Method, unit: Unit, flat: bool) -> dict[str, Tensor]:
@@ -508,7 +959,21 @@ def _own_pairs(group: Mapping[str, Any], strict: bool) -> tuple[tuple[str, str],
 def _positions(group: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Where the joined parameters are in a group."""
     names = list(group.get("param_names", ()))
+    missing = {name for pair in group["join"] for name in pair} - set(names)
+    if missing:
+        raise ValueError(f"join names {' and '.join(sorted(missing))}, which this group has no parameter of")
     return sorted((names.index(weight), names.index(bias)) for weight, bias in group["join"])
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 def _shown(key: Any) -> str:
@@ -528,7 +993,7 @@ def _named(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _plain(method: Any) -> dict[str, Any] | None:
     """A fallback as plain data."""
     if method is None or isinstance(method, Mapping):
-        return method if method is None else dict(method)
+        return method if method is None else {"method": "", **method}
     if not isinstance(method, Method):
         raise TypeError(f"fallback must be a precond_ref.Method or None, got {method!r}")
     return states.encode(method)
@@ -536,9 +1001,11 @@ def _plain(method: Any) -> dict[str, Any] | None:
 
 def _method(group: Mapping[str, Any]) -> Method:
     """The method of a group, from its name and fields."""
-    name = group["method"]
-    fields = _field_names(name)
-    return _cached((("method", name), *((f, group[f]) for f in fields)))
+    try:
+        name = group["method"]
+        return _cached((("method", name), *((f, group[f]) for f in _field_names(name))))
+    except (KeyError, TypeError):
+        return states.decode(group)  # which says what is missing, or what is no number
 
 
 _field_names = lru_cache(states.field_names)
@@ -597,7 +1064,7 @@ def _signature(function: Any) -> dict[str, inspect.Parameter]:
 
 def _split(own: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments for the method (or preset), and the adapter's."""
-    options = {k: v for k, v in arguments.items() if k in OPTIONS and k not in own}
+    options = {k: v for k, v in arguments.items() if k in (*OPTIONS, *FLAGS) and k not in own}
     return {k: v for k, v in arguments.items() if k not in options}, options
 
 

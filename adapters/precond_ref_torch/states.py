@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from precond_ref import Method, list_methods
+from precond_ref.protocol import constructors
 
 
 def to_dict(state: Any) -> dict[str, Tensor]:
@@ -45,10 +48,21 @@ def fill(template: Any, arrays: Iterator[Any], step: int) -> Any:
     return step if isinstance(template, int) else next(arrays)
 
 
+class Spec(SimpleNamespace):
+    """A tensor without its values: shape and dtype. A meta tensor that is made among fake ones would stay fake."""
+
+
 @lru_cache(maxsize=4096)
 def template(method: Method, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
     """The state of one parameter without its values; ValueError or TypeError if the method does not take it."""
-    return method.init(torch.empty(shape, dtype=dtype, device="meta"))
+    return _spec(method.init(torch.empty(shape, dtype=dtype, device="meta")))
+
+
+def _spec(value: Any) -> Any:
+    if isinstance(value, tuple):
+        parts = [_spec(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return Spec(shape=value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
 
 
 def work_dtype(method: Method, dtype: torch.dtype) -> torch.dtype:
@@ -57,9 +71,14 @@ def work_dtype(method: Method, dtype: torch.dtype) -> torch.dtype:
     return dtype if narrow else torch.float32
 
 
+def is_own(method: Method) -> bool:
+    """Whether this package wrote ``method``."""
+    return type(method).__module__.startswith("precond_ref.")
+
+
 def reads_param(method: Method) -> bool:
     """Whether directions depend on the parameter's values: in the package's own methods only through weight decay."""
-    return getattr(method, "weight_decay", 0.0) != 0 or not type(method).__module__.startswith("precond_ref.")
+    return getattr(method, "weight_decay", 0.0) != 0 or not is_own(method)
 
 
 def due(method: Any, step: int) -> Any:
@@ -67,11 +86,23 @@ def due(method: Any, step: int) -> Any:
     return method.due(step) if hasattr(method, "due") else step % getattr(method, "every", 1) == 0
 
 
+def has_value(tensor: Tensor) -> bool:
+    """Whether the numbers in ``tensor`` can be asked: not on the meta device, nor if it is fake."""
+    return not tensor.is_meta and not hasattr(tensor, "fake_mode")
+
+
+def count(step: Tensor) -> int:
+    """The number in a counter; 0 if it is fake."""
+    return int(step) if has_value(step) else 0
+
+
 # ---- methods as plain data, for parameter groups and checkpoints ----------------------------------------------------
 
 
 def type_of(name: str) -> type[Method]:
     """The `Method` class of that name: the registered one, else one that a preset makes."""
+    if not isinstance(name, str):
+        raise TypeError(f"method must be a precond_ref.Method or the name of one, got {name!r}")
     if name in list_methods():
         return list_methods()[name]
     classes: list[type[Method]] = [Method]
@@ -81,7 +112,7 @@ def type_of(name: str) -> type[Method]:
     importable = [cls for cls in named if getattr(sys.modules.get(cls.__module__), name, None) is cls]
     for cls in (*importable, *named):  # a class that its module no longer knows by this name is the last choice
         return cls
-    raise ValueError(f"no method is called {name!r}")
+    raise ValueError(f"no method is called {name!r}; there are {', '.join(constructors())}")
 
 
 def encode(method: Method) -> dict[str, Any]:
@@ -90,9 +121,26 @@ def encode(method: Method) -> dict[str, Any]:
     return {"method": type(method).__name__, **{f.name: getattr(method, f.name) for f in fields}}
 
 
+def named(name: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """What `encode` makes of the method or preset of that name, and the names of its arguments.
+
+    ``given`` may have any of its arguments and fields; the others are the method's own defaults.
+    """
+    make_it = constructors()[name] if isinstance(name, str) and name in constructors() else type_of(name)
+    arguments = inspect.signature(make_it).parameters.keys()
+    encoded = encode(make(make_it, {key: given[key] for key in arguments if key in given}))
+    return {key: given.get(key, value) if key != "method" else value for key, value in encoded.items()}, set(arguments)
+
+
 def field_names(name: str) -> list[str]:
     """Fields of the method of that name."""
     return [f.name for f in dataclasses.fields(type_of(name))]  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1)
+def all_field_names() -> frozenset[str]:
+    """Fields of all methods and arguments of all presets."""
+    return frozenset(name for make in constructors().values() for name in inspect.signature(make).parameters)
 
 
 TORCH_NAMES = {
@@ -104,12 +152,20 @@ TORCH_NAMES = {
 
 def decode(data: Mapping[str, Any]) -> Method:
     """The method that `encode` made plain; ValueError or TypeError in PyTorch's wording for a field out of range."""
-    values = {name: data[name] for name in field_names(data["method"])}
-    return make(type_of(data["method"]), values)
+    names = field_names(data["method"])
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise ValueError(f"{data['method']} needs {', '.join(missing)}, which no entry gives")
+    return make(type_of(data["method"]), {name: data[name] for name in names})
 
 
 def make(factory: Any, values: Mapping[str, Any]) -> Method:
     """``factory(**values)``, with PyTorch's wording for a field out of range."""
+    for name, value in values.items():
+        if isinstance(value, Tensor) and (value.is_complex() or value.is_meta):
+            raise TypeError(f"Invalid {TORCH_NAMES.get(name, f'{name} value')}: {value} (it must be a real number)")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"Invalid {TORCH_NAMES.get(name, f'{name} value')}: {value} (PyTorch has no such integer)")
     try:
         method: Method = factory(**values)
     except (ValueError, TypeError) as error:

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-# Okabe and Ito's colours without the yellow, which is too pale for lines; the line styles tell the rounds apart.
+# Okabe and Ito's colours without the yellow, which is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
+BEST = 5
+"""How many runs have a colour in the figure; the others are grey."""
+GREY, GREY_TEXT = "#B0B0B0", "#666666"
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def check_output(path: Path) -> None:
 
 
 def figure(comparison: Comparison) -> Figure:
-    """Training loss and test metric against the steps; curves are labelled in the order of the ranking."""
+    """Training loss and test metric against the steps: the best in colours, the others grey, all labelled by rank."""
     from matplotlib.figure import Figure
 
     problem, runs = comparison.problem, comparison.ranked
@@ -202,11 +204,10 @@ def figure(comparison: Comparison) -> Figure:
     for axes in (loss, metric):
         axes.autoscale(False)  # it fails on losses near the largest float
     for rank, run in enumerate(runs):
+        best = rank < BEST
         style = {
-            "color": COLOURS[rank % len(COLOURS)],
-            "linestyle": STYLES[rank // len(COLOURS) % len(STYLES)],
-            "linewidth": 2.6 if rank == 0 else 1.5 if rank < len(COLOURS) else 0.9,
-            "alpha": 1.0 if rank < len(COLOURS) else 0.6,
+            "color": COLOURS[rank] if best else GREY,
+            "linewidth": 2.6 if rank == 0 else 1.7 if best else 0.8,
             "zorder": 3 - rank / len(runs),
         }
         loss.plot(run.steps, run.train_losses, **style)
@@ -256,8 +257,8 @@ def _label(axes: Axes, comparison: Comparison) -> None:
             textcoords="axes fraction",
             va="center",
             fontsize=9.5,
-            color=line.get_color(),
+            color=line.get_color() if rank < BEST else GREY_TEXT,
             fontweight="bold" if rank == 0 else "normal",
             annotation_clip=False,
-            arrowprops=None if run.diverged else {**tie, "color": line.get_color(), "linestyle": line.get_linestyle()},
+            arrowprops=None if run.diverged else {**tie, "color": line.get_color()},
         )

@@ -13,7 +13,8 @@ from typing import Any
 from precond_ref import problems
 from precond_ref.optimizer import Optimizer
 from precond_ref.problems import Problem
-from precond_ref.protocol import Method, list_methods
+from precond_ref.protocol import Method
+from precond_ref.protocol import constructors as constructors
 
 BACKENDS = {"numpy": "cli", "cupy": "cuda12", "torch": "torch", "jax": "jax"}
 """Array libraries by name, with the extra that installs each."""
@@ -96,15 +97,6 @@ class Run:
 
 
 # ---- who takes part -------------------------------------------------------------------------------------------------
-
-
-def constructors() -> dict[str, Callable[..., Method]]:
-    """Every method of the registry, and after it its presets, such as ``ASGO.theory``."""
-    found: dict[str, Callable[..., Method]] = {}
-    for name, method in list_methods().items():
-        found[name] = method
-        found.update({f"{name}.{preset}": getattr(method, preset) for preset in method.presets})
-    return found
 
 
 def required(make: Callable[..., Method]) -> list[str]:

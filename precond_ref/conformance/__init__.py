@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from precond_ref.conformance.isolation import Isolated
+    from precond_ref.conformance.processes import Limits
     from precond_ref.conformance.runner import Report, cases, check, run_case
     from precond_ref.conformance.subjects import Config, Subject, Unsupported, wrap
     from precond_ref.conformance.vectors import Case, load
@@ -15,9 +17,12 @@ if TYPE_CHECKING:
 _WHERE = {
     "check": "runner", "cases": "runner", "run_case": "runner", "Report": "runner",
     "Config": "subjects", "Subject": "subjects", "Unsupported": "subjects", "wrap": "subjects",
-    "Case": "vectors", "load": "vectors",
+    "Isolated": "isolation", "Limits": "processes", "Case": "vectors", "load": "vectors",
 }  # fmt: skip
-__all__ = ["Case", "Config", "Report", "Subject", "Unsupported", "cases", "check", "load", "run_case", "wrap"]
+__all__ = [
+    "Case", "Config", "Isolated", "Limits", "Report", "Subject", "Unsupported", "cases", "check", "load", "run_case",
+    "wrap",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

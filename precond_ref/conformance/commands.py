@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json as json_module
+import math
 import os
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from precond_ref.cli import EXTRA, check_files, fail
+from precond_ref.conformance.processes import Ended, Limits
+from precond_ref.files import MOST_TEXT, read
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,6 +71,13 @@ def check_command(
     invariances: Annotated[
         bool, typer.Option("--invariances", help="Try the method's laws on made-up gradients too; needs Hypothesis.")
     ] = False,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For each answer of it: being imported, beginning, one step.")
+    ] = Limits().seconds,
+    memory: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", help="Limit of it and of what it starts; on Linux only.  [default: 4]"),
+    ] = None,
     xfails: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Ids expected to fail, one a line; # starts a comment.")
     ] = None,
@@ -77,13 +90,14 @@ def check_command(
     tolerance, and checks that it leaves gradients alone, can be resumed, and keeps parameters apart. If it is
     wrong, its steps are compared with those of the known mistakes.
 
-    Exit code: 0 right, 1 wrong, 2 the command cannot be run.
+    TARGET runs in a process of its own; what it prints goes to the error stream.
+
+    Exit code: 0 right, 1 wrong or not finished, 2 the command cannot be run or its report not written.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        from rich.console import Console
-
         from precond_ref.conformance import runner, subjects
+        from precond_ref.conformance.isolation import Isolated
 
         if invariances:
             import hypothesis  # noqa: F401
@@ -96,14 +110,14 @@ def check_command(
     subject: Any = None
     try:
         mapping = parse_map(names or [])
-        if command is not None:
-            subject = subjects.Command(command, dtype, mapping)
-        else:
-            found = subjects.load_target(target or "")
-            subject = subjects.wrap(found, backend=backend, dtype=dtype, names=mapping)
+        limits = limited(timeout, memory)
         expected = read_xfails(xfails) if xfails else ()
         check_files(json)
         runner.refuse_unknown(mapping, method)
+        if command is not None:
+            subject = subjects.Command(command, dtype, mapping, limits)
+        else:
+            subject = Isolated(target or "", backend=backend, dtype=dtype, names=mapping, limits=limits)
         label = command or target or ""
         report = with_progress(
             lambda step: runner.check(
@@ -116,20 +130,63 @@ def check_command(
                 on_case=step,
                 invariances=invariances,
             ),
-            len(runner.listed(method)) + 1 + 10 * invariances,
+            len(runner.ids(method, level)) + 10 * invariances,
         )
+    except Ended as end:  # before the first case
+        report = runner.Report(subjects.method_name(method), target or "", dtype, level, ended=str(end))
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         fail(error)
     finally:
-        if isinstance(subject, subjects.Command):
+        if subject is not None:
             subject.close()
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 140
-    show(report, console, verbose)
-    if json is not None:
-        json.write_text(json_module.dumps(report.as_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if memory is not None and sys.platform != "linux":
+        report.notes.append("memory was not limited: that is done on Linux only")
+    missing = [f for f in (written(report, json), printed(report, verbose)) if f]
+    if missing:
+        fail(f"the report cannot be written to {', '.join(missing)}")
     raise typer.Exit(0 if report.ok else 1)
+
+
+def limited(timeout: float, memory: float | None) -> Limits:
+    """Both, or ValueError."""
+    limits = Limits(timeout, Limits().gigabytes if memory is None else memory)
+    for name, value in zip(("--timeout", "--memory"), limits, strict=True):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value:g}")
+    return limits
+
+
+def written(report: Report, file: Path | None) -> str:
+    """The report as JSON in a file; the file and the reason, if that failed."""
+    try:
+        if file is not None:
+            file.write_text(json_module.dumps(report.as_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        return f"{file}: {error.strerror}"
+    return ""
+
+
+def printed(report: Report, verbose: bool) -> str:
+    """The report on standard output, at once: a reader of its first line does not break it; as `written`."""
+    from rich.console import Console
+
+    if sys.stdout is None:
+        return "standard output: it is closed"
+    real, text = Console(), io.StringIO()
+    console = Console(
+        file=text, force_terminal=real.is_terminal, width=real.width if real.is_terminal else 140, highlight=False,
+        markup=False, emoji=False,
+    )  # fmt: skip
+    show(report, console, verbose)
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.getvalue().encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what is left goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"standard output: {error.strerror}"
+    return ""
 
 
 def parse_map(entries: list[str]) -> dict[str, str]:
@@ -143,7 +200,7 @@ def parse_map(entries: list[str]) -> dict[str, str]:
 
 def read_xfails(file: Path) -> tuple[str, ...]:
     """Ids in a file of expected failures."""
-    lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
+    lines = (line.partition("#")[0].strip() for line in read(file, MOST_TEXT).decode().splitlines())
     return tuple(line for line in lines if line)
 
 
@@ -174,6 +231,8 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
     few = 0 < len(said) <= 4  # then what each is for, too
     messages = Counter(r.message for r in said)
     for r in said:
+        if report.ended and r.id == report.results[-1].id:  # the verdict says it
+            continue
         number = messages.pop(r.message, 0)  # one that was said is not said again
         text = r.message and r.message + f" (in {number} cases)" * (number > 1) if number else ""
         if few and not r.id.startswith("invariance/"):  # whose text says it all
@@ -206,7 +265,9 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
         for line in report.diagnosis.lines():
             console.print(line, soft_wrap=True)
     console.print()
-    if not report.ran:
+    if report.ended:
+        verdict = f"WRONG: {report.ended}; nothing was tried after that"
+    elif not report.ran:
         verdict = "NOT CHECKED: no case ran to its end"
         if all(r.status == "skipped" for r in cases) and any("has no argument for" in message for message in skipped):
             verdict += "; --map OURS=THEIRS says another name of an argument, as in --map lr=step_size"

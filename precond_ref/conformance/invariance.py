@@ -9,6 +9,7 @@ the law, or a closed form by singular values: no reference values are involved.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from precond_ref.conformance import runner, tolerance
-from precond_ref.conformance.subjects import Command, Subject
+from precond_ref.conformance.subjects import RAISED, Command, Subject, said, words
 from precond_ref.conformance.variants import multiply
 from precond_ref.conformance.vectors import Case
 from precond_ref.protocol import Method
@@ -231,6 +232,10 @@ LAWS: Mapping[str, Law] = {
 # ---- trying them ----------------------------------------------------------------------------------------------------
 
 
+def _changed(case: Case, changed: Mapping[str, Any]) -> Method:
+    return case.make().replace(**changed)
+
+
 def updates(
     subject: Subject, case: Case, dtype: str, param: Any, grads: Any, lr: float = 0.5, **changed: Any
 ) -> np.ndarray:
@@ -240,7 +245,7 @@ def updates(
     if not hasattr(case.make(), "weight_decay"):
         config["weight_decay"] = 0.0
         config.at_default |= {"weight_decay"}
-    config.make = lambda: case.make().replace(**changed)
+    config.make = functools.partial(_changed, case, changed)
     param = np.array(param, dtype)
     subject.init(config, [param.copy()])
     seen = [param.astype(np.float64)]
@@ -290,10 +295,10 @@ def try_laws(
                     updates(subject, case, dtype, zeros, [zeros])
                     usable.append(case)
                 except NotImplementedError as error:
-                    reasons.add(str(error))
-                except Exception as error:
+                    reasons.add(words(error))
+                except RAISED as error:
                     usable.append(case)
-                    reasons.add(str(error))
+                    reasons.add(words(error))
         if not usable:
             if reasons:
                 yield runner.Result(f"invariance/{name}", "must", runner.SKIPPED, law.text, message=reasons.pop())
@@ -301,10 +306,9 @@ def try_laws(
         try:
             found = _search(subject, name, usable, dtype, examples)
         except NotImplementedError as error:
-            yield runner.Result(f"invariance/{name}", "must", runner.SKIPPED, law.text, message=str(error))
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            yield runner.Result(f"invariance/{name}", "must", runner.ERROR, law.text, message=message)
+            yield runner.Result(f"invariance/{name}", "must", runner.SKIPPED, law.text, message=words(error))
+        except RAISED as error:
+            yield runner.Result(f"invariance/{name}", "must", runner.ERROR, law.text, message=said(error))
         else:
             message = (
                 f"it does not hold that {law.text}\n{script(subject, name, found, dtype, target)}" if found else ""

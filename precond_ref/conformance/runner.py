@@ -5,18 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import precond_ref
 from precond_ref.conformance import tolerance, vectors
-from precond_ref.conformance.subjects import Config, Subject, Unsupported, method_name
+from precond_ref.conformance.processes import Ended
+from precond_ref.conformance.subjects import RAISED, Config, Subject, Unsupported, method_name, said, words
 from precond_ref.conformance.vectors import Case
 
 FAILED, PASSED, SKIPPED, ERROR = "failed", "passed", "skipped", "error"
@@ -89,6 +87,8 @@ class Report:
     runs: list[Run] = field(default_factory=list)
     xfails: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    ended: str = ""
+    """Why the check could not go on: the subject's process ended, hung or took too much memory."""
     diagnosis: Any = None
     """What `diagnose.diagnose` said, or None."""
 
@@ -104,8 +104,8 @@ class Report:
 
     @property
     def unknown_xfails(self) -> list[str]:
-        """Expected failures that match no case or check."""
-        return sorted(set(self.xfails) - {r.id for r in self.results})
+        """Expected failures that match no case or check, if all were tried."""
+        return [] if self.ended else sorted(set(self.xfails) - {r.id for r in self.results})
 
     @property
     def ran(self) -> int:
@@ -115,11 +115,12 @@ class Report:
     @property
     def ok(self) -> bool:
         """At least one case ran, nothing failed or passed unexpectedly, and every expected failure exists."""
-        return bool(self.ran) and not (self.failures or self.unexpected_passes or self.unknown_xfails)
+        return bool(self.ran) and not (self.ended or self.failures or self.unexpected_passes or self.unknown_xfails)
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the arrays, with None for what is not finite."""
-        keys = ("method", "target", "dtype", "level", "ok", "failures", "unexpected_passes", "unknown_xfails", "notes")
+        keys = ("method", "target", "dtype", "level", "ok", "failures", "unexpected_passes", "unknown_xfails", "notes",
+                "ended")  # fmt: skip
         out = {key: getattr(self, key) for key in keys} | {"results": [asdict(r) for r in self.results]}
         out["failures"] = [r.id for r in self.failures]
         out["diagnosis"] = None if self.diagnosis is None else asdict(self.diagnosis)
@@ -157,10 +158,35 @@ def check(
         raise ValueError(f"level must be 0, 1 or 2, got {level!r}")
     tolerance.relative(dtype)  # refuses an unknown dtype
     report = Report(constructor, target or type(subject).__name__, dtype, level, xfails=tuple(xfails))
-    touched: list[str] = []
-    for case in listed(constructor):
+    place = "the beginning"
+
+    def at(id: str) -> None:
+        nonlocal place
+        place = id
         if on_case:
-            on_case(case.id)
+            on_case(id)
+
+    try:
+        _judge(subject, report, at, invariances)
+    except Ended as end:
+        report.ended = f"{end} in {place}"
+        report.results.append(Result(place, "must", ERROR, message=str(end)))
+    if diagnose and any(r.bad and r.gap for r in report.results):
+        from precond_ref.conformance.diagnose import diagnose as explain
+
+        report.diagnosis = explain(report)
+    return report
+
+
+def _judge(subject: Subject, report: Report, at: Callable[[str], None], invariances: bool) -> None:
+    """Fill the report; ``at`` is told each id before it is tried."""
+    from precond_ref.conformance import contract
+
+    constructor, dtype, level = report.method, report.dtype, report.level
+    touched: list[str] = []
+    before = contract.look(subject)
+    for case in listed(constructor):
+        at(case.id)
         if case.kind == "reject":
             report.results.append(_reject(subject, case, dtype))
         elif case.kind == "trace":
@@ -169,7 +195,9 @@ def check(
             if run is not None:
                 report.runs.append(run)
     if level == 2:
-        report.results += _primitives(subject, dtype)
+        for case in vectors.cases(kind="primitive"):
+            at(case.id)
+            report.results.append(_primitive(subject, case, dtype))
     if level and report.runs:
         shown = {key for run in report.runs for members in run.states for s in members for key in s}
         wanted = {k.removeprefix("state.") for run in report.runs for k in run.tensors if k.startswith("state.")}
@@ -178,18 +206,11 @@ def check(
                 f"states not compared, for the subject shows none of this name: {', '.join(missing)} "
                 f"(it shows {', '.join(sorted(shown)) or 'nothing'}; --map state.OURS=THEIRS)"
             )
-    if on_case:
-        on_case("contract")
-    report.results += _contract(subject, report, touched)
+    report.results += contract.keep(subject, report, touched, before, at)
     if invariances:
         from precond_ref.conformance.invariance import try_laws
 
-        report.results += try_laws(subject, constructor, dtype=dtype, target=report.target, on_case=on_case)
-    if diagnose and any(r.bad and r.gap for r in report.results):
-        from precond_ref.conformance.diagnose import diagnose as explain
-
-        report.diagnosis = explain(report)
-    return report
+        report.results += try_laws(subject, constructor, dtype=dtype, target=report.target, on_case=at)
 
 
 def cases(method: str) -> list[Case]:
@@ -203,18 +224,20 @@ def listed(method: str) -> list[Case]:
     return [c for c in vectors.cases() if c.constructor == constructor and c.kind != "primitive"]
 
 
-CONTRACT = ("gradient-untouched", "dtype", "repeatable", "independent", "nonfinite", "resume")
-
-
 def ids(method: str, level: int = 0) -> list[str]:
     """Ids of all results that `check` can give."""
+    from precond_ref.conformance.contract import CHECKS
+
     primitives = vectors.cases(kind="primitive") if level == 2 else []
-    return [*(c.id for c in [*listed(method), *primitives]), *(f"contract/{name}" for name in CONTRACT)]
+    return [*(c.id for c in [*listed(method), *primitives]), *(f"contract/{name}" for name in CHECKS)]
 
 
 def run_case(subject: Subject, case: Case, *, dtype: str = "float64", level: int = 0) -> Result:
     """One trace of `cases`, for a test of one's own: ``assert not run_case(wrap(MyASGO), case).bad``."""
-    return _trace(subject, case, dtype, level, [])[0]
+    try:
+        return _trace(subject, case, dtype, level, [])[0]
+    except Ended as end:
+        return Result(case.id, case.tier, ERROR, case.why, message=str(end))
 
 
 def refuse_unknown(names: Mapping[str, str], method: str) -> None:
@@ -262,6 +285,8 @@ def _step(subject: Subject, grads: np.ndarray, case: Case, dtype: str, touched: 
     given = [np.array(g, dtype=dtype) for g in members(grads, case)]
     kept = [g.copy() for g in given]
     params = subject.step(given)
+    if not (isinstance(params, (list, tuple, np.ndarray)) and all(hasattr(p, "dtype") for p in params)):
+        raise TypeError(f"step must return a list of arrays, got {_kinds(params)}")
     if any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(given, kept, strict=True)):
         touched.append(f"{what}: the gradient was changed")
     shapes = [k.shape for k in kept]
@@ -271,6 +296,12 @@ def _step(subject: Subject, grads: np.ndarray, case: Case, dtype: str, touched: 
     if wrong:
         touched.append(f"dtype: parameters of {dtype} came back as {', '.join(sorted(wrong))}")
     return np.stack([np.asarray(p, np.float64) for p in params])
+
+
+def _kinds(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {', '.join(sorted({type(v).__name__ for v in value})) or 'nothing'}"
+    return type(value).__name__
 
 
 def _trace(subject: Subject, case: Case, dtype: str, level: int, touched: list[str]) -> tuple[Result, Run | None]:
@@ -285,9 +316,9 @@ def _trace(subject: Subject, case: Case, dtype: str, level: int, touched: list[s
             if show is not None:
                 states.append(show())
     except NotImplementedError as error:
-        return Result(case.id, case.tier, SKIPPED, case.why, message=str(error)), None
-    except Exception as error:
-        return Result(case.id, case.tier, ERROR, case.why, message=_said(error)), None
+        return Result(case.id, case.tier, SKIPPED, case.why, message=words(error)), None
+    except RAISED as error:
+        return Result(case.id, case.tier, ERROR, case.why, message=said(error)), None
     run = Run(case, tensors, np.stack(params), states)
     with np.errstate(all="ignore"):
         found = list(gaps(run, dtype))
@@ -296,19 +327,6 @@ def _trace(subject: Subject, case: Case, dtype: str, level: int, touched: list[s
         message = "" if np.isfinite(run.params).all() else "the parameters are not finite"
         return Result(case.id, case.tier, FAILED, case.why, gap=failing[0], message=message), run
     return Result(case.id, case.tier, PASSED, case.why, gap=max(found, key=lambda g: g.ratio, default=None)), run
-
-
-def _said(error: Exception) -> str:
-    """The error, and the line of the subject's code it came from; without one if this package raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own, standard = str(Path(precond_ref.__file__).parent), sysconfig.get_path("stdlib")
-    text = f"{type(error).__name__}: {error}"
-    theirs = [
-        f for f in frames if not f.filename.startswith((own, standard, "<")) and "site-packages" not in f.filename
-    ]
-    if not theirs or frames[-1].filename.startswith(own):
-        return text
-    return f"{text} ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})"
 
 
 def truth(run: Run) -> np.ndarray:
@@ -365,155 +383,31 @@ def _reject(subject: Subject, case: Case, dtype: str) -> Result:
     try:
         subject.init(config_of(case), [np.ones(case.shape, dtype)])
     except NotImplementedError as error:
-        return Result(case.id, "may", SKIPPED, case.why, message=str(error))
+        return Result(case.id, "may", SKIPPED, case.why, message=words(error))
     except (ValueError, TypeError) as error:
-        return Result(case.id, "may", PASSED, case.why, message=f"{type(error).__name__}: {error}")
-    except Exception as error:
-        return Result(case.id, "may", ERROR, case.why, message=f"{type(error).__name__}: {error}")
+        return Result(case.id, "may", PASSED, case.why, message=said(error))
+    except RAISED as error:
+        return Result(case.id, "may", ERROR, case.why, message=said(error))
     return Result(case.id, "may", FAILED, case.why, message=f"was accepted: {case.argument}")
 
 
-def _primitives(subject: Subject, dtype: str) -> list[Result]:
-    results = []
-    for case in vectors.cases(kind="primitive"):
-        tensors = vectors.load(case)
-        given = {name: tensors[name].astype(dtype) for name in case.inputs}
-        try:
-            run = getattr(subject, "primitive", None)
-            if run is None:
-                raise Unsupported("the subject has no primitive(name, config, tensors)")
-            got = run(case.method, dict(case.config), given)
-            allowed = tolerance.of_case(case, dtype, 1)
-            found = [
-                gap(1, name, got[name], want, allowed * float(np.linalg.norm(want)))
-                for name, want in tensors.items()
-                if name not in case.inputs
-            ]
-        except NotImplementedError as error:
-            results.append(Result(case.id, case.tier, SKIPPED, case.why, message=str(error)))
-            continue
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            results.append(Result(case.id, case.tier, ERROR, case.why, message=message))
-            continue
-        worst = max(found, key=lambda g: g.ratio)
-        results.append(Result(case.id, case.tier, PASSED if worst.ratio <= 1 else FAILED, case.why, gap=worst))
-    return results
-
-
-# ---- contract -------------------------------------------------------------------------------------------------------
-
-
-def _contract(subject: Subject, report: Report, touched: list[str]) -> list[Result]:
-    """Checks that need no truth: what a step may not do, whatever it computes."""
-    results = []
-
-    def add(name: str, why: str, tier: str, test: Callable[[], str]) -> None:
-        try:
-            message = test()
-        except NotImplementedError as error:
-            results.append(Result(f"contract/{name}", tier, SKIPPED, why, message=str(error)))
-        except Exception as error:
-            message = _said(error)
-            results.append(Result(f"contract/{name}", tier, ERROR, why, message=message))
-        else:
-            results.append(Result(f"contract/{name}", tier, FAILED if message else PASSED, why, message=message))
-
-    if not report.runs:
-        return []
-    case = max((run.case for run in report.runs if not run.case.stack_ndim), key=lambda c: c.steps, default=None)
-    if case is None:
-        return []
-    tensors, dtype = vectors.load(case), report.dtype
-    alone = next(run for run in report.runs if run.case is case)
-
-    def steps(parts: int, others: Callable[[int], np.ndarray] | None = None, stop: int = case.steps) -> list[Any]:
-        first = [np.array(tensors["param"], dtype) for _ in range(parts)]
-        subject.init(config_of(case), first)
-        seen = []
-        for t, g in enumerate(tensors["grads"][:stop]):
-            given = [np.array(g, dtype)] + [np.array(others(t), dtype) for _ in range(parts - 1) if others]
-            seen.append([np.asarray(p, np.float64) for p in subject.step(given)])
-        return seen
-
-    def same(got: list[np.ndarray]) -> float:
-        """Largest gap between the first parameter's updates and those of the run alone, over the tolerance."""
-        trial = Run(case, tensors, np.stack([alone.params[0], *[p[None] for p in got]]))
-        ratios = []
-        for t in range(1, len(trial.params)):
-            before, after = alone.params[t - 1, 0], alone.params[t, 0]
-            limit = tolerance.of_update(tolerance.of_case(case, dtype, t), dtype, before, after)
-            mine = trial.params[t - 1, 0] - trial.params[t, 0]
-            if np.array_equal(mine, before - after, equal_nan=True):
-                continue
-            ratios.append(gap(t, "update", mine, before - after, limit).ratio)
-        return max(ratios, default=0.0)
-
-    def purity() -> str:
-        return "; ".join([m for m in touched if not m.startswith("dtype")][:1])
-
-    def precision() -> str:
-        found = sorted({m for m in touched if m.startswith("dtype")})
-        if found or dtype != "float64":
-            return "; ".join(found)
-        grads = np.array(tensors["grads"])
-        t = next((t for t, g in enumerate(grads[:-1]) if g.any()), None)
-        if t is None:  # later steps show what one step may hide: some directions do not depend on the length
-            return ""
-        largest = np.unravel_index(np.argmax(np.abs(grads[t])), grads[t].shape)
-        grads[t][largest] *= 1 + 2.0**-30  # which float32 rounds away; the cases' own gradients are exact in float32
-        subject.init(config_of(case), [np.array(tensors["param"], dtype)])
-        seen = [np.asarray(subject.step([np.array(g, dtype)])[0], np.float64) for g in grads]
-        alike = all(np.array_equal(p, a) for p, a in zip(seen, alone.params[1:, 0], strict=True))
-        return "reads float64 gradients with less precision: a change of 1e-9 of an entry changes no step" * alike
-
-    def repeatable() -> str:
-        again = [p[0] for p in steps(1)]
-        gap_ = same(again)
-        return f"a second run from the start differs: {gap_:.2g} times the tolerance" * (gap_ > 1)
-
-    def independent() -> str:
-        gap_ = same([p[0] for p in steps(2, lambda t: 2 * tensors["grads"][-1 - t])])
-        return (
-            f"a second parameter changes the first one's steps, by {gap_:.2g} times the tolerance" if gap_ > 1 else ""
-        )
-
-    def nonfinite() -> str:
-        try:
-            seen = steps(2, lambda t: np.full(case.shape, np.nan if t == 1 else 1.0))
-        except Exception as error:  # refusing is a policy too
-            report.notes.append(f"a NaN in the gradient raises {type(error).__name__}")
-            return ""
-        gap_ = same([p[0] for p in seen])
-        if gap_ > 1:
-            return "a NaN in one parameter's gradient changes another parameter"
-        before, after = seen[0][1], seen[1][1]
-        policy = (
-            "comes out as NaN" if np.isnan(after).all()
-            else "skips the step of its parameter" if np.array_equal(before, after)
-            else "makes part of its parameter NaN" if np.isnan(after).any()
-            else "is replaced: the parameter makes a finite step"
-        )  # fmt: skip
-        report.notes.append(f"a NaN in the gradient {policy}")
-        return ""
-
-    def resume() -> str:
-        if not (hasattr(subject, "save") and hasattr(subject, "load")):
-            raise Unsupported("the subject has no save and load")
-        half = case.steps // 2
-        seen = [p[0] for p in steps(1, stop=half)]
-        saved = subject.save()
-        subject.init(config_of(case), [np.array(tensors["param"], dtype)])
-        subject.load(saved)
-        seen += [np.asarray(subject.step([np.array(g, dtype)])[0], np.float64) for g in tensors["grads"][half:]]
-        gap_ = same(seen)
-        return f"goes on differently after save and load: {gap_:.2g} times the tolerance" * (gap_ > 1)
-
-    add("gradient-untouched", "a step leaves the gradient as it was", "must", purity)
-    add("dtype", f"parameters of {dtype} stay {dtype}, gradients are read as {dtype}", "must", precision)
-    add("repeatable", "the same inputs give the same steps", "must", repeatable)
-    if case.steps > 1:
-        add("independent", "parameters do not see each other", "must", independent)
-        add("nonfinite", "a NaN stays with its parameter", "should", nonfinite)
-        add("resume", "saved and loaded half way, it goes on as if nothing had been", "must", resume)
-    return results
+def _primitive(subject: Subject, case: Case, dtype: str) -> Result:
+    tensors = vectors.load(case)
+    given = {name: tensors[name].astype(dtype) for name in case.inputs}
+    try:
+        run = getattr(subject, "primitive", None)
+        if run is None:
+            raise Unsupported("the subject has no primitive(name, config, tensors)")
+        got = run(case.method, dict(case.config), given)
+        allowed = tolerance.of_case(case, dtype, 1)
+        found = [
+            gap(1, name, got[name], want, allowed * float(np.linalg.norm(want)))
+            for name, want in tensors.items()
+            if name not in case.inputs
+        ]
+    except NotImplementedError as error:
+        return Result(case.id, case.tier, SKIPPED, case.why, message=words(error))
+    except RAISED as error:
+        return Result(case.id, case.tier, ERROR, case.why, message=said(error))
+    worst = max(found, key=lambda g: g.ratio)
+    return Result(case.id, case.tier, PASSED if worst.ratio <= 1 else FAILED, case.why, gap=worst)

@@ -14,23 +14,28 @@ and `Command` is a program in any language that speaks JSON lines.
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import inspect
+import itertools
 import json
 import math
+import os
 import pickle
 import shlex
 import shutil
-import subprocess
+import signal
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from array_api_compat import array_namespace
 
-from precond_ref.protocol import Method, list_methods
+from precond_ref.conformance.processes import GRACE, Exited, Limits, Program
+from precond_ref.protocol import Method, constructors
 
 BACKENDS = ("numpy", "strict", "torch", "jax", "cupy")
 Arrays = list[np.ndarray]
@@ -38,6 +43,53 @@ Arrays = list[np.ndarray]
 
 class Unsupported(NotImplementedError):
     """Raised by a subject for a configuration (or primitive) that it does not have: the case is skipped and counted."""
+
+
+RAISED = (Exception, SystemExit)
+"""What a subject may raise instead of doing something; nobody else ends the program by an exception."""
+MOST = 500
+"""Characters of a message that are shown, and a little."""
+
+
+class Raised(Exception):
+    """What a subject raised in a process of its own."""
+
+    def __init__(self, *, name: str, message: str, text: str, usage: bool):
+        super().__init__(text)
+        self.name, self.message, self.usage = name, message, usage
+
+
+class Refused(Raised, ValueError):
+    """The same, of a ValueError or TypeError."""
+
+
+def named(error: BaseException) -> str:
+    """The name of an exception."""
+    return error.name if isinstance(error, Raised) else type(error).__name__
+
+
+def words(error: BaseException) -> str:
+    """The message of an exception, also of one that cannot be printed; cut where it is long."""
+    try:
+        text = str(error).encode("utf-8", "backslashreplace").decode()
+    except BaseException:
+        return "(its message cannot be printed)"
+    return text if len(text) <= MOST + 40 else f"{text[:MOST]}... ({len(text)} characters)"  # not cut twice
+
+
+def said(error: BaseException) -> str:
+    """The exception, and the line of the subject's code it came from; without one if this package raised it."""
+    if isinstance(error, Raised):
+        return str(error)
+    text = f"{named(error)}: {words(error)}".removesuffix(": ")
+    frames = traceback.extract_tb(error.__traceback__)
+    own, standard = str(Path(__file__).parents[1]), sysconfig.get_path("stdlib")
+    theirs = [
+        f for f in frames if not f.filename.startswith((own, standard, "<")) and "site-packages" not in f.filename
+    ]
+    if not theirs or frames[-1].filename.startswith(own):
+        return text
+    return f"{text} ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})"
 
 
 class Config(dict[str, Any]):
@@ -84,6 +136,8 @@ def load_target(target: str) -> Any:
             raise ValueError(f"importing {module_name} failed: {error}") from error
         hint = " (without the .py)" if module_name.endswith(".py") else ""
         raise ValueError(f"there is no module {module_name!r}{hint} in this folder or among those installed") from None
+    except RAISED as error:
+        raise ImportError(f"importing {module_name} failed: {said(error)}") from error
     for name in path.split("."):
         if not hasattr(found, name):
             names = ", ".join(n for n in vars(found) if not n.startswith("_") and callable(getattr(found, n)))
@@ -173,21 +227,32 @@ class Torch:
         import torch
 
         torch.set_num_threads(1)
+        self.features = frozenset({"groups", "absent"})
         self.torch, self.make, self.dtype, self.names = torch, make, dtype, dict(names or {})
 
-    def init(self, config: Config, params: Arrays) -> None:
-        """New parameters and a new optimizer."""
+    def init(self, config: Config, params: Arrays, groups: Sequence[int] = ()) -> None:
+        """New parameters and a new optimizer, with the parameters in groups of these sizes if there are any."""
         dtype = getattr(self.torch, self.dtype)
         self.params = [self.torch.nn.Parameter(self.torch.tensor(p, dtype=dtype)) for p in params]
         fields = {k: v for k, v in self.names.items() if not k.startswith("state.")}
-        self.optimizer = self.make(self.params, **arguments(_without_first(self.make), config, fields))
+        given = arguments(_without_first(self.make), config, fields)
+        if not groups:
+            self.optimizer = self.make(self.params, **given)
+            return
+        rest = iter(self.params)
+        try:
+            self.optimizer = self.make([{"params": [*itertools.islice(rest, size)]} for size in groups], **given)
+        except RAISED as error:
+            raise Unsupported(f"{_called(self.make)} takes no parameter groups: {said(error)}") from error
 
-    def step(self, grads: Arrays) -> Arrays:
-        """One ``optimizer.step()``; the gradients must come back as they were."""
+    def step(self, grads: Sequence[np.ndarray | None]) -> Arrays:
+        """One ``optimizer.step()``; the gradients must come back as they were. None: no gradient."""
         for p, g in zip(self.params, grads, strict=True):
-            p.grad = self.torch.tensor(g, dtype=p.dtype)
+            p.grad = None if g is None else self.torch.tensor(g, dtype=p.dtype)
         self.optimizer.step()
         for p, g in zip(self.params, grads, strict=True):
+            if g is None:
+                continue
             if p.grad is None:
                 g[...] = np.nan  # the caller sees that its gradient is gone
             else:
@@ -323,7 +388,7 @@ class Function:
 
 
 class Reference:
-    """The reference itself on one of the array libraries; several parameters of one shape are run as a stack."""
+    """The reference itself on one of the array libraries; parameters of one shape are run as a stack."""
 
     def __init__(self, backend: str = "numpy", dtype: str = "float64"):
         self.arrays = ArrayLibrary(backend, dtype)
@@ -332,23 +397,37 @@ class Reference:
         """The config's method."""
         self.method, self.lr = config.method, config["lr"]
         self.decay = 0.0 if hasattr(self.method, "weight_decay") else config.get("weight_decay", 0.0)
-        self.stacked = len(params) > 1
-        self.param = self.arrays.of(np.stack(params) if self.stacked else params[0])
-        self.method_state = self.method.init(self.param, stack_ndim=int(self.stacked))
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, p in enumerate(params):
+            alike.setdefault(p.shape, []).append(i)
+        self.stacks = [*alike.values()]
+        self.params = [self._of(params, stack) for stack in self.stacks]
+        self.states = [
+            self.method.init(p, stack_ndim=int(len(stack) > 1))
+            for p, stack in zip(self.params, self.stacks, strict=True)
+        ]
+
+    def _of(self, arrays: Arrays, stack: list[int]) -> Any:
+        return self.arrays.of(np.stack([arrays[i] for i in stack]) if len(stack) > 1 else arrays[stack[0]])
 
     def step(self, grads: Arrays) -> Arrays:
         """``x <- (1 - lr decay) x - lr direction``."""
-        grad = self.arrays.of(np.stack(grads) if self.stacked else grads[0])
-        direction, self.method_state = self.method.update(grad, self.method_state, self.param)
-        self.param = (1 - self.lr * self.decay) * self.param - self.lr * direction
-        host = self.arrays.host(self.param)
-        return list(host) if self.stacked else [host]
+        out: dict[int, np.ndarray] = {}
+        for k, stack in enumerate(self.stacks):
+            direction, self.states[k] = self.method.update(self._of(grads, stack), self.states[k], self.params[k])
+            self.params[k] = (1 - self.lr * self.decay) * self.params[k] - self.lr * direction
+            host = self.arrays.host(self.params[k])
+            out |= zip(stack, host if len(stack) > 1 else [host], strict=True)
+        return [out[i] for i in sorted(out)]
 
     def state(self) -> list[dict[str, np.ndarray]]:
         """Fields of the state; a sketch as its product."""
-        flat = {key: self.arrays.host(value) for key, value in _flat(self.method_state, keep=True).items()}
-        count = self.param.shape[0] if self.stacked else 1
-        return [{k: v[i] if self.stacked and v.ndim else v for k, v in flat.items()} for i in range(count)]
+        out = {}
+        for stack, state in zip(self.stacks, self.states, strict=True):
+            flat = {key: self.arrays.host(value) for key, value in _flat(state, keep=True).items()}
+            for place, i in enumerate(stack):
+                out[i] = {k: v[place] if len(stack) > 1 and v.ndim else v for k, v in flat.items()}
+        return [out[i] for i in sorted(out)]
 
     def primitive(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """`precond_ref.numerics.roots.power`, and `precond_ref.numerics.sketch.update` on batches of rows."""
@@ -371,23 +450,29 @@ class Reference:
         return {name: np.stack([step[key] for step in steps]) for name, key in names.items()}
 
     def save(self) -> Any:
-        """A copy of parameter and state (they are never changed in place)."""
-        return copy.copy((self.param, self.method_state))
+        """Parameters and states (they are never changed in place)."""
+        return list(self.params), list(self.states)
 
     def load(self, saved: Any) -> None:
         """The same."""
-        self.param, self.method_state = saved
+        self.params, self.states = map(list, saved)
 
 
 class Command:
     """A program that reads requests and writes replies, one JSON object per line (docs/check.md has the protocol)."""
 
-    def __init__(self, command: str | Sequence[str], dtype: str = "float64", names: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        command: str | Sequence[str],
+        dtype: str = "float64",
+        names: Mapping[str, str] | None = None,
+        limits: Limits | None = None,
+    ):
         self.command = shlex.split(command) if isinstance(command, str) else list(command)
         if not self.command or shutil.which(self.command[0]) is None:
             raise ValueError(f"command must begin with a program that can be run, got {command!r}")
-        self.dtype, self.names = dtype, dict(names or {})
-        self.process: subprocess.Popen[str] | None = None
+        self.dtype, self.names, self.limits = dtype, dict(names or {}), limits or Limits()
+        self.program: Program | None = None
         self.reply: dict[str, Any] = {}
 
     def init(self, config: Config, params: Arrays) -> None:
@@ -405,33 +490,31 @@ class Command:
         states = self.reply.get("state", [])
         return [_renamed({k: _decode(v, "float64") for k, v in s.items()}, self.names) for s in states]
 
+    def surroundings(self) -> None:
+        """The program's are its own."""
+
     def close(self) -> None:
-        """End the program by closing its input."""
-        if self.process is not None:
-            with contextlib.suppress(BrokenPipeError), self.process:  # closes both pipes and waits
-                pass
-        self.process = None
+        """End the program by closing its input; by force if that does not do."""
+        if self.program is not None:
+            self.program.close(patience=GRACE)
+        self.program = None
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self.process is None:
-            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
+        name = self.command[0]
+        if self.program is None:
+            self.program = Program(self.command, name, self.limits)
         try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
-        line = self.process.stdout.readline()
-        if not line:
-            process = self.process
-            self.close()
-            code = process.returncode
-            raise RuntimeError(f"{self.command[0]} ended with exit code {code} instead of answering {request['op']!r}")
+            line = self.program.ask(json.dumps(request).encode(), repr(request["op"]))
+        except Exited as end:
+            self.program = None
+            raise RuntimeError(str(end)) from None
         try:
             reply = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RuntimeError(f"{self.command[0]} answered {line[:80]!r}, which is not JSON") from error
+        except (ValueError, RecursionError):
+            text = line[:80].decode(errors="backslashreplace")
+            raise RuntimeError(f"{name} answered {text!r}, which is not JSON") from None
+        if not isinstance(reply, dict):
+            raise RuntimeError(f"{name} must answer with a JSON object, got {line[:80].decode(errors='replace')!r}")
         if "unsupported" in reply:
             raise Unsupported(str(reply["unsupported"]))
         if "error" in reply:
@@ -477,13 +560,13 @@ class ArrayLibrary:
 
 
 def _flat(state: Any, keep: bool = False, prefix: str = "") -> dict[str, Any]:
-    """Arrays of nested dicts and tuples by dotted names; a sketch (basis, eigenvalues) as its product."""
+    """Arrays of nested dicts and tuples by dotted names; a sketch or root (basis, eigenvalues) as its product."""
     if hasattr(state, "_asdict"):
         state = state._asdict()
     if isinstance(state, Mapping) and {"basis", "eigenvalues"} <= state.keys():
         basis = state["basis"]
         product = (basis * state["eigenvalues"][..., None, :]) @ array_namespace(basis).matrix_transpose(basis)
-        return {prefix: product} | {f"{prefix}.{name}": state[name] for name in ("eigenvalues", "escaped")}
+        return {prefix: product} | {f"{prefix}.{name}": v for name, v in state.items() if name != "basis"}
     if isinstance(state, (list, tuple)):
         state = dict(enumerate(state))
     if isinstance(state, Mapping):
@@ -510,9 +593,30 @@ def _renamed(state: Mapping[str, np.ndarray], names: Mapping[str, str]) -> dict[
     return {**state, **{mine: state[theirs] for mine, theirs in ours.items() if theirs in state}}
 
 
+def surroundings() -> dict[str, str]:
+    """What a subject shares with the rest of its process and has to leave alone, by name."""
+    found = {f"os.environ[{key!r}]": value for key, value in os.environ.items()}
+    found |= {f"the handler of {s.name}": str(signal.getsignal(s)) for s in signal.Signals}
+    found |= {f"NumPy's errstate {key}": str(value) for key, value in np.geterr().items()}
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        found[f"sys.{name}"] = f"{stream!r} at {id(stream)}, closed: {getattr(stream, 'closed', None)}"
+    with contextlib.suppress(OSError):
+        found["the current folder"] = os.getcwd()
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    with contextlib.suppress(AttributeError):  # while it is imported
+        if torch is not None:
+            found["torch's default dtype"] = str(torch.get_default_dtype())
+            found["torch's default device"] = str(torch.get_default_device())
+            found["torch's grad mode"] = str(torch.is_grad_enabled())
+        if jax is not None:
+            found["jax_enable_x64"] = str(jax.config.jax_enable_x64)
+    return found
+
+
 def method_name(name: str) -> str:
     """The constructor that ``name`` means, in any case; ValueError naming those there are."""
-    known = [c for m, cls in list_methods().items() for c in (m, *(f"{m}.{preset}" for preset in cls.presets))]
+    known = constructors()
     for constructor in known:
         if constructor.lower() == name.lower():
             return constructor

@@ -10,11 +10,15 @@ import hashlib
 import json
 import math
 import operator
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from precond_ref.files import read, read_json, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +27,9 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "vectors" / "v1"
 SCHEMA = Path(__file__).parent / "schema.json"
+ID = re.compile(r"[A-Za-z]+(\.[A-Za-z]+)*/[a-z0-9-]+")
 MAX_BYTES = 5_000_000
+MAX_FAULTS = 20  # shown of a manifest that does not fit the schema
 MUST_KAPPA = 1e3
 INPUT_BITS, FIELD_BITS = 8, 24  # significant bits of bfloat16 and float32
 
@@ -57,6 +63,10 @@ class Case:
         """The method of this library that a trace or a reject is about, from its constructor and config."""
         import precond_ref
 
+        name, _, preset = self.constructor.partition(".")
+        method = precond_ref.list_methods().get(name)
+        if method is None or (preset and preset not in method.presets):
+            raise ValueError(f"{shown(self.constructor)!r} is no method or preset of this library")
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in self.config.items()}
         return operator.attrgetter(self.constructor)(precond_ref)(**config)
 
@@ -67,7 +77,7 @@ def cases(
     """The cases in the manifest's order, or only those of a method, tier or kind; ``folder``: of a copy."""
     folder = folder or FOLDER
     wanted = {"method": method, "tier": tier, "kind": kind}
-    entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["cases"]
+    entries = read_json(folder / "manifest.json", MAX_BYTES)["cases"]
     return [
         _case(entry | {"folder": folder})
         for entry in entries
@@ -81,41 +91,66 @@ def _case(entry: dict[str, Any]) -> Case:
 
 
 def load(case: Case) -> dict[str, np.ndarray]:
-    """The tensors of a case by name, float64; empty for a reject. ValueError if the file is not the one recorded."""
+    """The tensors of a case by name, float64; empty for a reject.
+
+    ValueError if the file is not the one recorded, is not in the manifest's folder, or is too large.
+    """
     from safetensors.numpy import load as parse
 
     if case.kind == "reject":
         return {}
-    content = (case.folder / case.file).read_bytes()
+    if not ID.fullmatch(case.id) or case.file != f"{case.id}.safetensors":
+        raise ValueError(f"file must be {case.id}.safetensors, got {case.file}")
+    content = read(_inside(case.folder, case.file), MAX_BYTES)
     digest = hashlib.sha256(content).hexdigest()
     if digest != case.sha256:
         raise ValueError(f"sha256 of {case.folder / case.file} must be {case.sha256}, got {digest}")
-    return parse(content)
+    try:
+        return parse(content)
+    except KeyError as error:
+        raise ValueError(f"{case.file} has a tensor of type {error}") from error
 
 
 def verify(folder: Path | None = None) -> list[str]:
-    """What is wrong with the vectors shipped or those in ``folder``, one sentence per fault; empty if nothing is."""
+    """What is wrong with the vectors shipped or those in ``folder``, one sentence per fault; empty if nothing is.
+
+    Nothing outside the folder is read, and nothing in it beyond `MAX_BYTES`.
+    """
+    return [shown(fault) for fault in _all_faults(folder or FOLDER)]
+
+
+def _all_faults(folder: Path) -> Iterator[str]:
     import jsonschema
 
-    folder = folder or FOLDER
-
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(_inside(folder, "manifest.json"), MAX_BYTES)
     except (OSError, ValueError) as error:
-        return [f"manifest.json: {error}"]
+        yield f"manifest.json: {error}"
+        return
     validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
-    found = [f"manifest.json: {e.json_path}: {e.message}" for e in validator.iter_errors(manifest)]
+    found = [f"manifest.json: {e.json_path}: {e.message}" for e in islice(validator.iter_errors(manifest), MAX_FAULTS)]
     if found:
-        return found
+        yield from found
+        return
     listed = cases(folder=folder)
-    found += [f"{id}: listed {n} times" for id, n in Counter(c.id for c in listed).items() if n > 1]
-    files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-    found += [f"{file}: belongs to no case" for file in files.keys() - {c.file for c in listed} - {"manifest.json"}]
+    yield from (f"{id}: listed {n} times" for id, n in Counter(c.id for c in listed).items() if n > 1)
+    files = {p.relative_to(folder).as_posix(): p.lstat().st_size for p in folder.rglob("*") if not p.is_dir()}
+    yield from (f"{file}: belongs to no case" for file in files.keys() - {c.file for c in listed} - {"manifest.json"})
     if sum(files.values()) > MAX_BYTES:
-        found.append(f"all files together have {sum(files.values())} bytes, more than {MAX_BYTES}")
-    for case in listed:
-        found += [f"{case.id}: {fault}" for fault in _faults(case)]
-    return found
+        yield f"all files together have {sum(files.values())} bytes, more than {MAX_BYTES}"
+        return
+    for case in {case.id: case for case in listed}.values():
+        yield from (f"{case.id}: {fault}" for fault in _faults(case))
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Path of a regular file that no link leads to; installers may make links of our own files."""
+    path = folder / name
+    if folder != FOLDER and path.resolve() != folder.resolve() / name:
+        raise ValueError(f"{name} must not be behind a link")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{name} must be a regular file")
+    return path
 
 
 def _faults(case: Case) -> Iterator[str]:
@@ -128,8 +163,6 @@ def _faults(case: Case) -> Iterator[str]:
             yield f"{name} must be a multiple of a power of 2 with {FIELD_BITS} bits, got {value!r}"
     if case.kind == "reject":
         return
-    if case.file != f"{case.id}.safetensors":
-        yield f"file must be {case.id}.safetensors, got {case.file}"
     largest = max(case.conditioning["kappa"])
     if case.tier == "must" and largest > MUST_KAPPA:
         yield f"a must-case has condition numbers up to {MUST_KAPPA:g}, got {largest:g}"

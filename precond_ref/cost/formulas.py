@@ -102,9 +102,9 @@ def work(method: Any, shape: Shape) -> Work:
 # ---- parts that several methods share -------------------------------------------------------------------------------
 
 
-def _power(p: int, count: int, every: int) -> tuple[list[Product], list[Factorization]]:
-    """`roots.power` of (p, p): eigendecomposition, then Q f(w) @ Q^T."""
-    return [Product(count, p, p, p, every)], [Factorization("eigh", count, p, p, every)]
+def _kept(name: str, shape: Shape, every: int) -> list[Stored]:
+    """A `roots.Root` of matrices of ``shape``."""
+    return [Stored(f"{name}.basis", shape, written=every), Stored(f"{name}.eigenvalues", shape[:-1], written=every)]
 
 
 def _sketch(name: str, d: int, q: int, size: int, solver: str, every: int) -> Work:
@@ -123,12 +123,12 @@ def _sketch(name: str, d: int, q: int, size: int, solver: str, every: int) -> Wo
 
 
 def _sketched(prefix: str, dims: Shape, size: int, solver: str, every: int) -> Work:
-    """A sketch for every axis, renewed and applied: U^T X, then U times it."""
+    """A sketch for every axis, renewed and applied: U^T X, what of X is outside U, then U times the scaled U^T X."""
     parts = []
     for i, (d, rest) in enumerate(_axes(dims)):
         part = _sketch(prefix if prefix == "sketch" else f"{prefix}.{i}", d, rest, size, solver, every)
         k = min(d, size)
-        applied = (Product(1, k, d, rest), Product(1, d, k, rest))
+        applied = (Product(1, k, d, rest), Product(2, d, k, rest))
         parts.append(part._replace(products=(*part.products, *applied)))
     return _together(*parts)
 
@@ -201,24 +201,24 @@ def _(method: ASGO, shape: Shape) -> Work:
     gram = (h, p, p) if method.heads is not None else (p, p)
     stored = [Stored("m", shape), Stored("gram", gram)]  # (M), (V)
     if method.every > 1:
-        stored.append(Stored("root", gram, written=method.every))  # (P)
+        kept = _kept("root", gram, method.every) if method.root == "eigh" else [Stored("root", gram, 1, method.every)]
+        stored.extend(kept)  # (P)
+    times = 2 if method.root == "eigh" else 1  # Q^T M and Q times it, or P M
     products = [Product(h, p, rest, p)]  # (V)
-    products.append(Product(h, p, p, rest) if left else Product(1, rest, p, p))  # (U)
+    products.append(Product(times * h, p, p, rest) if left else Product(times, rest, p, p))  # (U)
     if method.root == "eigh":
-        more, factorizations = _power(p, h, method.every)  # (P)
-    else:
-        each = {"polar_express": 4, "newton_schulz": 4, "coupled_newton": 3}[method.root]
-        more, factorizations = [Product(h * each * method.root_steps, p, p, p, method.every)], []  # (P)
-    return Work(tuple(stored), (*products, *more), tuple(factorizations))
+        return Work(tuple(stored), tuple(products), (Factorization("eigh", h, p, p, method.every),))  # (P)
+    each = {"polar_express": 4, "newton_schulz": 4, "coupled_newton": 3}[method.root]
+    products.append(Product(h * each * method.root_steps, p, p, p, method.every))  # (P)
+    return Work(tuple(stored), tuple(products), ())
 
 
 @work.register
 def _(method: ASGOTheory, shape: Shape) -> Work:
     m, n = shape
     p, rest = (m, n) if method.side == "left" else (n, m)
-    more, factorizations = _power(p, 1, 1)  # (2)
-    products = (Product(1, p, rest, p), Product(1, p, p, rest), *more)  # (1), (3)
-    return Work((Stored("gram", (p, p)),), products, tuple(factorizations))
+    products = (Product(1, p, rest, p), Product(2, p, p, rest))  # (1), (3)
+    return Work((Stored("gram", (p, p)),), products, (Factorization("eigh", 1, p, p),))  # (2)
 
 
 @work.register
@@ -256,13 +256,12 @@ def _(method: MBF, shape: Shape) -> Work:
     t1, t2 = method.statistics_every, method.inverse_every
     stored = [Stored("m", shape), Stored("statistic", statistic, read=t1, written=t1)]  # (M), (F)
     if t2 > 1:
-        stored.append(Stored("inverse", statistic, written=t2))  # (P)
+        stored.extend(_kept("inverse", statistic, t2))  # (P)
     products = [Product(1, s, count, s, t1)] if averaged and count > 1 else []  # (F)
     if t2 == 1:
         return Work(tuple(stored), tuple(products), (Factorization("solve", matrices, s, columns),))  # (P), (p)
-    more, factorizations = _power(s, matrices, t2)  # (P)
-    products.append(Product(matrices, s, s, columns))  # (p)
-    return Work(tuple(stored), (*products, *more), tuple(factorizations))
+    products.append(Product(2 * matrices, s, s, columns))  # (p)
+    return Work(tuple(stored), tuple(products), (Factorization("eigh", matrices, s, s, t2),))  # (P)
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------
@@ -271,8 +270,8 @@ def _(method: MBF, shape: Shape) -> Work:
 @work.register
 def _(method: FullAdaGrad, shape: Shape) -> Work:
     d = math.prod(shape)
-    more, factorizations = _power(d, 1, 1)
-    return Work((Stored("gram", (d, d)),), (Product(1, d, 1, d), Product(1, d, d, 1), *more), tuple(factorizations))
+    products = (Product(1, d, 1, d), Product(2, d, d, 1))
+    return Work((Stored("gram", (d, d)),), products, (Factorization("eigh", 1, d, d),))
 
 
 @work.register
@@ -281,10 +280,9 @@ def _(method: Shampoo, shape: Shape) -> Work:
     for i, (d, rest) in enumerate(_axes(shape)):
         stored = [Stored(f"grams.{i}", (d, d))]
         if method.every > 1:
-            stored.append(Stored(f"roots.{i}", (d, d), written=method.every))
-        more, factorizations = _power(d, 1, method.every)
-        products = (Product(1, d, rest, d), Product(1, d, d, rest), *more)
-        parts.append(Work(tuple(stored), products, tuple(factorizations)))
+            stored.extend(_kept(f"roots.{i}", (d, d), method.every))
+        products = (Product(1, d, rest, d), Product(2, d, d, rest))
+        parts.append(Work(tuple(stored), products, (Factorization("eigh", 1, d, d, method.every),)))
     return _together(*parts)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from precond_ref.files import read_json, shown
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -81,7 +83,7 @@ PRESETS: Mapping[str, Callable[[], Shapes]] = MappingProxyType(
 def read(path: Path) -> Shapes:
     """Shapes by name from a JSON file ``{"fc.weight": [512, 784], ...}``, or the header of a safetensors file.
 
-    ValueError for anything else.
+    ValueError for anything else, and beyond 64 axes, 2^63 entries of a parameter, or 16 MiB of JSON.
     """
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
@@ -92,13 +94,13 @@ def read(path: Path) -> Shapes:
         except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file: {error}") from error
     else:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
+        found = read_json(path)
     if not isinstance(found, dict) or not found:
         raise ValueError(f'{path} must hold one object {{"name": [sizes], ...}} with at least one name')
     for name, shape in found.items():
+        where, got = f"{path}: the shape of {shown(name, 80)!r} must", shown(shape, 80)
         if not isinstance(shape, list) or not all(type(d) is int and d >= 1 for d in shape):
-            raise ValueError(f"{path}: the shape of {name!r} must be a list of positive integers, got {shape!r}")
+            raise ValueError(f"{where} be a list of positive integers, got {got}")
+        if len(shape) > 64 or math.prod(shape) >= 2**63:
+            raise ValueError(f"{where} have at most 64 axes and less than 2^63 entries, got {got}")
     return {name: tuple(shape) for name, shape in found.items()}

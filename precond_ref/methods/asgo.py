@@ -57,10 +57,11 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import eye_like, finite_members, zeros
+from precond_ref.numerics.arrays import eye_like, finite_members, whole, zeros
 from precond_ref.numerics.ema import ema
 from precond_ref.numerics.grafting import scale_to_rms
 from precond_ref.numerics.refresh import is_due, renew
+from precond_ref.numerics.roots import Root
 from precond_ref.protocol import (
     Array,
     Method,
@@ -82,8 +83,8 @@ class ASGOState(NamedTuple):
     """M_t, (..., m, n)."""
     gram: Array
     """V_t, (..., k, k); with ``heads=h`` (..., h, m/h, m/h)."""
-    root: Array | None
-    """P of the last refresh, (..., k, k); None when ``every=1``."""
+    root: Root | Array | None
+    """P of the last refresh, not formed: (..., k, k) and (..., k); formed if by an iteration; None when ``every=1``."""
 
 
 class ASGOReport(NamedTuple):
@@ -96,16 +97,19 @@ class ASGOReport(NamedTuple):
     rank: Array
     """Eigenvalues above k u max, (...)."""
     finite: Array
-    """Whether the member's state is finite, (...)."""
+    """Whether the member's state is finite and V_t could be decomposed, (...)."""
+    accuracy: Array
+    """Relative error that V_t allows a direction by "eigh", see `precond_ref.numerics.roots.accuracy`, (...)."""
 
 
-def _gram_report(gram: Array, finite: Array, xp: Namespace) -> ASGOReport:
+def _gram_report(gram: Array, finite: Array, law: roots.Law, xp: Namespace) -> ASGOReport:
     w = roots.eigenvalues(gram, xp=xp)
     return ASGOReport(
         eigenvalues=w,
         root_trace=xp.sum(xp.sqrt(w), axis=-1),
         rank=xp.sum(xp.astype(roots.live(w, xp), xp.int32), axis=-1, dtype=xp.int32),
-        finite=finite,
+        finite=finite & finite_members(xp, w, core_ndims=(w.ndim - finite.ndim,)),
+        accuracy=roots.accuracy(w, law, xp=xp),
     )
 
 
@@ -191,17 +195,29 @@ class ASGO(Method):
     def init(self, param: Array, *, stack_ndim: int = 0) -> ASGOState:
         xp = self._check_param(param, stack_ndim, factorizes=self.root == "eigh")
         gram = zeros(xp, self._gram_shape(param), param)
-        root = eye_like(xp, gram) if self.every > 1 else None
+        if self.every == 1:
+            root = None
+        else:
+            root = roots.identity_root(gram, xp=xp) if self.root == "eigh" else eye_like(xp, gram)
         return ASGOState(step=0, m=xp.zeros_like(param), gram=gram, root=root)
 
-    def _inverse_root(self, gram: Array, xp: Namespace) -> Array:
+    def _preconditioned(
+        self, m: Array, gram: Array, kept: Any, due: Any, left: bool, xp: Namespace
+    ) -> tuple[Any, Array]:
+        if self.root != "eigh":
+            root = renew(due, lambda: self._iterated(gram, xp), kept)  # (P)
+            return root, root @ m if left else m @ root  # (U)
+        law, axis = roots.Law(-0.5, self.eps), 0 if left else 1
+        known = roots.renewed(due, gram, law, kept, xp=xp)  # (P)
+        weight = (1 - self.beta2) * due if self.every > 1 else 1 - self.beta2  # a kept root's V knows nothing of G
+        return known[0], roots.apply(m, {axis: known}, law, weight, xp=xp)  # (U)
+
+    def _iterated(self, gram: Array, xp: Namespace) -> Array:
         if self.root == "polar_express":
             return roots.inverse_sqrt_polar_express(gram, self.eps, self.root_steps, xp=xp)
         if self.root == "newton_schulz":
             return roots.inverse_sqrt_newton_schulz(gram, self.eps, self.root_steps, xp=xp)
-        if self.root == "coupled_newton":
-            return roots.inverse_root_coupled_newton(gram, 2, self.eps, self.root_steps, xp=xp)
-        return roots.power(gram, -0.5, self.eps, xp=xp)
+        return roots.inverse_root_coupled_newton(gram, 2, self.eps, self.root_steps, xp=xp)
 
     def update(
         self,
@@ -215,14 +231,17 @@ class ASGO(Method):
     ) -> tuple[Array, ASGOState]:
         shape = self._gram_shape(param)
         xp, _ = self._enter(grad, state, param, scalars, xp, unused={"root": self.every == 1}, gram=shape, root=shape)
+        if self.every > 1 and self.root == "eigh":
+            roots.check_root("state.root", state.root, shape)
         due = is_due(state.step, self.every, refresh)
         left = self._left(param)
         g = self._blocks(grad, xp)
         m = ema(state.m, grad, self.beta1)  # (M)
         gram = ema(state.gram, g @ _t(g, xp) if left else _t(g, xp) @ g, self.beta2)  # (V)
-        root = renew(due, lambda: self._inverse_root(gram, xp), state.root)  # (P)
-        u = root @ self._blocks(m, xp) if left else m @ root  # (U)
+        root, u = self._preconditioned(self._blocks(m, xp), gram, state.root, due, left, xp)  # (P), (U)
         u = xp.reshape(u, param.shape)
+        if self.rms is None and (self.every > 1 or self.heads is not None):  # else a bad gradient has made all of P NaN
+            u = whole(u, 2, xp)
         if self.rms is not None:
             u = scale_to_rms(u, self.rms, (-2, -1), xp)  # (W)
         return u, ASGOState(step=state.step + 1, m=m, gram=gram, root=None if self.every == 1 else root)
@@ -231,10 +250,10 @@ class ASGO(Method):
         """Spectrum of V_t (of each head's, with ``heads``)."""
         self._check_state(state)
         xp = self._check_param(state.m, state.m.ndim - 2, factorizes=True)
-        matrices = (state.gram,) if state.root is None else (state.gram, state.root)
-        ndim = 2 if self.heads is None else 3
-        finite = finite_members(xp, state.m, *matrices, core_ndims=(2, *[ndim] * len(matrices)))
-        return _gram_report(state.gram, finite, xp)
+        kept = state.root if isinstance(state.root, Root) else () if state.root is None else (state.root,)
+        arrays = (state.m, state.gram, *kept)
+        finite = finite_members(xp, *arrays, core_ndims=tuple(a.ndim - state.m.ndim + 2 for a in arrays))
+        return _gram_report(state.gram, finite, roots.Law(-0.5, self.eps), xp)
 
 
 class ASGOTheoryState(NamedTuple):
@@ -291,15 +310,17 @@ class ASGOTheory(Method, register=False):
         is_due(state.step, 1, refresh)
         left = self.side == "left"
         gram = state.gram + (grad @ _t(grad, xp) if left else _t(grad, xp) @ grad)  # (1)
-        inverse = roots.inverse_shifted_sqrt(gram, self.eps, xp=xp)  # (2)
-        direction = inverse @ grad if left else grad @ inverse  # (3)
+        law = roots.Law(-1.0, self.eps, root=True)
+        root = roots.decompose(gram, law, xp=xp)  # (2)
+        direction = roots.apply(grad, {0 if left else 1: root}, law, 1.0, xp=xp)  # (3)
         return direction, ASGOTheoryState(step=state.step + 1, gram=gram)
 
     def diagnose(self, state: ASGOTheoryState) -> ASGOReport:
         """Spectrum of V_t."""
         self._check_state(state)
         xp = self._check_param(state.gram, state.gram.ndim - 2)
-        return _gram_report(state.gram, finite_members(xp, state.gram, core_ndims=(2,)), xp)
+        finite = finite_members(xp, state.gram, core_ndims=(2,))
+        return _gram_report(state.gram, finite, roots.Law(-1.0, self.eps, root=True), xp)
 
 
 class DASGOState(NamedTuple):
@@ -466,6 +487,6 @@ def _sides(param: Array) -> tuple[tuple[int, ...], int, int]:
     return shape[:-2], shape[-2], shape[-1]
 
 
-def _infinite_if_zero(denominator: Array, xp: Namespace) -> Array:
-    """The pseudo-inverse of a diagonal is division by this; NaN where it is infinite already."""
-    return xp.where(denominator == 0, math.inf, xp.where(denominator == math.inf, math.nan, denominator))
+def _infinite_if_zero(diagonal: Array, xp: Namespace) -> Array:
+    """The pseudo-inverse of a ``diagonal`` (..., n) is division by this; NaN throughout where one is not finite."""
+    return xp.where(diagonal == 0, math.inf, whole(diagonal, 1, xp))

@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import all_finite, eye_like, finite_members, zeros
-from precond_ref.numerics.axes import multiply, unfold
+from precond_ref.numerics.arrays import all_finite, finite_members, zeros
+from precond_ref.numerics.axes import unfold
 from precond_ref.numerics.ema import accumulate, ema, one_minus_power, quotient, reciprocal, sqrt
-from precond_ref.numerics.refresh import is_due, renew
+from precond_ref.numerics.lapack import attempt
+from precond_ref.numerics.refresh import is_due
+from precond_ref.numerics.roots import Root
 from precond_ref.protocol import (
     Array,
     Method,
@@ -174,7 +175,15 @@ class GramReport(NamedTuple):
     eigenvalues: tuple[Array, ...]
     """Of each statistic, ascending, clipped at zero, (..., d); NaN where it is not finite."""
     finite: Array
-    """Whether the member's state is finite, (...)."""
+    """Whether the member's state is finite and its statistics could be decomposed, (...)."""
+    accuracy: tuple[Array, ...]
+    """Relative error that each statistic allows a direction, see `precond_ref.numerics.roots.accuracy`, (...)."""
+
+
+def _gram_report(grams: tuple[Array, ...], finite: Array, law: roots.Law, xp: Namespace) -> GramReport:
+    w = tuple(roots.eigenvalues(gram, xp=xp) for gram in grams)
+    finite = finite & finite_members(xp, *w, core_ndims=(1,) * len(w))
+    return GramReport(eigenvalues=w, finite=finite, accuracy=tuple(roots.accuracy(each, law, xp=xp) for each in w))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +228,8 @@ class FullAdaGrad(Method):
         xp, _ = self._enter(grad, state, param, scalars, xp, gram=(*stack, d, d))
         g = xp.reshape(grad, (*stack, d, 1))
         gram = state.gram + g @ xp.matrix_transpose(g)
-        direction = roots.inverse_shifted_sqrt(gram, self.eps, xp=xp) @ g
+        law = roots.Law(-1.0, self.eps, root=True)
+        direction = roots.apply(g, {0: roots.decompose(gram, law, xp=xp)}, law, 1.0, xp=xp)
         return xp.reshape(direction, param.shape), FullAdaGradState(step=state.step + 1, gram=gram)
 
     def diagnose(self, state: FullAdaGradState) -> GramReport:
@@ -227,7 +237,7 @@ class FullAdaGrad(Method):
         self._check_state(state)
         xp = self._check_param(state.gram, state.gram.ndim - 1)
         finite = finite_members(xp, state.gram, core_ndims=(2,))
-        return GramReport(eigenvalues=(roots.eigenvalues(state.gram, xp=xp),), finite=finite)
+        return _gram_report((state.gram,), finite, roots.Law(-1.0, self.eps, root=True), xp)
 
 
 class RMSPropState(NamedTuple):
@@ -382,8 +392,8 @@ class ShampooState(NamedTuple):
     """t, updates done."""
     grams: tuple[Array, ...]
     """One per axis, (..., d_i, d_i)."""
-    roots: tuple[Array, ...] | None
-    """Of the last refresh, one per axis; None when ``every=1``."""
+    roots: tuple[Root, ...] | None
+    """Of the last refresh, one per axis, not formed: (..., d_i, d_i), (..., d_i); None when ``every=1``."""
 
 
 class ShampooScalars(NamedTuple):
@@ -436,8 +446,8 @@ class Shampoo(Method):
         xp = self._check_param(param, stack_ndim, factorizes=True)
         stack, dims = tuple(param.shape[:stack_ndim]), param.shape[stack_ndim:]
         grams = tuple(zeros(xp, (*stack, d, d), param) for d in dims)
-        roots = tuple(eye_like(xp, gram) for gram in grams) if self.every > 1 else None
-        return ShampooState(step=0, grams=grams, roots=roots)
+        kept = tuple(roots.identity_root(gram, xp=xp) for gram in grams) if self.every > 1 else None
+        return ShampooState(step=0, grams=grams, roots=kept)
 
     def scalars(self, step: Any, *, like: Array = None) -> ShampooScalars:
         if not self.bias_correction:
@@ -462,31 +472,37 @@ class Shampoo(Method):
             raise ValueError(f"state.grams must be one per axis of param of shape {tuple(param.shape)}, got {order}")
         if state.roots is not None and len(state.roots) != order:
             raise ValueError(f"state.roots must be as many as state.grams, {order}, got {len(state.roots)}")
-        grams, kept, direction = [], [], grad
+        law = roots.Law(-0.5 / order, self.eps)
+        grams, known = [], {}
         for i, old in enumerate(state.grams):
             d = param.shape[stack + i]
             expected = (*param.shape[:stack], d, d)
-            for field, matrix in (("grams", old), ("roots", old if state.roots is None else state.roots[i])):
-                if tuple(matrix.shape) != expected:
-                    raise ValueError(f"state.{field}[{i}] must have shape {expected}, got {tuple(matrix.shape)}")
+            if tuple(old.shape) != expected:
+                raise ValueError(f"state.grams[{i}] must have shape {expected}, got {tuple(old.shape)}")
+            if state.roots is not None:
+                roots.check_root(f"state.roots[{i}]", state.roots[i], expected)
             unfolded = unfold(grad, stack, i, xp)  # G_(i), (..., d_i, rest)
             gram = accumulate(old, unfolded @ xp.matrix_transpose(unfolded), self.beta2)  # L_i
             corrected = gram * k.correction if self.bias_correction else gram
-            compute = partial(roots.power, corrected, -0.5 / order, self.eps, xp=xp)
-            root = renew(due, compute, None if state.roots is None else state.roots[i])  # (L_i + eps I)^{-1/(2k)}
-            direction = multiply(direction, root, i, xp)  # x_i
+            kept = None if state.roots is None else state.roots[i]
+            root, w = roots.renewed(due, corrected, law, kept, xp=xp)  # (L_i + eps I)^{-1/(2k)}
+            if i == 0 and self.every > 1:  # a kept root knows nothing of this gradient
+                root = root._replace(eigenvalues=root.eigenvalues + 0.0 * xp.linalg.trace(gram)[..., None])  # NaN
+            known[i] = root, w
             grams.append(gram)
-            kept.append(root)
-        new = ShampooState(state.step + 1, tuple(grams), None if self.every == 1 else tuple(kept))
-        return direction, new
+        weight = k.correction * accumulate(0.0, 1.0, self.beta2)  # of the new term
+        weight = weight * due if self.every > 1 else weight  # of which a kept root knows nothing
+        direction = roots.apply(grad, known, law, weight, xp=xp)  # x_i
+        new = None if state.roots is None else tuple(root for root, _ in known.values())
+        return direction, ShampooState(state.step + 1, tuple(grams), new)
 
     def diagnose(self, state: ShampooState) -> GramReport:
         """Spectra of the statistics."""
         self._check_state(state)
         xp = self._check_param(state.grams[0], state.grams[0].ndim - 2)
-        matrices = (*state.grams, *(state.roots or ()))
-        finite = finite_members(xp, *matrices, core_ndims=(2,) * len(matrices))
-        return GramReport(eigenvalues=tuple(roots.eigenvalues(g, xp=xp) for g in state.grams), finite=finite)
+        arrays = [*state.grams, *(array for root in state.roots or () for array in root)]
+        finite = finite_members(xp, *arrays, core_ndims=tuple(a.ndim - state.grams[0].ndim + 2 for a in arrays))
+        return _gram_report(state.grams, finite, roots.Law(-0.5 / len(state.grams), self.eps), xp)
 
 
 class MuonState(NamedTuple):
@@ -504,7 +520,7 @@ class MuonReport(NamedTuple):
     singular_values: Array
     """Of M_t, descending, (..., min(m, n)); NaN where M_t is not finite."""
     finite: Array
-    """Whether the member's state is finite, (...)."""
+    """Whether the member's state is finite and could be decomposed, (...)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -577,5 +593,7 @@ class Muon(Method):
         self._check_state(state)
         xp = self._check_param(state.m, state.m.ndim - 2)
         finite = finite_members(xp, state.m, core_ndims=(2,))
-        values = xp.linalg.svdvals(xp.where(finite[..., None, None], state.m, 0.0))
-        return MuonReport(singular_values=xp.where(finite[..., None], values, math.nan), finite=finite)
+        m = xp.where(finite[..., None, None], state.m, 0.0)
+        (values,) = attempt(lambda x: (xp.linalg.svdvals(x),), m, wider=True, xp=xp)
+        values = xp.where(finite[..., None], values, math.nan)
+        return MuonReport(singular_values=values, finite=finite_members(xp, values, core_ndims=(1,)))

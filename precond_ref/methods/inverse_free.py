@@ -71,6 +71,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import (
+    bad_as_nan,
     clamp,
     eye_like,
     finite_members,
@@ -234,6 +235,9 @@ class IFShampoo(Method):
             lambda: self._renewed(curvature, state.factors, state.momenta, structures, xp),
             (state.factors, state.momenta),
         )
+        if self.every > 1 or statistic is not None:  # the factors may know nothing of this gradient
+            bad = xp.astype(bad_as_nan(grad, grad.ndim - stack, xp), dtype, copy=False)
+            factors = (factors[0] + bad[..., None, None], *factors[1:])
         u = self._precondition(xp.astype(grad, dtype, copy=False), factors, dims, xp)
         if not is_zero(self.weight_decay):
             u = u + self.weight_decay * xp.astype(param, dtype, copy=False)  # (5)

@@ -75,9 +75,10 @@ from typing import Any, ClassVar, NamedTuple
 from array_api_compat import array_namespace
 
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import all_finite, eye_like, finite_members, zeros
+from precond_ref.numerics.arrays import all_finite, finite_members, identity, whole, zeros
 from precond_ref.numerics.ema import ema, one_minus_power, reciprocal, sqrt
 from precond_ref.numerics.refresh import renew
+from precond_ref.numerics.roots import Root
 from precond_ref.protocol import Array, Method, Namespace, Scalar, check_bool, check_choice, check_int, check_real
 
 NDIMS = {"fc": (2, 2), "conv": (4, 4), "diagonal": (0, 64)}
@@ -94,8 +95,9 @@ class MBFState(NamedTuple):
     """M, shaped like the parameter; ``diagonal``: n."""
     statistic: Array
     """F: (..., s, s) averaged, (..., B, s, s) not averaged, (..., O, I, s, s) ``conv``; ``diagonal``: v."""
-    inverse: Array | None
-    """P of the last renewal, shaped like F; I / lambda before the first. None with ``inverse_every=1``."""
+    inverse: Root | None
+    """P of the last renewal, not formed, shaped like F and (..., s); I / lambda before the first. None with
+    ``inverse_every=1``."""
 
 
 class MBFScalars(NamedTuple):
@@ -134,11 +136,14 @@ class MBFReport(NamedTuple):
     eigenvalues: Array | None
     """Of F, ascending, clipped at zero, (..., s), (..., B, s) or (..., O, I, s); None for ``diagonal``."""
     condition: Array | None
-    """Condition number of F + lambda I, one per block; None for ``diagonal``."""
+    """Condition number of F + lambda I, one per block, NaN where F is not finite; None for ``diagonal``."""
     denominator: Array | None
     """``diagonal``: 1e-8 + sqrt(v / (1 - 0.999^t)), else None."""
     finite: Array
-    """Whether the member's state is finite, (...); ``diagonal``: whether all of it is, 0-D."""
+    """Whether the member's state is finite and F could be decomposed, (...); ``diagonal``: all of the state, 0-D."""
+    accuracy: Array | None
+    """Relative error that F allows a direction, one per block, see `precond_ref.numerics.roots.accuracy`; where P_b M_b
+    is an LU solution 16 roundings times ``condition``. None for ``diagonal``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +288,7 @@ class MBF(Method):
         statistic = zeros(xp, self._statistic_shape(param.shape), param)
         inverse = None
         if not self._keeps_no_inverse:
-            inverse = eye_like(xp, statistic) * reciprocal(self.damping)
+            inverse = roots.identity_root(statistic, reciprocal(self.damping), xp=xp)
         return MBFState(step=0, m=xp.zeros_like(param), statistic=statistic, inverse=inverse)
 
     def warm_start(self, state: MBFState, grads: Array) -> MBFState:
@@ -325,7 +330,9 @@ class MBF(Method):
     ) -> tuple[Array, MBFState]:
         """One update; ``statistic`` replaces g_b g_b^T in (F), when that is due."""
         shape, unused = self._statistic_shape(getattr(param, "shape", ())), {"inverse": self._keeps_no_inverse}
-        xp, k = self._enter(grad, state, param, scalars, xp, unused=unused, statistic=shape, inverse=shape)
+        xp, k = self._enter(grad, state, param, scalars, xp, unused=unused, statistic=shape)
+        if not self._keeps_no_inverse:
+            roots.check_root("state.inverse", state.inverse, shape)
         statistics_due, inverse_due = self.due(state.step) if refresh is None else self._refresh(refresh)
         self.check_statistic(statistic, param)
         if self.kind == "diagonal":
@@ -343,13 +350,22 @@ class MBF(Method):
         f = renew(statistics_due, lambda: ema(state.statistic, new_statistic(), self.decay), state.statistic)  # (F)
         blocks = self.to_blocks(m, xp=xp)
         columns = xp.matrix_transpose(blocks) if self._averaged else blocks[..., None]
+        law = roots.Law(-1.0, self.damping)
+        own = (1 - self.decay) * (1 - self.momentum) ** 2 / max(columns.shape[-1], 1)  # F >= own M M^T if g stays
+        if statistic is not None:
+            own = 0.0  # F knows nothing of g
+        elif self.statistics_every > 1 or self.inverse_every > 1:
+            own = own * (statistics_due & inverse_due)  # nor then
         if state.inverse is None:
-            inverse, columns = None, roots.solve(f, columns, self.damping, xp=xp)  # (P), (p)
+            inverse, columns = None, roots.solve(f, columns, self.damping, own, xp=xp)  # (P), (p)
         else:
-            inverse = renew(inverse_due, lambda: roots.power(f, -1.0, self.damping, xp=xp), state.inverse)  # (P)
-            columns = inverse @ columns  # (p)
+            known = roots.renewed(inverse_due, f, law, state.inverse, xp=xp)  # (P)
+            inverse, columns = known[0], roots.apply(columns, {0: known}, law, own, xp=xp)  # (p)
         blocks = xp.matrix_transpose(columns) if self._averaged else columns[..., 0]
         direction = self.from_blocks(blocks, param.shape, xp=xp)
+        fresh = self.statistics_every == self.inverse_every == 1 and statistic is None
+        if not (self._averaged and fresh):  # else a bad gradient has made all of P NaN
+            direction = whole(direction, self.ndims[0], xp)
         return direction, MBFState(step=state.step + 1, m=m, statistic=f, inverse=inverse)
 
     def _refresh(self, refresh: Any) -> tuple[bool, bool]:
@@ -388,7 +404,7 @@ class MBF(Method):
             xp = self._check_param(state.m, 0)
             k = self.scalars(state.step, like=state.m)
             denominator = xp.sqrt(state.statistic) * k.inverse_sqrt_c + DIAGONAL_EPS
-            return MBFReport(None, None, denominator, all_finite(xp, state.m, state.statistic))
+            return MBFReport(None, None, denominator, all_finite(xp, state.m, state.statistic), None)
         core = self.ndims[0]
         stack_ndim = state.m.ndim - core
         xp = self._check_param(state.m, stack_ndim)
@@ -397,9 +413,14 @@ class MBF(Method):
             condition = zeros(xp, w.shape[:-1], w) + 1.0
         else:
             condition = (w[..., -1] + self.damping) / (w[..., 0] + self.damping)
-        arrays = [a for a in state[1:] if a is not None]
+        arrays = [w, state.m, state.statistic, *(state.inverse or ())]
         finite = finite_members(xp, *arrays, core_ndims=tuple(a.ndim - stack_ndim for a in arrays))
-        return MBFReport(w, condition, None, finite)
+        accuracy = roots.accuracy(w, roots.Law(-1.0, self.damping), xp=xp)
+        if state.inverse is None:
+            damped = state.statistic + self.damping * identity(xp, state.statistic)
+            by_lu = roots.by_lu(damped, self.damping, xp)[..., 0, 0]
+            accuracy = xp.where(by_lu, 8 * xp.finfo(w.dtype).eps * condition, accuracy)
+        return MBFReport(w, condition, None, finite, accuracy)
 
 
 def _check_array(name: str, array: Array, shape: tuple[int | None, ...], like: Array) -> None:

@@ -70,13 +70,21 @@ class _OnlineSketch(Method, register=False):
 
     def _sketch(
         self, grad: Array, state: OnlineSketchState, param: Array, scalars: Any, refresh: bool | None, xp: Namespace
-    ) -> tuple[Namespace, Sketch]:
-        """Checks, and the sketch after the weighted gradient."""
+    ) -> tuple[Namespace, Sketch, Scalar]:
+        """Checks, the sketch after the weighted gradient, and the square of the weight."""
         xp, k = self._enter(grad, state, param, scalars, xp)
         is_due(state.step, 1, refresh)
         fd.check("state.sketch", state.sketch, param.shape[-1], self.size, tuple(param.shape[:-1]))
-        rows = grad[..., None, :] * k.weight if k else grad[..., None, :]
-        return xp, fd.update(state.sketch, rows, size=self.size, xp=xp)
+        weight = k.weight if k else 1.0
+        sketch = fd.update(state.sketch, grad[..., None, :] * weight, size=self.size, xp=xp)
+        return xp, sketch, weight * weight
+
+    def _apply(
+        self, grad: Array, sketch: Sketch, shift: Array, weight: Scalar, xp: Namespace, root: bool = False
+    ) -> Array:
+        """``(U diag(e) U^T + shift I)^{-1} grad``, or with ``root`` its e^{1/2}."""
+        u, e, _ = sketch
+        return fd.apply_power(u, e, shift, -1.0, grad[..., None], root=root, weight=weight, xp=xp)[..., 0]
 
     def diagnose(self, state: OnlineSketchState) -> SketchReport:
         """Spectrum and escaped mass of the sketch."""
@@ -111,10 +119,9 @@ class AdaFD(_OnlineSketch):
         refresh: bool | None = None,
         xp: Namespace = None,
     ) -> tuple[Array, OnlineSketchState]:
-        xp, sketch = self._sketch(grad, state, param, scalars, refresh, xp)
+        xp, sketch, weight = self._sketch(grad, state, param, scalars, refresh, xp)
         shift = xp.zeros_like(sketch.escaped) + self.delta
-        roots = xp.sqrt(sketch.eigenvalues)
-        direction = fd.apply_power(sketch.basis, roots, shift, -1.0, grad[..., None], xp=xp)[..., 0]  # (1)
+        direction = self._apply(grad, sketch, shift, weight, xp, root=True)  # (1)
         return direction, OnlineSketchState(step=state.step + 1, sketch=sketch)
 
 
@@ -153,9 +160,9 @@ class FDSON(_OnlineSketch):
         refresh: bool | None = None,
         xp: Namespace = None,
     ) -> tuple[Array, OnlineSketchState]:
-        xp, sketch = self._sketch(grad, state, param, scalars, refresh, xp)
+        xp, sketch, weight = self._sketch(grad, state, param, scalars, refresh, xp)
         shift = xp.zeros_like(sketch.escaped) + self.delta
-        direction = fd.apply_power(sketch.basis, sketch.eigenvalues, shift, -1.0, grad[..., None], xp=xp)[..., 0]
+        direction = self._apply(grad, sketch, shift, weight, xp)
         return direction / self.learning_rate, OnlineSketchState(step=state.step + 1, sketch=sketch)  # (2)
 
 
@@ -194,9 +201,9 @@ class RFDSON(_OnlineSketch):
         refresh: bool | None = None,
         xp: Namespace = None,
     ) -> tuple[Array, OnlineSketchState]:
-        xp, sketch = self._sketch(grad, state, param, scalars, refresh, xp)
+        xp, sketch, weight = self._sketch(grad, state, param, scalars, refresh, xp)
         shift = 0.5 * sketch.escaped + self.delta
-        direction = fd.apply_power(sketch.basis, sketch.eigenvalues, shift, -1.0, grad[..., None], xp=xp)[..., 0]
+        direction = self._apply(grad, sketch, shift, weight, xp)
         return direction / self.learning_rate, OnlineSketchState(step=state.step + 1, sketch=sketch)  # (3)
 
 

@@ -44,8 +44,8 @@ Conventions
     lambda is outside the average in (2), inside the curvature in (7): the limits agree, the transients do not.
     ``bias_correction`` (off in the authors' code) divides the gradients' part of s_t by 1 - beta2^t and leaves out
     s_0; the code's own correction divides all of s_t and so inflates s_0.
-    Factors are inverted by Cholesky. Where rounding has made S_n indefinite the backend reports it (NumPy and
-    PyTorch: error; JAX: NaN). A non-finite S_n is never factorised and gives NaN.
+    Factors are inverted by Cholesky. Where rounding has made S_n indefinite the result is NaN, for that stack member. A
+    non-finite S_n is never factorised and gives NaN.
     Below float32 the averages are kept in float32: see ``narrow_state``. RF-Shampoo takes float32 and float64 only.
     ``update(..., statistic=)`` takes q pseudo-gradients (q, ...), whose mean outer product replaces that of ``grad``
     as the curvature.
@@ -71,9 +71,18 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import all_finite, eye_like, finite_members, largest_entry, state_dtype, zeros
+from precond_ref.numerics.arrays import (
+    all_finite,
+    bad_as_nan,
+    eye_like,
+    finite_members,
+    largest_entry,
+    state_dtype,
+    zeros,
+)
 from precond_ref.numerics.axes import check_samples, factor_axes, multiply, samples, squeezed, unfold
 from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal
+from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.refresh import is_due, renew
 from precond_ref.protocol import (
     Array,
@@ -83,6 +92,7 @@ from precond_ref.protocol import (
     check_bool,
     check_int,
     check_real,
+    is_python_number,
     is_zero,
     warn_if_decay,
 )
@@ -323,7 +333,7 @@ class RFShampoo(Method):
 
     One factor per axis of size other than 1. ``batch_size`` is the number of independent terms whose mean is the loss.
     Errors: ValueError or TypeError for a field out of range, for arrays that do not fit together, and for dtypes
-    below float32; the backend's own where rounding has made a factor indefinite.
+    below float32.
     Warns: UserWarning for ``beta2 > 0.5``, which looks like a decay; the overall scale is stable for N beta2 < 2 only.
     """
 
@@ -339,7 +349,7 @@ class RFShampoo(Method):
     symbols: ClassVar = MappingProxyType(
         {
             "beta2": "beta_2, weight of the NEW term in the factors (1 - decay), in (0, 1]",
-            "damping": "lambda, added to the curvature, >= 0",
+            "damping": "lambda, added to the curvature, >= 0, > 0 for beta2 = 1",
             "momentum": "alpha_1, heavy-ball momentum on the preconditioned gradient, in [0, 1)",
             "weight_decay": "kappa, times the parameter inside the momentum, >= 0",
             "batch_size": "B, independent terms whose mean is the loss, > 0",
@@ -354,6 +364,8 @@ class RFShampoo(Method):
         check_real(self, "weight_decay", ge=0)
         check_real(self, "batch_size", gt=0)
         check_int(self, "every", ge=1)
+        if is_zero(self.damping) and is_python_number(self.beta2) and self.beta2 == 1:
+            raise ValueError("damping must be > 0 for beta2=1, which keeps nothing of the positive start, got 0")
         warn_if_decay(self)
 
     def init(self, param: Array, *, stack_ndim: int = 0) -> RFShampooState:
@@ -390,6 +402,9 @@ class RFShampoo(Method):
             lambda: self._renewed(curvature, state.factors, state.inverses, xp),
             (state.factors, state.inverses),
         )
+        if self.every > 1 or statistic is not None:  # the factors may know nothing of this gradient
+            bad = bad_as_nan(grad, grad.ndim - stack, xp)[..., None, None]
+            factors, inverses = ((first + bad, *others) for first, *others in (factors, inverses))
         u = xp.reshape(grad, (*param.shape[:stack], *dims))
         for n, inverse in enumerate(inverses):
             u = multiply(u, inverse, n, xp)
@@ -431,10 +446,12 @@ class RFShampoo(Method):
 
 
 def _inverse(matrix: Array, xp: Namespace) -> Array:
-    """Of symmetric positive definite (..., d, d), by Cholesky; NaN for a non-finite member."""
+    """Of symmetric positive definite (..., d, d), by Cholesky; NaN for a member that is not definite or not finite."""
     finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp))
     identity = eye_like(xp, matrix)
-    half = xp.linalg.solve(xp.linalg.cholesky(xp.where(finite, matrix, identity)), identity)
+    (half,) = attempt(
+        lambda s: (xp.linalg.solve(xp.linalg.cholesky(s), eye_like(xp, s)),), xp.where(finite, matrix, identity), xp=xp
+    )
     return xp.where(finite, _t(half, xp) @ half, math.nan)
 
 

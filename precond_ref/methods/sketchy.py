@@ -39,7 +39,8 @@ Conventions
     ``eps=0``: pseudo-inverse with a relative rank decision (the paper: exact; the authors' online code: x <= 0).
     ``eps`` is added to the eigenvalues and to the mass, at each use (Algorithm 3 as printed loses it after t = 0).
     While the mass is 0 the complement of the sketch gets 0 also with ``eps > 0``.
-    ``every=k``: the sketch sees the gradients of updates 1, 1 + k, ... only, and preconditions all.
+    ``every=k``: the sketch sees the gradients of updates 1, 1 + k, ... only, and preconditions all; one of the others
+    that is not finite makes the mass NaN.
     Every axis counts in the exponent -1/(2n), also one of size 1; the practical version merges and drops axes first.
 
 Coincides with (each a test)
@@ -63,6 +64,7 @@ from typing import Any, ClassVar, NamedTuple
 from array_api_compat import array_namespace
 
 from precond_ref.numerics import sketch as fd
+from precond_ref.numerics.arrays import all_finite, bad_as_nan
 from precond_ref.numerics.ema import accumulate, quotient
 from precond_ref.numerics.grafting import scale_to_norm
 from precond_ref.numerics.refresh import is_due, renew
@@ -149,7 +151,7 @@ class SAdaGrad(Method):
         rows = grad[..., None, :]
         sketch = fd.update(state.sketch, rows, self.beta2, size=self.size, solver=self.solver, xp=xp)  # (FD)
         u, e, rho = sketch
-        direction = fd.apply_power(u, e, rho, -0.5, grad[..., None], xp=xp)[..., 0]  # (x)
+        direction = fd.apply_power(u, e, rho, -0.5, grad[..., None], weight=1.0, xp=xp)[..., 0]  # (x)
         return direction, SAdaGradState(step=state.step + 1, sketch=sketch)
 
     def diagnose(self, state: SAdaGradState) -> SketchReport:
@@ -282,6 +284,7 @@ def _precondition(
     """Each member of ``grad``, read as a tensor with axes ``dims``, preconditioned along all; the new sketches."""
     stack = tuple(grad.shape[:stack_ndim])
     exponent = -0.5 / len(dims)
+    known = 1.0 * due if method.every > 1 else 1.0  # a kept sketch knows nothing of this gradient
     g = p = grad
     new = []
     for i, (d, old) in enumerate(zip(dims, sketches, strict=True)):
@@ -292,10 +295,13 @@ def _precondition(
             fd.update, old, rows, method.beta2, method.tail_decay, size=method.size, solver=method.solver, xp=xp
         )
         sketch = renew(due, compute, None if method.every == 1 else old)  # (FD)
+        if i == 0 and method.every > 1:  # a kept sketch knows nothing of this gradient
+            sketch = sketch._replace(escaped=sketch.escaped + bad_as_nan(grad, grad.ndim - stack_ndim, xp))
         u, e, rho = sketch
         p = fd.apply_power(
-            u, e, rho, exponent, xp.reshape(p, shape), ridge=method.eps, relative=method.relative_eps, xp=xp
-        )  # (X)
+            u, e, rho, exponent, xp.reshape(p, shape),
+            ridge=method.eps, relative=method.relative_eps, weight=known if i == 0 else 0.0, xp=xp,
+        )  # (X)  # fmt: skip
         g, p = rows, xp.matrix_transpose(p)
         new.append(sketch)
     return xp.reshape(p, grad.shape), tuple(new)
@@ -455,9 +461,10 @@ class SShampooPractical(Method, register=False):
         return u, SShampooPracticalState(step=state.step + 1, sketches=sketches, v=v, m=m)
 
     def diagnose(self, state: SShampooPracticalState) -> SketchReport:
-        """Spectrum and escaped mass of each merged axis; all empty where only the graft applies."""
+        """Spectrum and escaped mass of each merged axis; empty where only the graft applies, which is elementwise."""
         self._check_state(state)
-        if not state.sketches:
-            return SketchReport((), (), (), None)
         others = tuple(array for array in (state.v, state.m) if array is not None)
+        if not state.sketches:
+            finite = all_finite(self._check_param(others[0], 0), *others) if others else None
+            return SketchReport((), (), (), finite, ())
         return fd.report(*state.sketches, others=others, xp=self._check_param(state.sketches[0].eigenvalues, 0))

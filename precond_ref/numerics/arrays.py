@@ -28,6 +28,11 @@ def state_dtype(xp: Namespace, param: Array, narrow: bool) -> Any:
     return param.dtype if narrow or xp.finfo(param.dtype).bits >= 32 else xp.float32
 
 
+def own(array: Array, xp: Namespace) -> Array:
+    """``array`` row by row in memory of its own."""
+    return xp.reshape(xp.concat([xp.reshape(array, (-1,))]), array.shape)
+
+
 def eye_like(xp: Namespace, matrix: Array) -> Array:
     """Identity matrices with the shape (..., n, n), dtype and device of ``matrix``."""
     return xp.tril(xp.triu(xp.ones_like(matrix)))
@@ -79,3 +84,13 @@ def finite_members(xp: Namespace, *arrays: Array, core_ndims: tuple[int, ...]) -
         flag = xp.all(xp.isfinite(array), axis=tuple(range(-ndim, 0))) if ndim else xp.isfinite(array)
         result = flag if result is None else xp.logical_and(result, flag)
     return result
+
+
+def bad_as_nan(array: Array, core_ndim: int, xp: Namespace) -> Array:
+    """NaN for each member (...) that has an entry which is not finite, else 0: added to what is kept of it, a mark."""
+    return xp.sum(0.0 * array, axis=tuple(range(-core_ndim, 0)))
+
+
+def whole(array: Array, core_ndim: int, xp: Namespace) -> Array:
+    """``array``, NaN throughout each member that has an entry which is not finite."""
+    return array + bad_as_nan(array, core_ndim, xp)[(..., *[None] * core_ndim)]

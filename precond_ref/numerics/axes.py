@@ -18,7 +18,7 @@ def squeezed(shape: Sequence[int]) -> tuple[int, ...]:
 
 def unfold(tensor: Array, stack: int, axis: int, xp: Namespace) -> Array:
     """X_(n): (..., d_1, ..., d_N) -> (..., d_n, product of the others), n = ``axis`` counted from 0."""
-    moved = xp.moveaxis(tensor, stack + axis, stack)
+    moved = xp.moveaxis(tensor, stack + axis, stack) if axis else tensor  # which PyTorch cannot do under vmap
     return xp.reshape(moved, (*moved.shape[: stack + 1], math.prod(moved.shape[stack + 1 :])))
 
 
@@ -30,7 +30,8 @@ def multiply(tensor: Array, matrix: Array, axis: int, xp: Namespace) -> Array:
         return xp.reshape(rows @ xp.matrix_transpose(matrix), (*tensor.shape[:-1], matrix.shape[-2]))
     product = matrix @ unfold(tensor, stack, axis, xp)
     others = [*tensor.shape[stack : stack + axis], *tensor.shape[stack + axis + 1 :]]
-    return xp.moveaxis(xp.reshape(product, (*product.shape[:-1], *others)), stack, stack + axis)
+    moved = xp.reshape(product, (*product.shape[:-1], *others))
+    return xp.moveaxis(moved, stack, stack + axis) if axis else moved
 
 
 def factor_axes(param: Array, **matrices: tuple[Array, ...] | None) -> tuple[int, ...]:

@@ -3,22 +3,43 @@
 The definition is the symmetric eigendecomposition: symmetrise, clip eigenvalues at zero, add the ridge. Without a
 ridge, powers are those of the pseudo-inverse: eigenvalues of at most ``n u max(w)`` (``u`` the spacing of the dtype
 at 1, as in matrix-rank decisions) count as zero and give zero. The iterations are named alternatives that use
-matrix products only; `solve` is the inverse times something, by LU where that is safe.
+matrix products only; `solve` is the inverse times something, by LU where that is accurate.
+
+`apply` makes ``f(A) G`` from the coordinates ``Q^T G``; a matrix ``f(A)`` that was formed would bring rounding of the
+size ``u f(0)``, which hides the rest of it where the ridge is small. An eigenvalue of at most ``t = 16 u max(w)`` is
+unknown within [0, t], and its computed eigenvector has a part of up to t / w_j in that of each other one w_j (measured:
+10 u instead of 16 u). Two decisions therefore:
+
+* What G has along such eigenvectors is rounding if no entry of that is more than t times the largest of ``A^+ G``, for
+  then G is in the range of a matrix within t of ``A``. It belongs to the eigenvectors known, and gets the mean of their
+  ``f(w_j)``, weighted with ``|q_j^T g| / w_j``, which is how it is made of them. Where it is more, it is real.
+* What is real gets ``f(0)``. If ``A >= weight G G^T`` is known, the eigenvalue is not 0 but what G itself has put
+  there, ``weight ||Q_0^T G||_F^2`` (above 2 t it would be seen, and is 0 again).
+
+The result is that of a matrix within a few t of ``A`` for a gradient within its rounding, whatever the ridge.
 
 A matrix with a non-finite entry never reaches LAPACK (an infinity can hang it, a NaN can give finite wrong
-eigenvalues): its result is NaN, and the other members of the batch are not touched.
+eigenvalues): its result is NaN, and the other members of the batch are not touched. So is the result of a member on
+which LAPACK fails.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from precond_ref.numerics.arrays import clamp, eye_like, identity, largest_entry, normed
+from precond_ref.numerics.arrays import clamp, eye_like, identity, largest_entry, normed, own, zeros
+from precond_ref.numerics.axes import multiply
+from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.refresh import renew
-from precond_ref.protocol import Array, Namespace, Scalar
+from precond_ref.protocol import Array, Namespace, Scalar, is_python_number, is_zero
+
+CERTAIN = 16
+"""Spacings of the largest eigenvalue, t = CERTAIN u max(w), that rounding may put into another one."""
 
 # Polar Express (Amsel et al., 2025): odd quintics a s + b s^3 + c s^5, one per step, the last one repeated.
 POLAR_EXPRESS = (
@@ -31,6 +52,7 @@ POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
+MUON = (3.4445, -4.7750, 2.0315)  # Jordan's quintic, at every step
 SAFETY = 1.01  # the first seven are divided by (1.01, 1.01^3, 1.01^5), and so is the start
 
 
@@ -43,7 +65,7 @@ def eigh(matrix: Array, *, xp: Namespace = None) -> tuple[Array, Array, Array]:
     xp = array_namespace(matrix) if xp is None else xp
     finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp))
     half = 0.5 * xp.where(finite, matrix, 0.0)
-    w, q = xp.linalg.eigh(half + xp.matrix_transpose(half))
+    w, q = attempt(xp.linalg.eigh, half + xp.matrix_transpose(half), wider=True, xp=xp)
     return clamp(w, 0.0, xp=xp), q, finite & xp.all(w < math.inf, axis=-1)[..., None, None]
 
 
@@ -54,16 +76,6 @@ def eigenvalues(matrix: Array, *, xp: Namespace = None) -> Array:
     return xp.where(finite[..., 0], w, math.nan)
 
 
-def spectral(matrix: Array, function: Callable[[Array], Array], *, xp: Namespace = None) -> Array:
-    """``Q diag(function(w)) Q^T`` for ``matrix = Q diag(w) Q^T`` (..., n, n); NaN for a non-finite member."""
-    xp = array_namespace(matrix) if xp is None else xp
-    if 0 in matrix.shape:
-        return matrix
-    w, q, finite = eigh(matrix, xp=xp)
-    power = xp.where(finite[..., 0], function(w), math.nan)
-    return (q * power[..., None, :]) @ xp.matrix_transpose(q)
-
-
 def live(w: Array, xp: Namespace) -> Array:
     """Which of the eigenvalues ``w`` (..., n) >= 0 are not rounding: those above ``n u max(w)``."""
     if w.shape[-1] == 0:
@@ -71,55 +83,204 @@ def live(w: Array, xp: Namespace) -> Array:
     return w > w.shape[-1] * xp.finfo(w.dtype).eps * xp.max(w, axis=-1, keepdims=True)
 
 
-def power(matrix: Array, exponent: float, ridge: Scalar = 0.0, *, xp: Namespace = None) -> Array:
-    """``(max(A, 0) + ridge I)^exponent`` for symmetric ``A`` (..., n, n); ``ridge = 0``: of the pseudo-inverse."""
+class Law(NamedTuple):
+    """f(w) = (w + ridge)^exponent, or with ``root`` (w^{1/2} + ridge)^exponent."""
+
+    exponent: float
+    ridge: Scalar
+    root: bool = False
+
+    def __call__(self, w: Array, xp: Namespace) -> Array:
+        return ((xp.sqrt(w) if self.root else w) + self.ridge) ** self.exponent
+
+    def inverse(self, f: Array, xp: Namespace) -> Array:
+        """w >= 0 with f(w) = ``f``; 0 for f = 0, NaN for NaN."""
+        zero = f == 0
+        w = clamp(xp.where(zero, 1.0, f) ** (1 / self.exponent) - self.ridge, 0.0, xp=xp)
+        return xp.where(zero, 0.0, w * w if self.root else w)
+
+
+class Root(NamedTuple):
+    """A matrix function ``P = Q diag(f) Q^T``, not formed."""
+
+    basis: Array
+    """Q, orthonormal columns, (..., n, n)."""
+    eigenvalues: Array
+    """f >= 0, (..., n); NaN for a member to which there is no Q."""
+
+
+def identity_root(matrix: Array, scale: Scalar = 1.0, *, xp: Namespace) -> Root:
+    """``scale I`` in the shape (..., n, n), dtype and device of ``matrix``."""
+    return Root(eye_like(xp, matrix), zeros(xp, tuple(matrix.shape[:-1]), matrix) + scale)
+
+
+def check_root(name: str, root: Any, shape: tuple[int, ...]) -> None:
+    """ValueError unless ``root`` is one of matrices of ``shape``; TypeError if it is no `Root`."""
+    if not isinstance(root, Root):
+        raise TypeError(f"{name} must be a Root, got {type(root).__name__}")
+    for field, array, expected in zip(Root._fields, root, (shape, shape[:-1]), strict=True):
+        if tuple(array.shape) != tuple(expected):
+            raise ValueError(f"{name}.{field} must have shape {tuple(expected)}, got {tuple(array.shape)}")
+
+
+def decompose(matrix: Array, law: Law, *, xp: Namespace = None) -> tuple[Root, Array]:
+    """``law`` of a symmetric matrix (..., n, n), and its eigenvalues (..., n), ascending; NaN where not finite."""
+    xp = array_namespace(matrix) if xp is None else xp
+    if 0 in matrix.shape:
+        nothing = xp.sum(matrix, axis=-1)
+        return Root(matrix, nothing), nothing
+    w, q, finite = eigh(matrix, xp=xp)
+    known = _known(w, law, xp)
+    keep = known | (law.ridge > 0)
+    f = xp.where(keep, law(xp.where(keep, xp.where(known, w, 0.0), 1.0), xp), 0.0)
+    return Root(q, xp.where(finite[..., 0], f, math.nan)), xp.where(finite[..., 0], w, math.nan)
+
+
+def _unsure(w: Array, xp: Namespace) -> Array:
+    """t above, (..., 1)."""
+    return CERTAIN * xp.finfo(w.dtype).eps * xp.max(w, axis=-1, keepdims=True)
+
+
+def _known(w: Array, law: Law, xp: Namespace) -> Array:
+    """Which eigenvalues (..., n) are more than rounding, with the threshold of the pseudo-inverse for no ridge."""
+    if is_python_number(law.ridge):
+        return w > _unsure(w, xp) if law.ridge > 0 else live(w, xp)
+    return ((law.ridge > 0) & (w > _unsure(w, xp))) | ((law.ridge <= 0) & live(w, xp))
+
+
+def renewed(due: Any, matrix: Array, law: Law, kept: Root | None, *, xp: Namespace = None) -> tuple[Root, Array | None]:
+    """`decompose` where ``due`` or nothing is ``kept``, else that, without the eigenvalues of its matrix."""
+    if kept is None:
+        return decompose(matrix, law, xp=xp)
     xp = array_namespace(matrix) if xp is None else xp
 
-    def function(w: Array) -> Array:
-        keep = live(w, xp) | (ridge > 0)
-        return xp.where(keep, xp.where(keep, w + ridge, 1.0) ** exponent, 0.0)
+    def root() -> Root:
+        basis, eigenvalues = decompose(matrix, law, xp=xp)[0]
+        return Root(own(basis, xp), eigenvalues)  # LAPACK's memory is by columns: another layout compiles anew
 
-    return spectral(matrix, function, xp=xp)
+    return renew(due, root, kept), None
 
 
-def solve(matrix: Array, right: Array, ridge: Scalar, *, xp: Namespace = None) -> Array:
+def accuracy(w: Array, law: Law, *, xp: Namespace = None) -> Array:
+    """Relative error (...) that the conditioning allows a direction whose gradient is in the range of the matrix.
+
+    ``16 u (max(w) + ridge) / (min(w) + ridge)`` with the unit roundoff u and the smallest of the eigenvalues ``w``
+    (..., n) that are known (for ``root``: the ridge squared), whatever the ridge; NaN where w is.
+    """
+    xp = array_namespace(w) if xp is None else xp
+    unit = 8 * xp.finfo(w.dtype).eps
+    if w.shape[-1] == 0:
+        return xp.sum(w, axis=-1) + unit
+    ridge = law.ridge * law.ridge if law.root else law.ridge
+    largest, known = xp.max(w, axis=-1, keepdims=True), _known(w, law, xp)
+    least = xp.min(xp.where(known, w, largest), axis=-1)
+    largest = largest[..., 0]
+    nothing = largest == 0
+    return unit * xp.where(nothing, 1.0, (largest + ridge) / xp.where(nothing, 1.0, least + ridge))
+
+
+def form(root: Root, *, xp: Namespace = None) -> Array:
+    """P (..., n, n)."""
+    xp = array_namespace(root.basis) if xp is None else xp
+    return (root.basis * root.eigenvalues[..., None, :]) @ xp.matrix_transpose(root.basis)
+
+
+def apply(
+    tensor: Array,
+    known: Mapping[int, tuple[Root, Array | None]],
+    law: Law,
+    weight: Scalar = 0.0,
+    *,
+    xp: Namespace = None,
+) -> Array:
+    """``tensor`` (..., d_1, ..., d_k) times a `Root` by ``law`` along each of some axes, counted from 0.
+
+    ``known`` has with each root the eigenvalues of its matrix, or None if they are to be recovered.
+    ``weight``: each of these matrices is at least ``weight`` times the Gram matrix of ``tensor`` along its axis.
+    """
+    xp = array_namespace(tensor) if xp is None else xp
+    if 0 in tensor.shape:
+        return 1.0 * tensor
+    for axis, (root, _) in known.items():
+        tensor = multiply(tensor, xp.matrix_transpose(root.basis), axis, xp)
+    gains = [
+        _gain(tensor, axis, root.eigenvalues, law.inverse(root.eigenvalues, xp) if w is None else w, law, weight, xp)
+        for axis, (root, w) in known.items()
+    ]
+    for gain in gains:
+        tensor = tensor * gain
+    for axis, (root, _) in known.items():
+        tensor = multiply(tensor, root.basis, axis, xp)
+    return tensor
+
+
+def _gain(a: Array, axis: int, f: Array, w: Array, law: Law, weight: Scalar, xp: Namespace) -> Array:
+    """Factors of the coordinates ``a`` along ``axis``."""
+    stack = w.ndim - 1
+    core, axis = tuple(range(stack, a.ndim)), stack + axis
+
+    def along(v: Array) -> Array:
+        return xp.reshape(v, (*v.shape[:-1], *(v.shape[-1] if i == axis else 1 for i in core)))
+
+    known, least, largest = _known(w, law, xp), _unsure(w, xp), xp.max(w, axis=-1, keepdims=True)
+    share = xp.abs(a) * along(xp.where(known, largest / xp.where(known, w, 1.0), 0.0))  # of A^+ G, times max(w)
+    top, total = xp.max(share, axis=core, keepdims=True), xp.sum(share, axis=axis, keepdims=True)
+    outside = xp.where(along(known), 0.0, a)
+    real = xp.max(xp.abs(outside), axis=axis, keepdims=True) > CERTAIN * xp.finfo(a.dtype).eps * top
+    mean = xp.sum(share * along(xp.where(known, f, 0.0)), axis=axis, keepdims=True) / xp.where(total > 0, total, 1.0)
+    if is_zero(weight):
+        beyond = along(f)
+    else:
+        put = weight * xp.sum(xp.where(real, outside * outside, 0.0), axis=core, keepdims=True)
+        fresh = (put > 0) & (put <= 2 * along(least))
+        beyond = xp.where(fresh, law(xp.where(fresh, put, 1.0), xp), along(f))
+    gain = xp.where(along(known), along(f), xp.where(real, beyond, mean))
+    return xp.where(along((f == 0) | (f != f)), along(f), gain)  # no ridge; not finite
+
+
+def power(matrix: Array, exponent: float, ridge: Scalar = 0.0, *, xp: Namespace = None) -> Array:
+    """``(max(A, 0) + ridge I)^exponent`` for symmetric ``A`` (..., n, n); ``ridge = 0``: of the pseudo-inverse."""
+    return form(decompose(matrix, Law(exponent, ridge), xp=xp)[0], xp=xp)
+
+
+def solve(matrix: Array, right: Array, ridge: Scalar, weight: Scalar = 0.0, *, xp: Namespace = None) -> Array:
     """``(A + ridge I)^{-1} B`` for positive semidefinite ``A`` (..., n, n) and ``B`` (..., n, k), by LU.
 
-    If rounding may hide the ridge (at most ``4 n u`` times the largest entry of ``A + ridge I``), or a solution is
-    longer than any such ``A`` allows (``x^T b < ridge x^T x / 2``), the member has ``power(A, -1, ridge) @ B`` instead,
-    as have non-finite ones.
+    If its error, about ``u max(A + ridge I) / ridge`` also for B in the range of A, may cost more than half of the
+    digits (ridge at most ``u^{1/2}`` times the largest entry of ``A + ridge I``), or a solution is longer than any such
+    ``A`` allows (``x^T b < ridge x^T x / 2``), the member has the result of `apply` instead, as have non-finite ones.
     """
     xp = array_namespace(matrix, right) if xp is None else xp
     if 0 in matrix.shape or 0 in right.shape:
         return right
     one = identity(xp, matrix)
-    shift = ridge * one
+    shift, weight = ridge * one, weight * one[0, 0]  # arrays, for a compiler's branch takes no symbolic float
     damped = 0.5 * matrix + 0.5 * xp.matrix_transpose(matrix) + shift
-    n, size = matrix.shape[-1], xp.max(xp.abs(right), axis=(-2, -1), keepdims=True)
-    hidden = 4 * n * xp.finfo(matrix.dtype).eps * xp.max(xp.abs(damped), axis=(-2, -1), keepdims=True)
-    sure = (hidden < ridge) & (size < math.inf)  # NaN is not less than anything
+    size = xp.max(xp.abs(right), axis=(-2, -1), keepdims=True)
+    sure = by_lu(damped, ridge, xp) & (size < math.inf)
     b = xp.where(sure, right, 0.0)
-    x = xp.linalg.solve(xp.where(sure, damped, one), b)
+    (x,) = attempt(lambda a, b: (xp.linalg.solve(a, b),), xp.where(sure, damped, one), b, xp=xp)
     size = xp.where(sure & (size > 0), size, 1.0)
     y = ridge * x / size  # its squares do not overflow
     least = 0.5 * size * xp.sum(y * y, axis=-2, keepdims=True)
     sure = sure & xp.all(xp.sum(y * b, axis=-2, keepdims=True) >= least, axis=-1, keepdims=True)
 
     def definition() -> Array:
-        return xp.where(sure, x, power(matrix, -1.0, shift[0, 0], xp=xp) @ right)
+        law = Law(-1.0, shift[0, 0])
+        return xp.where(sure, x, apply(right, {0: decompose(matrix, law, xp=xp)}, law, weight, xp=xp))
 
     return renew(~xp.all(sure), definition, x)
 
 
+def by_lu(damped: Array, ridge: Scalar, xp: Namespace) -> Array:
+    """Whether `solve` may use LU for ``A + ridge I`` (..., n, n): (..., 1, 1); NaN is not less than anything."""
+    largest = largest_entry(damped, (-2, -1), xp)
+    return float(xp.finfo(damped.dtype).eps) ** 0.5 * largest < ridge
+
+
 def inverse_shifted_sqrt(matrix: Array, shift: Scalar = 0.0, *, xp: Namespace = None) -> Array:
     """``(A^{1/2} + shift I)^{-1}`` for symmetric ``A`` (..., n, n); ``shift = 0``: the pseudo-inverse."""
-    xp = array_namespace(matrix) if xp is None else xp
-
-    def function(w: Array) -> Array:
-        keep = live(w, xp) | (shift > 0)
-        return xp.where(keep, 1.0 / xp.where(keep, xp.sqrt(w) + shift, 1.0), 0.0)
-
-    return spectral(matrix, function, xp=xp)
+    return form(decompose(matrix, Law(-1.0, shift, root=True), xp=xp)[0], xp=xp)
 
 
 def inverse_sqrt_newton_schulz(matrix: Array, ridge: Scalar, steps: int, *, xp: Namespace = None) -> Array:
@@ -196,7 +357,7 @@ def polar(matrix: Array, *, xp: Namespace = None) -> Array:
     if 0 in matrix.shape:
         return matrix
     finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp))
-    u, s, vh = xp.linalg.svd(xp.where(finite, matrix, 0.0), full_matrices=False)
+    u, s, vh = attempt(partial(xp.linalg.svd, full_matrices=False), xp.where(finite, matrix, 0.0), wider=True, xp=xp)
     keep = s > max(matrix.shape[-2:]) * xp.finfo(s.dtype).eps * xp.max(s, axis=-1, keepdims=True)
     finite = finite & (s[..., :1, None] < math.inf)
     return xp.where(finite, (u * xp.astype(keep, s.dtype)[..., None, :]) @ vh, math.nan)
@@ -210,7 +371,7 @@ def polar_muon(matrix: Array, steps: int, *, xp: Namespace = None) -> Array:
     wide = matrix.shape[-2] <= matrix.shape[-1]
     _, unit, norm = normed(matrix, (-2, -1), xp)
     x = (unit if wide else xp.matrix_transpose(unit)) / xp.where(norm == 0, 1.0, norm)
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a, b, c = MUON
     for _ in range(steps):
         gram = x @ xp.matrix_transpose(x)
         x = a * x + (b * gram + c * (gram @ gram)) @ x

@@ -24,12 +24,15 @@ whose singular values overflow.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 from array_api_compat import array_namespace
 
-from precond_ref.numerics.arrays import eye_like, finite_members, zeros
-from precond_ref.protocol import Array, Namespace, Scalar
+from precond_ref.numerics import roots
+from precond_ref.numerics.arrays import clamp, eye_like, finite_members, own, zeros
+from precond_ref.numerics.lapack import attempt
+from precond_ref.protocol import Array, Namespace, Scalar, is_zero
 
 SOLVERS = ("svd", "gram64")
 
@@ -55,7 +58,10 @@ class SketchReport(NamedTuple):
     rank: tuple[Array, ...]
     """Eigenvalues above 0, (...)."""
     finite: Array
-    """Whether the member's state is finite, (...)."""
+    """Whether the member's state is finite, (...); 0-D and of the whole state where there is no sketch."""
+    accuracy: tuple[Array, ...]
+    """Relative error that each sketch allows one update: 16 roundings times the largest eigenvalue with its mass over
+    the smallest one above 0 with it, (...)."""
 
 
 def empty(d: int, size: int, stack: tuple[int, ...], like: Array, escaped: Scalar = 0.0, *, xp: Namespace) -> Sketch:
@@ -126,13 +132,14 @@ def update(
 
 def _svd(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, Array]:
     """k left singular vectors, all singular values, and which of these are more than rounding."""
+    svd = partial(xp.linalg.svd, full_matrices=False)
     if 2 * factor.shape[-2] < factor.shape[-1]:  # LAPACK takes half the time for so tall a matrix
-        _, s, vh = xp.linalg.svd(xp.matrix_transpose(factor), full_matrices=False)
+        _, s, vh = attempt(svd, xp.matrix_transpose(factor), wider=True, xp=xp)
         u = xp.matrix_transpose(vh)
     else:
-        u, s, _ = xp.linalg.svd(factor, full_matrices=False)
+        u, s, _ = attempt(svd, factor, wider=True, xp=xp)
     kept = s > max(factor.shape[-2:]) * xp.finfo(s.dtype).eps * s[..., :1]
-    return _own(u[..., :k], xp), s, kept
+    return own(u[..., :k], xp), s, kept  # a view would keep all singular vectors alive
 
 
 def _gram64(factor: Array, unit: Array, k: int, xp: Namespace) -> tuple[Array, Array, Array]:
@@ -143,19 +150,15 @@ def _gram64(factor: Array, unit: Array, k: int, xp: Namespace) -> tuple[Array, A
     wide = wide / unit  # so that no square over- or underflows
     tall = factor.shape[-2] > factor.shape[-1]
     transposed = xp.matrix_transpose(wide)
-    w, u = xp.linalg.eigh(-(transposed @ wide if tall else wide @ transposed))  # ascending, so that -w is descending
-    s = xp.sqrt(xp.where(w < 0, -w, 0.0))
+    gram = transposed @ wide if tall else wide @ transposed
+    w, u = attempt(xp.linalg.eigh, -gram, xp=xp)  # ascending, so that -w is descending
+    s = xp.sqrt(clamp(-w, 0.0, xp=xp))
     kept = s > (max(factor.shape[-2:]) * xp.finfo(xp.float64).eps) ** 0.5 * s[..., :1]
     if tall:
         u = wide @ (u[..., :k] / xp.where(kept, s, math.inf)[..., None, :k])
     else:
-        u = _own(u[..., :k], xp)
+        u = own(u[..., :k], xp)
     return xp.astype(u, factor.dtype, copy=False), xp.astype(s * unit[..., 0], factor.dtype, copy=False), kept
-
-
-def _own(u: Array, xp: Namespace) -> Array:
-    """``u`` row by row in memory of its own: a view would keep all singular vectors alive."""
-    return xp.reshape(xp.concat([xp.reshape(u, (-1,))]), u.shape)
 
 
 def apply_power(
@@ -167,24 +170,49 @@ def apply_power(
     *,
     ridge: Scalar = 0.0,
     relative: bool = False,
+    root: bool = False,
+    weight: Scalar = 0.0,
     xp: Namespace = None,
 ) -> Array:
     """``(U diag(e) U^T + shift I + ridge I)^exponent @ matrix`` for ``matrix`` (..., d, n), ``exponent < 0``.
 
-    Costs O(d k n). ``relative``: the ridge in units of the largest e + shift. Where e + shift is 0 the result is 0,
-    whatever the ridge: that is the complement of a sketch that has lost nothing. Without a ridge (``ridge=0``),
-    e + shift <= (d u)^2 max(e + shift) counts as 0 too: a shift decayed for long, whose inverse root would multiply
-    nothing but rounding.
+    Costs O(d k n). ``relative``: the ridge in units of the largest e + shift. ``root``: e^{1/2} in the place of e.
+    Where e + shift is 0 the result is 0, whatever the ridge: that is the complement of a sketch that has lost nothing.
+    Without a ridge (``ridge=0``), e + shift <= (d u)^2 max(e + shift) counts as 0 too: a shift decayed for long, whose
+    inverse root would multiply nothing but rounding.
+
+    What ``matrix`` has outside U is judged as in `precond_ref.numerics.roots`: it is rounding, with the error of a
+    singular vector in the place of that of an eigenvector, if it is at most 16 u max(s) times the largest entry of
+    ``diag(s)^{-1} U^T matrix``, s^2 = e. ``weight``: the sketched statistic is at least ``weight`` times
+    ``matrix matrix^T``.
     """
     xp = array_namespace(basis, matrix) if xp is None else xp
-    total = xp.concat([eigenvalues + shift[..., None], shift[..., None]], axis=-1)
+    if 0 in matrix.shape:
+        return 1.0 * matrix
+    singular = xp.sqrt(eigenvalues)
+    size, u = singular if root else eigenvalues, xp.finfo(eigenvalues.dtype).eps
+    total = xp.concat([size + shift[..., None], shift[..., None]], axis=-1)
     largest = total[..., :1]
-    faded = total <= (basis.shape[-2] * xp.finfo(total.dtype).eps) ** 2 * largest
+    faded = total <= (basis.shape[-2] * u) ** 2 * largest
     dead = (total <= 0) | (faded & (ridge == 0))
     damped = total + (ridge * largest if relative else ridge)
     scale = (xp.where(dead, math.inf, damped) ** exponent)[..., None]
-    inside, outside = scale[..., :-1, :], scale[..., -1:, :]
-    return outside * matrix + basis @ ((inside - outside) * (xp.matrix_transpose(basis) @ matrix))
+    inside, beyond = scale[..., :-1, :], scale[..., -1:, :]
+    live = (eigenvalues > 0)[..., None]
+    known = xp.where(live, xp.matrix_transpose(basis) @ matrix, 0.0)
+    outside = matrix - basis @ known
+    share = xp.abs(known) * xp.where(live, (singular[..., :1] / xp.where(singular > 0, singular, 1.0))[..., None], 0.0)
+    most, sums = xp.max(share, axis=(-2, -1), keepdims=True), xp.sum(share, axis=-2, keepdims=True)
+    real = xp.max(xp.abs(outside), axis=-2, keepdims=True) > roots.CERTAIN * u * most
+    mean = xp.sum(share * xp.where(live, inside, 0.0), axis=-2, keepdims=True) / xp.where(sums > 0, sums, 1.0)
+    if not is_zero(weight):
+        put = weight * xp.sum(xp.where(real, outside * outside, 0.0), axis=(-2, -1), keepdims=True)
+        least = (sum(basis.shape[-2:]) * u * singular[..., :1, None]) ** 2
+        floor = damped[..., -1:, None]
+        fresh = (put > 0) & (put <= 2 * least) & (beyond > 0)
+        beyond = xp.where(fresh, xp.where(fresh, (xp.sqrt(put) if root else put) + floor, 1.0) ** exponent, beyond)
+    beyond = xp.where(real | (beyond == 0), beyond, mean)
+    return beyond * outside + basis @ (inside * known)
 
 
 def dense(sketch: Sketch, *, xp: Namespace = None) -> Array:
@@ -204,4 +232,13 @@ def report(*sketches: Sketch, others: tuple[Array, ...] = (), xp: Namespace) -> 
         escaped=tuple(s.escaped for s in sketches),
         rank=tuple(xp.sum(xp.astype(s.eigenvalues > 0, xp.int32), axis=-1, dtype=xp.int32) for s in sketches),
         finite=finite,
+        accuracy=tuple(_accuracy(s, xp) for s in sketches),
     )
+
+
+def _accuracy(sketch: Sketch, xp: Namespace) -> Array:
+    e, unit = sketch.eigenvalues, 8 * xp.finfo(sketch.eigenvalues.dtype).eps
+    if e.shape[-1] == 0:
+        return 0.0 * sketch.escaped + unit
+    least = xp.min(xp.where(e > 0, e, e[..., :1]), axis=-1) + sketch.escaped
+    return unit * xp.where(least == 0, 1.0, (e[..., 0] + sketch.escaped) / xp.where(least == 0, 1.0, least))

@@ -1,8 +1,9 @@
 """Real data: the embedded digits, and MNIST, LIBSVM and text files found through ``PRECOND_REF_DATA``.
 
-A *name* (a str without a folder part) is looked for in the folder that the environment variable names;
-anything else (``"./a9a"``, a ``pathlib.Path``) is a path. Files may be gzipped whatever their suffix. Missing
-files raise FileNotFoundError with all places tried, damaged ones ValueError.
+A *name* (a str without a folder part) is looked for in the folder that the environment variable names, then in the
+current one; anything else (``"./a9a"``, a ``pathlib.Path``) is a path. Files may be gzipped whatever their suffix.
+Missing files raise FileNotFoundError with all places tried, damaged ones ValueError, and so do files of more than
+256 MiB, packed or unpacked, and LIBSVM files of more than 2^28 dense entries (2 GiB).
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import gzip
 import math
 import os
 import struct
-import zlib
+from array import array
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from precond_ref.files import shown, unpacked
 from precond_ref.problems.base import check_int, import_numpy, permutation
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 VARIABLE = "PRECOND_REF_DATA"
 IDX_UINT8 = 0x0800
 """First two bytes zero, the third 8 for unsigned bytes; the fourth is the number of axes."""
+MOST_ENTRIES = 2**28
+"""Of the dense features of a LIBSVM file."""
 
 
 class Split(NamedTuple):
@@ -81,10 +85,9 @@ def load_libsvm(name_or_path: str | Path, n_features: int | None = None) -> tupl
     np = import_numpy()
     limit = math.inf if n_features is None else check_int("n_features", n_features, ge=1)
     path = find(name_or_path, ("", ".gz", ".txt", ".txt.gz"))
-    labels: list[float] = []
-    rows: list[int] = []
-    columns: list[int] = []
-    values: list[float] = []
+    labels, values = array("d"), array("d")
+    rows, columns = array("q"), array("q")
+    width = n_features or 0
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         content = line.partition("#")[0]
         if not content.strip():
@@ -105,11 +108,16 @@ def load_libsvm(name_or_path: str | Path, n_features: int | None = None) -> tupl
                 values.append(finite(value))
                 last = column
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not 'label index:value ...' ({error})") from None
+            raise ValueError(f"{path}, line {number}: not 'label index:value ...' ({shown(error, 200)})") from None
+        width = max(width, last)
+        if len(labels) * width > MOST_ENTRIES:
+            raise ValueError(
+                f"{path}, line {number}: {len(labels)} samples of {width} features are more than {MOST_ENTRIES} entries"
+            )
     if not labels:
         raise ValueError(f"{path} holds no samples")
-    features = np.zeros((len(labels), n_features or max(columns, default=-1) + 1))
-    features[rows, columns] = values
+    features = np.zeros((len(labels), width))
+    features[np.asarray(rows), np.asarray(columns)] = values
     return features, np.asarray(labels)
 
 
@@ -141,7 +149,7 @@ def split_four_fifths(images: np.ndarray, labels: np.ndarray, scale: float) -> S
 
 
 def find(name_or_path: str | Path, suffixes: tuple[str, ...]) -> Path:
-    """The first file there is, of the path itself, or of the name with each suffix in the data folder."""
+    """The first file there is, of the path itself, or of the name with each suffix in the two folders."""
     if not isinstance(name_or_path, str) or Path(name_or_path).name != name_or_path:
         path = Path(name_or_path)
         if not path.is_file():
@@ -149,38 +157,27 @@ def find(name_or_path: str | Path, suffixes: tuple[str, ...]) -> Path:
         return path
     names = [name_or_path + suffix for suffix in suffixes]
     folder = os.environ.get(VARIABLE, "")
-    for path in [Path(folder, name) for name in names] if folder else []:
+    for path in [Path(place, name) for place in dict.fromkeys((folder, "")) for name in names]:
         if path.is_file():
             return path
-    where = f"found none of them in {folder}" if folder else "nowhere to look, it is not set"
     raise FileNotFoundError(
-        f"looked for {', '.join(names)} in the folder named by the environment variable {VARIABLE}: {where}; "
-        f"set it to the folder that holds the file, for example `export {VARIABLE}=path/to/data`"
+        f"looked for {', '.join(names)} in the current folder and in that named by the environment variable "
+        f"{VARIABLE}, {folder or 'but it is not set'}; set it to the folder that holds the file, for example "
+        f"`export {VARIABLE}=path/to/data`"
     )
-
-
-def read_bytes(path: Path) -> bytes:
-    """Content of a file, unpacked if it is gzipped."""
-    content = path.read_bytes()
-    if content[:2] != b"\x1f\x8b":
-        return content
-    try:
-        return gzip.decompress(content)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged or truncated gzip file ({error})") from error
 
 
 def read_text(path: Path) -> str:
     """Content of a UTF-8 file."""
     try:
-        return read_bytes(path).decode("utf-8")
+        return unpacked(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
     """An idx file of unsigned bytes with ``ndim`` axes: magic number, lengths (big-endian uint32), bytes."""
-    content = read_bytes(path)
+    content = unpacked(path)
     header = 4 * (1 + ndim)
     if len(content) < header:
         raise ValueError(f"{path}: truncated, {len(content)} bytes are less than the header's {header}")

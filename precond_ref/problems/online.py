@@ -393,13 +393,23 @@ def random_linear_model(link: str, size: int, rounds: int, seed: int = 0, distan
 
 
 def libsvm(name_or_path: str | Path, rows: int | None = None) -> tuple[Array, Array]:
-    """Features (n, d + 1) of a LIBSVM file in file order, the last column 1, and labels as -1 and 1 (1 for y > 0)."""
+    """Features (n, d + 1) of a LIBSVM file in file order, the last column 1, and its labels as `signs`."""
     np = import_numpy()
     features, labels = load_libsvm(name_or_path)
     if rows is not None and check_int("rows", rows, ge=1) > len(labels):
         raise ValueError(f"rows must be at most {len(labels)}, the lines of {name_or_path}, got {rows}")
     features = np.concatenate([features, np.ones((len(labels), 1))], axis=1)
-    return features[:rows], np.where(labels > 0, 1.0, -1.0)[:rows]
+    return features[:rows], signs(labels)[:rows]
+
+
+def signs(labels: Array) -> Array:
+    """Labels of two classes as 1 for the larger and -1 for the smaller; ValueError if there are not two."""
+    np = import_numpy()
+    classes = np.unique(labels)
+    if len(classes) != 2:
+        some = ", ".join(f"{x:g}" for x in classes[:5]) + ", ..." * (len(classes) > 5)
+        raise ValueError(f"logistic regression wants labels of two classes, got {len(classes)}: {some}")
+    return np.where(labels == classes[1], 1.0, -1.0)
 
 
 def logistic(name_or_path: str | Path, rows: int | None = None) -> Stream:

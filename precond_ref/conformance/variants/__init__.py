@@ -1,4 +1,4 @@
-"""The methods once more, in plain float64 NumPy, each with its plausible mistakes as named flags.
+"""The methods once more, in plain NumPy, each with its plausible mistakes as named flags.
 
 A family module exports ``VARIANTS``, a `Variants` per class name. Its ``walk(config, shape, flags)`` is a generator
 that runs ONE parameter: it is sent ``(gradient, parameter)`` and yields ``(direction, state)``::
@@ -14,14 +14,20 @@ that runs ONE parameter: it is sent ``(gradient, parameter)`` and yields ``(dire
 parts of a tuple; a sketch as its product). Every deviation is one ``if "name" in flags``. A flag's text continues
 "it is ASGO ...", so that ``with eps outside the root`` makes a sentence. `run` adds the flags of `COMMON`, which any
 method can have.
+
+The same text computes in float64 and, given mpmath numbers, with 50 digits (`arithmetic`): without flags it is what the
+conformance vectors are built from. It shares nothing with `precond_ref.methods` and `precond_ref.numerics`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from itertools import combinations, product
 from types import MappingProxyType
@@ -29,6 +35,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from precond_ref.conformance import arithmetic
+from precond_ref.conformance.arithmetic import Array, all_finite, array, eigh, spacing
 from precond_ref.conformance.vectors import Case, load
 from precond_ref.protocol import Method
 
@@ -60,11 +68,14 @@ class Variants:
 
 
 class Trace(NamedTuple):
-    """What a run leaves: arrays (T, *shape), stack axes included, and the state after each update."""
+    """What a run leaves: arrays (T, *shape), stack axes included, and after each update the state and, where asked for,
+    the condition number and the decompositions whose errors are in a statistic."""
 
-    directions: np.ndarray
-    params: np.ndarray
-    states: list[dict[str, np.ndarray]]
+    directions: Array
+    params: Array
+    states: list[dict[str, Array]]
+    kappas: list[Any]
+    decompositions: list[int]
 
 
 @cache
@@ -133,13 +144,34 @@ def run(
 
     Raises KeyError for a flag that is not the method's.
     """
-    variants = of(method)
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    arrays = np.asarray(param, np.float64), np.asarray(grads, np.float64)
+    return walk(type(method).__name__, fields, *arrays, lr=lr, decay=decay, stack_ndim=stack_ndim, flags=flags)
+
+
+def walk(
+    name: str,
+    fields: Mapping[str, Any],
+    param: Array,
+    grads: Array,
+    *,
+    lr: float,
+    decay: float = 0.0,
+    stack_ndim: int = 0,
+    flags: frozenset[str] = frozenset(),
+    conditioned: bool = False,
+) -> Trace:
+    """`run` for the class ``name`` with these fields, in the arithmetic of what is given.
+
+    ``conditioned``: with the trace's condition numbers and counts of decompositions.
+    """
+    variants = registry()[name]
     if unknown := flags - {*variants.flags, *COMMON}:
-        raise KeyError(f"{type(method).__name__} has no variant {', '.join(sorted(unknown))}")
-    param, grads = np.asarray(param, np.float64), np.asarray(grads, np.float64)
+        raise KeyError(f"{name} has no variant {', '.join(sorted(unknown))}")
     stack, shape = param.shape[:stack_ndim], param.shape[stack_ndim:]
-    members = [_run_one(variants, fields, param[i], grads[:, *i], lr, decay, flags) for i in np.ndindex(*stack)]
+    members = [
+        _run_one(variants, fields, param[i], grads[:, *i], lr, decay, flags, conditioned) for i in np.ndindex(*stack)
+    ]
     steps = len(grads)
     directions = np.stack([m.directions for m in members], axis=1).reshape((steps, *stack, *shape))
     params = np.stack([m.params for m in members], axis=1).reshape((steps, *stack, *shape))
@@ -150,25 +182,27 @@ def run(
         }
         for t in range(steps)
     ]
-    return Trace(directions, params, states)
+    kappas = [max(m.kappas[t] for m in members) for t in range(steps)]
+    return Trace(directions, params, states, kappas, members[0].decompositions)
 
 
 def _run_one(
     variants: Variants,
-    fields: dict[str, Any],
-    x: np.ndarray,
-    grads: np.ndarray,
+    fields: Mapping[str, Any],
+    x: Array,
+    grads: Array,
     lr: float,
     decay: float,
     flags: frozenset[str],
+    conditioned: bool,
 ) -> Trace:
-    walk = variants.walk(fields, x.shape, flags)
-    next(walk)
-    directions, params, states = [], [], []
-    previous = np.zeros(x.shape)
-    with np.errstate(all="ignore"):  # a deviation may divide by zero
+    steps = variants.walk(fields, np.shape(x), flags)
+    next(steps)
+    out = Trace([], [], [], [], [])
+    previous = np.zeros(np.shape(x))
+    with np.errstate(all="ignore"), conditioning(conditioned) as noted:  # a deviation may divide by zero
         for g in grads:
-            direction, state = walk.send((g + decay * x if "decay-coupled" in flags else g, x))
+            direction, state = steps.send((g + decay * x if "decay-coupled" in flags else g, x))
             if "direction-late" in flags:
                 direction, previous = previous, direction
             step = lr * direction * (-1 if "sign" in flags else 1)
@@ -176,10 +210,55 @@ def _run_one(
             if flags & {"decay-coupled", "decay-ignored"}:
                 shrink = 1.0
             x = shrink * (x - step) if "decay-after" in flags else shrink * x - step
-            directions.append(direction)
-            params.append(x)
-            states.append({key: np.array(value, np.float64) for key, value in state.items()})
-    return Trace(np.stack(directions), np.stack(params), states)
+            kept = {key: array(value) for key, value in state.items()}
+            kappa, decompositions = noted.after_update()
+            for record, value in zip(out, (direction, x, kept, kappa, decompositions), strict=True):
+                record.append(value)
+    return out._replace(directions=np.stack(out.directions), params=np.stack(out.params))
+
+
+class Conditioning:
+    """Condition numbers that a walk notes for the manifest."""
+
+    def __init__(self) -> None:
+        self.of_update: list[Any] = []
+        self.last: Any = 1
+        self.largest: Any = 1
+        self.sketches, self.sketched = 0, False
+
+    def after_update(self) -> tuple[Any, int]:
+        """Of the update just made: the condition number, and how many decompositions' errors are in a statistic.
+
+        The first is the last one noted, if a root was kept, and nothing below that of any sketch update so far.
+        """
+        self.last = max(self.of_update, default=self.last)
+        self.sketches += self.sketched
+        self.of_update, self.sketched = [], False
+        return max(self.last, self.largest), max(self.sketches, 1)
+
+
+_CONDITIONING: ContextVar[Conditioning | None] = ContextVar("conditioning", default=None)
+
+
+@contextmanager
+def conditioning(wanted: bool = True) -> Iterator[Conditioning]:
+    """Collect what is noted inside, if it is ``wanted``."""
+    noted = Conditioning()
+    token = _CONDITIONING.set(noted if wanted else None)
+    try:
+        yield noted
+    finally:
+        _CONDITIONING.reset(token)
+
+
+def note(compute: Callable[..., Any], *arguments: Any, stays: bool = False) -> None:
+    """Record the condition number ``compute(*arguments)`` if anyone wants it; ``stays``: of a sketch."""
+    if (noted := _CONDITIONING.get()) is None:
+        return
+    if stays:
+        noted.largest, noted.sketched = max(noted.largest, compute(*arguments)), True
+    else:
+        noted.of_update.append(compute(*arguments))
 
 
 # ---- what the families share ----------------------------------------------------------------------------------------
@@ -195,24 +274,34 @@ def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where((a == 0) & (b == 0), 0.0, a / np.where((a == 0) & (b == 0), 1.0, b))
 
 
-def spectral(matrix: np.ndarray, function: Callable[[np.ndarray], np.ndarray], keep_zeros: bool) -> np.ndarray:
-    """``Q f(w) Q^T``; without ``keep_zeros`` eigenvalues that are rounding (at most n u max) give zero."""
-    if not np.all(np.isfinite(matrix)):
+def spectral(matrix: Array, function: Callable[[Array], Array], keep_zeros: bool, exponent: float | Fraction) -> Array:
+    """``Q f(w) Q^T``; without ``keep_zeros`` eigenvalues that are rounding (at most n u max) give zero.
+
+    f is a power of about this ``exponent``, which says how its values tell the condition number.
+    """
+    if not all_finite(matrix):
         return np.full(matrix.shape, np.nan)
-    w, q = np.linalg.eigh((matrix + matrix.T) / 2)
+    w, q = eigh((matrix + matrix.T) / 2)
     w = np.maximum(w, 0)
-    live = np.full(w.shape, True) if keep_zeros else w > len(w) * np.finfo(float).eps * w.max(initial=0)
-    return (q * np.where(live, function(np.where(live, w, 1.0)), 0.0)) @ q.T
+    live = np.full(w.shape, True) if keep_zeros else w > len(w) * spacing(w) * w.max(initial=0)
+    values = function(np.where(live, w, 1.0))
+    note(lambda: arithmetic.power(spread(values[live]), abs(1 / Fraction(exponent))))
+    return (q * np.where(live, values, 0.0)) @ q.T
 
 
-def power(matrix: np.ndarray, exponent: float, ridge: float = 0.0) -> np.ndarray:
+def power(matrix: Array, exponent: float | Fraction, ridge: float = 0.0) -> Array:
     """``(A + ridge I)^exponent``; ``ridge = 0``: of the pseudo-inverse."""
-    return spectral(matrix, lambda w: (w + ridge) ** exponent, ridge > 0)
+    return spectral(matrix, lambda w: arithmetic.power(w + ridge, exponent), ridge > 0, exponent)
 
 
-def outside(matrix: np.ndarray, exponent: float, shift: float = 0.0) -> np.ndarray:
+def outside(matrix: Array, exponent: float | Fraction, shift: float = 0.0) -> Array:
     """``(A^{-exponent} + shift I)^{-1}``; ``shift = 0``: of the pseudo-inverse."""
-    return spectral(matrix, lambda w: 1 / (w**-exponent + shift), shift > 0)
+    return spectral(matrix, lambda w: 1 / (arithmetic.power(w, -exponent) + shift), shift > 0, exponent)
+
+
+def spread(values: Array) -> Any:
+    """Largest over smallest; 1 of nothing."""
+    return max(values) / min(values) if len(values) else 1.0
 
 
 def unfold(tensor: np.ndarray, axis: int) -> np.ndarray:

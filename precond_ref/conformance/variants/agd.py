@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import count
+from operator import truediv
 from typing import Any
 
 import numpy as np
 
-from precond_ref.conformance.variants import Variants, Walk, ema, quotient
+from precond_ref.conformance.arithmetic import sqrt
+from precond_ref.conformance.variants import Variants, Walk, ema, note, quotient
 
 FLAGS = {
     "square-of-gradient": "with b the average of squared gradients, as in Adam, not of squared differences",
@@ -52,13 +54,17 @@ def agd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
     if "clip-ignored" in flags:
         clip = None
 
-    real = np.float32 if "float32-correction" in flags else np.float64
+    def narrow(x: Any) -> Any:
+        return np.float32(x) if "float32-correction" in flags else x
 
     def correction(beta: float, t: int) -> float:
-        return float(real(1) - real(beta) ** real(t)) if t else 0.0
+        return wide(narrow(1) - narrow(beta) ** narrow(t)) if t else 0.0
 
     def over(a: float, b: float) -> float:
-        return float(real(a) / real(b))
+        return wide(narrow(a) / narrow(b))
+
+    def wide(x: Any) -> Any:
+        return float(x) if isinstance(x, np.float32) else x
 
     m, b, b_max, g_old = (np.zeros(shape) for _ in range(4))
     out = None
@@ -66,6 +72,7 @@ def agd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
         g, _ = yield out
         k = t + ("correction-ahead" in flags)
         c1, c2, c1_old = correction(beta1, k), correction(beta2, k), correction(beta1, k - 1)
+        note(truediv, 1, c2)
         m_old, b_old = m, b_max if amsgrad else b
         m = beta1 * m + g if "heavy-ball" in flags else ema(m, g, beta1)
         s = m * over(1.0, c1) - (m_old * over(1.0, c1_old) if c1_old else 0.0)
@@ -90,13 +97,13 @@ def agd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
         square = b_max * (c2 if corrected else 1) if amsgrad else b
         if "statistic-after" in flags:
             square = b_old
-        sqrt_c2 = 1.0 if "no-correction-2" in flags else float(np.sqrt(real(c2)))
-        root = square if "no-root" in flags else np.sqrt(square)
-        floor = delta if "delta-uncorrected" in flags else float(real(delta) * real(sqrt_c2))
+        sqrt_c2 = 1.0 if "no-correction-2" in flags else wide(sqrt(narrow(c2)))
+        root = square if "no-root" in flags else sqrt(square)
+        floor = delta if "delta-uncorrected" in flags else wide(narrow(delta) * narrow(sqrt_c2))
         if "delta-added" in flags:
             denominator = root + floor
         elif "delta-inside" in flags:
-            denominator = np.sqrt(np.maximum(square, floor))
+            denominator = sqrt(np.maximum(square, floor))
         else:
             denominator = np.maximum(root, floor)
         m_step = g if "momentum-none" in flags else ema(g, m, 1 - beta1) if "nesterov" in flags else m

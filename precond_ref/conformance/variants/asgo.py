@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from precond_ref.conformance.variants import EVERY, Variants, Walk, due, ema, outside, power, rivals
+from precond_ref.conformance.arithmetic import eigh, norm, real, sqrt
+from precond_ref.conformance.variants import EVERY, Variants, Walk, due, ema, note, outside, power, rivals, spread
 
 AVERAGES = {
     "sum": "with a plain sum instead of an average as the statistic",
@@ -111,27 +112,31 @@ def asgo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
 
 def _iterated(solver: str, gram: np.ndarray, eps: float, steps: int) -> np.ndarray:
     """``(V + eps I)^{-1/2}`` by a coupled iteration; in Polar Express eps enters only the norm."""
-    identity, norm = np.eye(len(gram)), float(np.linalg.norm(gram))
+    identity = np.eye(len(gram))
+    damped = gram + eps * identity
+    note(lambda: spread([w for w in eigh(gram if solver == "polar_express" else damped)[0] if w > 0]))
     if solver == "coupled_newton":
-        m = gram + eps * identity
-        scale = 1.5 / (np.linalg.norm(m) or 1.0)
-        m, x = m * scale, identity * np.sqrt(scale)
+        scale = 1.5 / (norm(damped) or 1.0)
+        m, x = damped * scale, identity * sqrt(scale)
         for _ in range(steps):
             t = (3 * identity - m) / 2
             x, m = x @ t, t @ t @ m
         return x
     if solver == "newton_schulz":
-        norm, shifted, table = norm + eps or 1.0, gram + eps * identity, [(2.0, -1.5, 0.5)] * steps
+        size, shifted, table = norm(gram) + eps or 1.0, damped, [(2.0, -1.5, 0.5)] * steps
     else:
-        norm, shifted = 1.01 * float(np.linalg.norm(gram + eps * identity)) or 1.0, gram
+        safety = real(1.01, gram)
+        size, shifted = safety * norm(damped) or 1.0, gram
         table = [EXPRESS[min(i, 7)] for i in range(steps)]
-        table = [(a / 1.01, b / 1.01**3, c / 1.01**5) if i < 7 else (a, b, c) for i, (a, b, c) in enumerate(table)]
-    y, z = shifted / norm, identity
+        table = [
+            (a / safety, b / safety**3, c / safety**5) if i < 7 else (a, b, c) for i, (a, b, c) in enumerate(table)
+        ]
+    y, z = shifted / size, identity
     for a, b, c in table:
         zy = z @ y
         p = b * zy + c * zy @ zy
         y, z = a * y + y @ p, a * z + p @ z
-    return z / np.sqrt(norm)
+    return z / sqrt(size)
 
 
 DASGO_FLAGS = {
@@ -197,11 +202,10 @@ def _averaged(
         if "momentum-corrected" in flags:
             u = u / (1 - beta1**t)
         if rms is not None and "rms-max" in flags:
-            u = u * rms * np.sqrt(max(shape))
+            u = u * rms * sqrt(real(max(shape), u))
         elif rms is not None and "rms-ignored" not in flags:
-            norm = np.linalg.norm(u)
-            size = 1.0 if "rms-frobenius" in flags else np.sqrt(u.size)
-            u = u * (rms * size / (norm if norm or "zero-nan" in flags else 1.0))
+            size = 1.0 if "rms-frobenius" in flags else sqrt(real(u.size, u))
+            u = u * (rms * size / (norm(u) if "zero-nan" in flags else norm(u) or 1.0))
         out = u, {"m": m} | state(v)
 
 
@@ -280,7 +284,7 @@ def _eps(eps: float, flags: frozenset[str]) -> float:
 def _scale(square: np.ndarray, eps: float, inside: bool, flags: frozenset[str]) -> np.ndarray:
     if "no-root" in flags:
         return square + eps
-    return np.sqrt(square + eps) if inside else np.sqrt(square) + eps
+    return sqrt(square + eps) if inside else sqrt(square) + eps
 
 
 def _infinite_if_zero(denominator: np.ndarray) -> np.ndarray:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import count
+from operator import truediv
 from typing import Any
 
 import numpy as np
 
-from precond_ref.conformance.variants import Variants, Walk, ema, outside, power, quotient, rivals
+from precond_ref.conformance.arithmetic import sqrt
+from precond_ref.conformance.variants import Variants, Walk, ema, note, outside, power, quotient, rivals
 
 SGD_FLAGS = {
     "momentum-ema": "with an average, momentum b + (1 - momentum) g, instead of the heavy ball",
@@ -136,6 +138,7 @@ def adam(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
         g, _ = yield out
         k = t + ("correction-ahead" in flags)
         c1, c2 = 1 - beta1**k, 1 - beta2**k
+        note(truediv, 1, c2)
         if "float32-correction" in flags:
             c1, c2 = (float(np.float32(1) - np.float32(beta) ** np.float32(k)) for beta in (beta1, beta2))
         m = beta1 * m + g if "heavy-ball" in flags else ema(m, g, beta1)
@@ -148,7 +151,7 @@ def adam(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
         if "no-correction-2" in flags:
             c2 = 1.0
         if "eps-before-correction" in flags:
-            denominator = _denominator(square, eps, flags) / np.sqrt(c2)
+            denominator = _denominator(square, eps, flags) / sqrt(c2)
         else:
             denominator = _denominator(square / c2, eps, flags)
         m_step = ema(g, m, 1 - beta1) if "nesterov" in flags else m
@@ -188,7 +191,7 @@ def full_adagrad(config: Mapping[str, Any], shape: tuple[int, ...], flags: froze
 def _denominator(square: np.ndarray, eps: float, flags: frozenset[str]) -> np.ndarray:
     if "no-root" in flags:
         return square + eps
-    return np.sqrt(square + eps) if "eps-inside" in flags else np.sqrt(square) + eps
+    return sqrt(square + eps) if "eps-inside" in flags else sqrt(square) + eps
 
 
 def _divided(a: np.ndarray, b: np.ndarray, flags: frozenset[str]) -> np.ndarray:

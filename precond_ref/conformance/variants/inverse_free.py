@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from precond_ref.conformance.variants import Variants, Walk, due, multiply, unfold
+from precond_ref.conformance.arithmetic import eigh, norm
+from precond_ref.conformance.variants import Variants, Walk, due, multiply, note, spread, unfold
 from precond_ref.conformance.variants.root_free import FACTOR_EXCLUSIVE, FACTOR_FLAGS, HeavyBall, factor_dims
 
 FLAGS = {
@@ -74,13 +75,13 @@ def _projected(x: np.ndarray, structure: str, flags: frozenset[str]) -> np.ndarr
     return m if "no-half" not in flags else 2 * m
 
 
-def _length(m: np.ndarray, k: np.ndarray, constant: bool, flags: frozenset[str]) -> float:
+def _length(m: np.ndarray, k: np.ndarray, constant: bool, flags: frozenset[str]) -> Any:
     measured = k if "clip-factor" in flags else m
     if constant and "toeplitz-norm" in flags:
         measured = m[:, 0] if m[-1, 0] or not m[0, -1] else m[0]
     if "clip-max" in flags:
-        return float(np.abs(m).max())
-    return float(np.linalg.norm(measured, 2 if "clip-spectral" in flags else None))
+        return np.abs(m).max()
+    return norm(measured, 2 if "clip-spectral" in flags else None)
 
 
 def _exponential(x: np.ndarray) -> np.ndarray:
@@ -132,14 +133,14 @@ def if_shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
         if due(t, config["every"], flags):
             given = factors if "gauss-seidel" in flags else list(factors)
             for n, (d, k, structure) in enumerate(zip(dims, list(factors), structures, strict=True)):
-                p, trace = g.reshape(dims), 1.0
+                p, trace = np.reshape(g, dims), 1.0
                 for j, other in enumerate(given):
                     p = multiply(p, contraction(other, j), j)
                     if j != n and "trace-missing" not in flags:
                         trace *= np.trace(gram(other, j)) / (dims[j] if "trace-mean" in flags else 1)
                 own = np.eye(d) if "damping-identity" in flags else gram(k, n)
                 h = b * unfold(p, n) @ unfold(p, n).T + damping * trace * own
-                h = h * (1.0 if "share-missing" in flags else d / total)
+                h = h if "share-missing" in flags else h * d / total
                 m = _projected(h - (0.0 if "gamma-ignored" in flags else 1.0) * np.eye(d), structure, flags)
                 if clips and "clip-new" in flags:
                     m = clipped(m, k, structure)
@@ -153,7 +154,8 @@ def if_shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
                     factors[n] = k @ _exponential(-step)
                 else:
                     factors[n] = k - k @ step
-        u = ball.averaged(g).reshape(dims)
+                note(lambda k: spread(eigh(k @ k.T)[0]), factors[n])
+        u = np.reshape(ball.averaged(g), dims)
         for n, k in enumerate(before if "factors-after" in flags else factors):
             if "transposed" in flags:
                 k = k.T

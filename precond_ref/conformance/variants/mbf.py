@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import count
+from operator import truediv
 from typing import Any
 
 import numpy as np
 
-from precond_ref.conformance.variants import Variants, Walk, power
+from precond_ref.conformance.arithmetic import real, sqrt
+from precond_ref.conformance.variants import Variants, Walk, ema, note, power
 
 LAYOUTS = {
     "layout-per-output": "with the mini-blocks of per_output, whatever the layout",
@@ -131,14 +133,14 @@ def _mini_blocks(config: Mapping[str, Any], shape: tuple[int, ...], flags: froze
 
 
 def _inverse(f: np.ndarray, damping: float, flags: frozenset[str]) -> np.ndarray:
-    result = np.empty(f.shape)
-    for b, block in enumerate(f):
+    result = []
+    for block in f:
         ridge = damping * np.trace(block) / len(block) if "damping-relative" in flags else damping
         if "damping-outside" in flags:
-            result[b] = power(block, -1.0) + ridge * np.eye(len(block))
+            result.append(power(block, -1) + ridge * np.eye(len(block)))
         else:
-            result[b] = power(block, -0.5 if "root" in flags else -1.0, ridge)
-    return result
+            result.append(power(block, -0.5 if "root" in flags else -1, ridge))
+    return np.stack(result)
 
 
 def _stored(
@@ -150,21 +152,23 @@ def _stored(
 
 
 def _diagonal(shape: tuple[int, ...], flags: frozenset[str]) -> Walk:
-    decay2, eps = 0.99 if "second-decay" in flags else 0.999, 0.0 if "eps-ignored" in flags else 1e-8
     n, v, out = np.zeros(shape), np.zeros(shape), None
     for t in count(1):
         g, _ = yield out
-        n = 0.9 * n + (1.0 if "weights-first" in flags else 0.1) * g
+        decay, decay2, eps = (real(c, g) for c in (0.9, 0.99 if "second-decay" in flags else 0.999, 1e-8))
+        eps = 0 * eps if "eps-ignored" in flags else eps
+        n = decay * n + g if "weights-first" in flags else ema(n, g, decay)
         new = g if "square-of-gradient" in flags else n
-        v = decay2 * v + (1 - decay2) * new * new
+        v = ema(v, new * new, decay2)
         correction = 1.0 if "second-uncorrected" in flags else 1 - decay2**t
-        first = n / (1 - 0.9**t) if "first-corrected" in flags else n
+        note(truediv, 1, correction)
+        first = n / (1 - decay**t) if "first-corrected" in flags else n
         if "eps-inside" in flags:
-            denominator = np.sqrt(v / correction + eps)
+            denominator = sqrt(v / correction + eps)
         elif "eps-before-correction" in flags:
-            denominator = (np.sqrt(v) + eps) / math.sqrt(correction)
+            denominator = (sqrt(v) + eps) / sqrt(correction)
         else:
-            denominator = np.sqrt(v / correction) + eps
+            denominator = sqrt(v / correction) + eps
         out = first / denominator, {"m": n, "statistic": v}
 
 

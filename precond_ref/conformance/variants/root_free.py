@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from itertools import count
 from typing import Any
 
 import numpy as np
 
+from precond_ref.conformance.arithmetic import sqrt
 from precond_ref.conformance.variants import EVERY, Variants, Walk, due, ema, multiply, power, quotient, unfold
 
 BALL_FLAGS = {
@@ -117,7 +119,7 @@ class Square:
         """``x / (s / correction + lambda)``."""
         s = (self.old if "statistic-after" in self.flags else self.s) / correction
         damping = 0.0 if self.flags & {"damping-ignored", "damping-inside"} else self.damping
-        denominator = (np.sqrt(s) if "root" in self.flags else s) + damping
+        denominator = (sqrt(s) if "root" in self.flags else s) + damping
         return x / denominator if "zero-nan" in self.flags else quotient(x, denominator)
 
 
@@ -242,7 +244,7 @@ def rf_shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
         old_weight, new_weight = beta2, 1 - beta2
     elif "accumulated" in flags:
         old_weight = 1.0
-    exponent = -0.5 if "exponent-half" in flags else -0.5 / len(dims) if "exponent-shampoo" in flags else -1.0
+    exponent = Fraction(-1, 2 if "exponent-half" in flags else 2 * len(dims) if "exponent-shampoo" in flags else 1)
     outside = damping if "damping-outside" in flags else 0.0
     factors = [np.eye(d) for d in dims]
     inverses, roots = [np.eye(d) for d in dims], [np.eye(d) for d in dims]
@@ -250,7 +252,7 @@ def rf_shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
     for t in count(1):
         g, x = yield out
         g = ball.gradient(g, x)
-        tensor, before = g.reshape(dims), list(roots)
+        tensor, before = np.reshape(g, dims), list(roots)
         if due(t, config["every"], flags):
             given = inverses if "gauss-seidel" in flags else list(inverses)
             for n, d in enumerate(dims):
@@ -262,11 +264,11 @@ def rf_shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
                         trace *= np.trace(inverse) / (dims[j] if "trace-mean" in flags else 1)
                 h = b * unfold(weighted, n) @ unfold(tensor, n).T
                 h = h + (0.0 if outside else damping) * trace * np.eye(d)
-                share = 1.0 if "share-missing" in flags else d / total
-                factors[n] = old_weight * factors[n] + new_weight * share * h
-                inverses[n] = power(factors[n], -1.0, outside)
-                roots[n] = power(factors[n], exponent, outside)
-        u = ball.averaged(g).reshape(dims)
+                h = h if "share-missing" in flags else h * d / total
+                factors[n] = old_weight * factors[n] + new_weight * h
+                inverses[n] = power(factors[n], -1, outside)
+                roots[n] = inverses[n] if exponent == -1 else power(factors[n], exponent, outside)
+        u = np.reshape(ball.averaged(g), dims)
         for n, root in enumerate(before if "factors-after" in flags else roots):
             u = multiply(u, root, n)
         kept = {f"factors.{n}": f for n, f in enumerate(factors)} | {f"inverses.{n}": f for n, f in enumerate(inverses)}

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from itertools import count
 from typing import Any
 
 import numpy as np
 
-from precond_ref.conformance.variants import EVERY, Variants, Walk, due, ema, multiply, outside, power, rivals, unfold
+from precond_ref.conformance.arithmetic import norm, real, spacing, sqrt, svd
+from precond_ref.conformance.variants import (
+    EVERY,
+    Variants,
+    Walk,
+    due,
+    ema,
+    multiply,
+    note,
+    outside,
+    power,
+    rivals,
+    spread,
+    unfold,
+)
 
 SHAMPOO_FLAGS = {
     "eps-outside": "with eps outside the root, (L^p + eps I)^{-1} instead of (L + eps I)^{-p}",
@@ -39,10 +54,10 @@ def shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[
     weight = 1 - beta2 if beta2 < 1 and "weight-missing" not in flags else 1.0
     corrected = (config["bias_correction"] or "correction-always" in flags) and beta2 < 1
     counted = sum(d != 1 for d in shape) or 1
-    exponent = -0.5 / (counted if "exponent-without-ones" in flags else order)
-    for name, value in (("inverse-order", -1 / order), ("quarter", -0.25), ("half", -0.5)):
+    exponent = Fraction(-1, 2 * (counted if "exponent-without-ones" in flags else order))
+    for name, value in (("inverse-order", (-1, order)), ("quarter", (-1, 4)), ("half", (-1, 2))):
         if f"exponent-{name}" in flags:
-            exponent = value
+            exponent = Fraction(*value)
     start = eps = 0.0 if "eps-ignored" in flags else config["eps"]
     if "eps-at-start" in flags:
         eps = 0.0
@@ -104,14 +119,21 @@ def muon(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
     iterate = (config["root"] == "newton_schulz" or "newton-schulz" in flags) and "exact" not in flags
     steps = config["root_steps"] - ("one-step-fewer" in flags)
 
+    def live(s: np.ndarray) -> np.ndarray:
+        return s > max(shape) * spacing(s) * s[0]
+
     def orthogonal(x: np.ndarray) -> np.ndarray:
         if not x.any():
+            note(lambda: 1)
             return x
+        note(lambda: spread((s := svd(x)[1])[live(s)]) ** 2)
         if not iterate:
-            u, s, vt = np.linalg.svd(x, full_matrices=False)
-            return (u * (s > max(x.shape) * np.finfo(float).eps * s[0])) @ vt
-        x = x / np.linalg.norm(x, 2 if "spectral-start" in flags else "fro")
-        a, b, c = (1.5, -0.5, 0.0) if "cubic" in flags else (3.4445, -4.7750, 2.0315)
+            u, s, vt = svd(x)
+            return (u * live(s)) @ vt
+        x = x / norm(x, 2 if "spectral-start" in flags else "fro")
+        a, b, c = (
+            (1.5, -0.5, 0.0) if "cubic" in flags else (real(Fraction(k, 10000), x) for k in (34445, -47750, 20315))
+        )
         for _ in range(steps):
             gram = x @ x.T
             x = a * x + (b * gram + c * gram @ gram) @ x
@@ -132,11 +154,11 @@ def muon(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
             n = ema(new, m, 1 - mu)
         u = n if "momentum-of-orthogonal" in flags else orthogonal(n)
         if rms is not None and "rms-jordan" in flags:
-            u = u * np.sqrt(max(1, shape[0] / shape[1]))
+            u = u * sqrt(real(Fraction(max(shape[0], shape[1]), shape[1]), u))
         elif rms is not None and "rms-exact" in flags:
-            u = u * rms * np.sqrt(u.size) / (np.linalg.norm(u) or 1.0)
+            u = u * rms * sqrt(real(u.size, u)) / (norm(u) or 1.0)
         elif rms is not None:
-            u = u * rms * np.sqrt(min(shape) if "rms-min" in flags else max(shape))
+            u = u * rms * sqrt(real(min(shape) if "rms-min" in flags else max(shape), u))
         out = u, {"m": m}
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from precond_ref.conformance.variants import EVERY, Variants, Walk, due, quotient, unfold
+from precond_ref.conformance.arithmetic import all_finite, norm, power, real, spacing, sqrt, svd
+from precond_ref.conformance.variants import EVERY, Variants, Walk, due, note, quotient, spread, unfold
 
 LARGEST_AXIS = 4096
 STORED = 512  # the product of a longer axis's sketch is not given
@@ -68,25 +70,37 @@ def sketched(
     size = max(size + ("size-plus-one" in flags) - ("size-minus-one" in flags), 1)
     tail_decay = beta2 if tail_decay is None or "tail-decay-ignored" in flags else tail_decay
     if "tail-sqrt" in flags:
-        tail_decay = math.sqrt(beta2)
+        tail_decay = sqrt(beta2)
     if "tail-kept" in flags:
         tail_decay = 1.0
     if "mass-last" in flags:
         tail_decay = 0.0
-    keep = math.sqrt(beta2) if "decay-sqrt" in flags else beta2**2 if "decay-squared" in flags else beta2
+    keep = sqrt(beta2) if "decay-sqrt" in flags else beta2**2 if "decay-squared" in flags else beta2
     weight = 1 - beta2 if "weight" in flags and beta2 < 1 else 1.0
-    factor = np.concatenate([old.basis * np.sqrt(keep * old.e), math.sqrt(weight) * columns], axis=1)
-    if not np.all(np.isfinite(factor)):
+    factor = np.concatenate([old.basis * sqrt(keep * old.e), sqrt(weight) * columns], axis=1)
+    if not all_finite(factor):
         return Sketch(old.basis, old.e * np.nan, np.nan)
-    u, s, _ = np.linalg.svd(factor, full_matrices=False)
-    s = np.where(s > max(factor.shape) * np.finfo(float).eps * s[0], s, 0.0)
+    u, s, _ = svd(factor)
+    s = np.where(s > max(factor.shape) * spacing(s) * s[0], s, 0.0)
     cut = s[size - 1] if size <= len(s) else 0.0
     escaped = np.sum(s[size - 1 :] ** 2) if "mass-trace" in flags else cut**2
     e = (s - cut) * (s + cut)
     if "undeflated" in flags and size <= len(s):
         e = np.where(np.arange(len(s)) < size - 1, s**2, 0.0)
+    note(lambda: _sensitivity(s, cut), stays=True)
     k = max(min(size, len(s)), 1)
     return Sketch(u[:, :k], np.maximum(e[:k], 0), tail_decay * old.mass + escaped)
+
+
+def _sensitivity(s: np.ndarray, cut: Any) -> Any:
+    """Condition number of the new eigenvalues and mass as functions of the factor with singular values ``s``.
+
+    They are computed with errors of u s_1 each: a difference s_i^2 - cut^2 is off by 2 u s_1 (s_i + cut), cut^2 by
+    2 u s_1 cut.
+    """
+    top = (s[0] - cut) * (s[0] + cut)
+    found = [2 * s[0] * (s[0] + cut) / top] if top > spacing(s) * s[0] ** 2 else []
+    return max([*found, 2 * s[0] / cut] if cut > 0 else found, default=1)
 
 
 ROOT_FLAGS = {
@@ -115,7 +129,7 @@ EPS_EXCLUSIVE = (
 def apply(
     sketch: Sketch,
     x: np.ndarray,
-    exponent: float,
+    exponent: float | Fraction,
     flags: frozenset[str],
     eps: float = 0.0,
     relative: bool = False,
@@ -131,7 +145,9 @@ def apply(
         ridge = 0.0
     live = (total > 0) | ("eps-everywhere" in flags and ridge > 0)
     safe = np.where(live, total, 1.0)
-    root = 1 / (safe**-exponent + ridge) if "eps-outside" in flags else (safe + ridge) ** exponent
+    own = total[: len(u)]  # no complement where there are as many columns as rows
+    note(lambda: 2 * spread(own[own > 0] + ridge) if own.any() else 1)  # errors of singular values count twice
+    root = 1 / (power(safe, -exponent) + ridge) if "eps-outside" in flags else power(safe + ridge, exponent)
     scale = np.where(live, root, 1.0 if "identity-outside" in flags else 0.0)
     return scale[-1] * (x - u @ (u.T @ x)) + u @ (scale[:-1, None] * (u.T @ x))
 
@@ -193,20 +209,20 @@ class _Axes:
 
     def __init__(self, config: Mapping[str, Any], dims: tuple[int, ...], order: int, flags: frozenset[str]) -> None:
         self.config, self.dims, self.flags = config, dims, flags
-        self.exponent = -0.5 / max(order, 1)
+        self.exponent = Fraction(-1, 2 * max(order, 1))
         if "exponent-double" in flags:
             self.exponent *= 2
         elif "exponent-quarter" in flags:
-            self.exponent = -0.25
+            self.exponent = Fraction(-1, 4)
         elif "first-axis-only" in flags:
-            self.exponent = -0.5
+            self.exponent = Fraction(-1, 2)
         self.sketches = self.used = [empty(d) for d in dims]
         self.pending: list[np.ndarray] = []
         self.seen = False
 
     def precondition(self, t: int, g: np.ndarray, learn: bool = True) -> np.ndarray:
         """``g`` preconditioned along all axes, after its statistics have entered the sketches if ``learn``."""
-        c, flags, x = self.config, self.flags, g.reshape(self.dims)
+        c, flags, x = self.config, self.flags, np.reshape(g, self.dims)
         renewed = due(t, c["every"], flags)
         self.pending.append(x)
         before = self.sketches
@@ -337,16 +353,16 @@ def practical(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozense
         if rmsprop:
             square = (v_old if "graft-after" in flags else v) / (1 - beta**t if "graft-corrected" in flags else 1)
             eps = 0.0 if "graft-eps-ignored" in flags else c["graft_eps"]
-            n = divide(g, np.sqrt(square) + eps if "graft-eps-outside" in flags else np.sqrt(square + eps))
+            n = divide(g, sqrt(square) + eps if "graft-eps-outside" in flags else sqrt(square + eps))
         u = n
         if dims:
             u = axes.precondition(t, g, learn=t > c["start"] or "start-unseen" not in flags)
             if grafts:
                 if "graft-of-momentum" in flags:
                     u = previous = mu * previous + u
-                length = np.linalg.norm(u)
+                length = norm(u)
                 if length > 0 or "zero-nan" in flags:
-                    u = u * (np.linalg.norm(n) / length)
+                    u = u * (norm(n) / length)
                 if t <= start and "start-ignored" not in flags:
                     u = n
         if not after and "kappa-unscaled" not in flags:
@@ -414,7 +430,7 @@ def adafd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[st
             used = used._replace(mass=delta)
         else:
             mass = used.mass if "escaped-added" in flags else 0.0
-            used = Sketch(used.basis, np.sqrt(used.e + mass) - math.sqrt(mass), math.sqrt(mass) + delta)
+            used = Sketch(used.basis, sqrt(used.e + mass) - sqrt(mass), sqrt(mass) + delta)
         exponent = -0.5 if "delta-inside" in flags else -1.0
         out = apply(used, g[:, None], exponent, flags)[:, 0], state("sketch", sketch)
 
@@ -423,7 +439,7 @@ def _online_newton(config: Mapping[str, Any], shape: tuple[int, ...], flags: fro
     """FD-SON, or RFD-SON if ``robust``."""
     delta, sketch, out = 0.0 if "delta-ignored" in flags else config["delta"], empty(shape[0]), None
     rate = config["learning_rate"]
-    power = (0.5 if "weight-root-time" in flags else 1.0) if robust else (1.0 if "weight-time" in flags else 0.5)
+    rooted = "weight-root-time" in flags if robust else "weight-time" not in flags
     share = 0.5 if robust else 0.0
     if flags & {"mass-full", "escaped-added"}:
         share = 1.0
@@ -431,8 +447,9 @@ def _online_newton(config: Mapping[str, Any], shape: tuple[int, ...], flags: fro
         share = 0.0
     for t in count(2 if "counter-ahead" in flags else 1):
         g, _ = yield out
-        scale = rate * (1.0 if "weight-timeless" in flags else t**power)
-        weight = 1.0 if "weight-one" in flags else 1 / scale if "weight-squared" in flags else 1 / math.sqrt(scale)
+        time = real(1 if "weight-timeless" in flags else t, rate)
+        scale = rate * (sqrt(time) if rooted else time)
+        weight = 1.0 if "weight-one" in flags else 1 / scale if "weight-squared" in flags else 1 / sqrt(scale)
         old, sketch = sketch, sketched(sketch, weight * g[:, None], config["size"], 1.0, None, flags)
         used = old if "statistic-after" in flags else sketch
         used = used._replace(mass=delta + share * used.mass)

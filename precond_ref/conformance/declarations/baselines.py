@@ -1,180 +1,16 @@
-"""The yardsticks: SGD, AdaGrad (diagonal and full), RMSProp, Adam, Shampoo, Muon.
-
-Elementwise: epsilon outside the root, 0/0 = 0, momentum is the heavy ball b = momentum b + (new term). Shampoo:
-epsilon under the root, exponent -1/(2 ndim), every axis counts. Muon: the polar factor of an averaged gradient.
-"""
+"""The yardsticks: SGD, AdaGrad (diagonal and full), RMSProp, Adam, Shampoo, Muon."""
 
 from __future__ import annotations
 
-import mpmath as mp
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
-from .base import (
-    DECAY,
-    Case,
-    Trace,
-    condition,
-    drive,
-    each,
-    eye,
-    function,
-    integers,
-    maker,
-    mode_gram,
-    mode_product,
-    norm,
-    power,
-    quotient,
-    shifted_condition,
-    sqrt,
-    svd,
-    with_zeros,
-    zeros,
-)
-
-# ---- elementwise ----------------------------------------------------------------------------------------------------
+from precond_ref.conformance.declarations.base import DECAY, Case, integers, maker, with_zeros
 
 
-def sgd_start(param, c):
-    """b_0, if there is momentum."""
-    return {"buffer": zeros(*param.shape)} if c.momentum else {}
-
-
-def sgd(t, grad, param, state, c):
-    """Polyak's heavy ball; Nesterov's form looks one step ahead."""
-    if not c.momentum:
-        return grad, {}, 1
-    buffer = c.momentum * state["buffer"] + grad
-    return (grad + c.momentum * buffer if c.nesterov else buffer), {"buffer": buffer}, 1
-
-
-def adagrad_start(param, c):
-    """The sum's first value."""
-    return {"total": zeros(*param.shape) + c.initial}
-
-
-def adagrad(t, grad, param, state, c):
-    """g / (sqrt(initial + sum of g^2) + eps)."""
-    total = state["total"] + grad * grad
-    return quotient(grad, sqrt(total) + c.eps), {"total": total}, 1
-
-
-def rmsprop_start(param, c):
-    """v_0, and b_0 if there is momentum."""
-    return {"v": zeros(*param.shape)} | ({"buffer": zeros(*param.shape)} if c.momentum else {})
-
-
-def rmsprop(t, grad, param, state, c):
-    """g / (sqrt(v) + eps), then the heavy ball."""
-    v = c.beta2 * state["v"] + (1 - c.beta2) * grad * grad
-    direction = quotient(grad, sqrt(v) + c.eps)
-    if not c.momentum:
-        return direction, {"v": v}, 1
-    buffer = c.momentum * state["buffer"] + direction
-    return buffer, {"v": v, "buffer": buffer}, 1
-
-
-def adam_start(param, c):
-    """m_0, v_0."""
-    return {"m": zeros(*param.shape), "v": zeros(*param.shape)}
-
-
-def adam(t, grad, param, state, c):
-    """Kingma and Ba, Algorithm 1."""
-    m = c.beta1 * state["m"] + (1 - c.beta1) * grad
-    v = c.beta2 * state["v"] + (1 - c.beta2) * grad * grad
-    direction = quotient(m / (1 - c.beta1**t), sqrt(v / (1 - c.beta2**t)) + c.eps)
-    return direction, {"m": m, "v": v}, 1 / (1 - c.beta2**t)
-
-
-# ---- matrices -------------------------------------------------------------------------------------------------------
-
-
-def full_start(param, c):
-    """The sum of outer products of the flattened gradients."""
-    return {"gram": zeros(param.size, param.size)}
-
-
-def full(t, grad, param, state, c):
-    """((sum g g^T)^{1/2} + eps I)^{-1} g."""
-    g = grad.reshape(-1)
-    gram = state["gram"] + np.outer(g, g)
-    inverse = function(gram, lambda w: mp.mpf(0) if c.eps == 0 and w <= 0 else 1 / (mp.sqrt(max(w, 0)) + c.eps))
-    return (inverse @ g).reshape(grad.shape), {"gram": gram}, shifted_condition(gram, c.eps)
-
-
-def shampoo_start(param, c):
-    """One statistic per axis, and the roots if they are kept."""
-    state = {f"grams.{i}": zeros(d, d) for i, d in enumerate(param.shape)}
-    return state | {f"roots.{i}": eye(d) for i, d in enumerate(param.shape)} if c.every > 1 else state
-
-
-def shampoo(t, grad, param, state, c):
-    """A root of each axis's statistic, at t = 1, 1 + every, ..."""
-    new, direction, kappa = {}, grad, mp.mpf(1)
-    for i in range(grad.ndim):
-        weight = 1 if c.beta2 == 1 else 1 - c.beta2
-        gram = new[f"grams.{i}"] = c.beta2 * state[f"grams.{i}"] + weight * mode_gram(grad, i)
-        used = gram / (1 - c.beta2**t) if c.bias_correction else gram
-        if (t - 1) % c.every == 0:
-            root = power(used, mp.mpf(-1) / (2 * grad.ndim), c.eps)
-            kept = new[f"_kappa.{i}"] = condition(used, c.eps)
-        else:
-            root, kept = state[f"roots.{i}"], state[f"_kappa.{i}"]
-            new[f"_kappa.{i}"] = kept
-        if c.every > 1:
-            new[f"roots.{i}"] = root
-        kappa = max(kappa, kept)
-        direction = mode_product(direction, root, i)
-    return direction, new, kappa
-
-
-def muon_start(param, c):
-    """M_0."""
-    return {"m": zeros(*param.shape)}
-
-
-def muon(t, grad, param, state, c):
-    """The quintic of root="newton_schulz" acts on each singular value of the matrix divided by its norm."""
-    m = c.momentum * state["m"] + (1 - c.momentum) * grad
-    n = c.momentum * m + (1 - c.momentum) * grad if c.nesterov else m
-    u, s, vt = svd(n)
-    live = [x for x in s if x > 0]
-    kappa = (max(live) / min(live)) ** 2 if live else mp.mpf(1)
-    if c.root == "svd":
-        s = each(lambda x: mp.mpf(x > 0), s)
-    else:
-        s = quotient(s, norm(s))
-        a, b, d = (mp.mpf(text) for text in ("3.4445", "-4.7750", "2.0315"))
-        for _ in range(c.root_steps):
-            s = a * s + b * s**3 + d * s**5
-    direction = (u * s) @ vt
-    if c.rms is not None:
-        direction = direction * c.rms * mp.sqrt(max(grad.shape))
-    return direction, {"m": m}, kappa
-
-
-METHODS = {
-    "SGD": (sgd_start, sgd, 0),
-    "AdaGrad": (adagrad_start, adagrad, 0),
-    "RMSProp": (rmsprop_start, rmsprop, 0),
-    "Adam": (adam_start, adam, 0),
-    "FullAdaGrad": (full_start, full, 0.5),
-    "Shampoo": (shampoo_start, shampoo, 0.5),
-    "Muon": (muon_start, muon, 0.5),
-}
-
-
-def run(case: Case) -> Trace:
-    """The truth of a case."""
-    start, step, exponent = METHODS[case.method]
-    return drive(case, start, step, exponent=exponent, stale=case.config.get("every", 1) > 1)
-
-
-# ---- cases ----------------------------------------------------------------------------------------------------------
-
-
-def elementwise(case, seed):
+def elementwise(case: Callable[..., Case], seed: int) -> list[Case]:
     """What every elementwise method is asked."""
     return [
         case("zero-first", "A zero gradient at the first step.", seed=seed, grads=with_zeros(seed, (2, 3), 0)),
@@ -198,7 +34,7 @@ def elementwise(case, seed):
     ]
 
 
-def no_eps(case, **change):
+def no_eps(case: Callable[..., Case], **change: Any) -> Case:
     """An entry whose gradient is always zero."""
     return case(
         "no-eps",

@@ -1,113 +1,10 @@
-"""IF-Shampoo in 50 digits (Lin et al., arXiv 2402.03496, and the authors' code): S_n^-1 = K_n K_n^T, no inverse.
-
-A structure is a list of groups of entries, equal within a group, zero outside of all; the projection onto it solves its
-least-squares problem group by group.
-"""
+"""IF-Shampoo."""
 
 from __future__ import annotations
 
-import math
-from types import SimpleNamespace
 from typing import Any
 
-import mpmath as mp
-import numpy as np
-
-from .base import Array, Case, Trace, condition, drive, exact, eye, integers, mode_product, norm, zeros
-from .root_free import heavy_ball, unit_free
-
-
-def basis(structure: str, d: int) -> list[list[tuple[int, int]]]:
-    """Groups of entries that are equal in every member; entries in no group are zero."""
-    name, _, rest = structure.partition("(")
-    sizes = [int(s) for s in rest.rstrip(")").split(",") if s]
-    entries = [(i, j) for i in range(d) for j in range(d)]
-    if name == "tril-toeplitz":
-        return [[(j + k, j) for j in range(d - k)] for k in range(d)]
-    if name == "triu-toeplitz":
-        return [[(i, i + k) for i in range(d - k)] for k in range(d)]
-    if name == "hierarchical":
-        top = min(sizes[0], d)
-        bottom = min(sizes[1], d - top)
-        middle = range(top, d - bottom)
-        free = {(i, j) for i in range(top) for j in range(d)}  # A, B1, B2
-        free |= {(i, i) for i in middle}  # C
-        free |= {(i, j) for i in range(d - bottom, d) for j in range(top, d)}  # D, E
-    else:
-        rules = {
-            "dense": lambda i, j: True,
-            "diagonal": lambda i, j: i == j,
-            "tril": lambda i, j: i >= j,
-            "triu": lambda i, j: i <= j,
-            "block-diagonal": lambda i, j: i // sizes[0] == j // sizes[0],
-        }
-        free = {entry for entry in entries if rules[name](*entry)}
-    return [[entry] for entry in sorted(free)]
-
-
-def project(x: Array, structure: str) -> Array:
-    """The member of smallest norm that makes ``|| m + m^T - x ||_F`` least, for symmetric x.
-
-    With one coefficient per group the groups do not meet in the sum of squares, except a group and its mirror image:
-    a group's coefficient fits the mean of its entries of x, alone, or shared equally with the mirror image.
-    """
-    groups, m = basis(structure, len(x)), zeros(*x.shape)
-    free = {entry for group in groups for entry in group}
-    for group in groups:
-        shared = {(j, i) in free for i, j in group}
-        assert len(shared) == 1, "a group is mirrored as a whole or not at all"
-        value = sum(x[i, j] for i, j in group) / len(group) / (2 if shared.pop() else 1)
-        for i, j in group:
-            m[i, j] = value
-    return m
-
-
-def _start(param: Array, c: SimpleNamespace) -> dict[str, Any]:
-    dims = unit_free(param.shape)
-    state = {f"factors.{n}": eye(d) for n, d in enumerate(dims)}
-    if c.riemannian_momentum != 0:
-        state |= {f"momenta.{n}": zeros(d, d) for n, d in enumerate(dims)}
-    return state if c.momentum == 0 else state | {"buffer": zeros(*param.shape)}
-
-
-def _step(t: int, g: Array, param: Array, state: dict[str, Any], c: SimpleNamespace) -> tuple:
-    dims = unit_free(g.shape)
-    structures = (c.structure,) * len(dims) if isinstance(c.structure, str) else tuple(c.structure)
-    tensor = exact(g).reshape(dims)
-    factors = [state[f"factors.{n}"] for n in range(len(dims))]
-    new = {k: v for k, v in state.items() if k != "buffer"}
-    if (t - 1) % c.every == 0:
-        p = tensor
-        for n, k in enumerate(factors):
-            p = mode_product(p, k.T, n)
-        for n, (d, k) in enumerate(zip(dims, factors, strict=True)):
-            rows = np.moveaxis(p, n, 0).reshape(d, -1)
-            traces = mp.mpf(1)
-            for j, other in enumerate(factors):
-                if j != n:
-                    traces = traces * np.trace(other.T @ other)
-            h = (c.batch_size * rows @ rows.T + c.damping * traces * k.T @ k) * d / math.prod(dims)
-            m = project(h - eye(d), structures[n])
-            if c.riemannian_momentum != 0:
-                m = c.riemannian_momentum * state[f"momenta.{n}"] + (1 - c.riemannian_momentum) * m
-                new[f"momenta.{n}"] = m
-            length = max(mp.mpf(1), norm(m)) if c.clip else mp.mpf(1)
-            new[f"factors.{n}"] = k - c.beta2 / length * k @ m
-    u = tensor
-    for n in range(len(dims)):
-        k = new[f"factors.{n}"]
-        u = mode_product(u, k @ k.T, n)
-    kappa = max(condition(new[f"factors.{n}"] @ new[f"factors.{n}"].T) for n in range(len(dims)))
-    return heavy_ball(u.reshape(g.shape), param, state, new, c), new, kappa
-
-
-def run(case: Case) -> Trace:
-    """The trace of a case."""
-    axes = len(unit_free(case.shape[case.stack_ndim :]))
-    return drive(case, _start, _step, exponent=float(axes), stale=case.config["every"] > 1)
-
-
-# ---- cases ----------------------------------------------------------------------------------------------------------
+from precond_ref.conformance.declarations.base import Case, integers
 
 DEFAULTS: dict[str, Any] = {
     "beta2": 0.25,
@@ -126,9 +23,9 @@ DEFAULTS: dict[str, Any] = {
 def _case(name: str, shape: tuple[int, ...], why: str, *, seed: int, steps: int = 5, catches: str = "", zero: Any = (),
           scale: float = 1.0, **rest: Any) -> Case:  # fmt: skip
     """A trace; gradients are integers times ``scale``, zero at the updates ``zero`` (counted from 0)."""
-    grads = integers(100 + seed, (steps, *shape), -2, 2) * mp.mpf(scale)
+    grads = integers(100 + seed, (steps, *shape), -2, 2) * scale
     for t in zero:
-        grads[t] = zeros(*shape)
+        grads[t] = 0
     return Case(
         method="IFShampoo",
         name=name,
@@ -142,7 +39,7 @@ def _case(name: str, shape: tuple[int, ...], why: str, *, seed: int, steps: int 
     )
 
 
-PLAIN = {"momentum": 0.0, "riemannian_momentum": 0.0}
+PLAIN: dict[str, Any] = {"momentum": 0.0, "riemannian_momentum": 0.0}
 CASES = [
     _case("dense", (4, 3), "All of the method: both momenta, clip, dense factors", seed=1, steps=6,
           catches="no-transpose factor-dropped factor-right no-half heavy-ball-riemannian clip-ignored clip-max "

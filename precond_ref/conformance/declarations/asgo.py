@@ -1,135 +1,17 @@
-"""ASGO and DASGO (arXiv 2503.20762): Algorithm 1 (theory) and the practical forms of the authors' code."""
+"""ASGO and DASGO, practical and theory."""
 
 from __future__ import annotations
 
-import mpmath as mp
+from collections.abc import Callable
+
 import numpy as np
 
-from .base import (
-    DECAY,
-    Case,
-    Trace,
-    condition,
-    drive,
-    eye,
-    function,
-    integers,
-    maker,
-    norm,
-    power,
-    quotient,
-    shifted_condition,
-    sqrt,
-    with_zeros,
-    zeros,
-)
-
-
-def is_left(shape, c):
-    """Which side is preconditioned: a tie goes to the right, head blocks are left."""
-    return c.heads is not None or c.side == "left" or (c.side == "smaller" and shape[0] < shape[1])
-
-
-def asgo_start(param, c):
-    """M_0, V_0, and the root if it is kept."""
-    m, n = param.shape
-    k = m if is_left(param.shape, c) else n
-    gram, root = zeros(k, k), eye(k)
-    if c.heads is not None:
-        h = c.heads
-        gram, root = zeros(h, k // h, k // h), np.stack([eye(k // h)] * h)
-    state = {"m": zeros(m, n), "gram": gram}
-    return state | {"root": root} if c.every > 1 else state
-
-
-def asgo(t, grad, param, state, c):
-    """Practical: averages of G and of G G^T or G^T G; the root at t = 1, 1 + every, ...; rescaled to ``rms``."""
-    m = c.beta1 * state["m"] + (1 - c.beta1) * grad
-    left = is_left(grad.shape, c)
-    blocks = np.split(grad, c.heads) if c.heads else [grad]
-    new = np.stack([g @ g.T if left else g.T @ g for g in blocks]) * (1 - c.beta2)
-    gram = c.beta2 * state["gram"] + (new if c.heads else new[0])
-    grams = list(gram) if c.heads else [gram]
-    ridge = 0 if c.root == "polar_express" else c.eps  # in which epsilon enters only a norm
-    out = {"m": m, "gram": gram}
-    if (t - 1) % c.every == 0:
-        roots = [power(v, -0.5, ridge) for v in grams]
-        kappa = max(condition(v, ridge) for v in grams)
-    else:
-        roots, kappa = (list(state["root"]) if c.heads else [state["root"]]), state["_kappa"]
-    out["_kappa"] = kappa
-    if c.every > 1:
-        out["root"] = np.stack(roots) if c.heads else roots[0]
-    if left:
-        u = np.concatenate([p @ x for p, x in zip(roots, np.split(m, len(roots)), strict=True)])
-    else:
-        u = m @ roots[0]
-    return rescaled(u, c.rms), out, kappa
-
-
-def rescaled(u, rms):
-    """``u`` with root mean square ``rms``; zero stays zero."""
-    size = norm(u)
-    return u if rms is None or size == 0 else u * (rms * mp.sqrt(u.size) / size)
-
-
-def theory_start(param, c):
-    """V_0."""
-    k = param.shape[0 if c.side == "left" else 1]
-    return {"gram": zeros(k, k)}
-
-
-def theory(t, grad, param, state, c):
-    """Algorithm 1: (V^{1/2} + eps I)^{-1} G with V the sum of G G^T; or all on the right."""
-    left = c.side == "left"
-    gram = state["gram"] + (grad @ grad.T if left else grad.T @ grad)
-    inverse = function(gram, lambda w: mp.mpf(0) if c.eps == 0 and w <= 0 else 1 / (mp.sqrt(max(w, 0)) + c.eps))
-    return (inverse @ grad if left else grad @ inverse), {"gram": gram}, shifted_condition(gram, c.eps)
-
-
-def dasgo_start(param, c):
-    """M_0, and one number per column."""
-    return {"m": zeros(*param.shape), "v": zeros(param.shape[1])}
-
-
-def dasgo(t, grad, param, state, c):
-    """Columns, epsilon under the root, rescaled to ``rms``."""
-    m = c.beta1 * state["m"] + (1 - c.beta1) * grad
-    v = c.beta2 * state["v"] + (1 - c.beta2) * (grad * grad).sum(axis=0)
-    return rescaled(quotient(m, sqrt(v + c.eps)), c.rms), {"m": m, "v": v}, 1
-
-
-def dasgo_theory_start(param, c):
-    """One number per row."""
-    return {"d": zeros(param.shape[0])}
-
-
-def dasgo_theory(t, grad, param, state, c):
-    """Rows, a sum, epsilon outside the root."""
-    d = state["d"] + (grad * grad).sum(axis=1)
-    return quotient(grad, (sqrt(d) + c.eps)[:, None]), {"d": d}, 1
-
-
-METHODS = {
-    "ASGO": (asgo_start, asgo, 0.5),
-    "ASGO.theory": (theory_start, theory, 0.5),
-    "DASGO": (dasgo_start, dasgo, 0),
-    "DASGO.theory": (dasgo_theory_start, dasgo_theory, 0),
-}
-
-
-def run(case: Case) -> Trace:
-    """The truth of a case."""
-    start, step, exponent = METHODS[case.constructor or case.method]
-    return drive(case, start, step, exponent=exponent, stale=case.config.get("every", 1) > 1)
-
-
-# ---- cases ----------------------------------------------------------------------------------------------------------
+from precond_ref.conformance.declarations.base import DECAY, Case, integers, maker, with_zeros
 
 DEPENDENT = np.array([[1, 0], [0, 1], [1, 1]])  # three rows out of two
 
 
-def practical(case, seed):
+def practical(case: Callable[..., Case], seed: int) -> list[Case]:
     """What both practical methods are asked."""
     return [
         case(

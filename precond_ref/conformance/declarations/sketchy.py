@@ -1,239 +1,12 @@
-"""Sketchy and the online yardsticks in 50 digits, with dense matrices: a sketch is its product U diag(e) U^T.
-
-Feinberg et al., arXiv 2302.03764: Algorithms 1 to 3, the exponential version of section 4.3, and the deep-learning
-version of the authors' code. One update of a sketch S of size l for the new statistic M is
-[beta2 S + M - rho I]_+, rho the l-th largest eigenvalue of beta2 S + M; no choice of eigenvectors enters.
-"""
+"""S-AdaGrad, S-Shampoo, its deep-learning version, the online yardsticks, and sketches by themselves."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
-import mpmath as mp
 import numpy as np
 
-from .base import (
-    TINY,
-    Array,
-    Case,
-    Trace,
-    drive,
-    each,
-    eig,
-    exact,
-    integers,
-    mode_gram,
-    mode_product,
-    namespace,
-    norm,
-    quotient,
-    sqrt,
-    zeros,
-)
-
-LARGEST_AXIS = 4096
-
-
-def fd_update(
-    sketch: Array, escaped: Any, gram: Array, size: int, beta2: Any, tail_decay: Any
-) -> tuple[Array, Any, Any]:
-    """Algorithm 1 for the decayed sketch: new product, new escaped mass, and how sensitive the two are.
-
-    That is their condition number as functions of a factor F, F F^T = beta2 S + M, whose singular values s one
-    computes: all off by u s_1, a difference s_i^2 - s_l^2 is off by 2 u s_1 (s_i + s_l), and s_l^2 by 2 u s_1 s_l.
-    """
-    w, q = eig(beta2 * sketch + gram)
-    cut = w[-size] if size <= len(w) else mp.mpf(0)
-    left = each(lambda v: mp.mpf(0) if v - cut <= TINY * w[-1] else v - cut, w)
-    both = [2 * (w[-1] + mp.sqrt(w[-1] * cut)) / left[-1]] if left[-1] > 0 else []
-    both += [2 * mp.sqrt(w[-1] / cut)] if cut > 0 else []
-    return (q * left) @ q.T, tail_decay * escaped + cut, max(both, default=mp.mpf(1))
-
-
-def sketch_power(
-    sketch: Array, mass: Any, exponent: Any, ridge: Any = 0, relative: bool = False, root_first: bool = False
-) -> tuple[Array, Any]:
-    """``(S + (mass + ridge) I)^exponent``, zero wherever S + mass I is zero, and its sensitivity.
-
-    That is twice the condition number on the rest: errors of the singular values of a factor count twice in S.
-    ``root_first``: the power of ``S^(1/2) + (mass + ridge) I`` instead.
-    """
-    w, q = eig(sketch)
-    total = (sqrt(each(lambda v: max(v, 0), w)) if root_first else each(lambda v: max(v, 0), w)) + mass
-    ridge = ridge * max(total) if relative else ridge
-    live = [v + ridge for v in total if v > 0]
-    scale = each(lambda v: (v + ridge) ** exponent if v > 0 else mp.mpf(0), total)
-    return (q * scale) @ q.T, 2 * max(live) / min(live) if live else mp.mpf(1)
-
-
-# ---- S-AdaGrad and S-Shampoo ----------------------------------------------------------------------------------------
-
-
-def _sadagrad_start(param: Array, c: SimpleNamespace) -> dict[str, Any]:
-    return {"sketch": zeros(len(param), len(param)), "sketch.escaped": c.delta, "_sensitivity": mp.mpf(1)}
-
-
-def _sadagrad_step(t: int, g: Array, param: Array, state: dict[str, Any], c: SimpleNamespace) -> tuple:
-    new = _sketched(state, g, c, c.beta2)
-    root, kappa = sketch_power(new["sketch"], new["sketch.escaped"], mp.mpf(-1) / 2)
-    return root @ g, new, max(kappa, new["_sensitivity"])
-
-
-def _sketched(state: dict[str, Any], g: Array, c: SimpleNamespace, beta2: Any) -> dict[str, Any]:
-    """The state after a vector; the largest sensitivity so far with it."""
-    sketch, escaped, worst = fd_update(state["sketch"], state["sketch.escaped"], np.outer(g, g), c.size, beta2, beta2)
-    return {
-        "sketch": sketch,
-        "sketch.escaped": escaped,
-        "_sensitivity": max(worst, state["_sensitivity"]),
-        "_decompositions": state.get("_decompositions", 0) + 1,
-    }
-
-
-def _empty(dims: tuple[int, ...]) -> dict[str, Any]:
-    state: dict[str, Any] = {"_sensitivity": mp.mpf(1)}
-    for i, d in enumerate(dims):
-        state |= {f"sketches.{i}": zeros(d, d), f"sketches.{i}.escaped": mp.mpf(0)}
-    return state
-
-
-def _precondition(t: int, g: Array, state: dict[str, Any], c: SimpleNamespace) -> tuple[Array, dict[str, Any], Any]:
-    """``g`` with a root of each axis's sketch applied; the new sketches; the largest condition number."""
-    tail_decay = c.beta2 if c.tail_decay is None else c.tail_decay
-    exponent, direction, new, kappas = mp.mpf(-1) / (2 * g.ndim), g, {}, [state["_sensitivity"]]
-    for i in range(g.ndim):
-        sketch, escaped = state[f"sketches.{i}"], state[f"sketches.{i}.escaped"]
-        if (t - 1) % c.every == 0:
-            sketch, escaped, worst = fd_update(sketch, escaped, mode_gram(g, i), c.size, c.beta2, tail_decay)
-            new["_sensitivity"] = max(worst, new.get("_sensitivity", state["_sensitivity"]))
-        root, kappa = sketch_power(sketch, escaped, exponent, c.eps, c.relative_eps)
-        direction = mode_product(direction, root, i)
-        new |= {f"sketches.{i}": sketch, f"sketches.{i}.escaped": escaped}
-        kappas.append(kappa)
-    new.setdefault("_sensitivity", state["_sensitivity"])
-    new["_decompositions"] = (t - 1) // c.every + 1
-    return direction, new, max([*kappas, new["_sensitivity"]])
-
-
-def _sshampoo_start(param: Array, c: SimpleNamespace) -> dict[str, Any]:
-    return _empty(param.shape)
-
-
-def _sshampoo_step(t: int, g: Array, param: Array, state: dict[str, Any], c: SimpleNamespace) -> tuple:
-    return _precondition(t, g, state, c)
-
-
-# ---- the deep-learning version --------------------------------------------------------------------------------------
-
-
-def merged(shape: tuple[int, ...], c: SimpleNamespace) -> tuple[int, ...]:
-    """Axes of the tensor that is sketched; none where only the graft applies."""
-    if c.graft is not None and (len(shape) <= 1 or max(shape) > LARGEST_AXIS):
-        return ()
-    groups: list[int] = []
-    for d in shape:
-        if groups and groups[-1] * d <= c.merge:
-            groups[-1] *= d
-        else:
-            groups.append(d)
-    return tuple(d for d in groups if d > 1)
-
-
-def _practical_start(param: Array, c: SimpleNamespace) -> dict[str, Any]:
-    state = _empty(merged(param.shape, c))
-    if c.graft == "rmsprop":
-        state["v"] = zeros(*param.shape)
-    if c.momentum != 0:
-        state["m"] = zeros(*param.shape)
-    return state
-
-
-def _practical_step(t: int, g: Array, param: Array, state: dict[str, Any], c: SimpleNamespace) -> tuple:
-    new, kappa, graft = {}, mp.mpf(1), g
-    if c.graft == "rmsprop":
-        new["v"] = (
-            state["v"] + g * g if c.graft_beta2 == 1 else c.graft_beta2 * state["v"] + (1 - c.graft_beta2) * g * g
-        )
-        graft = quotient(g, sqrt(new["v"] + c.graft_eps))
-    dims = merged(g.shape, c)
-    u = graft
-    if dims:
-        u, sketches, kappa = _precondition(t, exact(g).reshape(dims), state, c)
-        u, new = u.reshape(g.shape), new | sketches
-        if c.graft is not None:
-            length = norm(u)
-            u = graft if t <= c.start else u * (norm(graft) / length if length else 0)
-    if not c.decay_after_momentum:
-        u = u + c.weight_decay * param
-    if c.momentum != 0:
-        u = (1 - c.momentum) * u if c.momentum_ema else u
-        new["m"] = c.momentum * state["m"] + u
-        u = u + c.momentum * new["m"] if c.nesterov else new["m"]
-    if c.decay_after_momentum:
-        u = u + c.weight_decay * param
-    return exact(u), new, kappa
-
-
-# ---- the yardsticks of the online experiments -----------------------------------------------------------------------
-
-
-def _online_start(param: Array, c: SimpleNamespace) -> dict[str, Any]:
-    return {"sketch": zeros(len(param), len(param)), "sketch.escaped": mp.mpf(0), "_sensitivity": mp.mpf(1)}
-
-
-def _adafd_step(t: int, g: Array, param: Array, state: dict[str, Any], c: SimpleNamespace) -> tuple:
-    new = _sketched(state, g, c, 1)
-    inverse, kappa = sketch_power(new["sketch"], c.delta, -1, root_first=True)
-    return inverse @ g, new, max(kappa, new["_sensitivity"])
-
-
-def _fdson_step(t: int, g: Array, param: Array, state: dict[str, Any], c: SimpleNamespace) -> tuple:
-    new = _sketched(state, g / mp.sqrt(c.learning_rate * mp.sqrt(t)), c, 1)
-    inverse, kappa = sketch_power(new["sketch"], c.delta, -1)
-    return inverse @ g / c.learning_rate, new, max(kappa, new["_sensitivity"])
-
-
-def _rfdson_step(t: int, g: Array, param: Array, state: dict[str, Any], c: SimpleNamespace) -> tuple:
-    new = _sketched(state, g / mp.sqrt(c.learning_rate * t), c, 1)
-    inverse, kappa = sketch_power(new["sketch"], c.delta + new["sketch.escaped"] / 2, -1)
-    return inverse @ g / c.learning_rate, new, max(kappa, new["_sensitivity"])
-
-
-def _primitive(case: Case) -> dict[str, Array]:
-    """The sketch after each batch of ``rows`` (T, q, d)."""
-    c, rows = namespace(case.config), case.inputs["rows"]
-    d = rows.shape[2]
-    product, escaped, out, kappas = zeros(d, d), mp.mpf(0), [], []
-    tail_decay = c.beta2 if c.tail_decay is None else c.tail_decay
-    for y in rows:
-        product, escaped, worst = fd_update(product, escaped, y.T @ y, c.size, c.beta2, tail_decay)
-        out.append((product, eig(product)[0][::-1][: c.size], escaped))
-        kappas.append(worst)
-    products, eigenvalues, masses = (np.stack([exact(x) for x in column]) for column in zip(*out, strict=True))
-    results = {"product": products, "eigenvalues": eigenvalues, "escaped": masses}
-    return results | {"_kappa": [max(kappas)], "_decompositions": [len(rows)]}
-
-
-METHODS = {
-    "SAdaGrad": (_sadagrad_start, _sadagrad_step, 0.5),
-    "SShampoo": (_sshampoo_start, _sshampoo_step, 0.5),
-    "SShampoo.practical": (_practical_start, _practical_step, 0.5),
-    "AdaFD": (_online_start, _adafd_step, 1.0),
-    "FDSON": (_online_start, _fdson_step, 1.0),
-    "RFDSON": (_online_start, _rfdson_step, 1.0),
-}
-
-
-def run(case: Case) -> Trace | dict[str, Array]:
-    """A trace, or the tensors of a primitive."""
-    if case.kind == "primitive":
-        return _primitive(case)
-    start, step, exponent = METHODS[case.constructor or case.method]
-    return drive(case, start, step, exponent=exponent, stale=case.config.get("every", 1) > 1)
-
-
-# ---- cases ----------------------------------------------------------------------------------------------------------
+from precond_ref.conformance.declarations.base import Case, integers
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "SAdaGrad": {"size": 3, "beta2": 1.0, "delta": 0.0, "solver": "svd"},
@@ -286,9 +59,9 @@ def _case(
 ) -> Case:
     """A trace; ``zero``: the updates, counted from 0, whose gradient is zero; other fields go to `Case` or config."""
     config = {**DEFAULTS[constructor], **{k: v for k, v in rest.items() if k in DEFAULTS[constructor]}}
-    grads = integers(100 + seed, (steps, *shape)) if grads is None else exact(grads)
+    grads = integers(100 + seed, (steps, *shape)) if grads is None else np.array(grads, float)
     for t in zero:
-        grads[t] = zeros(*shape)
+        grads[t] = 0
     method = constructor.split(".")[0]
     rest = {k: v for k, v in rest.items() if k not in config}
     return Case(
@@ -483,7 +256,7 @@ def _sketch(name: str, d: int, q: int, why: str, *, seed: int, rows: Any = None,
         why=why,
         config={"size": 3, "beta2": 1.0, "tail_decay": None} | config,
         shape=(d,),
-        inputs={"rows": integers(seed, (4, q, d)) if rows is None else exact(rows)},
+        inputs={"rows": integers(seed, (4, q, d)) if rows is None else rows},
     )
 
 

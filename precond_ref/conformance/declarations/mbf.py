@@ -1,95 +1,10 @@
-"""MBF in 50 digits (Bahamou, Goldfarb, Ren, arXiv 2202.04124), with every mini-block written out.
-
-Per block b: F_b <- rho F_b + (1 - rho) g_b g_b^T, P_b <- (F_b + lambda I)^-1, direction P_b M_b, M heavy-ball.
-A block is the list of the places of its entries in the parameter.
-"""
+"""MBF."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
-import mpmath as mp
-import numpy as np
-
-from .base import Array, Case, Trace, condition, drive, exact, eye, integers, power, sqrt, zeros
-
-Place = tuple[int, ...]
-
-
-def blocks(shape: tuple[int, ...], c: SimpleNamespace) -> list[list[Place]]:
-    """The places of each mini-block's entries, in the order in which they are counted."""
-    if c.kind == "conv":
-        o, i, height, width = shape
-        return [[(a, b, y, x) for y in range(height) for x in range(width)] for a in range(o) for b in range(i)]
-    o, j = shape
-    if c.layout == "per_output":
-        return [[(row, column) for column in range(j)] for row in range(o)]
-    if c.layout == "per_input":
-        return [[(row, column) for row in range(o)] for column in range(j)]
-    in_order = [(row, column) for row in range(o) for column in range(j)]
-    return [in_order[start : start + o] for start in range(0, o * j, o)]
-
-
-def _gather(array: Array, places: list[Place]) -> Array:
-    return exact([array[place] for place in places])
-
-
-def _start(param: Array, c: SimpleNamespace) -> dict[str, Any]:
-    if c.kind == "diagonal":
-        return {"m": zeros(*param.shape), "statistic": zeros(*param.shape)}
-    count, s = len(blocks(param.shape, c)), len(blocks(param.shape, c)[0])
-    lead = () if _averaged(c) else param.shape[:2] if c.kind == "conv" else (count,)
-    statistic = zeros(*lead, s, s)
-    state = {"m": zeros(*param.shape), "statistic": statistic, "_kappa": mp.mpf(1)}
-    return state if c.inverse_every == 1 else state | {"inverse": statistic + eye(s) / c.damping}
-
-
-def _averaged(c: SimpleNamespace) -> bool:
-    return c.kind == "fc" and c.average
-
-
-def _step(t: int, g: Array, param: Array, state: dict[str, Any], c: SimpleNamespace) -> tuple:
-    if c.kind == "diagonal":
-        return _diagonal(t, g, state)
-    places, i = blocks(param.shape, c), t - 1
-    m = c.momentum * state["m"] + g
-    s = len(places[0])
-    old = state["statistic"].reshape(-1, s, s)
-    outer = [np.outer(*(_gather(g, p),) * 2) for p in places]
-    outer = [sum(outer[1:], outer[0]) / len(outer)] if _averaged(c) else outer
-    f = old
-    if i % c.statistics_every == 0:
-        f = np.stack([c.decay * a + (1 - c.decay) * b for a, b in zip(old, outer, strict=True)])
-    due = (i <= c.inverse_every and i % c.statistics_every == 0) or i % c.inverse_every == 0
-    inverse = np.stack([power(a, -1, c.damping) for a in f]) if due else state["inverse"].reshape(-1, s, s)
-    direction = zeros(*param.shape)
-    for b, block in enumerate(places):
-        moved = inverse[0 if _averaged(c) else b] @ _gather(m, block)
-        for place, value in zip(block, moved, strict=True):
-            direction[place] = value
-    shape = state["statistic"].shape
-    kappa = max(condition(a, c.damping) for a in f) if due else state["_kappa"]
-    new = {"m": m, "statistic": f.reshape(shape), "_kappa": kappa}
-    if c.inverse_every > 1:
-        new["inverse"] = inverse.reshape(shape)
-    return direction, new, kappa
-
-
-def _diagonal(t: int, g: Array, state: dict[str, Any]) -> tuple:
-    """The authors' rule for what has no blocks, with their constants as the nearest float64."""
-    decay, square_decay, eps = mp.mpf(0.9), mp.mpf(0.999), mp.mpf(1e-8)
-    n = exact(decay * state["m"] + (1 - decay) * g)
-    v = exact(square_decay * state["statistic"] + (1 - square_decay) * n * n)
-    return n / (eps + sqrt(v / (1 - square_decay**t))), {"m": n, "statistic": v}, 1 / (1 - square_decay**t)
-
-
-PRESETS = {
-    "autoencoder": {"layout": "contiguous", "damping": 3e-4, "statistics_every": 2, "inverse_every": 25},
-    "cnn": {"layout": "contiguous", "damping": 3e-3, "statistics_every": 10, "inverse_every": 100},
-}
-"""What the authors ran, by kind of network."""
+from precond_ref.conformance.declarations.base import Case, integers
 
 DEFAULTS: dict[str, Any] = {
     "kind": "fc",
@@ -101,27 +16,19 @@ DEFAULTS: dict[str, Any] = {
     "statistics_every": 1,
     "inverse_every": 1,
 }
-
-
-def run(case: Case) -> Trace:
-    """The trace of a case."""
-    if case.constructor == "MBF.authors_code":
-        config = {**DEFAULTS, "decay": 0.9, "momentum": 0.9, **PRESETS[case.config["network"]]}
-        case = replace(case, config=config)
-    diagonal = case.config["kind"] == "diagonal"
-    stale = case.config["inverse_every"] > 1
-    return drive(case, _start, _step, exponent=0.0 if diagonal else 1.0, stale=stale and not diagonal)
-
-
-# ---- cases ----------------------------------------------------------------------------------------------------------
+PRESETS = {
+    "autoencoder": {"layout": "contiguous", "damping": 3e-4, "statistics_every": 2, "inverse_every": 25},
+    "cnn": {"layout": "contiguous", "damping": 3e-3, "statistics_every": 10, "inverse_every": 100},
+}
+"""What the authors ran, by kind of network."""
 
 
 def _case(name: str, shape: tuple[int, ...], why: str, *, seed: int, steps: int = 5, catches: str = "", zero: Any = (),
           scale: float = 1.0, network: str = "", weight_decay: float = 0.0, **rest: Any) -> Case:  # fmt: skip
     """A trace; gradients are integers times ``scale``, zero at the updates ``zero`` (counted from 0)."""
-    grads = integers(100 + seed, (steps, *shape)) * mp.mpf(scale)
+    grads = integers(100 + seed, (steps, *shape)) * scale
     for t in zero:
-        grads[t] = zeros(*shape)
+        grads[t] = 0
     config = {**DEFAULTS, **{k: v for k, v in rest.items() if k in DEFAULTS}}
     return Case(
         method="MBF",
@@ -129,6 +36,7 @@ def _case(name: str, shape: tuple[int, ...], why: str, *, seed: int, steps: int 
         name=name,
         why=why,
         config={"network": network} if network else config,
+        fields={**DEFAULTS, "decay": 0.9, "momentum": 0.9, **PRESETS[network]} if network else {},
         shape=shape,
         param=integers(seed, shape),
         grads=grads,

@@ -1,0 +1,151 @@
+"""Writes the conformance vectors: the cases' results by the second implementation (`variants`) with 50 digits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import mpmath as mp
+import numpy as np
+from safetensors.numpy import save
+
+from precond_ref.conformance import variants
+from precond_ref.conformance.arithmetic import DIGITS, exact, number, rounded
+from precond_ref.conformance.declarations import declared
+from precond_ref.conformance.declarations.base import Case
+from precond_ref.conformance.variants import root_free, sketchy
+
+EXPONENTS = {"ASGO": 0.5, "FullAdaGrad": 0.5, "Muon": 0.5, "Shampoo": 0.5, "SAdaGrad": 0.5, "SShampoo": 0.5,
+             "AdaFD": 1.0, "FDSON": 1.0, "RFDSON": 1.0}  # fmt: skip
+"""Total exponent p of the root by method, as in L^-1/4 G R^-1/4: 0.5; `exponent` knows the others."""
+
+
+def build(folder: Path, on_case: Callable[[str, int, int], Any] = lambda name, done, total: None) -> None:
+    """Write all cases into ``folder``, which must be empty or absent; ``on_case(id, done, total)`` before each."""
+    cases = declared()
+    entries = []
+    for done, case in enumerate(cases):
+        on_case(f"{case.method}/{case.name}", done, len(cases))
+        with mp.workdps(DIGITS):
+            entry, content = described(case)
+        entries.append(entry)
+        if content:
+            file = folder / entry["file"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+    manifest = {"version": 1, "cases": entries}
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    (folder / "manifest.json").write_text(text, encoding="utf-8", newline="\n")
+
+
+def described(case: Case) -> tuple[dict[str, Any], bytes]:
+    """Manifest entry and file content of a case."""
+    identifier = f"{case.method}/{case.name}"
+    entry: dict[str, Any] = {
+        "id": identifier,
+        "method": case.method,
+        "constructor": case.constructor or case.method,
+        "kind": case.kind,
+        "tier": case.tier,
+        "config": dict(case.config),
+        "shape": list(case.shape),
+        "stack_ndim": case.stack_ndim,
+        "why": case.why,
+        "catches": sorted(case.catches),
+    }
+    if case.kind == "reject":
+        return entry | {"argument": case.argument}, b""
+    if case.kind == "trace":
+        inputs = {"param": case.param, "grads": case.grads}
+        entry |= {"steps": len(case.grads), "lr": case.lr, "decay": case.decay}
+        trace = run(case)
+        outputs = {"directions": trace.directions, "params": trace.params}
+        for name in trace.states[0]:
+            outputs[f"state.{name}"] = np.stack([state[name] for state in trace.states])
+        kappas, decompositions = trace.kappas, trace.decompositions
+    else:
+        inputs = dict(case.inputs)
+        outputs, kappa, count = PRIMITIVES[case.method](case)
+        kappas, decompositions = [kappa], [count]
+    tensors = {name: rounded(array) for name, array in {**inputs, **outputs}.items()}
+    content = save(tensors)
+    entry |= {
+        "inputs": sorted(inputs),
+        "conditioning": {
+            "kappa": [float(mp.nstr(number(k), 6)) for k in kappas],
+            "exponent": exponent(case),
+            "stale": stale(case),
+            "decompositions": decompositions,
+        },
+        "file": f"{identifier}.safetensors",
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    return entry, content
+
+
+def precise(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with its floats as mpmath numbers."""
+    return {name: number(value) if isinstance(value, float) else value for name, value in config.items()}
+
+
+def run(case: Case) -> variants.Trace:
+    """What the method does on a trace."""
+    name, _, preset = (case.constructor or case.method).partition(".")
+    return variants.walk(
+        name + ("" if case.fields else preset.capitalize()),  # ASGO.theory makes an ASGOTheory
+        precise(case.fields or case.config),
+        exact(case.param),
+        exact(case.grads),
+        lr=number(case.lr),
+        decay=number(case.decay),
+        stack_ndim=case.stack_ndim,
+        conditioned=True,
+    )
+
+
+def exponent(case: Case) -> float:
+    """Total exponent of the root, 0 for none: each factor of a root-free method counts 1."""
+    if case.method in ("RFShampoo", "IFShampoo"):
+        return float(len(root_free.factor_dims(case.shape[case.stack_ndim :], frozenset())))
+    if case.method == "MBF":
+        return 0.0 if case.config.get("kind") == "diagonal" else 1.0
+    return EXPONENTS.get(case.method, 0.0)
+
+
+def stale(case: Case) -> bool:
+    """Whether a root may be older than the statistic."""
+    config = case.fields or case.config
+    return bool(config.get("every", 1) > 1 or (config.get("inverse_every", 1) > 1 and config["kind"] != "diagonal"))
+
+
+# ---- primitives: results, condition number, number of decompositions -------------------------------------------------
+
+
+def _power(case: Case) -> tuple[dict[str, Any], Any, int]:
+    matrix, exponent = exact(case.inputs["matrix"]), Fraction(*case.config["exponent"])
+    with variants.conditioning() as noted:
+        members = [
+            variants.power(m, exponent, number(case.config["ridge"])) for m in matrix.reshape(-1, *matrix.shape[-2:])
+        ]
+    return {"result": np.stack(members).reshape(matrix.shape)}, *noted.after_update()
+
+
+def _sketch(case: Case) -> tuple[dict[str, Any], Any, int]:
+    c, d = precise(case.config), case.shape[-1]
+    sketch, out = sketchy.empty(d), []
+    with variants.conditioning() as noted:
+        for rows in exact(case.inputs["rows"]):
+            sketch = sketchy.sketched(sketch, rows.T, c["size"], c["beta2"], c["tail_decay"], frozenset())
+            kappa, count = noted.after_update()
+            e = np.append(sketch.e, np.zeros(d))[: min(d, c["size"])]
+            out.append({"eigenvalues": e, **sketchy.state("product", sketch)})
+    results = {name: np.stack([step[name] for step in out]) for name in out[0]}
+    return {name.removeprefix("product."): array for name, array in results.items()}, kappa, count
+
+
+PRIMITIVES = {"roots.power": _power, "sketch.update": _sketch}

@@ -1,0 +1,48 @@
+"""Factorisations that may fail: NaN for the member, not an exception for the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from array_api_compat import array_namespace
+
+from precond_ref.numerics.arrays import eye_like
+from precond_ref.protocol import Array, Namespace
+
+Factorisation = Callable[..., tuple[Array, ...]]
+
+
+def attempt(function: Factorisation, *arrays: Array, wider: bool = False, xp: Namespace = None) -> tuple[Array, ...]:
+    """``function(*arrays)`` of arrays (..., m, n); NaN for each member on which it raises a linear-algebra error.
+
+    ``wider``: such a member is tried in float64 before that (an eigendecomposition or SVD that does not converge).
+    JAX raises none; what it cannot factorise is NaN there too.
+    """
+    try:
+        return function(*arrays)
+    except Exception as error:
+        if not _is_failure(error):
+            raise
+    xp = array_namespace(*arrays) if xp is None else xp
+    members = [xp.reshape(array, (-1, *array.shape[-2:])) for array in arrays]
+    dtypes = [arrays[0].dtype, xp.float64] if wider else [arrays[0].dtype]
+    results = [_one(function, [m[i : i + 1, ...] for m in members], dtypes, xp) for i in range(members[0].shape[0])]
+    stack = arrays[0].shape[:-2]
+    return tuple(xp.reshape(xp.concat(rows), (*stack, *rows[0].shape[1:])) for rows in zip(*results, strict=True))
+
+
+def _one(function: Factorisation, arrays: list[Array], dtypes: list[object], xp: Namespace) -> list[Array]:
+    dtype = arrays[0].dtype
+    for trial in dtypes:
+        try:
+            results = function(*(xp.astype(array, trial, copy=False) for array in arrays))
+            return [xp.astype(result, dtype, copy=False) for result in results]
+        except Exception as error:
+            if not _is_failure(error):
+                raise
+    return [xp.full_like(result, float("nan")) for result in function(eye_like(xp, arrays[0]), *arrays[1:])]
+
+
+def _is_failure(error: Exception) -> bool:
+    """Whether this is NumPy's, CuPy's or PyTorch's LinAlgError, which have no common base."""
+    return type(error).__name__.endswith("LinAlgError")

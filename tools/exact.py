@@ -1,0 +1,338 @@
+"""Compares the library with its second implementation, both with 50 digits: what differs is a formula, not rounding.
+
+    python tools/exact.py                                        # 1000 configurations; about a minute
+    python tools/exact.py --configurations 10000 --seed 1
+    python tools/exact.py --method ASGO --configurations 200
+    python tools/exact.py --first 1234 --configurations 1        # number 1234 of seed 0 again
+
+Each configuration is a method or preset with random fields, a random shape, gradients, learning rate and decay, a few
+updates long. The library's own source (`exact_core`) and `precond_ref.conformance.variants` must give the same
+directions, parameters and states, to 1e-40 of their norms. A configuration that does not is made as simple as it can be
+and printed; the exit code is then 1. Needs `pip install "precond-ref[vectors]"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import operator
+import random
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mpmath as mp
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+from exact_core import Array, load  # noqa: E402
+
+from precond_ref.cli import progress  # noqa: E402
+from precond_ref.compare.runs import constructors  # noqa: E402
+from precond_ref.conformance import arithmetic, variants  # noqa: E402
+from precond_ref.conformance.arithmetic import DIGITS, exact, number  # noqa: E402
+
+TOLERANCE = 1e-40
+INFINITE = "an infinite result"
+METHODS = list(constructors())
+"""All methods and presets by name."""
+
+# ---- configurations -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What both implementations are given. Numbers are floats, of which both get the exact values."""
+
+    constructor: str
+    config: Mapping[str, Any]
+    shape: tuple[int, ...]
+    param: np.ndarray = field(repr=False)
+    grads: np.ndarray = field(repr=False)
+    lr: float = 0.5
+    decay: float = 0.0
+    stack_ndim: int = 0
+    as_arrays: bool = False
+    """Whether the library gets its real fields as 0-D arrays."""
+
+    def __str__(self) -> str:
+        config = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+        return (
+            f"{self.constructor}({config})\n  stack_ndim={self.stack_ndim}, lr={self.lr!r}, decay={self.decay!r}"
+            f"{', real fields as 0-D arrays' * self.as_arrays}\n"
+            f"  param = {self.param.tolist()}\n  grads = {self.grads.tolist()}"
+        )
+
+
+def _decay(r: random.Random) -> float:
+    return r.choice([0.0, r.random(), r.random(), 1 - 10 ** r.uniform(-3, -1)])
+
+
+def _small(r: random.Random) -> float:
+    return 0.0 if r.random() < 0.2 else 10 ** r.uniform(-3, 0)
+
+
+def _one_of(*values: Any) -> Callable[[random.Random], Any]:
+    return lambda r: r.choice(values)
+
+
+def _up_to(high: int, low: int = 1) -> Callable[[random.Random], int]:
+    return lambda r: r.randint(low, high)
+
+
+def _structure(r: random.Random) -> str:
+    a, b = r.randint(1, 3), r.randint(1, 3)
+    return r.choice(["dense", "diagonal", f"block-diagonal({a})", "tril", "triu", "tril-toeplitz", "triu-toeplitz",
+                     f"hierarchical({a},{b})"])  # fmt: skip
+
+
+FIELDS: dict[str, Callable[[random.Random], Any]] = {
+    **dict.fromkeys(("beta1", "momentum", "riemannian_momentum"), _decay),
+    **dict.fromkeys(("beta2", "graft_beta2", "decay"), lambda r: r.choice([_decay(r), _decay(r), 1.0])),
+    **dict.fromkeys(("eps", "delta", "damping", "graft_eps", "initial", "weight_decay"), _small),
+    **dict.fromkeys(("every", "statistics_every", "inverse_every", "root_steps"), _up_to(4)),
+    **dict.fromkeys(("learning_rate", "batch_size"), lambda r: r.uniform(0.1, 3)),
+    "clip": lambda r: r.choice([None, r.uniform(0.1, 2)]),
+    "rms": lambda r: r.choice([None, r.uniform(0.1, 2)]),
+    "tail_decay": lambda r: r.choice([None, r.random(), 0.0, 1.0]),
+    "size": _up_to(5),
+    "start": _up_to(3, 0),
+    "heads": _one_of(None, None, 1, 2, 3),
+    "merge": _one_of(1, 2, 4, 6, 12, 1024),
+    "side": _one_of("smaller", "left", "right"),
+    "root": _one_of("eigh", "svd", "polar_express", "newton_schulz", "coupled_newton"),
+    "solver": _one_of("svd", "gram64"),
+    "graft": _one_of(None, "rmsprop", "sgd"),
+    "kind": _one_of("fc", "conv", "diagonal"),
+    "layout": _one_of("per_output", "per_input", "contiguous"),
+    "network": _one_of("autoencoder", "cnn"),
+    "structure": lambda r: r.choice([_structure(r), tuple(_structure(r) for _ in range(r.randint(1, 3)))]),
+}
+"""What each field is drawn from; fields that are True or False are recognised by their annotation."""
+
+
+def parameters(core: ModuleType, constructor: str) -> dict[str, str]:
+    """Names and annotations of a constructor's arguments."""
+    make: Any = operator.attrgetter(constructor)(core)
+    if dataclasses.is_dataclass(make):
+        return {f.name: str(f.type) for f in dataclasses.fields(make)}
+    return {name: str(kind) for name, kind in make.__annotations__.items() if name != "return"}
+
+
+def drawn(core: ModuleType, constructor: str, r: random.Random) -> Configuration:
+    """A random configuration that the constructor and ``init`` accept."""
+    kinds = parameters(core, constructor)
+    while True:
+        config = {name: r.random() < 0.5 if kind == "bool" else FIELDS[name](r) for name, kind in kinds.items()}
+        axes = r.choice([0, 1, 2, 2, 2, 2, 3, 4])
+        shape = tuple(r.choice([1, 2, 2, 3, 3, 4, 5][: 7 if axes < 3 else 5]) for _ in range(axes))
+        if math.prod(shape) > (12 if constructor == "FullAdaGrad" else 60):
+            continue  # a matrix of all entries takes seconds
+        stack = tuple(r.randint(1, 2) for _ in range(r.choice([0, 0, 0, 0, 1, 2])))
+        seed = np.random.default_rng(r.getrandbits(32))
+        chosen = Configuration(
+            constructor=constructor,
+            config=config,
+            shape=(*stack, *shape),
+            param=seed.standard_normal((*stack, *shape)),
+            grads=_gradients(r, seed, (r.randint(1, 5), *stack, *shape)),
+            lr=config.get("learning_rate", r.uniform(0.05, 1)),
+            decay=r.choice([0.0, r.random()]),
+            stack_ndim=len(stack),
+            as_arrays=r.random() < 0.2,
+        )
+        try:
+            made(core, replace(chosen, as_arrays=False))  # a 0-D array's value is not checked
+            made(core, chosen).init(Array(exact(chosen.param)), stack_ndim=chosen.stack_ndim)
+        except (ValueError, TypeError):
+            continue  # refused: fields or a shape that do not go together
+        return chosen
+
+
+def _gradients(r: random.Random, seed: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Normal numbers; sometimes a zero update, sometimes of rank one."""
+    grads: np.ndarray = seed.standard_normal(shape) * 10 ** r.uniform(-1, 0.5)
+    if r.random() < 0.15:
+        grads[r.randrange(len(grads))] = 0
+    if len(shape) > 2 and r.random() < 0.15:
+        grads = np.round(4 * grads[..., :1]) * np.round(4 * grads[..., :1, :]) / 4
+    return grads
+
+
+# ---- both implementations -------------------------------------------------------------------------------------------
+
+
+def made(core: ModuleType, c: Configuration) -> Any:
+    """The library's method; its real fields are mpmath numbers or 0-D arrays of them."""
+    config = {name: number(value) if isinstance(value, float) else value for name, value in c.config.items()}
+    if c.as_arrays:
+        config = {name: Array(value) if isinstance(value, mp.mpf) else value for name, value in config.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a beta2 that looks like a decay
+        return operator.attrgetter(c.constructor)(core)(**config)
+
+
+def by_library(core: ModuleType, c: Configuration) -> Iterator[dict[str, Any]]:
+    """Direction, parameter and state after each update, by the vectors' names."""
+    method, param = made(core, c), Array(exact(c.param))
+    lr, decay = number(c.lr), number(c.decay)
+    state = method.init(param, stack_ndim=c.stack_ndim)
+    for grad in exact(c.grads):
+        direction, state = method.update(Array(grad), state, param)
+        param = (1 - lr * decay) * param - lr * direction
+        yield {"direction": direction.data, "param": param.data, **_named(state, "state.")}
+
+
+def _named(state: Any, prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in zip(getattr(state, "_fields", range(len(state))), state, strict=True):
+        if hasattr(value, "basis"):  # unique in it are the product and what escaped
+            basis = value.basis.data
+            found[f"{prefix}{name}"] = (basis * value.eigenvalues.data[..., None, :]) @ np.swapaxes(basis, -1, -2)
+            if hasattr(value, "escaped"):
+                found[f"{prefix}{name}.escaped"] = value.escaped.data
+        elif isinstance(value, tuple):
+            found |= _named(value, f"{prefix}{name}.")
+        elif value is not None and name != "step":
+            found[f"{prefix}{name}"] = value.data
+    return found
+
+
+def by_variant(core: ModuleType, c: Configuration) -> Iterator[dict[str, Any]]:
+    """The same by the second implementation."""
+    method = made(core, replace(c, as_arrays=False))
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    trace = variants.walk(type(method).__name__, fields, exact(c.param), exact(c.grads), lr=number(c.lr),
+                          decay=number(c.decay), stack_ndim=c.stack_ndim)  # fmt: skip
+    for direction, param, state in zip(trace.directions, trace.params, trace.states, strict=True):
+        yield {"direction": direction, "param": param, **{f"state.{name}": value for name, value in state.items()}}
+
+
+def _finite(updates: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The updates before the first that divides by zero, which mpmath refuses."""
+    found = []
+    with contextlib.suppress(ZeroDivisionError):
+        for update in updates:
+            found.append(update)
+    return found
+
+
+def difference(core: ModuleType, c: Configuration) -> tuple[float, str]:
+    """The largest relative one, and where it is."""
+    worst, where = 0.0, ""
+    with mp.workdps(DIGITS):
+        library = _finite(by_library(core, c))
+        if (count := len(library)) < len(c.grads):
+            if _finite(by_variant(core, replace(c, grads=c.grads[: count + 1]))):
+                return float("inf"), f"a division by zero in update {count + 1} of the library alone"
+            where = INFINITE
+        variant = _finite(by_variant(core, replace(c, grads=c.grads[:count]))) if count else []
+        if len(variant) < count:
+            return float("inf"), f"a division by zero of the second implementation alone, in the first {count} updates"
+        for t, (got, want) in enumerate(zip(library, variant, strict=True), start=1):
+            # A momentum of 0 needs no buffer, but an array's value is never asked.
+            if want.keys() - got.keys() or (got.keys() - want.keys() and not c.as_arrays):
+                return float("inf"), f"the names {sorted(got.keys() ^ want.keys())}"
+            for name in want:
+                if np.shape(got[name]) != np.shape(want[name]):
+                    return float("inf"), f"the shape of {name}: {np.shape(got[name])} and {np.shape(want[name])}"
+                size = arithmetic.norm(exact(want[name]))
+                distance = float(arithmetic.norm(exact(got[name]) - exact(want[name])) / (size or 1))
+                if not distance <= worst:
+                    worst, where = distance, f"{name} after update {t}"
+    return worst, where
+
+
+def simplest(core: ModuleType, c: Configuration) -> Configuration:
+    """A simpler configuration that still differs: fewer updates, no stack, round numbers, other fields."""
+    plain: dict[type, list[Any]] = {float: [0.5, 0.0, 1.0], int: [1, 2], tuple: ["dense"]}
+
+    def simpler() -> Iterator[Configuration]:
+        if len(c.grads) > 1:
+            yield replace(c, grads=c.grads[:-1])
+        if c.stack_ndim:
+            yield replace(c, param=c.param[0], grads=c.grads[:, 0], shape=c.shape[1:], stack_ndim=c.stack_ndim - 1)
+        for axis, d in enumerate(c.shape[c.stack_ndim :], start=c.stack_ndim):
+            if d > 1:
+                keep = [slice(None)] * axis + [slice(d - 1)]
+                shape = (*c.shape[:axis], d - 1, *c.shape[axis + 1 :])
+                yield replace(c, param=c.param[tuple(keep)], grads=c.grads[(slice(None), *keep)], shape=shape)
+        if c.as_arrays:
+            yield replace(c, as_arrays=False)
+        if c.decay:
+            yield replace(c, decay=0.0)
+        for name, value in c.config.items():
+            options = [False] if isinstance(value, bool) else plain.get(type(value), [])
+            options = options[: options.index(value)] if value in options else options
+            yield from (replace(c, config={**c.config, name: option}) for option in options)
+        for name in ("param", "grads"):
+            array = getattr(c, name)
+            if not np.array_equal(array, np.round(array)):
+                yield replace(c, **{name: np.round(array) + 0.0})
+
+    def fails(other: Configuration) -> bool:
+        try:
+            return difference(core, other)[0] > TOLERANCE
+        except (ValueError, TypeError):
+            return False
+
+    while (found := next(filter(fails, simpler()), None)) is not None:
+        c = found
+    return c
+
+
+def numbered(core: ModuleType, seed: int, number: int, methods: list[str]) -> Configuration:
+    """Configuration ``number`` of a ``seed``."""
+    r = random.Random(f"{seed}/{number}")
+    return drawn(core, methods[number % len(methods)], r)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configurations", type=int, default=1000, metavar="N", help="how many (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other ones for each seed (default: 0)")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first one (default: 0)")
+    parser.add_argument("--method", choices=METHODS, metavar="NAME", help="only this method or preset")
+    options = parser.parse_args(arguments)
+    methods = [options.method] if options.method else METHODS
+    core, worst, failed, infinite = load(), dict.fromkeys(methods, 0.0), 0, 0
+    counts: Counter[str] = Counter()
+    started = time.perf_counter()
+    with progress() as bar:
+        task = bar.add_task("", total=options.configurations, loss="")
+        for i in range(options.first, options.first + options.configurations):
+            c = numbered(core, options.seed, i, methods)
+            bar.update(task, advance=1, description=c.constructor, loss=f"{failed} differ")
+            error, where = difference(core, c)
+            counts[c.constructor] += 1
+            infinite += where == INFINITE
+            if error <= TOLERANCE:
+                worst[c.constructor] = max(worst[c.constructor], error)
+                continue
+            failed += 1
+            small = simplest(core, c)
+            error, where = difference(core, small)
+            repeat = f"--seed {options.seed} --first {i} --configurations 1"
+            repeat += f" --method {options.method}" if options.method else ""
+            print(f"{where} differs by {error:.1e}; repeat it with {repeat}\n  {small}\n", flush=True)
+    for name in methods:
+        print(f"{name:<20} {counts[name]:>6} configurations, largest difference {worst[name]:.1e}")
+    seconds = time.perf_counter() - started
+    print(
+        f"{options.configurations} configurations, {failed} differ, {infinite} with an infinite result, {seconds:.0f} s"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
