@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from precond_ref.conformance import check, tolerance, vectors
 from precond_ref.conformance.subjects import Reference
 from precond_ref.numerics import roots, sketch
+from precond_ref.numerics.template import arrays_of, stacked
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "tolerance.md"
 KAPPAS = (1e0, 1e1, 1e2, 1e3, 1e4)
@@ -149,7 +150,8 @@ def growth() -> str:
         rows = rng.integers(-8, 9, (updates[-1], 200, 1, d)).astype(np.float64)
         for library, narrow in LIBRARIES.items():
             errors = []
-            low, high = (sketch.empty(d, size, (200,), x, xp=array_namespace(x)) for x in (narrow(rows[0]), rows[0]))
+            empty = stacked(sketch.empty(d, size), (200,))
+            low, high = (arrays_of(empty, x, array_namespace(x)) for x in (narrow(rows[0]), rows[0]))
             for row in rows:
                 low, high = sketch.update(low, narrow(row), size=size), sketch.update(high, row, size=size)
                 got, want = (np.asarray((s.basis * s.eigenvalues[:, None, :]) @ s.basis.mT) for s in (low, high))

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace, is_array_api_obj, is_jax_array
 from array_api_compat import device as device_of
 
+from precond_ref.fields import Flag, Integer, Real, is_zero
 from precond_ref.methods.baselines import Adam
 from precond_ref.numerics.arrays import all_finite
 from precond_ref.numerics.refresh import is_traced
-from precond_ref.protocol import Array, Method, Namespace, check_bool, check_int, check_real, is_zero
+from precond_ref.protocol import Method
+from precond_ref.typing import Array, Namespace
 
 Tree = Any
 Slices = tuple[Any, ...]  # of slices
@@ -88,15 +90,15 @@ class Optimizer:
         if not isinstance(self.method, Method):
             raise TypeError(f"method must be a Method such as precond_ref.ASGO(), got {self.method!r}")
         if not callable(self.lr):
-            check_real(self, "lr", ge=0)
+            Real(ge=0).check("lr", self.lr)
         if not callable(self.weight_decay):
-            check_real(self, "weight_decay", ge=0)
+            Real(ge=0).check("weight_decay", self.weight_decay)
         if self.route is not None and not callable(self.route):
             raise TypeError(f"route must be a callable (path, array) -> Method or None, got {self.route!r}")
         if self.on_nonfinite not in ("propagate", "skip", "raise"):
             raise ValueError(f"on_nonfinite must be 'propagate', 'skip' or 'raise', got {self.on_nonfinite!r}")
-        check_int(self, "block_size", ge=1, optional=True)
-        check_bool(self, "fuse")
+        Integer(ge=1, optional=True).check("block_size", self.block_size)
+        Flag().check("fuse", self.fuse)
         if not isinstance(self.join, (tuple, list)):
             raise TypeError(f"join must be a tuple of pairs of paths (weight, bias), got {self.join!r}")
         joined = [path for pair in self.join if isinstance(pair, (tuple, list)) and len(pair) == 2 for path in pair]

@@ -1,22 +1,28 @@
-"""What a method is: the base class of all of them, its argument checks, and the registry."""
+"""What a method is, in one page: the base class of all of them, and the registry.
+
+A method gives its fields (`precond_ref.fields`), the shapes of its state (`Method.state_of`), its equations
+(`Method.step`) and what one would compare or plot (`Method.report`). Everything else is here, once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
-import numbers
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self, dataclass_transform, final
 
 from array_api_compat import array_namespace, is_jax_array
 from array_api_compat import device as device_of
 
-Array = Any
-Namespace = Any
-Scalar = Any  # a Python float, a 0-D array, or a tracer
+from precond_ref.fields import choice, declared, flag, integer, is_python_number, real
+from precond_ref.numerics.arrays import all_finite, finite_members, state_dtype
+from precond_ref.numerics.axes import check_samples
+from precond_ref.numerics.refresh import check_refresh
+from precond_ref.numerics.template import Spec, arrays_of, leaves, stacked
+from precond_ref.typing import Array, Namespace
 
 _REGISTRY: dict[str, type[Method]] = {}
 
@@ -35,42 +41,115 @@ def constructors() -> dict[str, Callable[..., Method]]:
     return found
 
 
+class Now(NamedTuple):
+    """What one update is made with, beside the gradient and the state."""
+
+    xp: Namespace
+    """Of the arrays."""
+    step: Any
+    """t, number of this update: 1, 2, ...; the new state has it."""
+    k: Any
+    """What `Method.scalars` made of t."""
+    due: Any
+    """Whether this update renews what is kept between updates: a bool, a 0-D array or a tracer; for MBF a pair."""
+    stack: int
+    """Stack axes, the first of every array; 0 for elementwise methods."""
+    statistic: Any
+    """What ``update`` was given to replace the gradient's own statistic, or None."""
+
+
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(real, integer, flag, choice, declared)
+)
 class Method:
-    """Base of every method: a frozen, keyword-only dataclass of hyperparameters with pure functions on ONE parameter.
+    """Base of every method: hyperparameters, with pure functions on ONE parameter.
 
     ``init(param, stack_ndim=k)`` makes the state; ``update(grad, state, param)`` returns ``(direction, state)`` and
     the caller makes ``param - lr * direction``; ``diagnose(state)`` computes what one would compare or plot.
     The first ``k`` axes of ``param`` stack independent parameters of one shape. A real field may be a 0-D array or a
     tracer; it is not cast, so it should have the parameter's dtype.
 
-    Subclasses give the class attributes below, ``init``, ``scalars``, ``update`` and ``diagnose``.
+    A subclass becomes a frozen, keyword-only dataclass of its fields and enters the registry under its name
+    (``preset="ASGO.theory"``: as that attribute of `ASGO`; ``register=False``: not at all). It gives `state_of`, `step`
+    and `report`, where it needs them `rules`, `scalars`, `stack_ndim` and `takes`, and the class attributes below.
     """
 
     paper: ClassVar[str] = ""
     """Authors, title and arXiv id."""
-    symbols: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Meaning of each field, with the paper's symbol; `precond-ref list` prints it."""
-    presets: ClassVar[tuple[str, ...]] = ()
-    """Names of static methods that return a ready-made variant."""
     state_type: ClassVar[Any] = tuple
-    """The NamedTuple that ``init`` and ``update`` return."""
+    """The NamedTuple that ``init`` and ``update`` return; its first field is ``step``."""
     elementwise: ClassVar[bool] = False
     """True if every entry of the parameter is updated independently of the others."""
-    joins_bias: ClassVar[bool] = False
-    """True if the paper's method takes a layer's weight (O, I) and bias (O,) as one parameter (O, I + 1)."""
     ndims: ClassVar[tuple[int, int]] = (0, 64)
     """Smallest and largest number of axes of one parameter, stack axes not counted."""
+    factorizes: ClassVar[bool] = False
+    """True if matrices are factorised, which needs float32 or float64."""
+    reads_param: ClassVar[bool] = False
+    """True if `step` reads the parameter; it gets None otherwise."""
+    takes_statistic: ClassVar[bool] = False
+    """True if ``update`` takes ``statistic``, which `check_statistic` examines."""
+    joins_bias: ClassVar[bool] = False
+    """True if the paper's method takes a layer's weight (O, I) and bias (O,) as one parameter (O, I + 1)."""
+    every: Any = 1
+    """Updates between two renewals of what is kept. A field where that can be chosen."""
+    refreshes: ClassVar[bool] = False
+    """True if there is something that ``refresh`` can overrule or that cannot do without; made from ``every``."""
+    narrow_state: Any = True
+    """False: the state has float32 at least. A field where that can be chosen."""
+    decays: ClassVar[bool] = False
+    """True if weight decay is part of the direction, so that the caller adds none; made from ``weight_decay``."""
 
-    def __init_subclass__(cls, register: bool = True, **kwargs: Any) -> None:
+    name: ClassVar[str] = ""
+    """In the registry, such as ``ASGO.theory``; made from the class."""
+    symbols: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Meaning of each field, with the paper's symbol and the rule; made from the fields, shown by ``list``."""
+    presets: ClassVar[tuple[str, ...]] = ()
+    """Attributes that make a variant: classes (made from ``preset=``), or static methods that set fields."""
+
+    def __init_subclass__(cls, register: bool = True, preset: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if register:
+        inherited = getattr(cls.__base__, "__dataclass_fields__", {})
+        for name in inspect.get_annotations(cls).keys() & inherited.keys():
+            if not isinstance(cls.__dict__.get(name), dataclasses.Field):  # another default for the same field
+                setattr(cls, name, dataclasses.field(default=cls.__dict__[name], metadata=inherited[name].metadata))
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        declared = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        cls.symbols = MappingProxyType({name: _symbol(field) for name, field in declared.items()})
+        cls.refreshes = cls.refreshes or "every" in declared
+        cls.decays = cls.decays or "weight_decay" in declared
+        cls.name = preset or cls.__name__
+        if preset:
+            owner, _, attribute = preset.partition(".")
+            setattr(_REGISTRY[owner], attribute, cls)
+            _REGISTRY[owner].presets += (attribute,)
+            cls.__qualname__ = preset  # the name by which it is printed and found
+        elif register:
             _REGISTRY[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if field.metadata.get("rule") is not None:
+                field.metadata["rule"].check(field.name, getattr(self, field.name))
+        self.rules()
 
     # ---- to be given by each method --------------------------------------------------------------------------------
 
-    def init(self, param: Array, *, stack_ndim: int = 0) -> Any:
-        """State for ``param`` before the first update."""
+    def state_of(self, shape: tuple[int, ...]) -> Any:
+        """The state for one parameter of ``shape``, with a `Spec` for each array: the place that knows the shapes."""
         raise NotImplementedError
+
+    def step(self, grad: Array, state: Any, param: Array, now: Now) -> tuple[Array, Any]:
+        """The equations: ``(direction, new state)``. All arguments were checked; nothing given is changed."""
+        raise NotImplementedError
+
+    def report(self, state: Any, finite: Array, xp: Namespace) -> Any:
+        """What `diagnose` returns; ``finite``: whether each member's state is (0-D if elementwise, None if empty)."""
+        raise NotImplementedError
+
+    # ---- to be given where a method needs it -----------------------------------------------------------------------
+
+    def rules(self) -> None:
+        """ValueError or TypeError for fields that do not fit together; each alone was checked before."""
 
     def scalars(self, step: Any, *, like: Array = None) -> Any:
         """What depends on the update's number ``step`` (1, 2, ...) and the hyperparameters alone.
@@ -79,33 +158,32 @@ class Method:
         """
         return ()
 
-    def update(
-        self,
-        grad: Array,
-        state: Any,
-        param: Array,
-        *,
-        scalars: Any = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-    ) -> tuple[Array, Any]:
-        """One update: ``(direction, new state)``; nothing given is changed.
+    def stack_ndim(self, state: Any) -> int | None:
+        """Stack axes of the arrays in ``state``; None where each entry of the parameter stands for itself.
 
-        ``scalars`` and ``xp`` (what `scalars` returned, the namespace) may be given by a caller that has them;
-        ``refresh`` overrules when roots are renewed, and is ignored by methods that have none.
+        Has to be given by methods whose parameters may have different numbers of axes.
         """
-        raise NotImplementedError
+        if self.elementwise:
+            return None
+        array, spec = (next(leaves(tree[1:]))[1] for tree in (state, self.state_of((0,) * self.ndims[0])))
+        return array.ndim - len(spec.shape)
 
-    def diagnose(self, state: Any) -> Any:
-        """What a validator compares or a student plots; computed only on request."""
-        raise NotImplementedError
+    def due(self, step: Any) -> Any:
+        """Whether the update after ``step`` completed ones renews what is kept: updates 1, 1+every, 1+2 every, ..."""
+        return True if self.every == 1 else step % self.every == 0
 
-    # ---- shared -----------------------------------------------------------------------------------------------------
+    def overruled(self, refresh: Any) -> Any:
+        """``refresh``, given to ``update``, in the place of `due`; TypeError or ValueError if it cannot be."""
+        return check_refresh(refresh, self.every)
 
     def check_statistic(self, statistic: Any, param: Array) -> None:
-        """ValueError or TypeError for what ``update`` of ``param`` cannot take as ``statistic``; reads no values."""
-        if "statistic" not in inspect.signature(self.update).parameters:
+        """ValueError or TypeError for what ``update`` of ``param`` cannot take as ``statistic``; reads no values.
+
+        Methods with ``takes_statistic`` take gradients, (q, *param.shape), unless they give another rule.
+        """
+        if not self.takes_statistic:
             raise ValueError(f"statistic must not be given for {type(self).__name__}, which takes none")
+        check_samples(statistic, param)
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
         """Whether the default routing gives this method a parameter of this shape and path (else: Adam)."""
@@ -116,45 +194,34 @@ class Method:
         """The method that the default routing gives a parameter of this shape and path; None: Adam."""
         return self if self.takes(shape, path) else None
 
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+    # ---- the same for all -------------------------------------------------------------------------------------------
 
-    def _check_param(self, param: Array, stack_ndim: int, *, factorizes: bool = False) -> Namespace:
-        """The namespace of ``param``, once its dtype and number of axes are known to fit."""
+    @final
+    def init(self, param: Array, *, stack_ndim: int = 0) -> Any:
+        """State for ``param`` before the first update."""
         xp = _namespace("param", param)
-        _check_dtype(xp, "param", param.dtype, factorizes, type(self).__name__)
+        _check_dtype(xp, "param", param.dtype, self.factorizes, type(self).__name__)
         if not (isinstance(stack_ndim, int) and 0 <= stack_ndim <= param.ndim):
             raise ValueError(f"stack_ndim must be an int between 0 and param.ndim = {param.ndim}, got {stack_ndim!r}")
-        low, high = self.ndims
-        if not low <= param.ndim - stack_ndim <= high:
-            rule = f"exactly {low}" if low == high else f"{low} to {high}"
-            raise ValueError(
-                f"{type(self).__name__} takes a parameter with {rule} axes (stack axes not counted), got shape "
-                f"{tuple(param.shape)} with stack_ndim={stack_ndim}"
-            )
-        return xp
+        return arrays_of(self._template(param, stack_ndim), param, xp, state_dtype(xp, param, self.narrow_state))
 
-    def _check_state(self, state: Any) -> None:
-        """TypeError for what is no state of this method."""
-        if not isinstance(state, self.state_type):
-            raise TypeError(f"state must be a {self.state_type.__name__}, got {type(state).__name__}")
-
-    def _enter(
+    @final
+    def update(
         self,
         grad: Array,
         state: Any,
         param: Array,
-        scalars: Any,
-        xp: Namespace,
         *,
-        unused: Mapping[str, bool] = MappingProxyType({}),
-        **shapes: tuple[int, ...],
-    ) -> tuple[Namespace, Any]:
-        """Checks of every update; returns the namespace and the step's scalars.
+        scalars: Any = None,
+        refresh: Any = None,
+        xp: Namespace = None,
+        statistic: Any = None,
+    ) -> tuple[Array, Any]:
+        """One update: ``(direction, new state)``; nothing given is changed.
 
-        ``shapes`` gives what a state field's shape must be (fields not named must have ``param``'s shape), ``unused``
-        whether these hyperparameters can do without it: only then it may be None.
+        ``scalars`` and ``xp`` (what `scalars` returned, the namespace) may be given by a caller that has them;
+        ``refresh`` overrules when roots are renewed, and is ignored by methods that have none; ``statistic`` replaces
+        what the gradient adds to the statistic, in methods that take one.
         """
         if xp is None:  # a caller that binds xp (an adapter inside a compiled graph) has made sure of these two
             xp = _namespace("grad and param", grad, param)
@@ -167,65 +234,121 @@ class Method:
         if grad.dtype != param.dtype:
             raise TypeError(f"grad must have param's dtype, got grad {grad.dtype} and param {param.dtype}")
         _check_dtype(xp, "grad", grad.dtype, False, type(self).__name__)
-        self._check_state(state)
-        for field, value in state._asdict().items():
-            if field == "step" or (value is None and unused.get(field)):
-                continue
-            if value is None:
-                raise ValueError(f"state.{field} must not be None: the state was made with other fields than {self!r}")
-            if hasattr(value, "shape"):
-                expected = shapes.get(field, tuple(param.shape))
-                if tuple(value.shape) != tuple(expected):
-                    raise ValueError(
-                        f"state.{field} must have shape {tuple(expected)} for param of shape {tuple(param.shape)}, "
-                        f"got {tuple(value.shape)}"
-                    )
-            elif not isinstance(value, tuple):
-                raise TypeError(f"state.{field} must be an array or a tuple of arrays, got {type(value).__name__}")
-            _check_state_dtype(xp, f"state.{field}", value, param.dtype)
-        if scalars is None:
-            scalars = self.scalars(state.step + 1, like=param)
-        return xp, scalars
+        stack = self._check_state(state, param, xp)
+        due = not self.refreshes or (self.due(state.step) if refresh is None else self.overruled(refresh))
+        if statistic is not None:
+            self.check_statistic(statistic, param)
+        step = state.step + 1
+        k = self.scalars(step, like=param) if scalars is None else scalars
+        now = Now(xp, step, k, due, stack, statistic)
+        return self.step(grad, state, param if self.reads_param else None, now)
+
+    @final
+    def diagnose(self, state: Any) -> Any:
+        """What a validator compares or a student plots; computed only on request. See `report`."""
+        self._check_state_type(state)
+        arrays = [array for _, array in leaves(state[1:])]
+        if not arrays:
+            return self.report(state, None, None)
+        xp = _namespace("the arrays of state", *arrays)
+        _check_dtype(xp, "state", arrays[0].dtype, False, type(self).__name__)
+        stack = self.stack_ndim(state)
+        if stack is None:
+            return self.report(state, all_finite(xp, *arrays), xp)
+        return self.report(state, finite_members(xp, *arrays, core_ndims=tuple(a.ndim - stack for a in arrays)), xp)
+
+    @final
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def _template(self, param: Array, stack_ndim: int) -> Any:
+        """`state_of` the members of ``param``, stacked."""
+        shape = tuple(param.shape)
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.compiler.is_compiling():
+            return self._new_template(shape, stack_ndim)
+        known = self.__dict__.setdefault("_templates", {})
+        if (shape, stack_ndim) not in known:
+            known[shape, stack_ndim] = self._new_template(shape, stack_ndim)
+        return known[shape, stack_ndim]
+
+    def _new_template(self, shape: tuple[int, ...], stack_ndim: int) -> Any:
+        low, high = self.ndims
+        if not low <= len(shape) - stack_ndim <= high:
+            rule = f"exactly {low}" if low == high else f"{low} to {high}"
+            raise ValueError(
+                f"{type(self).__name__} takes a parameter with {rule} axes (stack axes not counted), got shape "
+                f"{shape} with stack_ndim={stack_ndim}"
+            )
+        return stacked(self.state_of(shape[stack_ndim:]), shape[:stack_ndim])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_templates"}
+
+    def _check_state_type(self, state: Any) -> None:
+        if not isinstance(state, self.state_type):
+            raise TypeError(f"state must be a {self.state_type.__name__}, got {type(state).__name__}")
+
+    def _check_state(self, state: Any, param: Array, xp: Namespace) -> int:
+        """Refuse what is no state of this method for ``param``; returns its stack axes."""
+        self._check_state_type(state)
+        low, high = self.ndims
+        try:
+            found = param.ndim - low if low == high else 0 if self.elementwise else self.stack_ndim(state)
+        except (AttributeError, IndexError, TypeError):  # of a state that is none
+            found = 0
+        stack = param.ndim if found is None else min(max(found, 0), param.ndim)
+        template = self._template(param, stack)
+        if not _fits(state[1:], template[1:], param.dtype):
+            for name, value, part in zip(state._fields[1:], state[1:], template[1:], strict=True):
+                self._refuse(f"state.{name}", value, part, param, xp)
+        return stack
+
+    def _refuse(self, what: str, value: Any, part: Any, param: Array, xp: Namespace) -> None:
+        """The error for a ``value`` in the place of ``part`` of the template, if it is one."""
+        if (value is None) != (part is None):
+            rule = "be None" if part is None else "not be None"
+            raise ValueError(f"{what} must {rule}: the state was made with other fields than {self!r}")
+        if isinstance(part, tuple):
+            if hasattr(part, "_fields") and not isinstance(value, type(part)):
+                raise TypeError(f"{what} must be a {type(part).__name__}, got {type(value).__name__}")
+            if not isinstance(value, tuple):
+                raise TypeError(f"{what} must be a tuple of arrays, got {type(value).__name__}")
+            if len(value) != len(part):
+                raise ValueError(
+                    f"{what} must have {len(part)} entries for param of shape {tuple(param.shape)}, got {len(value)}"
+                )
+            for i, each in enumerate(zip(value, part, strict=True)):
+                name = f"{what}.{part._fields[i]}" if hasattr(part, "_fields") else f"{what}[{i}]"
+                self._refuse(name, *each, param, xp)
+        elif part is not None:
+            if not hasattr(value, "shape"):
+                raise TypeError(f"{what} must be an array, got {type(value).__name__}")
+            if tuple(value.shape) != part.shape:
+                raise ValueError(
+                    f"{what} must have shape {part.shape} for param of shape {tuple(param.shape)}, "
+                    f"got {tuple(value.shape)}"
+                )
+            if value.dtype != param.dtype and xp.finfo(param.dtype).bits >= 32:  # below, a state may be wider
+                raise TypeError(f"{what} must have param's dtype {param.dtype}, got {value.dtype}")
 
 
-def is_python_number(value: Any) -> bool:
-    """True for a Python int or float (value checks apply), False for arrays and tracers (shape checks only)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _symbol(field: dataclasses.Field[Any]) -> str:
+    """Meaning and rule of a field."""
+    rule = field.metadata.get("rule")
+    return ", ".join(filter(None, [field.metadata.get("meaning", ""), rule.text if rule is not None else ""]))
 
 
-def is_zero(value: Any) -> bool:
-    """True only for a Python number equal to zero: an array-valued hyperparameter is never branched on."""
-    return is_python_number(value) and value == 0
-
-
-def check_real(
-    method: Any,
-    field: str,
-    *,
-    ge: float = -math.inf,
-    gt: float = -math.inf,
-    le: float = math.inf,
-    lt: float = math.inf,
-    optional: bool = False,
-) -> None:
-    """Refuse a field that is not a finite real number within the bounds; an array must be 0-D."""
-    value: Any = getattr(method, field)
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's scalars are numbers.Real
-        shape = getattr(value, "shape", None)
-        if shape is None or isinstance(value, str):
-            raise TypeError(f"{field} must be a real number or a 0-D array, got {value!r}")
-        if tuple(shape) != ():
-            raise ValueError(f"{field} must be a real number or a 0-D array, got an array of shape {tuple(shape)}")
-        return
-    number: Any = value
-    if not (math.isfinite(number) and ge <= number <= le and (number > gt or gt == -math.inf)
-            and (number < lt or lt == math.inf)):  # fmt: skip
-        bounds = [f">= {ge:g}"] * math.isfinite(ge) + [f"> {gt:g}"] * math.isfinite(gt)
-        bounds += [f"<= {le:g}"] * math.isfinite(le) + [f"< {lt:g}"] * math.isfinite(lt)
-        rule = " and ".join(["finite", *bounds])
-        raise ValueError(f"{field} must be {rule}{' or None' if optional else ''}, got {value!r}")
+def _fits(value: Any, part: Any, dtype: Any) -> bool:
+    """Whether ``value`` is as the template's ``part`` says, in ``dtype``."""
+    if type(part) is Spec:
+        return hasattr(value, "shape") and value.shape == part.shape and value.dtype == dtype
+    if part is None:
+        return value is None
+    if type(value) is not type(part) or len(value) != len(part):
+        return False
+    return all(_fits(*each, dtype) for each in zip(value, part, strict=True))
 
 
 def warn_if_decay(method: Any) -> None:
@@ -239,33 +362,6 @@ def warn_if_decay(method: Any) -> None:
         )
 
 
-def check_int(method: Any, field: str, *, ge: int, optional: bool = False) -> None:
-    """Refuse a field that is not a Python int of at least ``ge``."""
-    value = getattr(method, field)
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{field} must be a Python int{' or None' if optional else ''}, got {value!r}")
-    if value < ge:
-        raise ValueError(f"{field} must be >= {ge}{' or None' if optional else ''}, got {value!r}")
-
-
-def check_bool(method: Any, field: str) -> None:
-    """Refuse a field that is not True or False."""
-    value = getattr(method, field)
-    if not isinstance(value, bool):
-        raise TypeError(f"{field} must be True or False, got {value!r}")
-
-
-def check_choice(method: Any, field: str, choices: tuple[str, ...]) -> None:
-    """Refuse a field that is not one of the strings."""
-    value = getattr(method, field)
-    if not isinstance(value, str):
-        raise TypeError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    if value not in choices:
-        raise ValueError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
 def _namespace(what: str, *arrays: Array) -> Namespace:
     try:
         if any(array is None or not hasattr(array, "shape") for array in arrays):  # which array_namespace passes over
@@ -276,15 +372,6 @@ def _namespace(what: str, *arrays: Array) -> Namespace:
     except TypeError as error:
         kinds = ", ".join(f"{type(a).__module__}.{type(a).__name__}" for a in arrays)
         raise TypeError(f"{what} must be array(s) of one array-API namespace, got {kinds}") from error
-
-
-def _check_state_dtype(xp: Namespace, what: str, value: Any, dtype: Any) -> None:
-    """A state may be wider than its parameter only where that has fewer than 32 bits."""
-    if isinstance(value, tuple):
-        for part in value:
-            _check_state_dtype(xp, what, part, dtype)
-    elif hasattr(value, "dtype") and value.dtype != dtype and xp.finfo(dtype).bits >= 32:
-        raise TypeError(f"{what} must have param's dtype {dtype}, got {value.dtype}")
 
 
 def _check_dtype(xp: Namespace, what: str, dtype: Any, factorizes: bool, method: str) -> None:

@@ -5,10 +5,10 @@ A new method adds one entry to `LOUD`; `test_contract.py` fails until it does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import precond_ref as pr
+from precond_ref.numerics.template import zeros
 from precond_ref.protocol import Method
 
 
@@ -26,7 +26,6 @@ class DecayedState(NamedTuple):
     buffer: Any
 
 
-@dataclass(frozen=True, kw_only=True)
 class Decayed(Method, register=False):
     """Heavy ball with weight decay inside the momentum: a method that reads the parameter's values."""
 
@@ -36,16 +35,14 @@ class Decayed(Method, register=False):
 
     state_type: ClassVar[Any] = DecayedState
     elementwise: ClassVar[bool] = True
+    reads_param: ClassVar[bool] = True
 
-    def init(self, param: Any, *, stack_ndim: int = 0) -> DecayedState:
-        return DecayedState(0, self._check_param(param, stack_ndim).zeros_like(param))
+    def state_of(self, shape: tuple[int, ...]) -> DecayedState:
+        return DecayedState(0, zeros(*shape))
 
-    def update(
-        self, grad: Any, state: Any, param: Any, *, scalars: Any = None, refresh: Any = None, xp: Any = None
-    ) -> Any:
-        self._enter(grad, state, param, scalars, xp)
+    def step(self, grad: Any, state: Any, param: Any, now: Any) -> Any:
         buffer = self.momentum * state.buffer + grad + self.weight_decay * param
-        return 1.0 * buffer, DecayedState(state.step + 1, buffer)
+        return 1.0 * buffer, DecayedState(now.step, buffer)
 
 
 def _inverse_free(**changes: Any) -> pr.IFShampoo:

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from mutation import mutated
 
 import precond_ref as pr
+from precond_ref.fields import Flag, Integer
 from precond_ref.methods import asgo, baselines, inverse_free, mbf, root_free, sketchy
 from precond_ref.numerics import roots
 from precond_ref.numerics import sketch as fd
-from precond_ref.protocol import Method, check_bool, check_int
+from precond_ref.protocol import Method
 
 ids = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 FAMILY = pytest.mark.parametrize("name", FIRST)
@@ -131,15 +132,11 @@ def test_fields_that_need_each_other() -> None:
 
 
 def test_optional_checks_say_so() -> None:
-    class Fields:
-        a = 0
-        b = None
-
     with pytest.raises(ValueError, match="a must be >= 1 or None, got 0"):
-        check_int(Fields, "a", ge=1, optional=True)
-    check_int(Fields, "b", ge=1, optional=True)
+        Integer(ge=1, optional=True).check("a", 0)
+    Integer(ge=1, optional=True).check("b", None)
     with pytest.raises(TypeError, match="b must be True or False, got None"):
-        check_bool(Fields, "b")
+        Flag().check("b", None)
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
@@ -310,7 +307,7 @@ def test_bad_arrays_are_refused(backend: Backend, name: str) -> None:
     with pytest.raises(TypeError, match="state must be a .*State, got tuple"):
         method.update(grad, tuple(state), param)
     if len(state) > 1 and state[1] is not None:
-        with pytest.raises(ValueError, match=r"must have shape .* got"):
+        with pytest.raises(ValueError, match=r"must have (shape|\d entries for param of shape) .* got"):
             method.update(wider, state, wider)
     with pytest.raises(TypeError, match="one array-API namespace, got builtins.list"):
         method.init([1.0, 2.0])

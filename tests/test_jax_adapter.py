@@ -5,7 +5,6 @@ Each check is a function of a case and of a library, which is the adapter's modu
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import itertools
@@ -364,7 +363,6 @@ class PerAxisState(NamedTuple):
     axes: tuple[Pair, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class PerAxis(Method, register=False):
     """Nested tuples of arrays, as many as the parameter has axes."""
 

@@ -135,7 +135,6 @@ def weight() -> nn.Parameter:
     return nn.Parameter(torch.ones(SHAPE))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Clashing(pr.Method, register=False):
     """A method whose field is called like an argument of the optimizer."""
 

@@ -17,8 +17,10 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax._src.base import NO_PARAMS_MSG  # not exported, but the message that users of optax know
 
+from precond_ref.fields import is_zero
 from precond_ref.methods.baselines import Adam
-from precond_ref.protocol import Array, Method, is_zero
+from precond_ref.protocol import Method
+from precond_ref.typing import Array
 from precond_ref_jax import OPTIONS, STATIC_ARGS
 
 Tree = Any

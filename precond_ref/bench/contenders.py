@@ -180,12 +180,13 @@ def _sketch(solver: str | None, size: int = 32) -> Callable[[Shapes], Step]:
         from array_api_compat import array_namespace
 
         from precond_ref.numerics import sketch
+        from precond_ref.numerics.template import arrays_of, stacked
 
         xp = array_namespace(torch.empty(0))
         work: list[list[Any]] = []
         for stack in _stacks(shapes):
             count, d, _ = stack[0].shape
-            empty = sketch.empty(d, size, (count,), stack[0], xp=xp)
+            empty = arrays_of(stacked(sketch.empty(d, size), (count,)), stack[0], xp)
             work.append([itertools.cycle(stack), sketch.update(empty, stack[0].mT, 0.99, size=size, xp=xp)])
 
         def step() -> None:

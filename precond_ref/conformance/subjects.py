@@ -432,6 +432,7 @@ class Reference:
     def primitive(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """`precond_ref.numerics.roots.power`, and `precond_ref.numerics.sketch.update` on batches of rows."""
         from precond_ref.numerics import roots, sketch
+        from precond_ref.numerics.template import arrays_of
 
         given = {key: self.arrays.of(value) for key, value in tensors.items()}
         if name == "roots.power":
@@ -441,7 +442,7 @@ class Reference:
         if name != "sketch.update":
             raise Unsupported(name)
         rows, size = given["rows"], config["size"]
-        state = sketch.empty(rows.shape[-1], size, (), rows, xp=array_namespace(rows))
+        state = arrays_of(sketch.empty(rows.shape[-1], size), rows, array_namespace(rows))
         steps = []
         for i in range(rows.shape[0]):
             state = sketch.update(state, rows[i, ...], config["beta2"], config["tail_decay"], size=size)

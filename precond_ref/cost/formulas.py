@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import singledispatch
 from typing import Any, NamedTuple
 
+from precond_ref.fields import is_zero
 from precond_ref.methods.agd import AGD
 from precond_ref.methods.asgo import ASGO, DASGO, ASGOTheory, DASGOTheory
 from precond_ref.methods.baselines import SGD, AdaGrad, Adam, FullAdaGrad, Muon, RMSProp, Shampoo
@@ -18,7 +19,6 @@ from precond_ref.methods.mbf import MBF
 from precond_ref.methods.online_sketches import FDSON, RFDSON, AdaFD
 from precond_ref.methods.root_free import RFAdamW, RFRMSProp, RFShampoo
 from precond_ref.methods.sketchy import SAdaGrad, SShampoo, SShampooPractical
-from precond_ref.protocol import is_zero
 
 Shape = tuple[int, ...]
 

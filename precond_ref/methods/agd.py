@@ -43,13 +43,14 @@ Not here
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
-from precond_ref.numerics.arrays import all_finite, clamp
+from precond_ref.fields import flag, real
+from precond_ref.numerics.arrays import clamp
 from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal, sqrt
-from precond_ref.protocol import Array, Method, Namespace, Scalar, check_bool, check_real
+from precond_ref.numerics.template import zeros
+from precond_ref.protocol import Method, Now
+from precond_ref.typing import Array, Namespace, Scalar
 
 
 class AGDState(NamedTuple):
@@ -91,7 +92,6 @@ class AGDReport(NamedTuple):
     """Whether the whole state is finite, 0-D."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class AGD(Method):
     """AGD (Yue et al., 2023, arXiv 2312.01658v2, Algorithm 1); elementwise, any shape.
 
@@ -99,36 +99,20 @@ class AGD(Method):
     Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
     """
 
-    beta1: float = 0.9
-    beta2: float = 0.999
-    delta: float = 1e-5
-    amsgrad: bool = False
-    clip: float | None = None
+    beta1: float = real("beta_1, decay of the averaged gradient", default=0.9, ge=0, lt=1)
+    beta2: float = real("beta_2, decay of the averaged squared difference", default=0.999, ge=0, lt=1)
+    delta: float = real("delta, threshold between SGD and the adaptive step", default=1e-5, ge=0)
+    amsgrad: bool = flag("use the running maximum of b_t", default=False)
+    clip: float | None = real(
+        "bound on |m_t / max(sqrt(b_t), delta sqrt(1 - beta_2^t))|", default=None, gt=0, optional=True
+    )
 
     paper: ClassVar[str] = "Yue, Ye, Jiang, Liu, Zhang: AGD, NeurIPS 2023, arXiv 2312.01658v2"
     state_type: ClassVar[Any] = AGDState
-    symbols: ClassVar = MappingProxyType(
-        {
-            "beta1": "beta_1, decay of the averaged gradient, in [0, 1)",
-            "beta2": "beta_2, decay of the averaged squared difference, in [0, 1)",
-            "delta": "delta, threshold between SGD and the adaptive step, >= 0",
-            "amsgrad": "use the running maximum of b_t",
-            "clip": "bound on |m_t / max(sqrt(b_t), delta sqrt(1 - beta_2^t))|, > 0, or None",
-        }
-    )
     elementwise: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_real(self, "beta1", ge=0, lt=1)
-        check_real(self, "beta2", ge=0, lt=1)
-        check_real(self, "delta", ge=0)
-        check_bool(self, "amsgrad")
-        check_real(self, "clip", gt=0, optional=True)
-
-    def init(self, param: Array, *, stack_ndim: int = 0) -> AGDState:
-        xp = self._check_param(param, stack_ndim)
-        zeros = xp.zeros_like
-        return AGDState(step=0, m=zeros(param), b=zeros(param), b_max=zeros(param) if self.amsgrad else None)
+    def state_of(self, shape: tuple[int, ...]) -> AGDState:
+        return AGDState(step=0, m=zeros(*shape), b=zeros(*shape), b_max=zeros(*shape) if self.amsgrad else None)
 
     def scalars(self, step: Any, *, like: Array = None) -> AGDScalars:
         return AGDScalars(
@@ -137,19 +121,8 @@ class AGD(Method):
             sqrt_c2=sqrt(one_minus_power(self.beta2, step, like=like)),
         )
 
-    def update(
-        self,
-        grad: Array,
-        state: AGDState,
-        param: Array,
-        *,
-        scalars: AGDScalars | None = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-    ) -> tuple[Array, AGDState]:
-        xp, k = self._enter(grad, state, param, scalars, xp, unused={"b_max": True})
-        if (state.b_max is None) == self.amsgrad:
-            raise ValueError(f"state must be made with amsgrad={self.amsgrad}, its b_max says otherwise")
+    def step(self, grad: Array, state: AGDState, param: Array, now: Now) -> tuple[Array, AGDState]:
+        xp, k = now.xp, now.k
         m = ema(state.m, grad, self.beta1)  # (m)
         s = ((1 - self.beta1) * k.inverse_c1) * (grad - k.previous_inverse_c1 * state.m)  # (s), without cancellation
         b = ema(state.b, s * s, self.beta2)  # (b)
@@ -160,12 +133,10 @@ class AGD(Method):
         if self.clip is not None:
             u = clamp(u, -self.clip, self.clip, xp=xp)
         direction = (k.sqrt_c2 * k.inverse_c1) * u  # (x)
-        return direction, AGDState(step=state.step + 1, m=m, b=b, b_max=b_max)
+        return direction, AGDState(step=now.step, m=m, b=b, b_max=b_max)
 
-    def diagnose(self, state: AGDState) -> AGDReport:
+    def report(self, state: AGDState, finite: Array, xp: Namespace) -> AGDReport:
         """Bias-corrected averages and the switch; before the first update all averages are zero."""
-        self._check_state(state)
-        xp = self._check_param(state.m, 0)
         k = self.scalars(state.step, like=state.m)
         b = state.b_max if self.amsgrad else state.b
         is_sgd = xp.sqrt(b) <= self.delta * k.sqrt_c2
@@ -175,5 +146,5 @@ class AGD(Method):
             corrected_b=b * inverse_c2,
             is_sgd=is_sgd,
             sgd_share=xp.mean(xp.astype(is_sgd, state.m.dtype)),
-            finite=all_finite(xp, *(a for a in state[1:] if a is not None)),
+            finite=finite,
         )

@@ -52,24 +52,18 @@ Not here
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
+from precond_ref.fields import choice, integer, real
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import eye_like, finite_members, whole, zeros
+from precond_ref.numerics.arrays import finite_members, whole
 from precond_ref.numerics.ema import ema
 from precond_ref.numerics.grafting import scale_to_rms
-from precond_ref.numerics.refresh import is_due, renew
+from precond_ref.numerics.refresh import renew
 from precond_ref.numerics.roots import Root
-from precond_ref.protocol import (
-    Array,
-    Method,
-    Namespace,
-    check_choice,
-    check_int,
-    check_real,
-)
+from precond_ref.numerics.template import eye, zeros
+from precond_ref.protocol import Method, Now
+from precond_ref.typing import Array, Namespace
 
 PAPER = "An, Liu, Pan, Ren, Ma, Goldfarb, Zhang: ASGO, NeurIPS 2025, arXiv 2503.20762"
 
@@ -113,7 +107,6 @@ def _gram_report(gram: Array, finite: Array, law: roots.Law, xp: Namespace) -> A
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ASGO(Method):
     """ASGO for matrices (An et al., 2025, arXiv 2503.20762, Algorithm 2 and the authors' code).
 
@@ -122,58 +115,42 @@ class ASGO(Method):
     that does not divide the rows.
     """
 
-    beta1: float = 0.9
-    beta2: float = 0.8
-    eps: float = 1e-10
-    side: str = "smaller"
-    rms: float | None = 0.2
-    root: str = "eigh"
-    root_steps: int = 10
-    every: int = 1
-    heads: int | None = None
+    beta1: float = real("beta_1, decay of the averaged gradient", default=0.9, ge=0, lt=1)
+    beta2: float = real("beta_2, decay of V", default=0.8, ge=0, lt=1)
+    eps: float = real("epsilon, added to the eigenvalues of V under the root (0: pseudo-inverse)", default=1e-10, ge=0)
+    side: str = choice(
+        "'left', 'right' or 'smaller' (left if m < n, else right)", default="smaller", of=("smaller", "left", "right")
+    )
+    rms: float | None = real(
+        "root mean square of the direction's entries for the raw update", default=0.2, gt=0, optional=True
+    )
+    root: str = choice(
+        "'eigh' (the definition), 'polar_express', 'newton_schulz' or 'coupled_newton'",
+        default="eigh",
+        of=("eigh", "polar_express", "newton_schulz", "coupled_newton"),
+    )
+    root_steps: int = integer("iterations of the roots other than 'eigh'", default=10, ge=1)
+    every: int = integer("tau, updates between two roots", default=1, ge=1)
+    heads: int | None = integer("blocks of rows with a left V each", default=None, ge=1, optional=True)
 
     paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = ASGOState
-    symbols: ClassVar = MappingProxyType(
-        {
-            "beta1": "beta_1, decay of the averaged gradient, in [0, 1)",
-            "beta2": "beta_2, decay of V, in [0, 1)",
-            "eps": "epsilon, added to the eigenvalues of V under the root, >= 0 (0: pseudo-inverse)",
-            "side": "'left', 'right' or 'smaller' (left if m < n, else right)",
-            "rms": "root mean square of the direction's entries, > 0, or None for the raw update",
-            "root": "'eigh' (the definition), 'polar_express', 'newton_schulz' or 'coupled_newton'",
-            "root_steps": "iterations of the roots other than 'eigh', >= 1",
-            "every": "tau, updates between two roots, >= 1",
-            "heads": "blocks of rows with a left V each, >= 1, or None",
-        }
-    )
-    presets: ClassVar[tuple[str, ...]] = ("theory",)
     ndims: ClassVar[tuple[int, int]] = (2, 2)
+    theory: ClassVar[type[ASGOTheory]]
 
-    def __post_init__(self) -> None:
-        check_real(self, "beta1", ge=0, lt=1)
-        check_real(self, "beta2", ge=0, lt=1)
-        check_real(self, "eps", ge=0)
-        check_choice(self, "side", ("smaller", "left", "right"))
-        check_real(self, "rms", gt=0, optional=True)
-        check_choice(self, "root", ("eigh", "polar_express", "newton_schulz", "coupled_newton"))
-        check_int(self, "root_steps", ge=1)
-        check_int(self, "every", ge=1)
-        check_int(self, "heads", ge=1, optional=True)
+    @property
+    def factorizes(self) -> bool:  # type: ignore[override]
+        return self.root == "eigh"
+
+    def rules(self) -> None:
         if self.heads is not None and self.side == "right":
             raise ValueError("heads needs side='left' or 'smaller': its statistics are left ones, got side='right'")
-
-    @staticmethod
-    def theory(eps: float = 0.0, side: str = "left") -> ASGOTheory:
-        """Algorithm 1 of the paper: plain sum, no momentum, eps outside the root, no rms."""
-        return ASGOTheory(eps=eps, side=side)
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
         """Matrices that are not embeddings (in the authors' code: a name containing "emb")."""
         return len(shape) == 2 and "emb" not in path.lower()
 
-    def _left(self, param: Array) -> bool:
-        _, m, n = _sides(param)
+    def _left(self, m: int, n: int) -> bool:
         return self.heads is not None or self.side == "left" or (self.side == "smaller" and m < n)
 
     def _blocks(self, matrix: Array, xp: Namespace) -> Array:
@@ -183,23 +160,15 @@ class ASGO(Method):
         *stack, m, n = matrix.shape
         return xp.reshape(matrix, (*stack, self.heads, m // self.heads, n))
 
-    def _gram_shape(self, param: Array) -> tuple[int, ...]:
-        stack, m, n = _sides(param)
-        if self.heads is None:
-            k = m if self._left(param) else n
-            return (*stack, k, k)
-        if m % self.heads:
-            raise ValueError(f"heads must divide the rows, got heads={self.heads} and shape {tuple(param.shape)}")
-        return (*stack, self.heads, m // self.heads, m // self.heads)
-
-    def init(self, param: Array, *, stack_ndim: int = 0) -> ASGOState:
-        xp = self._check_param(param, stack_ndim, factorizes=self.root == "eigh")
-        gram = zeros(xp, self._gram_shape(param), param)
-        if self.every == 1:
-            root = None
-        else:
-            root = roots.identity_root(gram, xp=xp) if self.root == "eigh" else eye_like(xp, gram)
-        return ASGOState(step=0, m=xp.zeros_like(param), gram=gram, root=root)
+    def state_of(self, shape: tuple[int, ...]) -> ASGOState:
+        m, n = shape
+        side: tuple[int, ...] = (m, m) if self._left(m, n) else (n, n)
+        if self.heads is not None:
+            if m % self.heads:
+                raise ValueError(f"heads must divide the rows, got heads={self.heads} and shape {shape}")
+            side = (self.heads, m // self.heads, m // self.heads)
+        kept = roots.identity_root(*side) if self.root == "eigh" else eye(*side)
+        return ASGOState(step=0, m=zeros(m, n), gram=zeros(*side), root=None if self.every == 1 else kept)
 
     def _preconditioned(
         self, m: Array, gram: Array, kept: Any, due: Any, left: bool, xp: Namespace
@@ -219,40 +188,21 @@ class ASGO(Method):
             return roots.inverse_sqrt_newton_schulz(gram, self.eps, self.root_steps, xp=xp)
         return roots.inverse_root_coupled_newton(gram, 2, self.eps, self.root_steps, xp=xp)
 
-    def update(
-        self,
-        grad: Array,
-        state: ASGOState,
-        param: Array,
-        *,
-        scalars: Any = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-    ) -> tuple[Array, ASGOState]:
-        shape = self._gram_shape(param)
-        xp, _ = self._enter(grad, state, param, scalars, xp, unused={"root": self.every == 1}, gram=shape, root=shape)
-        if self.every > 1 and self.root == "eigh":
-            roots.check_root("state.root", state.root, shape)
-        due = is_due(state.step, self.every, refresh)
-        left = self._left(param)
+    def step(self, grad: Array, state: ASGOState, param: Array, now: Now) -> tuple[Array, ASGOState]:
+        xp, left = now.xp, self._left(*grad.shape[-2:])
         g = self._blocks(grad, xp)
         m = ema(state.m, grad, self.beta1)  # (M)
         gram = ema(state.gram, g @ _t(g, xp) if left else _t(g, xp) @ g, self.beta2)  # (V)
-        root, u = self._preconditioned(self._blocks(m, xp), gram, state.root, due, left, xp)  # (P), (U)
-        u = xp.reshape(u, param.shape)
+        root, u = self._preconditioned(self._blocks(m, xp), gram, state.root, now.due, left, xp)  # (P), (U)
+        u = xp.reshape(u, grad.shape)
         if self.rms is None and (self.every > 1 or self.heads is not None):  # else a bad gradient has made all of P NaN
             u = whole(u, 2, xp)
         if self.rms is not None:
             u = scale_to_rms(u, self.rms, (-2, -1), xp)  # (W)
-        return u, ASGOState(step=state.step + 1, m=m, gram=gram, root=None if self.every == 1 else root)
+        return u, ASGOState(step=now.step, m=m, gram=gram, root=None if self.every == 1 else root)
 
-    def diagnose(self, state: ASGOState) -> ASGOReport:
+    def report(self, state: ASGOState, finite: Array, xp: Namespace) -> ASGOReport:
         """Spectrum of V_t (of each head's, with ``heads``)."""
-        self._check_state(state)
-        xp = self._check_param(state.m, state.m.ndim - 2, factorizes=True)
-        kept = state.root if isinstance(state.root, Root) else () if state.root is None else (state.root,)
-        arrays = (state.m, state.gram, *kept)
-        finite = finite_members(xp, *arrays, core_ndims=tuple(a.ndim - state.m.ndim + 2 for a in arrays))
         return _gram_report(state.gram, finite, roots.Law(-0.5, self.eps), xp)
 
 
@@ -265,61 +215,33 @@ class ASGOTheoryState(NamedTuple):
     """V_t, (..., m, m) left or (..., n, n) right."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ASGOTheory(Method, register=False):
+class ASGOTheory(Method, preset="ASGO.theory"):
     """ASGO as analysed (An et al., 2025, arXiv 2503.20762, Algorithm 1), made by `ASGO.theory`."""
 
-    eps: float = 0.0
-    side: str = "left"
+    eps: float = real("epsilon, added to V^{1/2} (0: pseudo-inverse)", default=0.0, ge=0)
+    side: str = choice("'left' (the paper) or 'right'", default="left", of=("left", "right"))
 
     paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = ASGOTheoryState
-    symbols: ClassVar = MappingProxyType(
-        {
-            "eps": "epsilon, added to V^{1/2}, >= 0 (0: pseudo-inverse)",
-            "side": "'left' (the paper) or 'right'",
-        }
-    )
     ndims: ClassVar[tuple[int, int]] = (2, 2)
+    factorizes: ClassVar[bool] = True
+    refreshes: ClassVar[bool] = True
     takes = ASGO.takes
 
-    def __post_init__(self) -> None:
-        check_real(self, "eps", ge=0)
-        check_choice(self, "side", ("left", "right"))
+    def state_of(self, shape: tuple[int, ...]) -> ASGOTheoryState:
+        k = shape[0] if self.side == "left" else shape[1]
+        return ASGOTheoryState(step=0, gram=zeros(k, k))
 
-    def _gram_shape(self, param: Array) -> tuple[int, ...]:
-        stack, m, n = _sides(param)
-        k = m if self.side == "left" else n
-        return (*stack, k, k)
-
-    def init(self, param: Array, *, stack_ndim: int = 0) -> ASGOTheoryState:
-        xp = self._check_param(param, stack_ndim, factorizes=True)
-        return ASGOTheoryState(step=0, gram=zeros(xp, self._gram_shape(param), param))
-
-    def update(
-        self,
-        grad: Array,
-        state: ASGOTheoryState,
-        param: Array,
-        *,
-        scalars: Any = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-    ) -> tuple[Array, ASGOTheoryState]:
-        xp, _ = self._enter(grad, state, param, scalars, xp, gram=self._gram_shape(param))
-        is_due(state.step, 1, refresh)
-        left = self.side == "left"
+    def step(self, grad: Array, state: ASGOTheoryState, param: Array, now: Now) -> tuple[Array, ASGOTheoryState]:
+        xp, left = now.xp, self.side == "left"
         gram = state.gram + (grad @ _t(grad, xp) if left else _t(grad, xp) @ grad)  # (1)
         law = roots.Law(-1.0, self.eps, root=True)
         root = roots.decompose(gram, law, xp=xp)  # (2)
         direction = roots.apply(grad, {0 if left else 1: root}, law, 1.0, xp=xp)  # (3)
-        return direction, ASGOTheoryState(step=state.step + 1, gram=gram)
+        return direction, ASGOTheoryState(step=now.step, gram=gram)
 
-    def diagnose(self, state: ASGOTheoryState) -> ASGOReport:
+    def report(self, state: ASGOTheoryState, finite: Array, xp: Namespace) -> ASGOReport:
         """Spectrum of V_t."""
-        self._check_state(state)
-        xp = self._check_param(state.gram, state.gram.ndim - 2)
-        finite = finite_members(xp, state.gram, core_ndims=(2,))
         return _gram_report(state.gram, finite, roots.Law(-1.0, self.eps, root=True), xp)
 
 
@@ -343,7 +265,6 @@ class DASGOReport(NamedTuple):
     """Whether the member's state is finite, (...)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class DASGO(Method):
     """DASGO for matrices (An et al., 2025, arXiv 2503.20762, Algorithm 4 and the authors' code): one scale per column.
 
@@ -357,65 +278,34 @@ class DASGO(Method):
     Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
     """
 
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    rms: float | None = 0.2
+    beta1: float = real("beta_1, decay of the averaged gradient", default=0.9, ge=0, lt=1)
+    beta2: float = real("beta_2, decay of the column sums", default=0.95, ge=0, lt=1)
+    eps: float = real("epsilon, under the root (0: pseudo-inverse)", default=1e-8, ge=0)
+    rms: float | None = real(
+        "root mean square of the direction's entries for the raw update", default=0.2, gt=0, optional=True
+    )
 
     paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = DASGOState
-    symbols: ClassVar = MappingProxyType(
-        {
-            "beta1": "beta_1, decay of the averaged gradient, in [0, 1)",
-            "beta2": "beta_2, decay of the column sums, in [0, 1)",
-            "eps": "epsilon, under the root, >= 0 (0: pseudo-inverse)",
-            "rms": "root mean square of the direction's entries, > 0, or None for the raw update",
-        }
-    )
-    presets: ClassVar[tuple[str, ...]] = ("theory",)
     ndims: ClassVar[tuple[int, int]] = (2, 2)
     takes = ASGO.takes
+    theory: ClassVar[type[DASGOTheory]]
 
-    def __post_init__(self) -> None:
-        check_real(self, "beta1", ge=0, lt=1)
-        check_real(self, "beta2", ge=0, lt=1)
-        check_real(self, "eps", ge=0)
-        check_real(self, "rms", gt=0, optional=True)
+    def state_of(self, shape: tuple[int, ...]) -> DASGOState:
+        return DASGOState(step=0, m=zeros(*shape), v=zeros(shape[1]))
 
-    @staticmethod
-    def theory(eps: float = 0.0) -> DASGOTheory:
-        """The diagonal of Algorithm 1: rows, plain sum, no momentum, eps outside the root, no rms."""
-        return DASGOTheory(eps=eps)
-
-    def init(self, param: Array, *, stack_ndim: int = 0) -> DASGOState:
-        xp = self._check_param(param, stack_ndim)
-        v = zeros(xp, (*param.shape[:-2], param.shape[-1]), param)
-        return DASGOState(step=0, m=xp.zeros_like(param), v=v)
-
-    def update(
-        self,
-        grad: Array,
-        state: DASGOState,
-        param: Array,
-        *,
-        scalars: Any = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-    ) -> tuple[Array, DASGOState]:
-        stack, _, n = _sides(param)
-        xp, _ = self._enter(grad, state, param, scalars, xp, v=(*stack, n))
+    def step(self, grad: Array, state: DASGOState, param: Array, now: Now) -> tuple[Array, DASGOState]:
+        xp = now.xp
         m = ema(state.m, grad, self.beta1)  # (M)
         v = ema(state.v, xp.sum(grad * grad, axis=-2), self.beta2)  # (v)
         u = m / _infinite_if_zero(xp.sqrt(v + self.eps), xp)[..., None, :]  # (U)
         if self.rms is not None:
             u = scale_to_rms(u, self.rms, (-2, -1), xp)  # (W)
-        return u, DASGOState(step=state.step + 1, m=m, v=v)
+        return u, DASGOState(step=now.step, m=m, v=v)
 
-    def diagnose(self, state: DASGOState) -> DASGOReport:
+    def report(self, state: DASGOState, finite: Array, xp: Namespace) -> DASGOReport:
         """Column scales."""
-        self._check_state(state)
-        xp = self._check_param(state.m, state.m.ndim - 2)
-        return DASGOReport(scale=xp.sqrt(state.v), finite=finite_members(xp, state.m, state.v, core_ndims=(2, 1)))
+        return DASGOReport(scale=xp.sqrt(state.v), finite=finite)
 
 
 class DASGOTheoryState(NamedTuple):
@@ -427,8 +317,7 @@ class DASGOTheoryState(NamedTuple):
     """d_t, summed squared norm of each row, (..., m)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DASGOTheory(Method, register=False):
+class DASGOTheory(Method, preset="DASGO.theory"):
     """DASGO in the form of Algorithm 1, made by `DASGO.theory`, with one scale per row.
 
     ::
@@ -437,54 +326,29 @@ class DASGOTheory(Method, register=False):
         direction_ij = G_ij / (sqrt(d_i) + eps)                        (2)
     """
 
-    eps: float = 0.0
+    eps: float = real("epsilon, added to the root (0: pseudo-inverse)", default=0.0, ge=0)
 
     paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = DASGOTheoryState
-    symbols: ClassVar = MappingProxyType({"eps": "epsilon, added to the root, >= 0 (0: pseudo-inverse)"})
     ndims: ClassVar[tuple[int, int]] = (2, 2)
     takes = ASGO.takes
 
-    def __post_init__(self) -> None:
-        check_real(self, "eps", ge=0)
+    def state_of(self, shape: tuple[int, ...]) -> DASGOTheoryState:
+        return DASGOTheoryState(step=0, d=zeros(shape[0]))
 
-    def init(self, param: Array, *, stack_ndim: int = 0) -> DASGOTheoryState:
-        xp = self._check_param(param, stack_ndim)
-        return DASGOTheoryState(step=0, d=zeros(xp, tuple(param.shape[:-1]), param))
-
-    def update(
-        self,
-        grad: Array,
-        state: DASGOTheoryState,
-        param: Array,
-        *,
-        scalars: Any = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-    ) -> tuple[Array, DASGOTheoryState]:
-        stack, m, _ = _sides(param)
-        xp, _ = self._enter(grad, state, param, scalars, xp, d=(*stack, m))
+    def step(self, grad: Array, state: DASGOTheoryState, param: Array, now: Now) -> tuple[Array, DASGOTheoryState]:
+        xp = now.xp
         d = state.d + xp.sum(grad * grad, axis=-1)  # (1)
         direction = grad / _infinite_if_zero(xp.sqrt(d) + self.eps, xp)[..., None]  # (2)
-        return direction, DASGOTheoryState(step=state.step + 1, d=d)
+        return direction, DASGOTheoryState(step=now.step, d=d)
 
-    def diagnose(self, state: DASGOTheoryState) -> DASGOReport:
+    def report(self, state: DASGOTheoryState, finite: Array, xp: Namespace) -> DASGOReport:
         """Row scales."""
-        self._check_state(state)
-        xp = self._check_param(state.d[..., None], state.d.ndim - 1)
-        return DASGOReport(scale=xp.sqrt(state.d), finite=finite_members(xp, state.d, core_ndims=(1,)))
+        return DASGOReport(scale=xp.sqrt(state.d), finite=finite)
 
 
 def _t(matrix: Array, xp: Namespace) -> Array:
     return xp.matrix_transpose(matrix)
-
-
-def _sides(param: Array) -> tuple[tuple[int, ...], int, int]:
-    """Stack axes, m and n of ``param`` (..., m, n)."""
-    shape = tuple(getattr(param, "shape", ()))
-    if len(shape) < 2:
-        raise ValueError(f"param must be an array with at least two axes, got {type(param).__name__} of shape {shape}")
-    return shape[:-2], shape[-2], shape[-1]
 
 
 def _infinite_if_zero(diagonal: Array, xp: Namespace) -> Array:

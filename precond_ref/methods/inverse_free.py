@@ -65,36 +65,18 @@ Not here
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
+from precond_ref.fields import declared, flag, integer, is_zero, real
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import (
-    bad_as_nan,
-    clamp,
-    eye_like,
-    finite_members,
-    identity,
-    largest_entry,
-    normed,
-    placement,
-    state_dtype,
-)
-from precond_ref.numerics.axes import check_samples, factor_axes, multiply, samples, squeezed, unfold
+from precond_ref.numerics.arrays import bad_as_nan, clamp, identity, largest_entry, normed, state_dtype
+from precond_ref.numerics.axes import multiply, samples, squeezed, unfold
 from precond_ref.numerics.ema import ema, sqrt
-from precond_ref.numerics.refresh import is_due, renew
+from precond_ref.numerics.refresh import renew
 from precond_ref.numerics.structured import parse, project
-from precond_ref.protocol import (
-    Array,
-    Method,
-    Namespace,
-    check_bool,
-    check_int,
-    check_real,
-    is_zero,
-    warn_if_decay,
-)
+from precond_ref.numerics.template import eye, zeros
+from precond_ref.protocol import Method, Now, warn_if_decay
+from precond_ref.typing import Array, Namespace
 
 
 class IFShampooState(NamedTuple):
@@ -124,7 +106,6 @@ class IFShampooReport(NamedTuple):
     """Whether the member's state is finite, (...)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class IFShampoo(Method):
     """IF-Shampoo, any tensor order; ``beta2`` is the weight of the *new* term, about 0.01 (Lin et al., 2024, (1)-(6)).
 
@@ -136,46 +117,29 @@ class IFShampoo(Method):
     Warns: UserWarning for ``beta2 > 0.5``, which looks like a decay.
     """
 
-    beta2: float = 0.01
-    damping: float = 1e-3
-    momentum: float = 0.9
-    riemannian_momentum: float = 0.5
-    weight_decay: float = 0.0
-    batch_size: float = 1.0
-    every: int = 1
-    structure: str | tuple[str, ...] = "dense"
-    clip: bool = True
-    narrow_state: bool = False
+    beta2: float = real(
+        "beta_2, step size of the factors, weight of the NEW term (1 - decay)", default=0.01, gt=0, lt=1
+    )
+    damping: float = real("lambda, added to the curvature", default=1e-3, ge=0)
+    momentum: float = real("alpha_1, heavy-ball momentum on the preconditioned gradient", default=0.9, ge=0, lt=1)
+    riemannian_momentum: float = real("alpha_2, decay of the factors' momentum", default=0.5, ge=0, lt=1)
+    weight_decay: float = real("kappa, times the parameter inside the momentum", default=0.0, ge=0)
+    batch_size: float = real("B, independent terms whose mean is the loss", default=1.0, gt=0)
+    every: int = integer("T, updates between two renewals of the factors", default=1, ge=1)
+    structure: str | tuple[str, ...] = declared(
+        "of the factors: one for all axes of size other than 1, or a tuple with one each", default="dense"
+    )
+    clip: bool = flag("divide m_n by its Frobenius norm where that is above 1", default=True)
+    narrow_state: bool = flag("keep the state in the parameter's dtype also below float32", default=False)
 
     paper: ClassVar[str] = (
         "Lin, Dangel, Eschenhagen, Bae, Turner, Makhzani: root-free adaptive methods, ICML 2024, arXiv 2402.03496"
     )
     state_type: ClassVar[Any] = IFShampooState
-    symbols: ClassVar = MappingProxyType(
-        {
-            "beta2": "beta_2, step size of the factors, weight of the NEW term (1 - decay), in (0, 1)",
-            "damping": "lambda, added to the curvature, >= 0",
-            "momentum": "alpha_1, heavy-ball momentum on the preconditioned gradient, in [0, 1)",
-            "riemannian_momentum": "alpha_2, decay of the factors' momentum, in [0, 1)",
-            "weight_decay": "kappa, times the parameter inside the momentum, >= 0",
-            "batch_size": "B, independent terms whose mean is the loss, > 0",
-            "every": "T, updates between two renewals of the factors, >= 1",
-            "structure": "of the factors: one for all axes of size other than 1, or a tuple with one each",
-            "clip": "divide m_n by its Frobenius norm where that is above 1",
-            "narrow_state": "keep the state in the parameter's dtype also below float32",
-        }
-    )
+    reads_param: ClassVar[bool] = True
+    takes_statistic: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_real(self, "beta2", gt=0, lt=1)
-        check_real(self, "damping", ge=0)
-        check_real(self, "momentum", ge=0, lt=1)
-        check_real(self, "riemannian_momentum", ge=0, lt=1)
-        check_real(self, "weight_decay", ge=0)
-        check_real(self, "batch_size", gt=0)
-        check_int(self, "every", ge=1)
-        check_bool(self, "clip")
-        check_bool(self, "narrow_state")
+    def rules(self) -> None:
         structures = self.structure if isinstance(self.structure, tuple) else (self.structure,)
         for structure in structures:
             if not isinstance(structure, str):
@@ -193,45 +157,29 @@ class IFShampoo(Method):
             )
         return self.structure
 
-    def init(self, param: Array, *, stack_ndim: int = 0) -> IFShampooState:
-        xp = self._check_param(param, stack_ndim)
-        stack, dims = tuple(param.shape[:stack_ndim]), squeezed(param.shape[stack_ndim:])
+    def state_of(self, shape: tuple[int, ...]) -> IFShampooState:
+        dims = squeezed(shape)
         self._structures(dims)
-        zero = xp.zeros_like(param, dtype=state_dtype(xp, param, self.narrow_state))
-        zeros = tuple(xp.zeros((*stack, d, d), **placement(zero)) for d in dims)
         return IFShampooState(
             step=0,
-            factors=tuple(eye_like(xp, z) for z in zeros),
-            momenta=None if is_zero(self.riemannian_momentum) else zeros,
-            buffer=None if is_zero(self.momentum) else zero,
+            factors=tuple(eye(d, d) for d in dims),
+            momenta=None if is_zero(self.riemannian_momentum) else tuple(zeros(d, d) for d in dims),
+            buffer=None if is_zero(self.momentum) else zeros(*shape),
         )
 
-    def check_statistic(self, statistic: Array, param: Array) -> None:
-        check_samples(param, statistic)
+    def stack_ndim(self, state: IFShampooState) -> int:
+        return state.factors[0].ndim - 2
 
-    def update(
-        self,
-        grad: Array,
-        state: IFShampooState,
-        param: Array,
-        *,
-        scalars: Any = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-        statistic: Array | None = None,
-    ) -> tuple[Array, IFShampooState]:
-        """One update; ``statistic``, shape (q, ...): in (2) the mean over these q gradients replaces ``grad``."""
-        unused = {"momenta": is_zero(self.riemannian_momentum), "buffer": is_zero(self.momentum)}
-        xp, _ = self._enter(grad, state, param, scalars, xp, unused=unused)
-        if 0 in param.shape:
-            return xp.zeros_like(param), state._replace(step=state.step + 1)
-        dims = factor_axes(param, factors=state.factors, momenta=state.momenta)
-        dtype, stack = state.factors[0].dtype, state.factors[0].ndim - 2
+    def step(self, grad: Array, state: IFShampooState, param: Array, now: Now) -> tuple[Array, IFShampooState]:
+        """``statistic``, shape (q, ...): in (2) the mean over these q gradients replaces ``grad``."""
+        xp, stack, statistic, dtype = now.xp, now.stack, now.statistic, state.factors[0].dtype
+        if 0 in grad.shape:
+            return xp.zeros_like(grad), state._replace(step=now.step)
+        dims = squeezed(grad.shape[stack:])
         structures = self._structures(dims)
-        due = is_due(state.step, self.every, refresh)
         curvature = xp.astype(samples(grad, statistic, stack, dims, xp), dtype, copy=False)
         factors, momenta = renew(
-            due,
+            now.due,
             lambda: self._renewed(curvature, state.factors, state.momenta, structures, xp),
             (state.factors, state.momenta),
         )
@@ -242,8 +190,8 @@ class IFShampoo(Method):
         if not is_zero(self.weight_decay):
             u = u + self.weight_decay * xp.astype(param, dtype, copy=False)  # (5)
         buffer = None if state.buffer is None else self.momentum * state.buffer + u  # (6)
-        direction = xp.astype(u if buffer is None else buffer, param.dtype)
-        return direction, IFShampooState(state.step + 1, factors, momenta, buffer)
+        direction = xp.astype(u if buffer is None else buffer, grad.dtype)
+        return direction, IFShampooState(now.step, factors, momenta, buffer)
 
     def _renewed(
         self,
@@ -289,16 +237,10 @@ class IFShampoo(Method):
             scale = scale * peak
         return xp.reshape(u * xp.reshape(scale, (*stack, *(1 for _ in dims))), grad.shape)
 
-    def diagnose(self, state: IFShampooState) -> IFShampooReport:
+    def report(self, state: IFShampooState, finite: Array, xp: Namespace) -> IFShampooReport:
         """The inverses of the factors S_n, and their spectra."""
-        self._check_state(state)
-        xp = self._check_param(state.factors[0], state.factors[0].ndim - 2)
         wide = [xp.astype(k, state_dtype(xp, k, False), copy=False) for k in state.factors]
         inverses = tuple(k @ _t(k, xp) for k in wide)
-        matrices = (*state.factors, *(state.momenta or ()))
-        rest = () if state.buffer is None else (state.buffer,)
-        core_ndims = (*(2 for _ in matrices), *(b.ndim - state.factors[0].ndim + 2 for b in rest))
-        finite = finite_members(xp, *matrices, *rest, core_ndims=core_ndims)
         return IFShampooReport(
             inverses=inverses, eigenvalues=tuple(roots.eigenvalues(x, xp=xp) for x in inverses), finite=finite
         )

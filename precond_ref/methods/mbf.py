@@ -68,18 +68,19 @@ Not here
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from array_api_compat import array_namespace
 
+from precond_ref.fields import choice, flag, integer, real
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import all_finite, finite_members, identity, whole, zeros
+from precond_ref.numerics.arrays import finite_members, identity, whole
 from precond_ref.numerics.ema import ema, one_minus_power, reciprocal, sqrt
 from precond_ref.numerics.refresh import renew
 from precond_ref.numerics.roots import Root
-from precond_ref.protocol import Array, Method, Namespace, Scalar, check_bool, check_choice, check_int, check_real
+from precond_ref.numerics.template import zeros
+from precond_ref.protocol import Method, Now
+from precond_ref.typing import Array, Namespace, Scalar
 
 NDIMS = {"fc": (2, 2), "conv": (4, 4), "diagonal": (0, 64)}
 # Constants of the diagonal rule in the authors' code.
@@ -146,7 +147,6 @@ class MBFReport(NamedTuple):
     is an LU solution 16 roundings times ``condition``. None for ``diagonal``."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class MBF(Method):
     """MBF (Bahamou, Goldfarb, Ren, 2023, arXiv 2202.04124v4, as in the authors' code) for one layer.
 
@@ -156,46 +156,38 @@ class MBF(Method):
     Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
     """
 
-    kind: str = "fc"
-    layout: str = "per_output"
-    average: bool = True
-    damping: float = 3e-4
-    decay: float = 0.9
-    momentum: float = 0.9
-    statistics_every: int = 1
-    inverse_every: int = 1
+    kind: str = choice(
+        "'fc' (weights (O, J)), 'conv' (weights (O, I, kh, kw)) or 'diagonal' (anything else)",
+        default="fc",
+        of=tuple(NDIMS),
+    )
+    layout: str = choice(
+        "mini-blocks of 'fc': 'per_output', 'per_input' or 'contiguous'",
+        default="per_output",
+        of=("per_output", "per_input", "contiguous"),
+    )
+    average: bool = flag("'fc': one F, the mean over the blocks, instead of one per block", default=True)
+    damping: float = real("lambda, added to F (0: pseudo-inverse)", default=3e-4, ge=0)
+    decay: float = real("rho, decay of F", default=0.9, ge=0, lt=1)
+    momentum: float = real("mu, heavy ball", default=0.9, ge=0, lt=1)
+    statistics_every: int = integer("T1, updates between two statistics", default=1, ge=1)
+    inverse_every: int = integer("T2, updates between two inverses (every T1 up to update T2)", default=1, ge=1)
 
     paper: ClassVar[str] = "Bahamou, Goldfarb, Ren: Mini-Block Fisher, AISTATS 2023, arXiv 2202.04124v4"
     state_type: ClassVar[Any] = MBFState
     joins_bias: ClassVar[bool] = True
-    symbols: ClassVar = MappingProxyType(
-        {
-            "kind": "'fc' (weights (O, J)), 'conv' (weights (O, I, kh, kw)) or 'diagonal' (anything else)",
-            "layout": "mini-blocks of 'fc': 'per_output', 'per_input' or 'contiguous'",
-            "average": "'fc': one F, the mean over the blocks, instead of one per block",
-            "damping": "lambda, added to F, >= 0 (0: pseudo-inverse)",
-            "decay": "rho, decay of F, in [0, 1)",
-            "momentum": "mu, heavy ball, in [0, 1)",
-            "statistics_every": "T1, updates between two statistics, >= 1",
-            "inverse_every": "T2, updates between two inverses (every T1 up to update T2), >= 1",
-        }
-    )
+    refreshes: ClassVar[bool] = True
+    takes_statistic: ClassVar[bool] = True
     presets: ClassVar[tuple[str, ...]] = ("authors_code",)
     Samples: ClassVar[Any] = MBFSamples
     Factors: ClassVar[Any] = MBFFactors
     Blocks: ClassVar[Any] = MBFBlocks
 
     def __post_init__(self) -> None:
-        check_choice(self, "kind", tuple(NDIMS))
-        check_choice(self, "layout", ("per_output", "per_input", "contiguous"))
-        check_bool(self, "average")
-        check_real(self, "damping", ge=0)
-        check_real(self, "decay", ge=0, lt=1)
-        check_real(self, "momentum", ge=0, lt=1)
-        check_int(self, "statistics_every", ge=1)
-        check_int(self, "inverse_every", ge=1)
+        super().__post_init__()
         object.__setattr__(self, "ndims", NDIMS[self.kind])
         object.__setattr__(self, "elementwise", self.kind == "diagonal")
+        object.__setattr__(self, "factorizes", self.kind != "diagonal")
 
     @staticmethod
     def authors_code(network: str = "autoencoder") -> MBF:
@@ -243,8 +235,6 @@ class MBF(Method):
         if self.kind == "diagonal":
             return tuple(shape)
         core = self.ndims[0]
-        if len(shape) < core:
-            raise ValueError(f"MBF(kind={self.kind!r}) takes a parameter with {core} axes, got shape {tuple(shape)}")
         stack, (o, i, *taps) = shape[:-core], shape[-core:]
         if self.kind == "conv":
             return (*stack, o, i, math.prod(taps), math.prod(taps))
@@ -283,13 +273,10 @@ class MBF(Method):
 
     # ---- the method -------------------------------------------------------------------------------------------------
 
-    def init(self, param: Array, *, stack_ndim: int = 0) -> MBFState:
-        xp = self._check_param(param, stack_ndim, factorizes=self.kind != "diagonal")
-        statistic = zeros(xp, self._statistic_shape(param.shape), param)
-        inverse = None
-        if not self._keeps_no_inverse:
-            inverse = roots.identity_root(statistic, reciprocal(self.damping), xp=xp)
-        return MBFState(step=0, m=xp.zeros_like(param), statistic=statistic, inverse=inverse)
+    def state_of(self, shape: tuple[int, ...]) -> MBFState:
+        side = self._statistic_shape(shape)
+        inverse = None if self._keeps_no_inverse else roots.identity_root(*side, scale=reciprocal(self.damping))
+        return MBFState(step=0, m=zeros(*shape), statistic=zeros(*side), inverse=inverse)
 
     def warm_start(self, state: MBFState, grads: Array) -> MBFState:
         """``state`` of ``init`` with F = mean of g_b g_b^T over batch gradients ``grads``, batches on a new first axis.
@@ -298,11 +285,11 @@ class MBF(Method):
         through the training set. ``diagonal`` is left alone. ValueError or TypeError for a state that was updated
         already, and for arrays that do not fit.
         """
-        self._check_state(state)
+        self._check_state_type(state)
         if isinstance(state.step, int) and state.step > 0:
             raise ValueError(f"warm_start must come before the first update, got a state after {state.step}")
         _check_array("grads", grads, (None, *state.m.shape), state.m)
-        xp = self._check_param(grads, max(grads.ndim - self.ndims[0], 0))
+        xp = array_namespace(grads)
         if self.kind == "diagonal":
             return state
         return state._replace(statistic=self._mean_outer(xp.moveaxis(grads, 0, -1 - self.ndims[0]), xp))
@@ -317,29 +304,14 @@ class MBF(Method):
             return ()
         return MBFScalars(reciprocal(sqrt(one_minus_power(DIAGONAL_SQUARE_DECAY, step, like=like))))
 
-    def update(
-        self,
-        grad: Array,
-        state: MBFState,
-        param: Array,
-        *,
-        scalars: Any = None,
-        refresh: Any = None,
-        xp: Namespace = None,
-        statistic: MBFSamples | MBFFactors | MBFBlocks | None = None,
-    ) -> tuple[Array, MBFState]:
-        """One update; ``statistic`` replaces g_b g_b^T in (F), when that is due."""
-        shape, unused = self._statistic_shape(getattr(param, "shape", ())), {"inverse": self._keeps_no_inverse}
-        xp, k = self._enter(grad, state, param, scalars, xp, unused=unused, statistic=shape)
-        if not self._keeps_no_inverse:
-            roots.check_root("state.inverse", state.inverse, shape)
-        statistics_due, inverse_due = self.due(state.step) if refresh is None else self._refresh(refresh)
-        self.check_statistic(statistic, param)
+    def step(self, grad: Array, state: MBFState, param: Array, now: Now) -> tuple[Array, MBFState]:
+        """``statistic`` replaces g_b g_b^T in (F), when that is due."""
+        xp, k, statistic, (statistics_due, inverse_due) = now.xp, now.k, now.statistic, now.due
         if self.kind == "diagonal":
             n = ema(state.m, grad, DIAGONAL_DECAY)  # (n)
             v = ema(state.statistic, n * n, DIAGONAL_SQUARE_DECAY)  # (v)
             direction = n / (xp.sqrt(v) * k.inverse_sqrt_c + DIAGONAL_EPS)  # (d)
-            return direction, MBFState(step=state.step + 1, m=n, statistic=v, inverse=None)
+            return direction, MBFState(step=now.step, m=n, statistic=v, inverse=None)
 
         def new_statistic() -> Array:
             if statistic is None:
@@ -362,13 +334,13 @@ class MBF(Method):
             known = roots.renewed(inverse_due, f, law, state.inverse, xp=xp)  # (P)
             inverse, columns = known[0], roots.apply(columns, {0: known}, law, own, xp=xp)  # (p)
         blocks = xp.matrix_transpose(columns) if self._averaged else columns[..., 0]
-        direction = self.from_blocks(blocks, param.shape, xp=xp)
+        direction = self.from_blocks(blocks, grad.shape, xp=xp)
         fresh = self.statistics_every == self.inverse_every == 1 and statistic is None
         if not (self._averaged and fresh):  # else a bad gradient has made all of P NaN
             direction = whole(direction, self.ndims[0], xp)
-        return direction, MBFState(step=state.step + 1, m=m, statistic=f, inverse=inverse)
+        return direction, MBFState(step=now.step, m=m, statistic=f, inverse=inverse)
 
-    def _refresh(self, refresh: Any) -> tuple[bool, bool]:
+    def overruled(self, refresh: Any) -> tuple[bool, bool]:
         pair = (refresh, refresh) if isinstance(refresh, bool) else refresh
         if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(r, bool) for r in pair)):
             raise TypeError(f"refresh must be a pair of bools (statistics, inverse), a bool or None, got {refresh!r}")
@@ -377,8 +349,6 @@ class MBF(Method):
         return pair
 
     def check_statistic(self, statistic: Any, param: Array) -> None:
-        if statistic is None:
-            return
         if not isinstance(statistic, (MBFSamples, MBFFactors, MBFBlocks)):
             got = type(statistic).__name__
             raise TypeError(f"statistic must be an MBF.Samples, MBF.Factors or MBF.Blocks, got {got}")
@@ -397,24 +367,18 @@ class MBF(Method):
         _check_array("statistic.inputs", statistic.inputs, (*stack, None, shape[1]), param)
         _check_array("statistic.signals", statistic.signals, (*stack, statistic.inputs.shape[-2], shape[0]), param)
 
-    def diagnose(self, state: MBFState) -> MBFReport:
+    def report(self, state: MBFState, finite: Array, xp: Namespace) -> MBFReport:
         """Spectrum of F and condition of what is inverted; ``diagonal``: the denominator."""
-        self._check_state(state)
         if self.kind == "diagonal":
-            xp = self._check_param(state.m, 0)
             k = self.scalars(state.step, like=state.m)
             denominator = xp.sqrt(state.statistic) * k.inverse_sqrt_c + DIAGONAL_EPS
-            return MBFReport(None, None, denominator, all_finite(xp, state.m, state.statistic), None)
-        core = self.ndims[0]
-        stack_ndim = state.m.ndim - core
-        xp = self._check_param(state.m, stack_ndim)
+            return MBFReport(None, None, denominator, finite, None)
         w = roots.eigenvalues(state.statistic, xp=xp)
         if w.shape[-1] == 0:  # blocks without entries
-            condition = zeros(xp, w.shape[:-1], w) + 1.0
+            condition = xp.sum(w, axis=-1) + 1.0
         else:
             condition = (w[..., -1] + self.damping) / (w[..., 0] + self.damping)
-        arrays = [w, state.m, state.statistic, *(state.inverse or ())]
-        finite = finite_members(xp, *arrays, core_ndims=tuple(a.ndim - stack_ndim for a in arrays))
+        finite = finite & finite_members(xp, w, core_ndims=(w.ndim - finite.ndim,))
         accuracy = roots.accuracy(w, roots.Law(-1.0, self.damping), xp=xp)
         if state.inverse is None:
             damped = state.statistic + self.damping * identity(xp, state.statistic)

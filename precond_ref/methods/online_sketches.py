@@ -23,16 +23,15 @@ Conventions
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from array_api_compat import array_namespace
 
+from precond_ref.fields import integer, real
 from precond_ref.numerics import sketch as fd
-from precond_ref.numerics.refresh import is_due
 from precond_ref.numerics.sketch import Sketch, SketchReport
-from precond_ref.protocol import Array, Method, Namespace, Scalar, check_int, check_real
+from precond_ref.protocol import Method, Now
+from precond_ref.typing import Array, Namespace, Scalar
 
 
 class OnlineSketchState(NamedTuple):
@@ -54,30 +53,24 @@ class OnlineSketchScalars(NamedTuple):
 class _OnlineSketch(Method, register=False):
     """What the three share: vectors, and a sketch of ``size`` rows."""
 
-    size: int
+    size: int = integer("sketch size; the sketch has rank size - 1", ge=1)
 
     state_type: ClassVar[Any] = OnlineSketchState
     ndims: ClassVar[tuple[int, int]] = (1, 1)
+    factorizes: ClassVar[bool] = True
+    refreshes: ClassVar[bool] = True
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
         """Vectors."""
         return len(shape) == 1
 
-    def init(self, param: Array, *, stack_ndim: int = 0) -> OnlineSketchState:
-        xp = self._check_param(param, stack_ndim, factorizes=True)
-        sketch = fd.empty(param.shape[-1], self.size, tuple(param.shape[:-1]), param, xp=xp)
-        return OnlineSketchState(step=0, sketch=sketch)
+    def state_of(self, shape: tuple[int, ...]) -> OnlineSketchState:
+        return OnlineSketchState(step=0, sketch=fd.empty(shape[0], self.size))
 
-    def _sketch(
-        self, grad: Array, state: OnlineSketchState, param: Array, scalars: Any, refresh: bool | None, xp: Namespace
-    ) -> tuple[Namespace, Sketch, Scalar]:
-        """Checks, the sketch after the weighted gradient, and the square of the weight."""
-        xp, k = self._enter(grad, state, param, scalars, xp)
-        is_due(state.step, 1, refresh)
-        fd.check("state.sketch", state.sketch, param.shape[-1], self.size, tuple(param.shape[:-1]))
-        weight = k.weight if k else 1.0
-        sketch = fd.update(state.sketch, grad[..., None, :] * weight, size=self.size, xp=xp)
-        return xp, sketch, weight * weight
+    def _sketch(self, grad: Array, state: OnlineSketchState, now: Now) -> tuple[Sketch, Scalar]:
+        """The sketch after the weighted gradient, and the square of the weight."""
+        weight = now.k.weight if now.k else 1.0
+        return fd.update(state.sketch, grad[..., None, :] * weight, size=self.size, xp=now.xp), weight * weight
 
     def _apply(
         self, grad: Array, sketch: Sketch, shift: Array, weight: Scalar, xp: Namespace, root: bool = False
@@ -86,125 +79,59 @@ class _OnlineSketch(Method, register=False):
         u, e, _ = sketch
         return fd.apply_power(u, e, shift, -1.0, grad[..., None], root=root, weight=weight, xp=xp)[..., 0]
 
-    def diagnose(self, state: OnlineSketchState) -> SketchReport:
+    def report(self, state: OnlineSketchState, finite: Array, xp: Namespace) -> SketchReport:
         """Spectrum and escaped mass of the sketch."""
-        self._check_state(state)
-        eigenvalues = state.sketch.eigenvalues
-        return fd.report(state.sketch, xp=self._check_param(eigenvalues, eigenvalues.ndim - 1))
+        return fd.report(state.sketch, finite=finite, xp=xp)
 
 
-@dataclass(frozen=True, kw_only=True)
 class AdaFD(_OnlineSketch):
     """Ada-FD (Wan and Zhang, 2018): a fixed ``delta`` is added to the root of the sketch; vectors (..., d)."""
 
-    size: int
-    delta: float
+    delta: float = real("added to the root", ge=0)
 
     paper: ClassVar[str] = "Wan, Zhang: Efficient adaptive online learning via frequent directions, IJCAI 2018"
-    symbols: ClassVar = MappingProxyType(
-        {"size": "sketch size, >= 1; the sketch has rank size - 1", "delta": "added to the root, >= 0"}
-    )
 
-    def __post_init__(self) -> None:
-        check_int(self, "size", ge=1)
-        check_real(self, "delta", ge=0)
-
-    def update(
-        self,
-        grad: Array,
-        state: OnlineSketchState,
-        param: Array,
-        *,
-        scalars: Any = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-    ) -> tuple[Array, OnlineSketchState]:
-        xp, sketch, weight = self._sketch(grad, state, param, scalars, refresh, xp)
+    def step(self, grad: Array, state: OnlineSketchState, param: Array, now: Now) -> tuple[Array, OnlineSketchState]:
+        xp, (sketch, weight) = now.xp, self._sketch(grad, state, now)
         shift = xp.zeros_like(sketch.escaped) + self.delta
         direction = self._apply(grad, sketch, shift, weight, xp, root=True)  # (1)
-        return direction, OnlineSketchState(step=state.step + 1, sketch=sketch)
+        return direction, OnlineSketchState(step=now.step, sketch=sketch)
 
 
-@dataclass(frozen=True, kw_only=True)
 class FDSON(_OnlineSketch):
     """FD-SON (Luo et al., 2016), sketched online Newton: the sketch plus ``delta`` is inverted; vectors (..., d)."""
 
-    size: int
-    delta: float
-    learning_rate: float
+    delta: float = real("alpha, added to the eigenvalues", ge=0)
+    learning_rate: float = real("scale of the sketched gradient; the caller's lr", gt=0)
 
     paper: ClassVar[str] = "Luo, Agarwal, Cesa-Bianchi, Langford: Sketched online Newton, arXiv 1602.02202"
-    symbols: ClassVar = MappingProxyType(
-        {
-            "size": "sketch size, >= 1; the sketch has rank size - 1",
-            "delta": "alpha, added to the eigenvalues, >= 0",
-            "learning_rate": "scale of the sketched gradient, > 0; the caller's lr",
-        }
-    )
-
-    def __post_init__(self) -> None:
-        check_int(self, "size", ge=1)
-        check_real(self, "delta", ge=0)
-        check_real(self, "learning_rate", gt=0)
 
     def scalars(self, step: Any, *, like: Array = None) -> OnlineSketchScalars:
         return OnlineSketchScalars(weight=(self.learning_rate * _real(step, like) ** 0.5) ** -0.5)
 
-    def update(
-        self,
-        grad: Array,
-        state: OnlineSketchState,
-        param: Array,
-        *,
-        scalars: OnlineSketchScalars | None = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-    ) -> tuple[Array, OnlineSketchState]:
-        xp, sketch, weight = self._sketch(grad, state, param, scalars, refresh, xp)
+    def step(self, grad: Array, state: OnlineSketchState, param: Array, now: Now) -> tuple[Array, OnlineSketchState]:
+        xp, (sketch, weight) = now.xp, self._sketch(grad, state, now)
         shift = xp.zeros_like(sketch.escaped) + self.delta
         direction = self._apply(grad, sketch, shift, weight, xp)
-        return direction / self.learning_rate, OnlineSketchState(step=state.step + 1, sketch=sketch)  # (2)
+        return direction / self.learning_rate, OnlineSketchState(step=now.step, sketch=sketch)  # (2)
 
 
-@dataclass(frozen=True, kw_only=True)
 class RFDSON(_OnlineSketch):
     """RFD-SON (Luo et al., 2019): as `FDSON`, and half the escaped mass is added to ``delta``; vectors (..., d)."""
 
-    size: int
-    delta: float
-    learning_rate: float
+    delta: float = real("alpha_0, added to the eigenvalues; 0 is RFD0", ge=0)
+    learning_rate: float = real("scale of the sketched gradient; the caller's lr", gt=0)
 
     paper: ClassVar[str] = "Luo, Chen, Zhang, Li, Zhang: Robust frequent directions, JMLR 2019, arXiv 1705.05067"
-    symbols: ClassVar = MappingProxyType(
-        {
-            "size": "sketch size, >= 1; the sketch has rank size - 1",
-            "delta": "alpha_0, added to the eigenvalues, >= 0; 0 is RFD0",
-            "learning_rate": "scale of the sketched gradient, > 0; the caller's lr",
-        }
-    )
-
-    def __post_init__(self) -> None:
-        check_int(self, "size", ge=1)
-        check_real(self, "delta", ge=0)
-        check_real(self, "learning_rate", gt=0)
 
     def scalars(self, step: Any, *, like: Array = None) -> OnlineSketchScalars:
         return OnlineSketchScalars(weight=(self.learning_rate * _real(step, like)) ** -0.5)
 
-    def update(
-        self,
-        grad: Array,
-        state: OnlineSketchState,
-        param: Array,
-        *,
-        scalars: OnlineSketchScalars | None = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-    ) -> tuple[Array, OnlineSketchState]:
-        xp, sketch, weight = self._sketch(grad, state, param, scalars, refresh, xp)
+    def step(self, grad: Array, state: OnlineSketchState, param: Array, now: Now) -> tuple[Array, OnlineSketchState]:
+        xp, (sketch, weight) = now.xp, self._sketch(grad, state, now)
         shift = 0.5 * sketch.escaped + self.delta
         direction = self._apply(grad, sketch, shift, weight, xp)
-        return direction / self.learning_rate, OnlineSketchState(step=state.step + 1, sketch=sketch)  # (3)
+        return direction / self.learning_rate, OnlineSketchState(step=now.step, sketch=sketch)  # (3)
 
 
 def _real(step: Any, like: Array) -> Scalar:

@@ -66,36 +66,18 @@ Not here
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
+from precond_ref.fields import flag, integer, is_python_number, is_zero, real
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import (
-    all_finite,
-    bad_as_nan,
-    eye_like,
-    finite_members,
-    largest_entry,
-    state_dtype,
-    zeros,
-)
-from precond_ref.numerics.axes import check_samples, factor_axes, multiply, samples, squeezed, unfold
+from precond_ref.numerics.arrays import bad_as_nan, eye_like, largest_entry
+from precond_ref.numerics.axes import multiply, samples, squeezed, unfold
 from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal
 from precond_ref.numerics.lapack import attempt
-from precond_ref.numerics.refresh import is_due, renew
-from precond_ref.protocol import (
-    Array,
-    Method,
-    Namespace,
-    Scalar,
-    check_bool,
-    check_int,
-    check_real,
-    is_python_number,
-    is_zero,
-    warn_if_decay,
-)
+from precond_ref.numerics.refresh import renew
+from precond_ref.numerics.template import eye, full, zeros
+from precond_ref.protocol import Method, Now, warn_if_decay
+from precond_ref.typing import Array, Namespace, Scalar
 
 PAPER = "Lin, Dangel, Eschenhagen, Bae, Turner, Makhzani: root-free adaptive methods, ICML 2024, arXiv 2402.03496"
 
@@ -120,7 +102,6 @@ class RFRMSPropState(NamedTuple):
     """b_t, heavy-ball average; None with ``momentum=0``."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RFRMSProp(Method):
     """RF-RMSProp, elementwise; ``beta2`` is the weight of the *new* term, about 0.01 (Lin et al., 2024, (1)-(3)).
 
@@ -129,63 +110,32 @@ class RFRMSProp(Method):
     Warns: UserWarning for ``beta2 > 0.5``, which looks like a decay.
     """
 
-    beta2: float = 0.01
-    damping: float = 1e-4
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    batch_size: float = 1.0
-    initial: float = 1.0
-    narrow_state: bool = False
+    beta2: float = real(
+        "beta_2, weight of the NEW term in the averaged curvature (1 - decay)", default=0.01, gt=0, le=1
+    )
+    damping: float = real("lambda, added to the averaged curvature", default=1e-4, ge=0)
+    momentum: float = real("alpha_1, heavy-ball momentum on the preconditioned gradient", default=0.0, ge=0, lt=1)
+    weight_decay: float = real("kappa, times the parameter inside the momentum", default=0.0, ge=0)
+    batch_size: float = real("B, independent terms whose mean is the loss", default=1.0, gt=0)
+    initial: float = real("s_0", default=1.0, ge=0)
+    narrow_state: bool = flag("keep the state in the parameter's dtype also below float32", default=False)
 
     paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = RFRMSPropState
-    symbols: ClassVar = MappingProxyType(
-        {
-            "beta2": "beta_2, weight of the NEW term in the averaged curvature (1 - decay), in (0, 1]",
-            "damping": "lambda, added to the averaged curvature, >= 0",
-            "momentum": "alpha_1, heavy-ball momentum on the preconditioned gradient, in [0, 1)",
-            "weight_decay": "kappa, times the parameter inside the momentum, >= 0",
-            "batch_size": "B, independent terms whose mean is the loss, > 0",
-            "initial": "s_0, >= 0",
-            "narrow_state": "keep the state in the parameter's dtype also below float32",
-        }
-    )
     elementwise: ClassVar[bool] = True
+    reads_param: ClassVar[bool] = True
+    takes_statistic: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_real(self, "beta2", gt=0, le=1)
-        check_real(self, "damping", ge=0)
-        check_real(self, "momentum", ge=0, lt=1)
-        check_real(self, "weight_decay", ge=0)
-        check_real(self, "batch_size", gt=0)
-        check_real(self, "initial", ge=0)
-        check_bool(self, "narrow_state")
+    def rules(self) -> None:
         warn_if_decay(self)
 
-    def init(self, param: Array, *, stack_ndim: int = 0) -> RFRMSPropState:
-        xp = self._check_param(param, stack_ndim)
-        zero = xp.zeros_like(param, dtype=state_dtype(xp, param, self.narrow_state))
-        return RFRMSPropState(step=0, s=zero + self.initial, buffer=None if is_zero(self.momentum) else zero)
+    def state_of(self, shape: tuple[int, ...]) -> RFRMSPropState:
+        buffer = None if is_zero(self.momentum) else zeros(*shape)
+        return RFRMSPropState(step=0, s=full(self.initial, *shape), buffer=buffer)
 
-    def check_statistic(self, statistic: Array, param: Array) -> None:
-        check_samples(param, statistic)
-
-    def update(
-        self,
-        grad: Array,
-        state: RFRMSPropState,
-        param: Array,
-        *,
-        scalars: Any = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-        statistic: Array | None = None,
-    ) -> tuple[Array, RFRMSPropState]:
-        """One update; ``statistic``, shape (q, ...): in (1) the mean of its q squares replaces g^2."""
-        xp, _ = self._enter(grad, state, param, scalars, xp, unused={"buffer": is_zero(self.momentum)})
-        if statistic is not None:
-            check_samples(grad, statistic)
-        dtype = state.s.dtype
+    def step(self, grad: Array, state: RFRMSPropState, param: Array, now: Now) -> tuple[Array, RFRMSPropState]:
+        """``statistic``, shape (q, ...): in (1) the mean of its q squares replaces g^2."""
+        xp, statistic, dtype = now.xp, now.statistic, state.s.dtype
         g = xp.astype(grad, dtype, copy=False)
         square = g * g if statistic is None else xp.mean(xp.astype(statistic, dtype, copy=False) ** 2, axis=0)
         s = (1 - self.beta2) * state.s + self.beta2 * (self.batch_size * square)  # (1)
@@ -193,15 +143,12 @@ class RFRMSProp(Method):
         if not is_zero(self.weight_decay):
             u = u + self.weight_decay * xp.astype(param, dtype, copy=False)
         buffer = None if state.buffer is None else self.momentum * state.buffer + u  # (3)
-        direction = xp.astype(u if buffer is None else buffer, param.dtype)
-        return direction, RFRMSPropState(step=state.step + 1, s=s, buffer=buffer)
+        direction = xp.astype(u if buffer is None else buffer, grad.dtype)
+        return direction, RFRMSPropState(step=now.step, s=s, buffer=buffer)
 
-    def diagnose(self, state: RFRMSPropState) -> RFReport:
+    def report(self, state: RFRMSPropState, finite: Array, xp: Namespace) -> RFReport:
         """The denominator."""
-        self._check_state(state)
-        xp = self._check_param(state.s, 0)
-        arrays = (state.s,) if state.buffer is None else (state.s, state.buffer)
-        return RFReport(denominator=state.s + self.damping, finite=all_finite(xp, *arrays))
+        return RFReport(denominator=state.s + self.damping, finite=finite)
 
 
 class RFAdamWState(NamedTuple):
@@ -224,7 +171,6 @@ class RFAdamWScalars(NamedTuple):
     """1 / (1 - beta2^t)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RFAdamW(Method):
     """RF-AdamW, elementwise; ``beta1``, ``beta2`` are *decays*, weights of the old term (Lin et al., code of 2024).
 
@@ -233,43 +179,22 @@ class RFAdamW(Method):
     Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
     """
 
-    beta1: float = 0.9
-    beta2: float = 0.999
-    damping: float = 1e-4
-    batch_size: float = 1.0
-    initial: float = 1.0
-    bias_correction: bool = False
-    narrow_state: bool = False
+    beta1: float = real("decay of the averaged gradient", default=0.9, ge=0, lt=1)
+    beta2: float = real("DECAY of the averaged curvature", default=0.999, ge=0, lt=1)
+    damping: float = real("lambda, added to the averaged curvature", default=1e-4, ge=0)
+    batch_size: float = real("B, independent terms whose mean is the loss", default=1.0, gt=0)
+    initial: float = real("s_0; without effect under bias_correction", default=1.0, ge=0)
+    bias_correction: bool = flag("divide both averages of gradients by 1 - decay^t", default=False)
+    narrow_state: bool = flag("keep the state in the parameter's dtype also below float32", default=False)
 
     paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = RFAdamWState
-    symbols: ClassVar = MappingProxyType(
-        {
-            "beta1": "decay of the averaged gradient, in [0, 1)",
-            "beta2": "DECAY of the averaged curvature, in [0, 1)",
-            "damping": "lambda, added to the averaged curvature, >= 0",
-            "batch_size": "B, independent terms whose mean is the loss, > 0",
-            "initial": "s_0, >= 0; without effect under bias_correction",
-            "bias_correction": "divide both averages of gradients by 1 - decay^t",
-            "narrow_state": "keep the state in the parameter's dtype also below float32",
-        }
-    )
     elementwise: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_real(self, "beta1", ge=0, lt=1)
-        check_real(self, "beta2", ge=0, lt=1)
-        check_real(self, "damping", ge=0)
-        check_real(self, "batch_size", gt=0)
-        check_real(self, "initial", ge=0)
-        check_bool(self, "bias_correction")
-        check_bool(self, "narrow_state")
-
-    def init(self, param: Array, *, stack_ndim: int = 0) -> RFAdamWState:
-        xp = self._check_param(param, stack_ndim)
-        zero = xp.zeros_like(param, dtype=state_dtype(xp, param, self.narrow_state))
+    def state_of(self, shape: tuple[int, ...]) -> RFAdamWState:
         # The correction takes s_0 out exactly, so it is not put in: s_t - beta2^t s_0 would cancel.
-        return RFAdamWState(step=0, m=zero, s=zero + (0.0 if self.bias_correction else self.initial))
+        initial = 0.0 if self.bias_correction else self.initial
+        return RFAdamWState(step=0, m=zeros(*shape), s=full(initial, *shape))
 
     def scalars(self, step: Any, *, like: Array = None) -> RFAdamWScalars:
         if not self.bias_correction:
@@ -279,30 +204,18 @@ class RFAdamW(Method):
             inverse_c2=reciprocal(one_minus_power(self.beta2, step, like=like)),
         )
 
-    def update(
-        self,
-        grad: Array,
-        state: RFAdamWState,
-        param: Array,
-        *,
-        scalars: RFAdamWScalars | None = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-    ) -> tuple[Array, RFAdamWState]:
-        xp, k = self._enter(grad, state, param, scalars, xp)
+    def step(self, grad: Array, state: RFAdamWState, param: Array, now: Now) -> tuple[Array, RFAdamWState]:
+        xp, k = now.xp, now.k
         g = xp.astype(grad, state.s.dtype, copy=False)
         m = ema(state.m, g, self.beta1)  # (4)
         s = ema(state.s, self.batch_size * (g * g), self.beta2)  # (5)
         direction = quotient(m * k.inverse_c1, s * k.inverse_c2 + self.damping, xp, bound=self.damping)  # (6)
-        return xp.astype(direction, param.dtype, copy=False), RFAdamWState(step=state.step + 1, m=m, s=s)
+        return xp.astype(direction, grad.dtype, copy=False), RFAdamWState(step=now.step, m=m, s=s)
 
-    def diagnose(self, state: RFAdamWState) -> RFReport:
+    def report(self, state: RFAdamWState, finite: Array, xp: Namespace) -> RFReport:
         """The denominator."""
-        self._check_state(state)
-        xp = self._check_param(state.s, 0)
         k = self.scalars(state.step, like=state.s)
-        denominator = state.s * k.inverse_c2 + self.damping
-        return RFReport(denominator=denominator, finite=all_finite(xp, state.m, state.s))
+        return RFReport(denominator=state.s * k.inverse_c2 + self.damping, finite=finite)
 
 
 class RFShampooState(NamedTuple):
@@ -327,7 +240,6 @@ class RFShampooReport(NamedTuple):
     """Whether the member's state is finite, (...)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RFShampoo(Method):
     """RF-Shampoo, any tensor order; ``beta2`` is the weight of the *new* term, about 0.01 (Lin et al., 2024, (7)-(9)).
 
@@ -337,84 +249,57 @@ class RFShampoo(Method):
     Warns: UserWarning for ``beta2 > 0.5``, which looks like a decay; the overall scale is stable for N beta2 < 2 only.
     """
 
-    beta2: float = 0.01
-    damping: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    batch_size: float = 1.0
-    every: int = 1
+    beta2: float = real("beta_2, weight of the NEW term in the factors (1 - decay)", default=0.01, gt=0, le=1)
+    damping: float = real("lambda, added to the curvature", default=1e-3, ge=0)
+    momentum: float = real("alpha_1, heavy-ball momentum on the preconditioned gradient", default=0.9, ge=0, lt=1)
+    weight_decay: float = real("kappa, times the parameter inside the momentum", default=0.0, ge=0)
+    batch_size: float = real("B, independent terms whose mean is the loss", default=1.0, gt=0)
+    every: int = integer("T, updates between two renewals of the factors", default=1, ge=1)
 
     paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = RFShampooState
-    symbols: ClassVar = MappingProxyType(
-        {
-            "beta2": "beta_2, weight of the NEW term in the factors (1 - decay), in (0, 1]",
-            "damping": "lambda, added to the curvature, >= 0, > 0 for beta2 = 1",
-            "momentum": "alpha_1, heavy-ball momentum on the preconditioned gradient, in [0, 1)",
-            "weight_decay": "kappa, times the parameter inside the momentum, >= 0",
-            "batch_size": "B, independent terms whose mean is the loss, > 0",
-            "every": "T, updates between two renewals of the factors, >= 1",
-        }
-    )
+    factorizes: ClassVar[bool] = True
+    reads_param: ClassVar[bool] = True
+    takes_statistic: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_real(self, "beta2", gt=0, le=1)
-        check_real(self, "damping", ge=0)
-        check_real(self, "momentum", ge=0, lt=1)
-        check_real(self, "weight_decay", ge=0)
-        check_real(self, "batch_size", gt=0)
-        check_int(self, "every", ge=1)
+    def rules(self) -> None:
         if is_zero(self.damping) and is_python_number(self.beta2) and self.beta2 == 1:
             raise ValueError("damping must be > 0 for beta2=1, which keeps nothing of the positive start, got 0")
         warn_if_decay(self)
 
-    def init(self, param: Array, *, stack_ndim: int = 0) -> RFShampooState:
-        xp = self._check_param(param, stack_ndim, factorizes=True)
-        stack, dims = tuple(param.shape[:stack_ndim]), squeezed(param.shape[stack_ndim:])
-        factors, inverses = (tuple(eye_like(xp, zeros(xp, (*stack, d, d), param)) for d in dims) for _ in range(2))
-        buffer = None if is_zero(self.momentum) else xp.zeros_like(param)
-        return RFShampooState(step=0, factors=factors, inverses=inverses, buffer=buffer)
+    def state_of(self, shape: tuple[int, ...]) -> RFShampooState:
+        factors = tuple(eye(d, d) for d in squeezed(shape))
+        buffer = None if is_zero(self.momentum) else zeros(*shape)
+        return RFShampooState(step=0, factors=factors, inverses=factors, buffer=buffer)
 
-    def check_statistic(self, statistic: Array, param: Array) -> None:
-        check_samples(param, statistic)
+    def stack_ndim(self, state: RFShampooState) -> int:
+        return state.factors[0].ndim - 2
 
-    def update(
-        self,
-        grad: Array,
-        state: RFShampooState,
-        param: Array,
-        *,
-        scalars: Any = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-        statistic: Array | None = None,
-    ) -> tuple[Array, RFShampooState]:
-        """One update; ``statistic``, shape (q, ...): in (7) the mean over these q gradients replaces ``grad``."""
-        xp, _ = self._enter(grad, state, param, scalars, xp, unused={"buffer": is_zero(self.momentum)})
-        if 0 in param.shape:
-            return xp.zeros_like(param), state._replace(step=state.step + 1)
-        dims = factor_axes(param, factors=state.factors, inverses=state.inverses)
-        stack = state.factors[0].ndim - 2
-        due = is_due(state.step, self.every, refresh)
+    def step(self, grad: Array, state: RFShampooState, param: Array, now: Now) -> tuple[Array, RFShampooState]:
+        """``statistic``, shape (q, ...): in (7) the mean over these q gradients replaces ``grad``."""
+        xp, stack, statistic = now.xp, now.stack, now.statistic
+        if 0 in grad.shape:
+            return xp.zeros_like(grad), state._replace(step=now.step)
+        dims = squeezed(grad.shape[stack:])
         curvature = samples(grad, statistic, stack, dims, xp)
         factors, inverses = renew(
-            due,
+            now.due,
             lambda: self._renewed(curvature, state.factors, state.inverses, xp),
             (state.factors, state.inverses),
         )
         if self.every > 1 or statistic is not None:  # the factors may know nothing of this gradient
             bad = bad_as_nan(grad, grad.ndim - stack, xp)[..., None, None]
             factors, inverses = ((first + bad, *others) for first, *others in (factors, inverses))
-        u = xp.reshape(grad, (*param.shape[:stack], *dims))
+        u = xp.reshape(grad, (*grad.shape[:stack], *dims))
         for n, inverse in enumerate(inverses):
             u = multiply(u, inverse, n, xp)
-        u = xp.reshape(u, param.shape)
+        u = xp.reshape(u, grad.shape)
         if not is_zero(self.weight_decay):
             u = u + self.weight_decay * param  # (9)
         if state.buffer is None:
-            return u, RFShampooState(state.step + 1, factors, inverses, None)
+            return u, RFShampooState(now.step, factors, inverses, None)
         buffer = self.momentum * state.buffer + u  # (3)
-        return 1.0 * buffer, RFShampooState(state.step + 1, factors, inverses, buffer)
+        return 1.0 * buffer, RFShampooState(now.step, factors, inverses, buffer)
 
     def _renewed(
         self, g: Array, factors: tuple[Array, ...], inverses: tuple[Array, ...], xp: Namespace
@@ -434,14 +319,8 @@ class RFShampoo(Method):
             new.append((1 - self.beta2) * factor + self.beta2 * (0.5 * (h + _t(h, xp))))  # (8)
         return tuple(new), tuple(_inverse(s, xp) for s in new)
 
-    def diagnose(self, state: RFShampooState) -> RFShampooReport:
+    def report(self, state: RFShampooState, finite: Array, xp: Namespace) -> RFShampooReport:
         """Spectra of the factors."""
-        self._check_state(state)
-        xp = self._check_param(state.factors[0], state.factors[0].ndim - 2)
-        matrices = (*state.factors, *state.inverses)
-        rest = () if state.buffer is None else (state.buffer,)
-        core_ndims = (*(2 for _ in matrices), *(b.ndim - state.factors[0].ndim + 2 for b in rest))
-        finite = finite_members(xp, *matrices, *rest, core_ndims=core_ndims)
         return RFShampooReport(eigenvalues=tuple(roots.eigenvalues(s, xp=xp) for s in state.factors), finite=finite)
 
 

@@ -56,30 +56,21 @@ Not here
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from array_api_compat import array_namespace
 
+from precond_ref.fields import choice, flag, integer, is_zero, real
 from precond_ref.numerics import sketch as fd
-from precond_ref.numerics.arrays import all_finite, bad_as_nan
+from precond_ref.numerics.arrays import bad_as_nan
 from precond_ref.numerics.ema import accumulate, quotient
 from precond_ref.numerics.grafting import scale_to_norm
-from precond_ref.numerics.refresh import is_due, renew
+from precond_ref.numerics.refresh import renew
 from precond_ref.numerics.sketch import Sketch, SketchReport
-from precond_ref.protocol import (
-    Array,
-    Method,
-    Namespace,
-    Scalar,
-    check_bool,
-    check_choice,
-    check_int,
-    check_real,
-    is_zero,
-)
+from precond_ref.numerics.template import zeros
+from precond_ref.protocol import Method, Now
+from precond_ref.typing import Array, Namespace, Scalar
 
 PAPER = "Feinberg, Chen, Sun, Anil, Hazan: Sketchy, NeurIPS 2023, arXiv 2302.03764"
 LARGEST_AXIS = 4096
@@ -95,7 +86,6 @@ class SAdaGradState(NamedTuple):
     """Gbar_t and rho_{1:t}: (..., d, k), (..., k), (...)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class SAdaGrad(Method):
     """S-AdaGrad for vectors (Feinberg et al., 2023, arXiv 2302.03764, Algorithm 2; the EMA form of its section 4.3).
 
@@ -103,62 +93,35 @@ class SAdaGrad(Method):
     Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
     """
 
-    size: int
-    beta2: float = 1.0
-    delta: float = 0.0
-    solver: str = "svd"
+    size: int = integer("l, sketch size; the sketch has rank l - 1", ge=1)
+    beta2: float = real("beta_2, decay of the sketch and of the escaped mass; 1 is the sum", default=1.0, ge=0, le=1)
+    delta: float = real("alpha_0, start of the escaped mass", default=0.0, ge=0)
+    solver: str = choice("'svd' (the definition) or 'gram64' (Gram matrix in float64)", default="svd", of=fd.SOLVERS)
 
     paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = SAdaGradState
-    symbols: ClassVar = MappingProxyType(
-        {
-            "size": "l, sketch size, >= 1; the sketch has rank l - 1",
-            "beta2": "beta_2, decay of the sketch and of the escaped mass, in [0, 1]; 1 is the sum",
-            "delta": "alpha_0, start of the escaped mass, >= 0",
-            "solver": "'svd' (the definition) or 'gram64' (Gram matrix in float64)",
-        }
-    )
     ndims: ClassVar[tuple[int, int]] = (1, 1)
-
-    def __post_init__(self) -> None:
-        check_int(self, "size", ge=1)
-        check_real(self, "beta2", ge=0, le=1)
-        check_real(self, "delta", ge=0)
-        check_choice(self, "solver", fd.SOLVERS)
+    factorizes: ClassVar[bool] = True
+    refreshes: ClassVar[bool] = True
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
         """Vectors."""
         return len(shape) == 1
 
-    def init(self, param: Array, *, stack_ndim: int = 0) -> SAdaGradState:
-        xp = self._check_param(param, stack_ndim, factorizes=True)
-        sketch = fd.empty(param.shape[-1], self.size, tuple(param.shape[:-1]), param, self.delta, xp=xp)
-        return SAdaGradState(step=0, sketch=sketch)
+    def state_of(self, shape: tuple[int, ...]) -> SAdaGradState:
+        return SAdaGradState(step=0, sketch=fd.empty(shape[0], self.size, self.delta))
 
-    def update(
-        self,
-        grad: Array,
-        state: SAdaGradState,
-        param: Array,
-        *,
-        scalars: Any = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-    ) -> tuple[Array, SAdaGradState]:
-        xp, _ = self._enter(grad, state, param, scalars, xp)
-        is_due(state.step, 1, refresh)
-        fd.check("state.sketch", state.sketch, param.shape[-1], self.size, tuple(param.shape[:-1]))
+    def step(self, grad: Array, state: SAdaGradState, param: Array, now: Now) -> tuple[Array, SAdaGradState]:
+        xp = now.xp
         rows = grad[..., None, :]
         sketch = fd.update(state.sketch, rows, self.beta2, size=self.size, solver=self.solver, xp=xp)  # (FD)
         u, e, rho = sketch
         direction = fd.apply_power(u, e, rho, -0.5, grad[..., None], weight=1.0, xp=xp)[..., 0]  # (x)
-        return direction, SAdaGradState(step=state.step + 1, sketch=sketch)
+        return direction, SAdaGradState(step=now.step, sketch=sketch)
 
-    def diagnose(self, state: SAdaGradState) -> SketchReport:
+    def report(self, state: SAdaGradState, finite: Array, xp: Namespace) -> SketchReport:
         """Spectrum and escaped mass of the sketch."""
-        self._check_state(state)
-        eigenvalues = state.sketch.eigenvalues
-        return fd.report(state.sketch, xp=self._check_param(eigenvalues, eigenvalues.ndim - 1))
+        return fd.report(state.sketch, finite=finite, xp=xp)
 
 
 class SShampooState(NamedTuple):
@@ -170,8 +133,24 @@ class SShampooState(NamedTuple):
     """One per axis: (..., d_i, k_i), (..., k_i), (...)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SShampoo(Method):
+class _Sketched(Method, register=False):
+    """What both S-Shampoos share: a sketch of every axis."""
+
+    size: int = integer("l, sketch size of every axis; the sketch has rank l - 1", ge=1)
+    beta2: float = real("beta_2, decay of the sketches; 1 is the sum", default=1.0, ge=0, le=1)
+    eps: float = real(
+        "epsilon, added to eigenvalues and escaped mass under the root (0: pseudo-inverse)", default=0.0, ge=0
+    )
+    relative_eps: bool = flag("eps in units of the largest eigenvalue of the sketch with its mass", default=False)
+    every: int = integer("updates from one sketched gradient to the next", default=1, ge=1)
+    tail_decay: float | None = real("decay of the escaped mass; None: beta_2", default=None, ge=0, le=1, optional=True)
+    solver: str = choice("'svd' (the definition) or 'gram64' (Gram matrix in float64)", default="svd", of=fd.SOLVERS)
+
+    paper: ClassVar[str] = PAPER
+    factorizes: ClassVar[bool] = True
+
+
+class SShampoo(_Sketched):
     """S-Shampoo for tensors (Feinberg et al., 2023, arXiv 2302.03764, Algorithm 3; the EMA form of its section 4.3).
 
     ``beta2`` is a decay (weight of the *old* term); 1 is the sum. Takes (..., d_1, ..., d_n) with ``stack_ndim``
@@ -179,116 +158,35 @@ class SShampoo(Method):
     Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
     """
 
-    size: int
-    beta2: float = 1.0
-    eps: float = 0.0
-    relative_eps: bool = False
-    every: int = 1
-    tail_decay: float | None = None
-    solver: str = "svd"
-
-    paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = SShampooState
-    symbols: ClassVar = MappingProxyType(
-        {
-            "size": "l, sketch size of every axis, >= 1; the sketch has rank l - 1",
-            "beta2": "beta_2, decay of the sketches, in [0, 1]; 1 is the sum",
-            "eps": "epsilon, added to eigenvalues and escaped mass under the root, >= 0 (0: pseudo-inverse)",
-            "relative_eps": "eps in units of the largest eigenvalue of the sketch with its mass",
-            "every": "updates from one sketched gradient to the next, >= 1",
-            "tail_decay": "decay of the escaped mass, in [0, 1]; None: beta_2",
-            "solver": "'svd' (the definition) or 'gram64' (Gram matrix in float64)",
-        }
-    )
-    presets: ClassVar[tuple[str, ...]] = ("practical",)
     ndims: ClassVar[tuple[int, int]] = (1, 64)
+    practical: ClassVar[type[SShampooPractical]]
 
-    def __post_init__(self) -> None:
-        check_int(self, "size", ge=1)
-        check_real(self, "beta2", ge=0, le=1)
-        check_real(self, "eps", ge=0)
-        check_bool(self, "relative_eps")
-        check_int(self, "every", ge=1)
-        check_real(self, "tail_decay", ge=0, le=1, optional=True)
-        check_choice(self, "solver", fd.SOLVERS)
+    def state_of(self, shape: tuple[int, ...]) -> SShampooState:
+        return SShampooState(step=0, sketches=tuple(fd.empty(d, self.size) for d in shape))
 
-    @staticmethod
-    def practical(
-        size: int = 129,
-        beta2: float = 0.999,
-        eps: float = 1e-7,
-        relative_eps: bool = True,
-        every: int = 1,
-        tail_decay: float | None = None,
-        graft: str | None = "rmsprop",
-        graft_beta2: float = 0.999,
-        graft_eps: float = 1e-23,
-        start: int = 0,
-        momentum: float = 0.9,
-        nesterov: bool = True,
-        momentum_ema: bool = False,
-        weight_decay: float = 0.0,
-        decay_after_momentum: bool = True,
-        merge: int = 1024,
-        solver: str = "svd",
-    ) -> SShampooPractical:
-        """The deep-learning version: grafting, momentum, merged axes, exclusions, and weight decay inside."""
-        return SShampooPractical(
-            size=size, beta2=beta2, eps=eps, relative_eps=relative_eps, every=every, tail_decay=tail_decay,
-            graft=graft, graft_beta2=graft_beta2, graft_eps=graft_eps, start=start,
-            momentum=momentum, nesterov=nesterov, momentum_ema=momentum_ema,
-            weight_decay=weight_decay, decay_after_momentum=decay_after_momentum, merge=merge, solver=solver,
-        )  # fmt: skip
+    def stack_ndim(self, state: SShampooState) -> int:
+        return state.sketches[0].escaped.ndim
 
-    def init(self, param: Array, *, stack_ndim: int = 0) -> SShampooState:
-        xp = self._check_param(param, stack_ndim, factorizes=True)
-        stack, dims = tuple(param.shape[:stack_ndim]), param.shape[stack_ndim:]
-        return SShampooState(step=0, sketches=tuple(fd.empty(d, self.size, stack, param, xp=xp) for d in dims))
+    def step(self, grad: Array, state: SShampooState, param: Array, now: Now) -> tuple[Array, SShampooState]:
+        direction, sketches = _precondition(self, grad, state.sketches, tuple(grad.shape[now.stack :]), now)
+        return direction, SShampooState(step=now.step, sketches=sketches)
 
-    def update(
-        self,
-        grad: Array,
-        state: SShampooState,
-        param: Array,
-        *,
-        scalars: Any = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
-    ) -> tuple[Array, SShampooState]:
-        xp, _ = self._enter(grad, state, param, scalars, xp)
-        due = is_due(state.step, self.every, refresh)
-        stack_ndim = param.ndim - len(state.sketches)
-        if not 0 <= stack_ndim < param.ndim:
-            raise ValueError(
-                f"state.sketches must be one per axis of param of shape {tuple(param.shape)}, got {len(state.sketches)}"
-            )
-        dims = tuple(param.shape[stack_ndim:])
-        direction, sketches = _precondition(self, grad, state.sketches, stack_ndim, dims, due, xp)
-        return direction, SShampooState(step=state.step + 1, sketches=sketches)
-
-    def diagnose(self, state: SShampooState) -> SketchReport:
+    def report(self, state: SShampooState, finite: Array, xp: Namespace) -> SketchReport:
         """Spectrum and escaped mass of each axis."""
-        self._check_state(state)
-        return fd.report(*state.sketches, xp=self._check_param(state.sketches[0].eigenvalues, 0))
+        return fd.report(*state.sketches, finite=finite, xp=xp)
 
 
 def _precondition(
-    method: SShampoo | SShampooPractical,
-    grad: Array,
-    sketches: tuple[Sketch, ...],
-    stack_ndim: int,
-    dims: tuple[int, ...],
-    due: Any,
-    xp: Namespace,
+    method: _Sketched, grad: Array, sketches: tuple[Sketch, ...], dims: tuple[int, ...], now: Now
 ) -> tuple[Array, tuple[Sketch, ...]]:
     """Each member of ``grad``, read as a tensor with axes ``dims``, preconditioned along all; the new sketches."""
-    stack = tuple(grad.shape[:stack_ndim])
+    xp, due, stack = now.xp, now.due, tuple(grad.shape[: now.stack])
     exponent = -0.5 / len(dims)
     known = 1.0 * due if method.every > 1 else 1.0  # a kept sketch knows nothing of this gradient
     g = p = grad
     new = []
     for i, (d, old) in enumerate(zip(dims, sketches, strict=True)):
-        fd.check(f"state.sketches[{i}]", old, d, method.size, stack)
         shape = (*stack, d, math.prod(dims[:i] + dims[i + 1 :]))
         rows = xp.matrix_transpose(xp.reshape(g, shape))  # G_(i)^T; as a tensor: axes i+1, ..., n, 1, ..., i
         compute = partial(
@@ -296,7 +194,7 @@ def _precondition(
         )
         sketch = renew(due, compute, None if method.every == 1 else old)  # (FD)
         if i == 0 and method.every > 1:  # a kept sketch knows nothing of this gradient
-            sketch = sketch._replace(escaped=sketch.escaped + bad_as_nan(grad, grad.ndim - stack_ndim, xp))
+            sketch = sketch._replace(escaped=sketch.escaped + bad_as_nan(grad, grad.ndim - now.stack, xp))
         u, e, rho = sketch
         p = fd.apply_power(
             u, e, rho, exponent, xp.reshape(p, shape),
@@ -327,8 +225,7 @@ class SShampooPracticalScalars(NamedTuple):
     """1 after the first ``start`` updates, else 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SShampooPractical(Method, register=False):
+class SShampooPractical(_Sketched, preset="SShampoo.practical"):
     """S-Shampoo as used for deep learning (Feinberg et al., 2023, and its authors' code), made by `SShampoo.practical`.
 
     With grafting, vectors, scalars and parameters with an axis above 4096 get N_t alone; without it all are
@@ -336,58 +233,33 @@ class SShampooPractical(Method, register=False):
     dropped: (3, 3, 64, 128) is treated as (576, 128), a matrix of at most ``merge`` entries as a vector.
     """
 
-    size: int
-    beta2: float
-    eps: float
-    relative_eps: bool
-    every: int
-    tail_decay: float | None
-    graft: str | None
-    graft_beta2: float
-    graft_eps: float
-    start: int
-    momentum: float
-    nesterov: bool
-    momentum_ema: bool
-    weight_decay: float
-    decay_after_momentum: bool
-    merge: int
-    solver: str
-
-    paper: ClassVar[str] = PAPER
-    state_type: ClassVar[Any] = SShampooPracticalState
-    symbols: ClassVar = MappingProxyType(
-        {
-            **SShampoo.symbols,
-            "graft": "where the update's norm comes from: 'rmsprop', 'sgd' or None",
-            "graft_beta2": "decay of the graft's averaged square, in [0, 1]; 1 is the sum",
-            "graft_eps": "added to the average under the root, >= 0",
-            "start": "updates that take the graft alone, >= 0; needs a graft",
-            "momentum": "decay of the momentum, in [0, 1]",
-            "nesterov": "direction U + momentum M instead of M",
-            "momentum_ema": "U enters multiplied by 1 - momentum",
-            "weight_decay": "decay inside the direction, >= 0",
-            "decay_after_momentum": "added to the direction (decoupled) instead of to U before the momentum",
-            "merge": "largest product of merged axes, >= 1",
-        }
+    size: int = 129
+    beta2: float = 0.999
+    eps: float = 1e-7
+    relative_eps: bool = True
+    graft: str | None = choice(
+        "where the update's norm comes from: 'rmsprop', 'sgd' or None",
+        default="rmsprop", of=("rmsprop", "sgd"), optional=True,
+    )  # fmt: skip
+    graft_beta2: float = real("decay of the graft's averaged square; 1 is the sum", default=0.999, ge=0, le=1)
+    graft_eps: float = real("added to the average under the root", default=1e-23, ge=0)
+    start: int = integer("updates that take the graft alone; needs a graft", default=0, ge=0)
+    momentum: float = real("decay of the momentum", default=0.9, ge=0, le=1)
+    nesterov: bool = flag("direction U + momentum M instead of M", default=True)
+    momentum_ema: bool = flag("U enters multiplied by 1 - momentum", default=False)
+    weight_decay: float = real("decay inside the direction", default=0.0, ge=0)
+    decay_after_momentum: bool = flag(
+        "added to the direction (decoupled) instead of to U before the momentum", default=True
     )
-    ndims: ClassVar[tuple[int, int]] = (0, 64)
+    merge: int = integer("largest product of merged axes", default=1024, ge=1)
 
-    def __post_init__(self) -> None:
-        SShampoo.__post_init__(self)  # type: ignore[arg-type]
-        if self.graft is not None:
-            check_choice(self, "graft", ("rmsprop", "sgd"))
-        check_real(self, "graft_beta2", ge=0, le=1)
-        check_real(self, "graft_eps", ge=0)
-        check_int(self, "start", ge=0)
+    state_type: ClassVar[Any] = SShampooPracticalState
+    ndims: ClassVar[tuple[int, int]] = (0, 64)
+    reads_param: ClassVar[bool] = True
+
+    def rules(self) -> None:
         if self.start and self.graft is None:
             raise ValueError(f"start > 0 needs a graft to start with, got start={self.start} and graft=None")
-        check_real(self, "momentum", ge=0, le=1)
-        check_bool(self, "nesterov")
-        check_bool(self, "momentum_ema")
-        check_real(self, "weight_decay", ge=0)
-        check_bool(self, "decay_after_momentum")
-        check_int(self, "merge", ge=1)
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
         """Everything: what is not preconditioned is grafted."""
@@ -405,46 +277,34 @@ class SShampooPractical(Method, register=False):
             product *= d
         return tuple(d for d in (*merged, product) if d > 1)
 
-    def init(self, param: Array, *, stack_ndim: int = 0) -> SShampooPracticalState:
-        xp = self._check_param(param, stack_ndim, factorizes=True)
-        stack, dims = tuple(param.shape[:stack_ndim]), self.axes(tuple(param.shape[stack_ndim:]))
+    def state_of(self, shape: tuple[int, ...]) -> SShampooPracticalState:
         return SShampooPracticalState(
             step=0,
-            sketches=tuple(fd.empty(d, self.size, stack, param, xp=xp) for d in dims),
-            v=xp.zeros_like(param) if self.graft == "rmsprop" else None,
-            m=None if is_zero(self.momentum) else xp.zeros_like(param),
+            sketches=tuple(fd.empty(d, self.size) for d in self.axes(shape)),
+            v=zeros(*shape) if self.graft == "rmsprop" else None,
+            m=None if is_zero(self.momentum) else zeros(*shape),
         )
+
+    def stack_ndim(self, state: SShampooPracticalState) -> int | None:
+        return state.sketches[0].escaped.ndim if state.sketches else None
 
     def scalars(self, step: Any, *, like: Array = None) -> SShampooPracticalScalars:
         if isinstance(step, int):
             return SShampooPracticalScalars(preconditioned=float(step > self.start))
         return SShampooPracticalScalars(preconditioned=array_namespace(step).astype(step > self.start, like.dtype))
 
-    def update(
-        self,
-        grad: Array,
-        state: SShampooPracticalState,
-        param: Array,
-        *,
-        scalars: SShampooPracticalScalars | None = None,
-        refresh: bool | None = None,
-        xp: Namespace = None,
+    def step(
+        self, grad: Array, state: SShampooPracticalState, param: Array, now: Now
     ) -> tuple[Array, SShampooPracticalState]:
-        unused = {"v": self.graft != "rmsprop", "m": is_zero(self.momentum)}
-        xp, k = self._enter(grad, state, param, scalars, xp, unused=unused)
-        due = is_due(state.step, self.every, refresh)
+        xp, k = now.xp, now.k
         n, v, sketches = grad, None, state.sketches
         if self.graft == "rmsprop":
             v = accumulate(state.v, grad * grad, self.graft_beta2)
             n = quotient(grad, xp.sqrt(v + self.graft_eps), xp)  # (N)
         if sketches:
-            stack_ndim = sketches[0].escaped.ndim
-            dims = self.axes(tuple(param.shape[stack_ndim:]))
-            if len(dims) != len(sketches):
-                raise ValueError(f"state.sketches must be one per merged axis {dims}, got {len(sketches)}")
-            u, sketches = _precondition(self, grad, sketches, stack_ndim, dims, due, xp)
+            u, sketches = _precondition(self, grad, sketches, self.axes(tuple(grad.shape[now.stack :])), now)
             if self.graft is not None:
-                u = scale_to_norm(u, n, tuple(range(stack_ndim, param.ndim)), xp)  # (U)
+                u = scale_to_norm(u, n, tuple(range(now.stack, grad.ndim)), xp)  # (U)
                 if self.start:
                     u = k.preconditioned * u + (1.0 - k.preconditioned) * n
         else:
@@ -458,13 +318,8 @@ class SShampooPractical(Method, register=False):
             u = u + self.momentum * m if self.nesterov else 1.0 * m
         if self.decay_after_momentum:
             u = u + self.weight_decay * param  # (W)
-        return u, SShampooPracticalState(step=state.step + 1, sketches=sketches, v=v, m=m)
+        return u, SShampooPracticalState(step=now.step, sketches=sketches, v=v, m=m)
 
-    def diagnose(self, state: SShampooPracticalState) -> SketchReport:
+    def report(self, state: SShampooPracticalState, finite: Array, xp: Namespace) -> SketchReport:
         """Spectrum and escaped mass of each merged axis; empty where only the graft applies, which is elementwise."""
-        self._check_state(state)
-        others = tuple(array for array in (state.v, state.m) if array is not None)
-        if not state.sketches:
-            finite = all_finite(self._check_param(others[0], 0), *others) if others else None
-            return SketchReport((), (), (), finite, ())
-        return fd.report(*state.sketches, others=others, xp=self._check_param(state.sketches[0].eigenvalues, 0))
+        return fd.report(*state.sketches, finite=finite, xp=xp)

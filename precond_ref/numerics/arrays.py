@@ -7,7 +7,7 @@ from typing import Any
 from array_api_compat import device as device_of
 from array_api_compat import is_jax_array
 
-from precond_ref.protocol import Array, Namespace, Scalar
+from precond_ref.typing import Array, Namespace, Scalar
 
 
 def placement(array: Array) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from precond_ref.protocol import Array, Namespace
+from precond_ref.typing import Array, Namespace
 
 
 def squeezed(shape: Sequence[int]) -> tuple[int, ...]:
@@ -34,26 +34,7 @@ def multiply(tensor: Array, matrix: Array, axis: int, xp: Namespace) -> Array:
     return xp.moveaxis(moved, stack, stack + axis) if axis else moved
 
 
-def factor_axes(param: Array, **matrices: tuple[Array, ...] | None) -> tuple[int, ...]:
-    """Sizes (d_1, ..., d_N) of ``param``'s axes that have a factor.
-
-    ValueError if the state's ``matrices``, the factors first and each tuple one per such axis, are of other shapes.
-    """
-    factors = next(iter(matrices.values()))
-    stack = max(factors[0].ndim - 2, 0) if factors else 0
-    dims = squeezed(param.shape[stack:])
-    expected = [(*param.shape[:stack], d, d) for d in dims]
-    for field, arrays in matrices.items():
-        got = None if arrays is None else [tuple(a.shape) for a in arrays]
-        if got is not None and got != expected:
-            raise ValueError(
-                f"state.{field} must have shapes {expected} for param of shape {tuple(param.shape)} "
-                f"(one per axis of size other than 1), got {got}"
-            )
-    return dims
-
-
-def check_samples(grad: Array, statistic: Array) -> None:
+def check_samples(statistic: Array, grad: Array) -> None:
     """Refuse pseudo-gradients that are not (q, ...) for a gradient (...), in its dtype."""
     if not hasattr(statistic, "shape"):
         raise TypeError(f"statistic must be an array of shape (q, *param.shape), got {type(statistic).__name__}")
@@ -70,6 +51,5 @@ def samples(grad: Array, statistic: Array | None, stack: int, dims: tuple[int, .
     """What enters the curvature, (..., d_1, ..., d_N, q): ``grad`` (q = 1), or the q pseudo-gradients ``statistic``."""
     if statistic is None:
         return xp.reshape(grad, (*grad.shape[:stack], *dims, 1))
-    check_samples(grad, statistic)
     q = statistic.shape[0]
     return xp.moveaxis(xp.reshape(statistic, (q, *grad.shape[:stack], *dims)), 0, -1)

@@ -7,7 +7,8 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from precond_ref.protocol import Array, Namespace, Scalar, is_python_number
+from precond_ref.fields import is_python_number
+from precond_ref.typing import Array, Namespace, Scalar
 
 
 def ema(old: Array, new: Array, decay: Scalar) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from precond_ref.numerics.arrays import normed
-from precond_ref.protocol import Array, Namespace, Scalar
+from precond_ref.typing import Array, Namespace, Scalar
 
 
 def scale_to_rms(update: Array, rms: Scalar, axes: tuple[int, ...], xp: Namespace) -> Array:

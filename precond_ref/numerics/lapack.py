@@ -7,7 +7,7 @@ from collections.abc import Callable
 from array_api_compat import array_namespace
 
 from precond_ref.numerics.arrays import eye_like
-from precond_ref.protocol import Array, Namespace
+from precond_ref.typing import Array, Namespace
 
 Factorisation = Callable[..., tuple[Array, ...]]
 

@@ -6,16 +6,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from precond_ref.protocol import Array
+from precond_ref.typing import Array
 
 
-def is_due(step: Any, every: int, refresh: bool | None) -> Any:
-    """Whether the update after ``step`` completed ones renews what is renewed at updates 1, 1+every, 1+2 every, ...
-
-    ``refresh`` overrules the counter; ``refresh=False`` is refused where nothing is kept between updates.
-    """
-    if refresh is None:
-        return step % every == 0
+def check_refresh(refresh: Any, every: int) -> bool:
+    """``refresh``; TypeError unless it is a bool, ValueError for False where nothing is kept between updates."""
     if not isinstance(refresh, bool):
         raise TypeError(f"refresh must be True, False or None, got {refresh!r}")
     if every == 1 and not refresh:

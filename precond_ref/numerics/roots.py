@@ -32,11 +32,13 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from precond_ref.numerics.arrays import clamp, eye_like, identity, largest_entry, normed, own, zeros
+from precond_ref.fields import is_python_number, is_zero
+from precond_ref.numerics.arrays import clamp, eye_like, identity, largest_entry, normed, own
 from precond_ref.numerics.axes import multiply
 from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.refresh import renew
-from precond_ref.protocol import Array, Namespace, Scalar, is_python_number, is_zero
+from precond_ref.numerics.template import eye, full
+from precond_ref.typing import Array, Namespace, Scalar
 
 CERTAIN = 16
 """Spacings of the largest eigenvalue, t = CERTAIN u max(w), that rounding may put into another one."""
@@ -109,18 +111,9 @@ class Root(NamedTuple):
     """f >= 0, (..., n); NaN for a member to which there is no Q."""
 
 
-def identity_root(matrix: Array, scale: Scalar = 1.0, *, xp: Namespace) -> Root:
-    """``scale I`` in the shape (..., n, n), dtype and device of ``matrix``."""
-    return Root(eye_like(xp, matrix), zeros(xp, tuple(matrix.shape[:-1]), matrix) + scale)
-
-
-def check_root(name: str, root: Any, shape: tuple[int, ...]) -> None:
-    """ValueError unless ``root`` is one of matrices of ``shape``; TypeError if it is no `Root`."""
-    if not isinstance(root, Root):
-        raise TypeError(f"{name} must be a Root, got {type(root).__name__}")
-    for field, array, expected in zip(Root._fields, root, (shape, shape[:-1]), strict=True):
-        if tuple(array.shape) != tuple(expected):
-            raise ValueError(f"{name}.{field} must have shape {tuple(expected)}, got {tuple(array.shape)}")
+def identity_root(*shape: int, scale: Scalar = 1.0) -> Root:
+    """The template of ``scale I`` of ``shape`` (..., n, n)."""
+    return Root(eye(*shape), full(scale, *shape[:-1]))
 
 
 def decompose(matrix: Array, law: Law, *, xp: Namespace = None) -> tuple[Root, Array]:

@@ -29,10 +29,12 @@ from typing import NamedTuple
 
 from array_api_compat import array_namespace
 
+from precond_ref.fields import is_zero
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import clamp, eye_like, finite_members, own, zeros
+from precond_ref.numerics.arrays import clamp, eye_like, own
 from precond_ref.numerics.lapack import attempt
-from precond_ref.protocol import Array, Namespace, Scalar, is_zero
+from precond_ref.numerics.template import full, zeros
+from precond_ref.typing import Array, Namespace, Scalar
 
 SOLVERS = ("svd", "gram64")
 
@@ -64,24 +66,10 @@ class SketchReport(NamedTuple):
     the smallest one above 0 with it, (...)."""
 
 
-def empty(d: int, size: int, stack: tuple[int, ...], like: Array, escaped: Scalar = 0.0, *, xp: Namespace) -> Sketch:
-    """The sketch of nothing, with ``escaped`` given, in the dtype and on the device of ``like``."""
+def empty(d: int, size: int, escaped: Scalar = 0.0) -> Sketch:
+    """The template of a sketch of nothing, with ``escaped`` given."""
     k = min(d, size)
-    return Sketch(
-        basis=zeros(xp, (*stack, d, k), like),
-        eigenvalues=zeros(xp, (*stack, k), like),
-        escaped=zeros(xp, stack, like) + escaped,
-    )
-
-
-def check(name: str, sketch: Sketch, d: int, size: int, stack: tuple[int, ...]) -> None:
-    """ValueError unless ``sketch`` is one of ``size`` for ``d`` dimensions; TypeError if it is no `Sketch`."""
-    if not isinstance(sketch, Sketch):
-        raise TypeError(f"{name} must be a Sketch, got {type(sketch).__name__}")
-    k = min(d, size)
-    for field, array, shape in zip(Sketch._fields, sketch, ((*stack, d, k), (*stack, k), stack), strict=True):
-        if tuple(array.shape) != shape:
-            raise ValueError(f"{name}.{field} must have shape {shape} for size={size}, got {tuple(array.shape)}")
+    return Sketch(basis=zeros(d, k), eigenvalues=zeros(k), escaped=full(escaped))
 
 
 def update(
@@ -222,11 +210,8 @@ def dense(sketch: Sketch, *, xp: Namespace = None) -> Array:
     return gram + sketch.escaped[..., None, None] * eye_like(xp, gram)
 
 
-def report(*sketches: Sketch, others: tuple[Array, ...] = (), xp: Namespace) -> SketchReport:
-    """What a validator compares or a student plots; ``others`` are the rest of the state, with the same stack axes."""
-    arrays = [array for s in sketches for array in s] + list(others)
-    stack = sketches[0].escaped.ndim
-    finite = finite_members(xp, *arrays, core_ndims=tuple(a.ndim - stack for a in arrays))
+def report(*sketches: Sketch, finite: Array, xp: Namespace) -> SketchReport:
+    """What a validator compares or a student plots; ``finite`` is that of the whole state."""
     return SketchReport(
         eigenvalues=tuple(s.eigenvalues for s in sketches),
         escaped=tuple(s.escaped for s in sketches),

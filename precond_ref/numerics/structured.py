@@ -27,7 +27,7 @@ their mean. So 2 m copies the dense parts and doubles the one-sided ones.
 
 from __future__ import annotations
 
-from precond_ref.protocol import Array, Namespace
+from precond_ref.typing import Array, Namespace
 
 STRUCTURES = (
     "dense",

@@ -1,0 +1,159 @@
+"""Hyperparameters declared once: default, meaning, and the rule that every value has to keep.
+
+::
+
+    class Mine(Method):
+        beta: float = real("beta, decay of the average", default=0.9, ge=0, lt=1)
+        every: int = integer("updates between two roots", default=1, ge=1)
+
+A field without ``default`` has to be given. `Method` makes the dataclass, the checks and ``symbols`` from these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from typing import Any, Protocol
+
+
+class Rule(Protocol):
+    """What the values of a field must be."""
+
+    def check(self, name: str, value: Any) -> None:
+        """TypeError or ValueError, naming the field, the rule and the value, for a value that breaks the rule."""
+
+    @property
+    def text(self) -> str:
+        """The rule in words, such as ``"in [0, 1)"``; "" where the meaning says it."""
+
+
+def is_python_number(value: Any) -> bool:
+    """True for a Python int or float (value checks apply), False for arrays and tracers (shape checks only)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_zero(value: Any) -> bool:
+    """True only for a Python number equal to zero: an array-valued hyperparameter is never branched on."""
+    return is_python_number(value) and value == 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Real:
+    """A finite real number within the bounds, or an array or tracer without axes, whose value is not read."""
+
+    ge: float = -math.inf
+    gt: float = -math.inf
+    le: float = math.inf
+    lt: float = math.inf
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        if value is None and self.optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's scalars are numbers.Real
+            shape = getattr(value, "shape", None)
+            if shape is None or isinstance(value, str):
+                raise TypeError(f"{name} must be a real number or a 0-D array, got {value!r}")
+            if tuple(shape) != ():
+                raise ValueError(f"{name} must be a real number or a 0-D array, got an array of shape {tuple(shape)}")
+            return
+        number: Any = value
+        if not (math.isfinite(number) and self.ge <= number <= self.le and (number > self.gt or self.gt == -math.inf)
+                and (number < self.lt or self.lt == math.inf)):  # fmt: skip
+            rule = " and ".join(["finite", *self._bounds()])
+            raise ValueError(f"{name} must be {rule}{' or None' if self.optional else ''}, got {value!r}")
+
+    def _bounds(self) -> list[str]:
+        bounds = [f">= {self.ge:g}"] * math.isfinite(self.ge) + [f"> {self.gt:g}"] * math.isfinite(self.gt)
+        return bounds + [f"<= {self.le:g}"] * math.isfinite(self.le) + [f"< {self.lt:g}"] * math.isfinite(self.lt)
+
+    @property
+    def text(self) -> str:
+        bounds = self._bounds()
+        low, high = max(self.ge, self.gt), min(self.le, self.lt)
+        if len(bounds) == 2:
+            bounds = [f"in {'[' if self.ge == low else '('}{low:g}, {high:g}{']' if self.le == high else ')'}"]
+        return ", or ".join(bounds + ["None"] * self.optional)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Integer:
+    """A Python int of at least ``ge``."""
+
+    ge: int
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        if value is None and self.optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be a Python int{' or None' if self.optional else ''}, got {value!r}")
+        if int(value) < self.ge:
+            raise ValueError(f"{name} must be >= {self.ge}{' or None' if self.optional else ''}, got {value!r}")
+
+    @property
+    def text(self) -> str:
+        return f">= {self.ge}{', or None' if self.optional else ''}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flag:
+    """True or False."""
+
+    text: str = ""
+
+    def check(self, name: str, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One of some strings."""
+
+    of: tuple[str, ...]
+    optional: bool = False
+    text: str = ""
+
+    def check(self, name: str, value: Any) -> None:
+        if value is None and self.optional:
+            return
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be one of {', '.join(map(repr, self.of))}, got {value!r}")
+        if value not in self.of:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, self.of))}, got {value!r}")
+
+
+def declared(meaning: str, rule: Rule | None = None, *, default: Any = dataclasses.MISSING) -> Any:
+    """A field with any ``rule``; without one, `Method.rules` has to check it."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "rule": rule})
+
+
+def real(
+    meaning: str,
+    *,
+    default: Any = dataclasses.MISSING,
+    ge: float = -math.inf,
+    gt: float = -math.inf,
+    le: float = math.inf,
+    lt: float = math.inf,
+    optional: bool = False,
+) -> Any:
+    """A field with a finite real number, or an array without axes."""
+    return declared(meaning, Real(ge=ge, gt=gt, le=le, lt=lt, optional=optional), default=default)
+
+
+def integer(meaning: str, *, default: Any = dataclasses.MISSING, ge: int, optional: bool = False) -> Any:
+    """A field with a Python int."""
+    return declared(meaning, Integer(ge=ge, optional=optional), default=default)
+
+
+def flag(meaning: str, *, default: Any = dataclasses.MISSING) -> Any:
+    """A field that is True or False."""
+    return declared(meaning, Flag(), default=default)
+
+
+def choice(meaning: str, *, default: Any = dataclasses.MISSING, of: tuple[str, ...], optional: bool = False) -> Any:
+    """A field with one of the strings ``of``, which the meaning explains."""
+    return declared(meaning, Choice(of=of, optional=optional), default=default)

@@ -1,0 +1,10 @@
+"""Names of types that no array library shares, for signatures."""
+
+from typing import Any
+
+Array = Any
+"""An array of one array-API namespace."""
+Namespace = Any
+"""A module of the array API, such as ``array_api_compat.numpy``."""
+Scalar = Any
+"""A Python float, a 0-D array, or a tracer."""
