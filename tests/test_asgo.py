@@ -650,10 +650,10 @@ def edit(line: str, *pairs: tuple[str, str]) -> tuple[str, str]:
 
 M = "m = ema(state.m, grad, self.beta1)  # (M)\n        gram"
 V = "gram = ema(state.gram, g @ _t(g, xp) if left else _t(g, xp) @ g, self.beta2)"
-P = "root, u = self._preconditioned(self._blocks(m, xp), gram, state.root, due, left, xp)  # (P), (U)"
+P = "root, u = self._preconditioned(self._blocks(m, xp), gram, state.root, now.due, left, xp)  # (P), (U)"
 POWER = "law, axis = roots.Law(-0.5, self.eps), 0 if left else 1"
 SIDE = 'self.side == "left" or (self.side == "smaller" and m < n)'
-DUE = "is_due(state.step, self.every, refresh)"
+DUE = "now.due"
 RMS = "u = scale_to_rms(u, self.rms, (-2, -1), xp)  # (W)\n        return u, ASGOState"
 SUM = "gram = state.gram + (grad @ _t(grad, xp) if left"
 LAMBDA = "law = roots.Law(-1.0, self.eps, root=True)"

@@ -345,8 +345,8 @@ MUTANTS = {
     ),
     "averaged momentum": ("self.momentum * state.buffer + u", "ema(state.buffer, u, self.momentum)", "oracle"),
     "renewed after the first interval": (
-        "is_due(state.step, self.every",
-        "is_due(state.step + 1, self.every",
+        "now.due",
+        "now.step % self.every == 0",
         "oracle",
     ),
     "gradient instead of statistic": ("samples(grad, statistic,", "samples(grad, None,", "statistic"),

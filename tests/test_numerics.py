@@ -14,10 +14,11 @@ from helpers import distance
 from hypothesis import given
 from hypothesis import strategies as st
 
+import precond_ref
 from precond_ref.numerics.arrays import largest_entry, normed
 from precond_ref.numerics.ema import accumulate, ema, one_minus_power, quotient, reciprocal, sqrt
 from precond_ref.numerics.grafting import scale_to_rms
-from precond_ref.numerics.refresh import is_due, renew
+from precond_ref.numerics.refresh import renew
 
 betas = st.floats(0, 1, exclude_max=True, allow_subnormal=False)
 U64, U32 = 2.0**-53, 2.0**-24
@@ -190,9 +191,14 @@ def test_scale_to_rms_is_exact_at_any_scale(backend: Backend, scale: float) -> N
 
 
 def test_refresh_rule() -> None:
-    assert [t for t in range(8) if is_due(t, 3, None)] == [0, 3, 6]
-    assert is_due(1, 3, True) is True
-    assert is_due(0, 3, False) is False
+    method = precond_ref.ASGO(every=3)
+    assert [t for t in range(8) if method.due(t)] == [0, 3, 6]
+    assert method.overruled(True) is True
+    assert method.overruled(False) is False
+    with pytest.raises(ValueError, match="refresh=False needs every > 1"):
+        precond_ref.ASGO().overruled(False)
+    with pytest.raises(TypeError, match="refresh must be True, False or None, got 1"):
+        method.overruled(1)
     calls: list[int] = []
 
     def compute() -> Any:

@@ -300,7 +300,7 @@ MUTANTS = {
         "self.beta2 * factor + (1 - self.beta2)",
         "one_axis",
     ),
-    "factors renewed a step late": ("is_due(state.step, self.every", "is_due(state.step + 1, self.every", "shampoo"),
+    "factors renewed a step late": ("now.due", "now.step % self.every == 0", "shampoo"),
 }
 
 
