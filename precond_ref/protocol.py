@@ -94,8 +94,9 @@ class Method:
     """Updates between two renewals of what is kept. A field where that can be chosen."""
     refreshes: ClassVar[bool] = False
     """True if there is something that ``refresh`` can overrule or that cannot do without; made from ``every``."""
-    narrow_state: Any = True
-    """False: the state has float32 at least. A field where that can be chosen."""
+    narrow_state: Any = False
+    """True if the state stays in the parameter's dtype also below float32. A field where that can be chosen; there
+    `init` itself makes it float32 at least otherwise, elsewhere adapters do, who compute in float32."""
     decays: ClassVar[bool] = False
     """True if weight decay is part of the direction, so that the caller adds none; made from ``weight_decay``."""
 
@@ -203,7 +204,8 @@ class Method:
         _check_dtype(xp, "param", param.dtype, self.factorizes, type(self).__name__)
         if not (isinstance(stack_ndim, int) and 0 <= stack_ndim <= param.ndim):
             raise ValueError(f"stack_ndim must be an int between 0 and param.ndim = {param.ndim}, got {stack_ndim!r}")
-        return arrays_of(self._template(param, stack_ndim), param, xp, state_dtype(xp, param, self.narrow_state))
+        narrow = self.narrow_state or "narrow_state" not in self.symbols
+        return arrays_of(self._template(param, stack_ndim), param, xp, state_dtype(xp, param, narrow))
 
     @final
     def update(
@@ -358,7 +360,7 @@ def warn_if_decay(method: Any) -> None:
             f"beta2 of {type(method).__name__} is the weight of the new term (about 0.01), not a decay (about 0.99): "
             f"beta2={method.beta2!r} forgets the past at once; for that decay give beta2={1 - method.beta2:.3g}",
             UserWarning,
-            stacklevel=4,  # the caller of the constructor
+            stacklevel=5,  # the caller of the constructor
         )
 
 

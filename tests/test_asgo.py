@@ -659,6 +659,9 @@ SUM = "gram = state.gram + (grad @ _t(grad, xp) if left"
 LAMBDA = "law = roots.Law(-1.0, self.eps, root=True)"
 LAMBDA_ROOT = "root = roots.decompose(gram, law, xp=xp)  # (2)"
 DIRECTION = "direction = roots.apply(grad, {0 if left else 1: root}, law, 1.0, xp=xp)"
+THEORY_SIDE = 'k = shape[0] if self.side == "left" else shape[1]'
+READS = edit("    theory: ClassVar[type[ASGOTheory]]", ("    theory", "    reads_param = True\n    theory"))
+DASGO_READS = edit("    theory: ClassVar[type[DASGOTheory]]", ("    theory", "    reads_param = True\n    theory"))
 DASGO_M = "m = ema(state.m, grad, self.beta1)  # (M)\n        v"
 DASGO_V = "v = ema(state.v, xp.sum(grad * grad, axis=-2), self.beta2)"
 DASGO_U = "u = m / _infinite_if_zero(xp.sqrt(v + self.eps), xp)[..., None, :]"
@@ -670,7 +673,7 @@ total = ("ema(", "(lambda old, new, decay: old + new)(")
 undamped = ("ema(", "(lambda old, new, decay: decay * old + new)(")
 unguarded = ("scale_to_rms(u,", "(lambda u, r, a, xp: u * (r * u.size**0.5 / xp.linalg.norm(u)))(u,")
 unscaled = ("scale_to_rms(u, self.rms, (-2, -1), xp)", "u")
-side_max = "self.rms * math.sqrt(max(param.shape[-2:]) / (param.shape[-2] * param.shape[-1])),"
+side_max = "self.rms * math.sqrt(max(grad.shape[-2:]) / (grad.shape[-2] * grad.shape[-1])),"
 FIFTY, RAW = "practical_in_fifty_digits", "raw_update_is_the_one_sided_formula"
 MUON, SCHEDULE = "without_memory_it_is_muon_without_momentum", "root_is_renewed_at_updates_1_and_1_plus_k"
 CONSTANT = "a_constant_gradient_gives_its_polar_factor_over_sqrt_t"
@@ -692,20 +695,20 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "V bias-corrected": (FIFTY, (edit(P, (" gram,", " gram / (1 - self.beta2 ** (state.step + 1)),")),)),
     "V_{t-1}": (MUON, (edit(P, (" gram,", " state.gram,")),)),
     "V_{t-1} in a kept root": (SCHEDULE, (edit(P, (" gram,", " state.gram,")),)),
-    "diagonal of V": ("orthogonal_equivariance", (edit(P, (" gram,", " gram * eye_like(xp, gram),")),)),
+    "diagonal of V": ("orthogonal_equivariance", (edit(P, (" gram,", " roots.eye_like(xp, gram) * gram,")),)),
     "M without (1 - beta1)": ("raw_updates_are_bounded_if_momentum_forgets_faster", (edit(M, undamped),)),
     "M bias-corrected": (FIFTY, (edit(P, ("_blocks(m,", "_blocks(m / (1 - self.beta1 ** (state.step + 1)),")),)),
     "no momentum": (FIFTY, (edit(P, ("_blocks(m,", "_blocks(grad,")),)),
     "Nesterov": (FIFTY, (edit(P, ("_blocks(m,", "_blocks(ema(m, grad, self.beta1),")),)),
     "betas exchanged": (FIFTY, (edit(M, ("beta1", "beta2")), edit(V, ("beta2", "beta1")))),
-    "parameter leaks in": ("only_gradients_enter", (edit(M, ("grad,", "grad + 0.125 * param,")),)),
+    "parameter leaks in": ("only_gradients_enter", (edit(M, ("grad,", "grad + 0.125 * param,")), READS)),
     "larger side": (FIFTY, (edit(SIDE, ("m < n", "m > n")),)),
     "ties left": ("transposition", (edit(SIDE, ("m < n", "m <= n")),)),
     "always left": ("transposition", (edit(SIDE, ("m < n", "True")),)),
-    "renewed one late": (SCHEDULE, (edit(DUE, ("state.step", "state.step - 1")),)),
-    "renewed one early": (FIFTY, (edit(DUE, ("state.step", "state.step + 1")),)),
+    "renewed one late": (SCHEDULE, (edit(DUE, ("now.due", "self.due(state.step - 1)")),)),
+    "renewed one early": (FIFTY, (edit(DUE, ("now.due", "self.due(now.step)")),)),
     "renewed always": (SCHEDULE, (edit(P, ("state.root", "None")),)),
-    "refresh ignored": (SCHEDULE, (edit(DUE, ("refresh", "None")),)),
+    "refresh ignored": (SCHEDULE, (edit(DUE, ("now.due", "self.due(state.step)")),)),
     "rms missing": ("rms_is_exact", (edit(RMS, unscaled),)),
     "rms with max(m, n)": ("rms_is_exact", (edit(RMS, ("self.rms,", side_max)),)),
     "rms over rows": (FIFTY, (edit(RMS, ("(-2, -1)", "(-1,)")),)),
@@ -716,7 +719,7 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "coupled Newton without eps": (OTHERS, (edit("coupled_newton(gram, 2, self.eps,", ("self.eps", "0.0")),)),
     "Polar Express with eps in V": (
         OTHERS,
-        (edit("polar_express(gram, ", ("(gram", "(gram + self.eps * eye_like(xp, gram)")),),
+        (edit("polar_express(gram, ", ("(gram", "(gram + self.eps * roots.eye_like(xp, gram)")),),
     ),
     "heads exchange V": (HEADS, (edit(P, (" gram,", " gram[..., ::-1, :, :] if self.heads else gram,")),)),
     "heads interleaved": (
@@ -741,14 +744,14 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "theory: average": (CONSTANT, (edit(SUM, ("state.gram + ", "0.9 * state.gram + 0.1 * ")),)),
     "theory: no memory": (CONSTANT, (edit(SUM, ("state.gram", "0 * state.gram")),)),
     "theory: V_{t-1}": (COLUMN, (edit(LAMBDA_ROOT, ("(gram,", "(state.gram,")),)),
-    "theory: divided by n": ("one_row_is_adagrad_norm", (edit(SUM, ("+ (", "+ 1 / param.shape[-1] * (")),)),
+    "theory: divided by n": ("one_row_is_adagrad_norm", (edit(SUM, ("+ (", "+ 1 / grad.shape[-1] * (")),)),
     "theory: diagonal of V": (
         "orthogonal_equivariance",
-        (edit(LAMBDA_ROOT, ("(gram,", "(gram * eye_like(xp, gram),")),),
+        (edit(LAMBDA_ROOT, ("(gram,", "(gram * roots.eye_like(xp, gram),")),),
     ),
     "theory: other side": (
         "theory_in_fifty_digits",
-        (edit("return ASGOTheory(eps=eps, side=side)", ("side=side", 'side="left" if side == "right" else "right"')),),
+        (edit('xp, left = now.xp, self.side == "left"', ("==", "!=")), edit(THEORY_SIDE, ("==", "!="))),
     ),
     "theory: doubled": ("no_step_is_longer_than_the_rate", (edit(DIRECTION, ("direction = ", "direction = 2 * ")),)),
     "theory: ascent": ("diagonal_gradients_make_it_adagrad", (edit(DIRECTION, ("direction = ", "direction = -")),)),
@@ -761,7 +764,10 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "dasgo: v_{t-1}": (DASGO_FIFTY, (edit(DASGO_U, ("v + ", "state.v + ")),)),
     "dasgo: v from M": (DASGO_FIFTY, (edit(DASGO_V, ("grad * grad", "m * m")),)),
     "dasgo: no momentum": (DASGO_FIFTY, (edit(DASGO_U, ("u = m", "u = grad")),)),
-    "dasgo: parameter leaks in": ("only_gradients_enter", (edit(DASGO_M, ("grad,", "grad + 0.125 * param,")),)),
+    "dasgo: parameter leaks in": (
+        "only_gradients_enter",
+        (edit(DASGO_M, ("grad,", "grad + 0.125 * param,")), DASGO_READS),
+    ),
     "dasgo: rms missing": ("rms_is_exact", (edit(DASGO_RMS, unscaled),)),
     "dasgo: rms with max(m, n)": ("rms_is_exact", (edit(DASGO_RMS, ("self.rms,", side_max)),)),
     "dasgo: rms unguarded": ("zero_gradients_stay_zero", (edit(DASGO_RMS, unguarded),)),
@@ -892,9 +898,9 @@ def test_refusals() -> None:
     for method in (pr.ASGO(), pr.ASGO.theory()):
         with pytest.raises(ValueError, match="refresh=False needs every > 1"):
             method.update(g, method.init(g), g, refresh=False)
-        with pytest.raises(ValueError, match=r"param must be an array with at least two axes, got .* \(4,\)"):
+        with pytest.raises(ValueError, match=r"takes a parameter with exactly 2 axes .*, got shape \(4,\)"):
             method.update(g[0], method.init(g), g[0])
-        with pytest.raises(ValueError, match="param must be an array with at least two axes, got list"):
+        with pytest.raises(TypeError, match="grad and param must be array"):
             method.update([[1.0]], method.init(g), [[1.0]])
         other = np.ones((4, 5))
         state = method.init(other)._replace(gram=method.init(g).gram)

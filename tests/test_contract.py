@@ -59,7 +59,7 @@ def test_is_a_frozen_hashable_printable_dataclass(config: Config) -> None:
     method = config.method
     assert hash(method) == hash(method.replace())
     assert method == method.replace()
-    assert eval(repr(method), {type(method).__name__: type(method)}) == method
+    assert eval(repr(method), vars(pr)) == method
     field = dataclasses.fields(method)[0].name if dataclasses.fields(method) else "nothing"
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(method, field, 0.5)
@@ -339,7 +339,7 @@ def test_a_state_of_other_fields_or_another_method_is_refused(config: Config) ->
             continue
         with pytest.raises(ValueError, match=r"state.* must"):
             method.update(param, state._replace(**{field: None}), param)
-        with pytest.raises(TypeError, match=f"state.{field} must be an array or a tuple of arrays, got list"):
+        with pytest.raises(TypeError, match=f"state.{field} must be an? .*, got list"):
             method.update(param, state._replace(**{field: [1.0]}), param)
         if isinstance(value, tuple) and not hasattr(value, "_fields") and len(value) > 1:
             for wrong in (value[1:], (*value, value[0])):
@@ -382,7 +382,7 @@ def test_bfloat16_where_the_library_has_it(library: str, config: Config) -> None
         assert direction.dtype == backend.xp.bfloat16
         got = backend.numpy(backend.xp.astype(direction, backend.xp.float32))
         assert np.linalg.norm(got - e) <= 0.2 * np.linalg.norm(e)  # runs and is near: u = 2^-9 and up to 20 iterations
-    dtype = backend.xp.float32 if hasattr(config.method, "narrow_state") else backend.xp.bfloat16
+    dtype = backend.xp.float32 if "narrow_state" in config.method.symbols else backend.xp.bfloat16
     assert all(leaf.dtype == dtype for leaf in leaves(state._replace(step=0)))
 
 
@@ -611,7 +611,7 @@ def test_refresh_is_checked() -> None:
 def test_state_of_another_parameter_is_refused() -> None:
     small, large = np.ones((3, 2)), np.ones((4, 2))
     method = pr.Shampoo(eps=0.25)
-    with pytest.raises(ValueError, match=r"state.grams\[0\] must have shape \(4, 4\), got \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"state.grams\[0\] must have shape \(4, 4\) for param of .*, got \(3, 3\)"):
         method.update(large, method.init(small), large)
     with pytest.raises(ValueError, match=r"state.m must have shape \(4, 2\) for param of shape \(4, 2\), got \(3, 2\)"):
         pr.Adam().update(large, pr.Adam().init(small), large)

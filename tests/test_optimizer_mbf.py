@@ -322,7 +322,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
         ValueError,
         r"^c/weight: statistic.grads must have shape",
     ),
-    "statistics for Adam": (lambda: step({"norm": SAMPLES}, pr.Adam(), fuse=False), TypeError, "^norm: .*'statistic'"),
+    "statistics for Adam": (
+        lambda: step({"norm": SAMPLES}, pr.Adam(), fuse=False),
+        ValueError,
+        "^norm: statistic must not be given for Adam",
+    ),
 }
 
 

@@ -251,7 +251,7 @@ MUTANTS = {
         "s = self.beta2 * state.s + (1 - self.beta2) * (",
         "rms_prop",
     ),
-    "s starts at 0": ("s=zero + self.initial, buffer", "s=zero, buffer", "rms_prop"),
+    "s starts at 0": ("s=full(self.initial, *shape), buffer", "s=zeros(*shape), buffer", "rms_prop"),
     "RMSProp decay before the preconditioner": (
         "u = quotient(g, s",
         "u = quotient(g + self.weight_decay * param, s",
@@ -266,7 +266,7 @@ MUTANTS = {
     "AdamW without B": ("self.batch_size * (g * g), self.beta2", "(g * g), self.beta2", "reduction"),
     "AdamW momentum in the curvature": ("self.batch_size * (g * g)", "self.batch_size * (m * m)", "adam_w"),
     "the code's correction": (
-        "(0.0 if self.bias_correction else self.initial)",
+        "0.0 if self.bias_correction else self.initial",
         "self.initial",
         "adam_w",
     ),
@@ -844,9 +844,9 @@ def test_bad_arrays():
     state = method.init(w)
     with pytest.raises(ValueError, match="grad must have param's shape"):
         method.update(normal(3, 4), state, w)
-    with pytest.raises(ValueError, match=r"state\.factors must have shapes"):
+    with pytest.raises(ValueError, match=r"state\.factors\[0\] must have shape"):
         method.update(normal(3, 4), state._replace(buffer=normal(3, 4)), normal(3, 4))
-    with pytest.raises(ValueError, match=r"state\.inverses must have shapes"):
+    with pytest.raises(ValueError, match=r"state\.inverses\[0\] must have shape"):
         method.update(w, state._replace(inverses=state.inverses[::-1]), w)
     with pytest.raises(ValueError, match="statistic must have shape"):
         method.update(w, state, w, statistic=w)

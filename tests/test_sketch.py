@@ -217,7 +217,7 @@ def check_gram64(lib: ModuleType) -> None:
             for dtype, unit in (("float64", 0.0), ("float32", 2.0**-24)):
                 for kind in KINDS:
                     rows = online.rows(kind, q, d, 6, 6).astype(dtype)
-                    sketch = lib.empty(d, size, (), rows, xp=lib.array_namespace(rows))
+                    sketch = arrays_of(lib.empty(d, size), rows, lib.array_namespace(rows))
                     wide = start(lib, d, size)
                     for row in rows:
                         exact = lib.update(wide, row.astype("float64"), 0.75, size=size)
@@ -334,7 +334,7 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "cut at the smallest of A": ("invariants", ("s[..., size - 1 : size] if size <= d", "s[..., -1:] if size <= d")),
     "a view where one column is kept": (
         "memory",
-        ("own, zeros\n", "zeros\nown = lambda u, xp: xp.reshape(xp.reshape(u, (-1,)), u.shape)\n"),
+        ("clamp, eye_like, own\n", "clamp, eye_like\nown = lambda u, xp: xp.reshape(xp.reshape(u, (-1,)), u.shape)\n"),
     ),
     "a view of all singular vectors": ("memory", ("own(u[..., :k], xp), s", "u[..., :k], s")),
     "a view of all eigenvectors": ("memory", ("u = own(u[..., :k], xp)", "u = u[..., :k]")),

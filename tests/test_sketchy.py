@@ -365,12 +365,12 @@ SKETCHY_MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
         "sadagrad_truth",
         ("return direction, SAdaGradState", "return direction * (xp.nan if state.step else 1), SAdaGradState"),
     ),
-    "delta ignored": ("sadagrad_truth", ("param, self.delta, xp", "param, 0.0, xp")),
+    "delta ignored": ("sadagrad_truth", ("self.size, self.delta)", "self.size)")),
     "size taken as rank": ("golden", ("beta2, size=self.size, solver", "beta2, size=self.size + 1, solver")),
     "S-AdaGrad beta2 ignored": ("golden", ("rows, self.beta2, size", "rows, 1.0, size")),
     "exponent -1/ndim": ("golden", ("exponent = -0.5 / len(dims)", "exponent = -1.0 / len(dims)")),
     "exponent -1/4 for every order": ("limits", ("exponent = -0.5 / len(dims)", "exponent = -0.25")),
-    "exponent counts axes before merging": ("practical", ("-0.5 / len(dims)", "-0.5 / (grad.ndim - stack_ndim)")),
+    "exponent counts axes before merging": ("practical", ("-0.5 / len(dims)", "-0.5 / (grad.ndim - now.stack)")),
     "S-Shampoo statistic after use": ("golden", ("rho = sketch\n        p =", "rho = old\n        p =")),
     "both sides swapped": (
         "sshampoo_truth",
@@ -389,7 +389,7 @@ SKETCHY_MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "tail not decayed by default": ("sshampoo_truth", ("method.tail_decay, size", "method.tail_decay or 1.0, size")),
     "eps ignored": ("sshampoo_truth", ("ridge=method.eps", "ridge=0.0")),
     "relative eps ignored": ("sshampoo_truth", ("relative=method.relative_eps", "relative=False")),
-    "graft per row": ("practical", ("tuple(range(stack_ndim, param.ndim))", "(-1,)")),
+    "graft per row": ("practical", ("tuple(range(now.stack, grad.ndim))", "(-1,)")),
     "graft eps outside the root": ("practical", ("xp.sqrt(v + self.graft_eps)", "xp.sqrt(v) + self.graft_eps")),
     "graft sum weighted by 1 - beta2": (
         "practical",
