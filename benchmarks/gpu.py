@@ -237,7 +237,7 @@ def steps(libraries: list[Library], rates: dict[str, float], dry: bool, over: Ca
 
     def measure(library: Library, method: str, found: Any, variant: Any) -> dict[str, Any]:
         made = parse_method(method)
-        seconds = library.seconds(library.step(method, found, **variant), period=getattr(made, "every", 1))
+        seconds = library.seconds(library.step(method, found, **variant), period=made.every)
         cost = estimate(method, made, found, device=Device(**rates))
         return {
             "seconds": seconds,

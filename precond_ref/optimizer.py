@@ -218,8 +218,7 @@ class Optimizer:
         return method
 
     def _check_decay(self, method: Method) -> None:
-        own = getattr(method, "weight_decay", 0.0)
-        if not is_zero(own) and not is_zero(self.weight_decay):
+        if not is_zero(method.weight_decay) and not is_zero(self.weight_decay):
             raise ValueError(
                 f"weight_decay must be 0 beside a method with its own, got {self.weight_decay!r} and {method!r}"
             )

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self, dataclass_transform, final
 from array_api_compat import array_namespace, is_jax_array
 from array_api_compat import device as device_of
 
-from precond_ref.fields import choice, declared, flag, integer, is_python_number, real
+from precond_ref.fields import choice, declared, flag, integer, is_python_number, is_zero, real
 from precond_ref.numerics.arrays import all_finite, finite_members, state_dtype
 from precond_ref.numerics.axes import check_samples
 from precond_ref.numerics.refresh import check_refresh
@@ -82,10 +82,6 @@ class Method:
     """True if every entry of the parameter is updated independently of the others."""
     ndims: ClassVar[tuple[int, int]] = (0, 64)
     """Smallest and largest number of axes of one parameter, stack axes not counted."""
-    factorizes: ClassVar[bool] = False
-    """True if matrices are factorised, which needs float32 or float64."""
-    reads_param: ClassVar[bool] = False
-    """True if `step` reads the parameter; it gets None otherwise."""
     takes_statistic: ClassVar[bool] = False
     """True if ``update`` takes ``statistic``, which `check_statistic` examines."""
     joins_bias: ClassVar[bool] = False
@@ -97,8 +93,10 @@ class Method:
     narrow_state: Any = False
     """True if the state stays in the parameter's dtype also below float32. A field where that can be chosen; there
     `init` itself makes it float32 at least otherwise, elsewhere adapters do, who compute in float32."""
+    weight_decay: Any = 0.0
+    """Of the direction itself. A field where that has one."""
     decays: ClassVar[bool] = False
-    """True if weight decay is part of the direction, so that the caller adds none; made from ``weight_decay``."""
+    """True if ``weight_decay`` is a field, so that the caller adds none of its own; made from the fields."""
 
     name: ClassVar[str] = ""
     """In the registry, such as ``ASGO.theory``; made from the class."""
@@ -148,6 +146,16 @@ class Method:
         raise NotImplementedError
 
     # ---- to be given where a method needs it -----------------------------------------------------------------------
+
+    @property
+    def factorizes(self) -> bool:
+        """Whether matrices are factorised, which needs float32 or float64. A class attribute will do as well."""
+        return False
+
+    @property
+    def reads_param(self) -> bool:
+        """Whether `step` reads the parameter, which it does not get otherwise; here: for weight decay."""
+        return not is_zero(self.weight_decay)
 
     def rules(self) -> None:
         """ValueError or TypeError for fields that do not fit together; each alone was checked before."""

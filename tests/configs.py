@@ -35,7 +35,7 @@ class Decayed(Method, register=False):
 
     state_type: ClassVar[Any] = DecayedState
     elementwise: ClassVar[bool] = True
-    reads_param: ClassVar[bool] = True
+    reads_param = True
 
     def state_of(self, shape: tuple[int, ...]) -> DecayedState:
         return DecayedState(0, zeros(*shape))

@@ -25,7 +25,7 @@ class Variant:
 
     def step(self, grads):
         self.grads.append([g.copy() for g in grads])
-        decay = 0.0 if hasattr(self.method, "weight_decay") else self.config["weight_decay"]
+        decay = 0.0 if self.method.decays else self.config["weight_decay"]
         out = []
         for i, param in enumerate(self.first):
             history = np.stack([g[i] for g in self.grads])
@@ -110,7 +110,7 @@ def optax_target(constructor: str) -> Callable[..., Any]:
 
     def make(lr, weight_decay, **config):
         method = _made(constructor, config, weight_decay)
-        decay = 0.0 if hasattr(method, "weight_decay") else weight_decay
+        decay = 0.0 if method.decays else weight_decay
         return optax.chain(
             scale_by(method, takes=lambda path, x: True), optax.add_decayed_weights(decay), optax.scale(-lr)
         )

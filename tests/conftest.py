@@ -99,7 +99,7 @@ def _compiled_torch(method: Any) -> Callable[..., Any]:
     def update(grad: Any, state: Any, param: Any, *, refresh: bool | None = None) -> Any:
         step = state.step
         if refresh is None:
-            refresh = method.due(step) if hasattr(method, "due") else step % getattr(method, "every", 1) == 0
+            refresh = method.due(step)
         scalars = method.scalars(step + 1, like=param)
         if scalars:
             scalars = type(scalars)(*(torch.tensor(s, dtype=param.dtype) for s in scalars))

@@ -693,7 +693,7 @@ def test_one_graph_under_torch_compile_two_with_every(config: Config) -> None:
     compiled = torch.compile(kernel, backend=count, fullgraph=True)
     param = torch.zeros(config.shape, dtype=torch.float64)
     state = method.init(param)
-    every = getattr(method, "every", 1)
+    every = method.every
     for step, g in enumerate(gradients(config.shape)):
         k = method.scalars(step + 1)
         if k:

@@ -207,7 +207,7 @@ def test_state_of_a_model_is_that_of_the_adapter(method: Any, dtype: str) -> Non
     for _, param in params:
         param.grad = torch.ones_like(param)
     optimizer = precond_ref_torch.Optimizer(params, method, lr=0.0)
-    if dtype == "bfloat16" and getattr(method, "narrow_state", False):
+    if dtype == "bfloat16" and method.narrow_state:
         dtype_size = 2
     else:
         dtype_size = 8 if dtype == "float64" else 4

@@ -33,7 +33,7 @@ def everything(method: Any) -> Any:
 
 def decay(config: Config) -> float:
     """A decoupled weight decay, none for a method that has its own."""
-    return 0.0 if getattr(config.method, "weight_decay", 0.0) else 0.25
+    return 0.0 if config.method.weight_decay else 0.25
 
 
 def run(optimizer: pr.Optimizer, params: Any, grads: list[Any]) -> tuple[Any, Any]:

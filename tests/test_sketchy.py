@@ -531,7 +531,7 @@ def test_practical_excludes_long_axes() -> None:
 
 def test_zero_gradients_stay_zero() -> None:
     for method, shape in [(base, shape) for base, shape, _ in KNOBS]:
-        if hasattr(method, "weight_decay"):
+        if method.decays:
             method = method.replace(weight_decay=0.0)
         assert not run(method, np.zeros((3, *shape))).any()
 

@@ -55,7 +55,7 @@ def make(name: str, params: Any, **options: Any) -> Any:
 def test_recorded_gradients_give_the_core_s_parameters(config: Config) -> None:
     start, grads = recorded([config.shape] * 3, 50)
     params = parameters(start)
-    decay = {} if hasattr(config.method, "weight_decay") else {"weight_decay": 0.25}
+    decay = {} if config.method.decays else {"weight_decay": 0.25}
     feed(pt.Optimizer(params, **forced(config.method, lr=0.125, **decay)), params, grads)
     # the same operations; products of a stack may sum in another order: a few u per step, 50 steps, u = 1.1e-16
     assert distance(params, by_core(config.method, start, grads, 0.125, *decay.values())) <= 1e-13
@@ -64,7 +64,7 @@ def test_recorded_gradients_give_the_core_s_parameters(config: Config) -> None:
 @every_config
 def test_values_are_read_only_for_weight_decay(config: Config) -> None:
     """What `reads_param` rests on."""
-    if getattr(config.method, "weight_decay", 0.0):
+    if config.method.weight_decay:
         pytest.skip("decays inside")
     start, grads = recorded([config.shape], 3)
     states = [config.method.init(start[0])] * 2
@@ -88,7 +88,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 @every_method
 def test_closed_loop_on_a_model(name: str) -> None:
     method = ONE_EACH[name].method
-    if hasattr(method, "weight_decay"):  # the adapter's decay of a group acts on all of its parameters
+    if method.decays:  # the adapter's decay of a group acts on all of its parameters
         method = method.replace(weight_decay=0.0)
     model, twin = small_model(), small_model()
     opt = pt.Optimizer(model.named_parameters(), method, lr=0.03125)

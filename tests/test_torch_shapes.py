@@ -36,7 +36,7 @@ def trained(config: Config, device: str, dtype: torch.dtype = torch.float32) -> 
 
 
 def check_on_shapes_alone(config: Config, mode: str) -> None:
-    if hasattr(config.method, "weight_decay"):
+    if config.method.decays:
         config = config._replace(method=config.method.replace(weight_decay=0.0))
     context, device = MODES[mode]
     with context():

@@ -75,7 +75,7 @@ def fsdp_distances(names: list[str]) -> dict[str, float]:
         params = list(model.parameters())
         start = [p.detach().clone() for p in single.parameters()]
         _, grads = recorded([tuple(p.shape) for p in start], STEPS)
-        decay = {} if hasattr(method, "weight_decay") else {"weight_decay": 0.25}
+        decay = {} if method.decays else {"weight_decay": 0.25}
         opt = pt.Optimizer(model.parameters(), method, lr=0.125, **decay)
         for row in grads:
             for p, g in zip(params, sharded_grads(params, row), strict=True):

@@ -209,7 +209,7 @@ def draw(rng: Rng, names: list[str], libraries: list[str]) -> Any:
         with contextlib.suppress(ValueError):  # heads that do not divide the rows, a structure too many
             method.init(np.zeros((*stack, *shape)), stack_ndim=len(stack))
             break
-    every = max(getattr(method, "every", 1), getattr(method, "inverse_every", 1))
+    every = max(method.every, getattr(method, "inverse_every", 1))
     calm, steps = rng.random() < 0.5, []
     for _ in range(pick(rng, (1, 2, 3, 4, 6, 10, 24))):
         kind = pick(rng, KINDS)
@@ -566,7 +566,7 @@ class Runner:
         name = next((n for n in RIDGES if getattr(m, n, 0) != 0), None)
         if (
             name is None or m.elementwise or 0 in case.shape or "IFShampoo" in case.make
-            or getattr(m, "weight_decay", 0) or getattr(m, "root", "eigh") != "eigh"
+            or m.weight_decay or getattr(m, "root", "eigh") != "eigh"
             or (case.make in ("AdaFD", "FDSON") and m.size == 1)  # such a sketch has no range
             or getattr(m, "heads", None) or getattr(m, "layout", "") == "contiguous"  # `in_range` does not cut
         ):  # fmt: skip

@@ -141,7 +141,7 @@ def scale_by(
         return jax.tree.map(lambda x: _on_mesh(x, arrays[0]), state) if arrays else state
 
     def update(updates: Tree, state: ScaleByState, params: Tree = None, **extra_args: Any) -> tuple[Tree, ScaleByState]:
-        if params is None and not is_zero(getattr(method, "weight_decay", 0.0)):
+        if params is None and not is_zero(method.weight_decay):
             raise ValueError(NO_PARAMS_MSG)
         if not isinstance(state, ScaleByState) or not isinstance(state.statistics, method.state_type):
             raise TypeError(f"state must be what init of {type(method).__name__} returned, got {type(state).__name__}")
@@ -162,7 +162,7 @@ def scale_by(
             )
         sized: dict[Any, Method] = {}
         for chosen, name, at in units:
-            if extra_args.get("batch_size") is not None and hasattr(chosen, "batch_size"):
+            if extra_args.get("batch_size") is not None and "batch_size" in chosen.symbols:
                 key = _identity(chosen)
                 sized[key] = sized.get(key) or chosen.replace(batch_size=extra_args["batch_size"])
                 chosen = sized[key]
@@ -224,7 +224,7 @@ def _member(
         for g, p in zip(gs, ps, strict=True):
             if g.shape != p.shape:
                 raise ValueError(f"the update must have its parameter's shape {p.shape}, got {g.shape}")
-        if statistic is not None and "statistic" not in inspect.signature(method.update).parameters:
+        if statistic is not None and not method.takes_statistic:
             raise ValueError(f"statistics must not be given for {type(method).__name__}, which takes none")
     return _Member(at, name, gs, ps, state, statistic)
 
@@ -495,7 +495,7 @@ def _real(method: Method, leaf: Any) -> Array:
 def _dtype(method: Method, dtype: Any, wanted: Any) -> Any:
     if wanted is not None:
         return jnp.dtype(wanted)
-    narrow = getattr(method, "narrow_state", False) or jnp.finfo(dtype).bits >= 32
+    narrow = method.narrow_state or jnp.finfo(dtype).bits >= 32
     return dtype if narrow else jnp.dtype(jnp.float32)
 
 
@@ -525,7 +525,7 @@ def _like_params(method: Method) -> set[str]:
     for ndim in range(max(low, 1), min(high, 8) + 1):
         shape = tuple(unit * (2 + axis) for axis in range(ndim))
         try:
-            state = jax.eval_shape(method.init, jax.ShapeDtypeStruct(shape, jnp.float32))
+            state = method.state_of(shape)
         except ValueError:  # a structure for each axis, and another number of axes
             continue
         return {field for field, value in state._asdict().items() if getattr(value, "shape", None) == shape}

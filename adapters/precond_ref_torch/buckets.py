@@ -247,7 +247,7 @@ class Bucket:
 
     def gather(self) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients, and parameters if the method reads them; a collective for a bucket with an owner."""
-        reads = states.reads_param(self.method)
+        reads = self.method.reads_param
         if not self.sharded and len(self.all_params) == len(self):
             return [p.grad for p in self.params], self.params if reads else []
         part: Any = sharding.local if self.owner is None else sharding.whole
@@ -327,7 +327,7 @@ class Bucket:
         if scalars:
             scalars = type(scalars)(*(torch.as_tensor(value, dtype=self.dtype, device="cpu") for value in scalars))
         state = states.fill(self.template, iter(self.arrays), 0)
-        direction, new = kernels[key](grad, state, param, scalars, states.due(self.method, step), given)
+        direction, new = kernels[key](grad, state, param, scalars, self.method.due(step), given)
         return direction, _changed(self.arrays, new) if new else []
 
     def statistic(self, given: Mapping[Any, Any]) -> Any:

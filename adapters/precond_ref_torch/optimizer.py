@@ -212,9 +212,7 @@ class Optimizer(torch.optim.Optimizer):
     def _route(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Method:
         """The method of one unit; ValueError if none takes it."""
         method = _method(group)
-        chosen: Method | None = method if method.takes(shape, name) else None
-        if hasattr(method, "for_shape"):
-            chosen = method.for_shape(shape, name)
+        chosen = method.for_shape(shape, name)
         if chosen is None:
             if group["fallback"] is None:
                 raise ValueError(
@@ -754,7 +752,7 @@ class Run:
 def _apply(group: Mapping[str, Any], bucket: Bucket, params: list[Tensor], directions: list[Tensor]) -> None:
     """``x <- (1 - lr weight_decay) x - lr direction``, rounded once below float32; one call moves all, or none."""
     lr = float(group["lr"])
-    decay = 0.0 if hasattr(bucket.method, "weight_decay") else float(group["weight_decay"])
+    decay = 0.0 if bucket.method.decays else float(group["weight_decay"])
     wide = params if params[0].dtype == bucket.dtype else [p.to(bucket.dtype) for p in params]
     if bucket.device.type in ("cpu", "cuda") and all(map(Tensor.is_contiguous, [*wide, *directions])):
         # SGD's coupled decay of a direction is the decoupled one
@@ -911,7 +909,7 @@ def _fresh(method: Method, unit: Unit, flat: bool) -> dict[str, Tensor]:
     part = sharding.local(param) if flat else param
     shape = part.shape if flat else shape_of(unit)
     like = torch.zeros(shape, dtype=states.work_dtype(method, param.dtype), device=part.device)
-    if states.reads_param(method) and not sharding.is_sharded(part):
+    if method.reads_param and not sharding.is_sharded(part):
         like.copy_(joined([sharding.local(p) if flat else p for p in unit]))
     arrays = states.to_dict(method.init(like))
     return {name: sharding.wrap(a.clone(), param) if flat else a.clone() for name, a in arrays.items()}

@@ -67,23 +67,13 @@ def _spec(value: Any) -> Any:
 
 def work_dtype(method: Method, dtype: torch.dtype) -> torch.dtype:
     """Dtype of statistics and arithmetic: the parameter's, but float32 at least (unless ``narrow_state`` is set)."""
-    narrow = getattr(method, "narrow_state", False) or torch.finfo(dtype).bits >= 32
+    narrow = method.narrow_state or torch.finfo(dtype).bits >= 32
     return dtype if narrow else torch.float32
 
 
 def is_own(method: Method) -> bool:
     """Whether this package wrote ``method``."""
     return type(method).__module__.startswith("precond_ref.")
-
-
-def reads_param(method: Method) -> bool:
-    """Whether directions depend on the parameter's values: in the package's own methods only through weight decay."""
-    return getattr(method, "weight_decay", 0.0) != 0 or not is_own(method)
-
-
-def due(method: Any, step: int) -> Any:
-    """``refresh`` of the update after ``step`` completed ones, for a graph that does not know the step."""
-    return method.due(step) if hasattr(method, "due") else step % getattr(method, "every", 1) == 0
 
 
 def has_value(tensor: Tensor) -> bool:

@@ -74,7 +74,7 @@ def name_of(method: Method) -> str:
 
 def decays(method: Any) -> bool:
     """Whether steps depend on the parameter."""
-    return getattr(method, "weight_decay", 0) != 0
+    return bool(method.weight_decay != 0)
 
 
 def regular(method: Any) -> bool:
@@ -242,7 +242,7 @@ def updates(
     """Changes of one parameter, (steps, *shape), under the case's hyperparameters (without decoupled decay)."""
     config = runner.config_of(case)
     config |= {"lr": lr, **changed}
-    if not hasattr(case.make(), "weight_decay"):
+    if not case.make().decays:
         config["weight_decay"] = 0.0
         config.at_default |= {"weight_decay"}
     config.make = functools.partial(_changed, case, changed)

@@ -396,7 +396,7 @@ class Reference:
     def init(self, config: Config, params: Arrays) -> None:
         """The config's method."""
         self.method, self.lr = config.method, config["lr"]
-        self.decay = 0.0 if hasattr(self.method, "weight_decay") else config.get("weight_decay", 0.0)
+        self.decay = 0.0 if self.method.decays else config.get("weight_decay", 0.0)
         alike: dict[tuple[int, ...], list[int]] = {}
         for i, p in enumerate(params):
             alike.setdefault(p.shape, []).append(i)

@@ -134,7 +134,7 @@ def estimate(
 
 def _load(method: Method, shape: Shape, itemsize: int) -> Load:
     needs: Work = work(method, shape)
-    size = itemsize if getattr(method, "narrow_state", False) else max(itemsize, 4)
+    size = itemsize if method.narrow_state else max(itemsize, 4)
     touched = sum(size * array.entries * (1 / array.read + 1 / array.written) for array in needs.stored)
     return Load(
         name="",

@@ -139,7 +139,7 @@ class ASGO(Method):
     theory: ClassVar[type[ASGOTheory]]
 
     @property
-    def factorizes(self) -> bool:  # type: ignore[override]
+    def factorizes(self) -> bool:
         return self.root == "eigh"
 
     def rules(self) -> None:
@@ -224,7 +224,7 @@ class ASGOTheory(Method, preset="ASGO.theory"):
     paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = ASGOTheoryState
     ndims: ClassVar[tuple[int, int]] = (2, 2)
-    factorizes: ClassVar[bool] = True
+    factorizes = True
     refreshes: ClassVar[bool] = True
     takes = ASGO.takes
 

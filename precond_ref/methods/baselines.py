@@ -147,7 +147,7 @@ class FullAdaGrad(Method):
     paper: ClassVar[str] = "Duchi, Hazan, Singer: Adaptive subgradient methods, JMLR 2011"
     state_type: ClassVar[Any] = FullAdaGradState
     ndims: ClassVar[tuple[int, int]] = (1, 64)
-    factorizes: ClassVar[bool] = True
+    factorizes = True
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
         """Anything of at most 1024 entries."""
@@ -302,7 +302,7 @@ class Shampoo(Method):
     paper: ClassVar[str] = "Gupta, Koren, Singer: Shampoo, ICML 2018, arXiv 1802.09568"
     state_type: ClassVar[Any] = ShampooState
     ndims: ClassVar[tuple[int, int]] = (1, 64)
-    factorizes: ClassVar[bool] = True
+    factorizes = True
 
     def rules(self) -> None:
         if self.bias_correction and self._is_sum():
@@ -391,7 +391,7 @@ class Muon(Method):
     ndims: ClassVar[tuple[int, int]] = (2, 2)
 
     @property
-    def factorizes(self) -> bool:  # type: ignore[override]
+    def factorizes(self) -> bool:
         return self.root == "svd"
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:

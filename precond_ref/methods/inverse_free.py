@@ -136,7 +136,6 @@ class IFShampoo(Method):
         "Lin, Dangel, Eschenhagen, Bae, Turner, Makhzani: root-free adaptive methods, ICML 2024, arXiv 2402.03496"
     )
     state_type: ClassVar[Any] = IFShampooState
-    reads_param: ClassVar[bool] = True
     takes_statistic: ClassVar[bool] = True
 
     def rules(self) -> None:
@@ -187,7 +186,7 @@ class IFShampoo(Method):
             bad = xp.astype(bad_as_nan(grad, grad.ndim - stack, xp), dtype, copy=False)
             factors = (factors[0] + bad[..., None, None], *factors[1:])
         u = self._precondition(xp.astype(grad, dtype, copy=False), factors, dims, xp)
-        if not is_zero(self.weight_decay):
+        if self.reads_param:
             u = u + self.weight_decay * xp.astype(param, dtype, copy=False)  # (5)
         buffer = None if state.buffer is None else self.momentum * state.buffer + u  # (6)
         direction = xp.astype(u if buffer is None else buffer, grad.dtype)

@@ -178,6 +178,11 @@ class MBF(Method):
     joins_bias: ClassVar[bool] = True
     refreshes: ClassVar[bool] = True
     takes_statistic: ClassVar[bool] = True
+
+    @property
+    def factorizes(self) -> bool:
+        return self.kind != "diagonal"
+
     presets: ClassVar[tuple[str, ...]] = ("authors_code",)
     Samples: ClassVar[Any] = MBFSamples
     Factors: ClassVar[Any] = MBFFactors
@@ -187,7 +192,6 @@ class MBF(Method):
         super().__post_init__()
         object.__setattr__(self, "ndims", NDIMS[self.kind])
         object.__setattr__(self, "elementwise", self.kind == "diagonal")
-        object.__setattr__(self, "factorizes", self.kind != "diagonal")
 
     @staticmethod
     def authors_code(network: str = "autoencoder") -> MBF:

@@ -57,7 +57,7 @@ class _OnlineSketch(Method, register=False):
 
     state_type: ClassVar[Any] = OnlineSketchState
     ndims: ClassVar[tuple[int, int]] = (1, 1)
-    factorizes: ClassVar[bool] = True
+    factorizes = True
     refreshes: ClassVar[bool] = True
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:

@@ -123,7 +123,6 @@ class RFRMSProp(Method):
     paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = RFRMSPropState
     elementwise: ClassVar[bool] = True
-    reads_param: ClassVar[bool] = True
     takes_statistic: ClassVar[bool] = True
 
     def rules(self) -> None:
@@ -140,7 +139,7 @@ class RFRMSProp(Method):
         square = g * g if statistic is None else xp.mean(xp.astype(statistic, dtype, copy=False) ** 2, axis=0)
         s = (1 - self.beta2) * state.s + self.beta2 * (self.batch_size * square)  # (1)
         u = quotient(g, s + self.damping, xp, bound=self.damping)  # (2)
-        if not is_zero(self.weight_decay):
+        if self.reads_param:
             u = u + self.weight_decay * xp.astype(param, dtype, copy=False)
         buffer = None if state.buffer is None else self.momentum * state.buffer + u  # (3)
         direction = xp.astype(u if buffer is None else buffer, grad.dtype)
@@ -258,8 +257,7 @@ class RFShampoo(Method):
 
     paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = RFShampooState
-    factorizes: ClassVar[bool] = True
-    reads_param: ClassVar[bool] = True
+    factorizes = True
     takes_statistic: ClassVar[bool] = True
 
     def rules(self) -> None:
@@ -294,7 +292,7 @@ class RFShampoo(Method):
         for n, inverse in enumerate(inverses):
             u = multiply(u, inverse, n, xp)
         u = xp.reshape(u, grad.shape)
-        if not is_zero(self.weight_decay):
+        if self.reads_param:
             u = u + self.weight_decay * param  # (9)
         if state.buffer is None:
             return u, RFShampooState(now.step, factors, inverses, None)

@@ -101,7 +101,7 @@ class SAdaGrad(Method):
     paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = SAdaGradState
     ndims: ClassVar[tuple[int, int]] = (1, 1)
-    factorizes: ClassVar[bool] = True
+    factorizes = True
     refreshes: ClassVar[bool] = True
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
@@ -147,7 +147,7 @@ class _Sketched(Method, register=False):
     solver: str = choice("'svd' (the definition) or 'gram64' (Gram matrix in float64)", default="svd", of=fd.SOLVERS)
 
     paper: ClassVar[str] = PAPER
-    factorizes: ClassVar[bool] = True
+    factorizes = True
 
 
 class SShampoo(_Sketched):
@@ -255,7 +255,6 @@ class SShampooPractical(_Sketched, preset="SShampoo.practical"):
 
     state_type: ClassVar[Any] = SShampooPracticalState
     ndims: ClassVar[tuple[int, int]] = (0, 64)
-    reads_param: ClassVar[bool] = True
 
     def rules(self) -> None:
         if self.start and self.graft is None:
@@ -309,14 +308,14 @@ class SShampooPractical(_Sketched, preset="SShampoo.practical"):
                     u = k.preconditioned * u + (1.0 - k.preconditioned) * n
         else:
             u = 1.0 * n
-        if not self.decay_after_momentum:
+        if self.reads_param and not self.decay_after_momentum:
             u = u + self.weight_decay * param
         m = None
         if state.m is not None:
             u = (1.0 - self.momentum) * u if self.momentum_ema else u
             m = self.momentum * state.m + u  # (M)
             u = u + self.momentum * m if self.nesterov else 1.0 * m
-        if self.decay_after_momentum:
+        if self.reads_param and self.decay_after_momentum:
             u = u + self.weight_decay * param  # (W)
         return u, SShampooPracticalState(step=now.step, sketches=sketches, v=v, m=m)
 
