@@ -212,14 +212,14 @@ def test_every_method_has_cases_of_each_kind():
 
 def test_truth_shares_no_code_with_the_library():
     folder = Path(build.__file__).parent
-    files = [folder / "build.py", folder / "arithmetic.py", *folder.glob("cases/*.py"), *folder.glob("variants/*.py")]
+    files = [folder / "build.py", folder / "arithmetic.py", *folder.glob("declarations/*.py"), *folder.glob("variants/*.py")]
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             ours = {name for name in names if name.startswith("precond_ref") and "conformance" not in name}
             assert ours <= {"precond_ref.protocol"}, file  # the variants name the type of a method
-    assert {f.stem for f in folder.glob("cases/*.py")} - {"__init__", "base"} == set(declarations.FAMILIES)
+    assert {f.stem for f in folder.glob("declarations/*.py")} - {"__init__", "base"} == set(declarations.FAMILIES)
 
 
 def test_truth_keeps_zeros_and_rounds_once():
