@@ -212,7 +212,12 @@ def test_every_method_has_cases_of_each_kind():
 
 def test_truth_shares_no_code_with_the_library():
     folder = Path(build.__file__).parent
-    files = [folder / "build.py", folder / "arithmetic.py", *folder.glob("declarations/*.py"), *folder.glob("variants/*.py")]
+    files = [
+        folder / "build.py",
+        folder / "arithmetic.py",
+        *folder.glob("declarations/*.py"),
+        *folder.glob("variants/*.py"),
+    ]
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
