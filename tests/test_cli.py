@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 import precond_ref
 import precond_ref as pr
 from precond_ref import cli, problems
+from precond_ref.cli import compare, listing
 from precond_ref.compare import rates, runs
 
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(cli.__file__).parents[2]
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_list_of_what_has_no_default(run: Callable[..., Any], monkeypatch: pytes
         """Needs a size."""
         raise AssertionError
 
-    monkeypatch.setattr(runs, "constructors", lambda: {"ASGO.theory": theory})
+    monkeypatch.setattr(listing, "constructors", lambda: {"ASGO.theory": theory})
     (entry,) = strict_json(run("list", "--json").output)
     assert entry["fields"] == [
         {"name": "size", "required": True, "default": None, "meaning": ""},
@@ -285,7 +286,10 @@ def test_missing_extras(run: Callable[..., Any], module: str, name: str, monkeyp
 
 
 def test_without_typer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "typer", None)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    for name in [name for name in sys.modules if name.startswith("precond_ref.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(cli, "app", raising=False)
     with pytest.raises(SystemExit, match=re.escape('pip install "precond-ref[cli]"')):
         cli.main()
 
@@ -307,7 +311,7 @@ def test_tune_writes_what_compare_reads(run: Callable[..., Any], recorded: Path)
 def test_tune_all_problems_skips_what_cannot_be_done(
     run: Callable[..., Any], recorded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "list_problems", lambda: ["quadratic", "digits-softmax", "mnist-softmax"])
+    monkeypatch.setattr(compare, "list_problems", lambda: ["quadratic", "digits-softmax", "mnist-softmax"])
     monkeypatch.delenv("PRECOND_REF_DATA", raising=False)
     result = run("compare", "--tune", "--methods", "DASGO", "--steps", 2)
     assert result.exit_code == 0, result.output
@@ -374,9 +378,9 @@ def test_quiet_without_a_terminal(tmp_path: Path) -> None:
 
 def test_examples_of_the_help_are_understood(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(cli, "train", lambda comparison: calls.append(comparison) or True)
-    monkeypatch.setattr(cli, "tune_rates", lambda *arguments: calls.append(arguments))
-    examples = re.findall(r"^  precond-ref (compare.*)$", cli.COMPARE_EXAMPLES, re.M)
+    monkeypatch.setattr(compare, "train", lambda comparison: calls.append(comparison) or True)
+    monkeypatch.setattr(compare, "tune_rates", lambda *arguments: calls.append(arguments))
+    examples = re.findall(r"^  precond-ref (compare.*)$", compare.EXAMPLES, re.M)
     for example in examples:
         result = run(*example.split())
         assert result.exit_code == 0, (example, result.output)

@@ -23,12 +23,13 @@ import pytest
 from conformance_subjects import Broken, Here, Variant, optax_target, torch_target
 from typer.testing import CliRunner
 
-from precond_ref import cli
+from precond_ref.cli import application
+from precond_ref.cli import check as check_command
 from precond_ref.conformance import (
     check,
-    commands,
     contract,
     isolation,
+    results,
     runner,
     subjects,
     tolerance,
@@ -44,7 +45,7 @@ FIRST = {c: next(case for case in TRACES if case.constructor == c) for c in CONS
 ROOT = Path(__file__).parents[1]
 
 
-def failed(report: runner.Report) -> list[str]:
+def failed(report: results.Report) -> list[str]:
     """Ids of what failed or raised."""
     return [f"{r.id}: {r.message or r.gap}" for r in report.results if r.status in ("failed", "error")]
 
@@ -125,21 +126,21 @@ def plant(constructor: str, flags: list[str]) -> None:
 
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
 def test_a_mistake_is_caught_and_named(constructor: str) -> None:
-    effective = sorted(variants.effective(runner.cases(constructor)))
+    effective = sorted(variants.effective(results.cases(constructor)))
     plant(constructor, random.Random(0).sample(effective, 2))
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
 def test_every_single_mistake_is_caught_and_named(constructor: str) -> None:
-    plant(constructor, sorted(variants.effective(runner.cases(constructor))))
+    plant(constructor, sorted(variants.effective(results.cases(constructor))))
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
 def test_pairs_of_mistakes_are_named(constructor: str) -> None:
     """A sample; ``benchmarks/diagnose.py`` measures all of them."""
-    effective = variants.effective(runner.cases(constructor))
+    effective = variants.effective(results.cases(constructor))
     pairs = [pair for pair in variants.choices(variants.of(FIRST[constructor].make()), 2) if pair <= effective]
     for flags in random.Random(1).sample(pairs, 2):
         diagnosis = check(Variant(flags), constructor).diagnosis
@@ -477,7 +478,7 @@ class Ten:
 def test_the_protocol_takes_ten_lines() -> None:
     report = check(wrap(Ten), "sgd")
     assert report.ok
-    assert report.ran < len(runner.cases("SGD"))
+    assert report.ran < len(results.cases("SGD"))
     assert {r.message for r in report.results if r.status == "skipped" and "/reject-" not in r.id} >= {"no momentum"}
     assert report.method == "SGD"
 
@@ -498,7 +499,7 @@ def test_torch_optimizers_and_factories() -> None:
     assert {r.id for r in report.failures} == {"Adam/no-eps"}
     assert not any("states not compared" in note for note in report.notes)
     with pytest.raises(ValueError, match="has no argument 'epsilon', which eps is mapped to"):
-        subjects.arguments(make, runner.config_of(FIRST["Adam"]), {"eps": "epsilon"})
+        subjects.arguments(make, results.config_of(FIRST["Adam"]), {"eps": "epsilon"})
 
 
 def test_optax_transformations() -> None:
@@ -533,7 +534,7 @@ def test_a_command_is_asked_in_json_lines() -> None:
 def test_a_command_that_answers_badly(program: str, message: str) -> None:
     command = subjects.Command([sys.executable, "-c", program])
     with pytest.raises((RuntimeError, ValueError), match=message):
-        command.init(runner.config_of(FIRST["SGD"]), [np.ones(2)])
+        command.init(results.config_of(FIRST["SGD"]), [np.ones(2)])
     command.close()
 
 
@@ -546,7 +547,7 @@ def test_a_command_that_ended_is_started_anew() -> None:
 
 
 def test_hyperparameters_reach_the_target_under_its_names() -> None:
-    config = runner.config_of(next(c for c in runner.cases("ASGO") if c.id == "ASGO/forced-left"))
+    config = results.config_of(next(c for c in results.cases("ASGO") if c.id == "ASGO/forced-left"))
 
     def make(learning_rate, betas=(0.9, 0.99), epsilon=0.0, side="", rms=None):
         """Nothing."""
@@ -569,7 +570,7 @@ def test_hyperparameters_reach_the_target_under_its_names() -> None:
 
 
 def test_betas_are_found_under_the_names_of_optax() -> None:
-    config = runner.config_of(FIRST["Adam"])
+    config = results.config_of(FIRST["Adam"])
     given = subjects.arguments(lambda learning_rate, b1, b2, eps, weight_decay: None, config, {})
     assert (given["b1"], given["b2"]) == (config["beta1"], config["beta2"])
 
@@ -642,13 +643,13 @@ def test_tolerances_follow_from_precision_and_conditioning() -> None:
 
 
 def test_a_gap_is_measured_normwise() -> None:
-    found = runner.gap(3, "update", np.array([3.0, 4.5]), np.array([3.0, 4.0]), 0.25)
+    found = results.gap(3, "update", np.array([3.0, 4.5]), np.array([3.0, 4.0]), 0.25)
     assert (found.error, found.tolerance, found.ratio) == (0.1, 0.05, 2.0)
     assert found.norm_ratio == np.hypot(3, 4.5) / 5
-    assert runner.gap(1, "update", np.array([np.nan]), np.array([1.0]), 1.0).ratio == np.inf
-    assert runner.gap(1, "update", np.zeros(2), np.zeros(2), 0.0).ratio == 0
+    assert results.gap(1, "update", np.array([np.nan]), np.array([1.0]), 1.0).ratio == np.inf
+    assert results.gap(1, "update", np.zeros(2), np.zeros(2), 0.0).ratio == 0
     with pytest.raises(ValueError, match=r"update must have shape \(1,\), got \(2,\)"):
-        runner.gap(1, "update", np.zeros(2), np.zeros(1), 0.0)
+        results.gap(1, "update", np.zeros(2), np.zeros(1), 0.0)
 
 
 # ---- command --------------------------------------------------------------------------------------------------------
@@ -686,7 +687,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(isolation, "Isolated", Here)
-    return lambda *arguments: CliRunner().invoke(cli.application(), ["check", *map(str, arguments)])
+    return lambda *arguments: CliRunner().invoke(application(), ["check", *map(str, arguments)])
 
 
 def test_check_says_ok(run: Any) -> None:
@@ -786,7 +787,7 @@ def test_examples_of_the_help_are_understood(run: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(isolation, "Isolated", lambda *arguments, **options: io.StringIO())
     monkeypatch.setattr(subjects, "Command", lambda *arguments: io.StringIO())
     monkeypatch.setattr(runner, "check", seen)
-    examples = re.findall(r"^  precond-ref (check .*)$", commands.CHECK_EXAMPLES, re.M)
+    examples = re.findall(r"^  precond-ref (check .*)$", check_command.EXAMPLES, re.M)
     for example in examples:
         assert "would check " in run(*shlex.split(example)[1:]).output, example
     assert len(examples) >= 5
@@ -836,7 +837,7 @@ def test_the_pages_print_what_the_command_prints(tmp_path: Path, monkeypatch: py
         for name in ("my_asgo", "recipes"):
             monkeypatch.delitem(sys.modules, name, raising=False)
         importlib.invalidate_caches()
-        return CliRunner().invoke(cli.application(), arguments).output.splitlines()
+        return CliRunner().invoke(application(), arguments).output.splitlines()
 
     (wrong, said), (right, said_then) = console(page)
     lines = printed(wrong)

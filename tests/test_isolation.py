@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from precond_ref import cli
-from precond_ref.conformance import check, isolation, processes, runner, subjects, wrap
+from precond_ref.conformance import check, isolation, processes, results, runner, subjects, wrap
 from precond_ref.conformance.invariance import try_laws
 from precond_ref.conformance.isolation import Isolated
 from precond_ref.conformance.processes import Ended, Limits
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(before)
 
 
-def acting(folder: Path, act: str, **limits: float) -> runner.Report:
+def acting(folder: Path, act: str, **limits: float) -> results.Report:
     """The report on a subject that does this, in a process of its own."""
     (folder / "act").write_text(act, encoding="utf-8")
     subject = Isolated("hostile:Plain")
@@ -134,7 +134,7 @@ def test_an_end_is_expected_by_nobody(folder: Path) -> None:
 def test_a_test_of_one_case_fails_where_the_process_ends(folder: Path) -> None:
     (folder / "act").write_text("step 1:os._exit(0)", encoding="utf-8")
     subject = Isolated("hostile:Plain")
-    result = runner.run_case(subject, next(c for c in runner.cases("SGD") if c.id == "SGD/plain"))
+    result = runner.run_case(subject, next(c for c in results.cases("SGD") if c.id == "SGD/plain"))
     subject.close()
     assert result.bad
     assert "ended with exit code 0" in result.message
@@ -173,7 +173,7 @@ def shared(folder: Path) -> Iterator[Any]:
     (folder / "act").write_text("", encoding="utf-8")
     subject = Isolated("hostile:Plain")
 
-    def act(code: str) -> runner.Report:
+    def act(code: str) -> results.Report:
         (folder / "act").write_text(code, encoding="utf-8")
         return check(subject, "SGD")
 
@@ -321,7 +321,7 @@ def test_a_command_that_does_not_answer_ends_the_check(program: str, how: str) -
 )
 def test_a_command_that_answers_nonsense(program: str, message: str) -> None:
     command = subjects.Command([sys.executable, "-c", program])
-    result = runner.run_case(command, runner.cases("SGD")[0])
+    result = runner.run_case(command, results.cases("SGD")[0])
     command.close()
     assert result.status == "error"
     assert message in result.message

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 import precond_ref
 from precond_ref import cli, conformance
-from precond_ref.conformance import arithmetic, build, declarations, vector_commands, vectors
+from precond_ref.cli import vectors as vectors_command
+from precond_ref.conformance import arithmetic, build, declarations, vectors
 from precond_ref.conformance.tolerance import of_case
 from precond_ref.conformance.vectors import cases, load, verify
 from precond_ref.methods import agd, asgo, baselines, sketchy
@@ -363,7 +364,7 @@ def test_building_changes_nothing(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "DIGITS", digits)
     with mpmath.workdps(15):
         build.build(tmp_path / "v1")
-    assert vector_commands.compared(vectors.FOLDER, tmp_path / "v1") == []
+    assert vectors_command.compared(vectors.FOLDER, tmp_path / "v1") == []
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from exact_core import Array, load  # noqa: E402
 
-from precond_ref.cli import progress  # noqa: E402
+from precond_ref.cli.terminal import progress  # noqa: E402
 from precond_ref.compare.runs import constructors  # noqa: E402
 from precond_ref.conformance import arithmetic, variants  # noqa: E402
 from precond_ref.conformance.arithmetic import DIGITS, exact, number  # noqa: E402

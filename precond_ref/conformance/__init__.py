@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from precond_ref.conformance.isolation import Isolated
     from precond_ref.conformance.processes import Limits
-    from precond_ref.conformance.runner import Report, cases, check, run_case
+    from precond_ref.conformance.results import Report, cases
+    from precond_ref.conformance.runner import check, run_case
     from precond_ref.conformance.subjects import Config, Subject, Unsupported, wrap
     from precond_ref.conformance.vectors import Case, load
 
 _WHERE = {
-    "check": "runner", "cases": "runner", "run_case": "runner", "Report": "runner",
+    "check": "runner", "cases": "results", "run_case": "runner", "Report": "results",
     "Config": "subjects", "Subject": "subjects", "Unsupported": "subjects", "wrap": "subjects",
     "Isolated": "isolation", "Limits": "processes", "Case": "vectors", "load": "vectors",
 }  # fmt: skip

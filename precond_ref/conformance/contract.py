@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from precond_ref.conformance import runner, tolerance
+from precond_ref.conformance import results, tolerance
 from precond_ref.conformance.subjects import RAISED, Subject, Unsupported, named, said, surroundings, words
 
 if TYPE_CHECKING:
-    from precond_ref.conformance.runner import Report, Result
+    from precond_ref.conformance.results import Report, Result
     from precond_ref.conformance.vectors import Case
 
 FEW = 4
@@ -46,7 +46,7 @@ class Part:
             limit = tolerance.of_update(tolerance.of_case(self.case, dtype, t), dtype, before, after)
             mine = seen[t - 1] - seen[t]
             if not np.array_equal(mine, before - after, equal_nan=True):
-                ratios.append(runner.gap(t, "update", mine, before - after, limit).ratio)
+                ratios.append(results.gap(t, "update", mine, before - after, limit).ratio)
         return max(ratios)
 
 
@@ -103,7 +103,7 @@ class Trial:
     def begin(self, parts: Sequence[Part], **options: Any) -> None:
         """The subject's `init` with these parameters."""
         self.subject.init(
-            runner.config_of(parts[0].case), [np.array(part.param, self.dtype) for part in parts], **options
+            results.config_of(parts[0].case), [np.array(part.param, self.dtype) for part in parts], **options
         )
 
     def step(self, grads: Sequence[np.ndarray | None]) -> list[np.ndarray]:
@@ -313,7 +313,7 @@ def keep(
 
 
 def _tried(name: str, check: Check, trial: Trial, reason: str) -> Result:
-    result = runner.Result(f"contract/{name}", check.tier, runner.PASSED, check.why.format(dtype=trial.dtype))
+    result = results.Result(f"contract/{name}", check.tier, results.PASSED, check.why.format(dtype=trial.dtype))
     try:
         if check.needs and check.needs not in getattr(trial.subject, "features", ()):
             raise Unsupported(ABSENT)
@@ -321,7 +321,7 @@ def _tried(name: str, check: Check, trial: Trial, reason: str) -> Result:
             raise Unsupported(reason)
         message = check.test(trial)
     except NotImplementedError as error:
-        return replace(result, status=runner.SKIPPED, message=words(error))
+        return replace(result, status=results.SKIPPED, message=words(error))
     except RAISED as error:
-        return replace(result, status=runner.ERROR, message=said(error))
-    return replace(result, status=runner.FAILED if message else runner.PASSED, message=message)
+        return replace(result, status=results.ERROR, message=said(error))
+    return replace(result, status=results.FAILED if message else results.PASSED, message=message)

@@ -12,7 +12,7 @@ import numpy as np
 from precond_ref.conformance import tolerance, variants
 
 if TYPE_CHECKING:
-    from precond_ref.conformance.runner import Report, Run
+    from precond_ref.conformance.results import Report, Run
 
 SLACK = 30.0
 """A variant's conditioning may be worse than the method's own, so that this many tolerances count as agreement."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from precond_ref.conformance import runner, tolerance
+from precond_ref.conformance import results, tolerance
 from precond_ref.conformance.subjects import RAISED, Command, Subject, said, words
 from precond_ref.conformance.variants import multiply
 from precond_ref.conformance.vectors import Case
@@ -240,7 +240,7 @@ def updates(
     subject: Subject, case: Case, dtype: str, param: Any, grads: Any, lr: float = 0.5, **changed: Any
 ) -> np.ndarray:
     """Changes of one parameter, (steps, *shape), under the case's hyperparameters (without decoupled decay)."""
-    config = runner.config_of(case)
+    config = results.config_of(case)
     config |= {"lr": lr, **changed}
     if not case.make().decays:
         config["weight_decay"] = 0.0
@@ -280,9 +280,9 @@ def try_laws(
     examples: int = 40,
     laws: Iterable[str] = tuple(LAWS),
     on_case: Callable[[str], None] | None = None,
-) -> Iterator[runner.Result]:
+) -> Iterator[results.Result]:
     """One result per law of ``method``; a broken one's message is a script with the smallest input that breaks it."""
-    candidates = [case for case in runner.cases(method) if case.tier == "must" and not case.stack_ndim]
+    candidates = [case for case in results.cases(method) if case.tier == "must" and not case.stack_ndim]
     for name in laws:
         law = LAWS[name]
         if on_case:
@@ -301,20 +301,20 @@ def try_laws(
                     reasons.add(words(error))
         if not usable:
             if reasons:
-                yield runner.Result(f"invariance/{name}", "must", runner.SKIPPED, law.text, message=reasons.pop())
+                yield results.Result(f"invariance/{name}", "must", results.SKIPPED, law.text, message=reasons.pop())
             continue
         try:
             found = _search(subject, name, usable, dtype, examples)
         except NotImplementedError as error:
-            yield runner.Result(f"invariance/{name}", "must", runner.SKIPPED, law.text, message=words(error))
+            yield results.Result(f"invariance/{name}", "must", results.SKIPPED, law.text, message=words(error))
         except RAISED as error:
-            yield runner.Result(f"invariance/{name}", "must", runner.ERROR, law.text, message=said(error))
+            yield results.Result(f"invariance/{name}", "must", results.ERROR, law.text, message=said(error))
         else:
             message = (
                 f"it does not hold that {law.text}\n{script(subject, name, found, dtype, target)}" if found else ""
             )
-            status = runner.FAILED if found else runner.PASSED
-            yield runner.Result(f"invariance/{name}", "must", status, law.text, message=message)
+            status = results.FAILED if found else results.PASSED
+            yield results.Result(f"invariance/{name}", "must", status, law.text, message=message)
 
 
 def _search(subject: Subject, law: str, usable: list[Case], dtype: str, examples: int) -> dict[str, Any]:
@@ -353,10 +353,10 @@ def script(subject: Subject, law: str, found: Mapping[str, Any], dtype: str, tar
     else:
         made = f'subjects.wrap(subjects.load_target("{target or "your_module:YourOptimizer"}"), {options})'
     return f'''import numpy as np
-from precond_ref.conformance import invariance, runner, subjects
+from precond_ref.conformance import invariance, results, subjects
 
 subject = {made}
-case = next(case for case in runner.cases("{case.constructor}") if case.id == "{case.id}")
+case = next(case for case in results.cases("{case.constructor}") if case.id == "{case.id}")
 print(dict(case.config))
 param = {found["param"].tolist()}
 grads = {found["grads"].tolist()}

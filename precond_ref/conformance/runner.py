@@ -2,137 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-import precond_ref
-from precond_ref.conformance import tolerance, vectors
+from precond_ref.conformance import contract, tolerance, vectors
 from precond_ref.conformance.processes import Ended
-from precond_ref.conformance.subjects import RAISED, Config, Subject, Unsupported, method_name, said, words
+from precond_ref.conformance.results import (
+    ERROR,
+    FAILED,
+    PASSED,
+    SKIPPED,
+    Gap,
+    Report,
+    Result,
+    Run,
+    cases,
+    config_of,
+    gap,
+    listed,
+)
+from precond_ref.conformance.subjects import RAISED, Subject, Unsupported, method_name, said, words
 from precond_ref.conformance.vectors import Case
-
-FAILED, PASSED, SKIPPED, ERROR = "failed", "passed", "skipped", "error"
-
-
-@dataclass(frozen=True)
-class Gap:
-    """How far one quantity is from the truth at one step."""
-
-    step: int
-    quantity: str
-    """``update`` (the change of the parameter), or ``state.<field>``."""
-    error: float
-    """Norm of the difference over the norm of the truth."""
-    tolerance: float
-    """What ``error`` may be."""
-    ratio: float
-    """``error / tolerance``: above 1 it fails."""
-    cosine: float
-    """Of the angle between the two; NaN where one is zero."""
-    norm_ratio: float
-    """Norm of the subject's over the norm of the truth."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.quantity} at step {self.step}: error {self.error:.1e}, tolerance {self.tolerance:.1e}, ratio "
-            f"{self.ratio:.1e}, cosine {self.cosine:.6f}, norm ratio {self.norm_ratio:.6f}"
-        )
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of one case or contract check."""
-
-    id: str
-    tier: str
-    status: str
-    """``passed``, ``failed``, ``skipped`` (the subject does not have the configuration) or ``error`` (it raised)."""
-    why: str = ""
-    """What the case is for."""
-    gap: Gap | None = None
-    """The first step that fails, or the worst if none does."""
-    message: str = ""
-
-    @property
-    def bad(self) -> bool:
-        """Whether it speaks against the subject; a case of tier "may" does not."""
-        return self.status in (FAILED, ERROR) and self.tier != "may"
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a subject did on one trace: parameters (T + 1, members, *shape), with the first ones, and states."""
-
-    case: Case
-    tensors: Mapping[str, np.ndarray]
-    params: np.ndarray
-    states: list[list[dict[str, np.ndarray]]] = field(default_factory=list)
-
-
-@dataclass
-class Report:
-    """Everything `check` found; ``ok`` is the verdict."""
-
-    method: str
-    target: str
-    dtype: str
-    level: int
-    results: list[Result] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
-    xfails: tuple[str, ...] = ()
-    notes: list[str] = field(default_factory=list)
-    ended: str = ""
-    """Why the check could not go on: the subject's process ended, hung or took too much memory."""
-    diagnosis: Any = None
-    """What `diagnose.diagnose` said, or None."""
-
-    @property
-    def failures(self) -> list[Result]:
-        """Results that speak against the subject and were not expected."""
-        return [r for r in self.results if r.bad and r.id not in self.xfails]
-
-    @property
-    def unexpected_passes(self) -> list[str]:
-        """Expected failures that passed."""
-        return [r.id for r in self.results if r.id in self.xfails and r.status == PASSED]
-
-    @property
-    def unknown_xfails(self) -> list[str]:
-        """Expected failures that match no case or check, if all were tried."""
-        return [] if self.ended else sorted(set(self.xfails) - {r.id for r in self.results})
-
-    @property
-    def ran(self) -> int:
-        """Traces that ran to their end."""
-        return len(self.runs)
-
-    @property
-    def ok(self) -> bool:
-        """At least one case ran, nothing failed or passed unexpectedly, and every expected failure exists."""
-        return bool(self.ran) and not (self.ended or self.failures or self.unexpected_passes or self.unknown_xfails)
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything but the arrays, with None for what is not finite."""
-        keys = ("method", "target", "dtype", "level", "ok", "failures", "unexpected_passes", "unknown_xfails", "notes",
-                "ended")  # fmt: skip
-        out = {key: getattr(self, key) for key in keys} | {"results": [asdict(r) for r in self.results]}
-        out["failures"] = [r.id for r in self.failures]
-        out["diagnosis"] = None if self.diagnosis is None else asdict(self.diagnosis)
-        return _finite(out)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_finite(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check(
@@ -180,8 +73,6 @@ def check(
 
 def _judge(subject: Subject, report: Report, at: Callable[[str], None], invariances: bool) -> None:
     """Fill the report; ``at`` is told each id before it is tried."""
-    from precond_ref.conformance import contract
-
     constructor, dtype, level = report.method, report.dtype, report.level
     touched: list[str] = []
     before = contract.look(subject)
@@ -213,23 +104,10 @@ def _judge(subject: Subject, report: Report, at: Callable[[str], None], invarian
         report.results += try_laws(subject, constructor, dtype=dtype, target=report.target, on_case=at)
 
 
-def cases(method: str) -> list[Case]:
-    """Traces of a method (``"ASGO"``, ``"asgo.theory"``, any case), for `run_case`."""
-    return [case for case in listed(method) if case.kind == "trace"]
-
-
-def listed(method: str) -> list[Case]:
-    """Traces and rejects of a method, by its constructor."""
-    constructor = method_name(method)
-    return [c for c in vectors.cases() if c.constructor == constructor and c.kind != "primitive"]
-
-
 def ids(method: str, level: int = 0) -> list[str]:
     """Ids of all results that `check` can give."""
-    from precond_ref.conformance.contract import CHECKS
-
     primitives = vectors.cases(kind="primitive") if level == 2 else []
-    return [*(c.id for c in [*listed(method), *primitives]), *(f"contract/{name}" for name in CHECKS)]
+    return [*(c.id for c in [*listed(method), *primitives]), *(f"contract/{name}" for name in contract.CHECKS)]
 
 
 def run_case(subject: Subject, case: Case, *, dtype: str = "float64", level: int = 0) -> Result:
@@ -252,21 +130,6 @@ def refuse_unknown(names: Mapping[str, str], method: str) -> None:
             raise ValueError(
                 f"--map {name}={names[name]}: {method_name(method)} has no {name!r}; it has {', '.join(kind)}"
             )
-
-
-def config_of(case: Case) -> Config:
-    """What a subject is given for a case."""
-    make = operator.attrgetter(case.constructor)(precond_ref)
-    signature = inspect.signature(make).parameters
-    config = Config({k: tuple(v) if isinstance(v, list) else v for k, v in case.config.items()})
-    at_default = {k for k, v in config.items() if k in signature and signature[k].default == v}
-    config["lr"] = case.lr
-    if "weight_decay" not in config:
-        config["weight_decay"] = case.decay
-        at_default |= {"weight_decay"} if case.decay == 0 else set()
-    config.at_default = frozenset(at_default)
-    config.make = case.make
-    return config
 
 
 def members(array: np.ndarray, case: Case, lead: int = 0) -> np.ndarray:
@@ -357,23 +220,6 @@ def gaps(run: Run, dtype: str) -> Iterator[Gap]:
                 worst = found
         if worst is not None:
             yield worst
-
-
-def gap(step: int, quantity: str, got: np.ndarray, want: np.ndarray, limit: float) -> Gap:
-    """``got`` against ``want``, whose difference may have the norm ``limit``."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    if got.shape != want.shape:
-        raise ValueError(f"{quantity} must have shape {want.shape}, got {got.shape}")
-    difference, size, own = (float(np.linalg.norm(a)) for a in (got - want, want, got))
-
-    def over(a: float, b: float) -> float:
-        return a / b if b else 0.0 if a == 0 else math.inf
-
-    if not math.isfinite(difference):
-        difference = math.inf
-    cosine = float(np.vdot(got, want)) / (size * own) if size and own else math.nan
-    return Gap(step, quantity, over(difference, size), over(limit, size), over(difference, limit), cosine,
-               over(own, size))  # fmt: skip
 
 
 def _reject(subject: Subject, case: Case, dtype: str) -> Result:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from precond_ref.conformance import runner, subjects
+from precond_ref.conformance import results, runner, subjects
 from precond_ref.conformance.commands import parse_map, read_xfails
 from precond_ref.conformance.plugin import DIAGNOSIS
 
@@ -59,18 +59,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("name", [pytest.param(name, id=name, marks=marks.get(name, [])) for name in names])
 
 
-def test_subject(report: runner.Report, name: str) -> None:
+def test_subject(report: results.Report, name: str) -> None:
     """One case or contract check; a case of tier "may" that fails is skipped."""
     found = [r for r in report.results if r.id == name]
     if not found:
         pytest.skip("nothing ran that this could be seen in")
     result = found[0]
-    if result.status == runner.SKIPPED or (result.status != runner.PASSED and result.tier == "may"):
+    if result.status == results.SKIPPED or (result.status != results.PASSED and result.tier == "may"):
         pytest.skip(result.message or f"tier {result.tier}: {result.gap}")
-    if result.status != runner.PASSED:
+    if result.status != results.PASSED:
         pytest.fail(f"{result.why}\n{result.message or result.gap}", pytrace=False)
 
 
-def test_something_ran(report: runner.Report) -> None:
+def test_something_ran(report: results.Report) -> None:
     """A subject that has no configuration of any case is not checked."""
     assert report.ran, "no case ran to its end"

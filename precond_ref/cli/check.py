@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from precond_ref.cli import EXTRA, check_files, fail
+from precond_ref.cli.terminal import EXTRA, check_files, fail
 from precond_ref.conformance.processes import Ended, Limits
 from precond_ref.files import MOST_TEXT, read
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from precond_ref.conformance.runner import Report, Result
+    from precond_ref.conformance.results import Report, Result
 
-CHECK_EXAMPLES = """\b
+EXAMPLES = """\b
 What TARGET can be (module:attribute; the current folder is searched first):
   a torch.optim.Optimizer class            my_package.optim:MyASGO
   a function that makes one                recipes:make     def make(params, lr, **config): ...
@@ -96,7 +96,7 @@ def check_command(
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        from precond_ref.conformance import runner, subjects
+        from precond_ref.conformance import results, runner, subjects
         from precond_ref.conformance.isolation import Isolated
 
         if invariances:
@@ -133,7 +133,7 @@ def check_command(
             len(runner.ids(method, level)) + 10 * invariances,
         )
     except Ended as end:  # before the first case
-        report = runner.Report(subjects.method_name(method), target or "", dtype, level, ended=str(end))
+        report = results.Report(subjects.method_name(method), target or "", dtype, level, ended=str(end))
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         fail(error)
     finally:

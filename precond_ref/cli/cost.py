@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from precond_ref.cli.terminal import EXTRA, check_files, fail, standard_output
 from precond_ref.cost.shapes import PRESETS
 
 EXAMPLES = """\b
@@ -68,7 +69,6 @@ def cost_command(
     below which no step can come on a device of the given bandwidth and rate, whose defaults are those of an A100
     (80 GB) in float32.
     """
-    from precond_ref.cli import EXTRA, check_files, fail, standard_output
     from precond_ref.cost import Device, estimate
     from precond_ref.cost.shapes import read
 

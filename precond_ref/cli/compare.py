@@ -1,162 +1,21 @@
-"""The command line ``precond-ref``: all its commands, and ``list`` and ``compare``. Heavy libraries wait until used."""
+"""``precond-ref compare``: all methods on one problem. Heavy libraries wait until used."""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json as json_module
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
-try:
-    import typer
-except ModuleNotFoundError:
-    typer = None  # type: ignore[assignment]
+import typer
 
-import precond_ref
+from precond_ref.cli.terminal import EXTRA, check_files, fail, progress, standard_output
 from precond_ref.problems import list_problems
-from precond_ref.protocol import Method, list_methods
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from precond_ref.compare import Comparison, Run
 
-CHECK = "Check an implementation, and say what it computes instead."
-EXTRA = 'pip install "precond-ref[cli]"'
-
-
-def main() -> None:
-    """Entry point of the command ``precond-ref``."""
-    if typer is None:
-        sys.exit(f"precond-ref needs typer on the command line: {EXTRA}")
-    application()()
-
-
-def application() -> typer.Typer:
-    """The commands."""
-    from precond_ref import regret_command  # which imports typer and this module
-    from precond_ref.bench import command as bench
-    from precond_ref.conformance import commands, vector_commands
-    from precond_ref.cost import command as cost
-
-    app = typer.Typer(
-        help="Reference implementations of preconditioned optimizers.",
-        epilog="Begin with `precond-ref compare`. The help of each command has examples.",
-        no_args_is_help=True,
-        add_completion=False,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    app.callback()(version_option)
-    app.command("list", epilog=LIST_EXAMPLES)(list_command)
-    app.command("compare", epilog=COMPARE_EXAMPLES)(compare_command)
-    app.command("regret", epilog=regret_command.EXAMPLES)(regret_command.regret_command)
-    app.command("check", short_help=CHECK, epilog=commands.CHECK_EXAMPLES)(commands.check_command)
-    app.add_typer(vector_commands.application(), name="vectors")
-    app.command("bench", epilog=bench.EXAMPLES)(bench.bench_command)
-    app.command("cost", epilog=cost.EXAMPLES)(cost.cost_command)
-    return app
-
-
-def print_version(wanted: bool) -> None:
-    """Print the version and end, if wanted."""
-    if wanted:
-        typer.echo(f"precond-ref {precond_ref.__version__}")
-        raise typer.Exit
-
-
-def version_option(
-    version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    """Reference implementations of preconditioned optimizers."""
-
-
-def fail(message: object) -> NoReturn:
-    """One line on the error stream, exit code 2."""
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
-
-
-def check_files(*files: Path | None) -> None:
-    """Fail, before anything is computed, unless each of the files can be written."""
-    for file in files:
-        if file is not None and not file.absolute().parent.is_dir():
-            fail(f"there is no folder {file.parent} to write {file.name} to")
-        if file is not None and file.is_dir():
-            fail(f"{file} is a folder, no file can be written there")
-
-
-def standard_output() -> Console:
-    """Standard output. Tables keep all their columns, and long lines are left to the terminal to wrap."""
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=1000)
-
-
-# ---- list -----------------------------------------------------------------------------------------------------------
-
-LIST_EXAMPLES = """\b
-Examples:
-  precond-ref list | less
-  precond-ref list --json | python -m json.tool
-"""
-
-
-def list_command(
-    json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output.")] = False,
-) -> None:
-    """Show all methods: papers, fields, defaults, meaning."""
-    from precond_ref.compare.runs import constructors
-
-    entries = [described(name, make) for name, make in constructors().items()]
-    if json:
-        typer.echo(json_module.dumps(entries, indent=2))
-        return
-    for entry in entries:
-        typer.echo(f"{entry['name']}\n  {entry['about']}\n  {entry['paper']}")
-        for field in entry["fields"]:
-            head = field["name"] if field["required"] else f"{field['name']} = {field['default']!r}"
-            typer.echo(f"    {head:<22} {field['meaning']}")
-        typer.echo()
-
-
-def described(name: str, make: Callable[..., Method]) -> dict[str, Any]:
-    """What ``precond-ref list --json`` says of a method or a preset."""
-    from precond_ref.compare.runs import required
-
-    method = list_methods()[name.partition(".")[0]]
-    missing = required(make)
-    if missing:  # cannot be made: what it asks for
-        fields = {p.name: None if p.name in missing else p.default for p in inspect.signature(make).parameters.values()}
-        symbols = method.symbols
-    else:
-        made: Any = make()
-        fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
-        symbols = made.symbols
-    first_line = " ".join(inspect.cleandoc(make.__doc__ or "").partition("\n\n")[0].split())
-    return {
-        "name": name,
-        "about": first_line.replace("::", ".").replace("``", ""),
-        "paper": method.paper,
-        "elementwise": method.elementwise,
-        "fields": [
-            {"name": field, "required": field in missing, "default": value, "meaning": symbols.get(field, "")}
-            for field, value in fields.items()
-        ],
-    }
-
-
-# ---- compare --------------------------------------------------------------------------------------------------------
-
-COMPARE_EXAMPLES = """\b
+EXAMPLES = """\b
 Examples:
   precond-ref compare
   precond-ref compare --methods ASGO,Shampoo,Adam --steps 500 --seed 1
@@ -242,24 +101,6 @@ def compare_command(
         fail(error)
 
 
-def progress() -> Progress:
-    """A line on the error stream: what runs, a bar, a loss; nothing if that is not a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
 def train(comparison: Comparison) -> bool:
     """Train all with live progress; False if the user interrupted."""
     count = len(comparison.planned)
@@ -314,7 +155,3 @@ def tune_problem(name: str, methods: list[str] | None, steps: int | None) -> Non
             raise typer.Exit(130) from None
     rates = ", ".join(f"{method} {entry['lr']}" for method, entry in found["methods"].items())
     typer.echo(f"{name}: {rates}")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from precond_ref.cli.terminal import EXTRA, check_files, fail, progress, standard_output
 from precond_ref.problems.online import ADVERSARIES
 
 if TYPE_CHECKING:
@@ -78,7 +79,6 @@ def regret_command(
     (or a ball), for the data, found by SciPy. For SAdaGrad and SShampoo the escaped mass, its bound and the spectrum
     are shown too. Nothing is projected; in the bounds D is the largest distance met between iterate and comparator.
     """
-    from precond_ref.cli import EXTRA, check_files, fail, progress, standard_output
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy is imported
     try:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from precond_ref.cli.terminal import check_files, fail, progress, standard_output
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -61,7 +63,6 @@ def bench_command(
     A ratio is the median over the rounds of the time divided by that of the first row in the same round. States are
     float32, gradients random, four sets in turn; the first steps, which compile, are not counted.
     """
-    from precond_ref.cli import check_files, fail, standard_output
 
     if suite not in SUITES:
         fail(f"there is no suite {suite!r}; there are {', '.join(SUITES)}")
@@ -133,7 +134,6 @@ def measured(
 ) -> tuple[list[Table], list[dict[str, Any]], list[Any]]:
     """Tables, the same as plain data, and all times with a title."""
     from precond_ref.bench import harness, memory, report, suites
-    from precond_ref.cli import progress
 
     tables, data, entries = [], [], []
 

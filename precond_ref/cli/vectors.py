@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from precond_ref.cli import EXTRA, fail, progress
+from precond_ref.cli.terminal import EXTRA, fail, progress
 from precond_ref.conformance import vectors
 
 EXAMPLES = """\b

@@ -1,0 +1,5 @@
+"""``python -m precond_ref.cli``."""
+
+from precond_ref.cli import main
+
+main()

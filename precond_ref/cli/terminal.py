@@ -1,0 +1,54 @@
+"""What all commands share: how they fail, where they write, what they show meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+EXTRA = 'pip install "precond-ref[cli]"'
+
+
+def fail(message: object) -> NoReturn:
+    """One line on the error stream, exit code 2."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def check_files(*files: Path | None) -> None:
+    """Fail, before anything is computed, unless each of the files can be written."""
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            fail(f"there is no folder {file.parent} to write {file.name} to")
+        if file is not None and file.is_dir():
+            fail(f"{file} is a folder, no file can be written there")
+
+
+def standard_output() -> Console:
+    """Standard output. Tables keep all their columns, and long lines are left to the terminal to wrap."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=1000)
+
+
+def progress() -> Progress:
+    """A line on the error stream: what runs, a bar, a loss; nothing if that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
