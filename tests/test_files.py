@@ -308,7 +308,7 @@ def test_planted_bug_in_verify_is_caught(fault: str, folder: Path) -> None:
     assert not any(re.search(message, line) for line in found) or len(found) > 1
 
 
-@pytest.mark.parametrize("constructor", ["cli.check.read_xfails", "ASGO.update", "Nothing", "ASGO.theory.x"])
+@pytest.mark.parametrize("constructor", ["conformance.results.read_xfails", "ASGO.update", "Nothing", "ASGO.theory.x"])
 def test_a_manifest_makes_methods_alone(constructor: str, folder: Path) -> None:
     entry(constructor=constructor)(folder)
     (case,) = (case for case in vectors.cases(folder=folder) if case.id == "SGD/plain")

@@ -17,7 +17,6 @@ import typer
 
 from precond_ref.cli.terminal import EXTRA, check_files, fail
 from precond_ref.conformance.processes import Ended, Limits
-from precond_ref.files import MOST_TEXT, read
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,9 +108,9 @@ def check_command(
         fail("give either TARGET (module:attribute) or --command")
     subject: Any = None
     try:
-        mapping = parse_map(names or [])
+        mapping = subjects.parse_map(names or [])
         limits = limited(timeout, memory)
-        expected = read_xfails(xfails) if xfails else ()
+        expected = results.read_xfails(xfails) if xfails else ()
         check_files(json)
         runner.refuse_unknown(mapping, method)
         if command is not None:
@@ -187,21 +186,6 @@ def printed(report: Report, verbose: bool) -> str:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return f"standard output: {error.strerror}"
     return ""
-
-
-def parse_map(entries: list[str]) -> dict[str, str]:
-    """``OURS=THEIRS`` as a dict."""
-    pairs = [entry.partition("=") for entry in entries]
-    wrong = [entry for entry, (ours, _, theirs) in zip(entries, pairs, strict=True) if not (ours and theirs)]
-    if wrong:
-        raise ValueError(f"--map takes OURS=THEIRS, such as eps=epsilon, got {wrong[0]!r}")
-    return {ours: theirs for ours, _, theirs in pairs}
-
-
-def read_xfails(file: Path) -> tuple[str, ...]:
-    """Ids in a file of expected failures."""
-    lines = (line.partition("#")[0].strip() for line in read(file, MOST_TEXT).decode().splitlines())
-    return tuple(line for line in lines if line)
 
 
 def with_progress(run: Any, total: int) -> Any:

@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import precond_ref
 from precond_ref.conformance import vectors
 from precond_ref.conformance.subjects import Config, method_name
 from precond_ref.conformance.vectors import Case
+from precond_ref.files import MOST_TEXT, read
 
 FAILED, PASSED, SKIPPED, ERROR = "failed", "passed", "skipped", "error"
 
@@ -175,3 +177,9 @@ def gap(step: int, quantity: str, got: np.ndarray, want: np.ndarray, limit: floa
     cosine = float(np.vdot(got, want)) / (size * own) if size and own else math.nan
     return Gap(step, quantity, over(difference, size), over(limit, size), over(difference, limit), cosine,
                over(own, size))  # fmt: skip
+
+
+def read_xfails(file: Path) -> tuple[str, ...]:
+    """Ids in a file of expected failures."""
+    lines = (line.partition("#")[0].strip() for line in read(file, MOST_TEXT).decode().splitlines())
+    return tuple(line for line in lines if line)

@@ -622,3 +622,12 @@ def method_name(name: str) -> str:
         if constructor.lower() == name.lower():
             return constructor
     raise ValueError(f"there is no method {name!r}; there are {', '.join(known)}")
+
+
+def parse_map(entries: list[str]) -> dict[str, str]:
+    """``OURS=THEIRS`` as a dict."""
+    pairs = [entry.partition("=") for entry in entries]
+    wrong = [entry for entry, (ours, _, theirs) in zip(entries, pairs, strict=True) if not (ours and theirs)]
+    if wrong:
+        raise ValueError(f"--map takes OURS=THEIRS, such as eps=epsilon, got {wrong[0]!r}")
+    return {ours: theirs for ours, _, theirs in pairs}

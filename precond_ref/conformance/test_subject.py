@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from precond_ref.conformance import results, runner, subjects
-from precond_ref.conformance.commands import parse_map, read_xfails
 from precond_ref.conformance.plugin import DIAGNOSIS
+from precond_ref.conformance.results import read_xfails
+from precond_ref.conformance.subjects import parse_map
 
 
 def option(config: pytest.Config, name: str) -> Any:

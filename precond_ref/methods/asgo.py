@@ -216,7 +216,10 @@ class ASGOTheoryState(NamedTuple):
 
 
 class ASGOTheory(Method, preset="ASGO.theory"):
-    """ASGO as analysed (An et al., 2025, arXiv 2503.20762, Algorithm 1), made by `ASGO.theory`."""
+    """ASGO as analysed, Algorithm 1 of the paper: plain sum, no momentum, eps outside the root, no rms.
+
+    Takes (..., m, n) with ``stack_ndim`` leading axes.
+    """
 
     eps: float = real("epsilon, added to V^{1/2} (0: pseudo-inverse)", default=0.0, ge=0)
     side: str = choice("'left' (the paper) or 'right'", default="left", of=("left", "right"))
@@ -318,7 +321,7 @@ class DASGOTheoryState(NamedTuple):
 
 
 class DASGOTheory(Method, preset="DASGO.theory"):
-    """DASGO in the form of Algorithm 1, made by `DASGO.theory`, with one scale per row.
+    """The diagonal of Algorithm 1: one scale per row, plain sum, no momentum, eps outside the root, no rms.
 
     ::
 

@@ -226,7 +226,7 @@ class SShampooPracticalScalars(NamedTuple):
 
 
 class SShampooPractical(_Sketched, preset="SShampoo.practical"):
-    """S-Shampoo as used for deep learning (Feinberg et al., 2023, and its authors' code), made by `SShampoo.practical`.
+    """S-Shampoo as used for deep learning (Feinberg et al., 2023): grafting, momentum, merged axes, decay inside.
 
     With grafting, vectors, scalars and parameters with an axis above 4096 get N_t alone; without it all are
     preconditioned. Axes are merged from left to right while their product is at most ``merge``, and axes of size 1 are
