@@ -200,8 +200,8 @@ def test_a_fork_does_not_answer_twice(shared: Any) -> None:
         ("np.seterr(all='raise')", "np.seterr(all='warn')", "NumPy's errstate divide"),
         ("os.environ['HOME'] = '/'", "os.environ.pop('HOME', None)", "os.environ['HOME']"),
         ("os.environ.pop('PATH', None)", "os.environ['PATH'] = ''", "os.environ['PATH']"),
-        ("signal.signal(signal.SIGINT, signal.SIG_IGN)", "signal.signal(signal.SIGINT, signal.default_int_handler)",
-         "the handler of SIGINT"),
+        ("signal.signal(signal.SIGUSR1, signal.SIG_IGN)", "signal.signal(signal.SIGUSR1, signal.SIG_DFL)",
+         "the handler of SIGUSR1"),
         ("sys.stdout = None", "sys.stdout = sys.__stdout__", "sys.stdout"),
     ],
 )  # fmt: skip

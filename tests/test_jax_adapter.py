@@ -66,12 +66,13 @@ class Case(NamedTuple):
 
 
 def case_for(name: str, factory: Any) -> Case:
-    cls = next(c for c in pr.list_methods() if getattr(pr, c) is factory or factory.__qualname__.startswith(f"{c}."))
+    cls = factory.__qualname__.partition(".")[0]
     fields = inspect.signature(factory).parameters
     for method, shape in LOUD[cls].values():
         kwargs = {field: getattr(method, field) for field in fields if hasattr(method, field)}
-        is_preset = type(method).__name__ != cls
-        if is_preset != inspect.isclass(factory) and len(kwargs) == len(fields) and factory(**kwargs) == method:
+        if inspect.isclass(factory) and type(method) is not factory:
+            continue
+        if len(kwargs) == len(fields) and factory(**kwargs) == method:
             return Case(name, kwargs, shape)
     return Case(name, {}, next(iter(LOUD[cls].values())).shape)
 

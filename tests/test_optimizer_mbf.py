@@ -356,8 +356,8 @@ BUGS = {
     ),
     "statistics in reverse": Bug("xp.stack(list(arrays))", "xp.stack(list(arrays)[::-1])", ("statistics",)),
     "decay checked for numbers only": Bug(
-        "not is_zero(own) and not is_zero(self.weight_decay)",
-        "not is_zero(own) and self.weight_decay == 0.5",
+        "not is_zero(method.weight_decay) and not is_zero(self.weight_decay)",
+        "not is_zero(method.weight_decay) and self.weight_decay == 0.5",
         ("decay",),
     ),
     "routed methods not checked": Bug("        self._check_decay(method)\n", "", ("decay",)),

@@ -404,7 +404,10 @@ SKETCHY_MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
         "practical",
         ("m = self.momentum * state.m + u", "m = self.momentum * state.m + (1 - self.momentum) * u"),
     ),
-    "weight decay always after the momentum": ("practical", ("if not self.decay_after_momentum", "if False")),
+    "weight decay always after the momentum": (
+        "practical",
+        ("if self.reads_param and not self.decay_after_momentum", "if False"),
+    ),
     "merged from the right": ("practical", ("for d in shape:", "for d in reversed(shape):")),
     "unit axes kept": ("practical", ("if d > 1)", "if d > 0)")),
     "merged only below the limit": ("practical", ("product * d > self.merge", "product * d >= self.merge")),

@@ -33,7 +33,7 @@ MUTANTS: dict[str, Mutant] = {
     "asgo: average": Mutant("asgo", V, V.replace("state.gram + ", "0.5 * state.gram + 0.5 * ")),
     "asgo: no memory": Mutant("asgo", V, V.replace("state.gram", "0 * state.gram")),
     "asgo: V_{t-1}": Mutant("asgo", LAM_ROOT, LAM_ROOT.replace("gram,", "state.gram,")),
-    "asgo: diagonal of V": Mutant("asgo", LAM_ROOT, LAM_ROOT.replace("gram,", "gram * eye_like(xp, gram),")),
+    "asgo: diagonal of V": Mutant("asgo", LAM_ROOT, LAM_ROOT.replace("gram,", "gram * roots.eye_like(xp, gram),")),
     "asgo: doubled": Mutant("asgo", LAM_U, LAM_U.replace("= ", "= 2 * ")),
     "asgo: ascent": Mutant("asgo", LAM_U, LAM_U.replace("= ", "= -")),
     "asgo: V fourfold": Mutant("asgo", V, V.replace("+ (", "+ 4 * (")),

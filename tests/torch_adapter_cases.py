@@ -417,6 +417,14 @@ def _without_the_rest(original: Any) -> Any:
     return pieces
 
 
+def _zero_parameters(gather: Any) -> Any:
+    def gathered(self: Any) -> Any:
+        grads, params = gather(self)
+        return grads, [torch.zeros_like(p) for p in params]
+
+    return gathered
+
+
 MUTANTS: dict[str, Mutant] = {
     "pieces of a stack with the first one's states": Mutant(
         check_pieces_of_a_stack, patches=((buckets.Bucket, "_pieces", _first_states(buckets.Bucket._pieces)),)
@@ -443,7 +451,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "decayed inside and outside": Mutant(check_own_decay, patches=((optimizer, "_apply", _decay_twice),)),
     "parameter not handed to a method that reads it": Mutant(
-        check_own_decay, patches=((states, "reads_param", lambda method: False),)
+        check_own_decay, patches=((buckets.Bucket, "gather", _zero_parameters(buckets.Bucket.gather)),)
     ),
     "statistics in bfloat16": Mutant(check_low_precision, patches=((states, "work_dtype", _narrow),)),
     "rounded twice per step": Mutant(check_low_precision, patches=((optimizer, "_apply", _rounds_twice),)),

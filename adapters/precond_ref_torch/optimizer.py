@@ -25,7 +25,6 @@ from precond_ref_torch.buckets import (
     Piece,
     Unit,
     check_engine,
-    joined,
     partition,
     shape_of,
     write,
@@ -909,8 +908,6 @@ def _fresh(method: Method, unit: Unit, flat: bool) -> dict[str, Tensor]:
     part = sharding.local(param) if flat else param
     shape = part.shape if flat else shape_of(unit)
     like = torch.zeros(shape, dtype=states.work_dtype(method, param.dtype), device=part.device)
-    if method.reads_param and not sharding.is_sharded(part):
-        like.copy_(joined([sharding.local(p) if flat else p for p in unit]))
     arrays = states.to_dict(method.init(like))
     return {name: sharding.wrap(a.clone(), param) if flat else a.clone() for name, a in arrays.items()}
 
