@@ -326,7 +326,7 @@ class Noisy:
         unit = unit * (self.level * xp.finfo(x.dtype).eps)
         if in_norm and 0 not in x.shape:
             return x + unit * xp.max(xp.abs(x), axis=(-2, -1), keepdims=True)
-        return x + unit * x
+        return xp.where(xp.isfinite(x), x + unit * x, x)  # an infinity without noise is not NaN
 
 
 # ---- the checks of the core -----------------------------------------------------------------------------------------
