@@ -441,6 +441,40 @@ def test_bad_member_on_every_backend(backend: Backend, bad: float) -> None:
         assert np.isnan(out[1]).all()
 
 
+def check_failure(module: Any, solver: str) -> None:
+    """The second of three members, on which LAPACK fails: NaN, and the others as without it."""
+    rows = np.random.default_rng(0).standard_normal((3, 1, 4))
+    rows[1] = [1.0, 0.0, 0.0, 0.0]
+    both = [module.update(start(module, 4, 3, r.shape[:1]), r, solver=solver) for r in (rows, rows[[0, 2]])]
+    for got, expected in zip(*both, strict=True):
+        assert np.array_equal(got[[0, 2]], expected)
+    assert np.isnan(both[0].eigenvalues[1]).all()
+    assert np.isnan(both[0].escaped[1])
+
+
+@pytest.mark.parametrize("solver", fd.SOLVERS)
+def test_a_failure_of_lapack_is_nan_for_its_member(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    linalg = fd.array_namespace(np.empty(0)).linalg
+
+    def watch(name: str) -> None:
+        function = getattr(linalg, name)
+
+        def call(a: Any, **options: Any) -> Any:
+            if np.any(np.sum(np.abs(a), axis=(-2, -1)) == 1):
+                raise np.linalg.LinAlgError("did not converge")
+            return function(a, **options)
+
+        monkeypatch.setattr(linalg, name, call)
+
+    watch("eigh")
+    watch("svd")
+    check_failure(fd, solver)
+    old = "attempt(svd, factor, wider=True, xp=xp)" if solver == "svd" else "attempt(xp.linalg.eigh, -gram, xp=xp)"
+    new = "svd(factor)" if solver == "svd" else "xp.linalg.eigh(-gram)"
+    with pytest.raises(np.linalg.LinAlgError, match="did not converge"):
+        check_failure(mutated(fd, (old, new)), solver)
+
+
 def test_dense_and_report() -> None:
     sketch = start(fd, 4, 3)
     for row in np.random.default_rng(9).standard_normal((5, 1, 4)):
