@@ -44,6 +44,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, name: str, change: Change, function: 
     strict=False,
     reason="SShampoo.practical with solver='gram64' differs on ill-conditioned gradients: method or fuzz, undecided",
 )
+@pytest.mark.full
 def test_a_small_run_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert fuzz.main(["--updates", "4000", "--jobs", "1"]) == 0, capsys.readouterr().out
 

@@ -207,6 +207,7 @@ jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 @cases
+@pytest.mark.full
 def test_training(case: Case) -> None:
     check_training(case, adapter)
 
@@ -242,6 +243,7 @@ def check_inject(case: Case, lib: Any, static_args: Any = pj.STATIC_ARGS) -> Non
 
 
 @cases
+@pytest.mark.full
 def test_inject_hyperparams(case: Case) -> None:
     check_inject(case, adapter)
 
@@ -261,6 +263,7 @@ def check_dtypes(case: Case, lib: Any) -> None:
 
 
 @cases
+@pytest.mark.full
 def test_dtypes(case: Case) -> None:
     check_dtypes(case, adapter)
 
@@ -284,6 +287,7 @@ def check_multi_steps(case: Case, lib: Any) -> None:
 
 
 @cases
+@pytest.mark.full
 def test_multi_steps_and_schedule(case: Case) -> None:
     check_multi_steps(case, adapter)
 
@@ -457,6 +461,7 @@ def test_vmap(case: Case) -> None:
 
 
 @some_cases
+@pytest.mark.full
 def test_masks(case: Case) -> None:
     check_masks(case, adapter)
 
@@ -514,6 +519,7 @@ def test_dtypes_beside_each_other() -> None:
 # ---- routing --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_what_a_matrix_method_does_not_take_goes_to_adam_or_where_you_say() -> None:
     params = {"w": jnp.ones((3, 4)), "embedding": jnp.ones((3, 4)), "bias": jnp.ones(4)}
     grads = {key: jnp.asarray(gradients(p.shape)[0]) for key, p in params.items()}
@@ -548,6 +554,7 @@ def test_parameters_of_one_shape_share_one_factorization() -> None:
     assert text.count(" cond[") == 1
 
 
+@pytest.mark.full
 def test_statistics_are_the_cores() -> None:
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones((3, 4))}
     grads = {"a": jnp.asarray(gradients((3, 4))[0]), "b": jnp.asarray(gradients((3, 4))[1])}
@@ -630,6 +637,7 @@ def test_every_method_and_preset_has_its_two_functions() -> None:
 
 
 @pytest.mark.parametrize("name", ["asgo", "agd"])
+@pytest.mark.full
 def test_the_public_functions_are_the_tested_ones(name: str) -> None:
     params, grads = tree((4, 3), "float64"), tree((4, 3), "float64", seed=1)
     method = pr.list_methods()[name.upper()](eps=0.25) if name == "asgo" else pr.AGD(delta=0.25)
@@ -645,6 +653,7 @@ def test_states_pickle() -> None:
     close(pickle.loads(pickle.dumps(state)), state, 0.0)
 
 
+@pytest.mark.full
 def test_orbax_saves_and_restores(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Orbax's, at import and about its own future
@@ -675,6 +684,7 @@ def test_import_is_lazy_and_says_what_is_missing() -> None:
     assert run_python(code) == "precond_ref_jax needs optax: python -m pip install 'precond-ref[jax]'"
 
 
+@pytest.mark.full
 def test_example_trains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("flax", reason="the example's network is flax's")
     path = ROOT / "examples" / "jax_mnist.py"

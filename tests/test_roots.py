@@ -668,6 +668,7 @@ def test_solve_on_other_libraries(library: str) -> None:
 
 
 @pytest.mark.parametrize("right", [(6, 1), (6, 3)], ids=str)
+@pytest.mark.full
 def test_solve_in_compiled_graphs(right: tuple[int, int]) -> None:
     jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
     rng = np.random.default_rng(9)

@@ -87,6 +87,7 @@ def difference(ours: list[float], theirs: list[float]) -> float:
 
 
 @pytest.mark.parametrize("method", example.METHODS)
+@pytest.mark.full
 def test_frameworks_agree(method: str, runs: Any) -> None:
     pair = {run.framework: run.batch_losses for run in runs if run.method == method}
     assert difference(pair["torch"], pair["jax"]) < TOLERANCE.get(method, 1e-9)
@@ -134,6 +135,7 @@ def learns(module: ModuleType, method: str, data: Any, steps: int = 200) -> None
 
 
 @pytest.mark.parametrize("method", example.METHODS)
+@pytest.mark.full
 def test_learns_the_chain(method: str, data: Any) -> None:
     assert 1.9 < data.unigram_entropy() < 2.2  # log 8
     learns(example, method, data)

@@ -54,6 +54,7 @@ def run(world: int) -> list[Any]:
 
 @worlds
 @pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.full
 def test_ddp_parameters_are_equal_to_the_bit(world: int, name: str) -> None:
     first, *others = [seen["ddp"][name] for seen in run(world)]
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
