@@ -138,14 +138,14 @@ def make_backend(name: str) -> Backend:
 
 
 PLANTED = re.compile("planted|mutant|catch|caught|notices|_seen$|_bug_|mistake")
-"""Names of tests that plant a bug: each check itself is in the quick tier, that it catches its bugs is seen by --full."""
+"""Names of tests that plant bugs. The quick tier has the checks; --full shows that these catch their bugs."""
 ELSEWHERE = ("numpy-readonly", "strict", "torch-compile", "jax", "jax-jit", "cupy")
 """Backends that the quick tier leaves to --full, but for `AGREES` on the first configuration of each method."""
 AGREES = "test_float64_agrees_with_numpy"
 
 
 def is_quick(name: str, backend: str, first: bool) -> bool:
-    """Whether the quick tier has a test of this function on this backend; ``first`` configuration of a method or not."""
+    """Whether the quick tier has this test function on this backend; ``first``: with a method's first configuration."""
     if PLANTED.search(name):
         return False
     if backend in ELSEWHERE:
@@ -161,7 +161,9 @@ def is_everything(config: pytest.Config) -> bool:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return "everything but the deep tests" if is_everything(config) else "quick tier; --full runs everything"
+    if is_everything(config):
+        return "everything but the deep tests"
+    return "what the quick tier leaves out" if config.getoption("--rest") else "quick tier; --full runs everything"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -174,12 +176,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name = getattr(item, "originalname", item.name)
         quick = not item.get_closest_marker("full") and is_quick(name, str(values.get("backend", "")), first)
         (chosen if quick else left).append(item)
+    if config.getoption("--rest"):
+        chosen, left = left, chosen
     config.hook.pytest_deselected(items=left)
     items[:] = chosen
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="every test but the deep ones, not the quick tier alone")
+    parser.addoption("--rest", action="store_true", help="what --full runs and the quick tier does not")
     parser.addoption(
         "--backend",
         action="append",

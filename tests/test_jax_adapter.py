@@ -78,7 +78,11 @@ def case_for(name: str, factory: Any) -> Case:
 
 
 CASES = {name: case_for(name, factory) for name, factory in FACTORIES.items()}
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+REPRESENTATIVE = ("agd", "asgo", "shampoo")
+"""An elementwise method, one with a single statistic, one with a tuple of them: the quick tier runs on these."""
+cases = pytest.mark.parametrize(
+    "case", [pytest.param(c, id=n, marks=() if n in REPRESENTATIVE else pytest.mark.full) for n, c in CASES.items()]
+)
 QUICK = {(case.method, case.shape) for case in CASES.values()}
 configs = pytest.mark.parametrize(
     "config",
@@ -207,7 +211,6 @@ jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 @cases
-@pytest.mark.full
 def test_training(case: Case) -> None:
     check_training(case, adapter)
 
@@ -243,7 +246,6 @@ def check_inject(case: Case, lib: Any, static_args: Any = pj.STATIC_ARGS) -> Non
 
 
 @cases
-@pytest.mark.full
 def test_inject_hyperparams(case: Case) -> None:
     check_inject(case, adapter)
 
@@ -263,7 +265,6 @@ def check_dtypes(case: Case, lib: Any) -> None:
 
 
 @cases
-@pytest.mark.full
 def test_dtypes(case: Case) -> None:
     check_dtypes(case, adapter)
 
@@ -287,7 +288,6 @@ def check_multi_steps(case: Case, lib: Any) -> None:
 
 
 @cases
-@pytest.mark.full
 def test_multi_steps_and_schedule(case: Case) -> None:
     check_multi_steps(case, adapter)
 
@@ -448,8 +448,6 @@ def check_vmap(case: Case, lib: Any) -> None:
         close(jax.tree.map(lambda x, i=i: x[i], got), first_step(*model, plain(case.name)), ROUNDING)
 
 
-REPRESENTATIVE = ("agd", "asgo", "shampoo")
-"""An elementwise method, one with a single statistic, one with a tuple of them: what is not deep runs on these."""
 some_cases = pytest.mark.parametrize(
     "case", [pytest.param(c, id=n, marks=() if n in REPRESENTATIVE else pytest.mark.deep) for n, c in CASES.items()]
 )
@@ -461,7 +459,6 @@ def test_vmap(case: Case) -> None:
 
 
 @some_cases
-@pytest.mark.full
 def test_masks(case: Case) -> None:
     check_masks(case, adapter)
 

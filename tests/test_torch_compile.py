@@ -53,10 +53,14 @@ def check_compiled(config: Config, backend: str = BACKEND) -> None:
     assert distance(params, eager) <= 1e-13
 
 
-@pytest.mark.parametrize("name", sorted(QUICK))
-@pytest.mark.full
+QUICKEST = ("AGD-default", "ASGO-every")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICKEST else pytest.mark.full) for n in sorted(QUICK)]
+)
 def test_compiled_updates(name: str) -> None:
-    check_compiled(CONFIGS[name], "aot_eager" if name in ("AGD-default", "ASGO-every") else BACKEND)
+    check_compiled(CONFIGS[name], "aot_eager" if name in QUICKEST else BACKEND)
 
 
 @pytest.mark.deep
