@@ -174,7 +174,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         values = getattr(getattr(item, "callspec", None), "params", {})
         first = "config" not in values or any(values["config"] is CONFIGS[name] for name in FIRST)
         name = getattr(item, "originalname", item.name)
-        quick = not item.get_closest_marker("full") and is_quick(name, str(values.get("backend", "")), first)
+        backend = next((b for b in values.values() if isinstance(b, str) and b in BACKENDS), "")
+        quick = not item.get_closest_marker("full") and is_quick(name, backend, first)
         (chosen if quick else left).append(item)
     if config.getoption("--rest"):
         chosen, left = left, chosen

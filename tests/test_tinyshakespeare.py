@@ -19,6 +19,8 @@ from mutation import mutated
 
 from precond_ref.compare.rates import GRID, rate
 
+pytestmark = pytest.mark.full
+
 torch = pytest.importorskip("torch", reason="the experiment needs PyTorch")
 jax = pytest.importorskip("jax", reason="the experiment needs JAX")
 typer_testing = pytest.importorskip("typer.testing", reason="the experiment needs typer")

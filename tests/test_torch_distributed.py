@@ -15,6 +15,8 @@ import torch
 from torch_adapter_cases import FSDP, ONE_EACH
 from torch_worker import KINDS, ways
 
+pytestmark = pytest.mark.full
+
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("PyTorch was built without gloo", allow_module_level=True)
 
