@@ -19,8 +19,6 @@ from mutation import mutated
 
 from precond_ref.compare.rates import GRID, rate
 
-pytestmark = pytest.mark.full
-
 torch = pytest.importorskip("torch", reason="the experiment needs PyTorch")
 jax = pytest.importorskip("jax", reason="the experiment needs JAX")
 typer_testing = pytest.importorskip("typer.testing", reason="the experiment needs typer")
@@ -208,6 +206,7 @@ def test_published_table_is_of_the_recorded_rates() -> None:
     assert means == sorted(means)
 
 
+@pytest.mark.full
 def test_table_and_figure(runs: Any) -> None:
     figure = example.figure(runs, 2.5, "heading")
     assert [len(axes.lines) for axes in figure.axes] == [2 * len(RATES) + 1, len(RATES)]
@@ -218,6 +217,7 @@ def test_table_and_figure(runs: Any) -> None:
     assert list(table.columns[7].cells)[names.index("AdamW")] == "1.00"
 
 
+@pytest.mark.full
 def test_command(tmp_path: Path) -> None:
     import typer
 
