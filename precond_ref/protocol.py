@@ -350,15 +350,18 @@ def _symbol(field: dataclasses.Field[Any]) -> str:
     return ", ".join(filter(None, [field.metadata.get("meaning", ""), rule.text if rule is not None else ""]))
 
 
-def _fits(value: Any, part: Any, dtype: Any) -> bool:
-    """Whether ``value`` is as the template's ``part`` says, in ``dtype``."""
-    if type(part) is Spec:
-        return hasattr(value, "shape") and value.shape == part.shape and value.dtype == dtype
-    if part is None:
-        return value is None
-    if type(value) is not type(part) or len(value) != len(part):
-        return False
-    return all(_fits(*each, dtype) for each in zip(value, part, strict=True))
+def _fits(values: tuple[Any, ...], parts: tuple[Any, ...], dtype: Any) -> bool:
+    """Whether ``values`` are as the template's ``parts`` say, in ``dtype``."""
+    for value, part in zip(values, parts, strict=True):
+        if type(part) is Spec:
+            if not hasattr(value, "shape") or value.shape != part.shape or value.dtype != dtype:
+                return False
+        elif part is None or value is None:
+            if part is not value:
+                return False
+        elif type(value) is not type(part) or len(value) != len(part) or not _fits(value, part, dtype):
+            return False
+    return True
 
 
 def warn_if_decay(method: Any) -> None:
