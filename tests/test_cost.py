@@ -125,6 +125,7 @@ def predicted(work: Any, refresh: bool) -> tuple[int, dict[tuple[str, int, int],
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.full
 def test_products_and_factorizations_are_exact(config: Any) -> None:
     for shape in {config.shape, *shapes_of(config.method)}:
         for refresh in (True, False):

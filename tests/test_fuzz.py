@@ -40,6 +40,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, name: str, change: Change, function: 
     monkeypatch.setitem(fuzz.MAKERS, name, cls)
 
 
+@pytest.mark.full
 def test_a_small_run_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert fuzz.main(["--updates", "4000", "--jobs", "1"]) == 0, capsys.readouterr().out
 
