@@ -377,12 +377,12 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "complement dropped": ("powers", ("return beyond * outside + basis @", "return basis @")),
     "ridge on the untouched complement": (
         "powers",
-        ("(total <= 0) | (faded", "(faded"),
+        ("(faded if ridge == 0 else 0.0)", "(faded if ridge == 0 else -1.0)"),
     ),
     "no rank decision at use": ("faded_mass", ("** 2 * largest", "** 2 * 0.0 * largest")),
     "rank decision at use for numbers only": (
         "faded_mass",
-        ("& (ridge == 0)", "& (isinstance(ridge, float) and ridge == 0)"),
+        ("xp.where(ridge == 0, faded, 0.0)", "0.0"),
     ),
     "NaN reaches LAPACK": ("non_finite", ("xp.where(finite, factor, 0.0)", "factor")),
     "overflow is nothing": ("overflow", ("finite[..., 0] & (s[..., :1] < math.inf)", "finite[..., 0]")),

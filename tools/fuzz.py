@@ -573,7 +573,10 @@ class Runner:
         ):  # fmt: skip
             return None
         raw = {} if getattr(m, "rms", None) is None else {"rms": None}  # which would hide the length
-        return m.replace(**raw), m.replace(**raw, **{name: 0.0}), state, name
+        try:
+            return m.replace(**raw), m.replace(**raw, **{name: 0.0}), state, name
+        except ValueError:  # RFShampoo needs it for beta2=1
+            return None
 
     def ridge(self, step: Step, grad: Array, base: Any, param: Array, direction: Array, clean: Array) -> Any:
         """Compare with the direction without the ridge, as long as gradients are multiples of the first."""
