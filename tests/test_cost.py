@@ -1,17 +1,20 @@
-"""The cost model: state sizes against real arrays, products and factorizations against what PyTorch runs."""
+"""The cost model: the count against what PyTorch runs and keeps, and against formulas written by hand."""
 
 from __future__ import annotations
 
 import json
 import math
 import tracemalloc
+from collections import Counter
+from fractions import Fraction
 from typing import Any, ClassVar
 
+import cost_formulas
 import numpy as np
 import pytest
 import torch
 from array_api_compat import array_namespace
-from configs import CONFIGS
+from configs import CONFIGS, Config
 from helpers import leaves
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import precond_ref as pr
 import precond_ref_torch
 from precond_ref import cost
-from precond_ref.cost import formulas, report
+from precond_ref.cost import counting, report
 from precond_ref.cost.shapes import PRESETS, read
 from precond_ref_torch import distributed, states
 
@@ -56,14 +59,16 @@ def real_arrays(method: Any, shape: tuple[int, ...], dtype: Any = torch.float32,
     return {name: tuple(array.shape) for name, array in states.to_dict(state).items()}
 
 
+def stored(work: Any) -> dict[str, Any]:
+    """Name and shape of every array of a state, from a count or a formula."""
+    return {array.name: array.shape for array in work.stored}
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_state_is_exact(config: Any) -> None:
     for shape in {config.shape, *shapes_of(config.method)}:
-        stored = {array.name: array.shape for array in formulas.work(config.method, shape).stored}
-        assert stored == real_arrays(config.method, shape), shape
-    assert {a.name: a.shape for a in formulas.work(config.method, config.shape).stored} == real_arrays(
-        config.method, config.shape, steps=2
-    )
+        assert stored(counting.count(config.method, shape)) == real_arrays(config.method, shape), shape
+    assert stored(counting.count(config.method, config.shape)) == real_arrays(config.method, config.shape, steps=2)
 
 
 @given(data=st.data())
@@ -76,8 +81,9 @@ def test_state_is_exact_on_any_shape(data: st.DataObject) -> None:
         state = config.method.init(np.zeros(shape))
     except ValueError:
         return  # `heads` or `structure` does not fit
-    entries = sum(array.size for array in leaves(state))
-    assert sum(array.entries for array in formulas.work(config.method, shape).stored) == entries
+    assert sum(map(math.prod, stored(counting.count(config.method, shape)).values())) == sum(
+        a.size for a in leaves(state)
+    )
 
 
 class Recorder(TorchDispatchMode):
@@ -103,39 +109,73 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(method: Any, shape: tuple[int, ...], refresh: bool) -> tuple[int, dict[tuple[str, int, int], int]]:
+def measured(method: Any, shape: tuple[int, ...], due: Any) -> tuple[int, dict[tuple[str, int, int], int]]:
     """Flops of the products and the factorizations of one update, as PyTorch counts and runs them."""
     param = torch.full(shape, 0.5, dtype=torch.float64)
     grad = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     state = method.init(param)
-    keeps = max(getattr(method, name, 1) for name in ("every", "inverse_every")) > 1
     with FlopCounterMode(display=False) as flops, Recorder() as recorder:
-        method.update(grad, state, param, refresh=refresh if keeps else None, xp=array_namespace(param))
+        method.update(grad, state, param, refresh=due, xp=array_namespace(param))
     return flops.get_total_flops(), recorder.seen
 
 
-def predicted(work: Any, refresh: bool) -> tuple[int, dict[tuple[str, int, int], int]]:
-    """The same from the formulas: everything, or what is not amortized."""
-    flops = sum(p.flops for p in work.products if refresh or p.every == 1)
-    sizes: dict[tuple[str, int, int], int] = {}
-    for f in work.factorizations:
-        if refresh or f.every == 1:
-            sizes[f.kind, f.m, f.n] = sizes.get((f.kind, f.m, f.n), 0) + f.batch
+def counted(method: Any, shape: tuple[int, ...], due: Any) -> Any:
+    """The same, counted."""
+    flops, sizes = 0, {}
+    for each, times in counting.count_one(method, shape, due)[0].items():
+        if each.kind == "product":
+            flops += times * each.flops
+        else:
+            sizes[each.kind, each.m, each.n] = sizes.get((each.kind, each.m, each.n), 0) + times * each.batch
     return flops, sizes
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_products_and_factorizations_are_exact(config: Any) -> None:
+def test_products_and_factorizations_are_those_that_run(config: Any) -> None:
     for shape in {config.shape, *shapes_of(config.method)}:
-        for refresh in (True, False):
-            assert predicted(formulas.work(config.method, shape), refresh) == counted(config.method, shape, refresh), (
-                shape,
-                refresh,
-            )
+        for due, _ in counting.schedule(config.method.periods):
+            assert counted(config.method, shape, due) == measured(config.method, shape, due), (shape, due)
 
 
-# Formula in `formulas`, and the same with a mistake; each is caught by the checks above.
-MUTANTS = {
+# ---- formulas -------------------------------------------------------------------------------------------------------
+
+CASES = {
+    **CONFIGS,
+    "MBF-statistic": Config(pr.MBF(statistics_every=2)),
+    "MBF-common factor": Config(pr.MBF(statistics_every=6, inverse_every=4)),
+    "ASGO-newton every": Config(pr.ASGO(every=4, root="coupled_newton", root_steps=3), (4, 6)),
+}
+
+
+def by_formula(work: Any) -> tuple[Any, Any]:
+    """Arrays with the share of the updates that reads and writes them; number of each operation per update."""
+    arrays = {a.name: (a.shape, Fraction(1) / a.read, Fraction(1, a.written)) for a in work.stored}
+    done = Counter[Any]()
+    for m in work.products:
+        done["product", *sorted((m.m, m.n)), m.k] += Fraction(m.batch, m.every)
+    for f in work.factorizations:
+        done[f.kind, f.m, f.n, 0] += Fraction(f.batch, f.every)
+    return arrays, {key: times for key, times in done.items() if times}
+
+
+def by_count(work: Any) -> tuple[Any, Any]:
+    """The same; (m, k) @ (k, n) and its transposed are one operation."""
+    arrays = {a.name: (a.shape, a.read, a.written) for a in work.stored}
+    done = Counter[Any]()
+    for each, times in work.done.items():
+        sizes = sorted((each.m, each.n)) if each.kind == "product" else (each.m, each.n)
+        done[each.kind, *sizes, each.k] += times * each.batch
+    return arrays, {key: times for key, times in done.items() if times}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_count_is_the_formula(case: Any) -> None:
+    for shape in {case.shape, *shapes_of(case.method)}:
+        assert by_count(counting.count(case.method, shape)) == by_formula(cost_formulas.work(case.method, shape)), shape
+
+
+# A formula, and the same with a mistake.
+WRONG_FORMULAS = {
     "AGD without its maximum": ('"m", "b", *(["b_max"] if method.amsgrad else [])', '"m", "b"'),
     "ASGO on the larger side": ("and m < n)\n    p, rest = (m // h", "and m >= n)\n    p, rest = (m // h"),
     "ASGO heads not counted": ("gram = (h, p, p) if", "gram = (p, p) if"),
@@ -144,6 +184,7 @@ MUTANTS = {
     "Polar Express with three products": ('"polar_express": 4', '"polar_express": 3'),
     "MBF block size": ("count, s = (d1, d2) if method", "count, s = (d2, d1) if method"),
     "MBF conv blocks": ("(*lead, s, s) if method.kind", "(s, s) if method.kind"),
+    "MBF statistic read with (F) only": ("read=used", "read=t1"),
     "MBF inverse forgotten": ("    if t2 > 1:", "    if False:"),
     "Shampoo unfolded wrongly": ("        products = (Product(1, d, rest", "        products = (Product(1, d, d"),
     "RFShampoo without its inverses": ('            Stored(f"inverses.{n}", (d, d), written=every),  # (9)\n', ""),
@@ -158,24 +199,47 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", MUTANTS.values(), ids=MUTANTS)
+@pytest.mark.parametrize("change", WRONG_FORMULAS.values(), ids=WRONG_FORMULAS)
 def test_a_wrong_formula_is_seen(change: tuple[str, str]) -> None:
-    wrong = mutated(formulas, change).work
+    wrong = mutated(cost_formulas, change).work
+    cases = CASES.values()
+    assert any(by_formula(wrong(c.method, c.shape)) != by_count(counting.count(c.method, c.shape)) for c in cases)
+
+
+WRONG_COUNTS = {
+    "a product not counted": ("right[-1], left[-1])] += 1", "right[-1], left[-1])] = 1"),
+    "products of a stack counted once": ('Operation("product", math.prod(batch)', 'Operation("product", 1'),
+    "a factorization counted twice": ("self.done[Operation(kind, math.prod(batch), m, n)] += 1",
+                                      "self.done[Operation(kind, math.prod(batch), m, n)] += 2"),
+    "a solution not counted": ("x.shape[-1], columns)] += 1", "x.shape[-1], columns)] += 0"),
+    "a power counted as one product": ("n.bit_length() + n.bit_count() - 2", "1 * (n > 2)"),
+    "every ignored": ("done.get(each, Fraction(0)) + times * share", "Fraction(times)"),
+    "every ignored in what is written": ("before.written + share * now[2]", "max(before.written, Fraction(now[2]))"),
+    "periods without their common multiple": ("math.lcm(*renewed, *others)", "math.prod((*renewed, *others))"),
+    "an entry of a tuple forgotten": ("now in arrays:", "now in [a for a in arrays if '.1' not in a[0]]:"),
+    "what is not finite is marked by a write": ("and shape == kept.shape:", "and False:"),
+    "a condition on entries is true": ("        return False\n", "        return True\n"),
+    "a kept array written": ("new is not old)", "True)"),
+    "a view is another array": ("self if of is None else of.whole", "self"),
+    "an array that is used after it is renewed": ("old.used or new.used", "old.used"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRONG_COUNTS.values(), ids=WRONG_COUNTS)
+def test_a_wrong_count_is_seen(change: tuple[str, str]) -> None:
+    wrong = mutated(counting, change).count
     assert any(
-        {a.name: a.shape for a in wrong(c.method, c.shape).stored} != real_arrays(c.method, c.shape)
-        or any(predicted(wrong(c.method, c.shape), r) != counted(c.method, c.shape, r) for r in (True, False))
-        for c in CONFIGS.values()
+        by_count(wrong(c.method, c.shape)) != by_formula(cost_formulas.work(c.method, c.shape)) for c in CASES.values()
     )
 
 
-def test_a_method_without_a_formula_is_refused() -> None:
-    with pytest.raises(TypeError, match="no cost formula for object"):
-        formulas.work(object(), (2, 3))
-
-
 def test_factorizations_by_leading_terms() -> None:
-    flops = {kind: formulas.Factorization(kind, 2, 6, 3).flops for kind in ("eigh", "svd", "cholesky", "solve")}
-    assert flops == {"eigh": 486, "svd": 2 * (6 * 6 * 9 + 20 * 27), "cholesky": 18, "solve": 720}
+    kinds = ("product", "eigh", "svd", "qr", "cholesky", "solve")
+    assert {kind: counting.Operation(kind, 2, 6, 3, 5).flops for kind in kinds} == {
+        "product": 360, "eigh": 486, "svd": 2 * (6 * 6 * 9 + 20 * 27),
+        "qr": 2 * (4 * 6 * 9 - 36), "cholesky": 18, "solve": 720,
+    }  # fmt: skip
+    assert counting.Operation("qr", 1, 3, 6).flops == 2 * 9 * 6 + 18
 
 
 # ---- a whole model --------------------------------------------------------------------------------------------------
