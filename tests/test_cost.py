@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tracemalloc
 from collections import Counter
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import cost_formulas
 import numpy as np
@@ -27,6 +28,10 @@ import precond_ref_torch
 from precond_ref import cost
 from precond_ref.cost import counting, report
 from precond_ref.cost.shapes import PRESETS, read
+from precond_ref.numerics import template
+from precond_ref.numerics.refresh import renew
+from precond_ref.numerics.template import eye, zeros
+from precond_ref.protocol import Method
 from precond_ref_torch import distributed, states
 
 SHAPES: dict[int, list[tuple[int, ...]]] = {
@@ -214,9 +219,9 @@ WRONG_COUNTS = {
     "a solution not counted": ("x.shape[-1], columns)] += 1", "x.shape[-1], columns)] += 0"),
     "a power counted as one product": ("n.bit_length() + n.bit_count() - 2", "1 * (n > 2)"),
     "every ignored": ("done.get(each, Fraction(0)) + times * share", "Fraction(times)"),
-    "every ignored in what is written": ("before.written + share * now[2]", "max(before.written, Fraction(now[2]))"),
+    "every ignored in what is written": ("known.written + share * written", "max(known.written, Fraction(written))"),
     "periods without their common multiple": ("math.lcm(*renewed, *others)", "math.prod((*renewed, *others))"),
-    "an entry of a tuple forgotten": ("now in arrays:", "now in [a for a in arrays if '.1' not in a[0]]:"),
+    "an entry of a tuple forgotten": ("written in arrays:", "written in [a for a in arrays if '.1' not in a[0]]:"),
     "what is not finite is marked by a write": ("and shape == kept.shape:", "and False:"),
     "a condition on entries is true": ("        return False\n", "        return True\n"),
     "a kept array written": ("new is not old)", "True)"),
@@ -240,6 +245,137 @@ def test_factorizations_by_leading_terms() -> None:
         "qr": 2 * (4 * 6 * 9 - 36), "cholesky": 18, "solve": 720,
     }  # fmt: skip
     assert counting.Operation("qr", 1, 3, 6).flops == 2 * 9 * 6 + 18
+
+
+# ---- arrays without entries, and a method of someone else -----------------------------------------------------------
+
+EXPRESSIONS: dict[str, Any] = {
+    "operators": lambda xp, x, y: -x[0, ...] + 2 * x / (3 - x) ** 2 - abs(x[..., :1]) % 3.0 // (x + 2),
+    "comparisons": lambda xp, x, y: (x[:, :, None] < 1) & ~(x[0, :, :1] == 0) | (x[..., 0] != x[..., -1])[0, :, None],
+    "slices": lambda xp, x, y: x[1:, ::2, -3:-1][..., None, :],
+    "dots in the middle": lambda xp, x, y: x[0, ..., None, 2],
+    "a NumPy number": lambda xp, x, y: np.float32(2) * x,
+    "reshape": lambda xp, x, y: xp.reshape(x, (4, -1)),
+    "flat": lambda xp, x, y: xp.reshape(x, (-1,)),
+    "moveaxis": lambda xp, x, y: xp.moveaxis(x, 0, -1),
+    "moveaxis back": lambda xp, x, y: xp.moveaxis(x, -1, 1),
+    "permute_dims": lambda xp, x, y: xp.permute_dims(x, (2, 0, 1)),
+    "expand_dims": lambda xp, x, y: xp.expand_dims(x, axis=-2),
+    "squeeze": lambda xp, x, y: xp.squeeze(x[:1, ...], 0),
+    "broadcast_to": lambda xp, x, y: xp.broadcast_to(x, (5, *x.shape)),
+    "diagonal": lambda xp, x, y: xp.linalg.diagonal(x),
+    "sum": lambda xp, x, y: xp.sum(x, axis=(0, -1)),
+    "max": lambda xp, x, y: xp.max(x, axis=1, keepdims=True),
+    "mean": lambda xp, x, y: xp.mean(x),
+    "all": lambda xp, x, y: xp.all(x > 0, axis=-1),
+    "trace": lambda xp, x, y: xp.linalg.trace(x),
+    "vector_norm": lambda xp, x, y: xp.linalg.vector_norm(x, axis=0),
+    "matrix_norm": lambda xp, x, y: xp.linalg.matrix_norm(x, keepdims=True),
+    "where": lambda xp, x, y: xp.where(x[0, :1] > 0, x, 0.0),
+    "maximum": lambda xp, x, y: xp.maximum(x, 1.0),
+    "isfinite": lambda xp, x, y: xp.isfinite(x),
+    "concat": lambda xp, x, y: xp.concat([x, x[:, :1]], axis=1),
+    "stack": lambda xp, x, y: xp.stack([x, x], axis=-1),
+    "take": lambda xp, x, y: xp.take(x, xp.argmax(x[0, 0, :, None] + x[0, :1], axis=1), axis=1),
+    "eye": lambda xp, x, y: xp.eye(3, dtype=x.dtype) + xp.zeros((2, 1, 1), dtype=x.dtype),
+    "full": lambda xp, x, y: xp.full(3, 2.0, dtype=x.dtype) * xp.full_like(x[..., :1], 2.0),
+    "astype": lambda xp, x, y: xp.astype(x > 0, xp.float64) + xp.astype(x, xp.float64),
+    "matmul": lambda xp, x, y: y @ x,
+    "a matrix and a vector": lambda xp, x, y: x @ x[0, 0, :],
+    "a vector and a matrix": lambda xp, x, y: y[0, 0, :] @ x,
+    "matrix_power": lambda xp, x, y: xp.linalg.matrix_power(y, 5),
+    "eigh": lambda xp, x, y: xp.linalg.eigh(y).eigenvalues[..., None] * xp.linalg.eigh(y).eigenvectors,
+    "left singular vectors": lambda xp, x, y: xp.linalg.svd(x, full_matrices=False)[0],
+    "singular values": lambda xp, x, y: xp.linalg.svd(x, full_matrices=False).S,
+    "right singular vectors": lambda xp, x, y: xp.linalg.svd(x, full_matrices=False).Vh,
+    "qr": lambda xp, x, y: xp.linalg.qr(xp.matrix_transpose(x)).Q @ xp.linalg.qr(xp.matrix_transpose(x)).R,
+    "cholesky": lambda xp, x, y: xp.linalg.cholesky(y),
+    "solve": lambda xp, x, y: xp.linalg.solve(y, x),
+    "inv": lambda xp, x, y: xp.linalg.inv(y),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS.values(), ids=EXPRESSIONS)
+def test_shapes_are_those_of_numpy(expression: Any) -> None:
+    x, y = np.ones((2, 3, 4), "float32"), 2 * np.broadcast_to(np.eye(3, dtype="float32"), (2, 3, 3))
+    real = expression(array_namespace(x), x, y)
+    xp = counting.Counting()
+    found = expression(xp, xp.zeros(x.shape), xp.zeros(y.shape))
+    assert (found.shape, found.dtype.name) == (real.shape, real.dtype.name)
+
+
+class MineState(NamedTuple):
+    """State of `Mine`."""
+
+    step: Any
+    m: Any
+    pair: tuple[Any, ...]
+    basis: Any
+
+
+class Mine(Method, register=False):
+    """A third party's method: bases by QR, renewed every few steps, and the count knows nothing of it."""
+
+    every: int = 5
+
+    state_type: ClassVar[Any] = MineState
+    ndims: ClassVar[tuple[int, int]] = (2, 2)
+
+    def state_of(self, shape: tuple[int, ...]) -> MineState:
+        m, n = shape
+        return MineState(0, zeros(m, n), (zeros(m, m), zeros(n, n)), eye(m, m))
+
+    def step(self, grad: Any, state: MineState, param: Any, now: Any) -> tuple[Any, MineState]:
+        xp = now.xp
+        m = 0.9 * state.m + grad
+        left = 0.9 * state.pair[0] + grad @ xp.matrix_transpose(grad)
+        right = renew(now.due, lambda: 0.9 * state.pair[1] + xp.matrix_transpose(grad) @ grad, state.pair[1])
+        basis = renew(now.due, lambda: xp.linalg.qr(left @ state.basis)[0], state.basis)
+        return basis @ (xp.matrix_transpose(basis) @ m), MineState(now.step, m, (left, right), basis)
+
+
+def test_a_method_of_someone_else_has_a_cost() -> None:
+    fifth = Fraction(1, 5)
+    work = counting.count(Mine(), (8, 6))
+    assert by_count(work) == (
+        {
+            "m": ((8, 6), 1, 1),
+            "pair.0": ((8, 8), 1, 1),
+            "pair.1": ((6, 6), fifth, fifth),
+            "basis": ((8, 8), 1, fifth),
+        },
+        {
+            ("product", 8, 8, 6): 1,
+            ("product", 6, 6, 8): fifth,
+            ("product", 8, 8, 8): fifth,
+            ("qr", 8, 8, 0): fifth,
+            ("product", 6, 8, 8): 2,
+        },
+    )
+    estimate = cost.estimate("", Mine(), {"w": (8, 6), "bias": (6,)})
+    assert estimate.state_bytes == 4 * (48 + 64 + 36 + 64 + 2 * 6)
+    flops = 2 * 8 * 8 * 6 * 3 + (2 * 6 * 6 * 8 + 2 * 8**3 + 8 * 8**3 / 3) / 5
+    assert estimate.flops == pytest.approx(flops, rel=1e-15)
+
+
+LACKS: dict[str, tuple[Any, str]] = {
+    "a function": (lambda xp, g: xp.linalg.eigvalsh(g), "the count lacks the array function eigvalsh"),
+    "an option": (lambda xp, g: xp.linalg.matrix_norm(g, ord="nuc"), "matrix_norm() got an unexpected keyword"),
+    "a full decomposition": (lambda xp, g: xp.linalg.svd(g)[0], "svd with full_matrices=False only"),
+    "a value": (lambda xp, g: g * float(g[0, 0]), "float() argument must be"),
+    "an index array": (lambda xp, g: g[g > 0], "indices must be integers"),
+    "a method of an array": (lambda xp, g: g.clone(), "no attribute 'clone'"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), LACKS.values(), ids=LACKS)
+def test_what_the_count_lacks_is_named(wrong: Any, message: str) -> None:
+    class Wrong(Mine, register=False):
+        def step(self, grad: Any, state: MineState, param: Any, now: Any) -> tuple[Any, MineState]:
+            return wrong(now.xp, grad), state
+
+    with pytest.raises(ValueError, match="the step of Wrong cannot be counted: .*" + re.escape(message)):
+        cost.estimate("", Wrong(), {"w": (3, 3)})
 
 
 # ---- a whole model --------------------------------------------------------------------------------------------------
@@ -304,6 +440,21 @@ def test_nothing_is_allocated() -> None:
         tracemalloc.stop()
     assert estimate.state_bytes > 1e12
     assert peak < 1e7
+
+
+def test_huge_parameters_are_counted() -> None:
+    for method in (pr.Adam(), pr.Shampoo(every=10), pr.SShampoo(size=9), pr.MBF(), pr.Muon()):
+        estimate = cost.estimate("", method, {"w": (2**20, 2**20)})
+        assert estimate.state_bytes == 4 * sum(
+            spec.size for _, spec in template.leaves(method.state_of((2**20, 2**20))[1:])
+        )
+
+
+def test_one_count_per_method_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(cost, "count", lambda *args: seen.append(args) or counting.count(*args))
+    cost.estimate("", pr.ASGO(), PRESETS["gpt2-xl"](), mesh=4)
+    assert len(seen) == len(set(seen)) == 9
 
 
 PUBLISHED = {

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from enum import IntEnum
 from fractions import Fraction
 from functools import cache, partial
-from itertools import combinations, product
+from itertools import combinations, product, zip_longest
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -26,8 +26,6 @@ from precond_ref.numerics.template import leaves
 from precond_ref.protocol import Method
 
 Shape = tuple[int, ...]
-LATE = 10**9
-"""Updates done before the one that is counted."""
 
 
 class Stored(NamedTuple):
@@ -37,9 +35,8 @@ class Stored(NamedTuple):
     """Path in the state, such as ``grams.0``."""
     shape: Shape
     read: Fraction
-    """Share of the updates that read it."""
+    """Share of the updates that do."""
     written: Fraction
-    """Share of the updates that write it."""
 
 
 class Operation(NamedTuple):
@@ -92,17 +89,17 @@ def count(method: Method, shape: Shape) -> Work:
         operations, arrays = count_one(method, shape, due)
         for each, times in operations.items():
             done[each] = done.get(each, Fraction(0)) + times * share
-        for name, *now in arrays:
-            before = stored.get(name, Stored(name, now[0], Fraction(0), Fraction(0)))
-            stored[name] = Stored(name, now[0], before.read + share * now[1], before.written + share * now[2])
+        for name, size, read, written in arrays:
+            known = stored.get(name, Stored(name, size, Fraction(0), Fraction(0)))
+            stored[name] = Stored(name, size, known.read + share * read, known.written + share * written)
     return Work(tuple(stored.values()), done)
 
 
 def count_one(method: Method, shape: Shape, due: Any) -> tuple[Counter[Operation], list[tuple[str, Shape, bool, bool]]]:
     """Operations of one update; of each array of the state name, shape, and whether it is read and written."""
     xp = Counting()
-    grad, param = (Shaped(xp, shape, DType.float32) for _ in range(2))
-    state = method.init(param)._replace(step=LATE)
+    grad, param = xp.zeros(shape), xp.zeros(shape)
+    state = method.init(param)._replace(step=10**9)  # late, that is in the long run
     try:
         _, after = method.update(grad, state, param, refresh=due, xp=xp)
     except (AttributeError, TypeError) as error:
@@ -128,14 +125,7 @@ def schedule(periods: int | tuple[int, ...]) -> tuple[tuple[Any, Fraction], ...]
 # ---- arrays without entries -----------------------------------------------------------------------------------------
 
 
-class DType(IntEnum):
-    """Dtypes in the order of promotion."""
-
-    bool = 0
-    int32 = 1
-    int64 = 2
-    float32 = 3
-    float64 = 4
+DType = IntEnum("DType", "bool int32 int64 float32 float64", start=0)  # in the order of promotion
 
 
 class Shaped:
@@ -168,9 +158,7 @@ class Shaped:
         return self.xp.made(self, other, shape=shape)
 
     def __mul__(self, other: Any) -> Shaped:
-        result = self.xp.made(self, other)
-        result.mark = isinstance(other, (int, float)) and other == 0
-        return result
+        return self.xp.made(self, other, mark=isinstance(other, (int, float)) and other == 0)
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -200,9 +188,8 @@ def broadcast(*shapes: Shape) -> Shape:
     """The common shape; ValueError if there is none."""
     if all(shape == shapes[0] or not shape for shape in shapes):
         return shapes[0]
-    ndim = max(map(len, shapes))
-    columns = zip(*((1,) * (ndim - len(shape)) + tuple(shape) for shape in shapes), strict=True)
-    sizes = [set(column) - {1} or {1} for column in columns]
+    columns = zip_longest(*(shape[::-1] for shape in shapes), fillvalue=1)
+    sizes = [set(column) - {1} or {1} for column in columns][::-1]
     if any(len(size) > 1 for size in sizes):
         raise ValueError(f"shapes {', '.join(map(str, shapes))} do not fit together")
     return tuple(size.pop() for size in sizes)
@@ -227,12 +214,6 @@ def _reduced(shape: Shape, *, axis: Any = None, keepdims: Any = False, **_: Any)
     return tuple(1 if i in gone else d for i, d in enumerate(shape) if keepdims or i not in gone)
 
 
-def _singular(m: int, n: int, *, full_matrices: Any = True) -> tuple[Shape, ...]:
-    if full_matrices:
-        raise TypeError("svd with full_matrices=True has no count")
-    return (m, min(m, n)), (min(m, n),), (min(m, n), n)
-
-
 VIEWS: dict[str, Callable[..., Shape]] = {
     "reshape": _reshaped,
     "moveaxis": _moved,
@@ -244,13 +225,15 @@ VIEWS: dict[str, Callable[..., Shape]] = {
     "diagonal": lambda s: (*s[:-2], min(s[-2:])),
 }
 """Shapes of views, from that of the array."""
-SUMS = "sum prod mean max min var std vector_norm"
-REDUCTIONS: dict[str, Callable[..., Shape]] = dict.fromkeys((*SUMS.split(), "all", "any"), _reduced)
+SUMS = "sum prod mean max min var std vector_norm all any argmax argmin"
+REDUCTIONS: dict[str, Callable[..., Shape]] = dict.fromkeys(SUMS.split(), _reduced)
 REDUCTIONS["trace"] = lambda s: s[:-2]
 REDUCTIONS["matrix_norm"] = lambda s, *, keepdims=False: _reduced(s, axis=(-2, -1), keepdims=keepdims)
+for _name, _shape in (VIEWS | REDUCTIONS).items():
+    _shape.__qualname__ = _name  # so that a TypeError names it
 FACTORS: dict[str, tuple[Callable[..., Any], Callable[..., tuple[Shape, ...]]]] = {
     "eigh": (namedtuple("Eigh", "eigenvalues eigenvectors"), lambda m, n: ((n,), (n, n))),
-    "svd": (namedtuple("SVD", "U S Vh"), _singular),
+    "svd": (namedtuple("SVD", "U S Vh"), lambda m, n, **_: ((m, min(m, n)), (min(m, n),), (min(m, n), n))),
     "qr": (namedtuple("QR", "Q R"), lambda m, n: ((m, min(m, n)), (min(m, n), n))),
     "cholesky": (lambda lower: lower, lambda m, n: ((m, n),)),
 }
@@ -259,18 +242,18 @@ ENTRIES = """abs exp expm1 log log1p log2 sqrt square sign sin cos tanh round fl
 flip roll add subtract multiply divide pow floor_divide remainder maximum minimum clip copysign hypot"""
 TRUTHS = """isfinite isinf isnan signbit equal not_equal less less_equal greater greater_equal logical_and logical_or
 logical_not logical_xor all any"""
-DTYPES = dict.fromkeys(ENTRIES.split()) | dict.fromkeys(TRUTHS.split(), DType.bool)
+DTYPES = (
+    dict.fromkeys(ENTRIES.split())
+    | dict.fromkeys(TRUTHS.split(), DType.bool)
+    | dict.fromkeys(["argmax", "argmin"], DType.int64)
+)
 OPERATORS = "sub rsub truediv rtruediv pow rpow floordiv rfloordiv mod rmod neg abs invert and rand or ror xor rxor"
 
 
-def _operator(dtype: Any) -> Any:
-    return lambda self, *other: self.xp.made(self, *other, dtype=dtype)
-
-
 for _name in OPERATORS.split():
-    setattr(Shaped, f"__{_name}__", _operator(None))
+    setattr(Shaped, f"__{_name}__", lambda self, *other: self.xp.made(self, *other))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(Shaped, f"__{_name}__", _operator(DType.bool))
+    setattr(Shaped, f"__{_name}__", lambda self, other: self.xp.made(self, other, dtype=DType.bool))
 
 
 class Counting:
@@ -294,13 +277,16 @@ class Counting:
 
     linalg = property(lambda self: self)
 
-    def made(self, *operands: Any, shape: Any = None, dtype: Any = None) -> Shaped:
+    def made(self, *operands: Any, shape: Any = None, dtype: Any = None, mark: Any = False) -> Shaped:
         """A new array computed from all ``operands``; of their common shape and dtype if none is given."""
         arrays = [x for x in operands if isinstance(x, Shaped)]
         for x in arrays:
             x.whole.used = True
         shape = broadcast(*(getattr(x, "shape", ()) for x in operands)) if shape is None else shape
-        return Shaped(self, shape, max([x.dtype for x in arrays], default=DType.float32) if dtype is None else dtype)
+        dtype = max([x.dtype for x in arrays], default=DType.float32) if dtype is None else dtype
+        result = Shaped(self, shape, dtype)
+        result.mark = mark
+        return result
 
     def isdtype(self, dtype: DType, kind: Any) -> Any:
         own = ("real floating", "numeric") if dtype >= DType.float32 else ("integral", "signed integer", "numeric")
@@ -324,19 +310,14 @@ class Counting:
         return self.zeros((rows, rows if columns is None else columns), **options)
 
     def astype(self, x: Shaped, dtype: DType, *, copy: Any = True) -> Shaped:
-        if dtype == x.dtype and not copy:
-            return x
-        result = self.made(x, dtype=dtype)
-        result.mark = x.mark
-        return result
+        return x if dtype == x.dtype and not copy else self.made(x, dtype=dtype, mark=x.mark)
 
     def where(self, condition: Shaped, x: Any, y: Any) -> Shaped:
         return self.made(condition, x, y, dtype=self.made(x, y).dtype)
 
     def concat(self, arrays: Any, *, axis: int = 0) -> Shaped:
-        shape = list(arrays[0].shape)
-        shape[axis] = sum(x.shape[axis] for x in arrays)
-        return self.made(*arrays, shape=tuple(shape))
+        first, at = arrays[0].shape, axis % arrays[0].ndim
+        return self.made(*arrays, shape=(*first[:at], sum(x.shape[at] for x in arrays), *first[at + 1 :]))
 
     def stack(self, arrays: Any, *, axis: int = 0) -> Shaped:
         return self.concat([self.expand_dims(x, axis=axis) for x in arrays], axis=axis)
@@ -346,11 +327,12 @@ class Counting:
         return self.made(x, indices, shape=(*x.shape[:at], *indices.shape, *x.shape[at + 1 :]), dtype=x.dtype)
 
     def reduced(self, name: str, x: Shaped, *, dtype: Any = None, **options: Any) -> Shaped:
-        result = self.made(x, shape=REDUCTIONS[name](x.shape, **options), dtype=dtype or DTYPES.get(name))
-        result.mark = x.mark
-        return result
+        dtype = DTYPES.get(name) if dtype is None else dtype
+        return self.made(x, shape=REDUCTIONS[name](x.shape, **options), dtype=dtype, mark=x.mark)
 
     def factorized(self, kind: str, x: Shaped, **options: Any) -> Any:
+        if options.get("full_matrices", kind == "svd"):
+            raise TypeError("the count has svd with full_matrices=False only")
         *batch, m, n = x.shape
         self.done[Operation(kind, math.prod(batch), m, n)] += 1
         made = [self.made(x, shape=(*batch, *shape)) for shape in FACTORS[kind][1](m, n, **options)]
