@@ -179,6 +179,14 @@ def test_the_count_is_the_formula(case: Any) -> None:
         assert by_count(counting.count(case.method, shape)) == by_formula(cost_formulas.work(case.method, shape)), shape
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_periods_are_those_of_due(case: Any) -> None:
+    periods = case.method.periods
+    cycle = math.lcm(*(periods if isinstance(periods, tuple) else (periods,)))
+    answers = Counter(case.method.due(step) for step in range(1000 * cycle, 1001 * cycle))
+    assert dict(counting.schedule(periods)) == {due: Fraction(times, cycle) for due, times in answers.items()}
+
+
 # A formula, and the same with a mistake.
 WRONG_FORMULAS = {
     "AGD without its maximum": ('"m", "b", *(["b_max"] if method.amsgrad else [])', '"m", "b"'),
