@@ -181,6 +181,11 @@ class Method:
         """Whether the update after ``step`` completed ones renews what is kept: updates 1, 1+every, 1+2 every, ..."""
         return True if self.every == 1 else step % self.every == 0
 
+    @property
+    def periods(self) -> Any:
+        """Updates between two renewals of each thing that `due` tells of: a whole number, or a tuple as it returns."""
+        return self.every
+
     def overruled(self, refresh: Any) -> Any:
         """``refresh``, given to ``update``, in the place of `due`; TypeError or ValueError if it cannot be."""
         return check_refresh(refresh, self.every)
