@@ -488,6 +488,7 @@ def test_nothing_is_allocated() -> None:
 
 
 def test_huge_parameters_are_counted() -> None:
+    assert cost.estimate("", pr.SAdaGrad(size=3), {"w": (2**40,)}).state_bytes == 4 * (3 * 2**40 + 3 + 1)
     for method in (pr.Adam(), pr.Shampoo(every=10), pr.SShampoo(size=9), pr.MBF(), pr.Muon()):
         estimate = cost.estimate("", method, {"w": (2**20, 2**20)})
         assert estimate.state_bytes == 4 * sum(

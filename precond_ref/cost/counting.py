@@ -162,9 +162,6 @@ class Shaped:
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def __matmul__(self, other: Shaped) -> Shaped:
-        return self.xp.matmul(self, other)
-
     def __getitem__(self, key: Any) -> Shaped:
         keys = list(key) if isinstance(key, tuple) else [key]
         at = next((i for i, k in enumerate(keys) if k is ...), len(keys))
@@ -250,6 +247,7 @@ DTYPES = (
 OPERATORS = "sub rsub truediv rtruediv pow rpow floordiv rfloordiv mod rmod neg abs invert and rand or ror xor rxor"
 
 
+Shaped.__matmul__ = lambda self, other: self.xp.matmul(self, other)  # type: ignore[attr-defined]
 for _name in OPERATORS.split():
     setattr(Shaped, f"__{_name}__", lambda self, *other: self.xp.made(self, *other))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
@@ -262,6 +260,7 @@ class Counting:
     __name__ = __name__
     bool, int32, int64, float32, float64 = DType
     inf, nan, pi, e, newaxis = math.inf, math.nan, math.pi, math.e, None
+    linalg = property(lambda self: self)
 
     def __init__(self) -> None:
         self.done: Counter[Operation] = Counter()
@@ -274,8 +273,6 @@ class Counting:
         if name in REDUCTIONS or name in FACTORS:
             return partial(self.reduced if name in REDUCTIONS else self.factorized, name)
         raise AttributeError(f"the count lacks the array function {name}")
-
-    linalg = property(lambda self: self)
 
     def made(self, *operands: Any, shape: Any = None, dtype: Any = None, mark: Any = False) -> Shaped:
         """A new array computed from all ``operands``; of their common shape and dtype if none is given."""
