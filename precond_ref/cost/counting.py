@@ -162,6 +162,9 @@ class Shaped:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def __matmul__(self, other: Shaped) -> Shaped:
+        return self.xp.matmul(self, other)
+
     def __getitem__(self, key: Any) -> Shaped:
         keys = list(key) if isinstance(key, tuple) else [key]
         at = next((i for i, k in enumerate(keys) if k is ...), len(keys))
@@ -247,7 +250,6 @@ DTYPES = (
 OPERATORS = "sub rsub truediv rtruediv pow rpow floordiv rfloordiv mod rmod neg abs invert and rand or ror xor rxor"
 
 
-Shaped.__matmul__ = lambda self, other: self.xp.matmul(self, other)  # type: ignore[attr-defined]
 for _name in OPERATORS.split():
     setattr(Shaped, f"__{_name}__", lambda self, *other: self.xp.made(self, *other))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
