@@ -71,7 +71,8 @@ class Method:
 
     A subclass becomes a frozen, keyword-only dataclass of its fields and enters the registry under its name
     (``preset="ASGO.theory"``: as that attribute of `ASGO`; ``register=False``: not at all). It gives `state_of`, `step`
-    and `report`, where it needs them `rules`, `scalars`, `stack_ndim` and `takes`, and the class attributes below.
+    and `report`, where it needs them `rules`, `scalars`, `stack_ndim`, `takes`, and `due` with `periods`, and the class
+    attributes below.
     """
 
     paper: ClassVar[str] = ""

@@ -1,8 +1,8 @@
 """What a method keeps and computes for ONE parameter, by hand: the test of what `precond_ref.cost` counts.
 
-`work` has one formula per method. Tags in parentheses are those of the equations in the method's module.
-Left out, as by the count: elementwise arithmetic and sums, and what is done for hard values only, the fallback of
-`roots.solve`.
+`work` has a formula per method; one without is compared with what PyTorch runs only. Tags in parentheses are those of
+the equations in the method's module. Left out, as by the count: elementwise arithmetic and sums, and what is done for
+hard values only, the fallback of `roots.solve`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import re
 import tracemalloc
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import cost_formulas
@@ -146,7 +147,7 @@ def test_products_and_factorizations_are_those_that_run(config: Any) -> None:
 # ---- formulas -------------------------------------------------------------------------------------------------------
 
 CASES = {
-    **CONFIGS,
+    **{name: config for name, config in CONFIGS.items() if type(config.method) in cost_formulas.work.registry},
     "MBF-statistic": Config(pr.MBF(statistics_every=2)),
     "MBF-common factor": Config(pr.MBF(statistics_every=6, inverse_every=4)),
     "ASGO-newton every": Config(pr.ASGO(every=4, root="coupled_newton", root_steps=3), (4, 6)),
@@ -180,12 +181,21 @@ def test_the_count_is_the_formula(case: Any) -> None:
         assert by_count(counting.count(case.method, shape)) == by_formula(cost_formulas.work(case.method, shape)), shape
 
 
+def answers(method: Any) -> dict[Any, Fraction]:
+    """What `due` answers in the long run, with its share of the updates."""
+    cycle = math.lcm(*(value for name, value in vars(method).items() if name.endswith("every")))
+    found = Counter(method.due(step) for step in range(1000 * cycle, 1001 * cycle))
+    return {due: Fraction(times, cycle) for due, times in found.items()}
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_periods_are_those_of_due(case: Any) -> None:
-    periods = case.method.periods
-    cycle = math.lcm(*(periods if isinstance(periods, tuple) else (periods,)))
-    answers = Counter(case.method.due(step) for step in range(1000 * cycle, 1001 * cycle))
-    assert dict(counting.schedule(periods)) == {due: Fraction(times, cycle) for due, times in answers.items()}
+    assert dict(counting.schedule(case.method.periods)) == answers(case.method)
+
+
+@pytest.mark.parametrize("wrong", [(3, 2), (2, 6), (2, 1)])
+def test_wrong_periods_are_seen(wrong: tuple[int, int]) -> None:
+    assert dict(counting.schedule(wrong)) != answers(pr.MBF(statistics_every=2, inverse_every=3))
 
 
 # A formula, and the same with a mistake.
@@ -286,6 +296,7 @@ EXPRESSIONS: dict[str, Any] = {
     "concat": lambda xp, x, y: xp.concat([x, x[:, :1]], axis=1),
     "stack": lambda xp, x, y: xp.stack([x, x], axis=-1),
     "take": lambda xp, x, y: xp.take(x, xp.argmax(x[0, 0, :, None] + x[0, :1], axis=1), axis=1),
+    "argmin": lambda xp, x, y: xp.argmin(x, axis=0),
     "eye": lambda xp, x, y: xp.eye(3, dtype=x.dtype) + xp.zeros((2, 1, 1), dtype=x.dtype),
     "full": lambda xp, x, y: xp.full(3, 2.0, dtype=x.dtype) * xp.full_like(x[..., :1], 2.0),
     "astype": lambda xp, x, y: xp.astype(x > 0, xp.float64) + xp.astype(x, xp.float64),
@@ -304,13 +315,39 @@ EXPRESSIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("expression", EXPRESSIONS.values(), ids=EXPRESSIONS)
-def test_shapes_are_those_of_numpy(expression: Any) -> None:
-    x, y = np.ones((2, 3, 4), "float32"), 2 * np.broadcast_to(np.eye(3, dtype="float32"), (2, 3, 3))
-    real = expression(array_namespace(x), x, y)
+def made(expression: Any, xp: Any, ones: Any, eyes: Any) -> Any:
+    """Shape and dtype of the result."""
+    result = expression(xp, ones, eyes)
+    return result.shape, result.dtype.name
+
+
+ONES, EYES = np.ones((2, 3, 4), "float32"), 2 * np.broadcast_to(np.eye(3, dtype="float32"), (2, 3, 3))
+REAL = {name: made(expression, array_namespace(ONES), ONES, EYES) for name, expression in EXPRESSIONS.items()}
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_shapes_are_those_of_numpy(name: str) -> None:
     xp = counting.Counting()
-    found = expression(xp, xp.zeros(x.shape), xp.zeros(y.shape))
-    assert (found.shape, found.dtype.name) == (real.shape, real.dtype.name)
+    assert made(EXPRESSIONS[name], xp, xp.zeros(ONES.shape), xp.zeros(EYES.shape)) == REAL[name]
+
+
+WRONG_SHAPES = {
+    "moveaxis": ("destination % len(shape), rest.pop", "source % len(shape), rest.pop"),
+    "left singular vectors": ("((m, min(m, n)), (min(m, n),),", "((m, n), (min(m, n),),"),
+    "argmin": ("DType.int64)\n", "DType.int32)\n"),
+    "a vector and a matrix": ("(*batch, *left[-2:-1] * (x.ndim > 1)", "(*batch, *left[-2:-1]"),
+    "take": ("(*x.shape[:at], *indices.shape, *x.shape[at + 1 :])", "(*indices.shape, *x.shape[at + 1 :])"),
+    "concat": ("sum(x.shape[at] for x in arrays)", "len(arrays)"),
+    "matrix_norm": ("_reduced(s, axis=(-2, -1), keepdims=keepdims)", "_reduced(s, axis=(-2, -1))"),
+    "comparisons": ("self.xp.made(self, other, dtype=DType.bool)", "self.xp.made(self, other)"),
+    "slices": ("len(range(*k.indices(next(sizes))))", "next(sizes)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change"), WRONG_SHAPES.items(), ids=WRONG_SHAPES)
+def test_a_wrong_shape_is_seen(name: str, change: tuple[str, str]) -> None:
+    xp = mutated(counting, change).Counting()
+    assert made(EXPRESSIONS[name], xp, xp.zeros(ONES.shape), xp.zeros(EYES.shape)) != REAL[name]
 
 
 class MineState(NamedTuple):
@@ -452,6 +489,7 @@ def test_nothing_is_allocated() -> None:
 
 
 def test_huge_parameters_are_counted() -> None:
+    assert cost.estimate("", pr.SAdaGrad(size=3), {"w": (2**40,)}).state_bytes == 4 * (3 * 2**40 + 3 + 1)
     for method in (pr.Adam(), pr.Shampoo(every=10), pr.SShampoo(size=9), pr.MBF(), pr.Muon()):
         estimate = cost.estimate("", method, {"w": (2**20, 2**20)})
         assert estimate.state_bytes == 4 * sum(
@@ -566,6 +604,11 @@ def test_table_figure_and_json(tmp_path: Any) -> None:
     assert shown["methods"][0]["state_bytes"] == expected.state_bytes
     assert shown["methods"][0]["mesh"][1]["received"] == expected.mesh[1].received
     assert shown["methods"][1]["method"] == repr(pr.SShampoo(size=3, every=2))
+
+
+def test_the_page_shows_what_the_command_prints() -> None:
+    shown = (Path(__file__).parents[1] / "docs/images/cost-llama-7b.txt").read_text(encoding="utf-8")
+    assert run_cost("--preset", "llama-7b", "--mesh", "8").stdout.splitlines() == shown.splitlines()[:-1]
 
 
 def test_all_presets_and_methods_run() -> None:

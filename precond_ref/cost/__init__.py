@@ -113,7 +113,7 @@ def estimate(
     """The cost of ``method`` on parameters of ``shapes``, routed as `precond_ref.Optimizer` does.
 
     ``dtype`` is the parameters'; state and arithmetic have float32 at least (but for ``narrow_state``).
-    Errors: ValueError for a dtype or mesh out of range and for shapes that the method refuses.
+    Errors: ValueError for a dtype or mesh out of range, a shape that the method refuses, a step that cannot be counted.
     """
     if dtype not in ITEMSIZE:
         raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, got {dtype!r}")

@@ -262,6 +262,7 @@ class Counting:
     __name__ = __name__
     bool, int32, int64, float32, float64 = DType
     inf, nan, pi, e, newaxis = math.inf, math.nan, math.pi, math.e, None
+    linalg = property(lambda self: self)
 
     def __init__(self) -> None:
         self.done: Counter[Operation] = Counter()
@@ -274,8 +275,6 @@ class Counting:
         if name in REDUCTIONS or name in FACTORS:
             return partial(self.reduced if name in REDUCTIONS else self.factorized, name)
         raise AttributeError(f"the count lacks the array function {name}")
-
-    linalg = property(lambda self: self)
 
     def made(self, *operands: Any, shape: Any = None, dtype: Any = None, mark: Any = False) -> Shaped:
         """A new array computed from all ``operands``; of their common shape and dtype if none is given."""
