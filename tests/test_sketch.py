@@ -381,8 +381,8 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "Gram matrix in the working dtype": (
         "gram64",
         (
-            "-(transposed @ wide if",
-            "-(xp.astype(xp.astype(transposed, factor.dtype) @ xp.astype(wide, factor.dtype), wide.dtype) if",
+            "gram = transposed @ wide if",
+            "gram = xp.astype(xp.astype(transposed, factor.dtype) @ xp.astype(wide, factor.dtype), wide.dtype) if",
         ),
     ),
     "Gram matrix without its rank decision": ("gram64", ("xp.where(kept, s, math.inf)", "s")),
@@ -393,7 +393,7 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "scale of the Gram matrix forgotten": ("gram64_range", ("s * unit[..., 0]", "s")),
     "Gram eigenvalues for singular values": (
         "gram64",
-        ("s = xp.sqrt(xp.where(w < 0, -w, 0.0))", "s = xp.where(w < 0, -w, 0.0)"),
+        ("s = xp.sqrt(clamp(-w, 0.0, xp=xp))", "s = clamp(-w, 0.0, xp=xp)"),
     ),
 }
 
