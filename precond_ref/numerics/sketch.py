@@ -171,7 +171,8 @@ def apply_power(
 
     What ``matrix`` has outside U is judged as in `precond_ref.numerics.roots`: it is rounding, with the error of a
     singular vector in the place of that of an eigenvector, if it is at most 16 u max(s) times the largest entry of
-    ``diag(s)^{-1} U^T matrix``, s^2 = e. ``weight``: the sketched statistic is at least ``weight`` times
+    ``diag(s)^{-1} U^T matrix``, s^2 = e. So is a coordinate in ``U^T matrix`` of at most 16 u times the largest entry
+    outside. ``weight``: the sketched statistic is at least ``weight`` times
     ``matrix matrix^T``.
     """
     xp = array_namespace(basis, matrix) if xp is None else xp
@@ -192,9 +193,11 @@ def apply_power(
     live = (eigenvalues > 0)[..., None]
     known = xp.where(live, xp.matrix_transpose(basis) @ matrix, 0.0)
     outside = matrix - basis @ known
+    beside = xp.max(xp.abs(outside), axis=-2, keepdims=True)
+    known = xp.where(xp.abs(known) > roots.CERTAIN * u * beside, known, 0.0)
     share = xp.abs(known) * (singular[..., :1, None] / xp.where(live, singular[..., None], math.inf))
     most, sums = xp.max(share, axis=(-2, -1), keepdims=True), xp.sum(share, axis=-2, keepdims=True)
-    real = xp.max(xp.abs(outside), axis=-2, keepdims=True) > roots.CERTAIN * u * most
+    real = beside > roots.CERTAIN * u * most
     mean = xp.sum(share * xp.where(live, inside, 0.0), axis=-2, keepdims=True) / xp.where(sums > 0, sums, 1.0)
     if not is_zero(weight):
         put = weight * xp.sum(xp.where(real, outside * outside, 0.0), axis=(-2, -1), keepdims=True)

@@ -149,7 +149,10 @@ def apply(
     note(lambda: 2 * spread(own[own > 0] + ridge) if own.any() else 1)  # errors of singular values count twice
     root = 1 / (power(safe, -exponent) + ridge) if "eps-outside" in flags else power(safe + ridge, exponent)
     scale = np.where(live, root, 1.0 if "identity-outside" in flags else 0.0)
-    return scale[-1] * (x - u @ (u.T @ x)) + u @ (scale[:-1, None] * (u.T @ x))
+    known = u.T @ x
+    outside = x - u @ known
+    known = np.where(abs(known) > 16 * spacing(x) * abs(outside).max(axis=0), known, 0 * known)  # else it is rounding
+    return scale[-1] * outside + u @ (scale[:-1, None] * known)
 
 
 # ---- S-AdaGrad ------------------------------------------------------------------------------------------------------
