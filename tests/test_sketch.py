@@ -300,6 +300,22 @@ def check_memory(lib: ModuleType) -> None:
                 assert max(kept) <= 8 * 6 * size, (rows, size, solver)
 
 
+def check_rounding_inside(lib: ModuleType) -> None:
+    """What is orthogonal to a sketch that has lost nothing gives exactly 0, and nothing that a graft could enlarge."""
+    rng = np.random.default_rng(4)
+    u, _ = np.linalg.qr(rng.standard_normal((9, 3)))
+    e, mass = np.array([4.0, 1.0, 0.25]), np.zeros(())
+    for scale in (1e-20, 1.0, 1e20):
+        x = rng.standard_normal((9, 5)) * scale
+        x = x - u @ (u.T @ x)
+        assert np.abs(u.T @ x).max() > 0  # rounding
+        assert not lib.apply_power(u, e, mass, -0.5, x, ridge=0.25).any()
+        inside = 1e-9 * scale * u @ rng.standard_normal((3, 5))
+        got = lib.apply_power(u, e, mass, -0.5, x + inside, ridge=0.25)
+        want = lib.apply_power(u, e, mass, -0.5, inside, ridge=0.25)
+        assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)  # u = 1e-16 beside 1e-9
+
+
 CHECKS = {
     check.__name__.removeprefix("check_"): check
     for check in (
@@ -307,6 +323,7 @@ CHECKS = {
         check_tight_case,
         check_low_rank,
         check_powers,
+        check_rounding_inside,
         check_faded_mass,
         check_tail_decay,
         check_non_finite,
@@ -379,6 +396,8 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
         "powers",
         ("(faded if ridge == 0 else 0.0)", "(faded if ridge == 0 else -1.0)"),
     ),
+    "rounding inside kept": ("rounding_inside", ("xp.abs(known) > roots.CERTAIN * u * beside", "xp.abs(known) >= 0")),
+    "all inside is rounding": ("rounding_inside", ("roots.CERTAIN * u * beside, known", "1e-6 * beside, known")),
     "no rank decision at use": ("faded_mass", ("** 2 * largest", "** 2 * 0.0 * largest")),
     "rank decision at use for numbers only": (
         "faded_mass",

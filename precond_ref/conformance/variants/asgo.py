@@ -116,7 +116,7 @@ def _iterated(solver: str, gram: np.ndarray, eps: float, steps: int) -> np.ndarr
     damped = gram + eps * identity
     note(lambda: spread([w for w in eigh(gram if solver == "polar_express" else damped)[0] if w > 0]))
     if solver == "coupled_newton":
-        scale = 1.5 / (norm(damped) or 1.0)
+        scale = real(1.5, gram) / (norm(damped) or 1.0)
         m, x = damped * scale, identity * sqrt(scale)
         for _ in range(steps):
             t = (3 * identity - m) / 2
