@@ -1,5 +1,6 @@
 """What is imported, installed and shipped: laziness, the three packages, the wheel, the README's commands."""
 
+import ast
 import importlib
 import importlib.metadata
 import importlib.util
@@ -11,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import precond_ref
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS_AND_TOOLS = {"numpy", "torch", "jax", "cupy", "scipy", "matplotlib", "typer"}
@@ -170,3 +173,61 @@ def test_no_module_takes_the_place_of_a_public_name(monkeypatch: pytest.MonkeyPa
     assert shadowed("precond_ref") == shadowed("precond_ref.conformance") == []
     monkeypatch.setattr("precond_ref.conformance.__all__", ["cases", "runner"])  # planted
     assert shadowed("precond_ref.conformance") == ["runner"]
+
+
+# ---- who imports whom -----------------------------------------------------------------------------------------------
+
+STOREYS = (
+    ("typing", "fields", "files"), ("numerics",), ("protocol",), ("registry",), ("methods",), ("optimizer",),
+    ("precond_ref",), ("problems",), ("theory",), ("compare", "regret", "cost", "conformance"), ("bench",), ("cli",),
+)  # fmt: skip
+"""Rooms of the package, "precond_ref" its front door, from the ground up: each imports from those below."""
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
+
+
+def imports(folder: Path) -> dict[str, set[str]]:
+    """The package's modules that each of its modules imports, wherever in it; not those for types alone."""
+    files = {".".join(f.relative_to(folder.parent).with_suffix("").parts): f for f in folder.rglob("*.py")}
+    files = {name.removesuffix(".__init__"): file for name, file in files.items()}
+    found: dict[str, set[str]] = {}
+    for name, file in files.items():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        checks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
+        ignored = {id(n) for check in checks for n in ast.walk(check)}
+        used = set()
+        for node in (n for n in ast.walk(tree) if id(n) not in ignored):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                used |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                used |= {alias.name for alias in node.names}
+        found[name] = {  # `from room import module` is of the module alone
+            each for each in used & files.keys() - {name} if not any(other.startswith(f"{each}.") for other in used)
+        }
+    return found
+
+
+def wrong_arrows(graph: dict[str, set[str]]) -> list[str]:
+    """Imports that go up, and modules that import each other."""
+    height = {name: i for i, names in enumerate(STOREYS) for name in names}
+    up = [f"{a} -> {b}" for a, bs in graph.items() for b in bs if height[room(a)] < height[room(b)]]
+    left = {a: {b for b in bs if room(a) == room(b) or room(b) == "precond_ref"} for a, bs in graph.items()}
+    while done := [a for a, bs in left.items() if not bs & left.keys()]:
+        left = {a: bs for a, bs in left.items() if a not in done}
+    return sorted(up) + ([f"circle of {', '.join(sorted(left))}"] if left else [])
+
+
+def test_imports_go_down_and_in_no_circle() -> None:
+    assert wrong_arrows(imports(Path(precond_ref.__file__).parent)) == []
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [("numerics.ema", "protocol"), ("cost.report", "cli.terminal"), ("conformance.results", "conformance.runner")],
+)
+def test_an_import_that_goes_up_or_round_is_seen(a: str, b: str) -> None:
+    graph = imports(Path(precond_ref.__file__).parent)
+    graph[f"precond_ref.{a}"] = graph[f"precond_ref.{a}"] | {f"precond_ref.{b}"}
+    assert wrong_arrows(graph)
