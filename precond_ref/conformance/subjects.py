@@ -34,8 +34,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from array_api_compat import array_namespace
 
+from precond_ref import registry
 from precond_ref.conformance.processes import GRACE, Exited, Limits, Program
-from precond_ref.protocol import Method, constructors
+from precond_ref.protocol import Method
 
 BACKENDS = ("numpy", "strict", "torch", "jax", "cupy")
 Arrays = list[np.ndarray]
@@ -124,26 +125,7 @@ class Subject(Protocol):
 
 def load_target(target: str) -> Any:
     """``module:attribute``, the current folder first; ValueError saying what is missing."""
-    module_name, colon, path = target.partition(":")
-    if not (colon and module_name and path):
-        raise ValueError(f"TARGET must be module:attribute, such as my_package.optim:MyASGO, got {target!r}")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        found = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and not (module_name + ".").startswith(error.name + "."):
-            raise ValueError(f"importing {module_name} failed: {error}") from error
-        hint = " (without the .py)" if module_name.endswith(".py") else ""
-        raise ValueError(f"there is no module {module_name!r}{hint} in this folder or among those installed") from None
-    except RAISED as error:
-        raise ImportError(f"importing {module_name} failed: {said(error)}") from error
-    for name in path.split("."):
-        if not hasattr(found, name):
-            names = ", ".join(n for n in vars(found) if not n.startswith("_") and callable(getattr(found, n)))
-            raise ValueError(f"{module_name} has no {path!r}; it has {names}")
-        found = getattr(found, name)
-    return found
+    return registry.load(target, said)
 
 
 def wrap(
@@ -617,11 +599,12 @@ def surroundings() -> dict[str, str]:
 
 def method_name(name: str) -> str:
     """The constructor that ``name`` means, in any case; ValueError naming those there are."""
-    known = constructors()
-    for constructor in known:
-        if constructor.lower() == name.lower():
-            return constructor
-    raise ValueError(f"there is no method {name!r}; there are {', '.join(known)}")
+    named = registry.parse(name)
+    if named.fields or named.name not in registry.constructors():
+        raise ValueError(
+            f"there are no test vectors for {named.text}: --method takes a name that `precond-ref list` prints"
+        )
+    return named.name
 
 
 def parse_map(entries: list[str]) -> dict[str, str]:
