@@ -106,7 +106,7 @@ def parse_list(text: str) -> list[Named]:
 
 
 def class_of(name: str) -> type[Method]:
-    """The class with this `Method.name`, or ValueError or TypeError. Nothing is imported: the name may come from a file.
+    """The class with this `Method.name`; ValueError or TypeError if none is loaded. Nothing is imported for it.
 
     Also found are ``ASGOTheory`` and the like, the names of classes that older checkpoints have.
     """

@@ -6,7 +6,7 @@ The interface is `Subject`, a job of ten lines. `wrap` makes one of
 * a ``torch.optim.Optimizer`` class, or a function whose first argument is named ``params`` that returns one;
 * a function that returns an optax transformation;
 * a function ``step(param, grad, state, *, lr, ...) -> (new param, new state)``, ``state`` being None at first;
-* a method of `precond_ref`, on any of the array libraries;
+* a `precond_ref.Method`, on any of the array libraries;
 
 and `Command` is a program in any language that speaks JSON lines.
 """
@@ -137,8 +137,8 @@ def wrap(
     ``betas``) and of states (``{"state.gram": "precond"}``). TypeError for what is none of the kinds.
     """
     names = dict(names or {})
-    if isinstance(target, (type, Method)) and (isinstance(target, Method) or issubclass(target, Method)):
-        return Reference(backend or "numpy", dtype)
+    if isinstance(target, type) and issubclass(target, Method):
+        return Reference(backend or "numpy", dtype, target, names)
     if isinstance(target, type) and all(hasattr(target, name) for name in ("init", "step")):
         return target()
     if not isinstance(target, type) and all(hasattr(target, name) for name in ("init", "step")):
@@ -370,14 +370,33 @@ class Function:
 
 
 class Reference:
-    """The reference itself on one of the array libraries; parameters of one shape are run as a stack."""
+    """A method on one of the array libraries; parameters of one shape are run as a stack.
 
-    def __init__(self, backend: str = "numpy", dtype: str = "float64"):
-        self.arrays = ArrayLibrary(backend, dtype)
+    ``target`` is its class, the config's own method if None.
+    """
+
+    def __init__(
+        self,
+        backend: str = "numpy",
+        dtype: str = "float64",
+        target: type[Method] | None = None,
+        names: Mapping[str, str] | None = None,
+    ):
+        self.arrays, self.target, self.names = ArrayLibrary(backend, dtype), target, dict(names or {})
+
+    def _method(self, config: Config) -> Method:
+        """What the config makes of the target."""
+        if self.target is None or type(config.method) is self.target:
+            return config.method
+        own = Config({k: v for k, v in config.items() if k != "lr"})
+        own.at_default = config.at_default
+        if not self.target.decays:  # `step` does it
+            own.pop("weight_decay", None)
+        return self.target(**arguments(self.target, own, self.names))
 
     def init(self, config: Config, params: Arrays) -> None:
-        """The config's method."""
-        self.method, self.lr = config.method, config["lr"]
+        """A method with these fields."""
+        self.method, self.lr = self._method(config), config["lr"]
         self.decay = 0.0 if self.method.decays else config.get("weight_decay", 0.0)
         alike: dict[tuple[int, ...], list[int]] = {}
         for i, p in enumerate(params):
