@@ -58,8 +58,8 @@ class Method:
 
     A subclass becomes a frozen, keyword-only dataclass of its fields and can be found by its `name`
     (``preset="ASGO.theory"``: as that attribute of the class `ASGO`); one that begins with "_" is a base and cannot. It
-    gives `state_of`, `step` and `report`, where it needs them `rules`, `scalars`, `stack_ndim` and `takes`, and the
-    class attributes below.
+    gives `state_of`, `step` and `report`, where it needs them `rules`, `scalars`, `stack_ndim`, `takes`, and `due` with
+    `periods`, and the class attributes below.
     """
 
     paper: ClassVar[str] = ""
@@ -170,6 +170,11 @@ class Method:
     def due(self, step: Any) -> Any:
         """Whether the update after ``step`` completed ones renews what is kept: updates 1, 1+every, 1+2 every, ..."""
         return True if self.every == 1 else step % self.every == 0
+
+    @property
+    def periods(self) -> Any:
+        """Updates between two renewals of each thing that `due` tells of: a whole number, or a tuple as it returns."""
+        return self.every
 
     def overruled(self, refresh: Any) -> Any:
         """``refresh``, given to ``update``, in the place of `due`; TypeError or ValueError if it cannot be."""
@@ -340,15 +345,18 @@ def _symbol(field: dataclasses.Field[Any]) -> str:
     return ", ".join(filter(None, [field.metadata.get("meaning", ""), rule.text if rule is not None else ""]))
 
 
-def _fits(value: Any, part: Any, dtype: Any) -> bool:
-    """Whether ``value`` is as the template's ``part`` says, in ``dtype``."""
-    if type(part) is Spec:
-        return hasattr(value, "shape") and value.shape == part.shape and value.dtype == dtype
-    if part is None:
-        return value is None
-    if type(value) is not type(part) or len(value) != len(part):
-        return False
-    return all(_fits(*each, dtype) for each in zip(value, part, strict=True))
+def _fits(values: tuple[Any, ...], parts: tuple[Any, ...], dtype: Any) -> bool:
+    """Whether ``values`` are as the template's ``parts`` say, in ``dtype``."""
+    for value, part in zip(values, parts, strict=True):
+        if type(part) is Spec:
+            if not hasattr(value, "shape") or value.shape != part.shape or value.dtype != dtype:
+                return False
+        elif part is None or value is None:
+            if part is not value:
+                return False
+        elif type(value) is not type(part) or len(value) != len(part) or not _fits(value, part, dtype):
+            return False
+    return True
 
 
 def warn_if_decay(method: Any) -> None:

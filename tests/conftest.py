@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -136,7 +137,55 @@ def make_backend(name: str) -> Backend:
     return Backend(name, array_api_compat.array_namespace(cupy.zeros(1)))
 
 
+PLANTED = re.compile("planted|mutant|catch|caught|notices|_seen$|_bug_|mistake")
+"""Names of tests that plant bugs. The quick tier has the checks; --full shows that these catch their bugs."""
+ELSEWHERE = ("numpy-readonly", "strict", "torch-compile", "jax", "jax-jit", "cupy")
+"""Backends that the quick tier leaves to --full, but for `AGREES` on the first configuration of each method."""
+AGREES = "test_float64_agrees_with_numpy"
+
+
+def is_quick(name: str, backend: str, first: bool) -> bool:
+    """Whether the quick tier has this test function on this backend; ``first``: with a method's first configuration."""
+    if PLANTED.search(name):
+        return False
+    if backend in ELSEWHERE:
+        return first and name == AGREES and backend in ("torch-compile", "jax-jit")
+    return first or backend != "strict-device1"
+
+
+def is_everything(config: pytest.Config) -> bool:
+    """Whether no test is left to --full: it was asked for, as were single tests, a backend, or the deep tests."""
+    named = any("::" in str(arg) for arg in config.args)
+    deep = config.option.markexpr not in ("", "not deep")
+    return bool(config.getoption("--full") or config.getoption("--backend") or named or deep)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if is_everything(config):
+        return "everything but the deep tests"
+    return "what the quick tier leaves out" if config.getoption("--rest") else "quick tier; --full runs everything"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if is_everything(config):
+        return
+    chosen, left = [], []
+    for item in items:
+        values = getattr(getattr(item, "callspec", None), "params", {})
+        first = "config" not in values or any(values["config"] is CONFIGS[name] for name in FIRST)
+        name = getattr(item, "originalname", item.name)
+        backend = next((b for b in values.values() if isinstance(b, str) and b in BACKENDS), "")
+        quick = not item.get_closest_marker("full") and is_quick(name, backend, first)
+        (chosen if quick else left).append(item)
+    if config.getoption("--rest"):
+        chosen, left = left, chosen
+    config.hook.pytest_deselected(items=left)
+    items[:] = chosen
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="every test but the deep ones, not the quick tier alone")
+    parser.addoption("--rest", action="store_true", help="what --full runs and the quick tier does not")
     parser.addoption(
         "--backend",
         action="append",

@@ -17,8 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from mutation import mutated
 
 from precond_ref import AGD, SGD, Adam, Optimizer
+from precond_ref.methods import agd as agd_module
 
 U = 2.0**-53
 
@@ -1054,3 +1056,15 @@ def test_planted_bug_is_caught(mutant: Any, check: str) -> None:
 
 def test_every_check_catches_something() -> None:
     assert {name for names in CAUGHT_BY.values() for name in names} == set(CHECKS)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_share_of_an_empty_parameter_is_zero() -> None:
+    def check(agd: Any) -> None:
+        for shape in ((0,), (0, 1), (2, 0)):
+            assert agd.diagnose(agd.init(np.zeros(shape))).sgd_share == 0
+
+    check(AGD())
+    mean = ("xp.sum(xp.astype(is_sgd, state.m.dtype)) / max(math.prod(is_sgd.shape), 1)", "xp.mean(1.0 * is_sgd)")
+    with pytest.raises(RuntimeWarning, match="empty slice"):
+        check(mutated(agd_module, mean).AGD())

@@ -54,6 +54,7 @@ def _product(shape: tuple[int, ...]) -> int:
     return result
 
 
+@pytest.mark.full
 def test_steps_of_one_race_and_its_pyperf_file(tmp_path: Path) -> None:
     file = tmp_path / "times.json"
     result = run_bench("--smoke", "--rounds", "3", "--only", "ASGO, torch, matrices", "--output", str(file), "--json")
@@ -90,6 +91,7 @@ def test_memory_measures_what_the_formulas_say() -> None:
     assert "equal" not in str(list(report.memory_table([wrong]).columns[3].cells))
 
 
+@pytest.mark.full
 def test_scaling_runs() -> None:
     result = run_bench("--suite", "scaling", "--smoke", "--rounds", "2", "--only", "Shampoo on")
     assert result.exit_code == 0, result.output
@@ -111,6 +113,7 @@ def test_ratios_are_those_of_the_same_round() -> None:
     assert report.spread([2.0, 1.0, 4.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)
 
 
+@pytest.mark.full
 def test_an_error_and_a_missing_environment_are_shown_and_stop_nobody(tmp_path: Path) -> None:
     race = Race("", "matrices", ("AGD", "no such contender", "sirfshampoo"))
     ours, unknown, peer = harness.run(race, threads=1, rounds=2, smoke=True, peers=tmp_path)
@@ -122,6 +125,7 @@ def test_an_error_and_a_missing_environment_are_shown_and_stop_nobody(tmp_path: 
     assert harness.run(Race("", "matrices", ("sirfshampoo",)), threads=1, rounds=2, smoke=True, peers=None) == []
 
 
+@pytest.mark.full
 def test_a_peer_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     """The interpreter of these tests stands in for the environment: both packages are in the test extra."""
     for package in ("sirfshampoo", "pytorch_optimizer"):

@@ -57,6 +57,7 @@ def failed(report: results.Report) -> list[str]:
     ("name", "dtype"), [("numpy", "float64"), ("numpy", "float32"), ("strict", "float64"), ("torch", "float32")]
 )
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
+@pytest.mark.full
 def test_the_reference_passes_everything(constructor: str, name: str, dtype: str) -> None:
     report = check(Reference(name, dtype), constructor, level=2, dtype=dtype)
     assert failed(report) == []
@@ -75,6 +76,7 @@ def test_the_reference_passes_everything_on_jax(constructor: str, dtype: str) ->
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
+@pytest.mark.full
 def test_the_torch_adapter_passes(constructor: str, dtype: str) -> None:
     report = check(wrap(torch_target(constructor), dtype=dtype), constructor, dtype=dtype)
     assert failed(report) == []
@@ -255,6 +257,7 @@ def test_a_small_error_where_the_result_jumps_is_no_single_precision() -> None:
     assert "computed in it" not in text(step, "Shampoo")
 
 
+@pytest.mark.full
 def test_rounding_to_bfloat16_is_told_from_a_few_wrong_cases() -> None:
     def rounded(bits: int, when: Callable[[float], bool] = lambda beta2: True) -> Callable[..., Any]:
         right = adam()
@@ -880,6 +883,7 @@ def pytest_on(folder: Path, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.full
 def test_the_pytest_door(tmp_path: Path) -> None:
     code, output = pytest_on(tmp_path, "--precond-target", "mine:Wrong", "--precond-method", "sgd")
     assert code == 1
@@ -893,6 +897,7 @@ def test_the_pytest_door(tmp_path: Path) -> None:
     assert f"{len(failures)} xfailed" in output
 
 
+@pytest.mark.full
 def test_the_pytest_door_says_what_it_needs(tmp_path: Path) -> None:
     code, output = pytest_on(tmp_path, "--precond-target", "mine:Right")
     assert code != 0

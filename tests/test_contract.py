@@ -651,6 +651,7 @@ def test_none_and_the_other_amsgrad_are_refused() -> None:
 
 
 @ids
+@pytest.mark.full
 def test_one_trace_under_jit(config: Config) -> None:
     jax = pytest.importorskip("jax")
     backend = make_backend("jax")
@@ -672,6 +673,7 @@ def test_one_trace_under_jit(config: Config) -> None:
 
 
 @ids
+@pytest.mark.full
 def test_one_graph_under_torch_compile_two_with_every(config: Config) -> None:
     torch = pytest.importorskip("torch")
     import array_api_compat

@@ -1,17 +1,22 @@
-"""The cost model: state sizes against real arrays, products and factorizations against what PyTorch runs."""
+"""The cost model: the count against what PyTorch runs and keeps, and against formulas written by hand."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import tracemalloc
-from typing import Any, ClassVar
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
+import cost_formulas
 import numpy as np
 import pytest
 import torch
 from array_api_compat import array_namespace
-from configs import CONFIGS
+from configs import CONFIGS, Config
 from helpers import leaves
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,8 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import precond_ref as pr
 import precond_ref_torch
 from precond_ref import cost
-from precond_ref.cost import formulas, report
+from precond_ref.cost import counting, report
 from precond_ref.cost.shapes import PRESETS, read
+from precond_ref.numerics import template
+from precond_ref.numerics.refresh import renew
+from precond_ref.numerics.template import eye, zeros
+from precond_ref.protocol import Method
 from precond_ref_torch import distributed, states
 
 SHAPES: dict[int, list[tuple[int, ...]]] = {
@@ -56,14 +65,16 @@ def real_arrays(method: Any, shape: tuple[int, ...], dtype: Any = torch.float32,
     return {name: tuple(array.shape) for name, array in states.to_dict(state).items()}
 
 
+def stored(work: Any) -> dict[str, Any]:
+    """Name and shape of every array of a state, from a count or a formula."""
+    return {array.name: array.shape for array in work.stored}
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_state_is_exact(config: Any) -> None:
     for shape in {config.shape, *shapes_of(config.method)}:
-        stored = {array.name: array.shape for array in formulas.work(config.method, shape).stored}
-        assert stored == real_arrays(config.method, shape), shape
-    assert {a.name: a.shape for a in formulas.work(config.method, config.shape).stored} == real_arrays(
-        config.method, config.shape, steps=2
-    )
+        assert stored(counting.count(config.method, shape)) == real_arrays(config.method, shape), shape
+    assert stored(counting.count(config.method, config.shape)) == real_arrays(config.method, config.shape, steps=2)
 
 
 @given(data=st.data())
@@ -76,8 +87,9 @@ def test_state_is_exact_on_any_shape(data: st.DataObject) -> None:
         state = config.method.init(np.zeros(shape))
     except ValueError:
         return  # `heads` or `structure` does not fit
-    entries = sum(array.size for array in leaves(state))
-    assert sum(array.entries for array in formulas.work(config.method, shape).stored) == entries
+    assert sum(map(math.prod, stored(counting.count(config.method, shape)).values())) == sum(
+        a.size for a in leaves(state)
+    )
 
 
 class Recorder(TorchDispatchMode):
@@ -103,39 +115,91 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(method: Any, shape: tuple[int, ...], refresh: bool) -> tuple[int, dict[tuple[str, int, int], int]]:
+def measured(method: Any, shape: tuple[int, ...], due: Any) -> tuple[int, dict[tuple[str, int, int], int]]:
     """Flops of the products and the factorizations of one update, as PyTorch counts and runs them."""
     param = torch.full(shape, 0.5, dtype=torch.float64)
     grad = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     state = method.init(param)
-    keeps = max(getattr(method, name, 1) for name in ("every", "inverse_every")) > 1
     with FlopCounterMode(display=False) as flops, Recorder() as recorder:
-        method.update(grad, state, param, refresh=refresh if keeps else None, xp=array_namespace(param))
+        method.update(grad, state, param, refresh=due, xp=array_namespace(param))
     return flops.get_total_flops(), recorder.seen
 
 
-def predicted(work: Any, refresh: bool) -> tuple[int, dict[tuple[str, int, int], int]]:
-    """The same from the formulas: everything, or what is not amortized."""
-    flops = sum(p.flops for p in work.products if refresh or p.every == 1)
-    sizes: dict[tuple[str, int, int], int] = {}
-    for f in work.factorizations:
-        if refresh or f.every == 1:
-            sizes[f.kind, f.m, f.n] = sizes.get((f.kind, f.m, f.n), 0) + f.batch
+def counted(method: Any, shape: tuple[int, ...], due: Any) -> Any:
+    """The same, counted."""
+    flops, sizes = 0, {}
+    for each, times in counting.count_one(method, shape, due)[0].items():
+        if each.kind == "product":
+            flops += times * each.flops
+        else:
+            sizes[each.kind, each.m, each.n] = sizes.get((each.kind, each.m, each.n), 0) + times * each.batch
     return flops, sizes
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_products_and_factorizations_are_exact(config: Any) -> None:
+@pytest.mark.full
+def test_products_and_factorizations_are_those_that_run(config: Any) -> None:
     for shape in {config.shape, *shapes_of(config.method)}:
-        for refresh in (True, False):
-            assert predicted(formulas.work(config.method, shape), refresh) == counted(config.method, shape, refresh), (
-                shape,
-                refresh,
-            )
+        for due, _ in counting.schedule(config.method.periods):
+            assert counted(config.method, shape, due) == measured(config.method, shape, due), (shape, due)
 
 
-# Formula in `formulas`, and the same with a mistake; each is caught by the checks above.
-MUTANTS = {
+# ---- formulas -------------------------------------------------------------------------------------------------------
+
+CASES = {
+    **{name: config for name, config in CONFIGS.items() if type(config.method) in cost_formulas.work.registry},
+    "MBF-statistic": Config(pr.MBF(statistics_every=2)),
+    "MBF-common factor": Config(pr.MBF(statistics_every=6, inverse_every=4)),
+    "ASGO-newton every": Config(pr.ASGO(every=4, root="coupled_newton", root_steps=3), (4, 6)),
+}
+
+
+def by_formula(work: Any) -> tuple[Any, Any]:
+    """Arrays with the share of the updates that reads and writes them; number of each operation per update."""
+    arrays = {a.name: (a.shape, Fraction(1) / a.read, Fraction(1, a.written)) for a in work.stored}
+    done = Counter[Any]()
+    for m in work.products:
+        done["product", *sorted((m.m, m.n)), m.k] += Fraction(m.batch, m.every)
+    for f in work.factorizations:
+        done[f.kind, f.m, f.n, 0] += Fraction(f.batch, f.every)
+    return arrays, {key: times for key, times in done.items() if times}
+
+
+def by_count(work: Any) -> tuple[Any, Any]:
+    """The same; (m, k) @ (k, n) and its transposed are one operation."""
+    arrays = {a.name: (a.shape, a.read, a.written) for a in work.stored}
+    done = Counter[Any]()
+    for each, times in work.done.items():
+        sizes = sorted((each.m, each.n)) if each.kind == "product" else (each.m, each.n)
+        done[each.kind, *sizes, each.k] += times * each.batch
+    return arrays, {key: times for key, times in done.items() if times}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_count_is_the_formula(case: Any) -> None:
+    for shape in {case.shape, *shapes_of(case.method)}:
+        assert by_count(counting.count(case.method, shape)) == by_formula(cost_formulas.work(case.method, shape)), shape
+
+
+def answers(method: Any) -> dict[Any, Fraction]:
+    """What `due` answers in the long run, with its share of the updates."""
+    cycle = math.lcm(*(value for name, value in vars(method).items() if name.endswith("every")))
+    found = Counter(method.due(step) for step in range(1000 * cycle, 1001 * cycle))
+    return {due: Fraction(times, cycle) for due, times in found.items()}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_periods_are_those_of_due(case: Any) -> None:
+    assert dict(counting.schedule(case.method.periods)) == answers(case.method)
+
+
+@pytest.mark.parametrize("wrong", [(3, 2), (2, 6), (2, 1)])
+def test_wrong_periods_are_seen(wrong: tuple[int, int]) -> None:
+    assert dict(counting.schedule(wrong)) != answers(pr.MBF(statistics_every=2, inverse_every=3))
+
+
+# A formula, and the same with a mistake.
+WRONG_FORMULAS = {
     "AGD without its maximum": ('"m", "b", *(["b_max"] if method.amsgrad else [])', '"m", "b"'),
     "ASGO on the larger side": ("and m < n)\n    p, rest = (m // h", "and m >= n)\n    p, rest = (m // h"),
     "ASGO heads not counted": ("gram = (h, p, p) if", "gram = (p, p) if"),
@@ -144,6 +208,7 @@ MUTANTS = {
     "Polar Express with three products": ('"polar_express": 4', '"polar_express": 3'),
     "MBF block size": ("count, s = (d1, d2) if method", "count, s = (d2, d1) if method"),
     "MBF conv blocks": ("(*lead, s, s) if method.kind", "(s, s) if method.kind"),
+    "MBF statistic read with (F) only": ("read=used", "read=t1"),
     "MBF inverse forgotten": ("    if t2 > 1:", "    if False:"),
     "Shampoo unfolded wrongly": ("        products = (Product(1, d, rest", "        products = (Product(1, d, d"),
     "RFShampoo without its inverses": ('            Stored(f"inverses.{n}", (d, d), written=every),  # (9)\n', ""),
@@ -158,24 +223,205 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", MUTANTS.values(), ids=MUTANTS)
+@pytest.mark.parametrize("change", WRONG_FORMULAS.values(), ids=WRONG_FORMULAS)
 def test_a_wrong_formula_is_seen(change: tuple[str, str]) -> None:
-    wrong = mutated(formulas, change).work
+    wrong = mutated(cost_formulas, change).work
+    cases = CASES.values()
+    assert any(by_formula(wrong(c.method, c.shape)) != by_count(counting.count(c.method, c.shape)) for c in cases)
+
+
+WRONG_COUNTS = {
+    "a product not counted": ("right[-1], left[-1])] += 1", "right[-1], left[-1])] = 1"),
+    "products of a stack counted once": ('Operation("product", math.prod(batch)', 'Operation("product", 1'),
+    "a factorization counted twice": ("self.done[Operation(kind, math.prod(batch), m, n)] += 1",
+                                      "self.done[Operation(kind, math.prod(batch), m, n)] += 2"),
+    "a solution not counted": ("x.shape[-1], columns)] += 1", "x.shape[-1], columns)] += 0"),
+    "a power counted as one product": ("n.bit_length() + n.bit_count() - 2", "1 * (n > 2)"),
+    "every ignored": ("done.get(each, Fraction(0)) + times * share", "Fraction(times)"),
+    "every ignored in what is written": ("known.written + share * written", "max(known.written, Fraction(written))"),
+    "periods without their common multiple": ("math.lcm(*renewed, *others)", "math.prod((*renewed, *others))"),
+    "an entry of a tuple forgotten": ("written in arrays:", "written in [a for a in arrays if '.1' not in a[0]]:"),
+    "what is not finite is marked by a write": ("and shape == kept.shape:", "and False:"),
+    "a condition on entries is true": ("        return False\n", "        return True\n"),
+    "a kept array written": ("new is not old)", "True)"),
+    "a view is another array": ("self if of is None else of.whole", "self"),
+    "an array that is used after it is renewed": ("old.used or new.used", "old.used"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRONG_COUNTS.values(), ids=WRONG_COUNTS)
+def test_a_wrong_count_is_seen(change: tuple[str, str]) -> None:
+    wrong = mutated(counting, change).count
     assert any(
-        {a.name: a.shape for a in wrong(c.method, c.shape).stored} != real_arrays(c.method, c.shape)
-        or any(predicted(wrong(c.method, c.shape), r) != counted(c.method, c.shape, r) for r in (True, False))
-        for c in CONFIGS.values()
+        by_count(wrong(c.method, c.shape)) != by_formula(cost_formulas.work(c.method, c.shape)) for c in CASES.values()
     )
 
 
-def test_a_method_without_a_formula_is_refused() -> None:
-    with pytest.raises(TypeError, match="no cost formula for object"):
-        formulas.work(object(), (2, 3))
-
-
 def test_factorizations_by_leading_terms() -> None:
-    flops = {kind: formulas.Factorization(kind, 2, 6, 3).flops for kind in ("eigh", "svd", "cholesky", "solve")}
-    assert flops == {"eigh": 486, "svd": 2 * (6 * 6 * 9 + 20 * 27), "cholesky": 18, "solve": 720}
+    kinds = ("product", "eigh", "svd", "qr", "cholesky", "solve")
+    assert {kind: counting.Operation(kind, 2, 6, 3, 5).flops for kind in kinds} == {
+        "product": 360, "eigh": 486, "svd": 2 * (6 * 6 * 9 + 20 * 27),
+        "qr": 2 * (4 * 6 * 9 - 36), "cholesky": 18, "solve": 720,
+    }  # fmt: skip
+    assert counting.Operation("qr", 1, 3, 6).flops == 2 * 9 * 6 + 18
+
+
+# ---- arrays without entries, and a method of someone else -----------------------------------------------------------
+
+EXPRESSIONS: dict[str, Any] = {
+    "operators": lambda xp, x, y: -x[0, ...] + 2 * x / (3 - x) ** 2 - abs(x[..., :1]) % 3.0 // (x + 2),
+    "comparisons": lambda xp, x, y: (x[:, :, None] < 1) & ~(x[0, :, :1] == 0) | (x[..., 0] != x[..., -1])[0, :, None],
+    "slices": lambda xp, x, y: x[1:, ::2, -3:-1][..., None, :],
+    "dots in the middle": lambda xp, x, y: x[0, ..., None, 2],
+    "a NumPy number": lambda xp, x, y: np.float32(2) * x,
+    "reshape": lambda xp, x, y: xp.reshape(x, (4, -1)),
+    "flat": lambda xp, x, y: xp.reshape(x, (-1,)),
+    "moveaxis": lambda xp, x, y: xp.moveaxis(x, 0, -1),
+    "moveaxis back": lambda xp, x, y: xp.moveaxis(x, -1, 1),
+    "permute_dims": lambda xp, x, y: xp.permute_dims(x, (2, 0, 1)),
+    "expand_dims": lambda xp, x, y: xp.expand_dims(x, axis=-2),
+    "squeeze": lambda xp, x, y: xp.squeeze(x[:1, ...], 0),
+    "broadcast_to": lambda xp, x, y: xp.broadcast_to(x, (5, *x.shape)),
+    "diagonal": lambda xp, x, y: xp.linalg.diagonal(x),
+    "sum": lambda xp, x, y: xp.sum(x, axis=(0, -1)),
+    "max": lambda xp, x, y: xp.max(x, axis=1, keepdims=True),
+    "mean": lambda xp, x, y: xp.mean(x),
+    "all": lambda xp, x, y: xp.all(x > 0, axis=-1),
+    "trace": lambda xp, x, y: xp.linalg.trace(x),
+    "vector_norm": lambda xp, x, y: xp.linalg.vector_norm(x, axis=0),
+    "matrix_norm": lambda xp, x, y: xp.linalg.matrix_norm(x, keepdims=True),
+    "where": lambda xp, x, y: xp.where(x[0, :1] > 0, x, 0.0),
+    "maximum": lambda xp, x, y: xp.maximum(x, 1.0),
+    "isfinite": lambda xp, x, y: xp.isfinite(x),
+    "concat": lambda xp, x, y: xp.concat([x, x[:, :1]], axis=1),
+    "stack": lambda xp, x, y: xp.stack([x, x], axis=-1),
+    "take": lambda xp, x, y: xp.take(x, xp.argmax(x[0, 0, :, None] + x[0, :1], axis=1), axis=1),
+    "argmin": lambda xp, x, y: xp.argmin(x, axis=0),
+    "eye": lambda xp, x, y: xp.eye(3, dtype=x.dtype) + xp.zeros((2, 1, 1), dtype=x.dtype),
+    "full": lambda xp, x, y: xp.full(3, 2.0, dtype=x.dtype) * xp.full_like(x[..., :1], 2.0),
+    "astype": lambda xp, x, y: xp.astype(x > 0, xp.float64) + xp.astype(x, xp.float64),
+    "matmul": lambda xp, x, y: y @ x,
+    "a matrix and a vector": lambda xp, x, y: x @ x[0, 0, :],
+    "a vector and a matrix": lambda xp, x, y: y[0, 0, :] @ x,
+    "matrix_power": lambda xp, x, y: xp.linalg.matrix_power(y, 5),
+    "eigh": lambda xp, x, y: xp.linalg.eigh(y).eigenvalues[..., None] * xp.linalg.eigh(y).eigenvectors,
+    "left singular vectors": lambda xp, x, y: xp.linalg.svd(x, full_matrices=False)[0],
+    "singular values": lambda xp, x, y: xp.linalg.svd(x, full_matrices=False).S,
+    "right singular vectors": lambda xp, x, y: xp.linalg.svd(x, full_matrices=False).Vh,
+    "qr": lambda xp, x, y: xp.linalg.qr(xp.matrix_transpose(x)).Q @ xp.linalg.qr(xp.matrix_transpose(x)).R,
+    "cholesky": lambda xp, x, y: xp.linalg.cholesky(y),
+    "solve": lambda xp, x, y: xp.linalg.solve(y, x),
+    "inv": lambda xp, x, y: xp.linalg.inv(y),
+}  # fmt: skip
+
+
+def made(expression: Any, xp: Any, ones: Any, eyes: Any) -> Any:
+    """Shape and dtype of the result."""
+    result = expression(xp, ones, eyes)
+    return result.shape, result.dtype.name
+
+
+ONES, EYES = np.ones((2, 3, 4), "float32"), 2 * np.broadcast_to(np.eye(3, dtype="float32"), (2, 3, 3))
+REAL = {name: made(expression, array_namespace(ONES), ONES, EYES) for name, expression in EXPRESSIONS.items()}
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_shapes_are_those_of_numpy(name: str) -> None:
+    xp = counting.Counting()
+    assert made(EXPRESSIONS[name], xp, xp.zeros(ONES.shape), xp.zeros(EYES.shape)) == REAL[name]
+
+
+WRONG_SHAPES = {
+    "moveaxis": ("destination % len(shape), rest.pop", "source % len(shape), rest.pop"),
+    "left singular vectors": ("((m, min(m, n)), (min(m, n),),", "((m, n), (min(m, n),),"),
+    "argmin": ("DType.int64)\n", "DType.int32)\n"),
+    "a vector and a matrix": ("(*batch, *left[-2:-1] * (x.ndim > 1)", "(*batch, *left[-2:-1]"),
+    "take": ("(*x.shape[:at], *indices.shape, *x.shape[at + 1 :])", "(*indices.shape, *x.shape[at + 1 :])"),
+    "concat": ("sum(x.shape[at] for x in arrays)", "len(arrays)"),
+    "matrix_norm": ("_reduced(s, axis=(-2, -1), keepdims=keepdims)", "_reduced(s, axis=(-2, -1))"),
+    "comparisons": ("self.xp.made(self, other, dtype=DType.bool)", "self.xp.made(self, other)"),
+    "slices": ("len(range(*k.indices(next(sizes))))", "next(sizes)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change"), WRONG_SHAPES.items(), ids=WRONG_SHAPES)
+def test_a_wrong_shape_is_seen(name: str, change: tuple[str, str]) -> None:
+    xp = mutated(counting, change).Counting()
+    assert made(EXPRESSIONS[name], xp, xp.zeros(ONES.shape), xp.zeros(EYES.shape)) != REAL[name]
+
+
+class MineState(NamedTuple):
+    """State of `Mine`."""
+
+    step: Any
+    m: Any
+    pair: tuple[Any, ...]
+    basis: Any
+
+
+class Mine(Method):
+    """A third party's method: bases by QR, renewed every few steps, and the count knows nothing of it."""
+
+    every: int = 5
+
+    state_type: ClassVar[Any] = MineState
+    ndims: ClassVar[tuple[int, int]] = (2, 2)
+
+    def state_of(self, shape: tuple[int, ...]) -> MineState:
+        m, n = shape
+        return MineState(0, zeros(m, n), (zeros(m, m), zeros(n, n)), eye(m, m))
+
+    def step(self, grad: Any, state: MineState, param: Any, now: Any) -> tuple[Any, MineState]:
+        xp = now.xp
+        m = 0.9 * state.m + grad
+        left = 0.9 * state.pair[0] + grad @ xp.matrix_transpose(grad)
+        right = renew(now.due, lambda: 0.9 * state.pair[1] + xp.matrix_transpose(grad) @ grad, state.pair[1])
+        basis = renew(now.due, lambda: xp.linalg.qr(left @ state.basis)[0], state.basis)
+        return basis @ (xp.matrix_transpose(basis) @ m), MineState(now.step, m, (left, right), basis)
+
+
+def test_a_method_of_someone_else_has_a_cost() -> None:
+    fifth = Fraction(1, 5)
+    work = counting.count(Mine(), (8, 6))
+    assert by_count(work) == (
+        {
+            "m": ((8, 6), 1, 1),
+            "pair.0": ((8, 8), 1, 1),
+            "pair.1": ((6, 6), fifth, fifth),
+            "basis": ((8, 8), 1, fifth),
+        },
+        {
+            ("product", 8, 8, 6): 1,
+            ("product", 6, 6, 8): fifth,
+            ("product", 8, 8, 8): fifth,
+            ("qr", 8, 8, 0): fifth,
+            ("product", 6, 8, 8): 2,
+        },
+    )
+    estimate = cost.estimate("", Mine(), {"w": (8, 6), "bias": (6,)})
+    assert estimate.state_bytes == 4 * (48 + 64 + 36 + 64 + 2 * 6)
+    flops = 2 * 8 * 8 * 6 * 3 + (2 * 6 * 6 * 8 + 2 * 8**3 + 8 * 8**3 / 3) / 5
+    assert estimate.flops == pytest.approx(flops, rel=1e-15)
+
+
+LACKS: dict[str, tuple[Any, str]] = {
+    "a function": (lambda xp, g: xp.linalg.eigvalsh(g), "the count lacks the array function eigvalsh"),
+    "an option": (lambda xp, g: xp.linalg.matrix_norm(g, ord="nuc"), "matrix_norm() got an unexpected keyword"),
+    "a full decomposition": (lambda xp, g: xp.linalg.svd(g)[0], "svd with full_matrices=False only"),
+    "a value": (lambda xp, g: g * float(g[0, 0]), "float() argument must be"),
+    "an index array": (lambda xp, g: g[g > 0], "indices must be integers"),
+    "a method of an array": (lambda xp, g: g.clone(), "no attribute 'clone'"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), LACKS.values(), ids=LACKS)
+def test_what_the_count_lacks_is_named(wrong: Any, message: str) -> None:
+    class Wrong(Mine):
+        def step(self, grad: Any, state: MineState, param: Any, now: Any) -> tuple[Any, MineState]:
+            return wrong(now.xp, grad), state
+
+    with pytest.raises(ValueError, match="the step of Wrong cannot be counted: .*" + re.escape(message)):
+        cost.estimate("", Wrong(), {"w": (3, 3)})
 
 
 # ---- a whole model --------------------------------------------------------------------------------------------------
@@ -240,6 +486,22 @@ def test_nothing_is_allocated() -> None:
         tracemalloc.stop()
     assert estimate.state_bytes > 1e12
     assert peak < 1e7
+
+
+def test_huge_parameters_are_counted() -> None:
+    assert cost.estimate("", pr.SAdaGrad(size=3), {"w": (2**40,)}).state_bytes == 4 * (3 * 2**40 + 3 + 1)
+    for method in (pr.Adam(), pr.Shampoo(every=10), pr.SShampoo(size=9), pr.MBF(), pr.Muon()):
+        estimate = cost.estimate("", method, {"w": (2**20, 2**20)})
+        assert estimate.state_bytes == 4 * sum(
+            spec.size for _, spec in template.leaves(method.state_of((2**20, 2**20))[1:])
+        )
+
+
+def test_one_count_per_method_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(cost, "count", lambda *args: seen.append(args) or counting.count(*args))
+    cost.estimate("", pr.ASGO(), PRESETS["gpt2-xl"](), mesh=4)
+    assert len(seen) == len(set(seen)) == 9
 
 
 PUBLISHED = {
@@ -342,6 +604,11 @@ def test_table_figure_and_json(tmp_path: Any) -> None:
     assert shown["methods"][0]["state_bytes"] == expected.state_bytes
     assert shown["methods"][0]["mesh"][1]["received"] == expected.mesh[1].received
     assert shown["methods"][1]["method"] == repr(pr.SShampoo(size=3, every=2))
+
+
+def test_the_page_shows_what_the_command_prints() -> None:
+    shown = (Path(__file__).parents[1] / "docs/images/cost-llama-7b.txt").read_text(encoding="utf-8")
+    assert run_cost("--preset", "llama-7b", "--mesh", "8").stdout.splitlines() == shown.splitlines()[:-1]
 
 
 def test_all_presets_and_methods_run() -> None:

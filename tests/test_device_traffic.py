@@ -134,6 +134,7 @@ def torch_operations(method: Any, shape: tuple[int, ...], count: int) -> Counter
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.full
 def test_torch_reads_no_value_and_makes_no_call_for_each_parameter(config: Config) -> None:
     few, many = (torch_operations(config.method, config.shape, count) for count in (2, 7))
     assert few == many

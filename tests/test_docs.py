@@ -132,7 +132,7 @@ def test_pip_looks_for_the_package_on_no_index_once_it_is_installed() -> None:
 
 
 @pytest.fixture(scope="module")
-def check_site() -> ModuleType:
+def site_check() -> ModuleType:
     spec = importlib.util.spec_from_file_location("check_site", ROOT / "tools" / "check_site.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -152,7 +152,7 @@ SITE_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", [None, *SITE_FAULTS])
-def test_a_site_that_needs_the_network_is_seen(fault: str | None, check_site: ModuleType, tmp_path: Path) -> None:
+def test_a_site_that_needs_the_network_is_seen(fault: str | None, site_check: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "_static" / "mathjax-3.2.2").mkdir(parents=True)
     files = {
         "index.html": """<link rel="canonical" href="https://example.org/"><link rel="search" href="search.html">
@@ -166,8 +166,8 @@ def test_a_site_that_needs_the_network_is_seen(fault: str | None, check_site: Mo
     old, new, message = SITE_FAULTS[fault] if fault else ("", "", "")
     for name, text in files.items():
         (tmp_path / name).write_text(text.replace(old, new) if fault else text)
-    found = check_site.faults(tmp_path)
-    assert check_site.main([str(tmp_path)]) == bool(fault)
+    found = site_check.faults(tmp_path)
+    assert site_check.main([str(tmp_path)]) == bool(fault)
     assert found == [] if fault is None else any(message in line for line in found)
 
 

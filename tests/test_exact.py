@@ -56,7 +56,7 @@ BUGS = {
     "exponent off by 1e-12": (
         "Shampoo", A + "baselines", "-0.5 / len(state.grams), self.eps)\n        grams",
         "-0.5000000000005 / len(state.grams), self.eps)\n        grams",
-    ),  # fmt: skip
+    ),
     "constant off by 1e-12": ("MBF", A + "mbf", "= 0.9, 0.999, 1e-8", "= 0.9, 0.999, 1.000000000001e-8"),
     "coefficient off by 1e-12": ("ASGO", N + "roots", "SAFETY = 1.01 ", "SAFETY = 1.01000000000101 "),
     "eps outside the root": ("ASGO", N + "roots", "+ self.ridge) ** self.exponent", ") ** self.exponent + self.ridge"),

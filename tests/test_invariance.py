@@ -71,6 +71,7 @@ BENT = {
 
 
 @pytest.mark.parametrize("law", LAWS)
+@pytest.mark.full
 def test_a_broken_law_is_found(law: str) -> None:
     constructor, bend = BENT[law]
     for subject, status in ((Lawless(lambda u, x, g, lr: u), PASSED), (Lawless(bend), FAILED)):
@@ -95,6 +96,7 @@ def test_which_mistakes_break_a_law(constructor: str, flag: str, law: str | None
     assert failed == ([f"invariance/{law}"] if law else [])  # no law tells everything: the vectors do
 
 
+@pytest.mark.full
 def test_the_counterexample_is_small_and_its_script_runs(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         textwrap.dedent("""

@@ -709,6 +709,7 @@ def package_structures(monkeypatch):
         ("block5 transposed", "block-diagonal(5)"),
     ],
 )
+@pytest.mark.full
 def test_authors_structures(structures, monkeypatch):
     torch = pytest.importorskip("torch")
     package_structures(monkeypatch)

@@ -299,6 +299,7 @@ def test_in_one_process_an_exit_is_a_result_too() -> None:
         ("import sys; input()\nwhile True: sys.stdout.write('x' * 2**20)", "a line of more than 64 MiB"),
     ],
 )
+@pytest.mark.full
 def test_a_command_that_does_not_answer_ends_the_check(program: str, how: str) -> None:
     command = subjects.Command([sys.executable, "-c", program], limits=Limits(seconds=10 if "MiB" in how else 1))
     report = check(command, "SGD")

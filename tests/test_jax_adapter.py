@@ -78,7 +78,11 @@ def case_for(name: str, factory: Any) -> Case:
 
 
 CASES = {name: case_for(name, factory) for name, factory in FACTORIES.items()}
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+REPRESENTATIVE = ("agd", "asgo", "shampoo")
+"""An elementwise method, one with a single statistic, one with a tuple of them: the quick tier runs on these."""
+cases = pytest.mark.parametrize(
+    "case", [pytest.param(c, id=n, marks=() if n in REPRESENTATIVE else pytest.mark.full) for n, c in CASES.items()]
+)
 QUICK = {(case.method, case.shape) for case in CASES.values()}
 configs = pytest.mark.parametrize(
     "config",
@@ -444,8 +448,6 @@ def check_vmap(case: Case, lib: Any) -> None:
         close(jax.tree.map(lambda x, i=i: x[i], got), first_step(*model, plain(case.name)), ROUNDING)
 
 
-REPRESENTATIVE = ("agd", "asgo", "shampoo")
-"""An elementwise method, one with a single statistic, one with a tuple of them: what is not deep runs on these."""
 some_cases = pytest.mark.parametrize(
     "case", [pytest.param(c, id=n, marks=() if n in REPRESENTATIVE else pytest.mark.deep) for n, c in CASES.items()]
 )
@@ -514,6 +516,7 @@ def test_dtypes_beside_each_other() -> None:
 # ---- routing --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_what_a_matrix_method_does_not_take_goes_to_adam_or_where_you_say() -> None:
     params = {"w": jnp.ones((3, 4)), "embedding": jnp.ones((3, 4)), "bias": jnp.ones(4)}
     grads = {key: jnp.asarray(gradients(p.shape)[0]) for key, p in params.items()}
@@ -548,6 +551,7 @@ def test_parameters_of_one_shape_share_one_factorization() -> None:
     assert text.count(" cond[") == 1
 
 
+@pytest.mark.full
 def test_statistics_are_the_cores() -> None:
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones((3, 4))}
     grads = {"a": jnp.asarray(gradients((3, 4))[0]), "b": jnp.asarray(gradients((3, 4))[1])}
@@ -630,6 +634,7 @@ def test_every_method_and_preset_has_its_two_functions() -> None:
 
 
 @pytest.mark.parametrize("name", ["asgo", "agd"])
+@pytest.mark.full
 def test_the_public_functions_are_the_tested_ones(name: str) -> None:
     params, grads = tree((4, 3), "float64"), tree((4, 3), "float64", seed=1)
     method = pr.list_methods()[name.upper()](eps=0.25) if name == "asgo" else pr.AGD(delta=0.25)
@@ -645,6 +650,7 @@ def test_states_pickle() -> None:
     close(pickle.loads(pickle.dumps(state)), state, 0.0)
 
 
+@pytest.mark.full
 def test_orbax_saves_and_restores(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Orbax's, at import and about its own future
@@ -675,6 +681,7 @@ def test_import_is_lazy_and_says_what_is_missing() -> None:
     assert run_python(code) == "precond_ref_jax needs optax: python -m pip install 'precond-ref[jax]'"
 
 
+@pytest.mark.full
 def test_example_trains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("flax", reason="the example's network is flax's")
     path = ROOT / "examples" / "jax_mnist.py"

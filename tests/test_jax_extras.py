@@ -157,6 +157,7 @@ def test_check_catches(name: str) -> None:
         CHECKS[check](mutated(adapter, (old, new)))
 
 
+@pytest.mark.full
 def test_pairs_under_masks_and_without_updates() -> None:
     params, grads = tree(0), tree(1)
     opt = pj.scale_by_mbf(join=JOIN, **LOUD)

@@ -73,7 +73,7 @@ def test_a_state_with_tuples_of_arrays() -> None:
 
 
 def test_tuples_at_the_leaves_are_seen() -> None:
-    with pytest.raises(TypeError, match="state.grams must be an array or a tuple of arrays, got State"):
+    with pytest.raises(TypeError, match="state.grams must be a tuple of arrays, got State"):
         check_steps_and_resume(CASES["shampoo"], mutated(adapter, ("if not held:", "if True:")))
 
 

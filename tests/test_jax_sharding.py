@@ -22,6 +22,7 @@ def run(*arguments: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.full
 def test_sharded_equals_unsharded() -> None:
     run(*REPRESENTATIVE)
 

@@ -38,6 +38,7 @@ def test_one_minus_power_of_python_numbers(beta: float, step: int) -> None:
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.999999])
 @pytest.mark.parametrize("step", [0, 1, 2, 10, 1000])
+@pytest.mark.full
 def test_one_minus_power_traced_in_the_dtype(dtype: str, beta: float, step: int) -> None:
     jax = pytest.importorskip("jax")
     backend = make_backend("jax")

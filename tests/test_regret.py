@@ -84,6 +84,7 @@ def test_on_data_the_comparator_is_the_minimizer(run: Callable[..., Any], tmp_pa
         assert data["bound"]["statement"] == "asgo.row-regret"
 
 
+@pytest.mark.full
 def test_a_name_is_found_in_the_current_folder(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +184,7 @@ def test_the_figure_of_one_round_has_no_warning(tmp_path: Path) -> None:
         (("--method", "AdaGrad", "--shape", "3x4"), "asgo.row-regret"),
     ],
 )
+@pytest.mark.full
 def test_each_method_has_its_bound(run: Callable[..., Any], options: tuple[Any, ...], expected: str | None) -> None:
     result = run(*options, "--rounds", 30, "--json", "all.json", "--output", "a.png")
     assert result.exit_code == 0, result.output

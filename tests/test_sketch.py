@@ -377,12 +377,12 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "complement dropped": ("powers", ("return beyond * outside + basis @", "return basis @")),
     "ridge on the untouched complement": (
         "powers",
-        ("(total <= 0) | (faded", "(faded"),
+        ("(faded if ridge == 0 else 0.0)", "(faded if ridge == 0 else -1.0)"),
     ),
     "no rank decision at use": ("faded_mass", ("** 2 * largest", "** 2 * 0.0 * largest")),
     "rank decision at use for numbers only": (
         "faded_mass",
-        ("& (ridge == 0)", "& (isinstance(ridge, float) and ridge == 0)"),
+        ("xp.where(ridge == 0, faded, 0.0)", "0.0"),
     ),
     "NaN reaches LAPACK": ("non_finite", ("xp.where(finite, factor, 0.0)", "factor")),
     "overflow is nothing": ("overflow", ("finite[..., 0] & (s[..., :1] < math.inf)", "finite[..., 0]")),
@@ -439,6 +439,40 @@ def test_bad_member_on_every_backend(backend: Backend, bad: float) -> None:
         out = backend.numpy(fd.apply_power(sketch.basis, sketch.eigenvalues, sketch.escaped, -0.5, x))
         assert np.isfinite(out[0]).all()
         assert np.isnan(out[1]).all()
+
+
+def check_failure(module: Any, solver: str) -> None:
+    """The second of three members, on which LAPACK fails: NaN, and the others as without it."""
+    rows = np.random.default_rng(0).standard_normal((3, 1, 4))
+    rows[1] = [1.0, 0.0, 0.0, 0.0]
+    both = [module.update(start(module, 4, 3, r.shape[:1]), r, solver=solver) for r in (rows, rows[[0, 2]])]
+    for got, expected in zip(*both, strict=True):
+        assert np.array_equal(got[[0, 2]], expected)
+    assert np.isnan(both[0].eigenvalues[1]).all()
+    assert np.isnan(both[0].escaped[1])
+
+
+@pytest.mark.parametrize("solver", fd.SOLVERS)
+def test_a_failure_of_lapack_is_nan_for_its_member(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    linalg = fd.array_namespace(np.empty(0)).linalg
+
+    def watch(name: str) -> None:
+        function = getattr(linalg, name)
+
+        def call(a: Any, **options: Any) -> Any:
+            if np.any(np.sum(np.abs(a), axis=(-2, -1)) == 1):
+                raise np.linalg.LinAlgError("did not converge")
+            return function(a, **options)
+
+        monkeypatch.setattr(linalg, name, call)
+
+    watch("eigh")
+    watch("svd")
+    check_failure(fd, solver)
+    old = "attempt(svd, factor, wider=True, xp=xp)" if solver == "svd" else "attempt(xp.linalg.eigh, -gram, xp=xp)"
+    new = "svd(factor)" if solver == "svd" else "xp.linalg.eigh(-gram)"
+    with pytest.raises(np.linalg.LinAlgError, match="did not converge"):
+        check_failure(mutated(fd, (old, new)), solver)
 
 
 def test_dense_and_report() -> None:

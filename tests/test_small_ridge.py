@@ -463,7 +463,7 @@ def test_a_kept_root_that_is_said_to_know_the_gradient_is_caught(name: str) -> N
         check_kept_root_is_linear(library)
 
 
-REAL = " > CERTAIN * xp.finfo(a.dtype).eps * top"
+REAL = " > unit * top"
 REAL_SKETCH = " > roots.CERTAIN * u * most"
 
 
@@ -494,12 +494,12 @@ BUGS: dict[str, tuple[Callable[[], None], Any, str, Any]] = {
     "an absolute threshold": (check_real_part, roots, "_gain", (REAL, REAL.replace("top", "1e9"))),
     "an absolute threshold, in range": (MATRICES, roots, "_gain", (REAL, REAL.replace("top", "1e-3"))),
     "a threshold of the gradient alone": (
-        check_in_range_of_bad_condition, roots, "_gain", ("largest / xp.where(known, w, 1.0)", "1.0")
+        check_in_range_of_bad_condition, roots, "_gain", ("largest / xp.where(known, w,", "1.0 / xp.where(known, 1.0,")
     ),
     "rounding dropped": (check_flat, roots, "_gain", ("xp.where(real, beyond, mean)", "xp.where(real, beyond, 0.0)")),
     "what G has put there forgotten": (check_hidden_part, roots, "_gain", ("put = weight *", "put = 0.0 *")),
     "what G has put there, whatever V says": (
-        check_real_part_of_methods, roots, "_gain", (" & (put <= 2 * along(least))", "")
+        check_real_part_of_methods, roots, "_gain", (" & (put <= 2 * unit * along(largest))", "")
     ),
     "eigenvalues that are rounding": (check_real_part, roots, "decompose", ("xp.where(known, w, 0.0)", "w")),
     "accuracy by what is rounding": (check_accuracy, roots, "accuracy", ("xp.where(known, w, largest)", "w")),

@@ -27,6 +27,7 @@ def report(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.full
 def test_no_violation_is_found(name: str) -> None:
     report(search(name, 40))
 

@@ -87,6 +87,7 @@ def difference(ours: list[float], theirs: list[float]) -> float:
 
 
 @pytest.mark.parametrize("method", example.METHODS)
+@pytest.mark.full
 def test_frameworks_agree(method: str, runs: Any) -> None:
     pair = {run.framework: run.batch_losses for run in runs if run.method == method}
     assert difference(pair["torch"], pair["jax"]) < TOLERANCE.get(method, 1e-9)
@@ -134,6 +135,7 @@ def learns(module: ModuleType, method: str, data: Any, steps: int = 200) -> None
 
 
 @pytest.mark.parametrize("method", example.METHODS)
+@pytest.mark.full
 def test_learns_the_chain(method: str, data: Any) -> None:
     assert 1.9 < data.unigram_entropy() < 2.2  # log 8
     learns(example, method, data)
@@ -204,6 +206,7 @@ def test_published_table_is_of_the_recorded_rates() -> None:
     assert means == sorted(means)
 
 
+@pytest.mark.full
 def test_table_and_figure(runs: Any) -> None:
     figure = example.figure(runs, 2.5, "heading")
     assert [len(axes.lines) for axes in figure.axes] == [2 * len(RATES) + 1, len(RATES)]
@@ -214,6 +217,7 @@ def test_table_and_figure(runs: Any) -> None:
     assert list(table.columns[7].cells)[names.index("AdamW")] == "1.00"
 
 
+@pytest.mark.full
 def test_command(tmp_path: Path) -> None:
     import typer
 

@@ -53,9 +53,14 @@ def check_compiled(config: Config, backend: str = BACKEND) -> None:
     assert distance(params, eager) <= 1e-13
 
 
-@pytest.mark.parametrize("name", sorted(QUICK))
+QUICKEST = ("AGD-default", "ASGO-every")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICKEST else pytest.mark.full) for n in sorted(QUICK)]
+)
 def test_compiled_updates(name: str) -> None:
-    check_compiled(CONFIGS[name], "aot_eager" if name in ("AGD-default", "ASGO-every") else BACKEND)
+    check_compiled(CONFIGS[name], "aot_eager" if name in QUICKEST else BACKEND)
 
 
 @pytest.mark.deep
@@ -87,6 +92,7 @@ def test_check_catches_a_root_renewed_at_every_step(monkeypatch: pytest.MonkeyPa
         check_compiled(CONFIGS["ASGO-every"])
 
 
+@pytest.mark.full
 def test_more_shapes_than_graphs_of_one_function() -> None:
     """PyTorch compiles one function at most eight times; each shape has a function of its own."""
     shapes: list[tuple[int, ...]] = [(3, n) for n in range(2, 12)]
@@ -111,6 +117,7 @@ def test_missing_gradients_compile_once_more() -> None:
     assert distance(params, by_core(method, start, grads, 0.125)) <= 1e-13
 
 
+@pytest.mark.full
 def test_low_precision_and_checkpoints() -> None:
     config = CONFIGS["Shampoo-every"]
     start, grads = recorded([config.shape] * 2, 6, torch.bfloat16)

@@ -15,6 +15,8 @@ import torch
 from torch_adapter_cases import FSDP, ONE_EACH
 from torch_worker import KINDS, ways
 
+pytestmark = pytest.mark.full
+
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("PyTorch was built without gloo", allow_module_level=True)
 
@@ -54,6 +56,7 @@ def run(world: int) -> list[Any]:
 
 @worlds
 @pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.full
 def test_ddp_parameters_are_equal_to_the_bit(world: int, name: str) -> None:
     first, *others = [seen["ddp"][name] for seen in run(world)]
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))

@@ -271,6 +271,7 @@ def test_per_sample_statistics_are_the_core_s(name: str, micro: int) -> None:
     check_per_sample(METHODS[name], micro)
 
 
+@pytest.mark.full
 def test_compiled() -> None:
     torch._dynamo.reset()
     check_per_sample(METHODS["per_output"], compile="eager")

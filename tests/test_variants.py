@@ -71,6 +71,7 @@ def test_without_flags_it_is_the_truth(case):
 
 
 @pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.full
 def test_every_flag_changes_a_case(name):
     unseen = [
         flag
@@ -81,6 +82,7 @@ def test_every_flag_changes_a_case(name):
 
 
 @pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.full
 def test_no_two_flags_are_the_same(name):
     known, found = variants.registry()[name], {}
     for case in cases_of(name):

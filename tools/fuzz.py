@@ -326,7 +326,7 @@ class Noisy:
         unit = unit * (self.level * xp.finfo(x.dtype).eps)
         if in_norm and 0 not in x.shape:
             return x + unit * xp.max(xp.abs(x), axis=(-2, -1), keepdims=True)
-        return x + unit * x
+        return xp.where(xp.isfinite(x), x + unit * x, x)  # an infinity without noise is not NaN
 
 
 # ---- the checks of the core -----------------------------------------------------------------------------------------
@@ -543,15 +543,16 @@ class Runner:
         self, step: Step, clean: Array, state: Any, param: Array, direction: Array, new: Any, where: Array
     ) -> None:
         method, axes = self.method, tuple(range(len(self.case.stack), where.ndim))
-        bad = where if method.elementwise else np.any(where, axis=axes, keepdims=True) & np.ones(where.shape, bool)
+        flat = method.stack_ndim(state) is None  # each entry stands for itself
+        bad = where if flat else np.any(where, axis=axes, keepdims=True) & np.ones(where.shape, bool)
         got = host(direction)[bad]
-        if not (~np.isfinite(got) if method.elementwise else np.isnan(got)).all():
+        if not (~np.isfinite(got) if flat else np.isnan(got)).all():
             share = f"{np.isnan(got).sum()} of {got.size} entries"
             self.report("nonfinite", f"a gradient with {step.bad and step.bad[1]} gives NaN in {share} of its member")
         report = self.call(method.diagnose, new)
         if report is not None and leaves(new):
             finite = None if report.finite is None else host(report.finite)
-            if finite is None or np.any(finite if method.elementwise else finite[np.any(where, axis=axes)]):
+            if finite is None or np.any(finite if flat else finite[np.any(where, axis=axes)]):
                 self.report("nonfinite", f"diagnose says finite={finite} of bad={step.bad}")
         result = self.call(method.update, array(self.case.library, clean), state, param, refresh=step.refresh)
         others = [np.where(np.isnan(d), math.nan, d) for d in (host(x)[~bad] for x in (direction, *(result or ())[:1]))]
@@ -572,7 +573,10 @@ class Runner:
         ):  # fmt: skip
             return None
         raw = {} if getattr(m, "rms", None) is None else {"rms": None}  # which would hide the length
-        return m.replace(**raw), m.replace(**raw, **{name: 0.0}), state, name
+        try:
+            return m.replace(**raw), m.replace(**raw, **{name: 0.0}), state, name
+        except ValueError:  # RFShampoo needs it for beta2=1
+            return None
 
     def ridge(self, step: Step, grad: Array, base: Any, param: Array, direction: Array, clean: Array) -> Any:
         """Compare with the direction without the ridge, as long as gradients are multiples of the first."""

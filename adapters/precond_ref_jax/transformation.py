@@ -448,7 +448,8 @@ def _gather(what: str, treedef: Any, tree: Tree) -> list[Any]:
     columns = [_gather(f"{what}[{i}]", treedef, part) for i, part in enumerate(tree)]
     rows = [[column[i] for column in columns] for i in range(treedef.num_leaves)]
     if hasattr(tree, "_fields"):
-        return [row[0] if isinstance(row[0], optax.MaskedNode) else type(tree)(*row) for row in rows]
+        absent = (type(None), optax.MaskedNode)
+        return [row[0] if isinstance(row[0], absent) else type(tree)(*row) for row in rows]
     return [tuple(x for x in row if not isinstance(x, optax.MaskedNode)) for row in rows]
 
 

@@ -154,7 +154,7 @@ class Bucket:
                 members = slice(first, index)
                 if not self.flat:
                     yield Piece(members, members)
-                elif end - start <= size:
+                elif end - start <= size or not states.is_own(self.method):
                     yield Piece(members, slice(start, end))
                 else:
                     for at in range(start, end, size):

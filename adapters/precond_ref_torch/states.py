@@ -69,6 +69,11 @@ def work_dtype(method: Method, dtype: torch.dtype) -> torch.dtype:
     return dtype if narrow else torch.float32
 
 
+def is_own(method: Method) -> bool:
+    """Whether this package wrote ``method``; others may refuse one part of a parameter after another was stepped."""
+    return type(method).__module__.startswith("precond_ref.")
+
+
 def has_value(tensor: Tensor) -> bool:
     """Whether the numbers in ``tensor`` can be asked: not on the meta device, nor if it is fake."""
     return not tensor.is_meta and not hasattr(tensor, "fake_mode")

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from precond_ref.cost.formulas import Shape, Work, work
+from precond_ref.cost.counting import Shape, count
 from precond_ref.cost.shapes import Shapes
 from precond_ref.methods.baselines import Adam
 from precond_ref.protocol import Method
@@ -113,7 +113,7 @@ def estimate(
     """The cost of ``method`` on parameters of ``shapes``, routed as `precond_ref.Optimizer` does.
 
     ``dtype`` is the parameters'; state and arithmetic have float32 at least (but for ``narrow_state``).
-    Errors: ValueError for a dtype or mesh out of range and for shapes that the method refuses.
+    Errors: ValueError for a dtype or mesh out of range, a shape that the method refuses, a step that cannot be counted.
     """
     if dtype not in ITEMSIZE:
         raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, got {dtype!r}")
@@ -133,16 +133,16 @@ def estimate(
 
 
 def _load(method: Method, shape: Shape, itemsize: int) -> Load:
-    needs: Work = work(method, shape)
+    needs = count(method, shape)
     size = itemsize if method.narrow_state else max(itemsize, 4)
-    touched = sum(size * array.entries * (1 / array.read + 1 / array.written) for array in needs.stored)
+    touched = size * sum(math.prod(array.shape) * (array.read + array.written) for array in needs.stored)
     return Load(
         name="",
         shape=shape,
         method=method,
-        state_bytes=sum(size * array.entries for array in needs.stored),
-        flops=sum(p.flops / p.every for p in needs.products) + sum(f.flops / f.every for f in needs.factorizations),
-        moved=touched + 3 * itemsize * math.prod(shape),  # the gradient is read, the parameter read and written
+        state_bytes=size * sum(math.prod(array.shape) for array in needs.stored),
+        flops=float(sum(times * each.flops for each, times in needs.done.items())),
+        moved=float(touched) + 3 * itemsize * math.prod(shape),  # the gradient is read, the parameter read and written
     )
 
 

@@ -43,6 +43,7 @@ Not here
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.fields import flag, real
@@ -87,7 +88,7 @@ class AGDReport(NamedTuple):
     is_sgd: Array
     """True where the coordinate takes the step of SGD, sqrt(b_t) <= delta sqrt(1 - beta2^t) with b_t as above."""
     sgd_share: Array
-    """Share of such coordinates, 0-D."""
+    """Share of such coordinates, 0-D; 0 of none."""
     finite: Array
     """Whether the whole state is finite, 0-D."""
 
@@ -145,6 +146,6 @@ class AGD(Method):
             corrected_m=state.m * k.inverse_c1,
             corrected_b=b * inverse_c2,
             is_sgd=is_sgd,
-            sgd_share=xp.mean(xp.astype(is_sgd, state.m.dtype)),
+            sgd_share=xp.sum(xp.astype(is_sgd, state.m.dtype)) / max(math.prod(is_sgd.shape), 1),
             finite=finite,
         )

@@ -303,6 +303,10 @@ class MBF(Method):
         statistics, t2 = step % self.statistics_every == 0, self.inverse_every
         return statistics, ((step <= t2) & statistics) | (step % t2 == 0)
 
+    @property
+    def periods(self) -> tuple[int, int]:
+        return self.statistics_every, self.inverse_every
+
     def scalars(self, step: Any, *, like: Array = None) -> Any:
         if self.kind != "diagonal":
             return ()

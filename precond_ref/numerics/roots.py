@@ -97,9 +97,8 @@ class Law(NamedTuple):
 
     def inverse(self, f: Array, xp: Namespace) -> Array:
         """w >= 0 with f(w) = ``f``; 0 for f = 0, NaN for NaN."""
-        zero = f == 0
-        w = clamp(xp.where(zero, 1.0, f) ** (1 / self.exponent) - self.ridge, 0.0, xp=xp)
-        return xp.where(zero, 0.0, w * w if self.root else w)
+        w = clamp(xp.where(f == 0, math.inf, f) ** (1 / self.exponent) - self.ridge, 0.0, xp=xp)
+        return w * w if self.root else w
 
 
 class Root(NamedTuple):
@@ -123,22 +122,18 @@ def decompose(matrix: Array, law: Law, *, xp: Namespace = None) -> tuple[Root, A
         nothing = xp.sum(matrix, axis=-1)
         return Root(matrix, nothing), nothing
     w, q, finite = eigh(matrix, xp=xp)
-    known = _known(w, law, xp)
+    known, _ = _known(w, law, xp)
     keep = known | (law.ridge > 0)
     f = xp.where(keep, law(xp.where(keep, xp.where(known, w, 0.0), 1.0), xp), 0.0)
     return Root(q, xp.where(finite[..., 0], f, math.nan)), xp.where(finite[..., 0], w, math.nan)
 
 
-def _unsure(w: Array, xp: Namespace) -> Array:
-    """t above, (..., 1)."""
-    return CERTAIN * xp.finfo(w.dtype).eps * xp.max(w, axis=-1, keepdims=True)
-
-
-def _known(w: Array, law: Law, xp: Namespace) -> Array:
-    """Which eigenvalues (..., n) are more than rounding, with the threshold of the pseudo-inverse for no ridge."""
+def _known(w: Array, law: Law, xp: Namespace) -> tuple[Array, Array]:
+    """Which eigenvalues (..., n) are above t, or for no ridge the pseudo-inverse's threshold; and the largest."""
+    largest, u = xp.max(w, axis=-1, keepdims=True), xp.finfo(w.dtype).eps
     if is_python_number(law.ridge):
-        return w > _unsure(w, xp) if law.ridge > 0 else live(w, xp)
-    return ((law.ridge > 0) & (w > _unsure(w, xp))) | ((law.ridge <= 0) & live(w, xp))
+        return w > (CERTAIN if law.ridge > 0 else w.shape[-1]) * u * largest, largest
+    return w > xp.where(law.ridge > 0, CERTAIN * u * largest, w.shape[-1] * u * largest), largest
 
 
 def renewed(due: Any, matrix: Array, law: Law, kept: Root | None, *, xp: Namespace = None) -> tuple[Root, Array | None]:
@@ -165,7 +160,7 @@ def accuracy(w: Array, law: Law, *, xp: Namespace = None) -> Array:
     if w.shape[-1] == 0:
         return xp.sum(w, axis=-1) + unit
     ridge = law.ridge * law.ridge if law.root else law.ridge
-    largest, known = xp.max(w, axis=-1, keepdims=True), _known(w, law, xp)
+    known, largest = _known(w, law, xp)
     least = xp.min(xp.where(known, w, largest), axis=-1)
     largest = largest[..., 0]
     nothing = largest == 0
@@ -196,10 +191,7 @@ def apply(
         return 1.0 * tensor
     for axis, (root, _) in known.items():
         tensor = multiply(tensor, xp.matrix_transpose(root.basis), axis, xp)
-    gains = [
-        _gain(tensor, axis, root.eigenvalues, law.inverse(root.eigenvalues, xp) if w is None else w, law, weight, xp)
-        for axis, (root, w) in known.items()
-    ]
+    gains = [_gain(tensor, axis, root.eigenvalues, w, law, weight, xp) for axis, (root, w) in known.items()]
     for gain in gains:
         tensor = tensor * gain
     for axis, (root, _) in known.items():
@@ -207,28 +199,30 @@ def apply(
     return tensor
 
 
-def _gain(a: Array, axis: int, f: Array, w: Array, law: Law, weight: Scalar, xp: Namespace) -> Array:
-    """Factors of the coordinates ``a`` along ``axis``."""
-    stack = w.ndim - 1
+def _gain(a: Array, axis: int, f: Array, w: Array | None, law: Law, weight: Scalar, xp: Namespace) -> Array:
+    """Factors of the coordinates ``a`` along ``axis``; NaN where ``f`` is."""
+    stack = f.ndim - 1
     core, axis = tuple(range(stack, a.ndim)), stack + axis
 
     def along(v: Array) -> Array:
         return xp.reshape(v, (*v.shape[:-1], *(v.shape[-1] if i == axis else 1 for i in core)))
 
-    known, least, largest = _known(w, law, xp), _unsure(w, xp), xp.max(w, axis=-1, keepdims=True)
-    share = xp.abs(a) * along(xp.where(known, largest / xp.where(known, w, 1.0), 0.0))  # of A^+ G, times max(w)
+    if is_zero(law.ridge):  # what is unknown has 0
+        return along(f)
+    w = law.inverse(f, xp) if w is None else w
+    known, largest = _known(w, law, xp)
+    unit, finite = CERTAIN * xp.finfo(w.dtype).eps, along(xp.where(known, f, 0.0))
+    ratio, known, f, size = along(largest / xp.where(known, w, math.inf)), along(known), along(f), xp.abs(a)
+    share, outside = size * ratio, xp.where(known, 0.0, size)  # the first of A^+ G, times max(w)
     top, total = xp.max(share, axis=core, keepdims=True), xp.sum(share, axis=axis, keepdims=True)
-    outside = xp.where(along(known), 0.0, a)
-    real = xp.max(xp.abs(outside), axis=axis, keepdims=True) > CERTAIN * xp.finfo(a.dtype).eps * top
-    mean = xp.sum(share * along(xp.where(known, f, 0.0)), axis=axis, keepdims=True) / xp.where(total > 0, total, 1.0)
-    if is_zero(weight):
-        beyond = along(f)
-    else:
+    real = xp.max(outside, axis=axis, keepdims=True) > unit * top
+    mean = xp.sum(finite * share, axis=axis, keepdims=True) / xp.where(total > 0, total, 1.0)
+    beyond = f
+    if not is_zero(weight):
         put = weight * xp.sum(xp.where(real, outside * outside, 0.0), axis=core, keepdims=True)
-        fresh = (put > 0) & (put <= 2 * along(least))
-        beyond = xp.where(fresh, law(xp.where(fresh, put, 1.0), xp), along(f))
-    gain = xp.where(along(known), along(f), xp.where(real, beyond, mean))
-    return xp.where(along((f == 0) | (f != f)), along(f), gain)  # no ridge; not finite
+        fresh = (put > 0) & (put <= 2 * unit * along(largest))
+        beyond = xp.where(fresh, law(xp.where(fresh, put, 1.0), xp), f)
+    return xp.where(known | (f == 0), f, xp.where(real, beyond, mean))  # 0: no ridge
 
 
 def power(matrix: Array, exponent: float, ridge: Scalar = 0.0, *, xp: Namespace = None) -> Array:

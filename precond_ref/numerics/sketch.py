@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from array_api_compat import array_namespace
 
-from precond_ref.fields import is_zero
+from precond_ref.fields import is_python_number, is_zero
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import clamp, eye_like, own
 from precond_ref.numerics.lapack import attempt
@@ -181,15 +181,18 @@ def apply_power(
     size, u = singular if root else eigenvalues, xp.finfo(eigenvalues.dtype).eps
     total = xp.concat([size + shift[..., None], shift[..., None]], axis=-1)
     largest = total[..., :1]
-    faded = total <= (basis.shape[-2] * u) ** 2 * largest
-    dead = (total <= 0) | (faded & (ridge == 0))
+    faded = (basis.shape[-2] * u) ** 2 * largest
+    if is_python_number(ridge):
+        dead = total <= (faded if ridge == 0 else 0.0)
+    else:
+        dead = total <= xp.where(ridge == 0, faded, 0.0)
     damped = total + (ridge * largest if relative else ridge)
     scale = (xp.where(dead, math.inf, damped) ** exponent)[..., None]
     inside, beyond = scale[..., :-1, :], scale[..., -1:, :]
     live = (eigenvalues > 0)[..., None]
     known = xp.where(live, xp.matrix_transpose(basis) @ matrix, 0.0)
     outside = matrix - basis @ known
-    share = xp.abs(known) * xp.where(live, (singular[..., :1] / xp.where(singular > 0, singular, 1.0))[..., None], 0.0)
+    share = xp.abs(known) * (singular[..., :1, None] / xp.where(live, singular[..., None], math.inf))
     most, sums = xp.max(share, axis=(-2, -1), keepdims=True), xp.sum(share, axis=-2, keepdims=True)
     real = xp.max(xp.abs(outside), axis=-2, keepdims=True) > roots.CERTAIN * u * most
     mean = xp.sum(share * xp.where(live, inside, 0.0), axis=-2, keepdims=True) / xp.where(sums > 0, sums, 1.0)

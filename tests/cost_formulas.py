@@ -1,12 +1,15 @@
-"""What a method keeps and computes for ONE parameter, from its shape alone: nothing is allocated.
+"""What a method keeps and computes for ONE parameter, by hand: the test of what `precond_ref.cost` counts.
 
-`work` has one formula per method. Tags in parentheses are those of the equations in the method's module.
+`work` has a formula per method; one without is compared with what PyTorch runs only. Tags in parentheses are those of
+the equations in the method's module. Left out, as by the count: elementwise arithmetic and sums, and what is done for
+hard values only, the fallback of `roots.solve`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from functools import singledispatch
 from typing import Any, NamedTuple
 
@@ -27,62 +30,30 @@ class Stored(NamedTuple):
     """An array of the state."""
 
     name: str
-    """Path in the state, such as ``grams.0``."""
     shape: Shape
-    read: int = 1
-    """Updates from one reading to the next."""
+    read: Fraction | int = 1
+    """Updates from one reading to the next, on average."""
     written: int = 1
-    """Updates from one writing to the next."""
-
-    @property
-    def entries(self) -> int:
-        """Numbers in the array."""
-        return math.prod(self.shape)
 
 
 class Product(NamedTuple):
-    """``batch`` matrix products (m, k) @ (k, n)."""
+    """``batch`` matrix products (m, k) @ (k, n), done every ``every`` updates."""
 
     batch: int
     m: int
     k: int
     n: int
     every: int = 1
-    """Updates from one to the next."""
-
-    @property
-    def flops(self) -> int:
-        """A multiplication and an addition for each term."""
-        return 2 * self.batch * self.m * self.k * self.n
 
 
 class Factorization(NamedTuple):
-    """``batch`` factorizations of (m, n) matrices."""
+    """``batch`` factorizations of (m, n) matrices; "solve": of (m, m) with n right sides."""
 
     kind: str
-    """"eigh", "svd", "cholesky" or "solve" (of (m, m), n right sides)."""
     batch: int
     m: int
     n: int
     every: int = 1
-    """Updates from one to the next."""
-
-    @property
-    def flops(self) -> float:
-        """Golub and Van Loan, Matrix Computations (4th edition): 8.3.5, figure 8.6.1 (R-SVD), 4.2.5, 3.2.
-
-        Symmetric QR with vectors 9 n^3, thin R-SVD with both factors 6 m n^2 + 20 n^3 for m >= n, Cholesky n^3 / 3,
-        LU and n substitutions 2/3 m^3 + 2 m^2 n. Leading terms; the algorithms in use differ from them by small
-        factors.
-        """
-        long, short = max(self.m, self.n), min(self.m, self.n)
-        each = {
-            "eigh": 9 * short**3,
-            "svd": 6 * long * short**2 + 20 * short**3,
-            "cholesky": short**3 / 3,
-            "solve": 2 * self.m**3 / 3 + 2 * self.m**2 * self.n,
-        }[self.kind]
-        return self.batch * each
 
 
 class Work(NamedTuple):
@@ -95,7 +66,7 @@ class Work(NamedTuple):
 
 @singledispatch
 def work(method: Any, shape: Shape) -> Work:
-    """State, products and factorizations of ``method`` on a parameter of ``shape``; TypeError without a formula."""
+    """State, products and factorizations of ``method`` on a parameter of ``shape``."""
     raise TypeError(f"no cost formula for {type(method).__name__}")
 
 
@@ -254,7 +225,8 @@ def _(method: MBF, shape: Shape) -> Work:
     matrices, columns = (1, count) if averaged else (count, 1)
     statistic = (s, s) if averaged else (*lead, s, s) if method.kind == "conv" else (count, s, s)
     t1, t2 = method.statistics_every, method.inverse_every
-    stored = [Stored("m", shape), Stored("statistic", statistic, read=t1, written=t1)]  # (M), (F)
+    used = 1 / (Fraction(1, t1) + Fraction(1, t2) - Fraction(1, math.lcm(t1, t2)))  # by (F) or (P)
+    stored = [Stored("m", shape), Stored("statistic", statistic, read=used, written=t1)]  # (M), (F)
     if t2 > 1:
         stored.extend(_kept("inverse", statistic, t2))  # (P)
     products = [Product(1, s, count, s, t1)] if averaged and count > 1 else []  # (F)
