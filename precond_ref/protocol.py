@@ -109,6 +109,8 @@ class Method:
         if preset:
             cls.__qualname__ = preset  # the name by which it is printed and found
             owner, _, attribute = f"{place}{preset}".rpartition(".")
+            if owner not in _CLASSES:
+                raise ValueError(f"preset must be NAME.preset of a class that was defined before, got {preset!r}")
             setattr(_CLASSES[owner], attribute, cls)
             _CLASSES[owner].presets += (attribute,)
         cls.name = place + cls.__qualname__
