@@ -11,7 +11,8 @@ from precond_ref.methods.online_sketches import FDSON, RFDSON, AdaFD
 from precond_ref.methods.root_free import RFAdamW, RFRMSProp, RFShampoo
 from precond_ref.methods.sketchy import SAdaGrad, SShampoo
 from precond_ref.optimizer import Optimizer
-from precond_ref.protocol import Method, list_methods
+from precond_ref.protocol import Method
+from precond_ref.registry import list_methods
 
 if TYPE_CHECKING:
     __version__: str

@@ -1,4 +1,4 @@
-"""What a method is, in one page: the base class of all of them, and the registry.
+"""What a method is, in one page: the base class of all of them.
 
 A method gives its fields (`precond_ref.fields`), the shapes of its state (`Method.state_of`), its equations
 (`Method.step`) and what one would compare or plot (`Method.report`). Everything else is here, once.
@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, dataclass_transform, final
 
@@ -24,21 +24,8 @@ from precond_ref.numerics.refresh import check_refresh
 from precond_ref.numerics.template import Spec, arrays_of, leaves, stacked
 from precond_ref.typing import Array, Namespace
 
-_REGISTRY: dict[str, type[Method]] = {}
-
-
-def list_methods() -> Mapping[str, type[Method]]:
-    """All methods by name, in the order of definition (read-only)."""
-    return MappingProxyType(_REGISTRY)
-
-
-def constructors() -> dict[str, Callable[..., Method]]:
-    """Every method of the registry, and after it its presets, such as ``ASGO.theory``."""
-    found: dict[str, Callable[..., Method]] = {}
-    for name, method in _REGISTRY.items():
-        found[name] = method
-        found.update({f"{name}.{preset}": getattr(method, preset) for preset in method.presets})
-    return found
+_CLASSES: dict[str, type[Method]] = {}
+"""Every class that was defined, by its ``name``; `precond_ref.registry` reads it."""
 
 
 class Now(NamedTuple):
@@ -69,10 +56,10 @@ class Method:
     The first ``k`` axes of ``param`` stack independent parameters of one shape. A real field may be a 0-D array or a
     tracer; it is not cast, so it should have the parameter's dtype.
 
-    A subclass becomes a frozen, keyword-only dataclass of its fields and enters the registry under its name
-    (``preset="ASGO.theory"``: as that attribute of `ASGO`; ``register=False``: not at all). It gives `state_of`, `step`
-    and `report`, where it needs them `rules`, `scalars`, `stack_ndim`, `takes`, and `due` with `periods`, and the class
-    attributes below.
+    A subclass becomes a frozen, keyword-only dataclass of its fields and can be found by its `name`
+    (``preset="ASGO.theory"``: as that attribute of the class `ASGO`); one that begins with "_" is a base and cannot. It
+    gives `state_of`, `step` and `report`, where it needs them `rules`, `scalars`, `stack_ndim`, `takes`, and `due` with
+    `periods`, and the class attributes below.
     """
 
     paper: ClassVar[str] = ""
@@ -100,13 +87,13 @@ class Method:
     """True if ``weight_decay`` is a field, so that the caller adds none of its own; made from the fields."""
 
     name: ClassVar[str] = ""
-    """In the registry, such as ``ASGO.theory``; made from the class."""
+    """Such as ``ASGO.theory``, or ``my_module:Mine`` outside of this package; made from the class."""
     symbols: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Meaning of each field, with the paper's symbol and the rule; made from the fields, shown by ``list``."""
     presets: ClassVar[tuple[str, ...]] = ()
     """Attributes that make a variant: classes (made from ``preset=``), or static methods that set fields."""
 
-    def __init_subclass__(cls, register: bool = True, preset: str = "", **kwargs: Any) -> None:
+    def __init_subclass__(cls, preset: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         inherited = getattr(cls.__base__, "__dataclass_fields__", {})
         for name in inspect.get_annotations(cls).keys() & inherited.keys():
@@ -117,14 +104,18 @@ class Method:
         cls.symbols = MappingProxyType({name: _symbol(field) for name, field in declared.items()})
         cls.refreshes = cls.refreshes or "every" in declared
         cls.decays = cls.decays or "weight_decay" in declared
-        cls.name = preset or cls.__name__
+        cls.presets = cls.__dict__.get("presets", ())
+        place = "" if cls.__module__.startswith("precond_ref.") else f"{cls.__module__}:"
         if preset:
-            owner, _, attribute = preset.partition(".")
-            setattr(_REGISTRY[owner], attribute, cls)
-            _REGISTRY[owner].presets += (attribute,)
             cls.__qualname__ = preset  # the name by which it is printed and found
-        elif register:
-            _REGISTRY[cls.__name__] = cls
+            owner, _, attribute = f"{place}{preset}".rpartition(".")
+            if owner not in _CLASSES:
+                raise ValueError(f"preset must be NAME.preset of a class that was defined before, got {preset!r}")
+            setattr(_CLASSES[owner], attribute, cls)
+            _CLASSES[owner].presets += (attribute,)
+        cls.name = place + cls.__qualname__
+        if not cls.__name__.startswith("_"):
+            _CLASSES[cls.name] = cls
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -197,7 +188,7 @@ class Method:
         Methods with ``takes_statistic`` take gradients, (q, *param.shape), unless they give another rule.
         """
         if not self.takes_statistic:
-            raise ValueError(f"statistic must not be given for {type(self).__name__}, which takes none")
+            raise ValueError(f"statistic must not be given for {self.name}, which takes none")
         check_samples(statistic, param)
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
@@ -215,7 +206,7 @@ class Method:
     def init(self, param: Array, *, stack_ndim: int = 0) -> Any:
         """State for ``param`` before the first update."""
         xp = _namespace("param", param)
-        _check_dtype(xp, "param", param.dtype, self.factorizes, type(self).__name__)
+        _check_dtype(xp, "param", param.dtype, self.factorizes, self.name)
         if not (isinstance(stack_ndim, int) and 0 <= stack_ndim <= param.ndim):
             raise ValueError(f"stack_ndim must be an int between 0 and param.ndim = {param.ndim}, got {stack_ndim!r}")
         narrow = self.narrow_state or "narrow_state" not in self.symbols
@@ -249,7 +240,7 @@ class Method:
             )
         if grad.dtype != param.dtype:
             raise TypeError(f"grad must have param's dtype, got grad {grad.dtype} and param {param.dtype}")
-        _check_dtype(xp, "grad", grad.dtype, False, type(self).__name__)
+        _check_dtype(xp, "grad", grad.dtype, False, self.name)
         stack = self._check_state(state, param, xp)
         due = not self.refreshes or (self.due(state.step) if refresh is None else self.overruled(refresh))
         if statistic is not None:
@@ -267,7 +258,7 @@ class Method:
         if not arrays:
             return self.report(state, None, None)
         xp = _namespace("the arrays of state", *arrays)
-        _check_dtype(xp, "state", arrays[0].dtype, False, type(self).__name__)
+        _check_dtype(xp, "state", arrays[0].dtype, False, self.name)
         stack = self.stack_ndim(state)
         if stack is None:
             return self.report(state, all_finite(xp, *arrays), xp)
@@ -294,7 +285,7 @@ class Method:
         if not low <= len(shape) - stack_ndim <= high:
             rule = f"exactly {low}" if low == high else f"{low} to {high}"
             raise ValueError(
-                f"{type(self).__name__} takes a parameter with {rule} axes (stack axes not counted), got shape "
+                f"{self.name} takes a parameter with {rule} axes (stack axes not counted), got shape "
                 f"{shape} with stack_ndim={stack_ndim}"
             )
         return stacked(self.state_of(shape[stack_ndim:]), shape[:stack_ndim])
@@ -374,7 +365,7 @@ def warn_if_decay(method: Any) -> None:
     """Warn when ``beta2``, here the weight of the *new* term, looks like a decay, the weight of the old one."""
     if is_python_number(method.beta2) and method.beta2 > 0.5:
         warnings.warn(
-            f"beta2 of {type(method).__name__} is the weight of the new term (about 0.01), not a decay (about 0.99): "
+            f"beta2 of {method.name} is the weight of the new term (about 0.01), not a decay (about 0.99): "
             f"beta2={method.beta2!r} forgets the past at once; for that decay give beta2={1 - method.beta2:.3g}",
             UserWarning,
             stacklevel=5,  # the caller of the constructor

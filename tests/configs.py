@@ -26,7 +26,7 @@ class DecayedState(NamedTuple):
     buffer: Any
 
 
-class Decayed(Method, register=False):
+class Decayed(Method):
     """Heavy ball with weight decay inside the momentum: a method that reads the parameter's values."""
 
     momentum: float = 0.5

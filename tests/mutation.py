@@ -22,7 +22,7 @@ def mutated(subject: Any, *changes: tuple[str, str]) -> Any:
     """``subject``, a module or function, executed anew with each ``(old, new)`` exchanged.
 
     ``old`` must occur exactly once; a `LookupError` says otherwise, which no test of a planted bug expects.
-    Methods that the copy defines do not enter the registry.
+    Methods that the copy defines are not found by their names.
     """
     source = textwrap.dedent(inspect.getsource(subject))
     for old, new in changes:
@@ -34,10 +34,10 @@ def mutated(subject: Any, *changes: tuple[str, str]) -> Any:
     copy.__file__ = module.__file__
     if subject is not module:
         vars(copy).update(vars(module))
-    registered = dict(protocol._REGISTRY)
+    registered = dict(protocol._CLASSES)
     try:
         exec(compile(source, f"<{subject.__name__} mutated>", "exec"), vars(copy))
     finally:
-        protocol._REGISTRY.clear()
-        protocol._REGISTRY.update(registered)
+        protocol._CLASSES.clear()
+        protocol._CLASSES.update(registered)
     return copy if subject is module else getattr(copy, subject.__name__)

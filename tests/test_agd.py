@@ -735,7 +735,7 @@ class PlantedState(NamedTuple):
     g: Any
 
 
-class Planted(AGD, register=False):
+class Planted(AGD):
     """AGD written a second time, each part a method in which a subclass makes one mistake."""
 
     state_type = PlantedState
@@ -780,140 +780,140 @@ class Planted(AGD, register=False):
         return math.sqrt(c2) / c1 * self.clipped(self.divide(m, self.denominator(b, c2)))
 
 
-class ZeroFirstDifference(Planted, register=False):
+class ZeroFirstDifference(Planted):
     def difference(self, t, grad, m, state):
         return super().difference(t, grad, m, state) if t > 1 else 0 * m
 
 
-class RawGradientDifference(Planted, register=False):
+class RawGradientDifference(Planted):
     def difference(self, t, grad, m, state):
         return grad - state.g
 
 
-class UncorrectedDifference(Planted, register=False):
+class UncorrectedDifference(Planted):
     def difference(self, t, grad, m, state):
         return m - state.m
 
 
-class BeliefResidual(Planted, register=False):
+class BeliefResidual(Planted):
     def difference(self, t, grad, m, state):
         return grad - m
 
 
-class AdamSquare(Planted, register=False):
+class AdamSquare(Planted):
     def difference(self, t, grad, m, state):
         return grad
 
 
-class DeltaAdded(Planted, register=False):
+class DeltaAdded(Planted):
     def denominator(self, b, c2):
         return np.sqrt(b) + self.delta * math.sqrt(c2)
 
 
-class DeltaWithoutCorrection(Planted, register=False):
+class DeltaWithoutCorrection(Planted):
     def denominator(self, b, c2):
         return np.maximum(np.sqrt(b), self.delta)
 
 
-class MaximumUnderTheRoot(Planted, register=False):
+class MaximumUnderTheRoot(Planted):
     def denominator(self, b, c2):
         return np.sqrt(np.maximum(b, self.delta * math.sqrt(c2)))
 
 
-class VectorSwitch(Planted, register=False):
+class VectorSwitch(Planted):
     def denominator(self, b, c2):
         return np.maximum(np.sqrt(np.mean(b, axis=-1, keepdims=True)), self.delta * math.sqrt(c2))
 
 
-class NoSecondCorrection(Planted, register=False):
+class NoSecondCorrection(Planted):
     def step(self, m, b, c1, c2):
         return super().step(m, b, c1, c2) / math.sqrt(c2)
 
 
-class NoFirstCorrection(Planted, register=False):
+class NoFirstCorrection(Planted):
     def step(self, m, b, c1, c2):
         return c1 * super().step(m, b, c1, c2)
 
 
-class CorrectedMaximum(Planted, register=False):
+class CorrectedMaximum(Planted):
     def largest(self, state, b, t):
         now, before = self.corrections(t)[1], self.corrections(t - 1)[1] if t > 1 else 1.0
         return now * np.maximum(state.b_max / before, b / now)
 
 
-class ClipAfterScaling(Planted, register=False):
+class ClipAfterScaling(Planted):
     def step(self, m, b, c1, c2):
         return self.clipped(math.sqrt(c2) / c1 * self.divide(m, self.denominator(b, c2)))
 
 
-class ClipAtOne(Planted, register=False):
+class ClipAtOne(Planted):
     def clipped(self, u):
         return u if self.clip is None else np.clip(u, -1.0, 1.0)
 
 
-class Float32Corrections(Planted, register=False):
+class Float32Corrections(Planted):
     def corrections(self, t):
         return tuple(float(1 - np.float32(b) ** np.float32(t)) for b in (self.beta1, self.beta2))
 
 
-class LateCounter(Planted, register=False):
+class LateCounter(Planted):
     def corrections(self, t):
         return super().corrections(t + 1)
 
 
-class SwappedDecays(Planted, register=False):
+class SwappedDecays(Planted):
     def __post_init__(self):
         first, second = self.beta1, self.beta2
         object.__setattr__(self, "beta1", second)
         object.__setattr__(self, "beta2", first)
 
 
-class HeavyBall(Planted, register=False):
+class HeavyBall(Planted):
     def average(self, m, grad):
         return self.beta1 * m + grad
 
 
-class OldMomentum(Planted, register=False):
+class OldMomentum(Planted):
     def update(self, grad, state, param, **_):
         direction, new = super().update(grad, state, param)
         c1, c2 = self.corrections(new.step)
         return (self.step(state.m, new.b_max if self.amsgrad else new.b, c1, c2) if state.step else direction), new
 
 
-class NoZeroOverZero(Planted, register=False):
+class NoZeroOverZero(Planted):
     def divide(self, m, denominator):
         return m / denominator
 
 
-class ZeroForInfinity(Planted, register=False):
+class ZeroForInfinity(Planted):
     def divide(self, m, denominator):
         return np.where(denominator == 0, 0.0, super().divide(m, denominator))
 
 
-class RepairedNaN(Planted, register=False):
+class RepairedNaN(Planted):
     def average(self, m, grad):
         return super().average(m, np.nan_to_num(grad))
 
 
-class UncountedSteps(AGD, register=False):
+class UncountedSteps(AGD):
     def update(self, grad, state, param, **_):
         direction, new = super().update(grad, state, param)
         return direction, new._replace(step=1)
 
 
-class DecayingMaximum(Planted, register=False):
+class DecayingMaximum(Planted):
     def largest(self, state, b, t):
         return np.maximum(self.beta2 * state.b_max, b)
 
 
-class HiddenDecay(Planted, register=False):
+class HiddenDecay(Planted):
     """Decay inside the method, where the direction must not depend on the parameter."""
 
     def update(self, grad, state, param, **_):
         return super().update(grad + 0.125 * param, state, param)
 
 
-class StrictSwitch(AGD, register=False):
+class StrictSwitch(AGD):
     def diagnose(self, state):
         c2 = -math.expm1(state.step * math.log(self.beta2)) if self.beta2 else 1.0
         top = state.b_max if self.amsgrad else state.b
@@ -921,28 +921,28 @@ class StrictSwitch(AGD, register=False):
         return super().diagnose(state)._replace(is_sgd=is_sgd, sgd_share=np.mean(is_sgd))
 
 
-class ReversedShare(AGD, register=False):
+class ReversedShare(AGD):
     def diagnose(self, state):
         report = super().diagnose(state)
         return report._replace(sgd_share=1 - report.sgd_share)
 
 
-class RawReport(AGD, register=False):
+class RawReport(AGD):
     def diagnose(self, state):
         return super().diagnose(state)._replace(corrected_b=state.b, corrected_m=state.m)
 
 
-class FiniteMomentum(AGD, register=False):
+class FiniteMomentum(AGD):
     def diagnose(self, state):
         return super().diagnose(state)._replace(finite=np.all(np.isfinite(state.m)))
 
 
-class FiniteSquares(AGD, register=False):
+class FiniteSquares(AGD):
     def diagnose(self, state):
         return super().diagnose(state)._replace(finite=np.all(np.isfinite(state.b)))
 
 
-class UnguardedReport(AGD, register=False):
+class UnguardedReport(AGD):
     def diagnose(self, state):
         c1 = np.asarray(1 - self.beta1**state.step)
         return super().diagnose(state)._replace(corrected_m=state.m / c1)

@@ -87,7 +87,7 @@ def test_decoupled_decay_equals_adamw() -> None:
     assert distance(ours, theirs) <= 1e-13
 
 
-class WrongEps(pr.Adam, register=False):
+class WrongEps(pr.Adam):
     """eps under the root."""
 
     def update(self, grad: Any, state: Any, param: Any, **kwargs: Any) -> Any:
@@ -96,7 +96,7 @@ class WrongEps(pr.Adam, register=False):
         return new.m * k.inverse_c1 / np.sqrt(new.v * k.inverse_sqrt_c2**2 + self.eps), new
 
 
-class NoCorrection(pr.Adam, register=False):
+class NoCorrection(pr.Adam):
     """No bias correction."""
 
     def update(self, grad: Any, state: Any, param: Any, **kwargs: Any) -> Any:
@@ -104,14 +104,14 @@ class NoCorrection(pr.Adam, register=False):
         return new.m / (np.sqrt(new.v) + self.eps), new
 
 
-class DampedMomentum(pr.SGD, register=False):
+class DampedMomentum(pr.SGD):
     """(1 - momentum) on the new term."""
 
     def update(self, grad: Any, state: Any, param: Any, **kwargs: Any) -> Any:
         return super().update((1 - self.momentum) * grad, state, param, **kwargs)
 
 
-class LrInMomentum(pr.RMSProp, register=False):
+class LrInMomentum(pr.RMSProp):
     """Momentum on the gradient instead of the preconditioned gradient."""
 
     def update(self, grad: Any, state: Any, param: Any, **kwargs: Any) -> Any:
@@ -120,7 +120,7 @@ class LrInMomentum(pr.RMSProp, register=False):
         return buffer / (np.sqrt(new.v) + self.eps), new._replace(buffer=buffer)
 
 
-class StaleSum(pr.AdaGrad, register=False):
+class StaleSum(pr.AdaGrad):
     """The sum before the current gradient."""
 
     def update(self, grad: Any, state: Any, param: Any, **kwargs: Any) -> Any:

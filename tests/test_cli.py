@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import precond_ref
 import precond_ref as pr
-from precond_ref import cli, problems
+from precond_ref import cli, problems, registry
 from precond_ref.cli import compare, listing
 from precond_ref.compare import rates, runs
 
@@ -54,7 +54,7 @@ def test_list_shows_every_method_with_its_fields(run: Callable[..., Any]) -> Non
     result = run("list")
     assert result.exit_code == 0
     blocks = {block.splitlines()[0]: block for block in result.output.strip().split("\n\n")}
-    assert list(blocks) == list(runs.constructors())
+    assert list(blocks) == list(registry.constructors())
     for name, method in pr.list_methods().items():
         assert method.paper in blocks[name]
         for field, meaning in method.symbols.items():
@@ -67,13 +67,13 @@ def test_list_shows_every_method_with_its_fields(run: Callable[..., Any]) -> Non
 def test_list_as_json(run: Callable[..., Any]) -> None:
     result = run("list", "--json")
     entries = {entry["name"]: entry for entry in strict_json(result.output)}
-    assert list(entries) == list(runs.constructors())
+    assert list(entries) == list(registry.constructors())
     for name, entry in entries.items():
         assert entry.keys() == {"name", "about", "paper", "elementwise", "fields"}
-        make = runs.constructors()[name]
+        make = registry.constructors()[name]
         assert all(field["meaning"] for field in entry["fields"])
-        assert [field["name"] for field in entry["fields"] if field["required"]] == runs.required(make)
-        if not runs.required(make):
+        assert [field["name"] for field in entry["fields"] if field["required"]] == registry.required(make)
+        if not registry.required(make):
             made: Any = make()
             fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
             assert {field["name"]: field["default"] for field in entry["fields"]} == fields

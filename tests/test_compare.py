@@ -17,7 +17,7 @@ from matplotlib import colors
 from mutation import mutated
 
 import precond_ref as pr
-from precond_ref import compare, problems
+from precond_ref import compare, problems, registry
 from precond_ref.compare import rates, report, runs
 
 U64 = 2.0**-53
@@ -221,7 +221,7 @@ def test_share_and_what_goes_to_adam() -> None:
 
 
 def check_time() -> None:
-    class Slow(pr.SGD, register=False):
+    class Slow(pr.SGD):
         def update(self, *args: Any, **kwargs: Any) -> Any:
             time.sleep(0.002)
             return super().update(*args, **kwargs)
@@ -313,7 +313,7 @@ def test_jax_compiles_in_the_first_step_only() -> None:
     jax = pytest.importorskip("jax")
     traced = []
 
-    class Counted(pr.SGD, register=False):
+    class Counted(pr.SGD):
         def update(self, grad: Any, *args: Any, **kwargs: Any) -> Any:
             traced.append(isinstance(grad, jax.core.Tracer))
             return super().update(grad, *args, **kwargs)
@@ -408,8 +408,12 @@ def test_divergence_ends_a_run_and_is_shown() -> None:
 def test_rates_are_given_else_recorded_else_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     methods = {"SGD": {"lr": 0.5}, "Adam": {"lr": 0.25}, "AGD": {"lr": None}}
     monkeypatch.setattr(rates, "record", lambda: {"quadratic": {"methods": methods}})
-    made = compare.prepare("quadratic", methods="SGD,Adam,AGD,RMSProp", lr=["sgd=0.125"])
+    chosen = "SGD,Adam,AGD,RMSProp,Adam(beta2=0.5),SGD(momentum=0.25),SGD(momentum=0.5)"
+    made = compare.prepare("quadratic", methods=chosen, lr=["sgd=0.125", "SGD( momentum=0.5)=0.75"])
     assert {run.entrant.name: (run.lr, run.lr_source) for run in made.planned} == {
+        "Adam(beta2=0.5)": (0.25, "default fields"),
+        "SGD(momentum=0.25)": (0.125, "given"),
+        "SGD(momentum=0.5)": (0.75, "given"),
         "SGD": (0.125, "given"),
         "Adam": (0.25, "recorded"),
         "AGD": (0.01, "fallback"),
@@ -421,12 +425,13 @@ def test_notes_say_where_rates_come_from(monkeypatch: pytest.MonkeyPatch) -> Non
     searched = {"steps": 7, "seeds": [101, 102], "methods": {"Adam": {"lr": 0.25}}}
     for module in (rates, report):
         monkeypatch.setattr(module, "record", lambda: {"quadratic": searched})
-    made = compare.prepare("quadratic", methods="SGD,Adam,AGD", steps=2, lr=["SGD=0.125"])
+    made = compare.prepare("quadratic", methods="SGD,Adam,AGD,Adam(beta2=0.5)", steps=2, lr=["SGD=0.125"])
     made.train()
     (line,) = [line for line in report.notes(made) if line.startswith("lr:")]
     assert line == (
         "lr: best of the recorded grid search, the same for every method (7 steps, not 2, seeds 101 and 102; repeat it "
-        "with --tune); given for SGD; 0.01, not tuned, for AGD."
+        "with --tune); recorded for other fields, not tuned for these: Adam(beta2=0.5); given for SGD; 0.01, not "
+        "tuned, for AGD."
     )
     searched["steps"] = 2
     assert "(2 steps, seeds 101 and 102;" in " ".join(report.notes(made))
@@ -556,10 +561,10 @@ def audit(problem: str, part: dict[str, Any]) -> None:
     assert part["seeds"] == [101, 102]
     assert 0 not in part["seeds"]
     samples = part["batch_size"] or {"matrix-regression": 512}.get(problem)
-    makers = runs.constructors()
+    makers = registry.constructors()
     for name, entry in part["methods"].items():
         repeat = f"repeat `precond-ref compare --tune --problem {problem} --methods {name}`"
-        assert entry["fields"] == repr(makers[name](**runs.arguments(makers[name], samples))), repeat
+        assert entry["fields"] == repr(makers[name](**runs.fields_for(makers[name], samples))), repeat
         tried = entry["rates"]
         assert tried == sorted(tried), name
         assert {rates.rate(k) for k in rates.GRID} <= set(tried), name
@@ -613,19 +618,19 @@ def test_the_record_repeats() -> None:
 
 
 def test_presets_take_part() -> None:
-    names = list(runs.constructors())
+    names = list(registry.constructors())
     assert names[names.index("ASGO") + 1] == "ASGO.theory"
-    assert repr(runs.constructors()["ASGO.theory"]()) == repr(pr.ASGO.theory())
+    assert repr(registry.constructors()["ASGO.theory"]()) == repr(pr.ASGO.theory())
 
 
 def test_fields_that_a_comparison_sets() -> None:
     def sized(size: int, batch_size: float = 1.0, depth: int = 2) -> pr.Method:
         raise AssertionError
 
-    assert runs.arguments(sized, 100) == {"size": 16, "batch_size": 100.0}
-    assert runs.arguments(sized, None) == {"size": 16}
-    assert runs.arguments(pr.SGD, 100) == {}
-    assert runs.arguments(lambda size=4: None, 100) == {}  # type: ignore[misc]
+    assert runs.fields_for(sized, 100) == {"size": 16, "batch_size": 100.0}
+    assert runs.fields_for(sized, None) == {"size": 16}
+    assert runs.fields_for(pr.SGD, 100) == {}
+    assert runs.fields_for(lambda size=4: None, 100) == {}  # type: ignore[misc]
     for name, batch_size in (("digits-mlp", 100.0), ("matrix-regression", 512.0), ("matrix-quadratic", 1.0)):
         made = compare.prepare(name, methods="RFAdamW,SShampoo,SGD", steps=1)
         fields = {run.entrant.name: run.entrant.method for run in made.planned}
@@ -643,7 +648,8 @@ def test_a_method_without_defaults_is_left_out(monkeypatch: pytest.MonkeyPatch) 
     def sized(depth: int, beta: float = 0.5) -> pr.Method:
         raise AssertionError
 
-    monkeypatch.setattr(runs, "constructors", lambda: {"SGD": pr.SGD, "Sized": sized})
+    for module in (registry, runs):
+        monkeypatch.setattr(module, "constructors", lambda: {"SGD": pr.SGD, "Sized": sized})
     made = compare.prepare("quadratic")
     assert made.left_out == {"Sized": "has no default for depth"}
     with pytest.raises(compare.UsageError, match="on quadratic, Sized has no default for depth; without --methods"):
@@ -654,7 +660,7 @@ def test_a_method_without_defaults_is_left_out(monkeypatch: pytest.MonkeyPatch) 
     ("settings", "message"),
     [
         ({"problem": "nothing"}, "no problem is called 'nothing'; there are quadratic, "),
-        ({"methods": "ASGO,Nothing, Nix"}, "no method is called Nothing, Nix; there are AGD, ASGO, "),
+        ({"methods": "ASGO,Nothing, Nix"}, "no method is called Nothing; there are AGD, ASGO, "),
         ({"methods": " ,"}, "no method is named; there are AGD"),
         ({"problem": "quadratic", "methods": "Muon"}, "on quadratic, Muon takes none of the parameters; without"),
         ({"backend": "tensorflow"}, "no backend is called tensorflow; there are numpy, cupy, torch, jax"),

@@ -612,7 +612,7 @@ def test_targets_that_are_nothing_known() -> None:
         subjects.load_target("json:nothing")
     with pytest.raises(ValueError, match="backend must be one of numpy, .*, got 'mxnet'"):
         Reference("mxnet")
-    with pytest.raises(ValueError, match="there is no method 'asgd'; there are .*ASGO.theory"):
+    with pytest.raises(ValueError, match="no method is called asgd; there are .*ASGO.theory"):
         check(Ten(), "asgd")
     with pytest.raises(ValueError, match="dtype must be one of float64, float32, got 'float16'"):
         check(Ten(), "sgd", dtype="float16")

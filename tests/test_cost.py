@@ -359,7 +359,7 @@ class MineState(NamedTuple):
     basis: Any
 
 
-class Mine(Method, register=False):
+class Mine(Method):
     """A third party's method: bases by QR, renewed every few steps, and the count knows nothing of it."""
 
     every: int = 5
@@ -416,7 +416,7 @@ LACKS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("wrong", "message"), LACKS.values(), ids=LACKS)
 def test_what_the_count_lacks_is_named(wrong: Any, message: str) -> None:
-    class Wrong(Mine, register=False):
+    class Wrong(Mine):
         def step(self, grad: Any, state: MineState, param: Any, now: Any) -> tuple[Any, MineState]:
             return wrong(now.xp, grad), state
 

@@ -20,13 +20,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"# (\w+\.py)\n")
 
 
 def run_page(text: str) -> int:
-    """Run a page's blocks in one namespace; a block followed by a ``text`` block must print just that."""
+    """Run a page's blocks in one namespace; a block followed by a ``text`` block must print just that.
+
+    A block that begins with ``# name.py`` is a file of that name in the current folder.
+    """
     names: dict[str, object] = {"__name__": "page"}
     blocks = BLOCK.findall(text)
     for code, expected in blocks:
+        if file := FILE.match(code):
+            Path(file[1]).write_text(code, encoding="utf-8")
+            continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(code, "page", "exec"), names)
@@ -38,7 +45,10 @@ def run_page(text: str) -> int:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     run_page(page.read_text(encoding="utf-8"))
+    for file in tmp_path.glob("*.py"):
+        sys.modules.pop(file.stem, None)
 
 
 def test_readme_has_examples_with_output() -> None:
@@ -51,6 +61,32 @@ def test_a_wrong_output_or_a_failing_example_is_seen() -> None:
         run_page("```python\nprint(1)\n```\n\n```text\n2\n```\n")
     with pytest.raises(ZeroDivisionError):
         run_page("```python\n1 / 0\n```\n")
+
+
+def console_faults(text: str, folder: Path) -> list[str]:
+    """Commands of a page's ``console`` blocks that fail in ``folder``, and lines that they should print and do not."""
+    faults = []
+    for block in re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for part in block.split("$ precond-ref ")[1:]:
+            command, *expected = part.splitlines()
+            ran = subprocess.run(
+                [sys.executable, "-P", "-m", "precond_ref.cli", *shlex.split(command)],
+                cwd=folder, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            faults += [f"{command}: {ran.stderr}"] * (ran.returncode != 0)
+            faults += [f"{command}: no {line!r}" for line in expected if line not in ran.stdout]
+    return faults
+
+
+def test_the_commands_of_ones_own_method_run(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "write_your_own.md").read_text(encoding="utf-8")
+    code = BLOCK.findall(text)[0][0]
+    assert FILE.match(code)[1] == "mine.py"
+    assert len(code.splitlines()) <= 41  # with the name of the file
+    (tmp_path / "mine.py").write_text(code)
+    assert console_faults(text, tmp_path) == []
+    wrong = "```console\n$ precond-ref cost --preset gpt2 --method mine:Row\n$ precond-ref list\nmine:Rows\n```\n"
+    assert len(console_faults(wrong, tmp_path)) == 2
 
 
 def test_every_method_has_a_page() -> None:

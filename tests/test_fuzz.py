@@ -36,7 +36,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, name: str, change: Change, function: 
     def planted(self: Any, *given: Any, **options: Any) -> Any:
         return change(self, getattr(super(cls, self), function), *given, **options)
 
-    cls = type(name, (base,), {function: planted}, register=False)
+    cls = type(name, (base,), {function: planted})
     monkeypatch.setitem(fuzz.MAKERS, name, cls)
 
 

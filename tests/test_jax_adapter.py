@@ -368,7 +368,7 @@ class PerAxisState(NamedTuple):
     axes: tuple[Pair, ...]
 
 
-class PerAxis(Method, register=False):
+class PerAxis(Method):
     """Nested tuples of arrays, as many as the parameter has axes."""
 
     state_type: ClassVar[Any] = PerAxisState

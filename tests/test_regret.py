@@ -223,7 +223,7 @@ def test_an_exceeded_bound_is_said() -> None:
     [
         (("--method", "Nothing"), "no method is called Nothing"),
         (("--method", "Adam,SGD"), "--method takes one method"),
-        (("--method", "FDSON"), "FDSON needs --set delta=VALUE"),
+        (("--method", "FDSON"), "FDSON needs delta: 'FDSON(delta=...)'"),
         (("--set", "nonsense"), "--set takes FIELD=VALUE with one of size, beta2"),
         (("--set", "beta2=2"), "beta2 must be finite and >= 0 and <= 1, got 2"),
         (("--method", "ASGO.theory"), "ASGO.theory does not take a parameter of shape (20,); give --shape"),

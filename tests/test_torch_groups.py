@@ -16,7 +16,7 @@ from torch_adapter_cases import ONE_EACH, feed, forced, parameters, recorded, th
 
 import precond_ref as pr
 import precond_ref_torch as pt
-from precond_ref.protocol import constructors
+from precond_ref.registry import constructors
 from precond_ref_torch import optimizer, states
 
 torch.set_num_threads(1)
@@ -54,7 +54,7 @@ def check_named() -> None:
 
 def _outer_defaults(name: str, given: Any) -> Any:
     """What was done before: the name, and whatever fields the other method has."""
-    return {"method": states.type_of(name).__name__}, set()
+    return {"method": states.class_of(name).name}, set()
 
 
 def _fields_ignored(name: str, given: Any) -> Any:
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_methods_by_name() -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
     copied = pt.DASGO(copy.deepcopy(opt.param_groups))  # groups of another optimizer, class names and all
     assert copied.describe() == opt.describe()
-    with pytest.raises(ValueError, match="loaded state dict is of ASGOTheory, this group runs ASGO"):
+    with pytest.raises(ValueError, match="loaded state dict is of ASGO.theory, this group runs ASGO"):
         pt.AGD([{"params": again[0], "method": "MBF"}, {"params": again[1], "method": "ASGO"}]).load_state_dict(saved)
 
 
@@ -135,7 +135,7 @@ def weight() -> nn.Parameter:
     return nn.Parameter(torch.ones(SHAPE))
 
 
-class Clashing(pr.Method, register=False):
+class Clashing(pr.Method):
     """A method whose field is called like an argument of the optimizer."""
 
     lr: float = 0.5
@@ -149,9 +149,9 @@ class Clashing(pr.Method, register=False):
         (
             {"method": "Adamm"},
             ValueError,
-            "no method is called 'Adamm'; there are AGD, ASGO, ASGO.theory, .*SShampoo.prac",
+            "no method is called Adamm; there are AGD, ASGO, ASGO.theory, .*SShampoo.prac",
         ),
-        ({"method": "ASGO.practice"}, ValueError, "no method is called 'ASGO.practice'; there are"),
+        ({"method": "ASGO.practice"}, ValueError, "no method is called ASGO.practice; there are"),
         ({"method": 3}, TypeError, "method must be a precond_ref.Method or the name of one, got 3"),
         ({"method": None}, TypeError, "method must be a precond_ref.Method or the name of one, got None"),
         ({"method": ["Adam"]}, TypeError, "method must be a precond_ref.Method or the name of one"),
@@ -164,7 +164,7 @@ class Clashing(pr.Method, register=False):
         ({"method": "Adam", "eps": torch.tensor(1j)}, TypeError, "Invalid epsilon value: .*must be a real number"),
         ({"method": "Adam", "eps": 2**70}, ValueError, "Invalid epsilon value: 1180591620717411303424"),
         ({"method": Clashing()}, ValueError, "Clashing has fields that this adapter names itself: lr"),
-        ({"method": "Clashing"}, ValueError, "Clashing has fields that this adapter names itself: lr"),
+        ({"method": "test_torch_groups:Clashing"}, ValueError, "Clashing has fields that this adapter names itself: lr"),
         ({"compile": "no such backend"}, ValueError, "Invalid compile value: no such backend"),
         ({"lr": None}, ValueError, "Invalid learning rate: None"),
         ({"lr": "0.1"}, ValueError, "Invalid learning rate: 0.1"),
@@ -288,7 +288,7 @@ CHANGES = {
     "no beta1": Change(lose("beta1"), ValueError, "AGD needs beta1"),
     "no lr": Change(lose("lr"), ValueError, "parameter group 1 has lost its entry 'lr'"),
     "method": Change(put(method="Adam"), ValueError, "Adam needs eps"),
-    "method unknown": Change(put(method="Adamm"), ValueError, "no method is called 'Adamm'"),
+    "method unknown": Change(put(method="Adamm"), ValueError, "no method is called Adamm"),
     "method itself": Change(put(method=pr.Adam()), TypeError, "method must be a precond_ref.Method or the name of one"),
     "every": Change(put(every=2), ValueError, "Shampoo needs .roots.0.*its state has none", pt.Shampoo),
     "every 0": Change(put(every=0), ValueError, "Invalid every value: 0", pt.Shampoo),

@@ -298,7 +298,7 @@ def test_check_catches(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- what no call of PyTorch raises ---------------------------------------------------------------------------------
 
 
-class Picky(Decayed, register=False):
+class Picky(Decayed):
     """Refuses a gradient by its values."""
 
     def update(self, grad: Any, *given: Any, **options: Any) -> Any:

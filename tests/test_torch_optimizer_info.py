@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch_adapter_cases import through_file
 
 import precond_ref_torch as pt
-from precond_ref.protocol import constructors
+from precond_ref.registry import constructors
 from precond_ref_torch import buckets, optimizer
 
 torch.set_num_threads(1)

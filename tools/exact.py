@@ -37,9 +37,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from exact_core import Array, load  # noqa: E402
 
 from precond_ref.cli.terminal import progress  # noqa: E402
-from precond_ref.compare.runs import constructors  # noqa: E402
 from precond_ref.conformance import arithmetic, variants  # noqa: E402
 from precond_ref.conformance.arithmetic import DIGITS, exact, number  # noqa: E402
+from precond_ref.registry import constructors  # noqa: E402
 
 TOLERANCE = 1e-40
 INFINITE = "an infinite result"

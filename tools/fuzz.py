@@ -65,7 +65,7 @@ import torch
 from array_api_compat import array_namespace
 
 from precond_ref import SGD, Adam, Method
-from precond_ref.compare.runs import constructors
+from precond_ref.registry import constructors
 
 Array = Any
 Rng = np.random.Generator

@@ -18,6 +18,7 @@ import torch
 from fuzz import BETA2, MAKERS, Found, Record, Rng, bad_values, bits, built, draw_fields, kind, pick
 
 import precond_ref_torch
+from precond_ref.registry import class_of
 
 Shape = tuple[int, ...]
 SHAPES: tuple[Shape, ...] = ((3, 2), (3, 2), (2, 4), (4,), (4,), (5,), (), (2, 3, 2), (2, 2, 2, 2))
@@ -154,14 +155,13 @@ def names(case: OptimizerCase, rng: Rng) -> str | None:
 
 def refused(case: OptimizerCase, rng: Rng) -> str | None:
     """A bad hyperparameter, or a parameter that has become another."""
-    from precond_ref_torch import states
 
     opt = stepped(case)
     group = pick(rng, opt.param_groups)
     param = pick(rng, group["params"])
     bads: list[tuple[str, Any]] = [("lr", v) for v in (None, math.nan, math.inf, -1.0, "x", [0.1])]
     bads += [("weight_decay", v) for v in (-1.0, math.nan, None, "x")] + [("maximize", v) for v in ("no", 1, None)]
-    fields = dataclasses.fields(states.type_of(group["method"]))  # type: ignore[arg-type]
+    fields = dataclasses.fields(class_of(group["method"]))  # type: ignore[arg-type]
     bads += [(f.name, pick(rng, bad_values(str(f.type)))) for f in fields]
     name, value = pick(rng, [*bads, *[("dtype", None), ("shape", None)] * 2])
     if name in ("dtype", "shape"):

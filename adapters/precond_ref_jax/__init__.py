@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from precond_ref.protocol import Method, list_methods
+from precond_ref.protocol import Method
+from precond_ref.registry import list_methods
 
 OPTIONS = ("takes", "fallback", "dtype", "join", "join_axis")
 """Keyword arguments of every function, besides the method's own; `scale_by` says what they do."""

@@ -144,7 +144,7 @@ def scale_by(
         if params is None and not is_zero(method.weight_decay):
             raise ValueError(NO_PARAMS_MSG)
         if not isinstance(state, ScaleByState) or not isinstance(state.statistics, method.state_type):
-            raise TypeError(f"state must be what init of {type(method).__name__} returned, got {type(state).__name__}")
+            raise TypeError(f"state must be what init of {method.name} returned, got {type(state).__name__}")
         statistics = extra_args.get("statistics")
         statistics = {} if statistics is None else statistics
         if not isinstance(statistics, Mapping) or not all(isinstance(name, str) for name in statistics):
@@ -225,7 +225,7 @@ def _member(
             if g.shape != p.shape:
                 raise ValueError(f"the update must have its parameter's shape {p.shape}, got {g.shape}")
         if statistic is not None and not method.takes_statistic:
-            raise ValueError(f"statistics must not be given for {type(method).__name__}, which takes none")
+            raise ValueError(f"statistics must not be given for {method.name}, which takes none")
     return _Member(at, name, gs, ps, state, statistic)
 
 
@@ -489,7 +489,7 @@ def _real(method: Method, leaf: Any) -> Array:
     array = jnp.asarray(leaf)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         rule = "does not support complex parameters" if jnp.iscomplexobj(array) else "takes real floating arrays"
-        raise TypeError(f"{type(method).__name__} {rule}, got dtype {array.dtype} (optax.masked leaves it out)")
+        raise TypeError(f"{method.name} {rule}, got dtype {array.dtype} (optax.masked leaves it out)")
     return array
 
 

@@ -341,7 +341,7 @@ class Bucket:
         if len(found) < len(self) or len({type(value) for value in found}) > 1:
             raise ValueError(
                 f"statistics must be of one type for all parameters of size {list(self.shapes[0])} that "
-                f"{type(self.method).__name__} updates together, or none: a parameter group of its own separates one"
+                f"{self.method.name} updates together, or none: a parameter group of its own separates one"
             )
         if len(found) == 1 and not self.flat:
             return found[0]
@@ -351,7 +351,7 @@ class Bucket:
         }
         if len(counts) > 1:
             raise ValueError(
-                f"statistics of parameters that {type(self.method).__name__} updates together must have one number of "
+                f"statistics of parameters that {self.method.name} updates together must have one number of "
                 f"samples, got {' and '.join(map(str, sorted(counts)))}"
             )
         if isinstance(found[0], tuple):
@@ -367,7 +367,7 @@ class Bucket:
             value = _map(lambda a: a.detach().to(self.device, self.dtype), value)
             self.method.check_statistic(value, torch.empty(shape, dtype=self.dtype, device="meta"))
         except (TypeError, ValueError) as error:
-            name = type(self.method).__name__
+            name = self.method.name
             raise type(error)(
                 f"statistics: for a parameter of size {list(shape)}, updated by {name}: {error}"
             ) from None

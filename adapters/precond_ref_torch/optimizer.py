@@ -566,9 +566,10 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(
                     "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
                 )
-            if saved.get("method") != group["method"]:
-                other = saved.get("method", "another optimizer")
+            other = saved.get("method", "another optimizer")
+            if states.current(other) != group["method"]:
                 raise ValueError(f"loaded state dict is of {other}, this group runs {group['method']}")
+            saved["method"] = group["method"]
             fields = states.field_names(group["method"])
             saved.setdefault("join", ())  # tools that flatten a state dict lose what is empty, and make lists of tuples
             saved.update({name: _tuples(saved[name]) for name in ("fallback", "join", *fields) if name in saved})
@@ -610,7 +611,7 @@ class Optimizer(torch.optim.Optimizer):
         if not expected.keys() <= entry.keys():
             raise ValueError(
                 f"loaded state dict has {', '.join(map(str, entry))} for {label}, "
-                f"{type(method).__name__} keeps {', '.join(('step', *expected))}"
+                f"{method.name} keeps {', '.join(('step', *expected))}"
             )
         for key, like in expected.items():
             value = entry[key]
@@ -655,7 +656,7 @@ class Optimizer(torch.optim.Optimizer):
                 label = name if len(unit) == 1 else f"{name} + {dict(group['join'])[name].rpartition('.')[2]}"
                 rates = f"{float(group['lr']):g}", f"{group['weight_decay']:g}"
                 cells = (str(index), group.get("role", ""), label or str(position), shape, dtype)
-                rows.append((*cells, type(method).__name__, *rates))
+                rows.append((*cells, method.name, *rates))
                 used.setdefault(repr(method), {})[index] = None
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -883,7 +884,7 @@ def _check_entry(entry: Mapping[str, Any], unit: Unit, method: Method, name: str
         if value is None or (value.shape, value.dtype, value.device) != (like.shape, like.dtype, device):
             found = "none" if value is None else f"one of shape {list(value.shape)}, {value.dtype} on {value.device}"
             raise ValueError(
-                f"{type(method).__name__} needs {key!r} of shape {list(like.shape)}, {like.dtype} on {device} for "
+                f"{method.name} needs {key!r} of shape {list(like.shape)}, {like.dtype} on {device} for "
                 f"{_called(name, unit[0])}, its state has {found}: a field, or the parameter's shape, dtype or device, "
                 "was changed; delete the parameter's entry of `state` to begin afresh"
             )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from types import SimpleNamespace
@@ -13,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precond_ref import Method, list_methods
-from precond_ref.protocol import constructors
+from precond_ref import Method
+from precond_ref.registry import arguments, class_of, constructors, parse
 
 
 def to_dict(state: Any) -> dict[str, Tensor]:
@@ -89,48 +87,42 @@ def count(step: Tensor) -> int:
 # ---- methods as plain data, for parameter groups and checkpoints ----------------------------------------------------
 
 
-def type_of(name: str) -> type[Method]:
-    """The `Method` class of that name: the registered one, else one that a preset makes."""
-    if not isinstance(name, str):
-        raise TypeError(f"method must be a precond_ref.Method or the name of one, got {name!r}")
-    if name in list_methods():
-        return list_methods()[name]
-    classes: list[type[Method]] = [Method]
-    for cls in classes:
-        classes.extend(cls.__subclasses__())
-    named = [cls for cls in classes[1:] if cls.__name__ == name]
-    importable = [cls for cls in named if getattr(sys.modules.get(cls.__module__), name, None) is cls]
-    for cls in (*importable, *named):  # a class that its module no longer knows by this name is the last choice
-        return cls
-    raise ValueError(f"no method is called {name!r}; there are {', '.join(constructors())}")
-
-
 def encode(method: Method) -> dict[str, Any]:
-    """``{"method": name, field: value, ...}``."""
+    """``{"method": name, field: value, ...}``; ValueError if the class cannot be found by its name."""
+    if class_of(method.name) is not type(method):
+        raise ValueError(f"{method.name} was defined again since {method!r} was made: make that anew")
     fields = dataclasses.fields(method)  # type: ignore[arg-type]
-    return {"method": type(method).__name__, **{f.name: getattr(method, f.name) for f in fields}}
+    return {"method": method.name, **{f.name: getattr(method, f.name) for f in fields}}
 
 
-def named(name: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """What `encode` makes of the method or preset of that name, and the names of its arguments.
+def named(text: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """What `encode` makes of the method that ``text`` says, and the names of its arguments.
 
-    ``given`` may have any of its arguments and fields; the others are the method's own defaults.
+    ``given`` may have any of its arguments and fields; the others are those of the text, or the method's own defaults.
     """
-    make_it = constructors()[name] if isinstance(name, str) and name in constructors() else type_of(name)
-    arguments = inspect.signature(make_it).parameters.keys()
-    encoded = encode(make(make_it, {key: given[key] for key in arguments if key in given}))
-    return {key: given.get(key, value) if key != "method" else value for key, value in encoded.items()}, set(arguments)
+    found = parse(current(text) if isinstance(text, str) else class_of(text).name)
+    own = arguments(found.make)
+    encoded = encode(make(found.make, {**found.fields, **{key: given[key] for key in own if key in given}}))
+    return {key: given.get(key, value) if key != "method" else value for key, value in encoded.items()}, set(own)
+
+
+def current(name: Any) -> Any:
+    """The name of today of the method that has ``name`` in a file; ``name`` if there is none."""
+    try:
+        return class_of(name).name
+    except (ValueError, TypeError):
+        return name
 
 
 def field_names(name: str) -> list[str]:
     """Fields of the method of that name."""
-    return [f.name for f in dataclasses.fields(type_of(name))]  # type: ignore[arg-type]
+    return [f.name for f in dataclasses.fields(class_of(name))]  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=1)
 def all_field_names() -> frozenset[str]:
     """Fields of all methods and arguments of all presets."""
-    return frozenset(name for make in constructors().values() for name in inspect.signature(make).parameters)
+    return frozenset(name for make in constructors().values() for name in arguments(make))
 
 
 TORCH_NAMES = {
@@ -146,7 +138,7 @@ def decode(data: Mapping[str, Any]) -> Method:
     missing = [name for name in names if name not in data]
     if missing:
         raise ValueError(f"{data['method']} needs {', '.join(missing)}, which no entry gives")
-    return make(type_of(data["method"]), {name: data[name] for name in names})
+    return make(class_of(data["method"]), {name: data[name] for name in names})
 
 
 def make(factory: Any, values: Mapping[str, Any]) -> Method:

@@ -35,7 +35,11 @@ def compare_command(
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="Methods as `precond-ref list` names them.  [default: all that fit]"),
+        typer.Option(
+            metavar="NAME,...",
+            help='Methods as `precond-ref list` names them, or your own: "ASGO(every=10),my_module:Mine(beta2=0.9)".  '
+            "[default: all that fit]",
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of each run.  [default: the problem's]")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="First parameters and order of the batches.")] = 0,

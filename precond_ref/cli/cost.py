@@ -44,8 +44,9 @@ def cost_command(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="As in `precond-ref list`, with fields in brackets if need be: "
-            '"SShampoo(size=64, every=10)"; repeatable.  [default: most of them, size=256]',
+            help="As in `precond-ref list`, or your own, with fields in brackets if need be: "
+            '"SShampoo(size=64, every=10)", "my_module:Mine(beta2=0.9)"; repeatable.  '
+            "[default: most of them, size=256]",
         ),
     ] = None,
     dtype: Annotated[
@@ -99,7 +100,7 @@ def cost_command(
             report.figure(source, estimates).savefig(output, dpi=120)
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed: {EXTRA}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
     if json:
         typer.echo(json_module.dumps(report.as_json(source, estimates), indent=1))

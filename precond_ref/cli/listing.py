@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from precond_ref.protocol import Method, constructors, list_methods
+from precond_ref.protocol import Method
+from precond_ref.registry import constructors, list_methods, required
 
 EXAMPLES = """\b
 Examples:
@@ -37,8 +38,6 @@ def list_command(
 
 def described(name: str, make: Callable[..., Method]) -> dict[str, Any]:
     """What ``precond-ref list --json`` says of a method or a preset."""
-    from precond_ref.compare.runs import required
-
     method = list_methods()[name.partition(".")[0]]
     missing = required(make)
     if missing:  # cannot be made: what it asks for

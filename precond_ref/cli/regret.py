@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json as json_module
 import math
 import os
@@ -34,7 +33,9 @@ def regret_command(
     method: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help='As `precond-ref list` names it, with fields in brackets if need be: "AGD(delta=0.1)".'
+            metavar="NAME",
+            help="As `precond-ref list` names it, or your own, with fields in brackets if need be: "
+            '"AGD(delta=0.1)", "my_module:Mine(beta2=0.9)".',
         ),
     ] = "SAdaGrad",
     lr: Annotated[float, typer.Option("--lr", metavar="X", help="Learning rate.")] = 0.5,
@@ -94,7 +95,7 @@ def regret_command(
         fail(f"{error.name} is not installed: {EXTRA}")
     try:
         made, name = _method(method, size, set or (), lr)
-        output = output or Path(f"precond-ref-regret-{name}.png")
+        output = output or Path(f"precond-ref-regret-{name.replace(':', '.')}.png")
         check_output(output)
         check_files(output, json)
         for option, value in (("--lr", lr), ("--radius", 1.0 if radius is None else radius)):
@@ -158,25 +159,21 @@ def regret_command(
             settings = {"method": repr(made), "problem": what, "lr": lr, "power": power, "seed": seed}
             json.write_text(json_module.dumps(report.as_json(game, settings), allow_nan=False) + "\n", encoding="utf-8")
             console.print(f"JSON: {json}")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         fail(error)
 
 
 def _method(text: str, size: int, fields: Any, lr: float) -> tuple[Method, str]:
     """The method of that name with its fields."""
     from precond_ref.compare import UsageError
-    from precond_ref.compare.runs import constructors, required
-    from precond_ref.cost.report import split_method
+    from precond_ref.registry import arguments, parse
 
     if "," in text.partition("(")[0]:
         raise UsageError(f"--method takes one method, got {text}")
-    name, within = split_method(text)
-    make = constructors()[name]
-    known = list(inspect.signature(make).parameters)
-    chosen: dict[str, Any] = {"size": size} if "size" in known else {}
-    if "learning_rate" in known:
-        chosen["learning_rate"] = lr
-    chosen |= within
+    named = parse(text)
+    known = arguments(named.make)
+    chosen = {name: value for name, value in (("size", size), ("learning_rate", lr)) if name in known}
+    chosen |= named.fields
     for entry in fields:
         field, equals, value = entry.partition("=")
         if not equals or field not in known:
@@ -185,10 +182,7 @@ def _method(text: str, size: int, fields: Any, lr: float) -> tuple[Method, str]:
             chosen[field] = json_module.loads(value)
         except ValueError:
             chosen[field] = value
-    missing = [field for field in required(make) if field not in chosen]
-    if missing:
-        raise UsageError(f"{name} needs {', '.join(f'--set {field}=VALUE' for field in missing)}")
-    return make(**chosen), name
+    return named._replace(fields=chosen).made(), named.name
 
 
 def _shape(text: str) -> tuple[int, ...]:

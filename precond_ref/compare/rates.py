@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from precond_ref import problems
-from precond_ref.compare.runs import Entrant, Run, Trainer, UsageError, choose, constructors, load_problem
+from precond_ref.compare.runs import Entrant, Run, Trainer, UsageError, choose, load_problem
+from precond_ref.registry import constructors
 
 FILE = Path(problems.__file__).with_name("learning_rates.json")
 """What `record` reads and `tune` writes."""
@@ -44,34 +45,39 @@ def record(file: Path | None = None) -> dict[str, Any]:
 
 
 def parse_rates(texts: Sequence[str], entrants: Sequence[Entrant]) -> dict[str, float]:
-    """Learning rates from ``METHOD=VALUE``, by the name of the method."""
-    names = {entrant.name.lower(): entrant.name for entrant in entrants}
+    """Learning rates from ``METHOD=VALUE``, by the entrant's name; without brackets, those of all with that name."""
     rates = {}
     for text in texts:
-        name, _, value = text.partition("=")
+        name, _, value = text.rpartition("=")
         try:
             lr = float(value)
         except ValueError:
             lr = math.nan
         if not 0 <= lr < math.inf:
             raise UsageError(f"--lr wants METHOD=VALUE with a finite value >= 0, such as Adam=0.01, got {text}")
-        key = name.strip().lower()
-        if key not in names:
-            raise UsageError(f"--lr {text}: {name} does not take part; there are {', '.join(names.values())}")
-        rates[names[key]] = lr
+        meant = [e.name for e in entrants if _key(name) in (_key(e.name), _key(e.plain))]
+        if not meant:
+            there = ", ".join(entrant.name for entrant in entrants)
+            raise UsageError(f"--lr {text}: {name} does not take part; there are {there}")
+        rates.update(dict.fromkeys(meant, lr))
     return rates
 
 
+def _key(name: str) -> str:
+    """The name as it is compared: without spaces, in small letters."""
+    return "".join(name.lower().split())
+
+
 def planned(problem: str, entrants: Sequence[Entrant], given: Mapping[str, float]) -> list[Run]:
-    """A run for each entrant, not yet trained, at the rate given, else recorded, else `FALLBACK`."""
+    """A run for each entrant, not yet trained, at the rate given, else recorded for its name, else `FALLBACK`."""
     methods = record().get(problem, {}).get("methods", {})
     runs = []
     for entrant in entrants:
-        recorded = methods.get(entrant.name, {}).get("lr")
+        recorded = methods.get(entrant.plain, {}).get("lr")
         if entrant.name in given:
             lr, source = given[entrant.name], "given"
         elif recorded is not None:
-            lr, source = recorded, "recorded"
+            lr, source = recorded, "recorded" if entrant.name == entrant.plain else "default fields"
         else:
             lr, source = FALLBACK, "fallback"
         runs.append(Run(entrant=entrant, lr=lr, lr_source=source))
@@ -114,11 +120,15 @@ def tune(
 ) -> dict[str, Any]:
     """Search the rates of the methods (default: all that fit) on ``problem`` and write each into `FILE` when found.
 
+    These are of this package, with their default fields: UsageError for others.
+
     ``steps`` is by default what the recorded search took. ``on_method`` gets name, number and count at each
     method's start, ``on_rate`` each rate and its mean end loss. Returns the problem's part of the record.
     """
     trainers = [Trainer(load_problem(problem, "numpy", "float32", seed), "numpy") for seed in SEEDS]
     first = trainers[0].problem
+    if others := [name for name in names or () if name not in constructors()]:
+        raise UsageError(f"--tune is for methods of `precond-ref list`, without fields, got {', '.join(others)}")
     entrants, left_out = choose(first, names)
     if not entrants:
         reasons = ", ".join(f"{name} {reason}" for name, reason in left_out.items())

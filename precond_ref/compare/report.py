@@ -72,7 +72,7 @@ def notes(comparison: Comparison) -> list[str]:
     """Who wins, and what one must know to read the table."""
     lines = [_verdict(comparison), ""]
     problem = comparison.problem
-    source: dict[str, list[str]] = {"recorded": [], "given": [], "fallback": []}
+    source: dict[str, list[str]] = {"recorded": [], "default fields": [], "given": [], "fallback": []}
     for run in comparison.finished:
         source[run.lr_source].append(run.entrant.name)
     rates = []
@@ -84,6 +84,8 @@ def notes(comparison: Comparison) -> list[str]:
             f"{'' if search['steps'] == comparison.steps else f', not {comparison.steps}'}, seeds {seeds}; "
             "repeat it with --tune)"
         )
+    if source["default fields"]:
+        rates.append(f"recorded for other fields, not tuned for these: {', '.join(source['default fields'])}")
     if source["given"]:
         rates.append(f"given for {', '.join(source['given'])}")
     if source["fallback"]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from precond_ref import problems
 from precond_ref.optimizer import Optimizer
 from precond_ref.problems import Problem
 from precond_ref.protocol import Method
-from precond_ref.protocol import constructors as constructors
+from precond_ref.registry import arguments, constructors, parse, parse_list, required
 
 BACKENDS = {"numpy": "cli", "cupy": "cuda12", "torch": "torch", "jax": "jax"}
 """Array libraries by name, with the extra that installs each."""
@@ -41,10 +40,10 @@ class Entrant:
     """A method that takes part."""
 
     name: str
-    """As in ``--methods``."""
+    """As in ``--methods``, in its right spelling."""
     method: Method
     chosen: dict[str, Any]
-    """Fields that do not have their defaults, see `arguments`."""
+    """Fields that the comparison sets, see `fields_for`."""
     to_adam: tuple[str, ...]
     """Paths of the parameters that the method does not take and `Adam` updates."""
     share: float
@@ -54,6 +53,11 @@ class Entrant:
     join: tuple[tuple[str, str], ...] = ()
     """Weights and biases that the method takes as one parameter, for ``Optimizer(join=)``."""
 
+    @property
+    def plain(self) -> str:
+        """The name without fields in brackets."""
+        return self.name.partition("(")[0]
+
 
 @dataclass(kw_only=True)
 class Run:
@@ -62,7 +66,7 @@ class Run:
     entrant: Entrant
     lr: float
     lr_source: str
-    """"given", "recorded" or "fallback"."""
+    """"given", "recorded", "default fields" (recorded for these, of which some have another value) or "fallback"."""
     batch_losses: list[float] = field(default_factory=list)
     """Loss of each step's batch, before the step."""
     steps: list[int] = field(default_factory=list)
@@ -99,34 +103,26 @@ class Run:
 # ---- who takes part -------------------------------------------------------------------------------------------------
 
 
-def required(make: Callable[..., Method]) -> list[str]:
-    """Arguments without a default."""
-    return [p.name for p in inspect.signature(make).parameters.values() if p.default is p.empty]
-
-
-def arguments(make: Callable[..., Method], samples: int | None) -> dict[str, Any]:
+def fields_for(make: Callable[..., Method], samples: int | None) -> dict[str, Any]:
     """What a comparison calls ``make`` with: a ``size`` if it has no default, and the ``batch_size``.
 
     The batch size is the problem's, not the method's to choose: the number of samples whose mean the loss is.
     """
     chosen: dict[str, Any] = {"size": SKETCH_SIZE} if "size" in required(make) else {}
-    if samples is not None and "batch_size" in inspect.signature(make).parameters:
+    if samples is not None and "batch_size" in arguments(make):
         chosen["batch_size"] = float(samples)
     return chosen
 
 
 def parse_methods(text: str) -> list[str]:
-    """Names of methods from a list with commas, in any case of letters."""
-    known = {name.lower(): name for name in constructors()}
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    unknown = [word for word in words if word.lower() not in known]
-    if unknown or not words:
-        what = f"no method is called {', '.join(unknown)}" if unknown else "no method is named"
-        raise UsageError(f"{what}; there are {', '.join(known.values())}")
-    return [known[word.lower()] for word in words]
+    """Methods from a list with commas, in their right spelling."""
+    try:
+        return [named.text for named in parse_list(text)]
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
 
 
-def choose(problem: Problem, names: Collection[str] | None = None) -> tuple[list[Entrant], dict[str, str]]:
+def choose(problem: Problem, names: Sequence[str] | None = None) -> tuple[list[Entrant], dict[str, str]]:
     """Methods that take part in ``problem``, and why the others do not, by name.
 
     With ``names``, of those. A method must take at least one of the parameters; without ``names``, it must also keep
@@ -137,15 +133,17 @@ def choose(problem: Problem, names: Collection[str] | None = None) -> tuple[list
     total = sum(sizes.values())
     samples = problem.batch_size or (problem.train[0].shape[0] if problem.train else None)
     entrants, left_out = [], {}
-    for name, make in constructors().items():
-        if names is not None and name not in names:
-            continue
-        chosen = arguments(make, samples)
-        missing = [field for field in required(make) if field not in chosen]
+    for name in dict.fromkeys(constructors() if names is None else names):
+        _, make, given = parse(name)
+        chosen = {field: value for field, value in fields_for(make, samples).items() if field not in given}
+        missing = [field for field in required(make) if field not in {**chosen, **given}]
         if missing:
             left_out[name] = f"has no default for {', '.join(missing)}"
             continue
-        method = make(**chosen)
+        try:
+            method = make(**chosen, **given)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{name}: {error}") from error
         join = biases(params) if method.joins_bias else ()
         to_adam = tuple(path for path, array in params.items() if method.for_shape(tuple(array.shape), path) is None)
         share = 1.0 - sum(sizes[path] for path in to_adam) / total

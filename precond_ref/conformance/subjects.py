@@ -6,7 +6,7 @@ The interface is `Subject`, a job of ten lines. `wrap` makes one of
 * a ``torch.optim.Optimizer`` class, or a function whose first argument is named ``params`` that returns one;
 * a function that returns an optax transformation;
 * a function ``step(param, grad, state, *, lr, ...) -> (new param, new state)``, ``state`` being None at first;
-* a method of `precond_ref`, on any of the array libraries;
+* a `precond_ref.Method`, on any of the array libraries;
 
 and `Command` is a program in any language that speaks JSON lines.
 """
@@ -34,8 +34,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from array_api_compat import array_namespace
 
+from precond_ref import registry
 from precond_ref.conformance.processes import GRACE, Exited, Limits, Program
-from precond_ref.protocol import Method, constructors
+from precond_ref.protocol import Method
 
 BACKENDS = ("numpy", "strict", "torch", "jax", "cupy")
 Arrays = list[np.ndarray]
@@ -124,26 +125,7 @@ class Subject(Protocol):
 
 def load_target(target: str) -> Any:
     """``module:attribute``, the current folder first; ValueError saying what is missing."""
-    module_name, colon, path = target.partition(":")
-    if not (colon and module_name and path):
-        raise ValueError(f"TARGET must be module:attribute, such as my_package.optim:MyASGO, got {target!r}")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        found = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and not (module_name + ".").startswith(error.name + "."):
-            raise ValueError(f"importing {module_name} failed: {error}") from error
-        hint = " (without the .py)" if module_name.endswith(".py") else ""
-        raise ValueError(f"there is no module {module_name!r}{hint} in this folder or among those installed") from None
-    except RAISED as error:
-        raise ImportError(f"importing {module_name} failed: {said(error)}") from error
-    for name in path.split("."):
-        if not hasattr(found, name):
-            names = ", ".join(n for n in vars(found) if not n.startswith("_") and callable(getattr(found, n)))
-            raise ValueError(f"{module_name} has no {path!r}; it has {names}")
-        found = getattr(found, name)
-    return found
+    return registry.load(target, said)
 
 
 def wrap(
@@ -155,8 +137,8 @@ def wrap(
     ``betas``) and of states (``{"state.gram": "precond"}``). TypeError for what is none of the kinds.
     """
     names = dict(names or {})
-    if isinstance(target, (type, Method)) and (isinstance(target, Method) or issubclass(target, Method)):
-        return Reference(backend or "numpy", dtype)
+    if isinstance(target, type) and issubclass(target, Method):
+        return Reference(backend or "numpy", dtype, target, names)
     if isinstance(target, type) and all(hasattr(target, name) for name in ("init", "step")):
         return target()
     if not isinstance(target, type) and all(hasattr(target, name) for name in ("init", "step")):
@@ -388,14 +370,33 @@ class Function:
 
 
 class Reference:
-    """The reference itself on one of the array libraries; parameters of one shape are run as a stack."""
+    """A method on one of the array libraries; parameters of one shape are run as a stack.
 
-    def __init__(self, backend: str = "numpy", dtype: str = "float64"):
-        self.arrays = ArrayLibrary(backend, dtype)
+    ``target`` is its class, the config's own method if None.
+    """
+
+    def __init__(
+        self,
+        backend: str = "numpy",
+        dtype: str = "float64",
+        target: type[Method] | None = None,
+        names: Mapping[str, str] | None = None,
+    ):
+        self.arrays, self.target, self.names = ArrayLibrary(backend, dtype), target, dict(names or {})
+
+    def _method(self, config: Config) -> Method:
+        """What the config makes of the target."""
+        if self.target is None or type(config.method) is self.target:
+            return config.method
+        own = Config({k: v for k, v in config.items() if k != "lr"})
+        own.at_default = config.at_default
+        if not self.target.decays:  # `step` does it
+            own.pop("weight_decay", None)
+        return self.target(**arguments(self.target, own, self.names))
 
     def init(self, config: Config, params: Arrays) -> None:
-        """The config's method."""
-        self.method, self.lr = config.method, config["lr"]
+        """A method with these fields."""
+        self.method, self.lr = self._method(config), config["lr"]
         self.decay = 0.0 if self.method.decays else config.get("weight_decay", 0.0)
         alike: dict[tuple[int, ...], list[int]] = {}
         for i, p in enumerate(params):
@@ -617,11 +618,12 @@ def surroundings() -> dict[str, str]:
 
 def method_name(name: str) -> str:
     """The constructor that ``name`` means, in any case; ValueError naming those there are."""
-    known = constructors()
-    for constructor in known:
-        if constructor.lower() == name.lower():
-            return constructor
-    raise ValueError(f"there is no method {name!r}; there are {', '.join(known)}")
+    named = registry.parse(name)
+    if named.fields or named.name not in registry.constructors():
+        raise ValueError(
+            f"there are no test vectors for {named.text}: --method takes a name that `precond-ref list` prints"
+        )
+    return named.name
 
 
 def parse_map(entries: list[str]) -> dict[str, str]:

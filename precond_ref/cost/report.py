@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
 from precond_ref.cost import Device, Estimate
 from precond_ref.protocol import Method
+from precond_ref.registry import parse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,46 +17,9 @@ SIZE = 256
 """Value of a field ``size`` that has no default."""
 
 
-def split_method(text: str) -> tuple[str, dict[str, Any]]:
-    """``"sshampoo(size=64)"`` as the name in `list_methods` (or of a preset) and the fields; ValueError otherwise."""
-    from precond_ref.compare.runs import constructors
-
-    name, bracket, _ = text.strip().partition("(")
-    makers, fields = {each.lower(): (each, make) for each, make in constructors().items()}, {}
-    if name.strip().lower() not in makers:
-        raise ValueError(
-            f"no method is called {name.strip()}; there are {', '.join(known for known, _ in makers.values())}"
-        )
-    name, make = makers[name.strip().lower()]
-    if bracket:
-        try:
-            call = ast.parse(text.strip(), mode="eval").body
-            if not isinstance(call, ast.Call) or call.args:
-                raise ValueError("fields are given by name")
-            fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{text!r} must be like 'SShampoo(size=64, every=10)': {error}") from error
-    known = inspect.signature(make).parameters.keys()
-    if unknown := fields.keys() - known:
-        raise ValueError(f"{name} has no field {', '.join(sorted(unknown))}; it has {', '.join(known)}")
-    return name, fields
-
-
 def parse_method(text: str) -> Method:
-    """``"ASGO"``, ``"ASGO.theory"`` or ``"SShampoo(size=64, every=10)"``; ValueError for anything else."""
-    from precond_ref.compare.runs import constructors, required
-
-    name, fields = split_method(text)
-    make = constructors()[name]
-    for field in required(make):
-        if field not in fields:
-            if field != "size":
-                raise ValueError(f"{name} needs {field}: '{name}({field}=...)'")
-            fields[field] = SIZE
-    try:
-        return make(**fields)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+    """The method that ``text`` says; ValueError if it says none."""
+    return parse(text).made(size=SIZE)
 
 
 def quantity(value: float, unit: str) -> str:
@@ -221,7 +183,7 @@ def as_json(source: str, estimates: list[Estimate]) -> dict[str, Any]:
                 "parameters": {
                     load.name: {
                         "shape": load.shape,
-                        "method": type(load.method).__name__,
+                        "method": load.method.name,
                         "state_bytes": load.state_bytes,
                         "flops": load.flops,
                         "bytes_moved": load.moved,

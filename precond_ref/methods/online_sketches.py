@@ -50,7 +50,7 @@ class OnlineSketchScalars(NamedTuple):
     """Factor of the gradient in the sketch."""
 
 
-class _OnlineSketch(Method, register=False):
+class _OnlineSketch(Method):
     """What the three share: vectors, and a sketch of ``size`` rows."""
 
     size: int = integer("sketch size; the sketch has rank size - 1", ge=1)

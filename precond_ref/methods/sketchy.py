@@ -133,7 +133,7 @@ class SShampooState(NamedTuple):
     """One per axis: (..., d_i, k_i), (..., k_i), (...)."""
 
 
-class _Sketched(Method, register=False):
+class _Sketched(Method):
     """What both S-Shampoos share: a sketch of every axis."""
 
     size: int = integer("l, sketch size of every axis; the sketch has rank l - 1", ge=1)

@@ -93,8 +93,10 @@ def checkpoints(rounds: int, count: int = 60) -> list[int]:
 def bound_of(method: Any, ndim: int) -> tuple[Statement, Callable[[Run, Array], Check]] | None:
     """The regret bound that fits a method with these fields, as a function of run and comparator; None if unknown.
 
-    ``ndim`` is the parameter's.
+    ``ndim`` is the parameter's. Nothing is known of a method from outside this package, whatever it is a subclass of.
     """
+    if ":" in method.name:
+        return None
     if isinstance(method, SAdaGrad) and method.beta2 == 1 and method.delta == 0:
         return theory.sketchy.regret, theory.sketchy.regret
     if isinstance(method, SShampoo) and _plain(method) and ndim == 2 and not method.relative_eps:
@@ -208,7 +210,7 @@ def comparator_of_logistic(features: Array, signs: Array, radius: float | None =
 def _lost(parts: list[Run]) -> list[Lost]:
     """What the sketches of S-AdaGrad and S-Shampoo have lost, plain sums only."""
     method, whole = parts[-1].method, parts[-1]
-    if not isinstance(method, (SAdaGrad, SShampoo)) or not _plain(method):
+    if ":" in method.name or not isinstance(method, (SAdaGrad, SShampoo)) or not _plain(method):
         return []
     out = []
     axes = range(whole.gradients.ndim - 1)

@@ -1,0 +1,166 @@
+"""Methods by name, and the one way from a text to a method.
+
+A text is the name of a method or preset, in any case of letters, or the place of a class of one's own; fields that do
+not have their defaults follow in brackets::
+
+    ASGO      sshampoo.practical(size=32)      my_module:Fast      my_module:Fast(beta2=0.9, side="left")
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from precond_ref.protocol import _CLASSES, Method
+
+
+def list_methods() -> Mapping[str, type[Method]]:
+    """All methods of this package by name, in the order of definition (read-only)."""
+    return MappingProxyType({name: cls for name, cls in _CLASSES.items() if not {".", ":"} & set(name)})
+
+
+def constructors() -> dict[str, Callable[..., Method]]:
+    """Every method of this package, and after it its presets, such as ``ASGO.theory``."""
+    found: dict[str, Callable[..., Method]] = {}
+    for name, method in list_methods().items():
+        found[name] = method
+        found.update({f"{name}.{preset}": getattr(method, preset) for preset in method.presets})
+    return found
+
+
+def arguments(make: Callable[..., Method]) -> list[str]:
+    """Names of what ``make`` takes."""
+    return list(inspect.signature(make).parameters)
+
+
+def required(make: Callable[..., Method]) -> list[str]:
+    """Arguments without a default."""
+    return [p.name for p in inspect.signature(make).parameters.values() if p.default is p.empty]
+
+
+class Named(NamedTuple):
+    """What a text says; not made yet, because fields may be missing."""
+
+    name: str
+    """`Method.name`, or that of a preset."""
+    make: Callable[..., Method]
+    """The class or preset."""
+    fields: Mapping[str, Any]
+    """Those in the brackets."""
+
+    @property
+    def text(self) -> str:
+        """The text, always written in the same way."""
+        fields = ", ".join(f"{field}={value!r}" for field, value in self.fields.items())
+        return f"{self.name}({fields})" if fields else self.name
+
+    def made(self, **missing: Any) -> Method:
+        """The method, with values from ``missing`` for what has no default and is not given; ValueError if refused."""
+        fields = {**{name: missing[name] for name in required(self.make) if name in missing}, **self.fields}
+        for name in required(self.make):
+            if name not in fields:
+                raise ValueError(f"{self.name} needs {name}: '{self.name}({name}=...)'")
+        try:
+            return self.make(**fields)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+
+def parse(text: str) -> Named:
+    """What ``text`` says, such as ``"asgo(eps=1e-8)"``; ValueError or ImportError if it says nothing."""
+    place, bracket, rest = text.strip().partition("(")
+    name, make = _found(place.strip())
+    fields = {}
+    if bracket:
+        try:
+            call = ast.parse(f"f({rest}", mode="eval").body
+            if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
+                raise ValueError("fields are given by name")
+            fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"{text!r} must be like 'SShampoo(size=64, every=10)': {error}") from error
+    known = arguments(make)
+    if unknown := fields.keys() - set(known):
+        raise ValueError(f"{name} has no field {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    return Named(name, make, fields)
+
+
+def parse_list(text: str) -> list[Named]:
+    """What a text with commas says; those within brackets separate fields."""
+    depth, parts = 0, [""]
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    found = [parse(part) for part in parts if part.strip()]
+    if not found:
+        raise ValueError(f"no method is named; there are {', '.join(constructors())}")
+    return found
+
+
+def class_of(name: str) -> type[Method]:
+    """The class with this `Method.name`; ValueError or TypeError if none is loaded. Nothing is imported for it.
+
+    Also found are ``ASGOTheory`` and the like, the names of classes that older checkpoints have.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"method must be a precond_ref.Method or the name of one, got {name!r}")
+    if name in _CLASSES:
+        return _CLASSES[name]
+    for cls in _CLASSES.values():
+        if cls.__name__ == name and ":" not in cls.name:
+            return cls
+    hint = f"; import {name.partition(':')[0]} first" if ":" in name else ""
+    raise ValueError(f"no method is called {name}{hint}; there are {', '.join(constructors())}")
+
+
+def load(target: str, said: Callable[[BaseException], str] = repr) -> Any:
+    """What is at ``module:attribute``, the current folder first; ValueError saying what is missing.
+
+    ImportError if the module raises something, which ``said`` puts into words.
+    """
+    module_name, colon, path = target.partition(":")
+    if not (colon and module_name and path):
+        raise ValueError(f"TARGET must be module:attribute, such as my_package.optim:MyASGO, got {target!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not (module_name + ".").startswith(error.name + "."):
+            raise ValueError(f"importing {module_name} failed: {error}") from error
+        hint = " (without the .py)" if module_name.endswith(".py") else ""
+        raise ValueError(f"there is no module {module_name!r}{hint} in this folder or among those installed") from None
+    except (Exception, SystemExit) as error:
+        raise ImportError(f"importing {module_name} failed: {said(error)}") from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            names = ", ".join(n for n in vars(found) if not n.startswith("_") and callable(getattr(found, n)))
+            raise ValueError(f"{module_name} has no {path!r}; it has {names}")
+        found = getattr(found, name)
+    return found
+
+
+def _found(name: str) -> tuple[str, Callable[..., Method]]:
+    """The name of a method or preset in the one right spelling, and what makes it."""
+    if name in _CLASSES:  # which may be of a function or a notebook, that no module has
+        return name, _CLASSES[name]
+    if ":" not in name:
+        known = {each.lower(): (each, make) for each, make in constructors().items()}
+        if name.lower() not in known:
+            raise ValueError(f"no method is called {name}; there are {', '.join(each for each, _ in known.values())}")
+        return known[name.lower()]
+    found = load(name)
+    if isinstance(found, type) and issubclass(found, Method) and found.name:
+        return found.name, found
+    owner, _, preset = name.rpartition(".")
+    if ":" in owner and preset in getattr(load(owner), "presets", ()):
+        return f"{load(owner).name}.{preset}", found
+    raise ValueError(f"{name} must be a class made from precond_ref.Method, got {found!r}")
