@@ -185,7 +185,7 @@ class Method:
     def check_statistic(self, statistic: Any, param: Array) -> None:
         """ValueError or TypeError for what ``update`` of ``param`` cannot take as ``statistic``; reads no values.
 
-        Methods with ``takes_statistic`` take gradients, (q, *param.shape), unless they give another rule.
+        Methods with ``takes_statistic`` take gradients, ``(q, *param.shape)``, unless they give another rule.
         """
         if not self.takes_statistic:
             raise ValueError(f"statistic must not be given for {self.name}, which takes none")
