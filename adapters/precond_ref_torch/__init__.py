@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
     if name == "Optimizer" or name in list_methods():
         from precond_ref_torch import optimizer
 
-        return optimizer.Optimizer if name == "Optimizer" else optimizer.class_of(list_methods()[name])
+        return optimizer.Optimizer if name == "Optimizer" else optimizer.optimizer_of(list_methods()[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

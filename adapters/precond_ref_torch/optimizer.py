@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from precond_ref import Adam, Method
+from precond_ref.registry import class_of
 from precond_ref_torch import distributed as sharding
 from precond_ref_torch import states
 from precond_ref_torch.buckets import (
@@ -998,18 +999,20 @@ def _plain(method: Any) -> dict[str, Any] | None:
 def _method(group: Mapping[str, Any]) -> Method:
     """The method of a group, from its name and fields."""
     try:
-        name = group["method"]
-        return _cached((("method", name), *((f, group[f]) for f in _field_names(name))))
+        cls = class_of(group["method"])  # a name may be defined again, in a notebook
+        return _cached(cls, tuple(group[name] for name in _names_of(cls)))  # type: ignore[arg-type]
     except (KeyError, TypeError):
         return states.decode(group)  # which says what is missing, or what is no number
 
 
-_field_names = lru_cache(states.field_names)
+@lru_cache
+def _names_of(cls: type[Method]) -> tuple[str, ...]:
+    return tuple(states.field_names(cls.name))
 
 
 @lru_cache(maxsize=4096)
-def _cached(items: tuple[tuple[str, Any], ...]) -> Method:
-    return states.decode(dict(items))
+def _cached(cls: type[Method], values: tuple[Any, ...]) -> Method:
+    return states.make(cls, dict(zip(_names_of(cls), values, strict=True)))  # type: ignore[arg-type]
 
 
 # ---- a class per method ---------------------------------------------------------------------------------------------
@@ -1018,7 +1021,7 @@ def _cached(items: tuple[tuple[str, Any], ...]) -> Method:
 _CLASSES: dict[type[Method], type[Optimizer]] = {}
 
 
-def class_of(method_type: type[Method]) -> type[Optimizer]:
+def optimizer_of(method_type: type[Method]) -> type[Optimizer]:
     """The optimizer class for a method: its fields are arguments, its presets class methods."""
     if method_type in _CLASSES:
         return _CLASSES[method_type]

@@ -1,0 +1,445 @@
+"""Methods by name: the one way from a text to a method, and methods in files of somebody else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mutation import mutated
+
+import precond_ref as pr
+import precond_ref_jax
+import precond_ref_torch as pt
+from precond_ref import registry
+from precond_ref.compare import rates
+from precond_ref.methods import asgo
+from precond_ref.registry import constructors, parse, parse_list
+from precond_ref_torch import optimizer, states
+
+torch.set_num_threads(1)
+
+THEIRS = '''
+from typing import Any, NamedTuple
+
+import precond_ref
+from precond_ref.fields import integer, real
+from precond_ref.numerics.template import zeros
+
+
+class HalfState(NamedTuple):
+    step: Any
+    m: Any
+
+
+class Half(precond_ref.Method):
+    """Momentum, divided by two."""
+
+    beta: float = real("beta, decay of m", default=0.5, ge=0, lt=1)
+    power: int = integer("of two", default=1, ge=0)
+
+    state_type = HalfState
+    elementwise = True
+
+    @staticmethod
+    def quarter(beta: float = 0.25):
+        return Half(beta=beta, power=2)
+
+    presets = ("quarter",)
+
+    def state_of(self, shape):
+        return HalfState(0, zeros(*shape))
+
+    def step(self, grad, state, param, now):
+        m = self.beta * state.m + grad
+        return m / 2**self.power, HalfState(now.step, m)
+
+    def report(self, state, finite, xp):
+        return finite
+
+
+class SGD(Half):
+    """Has the name of one of the package."""
+
+    size: int = integer("of nothing, without a default", ge=1)
+
+
+class Fixed(Half, preset="Half.fixed"):
+    """A preset with mathematics of its own."""
+
+    def step(self, grad, state, param, now):
+        return grad, HalfState(now.step, state.m)
+
+
+class _Base(Half):
+    pass
+
+
+class Asgo2(precond_ref.ASGO):
+    """Twice ASGO's step, which is wrong."""
+
+    def step(self, grad, state, param, now):
+        u, state = super().step(grad, state, param, now)
+        return 2 * u, state
+
+
+def helper():
+    pass
+'''
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The module ``theirs``, a file in the current folder."""
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    (tmp_path / "broken.py").write_text("raise RuntimeError('at its beginning')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    yield registry.load("theirs:Half").__module__
+    sys.modules.pop("theirs", None)
+    for name in [name for name in registry._CLASSES if name.startswith("theirs:")]:
+        del registry._CLASSES[name]
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "precond_ref.cli", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("theirs")
+def check_texts() -> None:
+    """What each text says, and how it is written."""
+    half = registry.load("theirs:Half")
+    for text, made, right in (
+        ("asgo", pr.ASGO(), "ASGO"),
+        (" asgo.THEORY ( side='right' )", pr.ASGO.theory(side="right"), "ASGO.theory(side='right')"),
+        ("mbf.authors_code(network='cnn')", pr.MBF.authors_code("cnn"), "MBF.authors_code(network='cnn')"),
+        ("precond_ref:ASGO(eps=1e-8)", pr.ASGO(eps=1e-8), "ASGO(eps=1e-08)"),
+        ("precond_ref:ASGO.theory", pr.ASGO.theory(), "ASGO.theory"),
+        ("precond_ref:MBF.authors_code", pr.MBF.authors_code(), "MBF.authors_code"),
+        ("theirs:Half", half(), "theirs:Half"),
+        ("theirs:Half(beta=0.25, power=3)", half(beta=0.25, power=3), "theirs:Half(beta=0.25, power=3)"),
+        ("theirs:Half.quarter", half(beta=0.25, power=2), "theirs:Half.quarter"),
+        ("theirs:Half.fixed(beta=0)", half.fixed(beta=0), "theirs:Half.fixed(beta=0)"),
+        ("theirs:SGD(size=3)", registry.load("theirs:SGD")(size=3), "theirs:SGD(size=3)"),
+    ):
+        named = parse(text)
+        assert (named.text, named.made()) == (right, made)
+        assert type(named.made()) is type(made)
+        assert parse(right) == named
+    assert [named.text for named in parse_list("sgd, theirs:Half(beta=0.5,power=2) ,,RFShampoo(beta2=(0.5)),")] == [
+        "SGD",
+        "theirs:Half(beta=0.5, power=2)",
+        "RFShampoo(beta2=0.5)",
+    ]
+    assert parse("SShampoo").made(size=7, eps=1.0) == pr.SShampoo(size=7)
+    assert parse("SShampoo(size=3)").made(size=7) == pr.SShampoo(size=3)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_texts() -> None:
+    check_texts()
+
+
+BUGS = {
+    "case counts": ("name.lower() not in known:", "name not in known:"),
+    "commas in brackets split": ('character == "," and depth == 0', 'character == ","'),
+    "fields are lost": ("return Named(name, make, fields)", "return Named(name, make, {})"),
+    "preset is its owner": ('return f"{load(owner).name}.{preset}", found', "return load(owner).name, found"),
+    "named by its place": ("return found.name, found", "return name, found"),
+    "a default replaces what is given": ("if name in missing}, **self.fields}", "if name in missing}} | {**missing}"),
+}
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize("bug", BUGS)
+def test_checks_of_texts_catch(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = mutated(registry, BUGS[bug])
+    for name in ("parse", "parse_list"):
+        monkeypatch.setitem(globals(), name, getattr(wrong, name))
+    with pytest.raises((AssertionError, ValueError)):
+        check_texts()
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Nothing", "no method is called Nothing; there are AGD, ASGO, ASGO.theory"),
+        ("_Sketched", "no method is called _Sketched"),
+        ("", "no method is called ;"),
+        ("ASGO(1)", "must be like 'SShampoo(size=64, every=10)': fields are given by name"),
+        ("ASGO(every=3", "must be like"),
+        ("ASGO(every=3)(", "must be like"),
+        ("ASGO(every=len)", "must be like"),
+        ("ASGO(evry=3)", "ASGO has no field evry; it has beta1, beta2, eps"),
+        ("theirs:Half(gamma=3)", "theirs:Half has no field gamma; it has beta, power"),
+        ("nobody:Half", "there is no module 'nobody'"),
+        ("theirs:Nothing", "theirs has no 'Nothing'; it has"),
+        ("theirs:helper", "theirs:helper must be a class made from precond_ref.Method, got <function"),
+        ("theirs:Half.step", "theirs:Half.step must be a class made from"),
+        ("precond_ref:Method", "precond_ref:Method must be a class made from"),
+        ("theirs.py:Half", "there is no module 'theirs.py' (without the .py)"),
+    ],
+)
+def test_texts_that_say_nothing(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(text)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_what_cannot_be_made() -> None:
+    for text, message in (
+        ("theirs:SGD", "theirs:SGD needs size: 'theirs:SGD(size=...)'"),
+        ("theirs:Half(beta=1)", "beta must be finite and >= 0 and < 1, got 1"),
+        ("ASGO(every='x')", "every must be a Python int, got 'x'"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            parse(text).made()
+    with pytest.raises(ImportError, match="importing broken failed: .*at its beginning"):
+        parse("broken:Half")
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_names_of_the_package() -> None:
+    for name, make in constructors().items():
+        fields = {"size": 2, "delta": 0.25, "learning_rate": 0.5}
+        made = parse(name).made(**fields)
+        assert registry.class_of(made.name) is type(made)
+        assert made.name == (name if isinstance(make, type) else name.partition(".")[0])
+    old = {"ASGOTheory": "ASGO.theory", "DASGOTheory": "DASGO.theory", "SShampooPractical": "SShampoo.practical"}
+    assert {name: registry.class_of(name).name for name in old} == old
+    assert all(set(name).isdisjoint(".:_") for name in pr.list_methods())
+
+
+def test_a_class_from_outside_takes_no_name_of_the_package() -> None:
+    before = dict(pr.list_methods())
+    shadow: Any = type("MBF", (pr.Method,), {})
+    assert shadow.name == f"{__name__}:MBF"
+    assert registry.class_of(shadow.name) is shadow
+    assert pr.list_methods() == before
+    assert registry.class_of("MBF") is pr.MBF is parse("mbf").make
+    with pytest.raises(ValueError, match="preset must be NAME.preset of a class .* before, got 'No.such'"):
+        type("Such", (pr.Method,), {}, preset="No.such")
+
+
+def test_a_mutated_copy_changes_no_name() -> None:
+    copy = mutated(asgo, ("def _left(self, m: int, n: int)", "def _left(self, m: int, n: int, /)"))
+    assert copy.ASGO.name == "ASGO"
+    assert copy.ASGO.theory is copy.ASGOTheory is not pr.ASGO.theory
+    assert registry.class_of("ASGO") is pr.ASGO
+    assert registry.class_of("ASGO.theory") is pr.ASGO.theory
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_base_has_no_name() -> None:
+    base = registry.load("theirs:_Base")
+    with pytest.raises(ValueError, match="no method is called theirs:_Base; import theirs first"):
+        pt.Optimizer([torch.nn.Parameter(torch.ones(2))], base())
+
+
+# ---- a method in a file of its own ----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("theirs")
+def test_the_commands_take_it() -> None:
+    text = "theirs:Half(beta=0.25)"
+    ran = program("compare", "--problem", "quadratic", "--steps", "4", "--methods", f"SGD,{text},theirs:Half.quarter",
+                  "--lr", "theirs:half=0.125", "--json", "all.json", "--output", "all.svg")  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    results = {run["method"]: run for run in json.loads(Path("all.json").read_text())["results"]}
+    assert {name: (run["lr"], run["lr_source"]) for name, run in results.items()} == {
+        "SGD": (rates.record()["quadratic"]["methods"]["SGD"]["lr"], "recorded"),
+        text: (0.125, "given"),
+        "theirs:Half.quarter": (rates.FALLBACK, "fallback"),
+    }
+    ran = program("compare", "--problem", "quadratic", "--tune", "--methods", f"SGD,{text}")
+    assert (ran.returncode, ran.stderr) == (
+        2,
+        f"error: --tune is for methods of `precond-ref list`, without fields, got {text}\n",
+    )
+    ran = program("regret", "--method", text, "--rounds", "20", "--set", "power=3", "--json", "game.json")
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(Path("game.json").read_text())["method"] == "Half(beta=0.25, power=3)"
+    assert Path("precond-ref-regret-theirs.Half.png").exists()
+    ran = program("cost", "--preset", "gpt2", "--method", text, "--json")
+    assert ran.returncode == 0, ran.stderr
+    (cost,) = json.loads(ran.stdout)["methods"]
+    assert (cost["name"], cost["state_bytes"]) == (text, 4 * json.loads(ran.stdout)["entries"])
+    for command in (("compare", "--methods"), ("regret", "--method"), ("cost", "--preset", "gpt2", "--method")):
+        for wrong, message in (("broken:Half", "importing broken failed"), ("theirs:helper", "must be a class made")):
+            ran = program(*command, wrong)
+            assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
+            assert message in ran.stderr
+
+
+@pytest.mark.usefixtures("theirs")
+def test_check_runs_the_class_itself_and_has_no_vectors_for_it() -> None:
+    """A class made from ASGO that does something else is not taken for ASGO."""
+    ran = program("check", "theirs:Asgo2", "--method", "asgo")
+    assert ran.returncode == 1
+    assert "WRONG: " in ran.stdout
+    ran = program("check", "precond_ref:ASGO", "--method", "theirs:Half")
+    assert (ran.returncode, ran.stderr) == (
+        2,
+        "error: there are no test vectors for theirs:Half: --method takes a name that `precond-ref list` prints\n",
+    )
+    ran = program("check", "precond_ref:ASGO", "--method", "ASGO(every=3)")
+    assert "no test vectors for ASGO(every=3)" in ran.stderr
+
+
+@pytest.mark.usefixtures("theirs")
+def test_no_bound_is_claimed_for_it() -> None:
+    from precond_ref import regret
+
+    class Mine(pr.SAdaGrad):
+        """Its step may be anything."""
+
+    assert regret.bound_of(pr.SAdaGrad(size=2), 1) is not None
+    assert regret.bound_of(Mine(size=2), 1) is None
+
+
+def check_groups() -> None:
+    """In a group by name, by text and by object; through a file; in what is printed."""
+    half = registry.load("theirs:Half")
+    results = []
+    for given in (
+        {"method": "theirs:Half", "beta": 0.25},
+        {"method": "theirs:Half(beta=0.25)"},
+        {"method": half(beta=0.25)},
+    ):
+        param = torch.nn.Parameter(torch.ones(3, 2))
+        opt = pt.ASGO([{"params": [param], **given}], lr=0.5)
+        assert opt.param_groups[0]["method"] == "theirs:Half"
+        assert "  theirs:Half  " in opt.describe()
+        for _ in range(2):
+            param.grad = torch.full((3, 2), 0.5)
+            opt.step()
+        results.append(param)
+        torch.save(opt.state_dict(), "state.pt")
+    for param in results:
+        assert torch.equal(param, torch.full((3, 2), 1 - 0.5 * 0.25 - 0.5 * 0.3125))
+    saved = torch.load("state.pt")
+    opt.load_state_dict(saved)
+    with pytest.raises(ValueError, match="loaded state dict is of theirs:Half, this group runs SGD"):
+        pt.SGD([torch.nn.Parameter(torch.ones(3, 2))]).load_state_dict(saved)
+    with pytest.raises(ValueError, match="theirs:Half has no field gamma|Half has no field gamma"):
+        pt.ASGO([{"params": [param], "method": "theirs:Half(gamma=1)"}])
+
+
+@pytest.mark.usefixtures("theirs")
+def test_groups_and_checkpoints_of_pytorch() -> None:
+    check_groups()
+
+
+def check_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name in a file is compared, and looked up among the classes there are; presets have old names, too."""
+    (tmp_path / "trap.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    param = torch.nn.Parameter(torch.ones(3, 2))
+    opt = pt.ASGO.theory([param], lr=0.5)
+    param.grad = torch.ones(3, 2)
+    opt.step()
+    saved = opt.state_dict()
+    assert saved["param_groups"][0]["method"] == "ASGO.theory"
+    for name in ("trap:Method", "trap:Half(beta=0.5)"):
+        wrong = {**saved, "param_groups": [{**saved["param_groups"][0], "method": name}]}
+        with pytest.raises(ValueError, match="loaded state dict is of trap"):
+            opt.load_state_dict(wrong)
+        wrong = {**saved, "param_groups": [{**saved["param_groups"][0], "fallback": {"method": name}}]}
+        with pytest.raises(ValueError, match="no method is called trap.*; import trap first"):
+            opt.load_state_dict(wrong)
+    old = {**saved, "param_groups": [{**saved["param_groups"][0], "method": "ASGOTheory"}]}
+    opt.load_state_dict(old)
+    assert opt.param_groups[0]["method"] == "ASGO.theory"
+    opt.step()
+    opt = pt.SGD([{"params": [param], "method": "ASGOTheory"}])
+    assert opt.param_groups[0]["method"] == "ASGO.theory"
+
+
+def test_loading_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_loading(tmp_path, monkeypatch)
+
+
+def test_the_check_of_loading_catches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "current", lambda name: parse(name).name)
+    with pytest.raises(ImportError):
+        check_loading(tmp_path, monkeypatch)
+    monkeypatch.setattr(states, "current", lambda name: name)
+    with pytest.raises(ValueError, match="is of ASGOTheory, this group runs ASGO.theory"):
+        check_loading(tmp_path, monkeypatch)
+
+
+def check_defined_again() -> None:
+    """As in a notebook: the new class runs, and a method of the old one is refused."""
+
+    def made(factor: float) -> Any:
+        class Again(pr.SGD):
+            def step(self, grad: Any, state: Any, param: Any, now: Any) -> Any:
+                direction, state = super().step(grad, state, param, now)
+                return factor * direction, state
+
+        return Again()
+
+    moved = []
+    for factor in (1.0, 2.0):
+        method = made(factor)
+        param = torch.nn.Parameter(torch.zeros(2))
+        opt = pt.Optimizer([param], method, lr=0.5)
+        param.grad = torch.ones(2)
+        opt.step()
+        moved.append(float(param.detach()[0]))
+    assert moved == [-0.5, -1.0]
+    made(3.0)
+    with pytest.raises(ValueError, match="Again was defined again since .*Again.* was made: make that anew"):
+        pt.Optimizer([param], method)
+
+
+def test_a_class_that_was_defined_again() -> None:
+    check_defined_again()
+
+
+def _by_name(cls: Any, values: Any, known: dict[Any, Any] = {}) -> Any:  # noqa: B006
+    """A cache that knows classes by their names."""
+    return known.setdefault((cls.name, values), cls(**dict(zip(cls.symbols, values, strict=True))))
+
+
+def test_the_check_of_a_class_defined_again_catches(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields, encode = dataclasses.fields, states.encode
+    monkeypatch.setattr(
+        states, "encode", lambda m: {"method": m.name, **{f.name: getattr(m, f.name) for f in fields(m)}}
+    )
+    with pytest.raises(pytest.fail.Exception):
+        check_defined_again()
+    monkeypatch.setattr(states, "encode", encode)
+    monkeypatch.setattr(optimizer, "_cached", _by_name)
+    with pytest.raises(AssertionError):
+        check_defined_again()
+
+
+@pytest.mark.usefixtures("theirs")
+def test_optax() -> None:
+    import jax.numpy as jnp
+
+    made = parse("theirs:Half(beta=0.25)").made()
+    transformation = precond_ref_jax.scale_by(made)
+    grads = {"w": jnp.full((3, 2), 0.5)}
+    state = transformation.init(grads)
+    for _ in range(2):
+        updates, state = transformation.update(grads, state, grads)
+    np.testing.assert_array_equal(updates["w"], np.full((3, 2), 0.3125, np.float32))
