@@ -18,6 +18,7 @@ def test_float64_agrees_with_numpy(backend: Backend, config: Config) -> None:
     assert all(leaf.dtype == backend.asarray(0.0).dtype for leaf in leaves(state)[1:] if leaf.ndim)
 
 
+@pytest.mark.float32
 @pytest.mark.cases(first_on=("torch-compile", "jax-jit"))  # a graph for each: those of float64 are all compiled
 def test_float32_stays_float32(backend: Backend, config: Config) -> None:
     grads = gradients(config.shape).astype(np.float32).astype(np.float64)
