@@ -9,6 +9,7 @@ itself, and its dtypes, only a GPU shows.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,9 +21,8 @@ import numpy as np
 
 DEVICE = object()
 """Where all arrays are: a name that means nothing to NumPy."""
-OPERATORS = """abs add and bool complex eq float floordiv ge getitem gt iadd iand ifloordiv imod imul int invert ior ipow
-isub iter itruediv ixor le len lshift lt matmul mod mul ne neg or pos pow radd rand rfloordiv rlshift rmatmul rmod rmul ror
-rpow rrshift rshift rsub rtruediv rxor setitem sub truediv xor""".split()
+_NAMES = (*operator.__all__, "bool", "complex", "float", "int", "len")
+OPERATORS = {f"__{side}{name.rstrip('_')}__" for name in _NAMES for side in ("", "r")} & {*dir(cupy.ndarray)}
 
 
 class Array:
@@ -58,9 +58,8 @@ def _operator(name: str) -> Callable[..., Any]:
     return operate
 
 
-for _name in (f"__{name}__" for name in OPERATORS):
-    if hasattr(cupy.ndarray, _name):
-        setattr(Array, _name, _operator(_name))
+for _name in OPERATORS:
+    setattr(Array, _name, _operator(_name))
 
 
 def _wrapped(value: Any) -> Any:

@@ -21,7 +21,7 @@ from mutation import mutated
 import precond_ref as pr
 from precond_ref.fields import Flag, Integer
 from precond_ref.methods import asgo, baselines, inverse_free, mbf, root_free, sketchy
-from precond_ref.numerics import roots
+from precond_ref.numerics import lapack, roots
 from precond_ref.numerics import sketch as fd
 from precond_ref.protocol import Method
 
@@ -570,6 +570,30 @@ def check_failure(config: Config, failing: list[str]) -> None:
     finite = method.diagnose(state).finite
     if failed:
         assert finite.tolist() == [True, False, True]
+
+
+def check_failure_without_float64(lib: Any) -> None:
+    """Where there is no float64 to try, a member that cannot be factorised is NaN; no exception."""
+    backend = make_backend("strict-no-float64")
+
+    def eigh(matrix: Any) -> tuple[Any, ...]:
+        if np.max(backend.numpy(matrix)) > 1e5:
+            raise np.linalg.LinAlgError("did not converge")
+        return tuple(backend.xp.linalg.eigh(matrix))
+
+    matrices = backend.asarray(np.stack([np.eye(3), 1e6 * np.eye(3), np.eye(3)]))
+    for result in lib.attempt(eigh, matrices, wider=True):
+        finite = np.isfinite(backend.numpy(result)).reshape(3, -1)
+        assert finite.all(axis=1).tolist() == finite.any(axis=1).tolist() == [True, False, True]
+
+
+def test_a_failure_without_float64() -> None:
+    check_failure_without_float64(lapack)
+
+
+def test_a_planted_float64_in_a_second_try_is_seen() -> None:
+    with pytest.raises(ValueError, match="does not support dtype"):
+        check_failure_without_float64(mutated(lapack, ("in_float64(array, xp) if", "xp.astype(array, xp.float64) if")))
 
 
 @ids
