@@ -44,7 +44,7 @@ BACKENDS = (
 FLOAT32 = ("strict-no-float64",)
 """Beside `BACKENDS`, for tests marked ``float32``: a device that has no float64."""
 APART = ("cupy-surface", "dpnp")
-"""Only where ``--backend`` names them: their libraries have an environment of their own in `.ci/run`."""
+"""Only where ``--backend`` names them: their libraries have an environment of their own in `.ci/libraries`."""
 EAGER = ("numpy", "strict-device1", "torch", "jax")
 
 

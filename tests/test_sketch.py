@@ -334,7 +334,10 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "cut at the smallest of A": ("invariants", ("s[..., size - 1 : size] if size <= d", "s[..., -1:] if size <= d")),
     "a view where one column is kept": (
         "memory",
-        ("clamp, eye_like, in_float64, own\n", "clamp, eye_like\nown = lambda u, xp: xp.reshape(xp.reshape(u, (-1,)), u.shape)\n"),
+        (
+            "clamp, eye_like, in_float64, own\n",
+            "clamp, eye_like, in_float64\nown = lambda u, xp: xp.reshape(xp.reshape(u, (-1,)), u.shape)\n",
+        ),
     ),
     "a view of all singular vectors": ("memory", ("own(u[..., :k], xp), s", "u[..., :k], s")),
     "a view of all eigenvectors": ("memory", ("u = own(u[..., :k], xp)", "u = u[..., :k]")),
