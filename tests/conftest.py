@@ -17,7 +17,7 @@ import array_api_compat
 import array_api_strict
 import numpy as np
 import pytest
-from configs import CONFIGS, FIRST
+from configs import CONFIGS, FIRST, Config
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -41,6 +41,10 @@ BACKENDS = (
     "jax-jit",
     "cupy",
 )
+FLOAT32 = ("strict-no-float64",)
+"""Beside `BACKENDS`, for tests marked ``float32``: a device that has no float64."""
+APART = ("cupy-surface", "dpnp")
+"""Only where ``--backend`` names them: their libraries have an environment of their own in `.ci/libraries`."""
 EAGER = ("numpy", "strict-device1", "torch", "jax")
 
 
@@ -53,9 +57,14 @@ class Backend:
     device: Any = None
     readonly: bool = False
 
-    def asarray(self, values: Any, dtype: str = "float64") -> Any:
-        """``values`` (NumPy or nested lists) as an array of this backend."""
-        host = np.asarray(values, dtype=dtype)
+    @property
+    def widest(self) -> str:
+        """Real dtype with the most digits."""
+        return "float32" if self.name in FLOAT32 else "float64"
+
+    def asarray(self, values: Any, dtype: str | None = None) -> Any:
+        """``values`` (NumPy or nested lists) as an array of this backend, in its widest dtype if none is named."""
+        host = np.asarray(values, dtype=dtype or self.widest)
         if self.readonly:
             host = host.copy()
             host.flags.writeable = False
@@ -68,8 +77,10 @@ class Backend:
         """``array`` on the host."""
         if self.name.startswith("strict"):
             array = array_api_compat.to_device(array, array_api_strict.Device("CPU_DEVICE"))
-        if self.name == "cupy":
+        if self.name.startswith("cupy"):
             return array.get()
+        if self.name == "dpnp":
+            return self.xp.asnumpy(array)
         return np.asarray(array)
 
     def update(self, method: Any) -> Callable[..., Any]:
@@ -121,7 +132,8 @@ def make_backend(name: str) -> Backend:
             data_dependent_shapes=False,
             enabled_extensions=("linalg",),
         )
-        device = array_api_strict.Device("device1" if name.endswith("1") else "CPU_DEVICE")
+        devices = {"strict": "CPU_DEVICE", "strict-device1": "device1", "strict-no-float64": "no_float64"}
+        device = array_api_strict.Device(devices[name])
         return Backend(name, array_api_strict, device)
     if name.startswith("torch"):
         torch = pytest.importorskip("torch")
@@ -131,7 +143,16 @@ def make_backend(name: str) -> Backend:
         jax = pytest.importorskip("jax")
         jax.config.update("jax_enable_x64", True)
         return Backend(name, jax.numpy)
+    if name == "dpnp":
+        driver = Path(sys.prefix) / "lib" / "libintelocl.so"  # of the package intel-opencl-rt
+        if driver.exists():
+            os.environ.setdefault("OCL_ICD_FILENAMES", str(driver))
+        return Backend(name, pytest.importorskip("dpnp", reason="dpnp is not installed"))
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    if name == "cupy-surface":
+        from cupy_surface import SURFACE
+
+        return Backend(name, SURFACE)
     if not cupy.is_available():
         pytest.skip("CuPy finds no GPU")
     return Backend(name, array_api_compat.array_namespace(cupy.zeros(1)))
@@ -142,6 +163,11 @@ PLANTED = re.compile("planted|mutant|catch|caught|notices|_seen$|_bug_|mistake")
 ELSEWHERE = ("numpy-readonly", "strict", "torch-compile", "jax", "jax-jit", "cupy")
 """Backends that the quick tier leaves to --full, but for `AGREES` on the first configuration of each method."""
 AGREES = "test_float64_agrees_with_numpy"
+
+
+def needs_float64(config: Config) -> bool:
+    """Whether the method computes in float64 whatever the dtype, and refuses to where there is none."""
+    return getattr(config.method, "solver", None) == "gram64"
 
 
 def is_quick(name: str, backend: str, first: bool) -> bool:
@@ -174,7 +200,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         values = getattr(getattr(item, "callspec", None), "params", {})
         first = "config" not in values or any(values["config"] is CONFIGS[name] for name in FIRST)
         name = getattr(item, "originalname", item.name)
-        backend = next((b for b in values.values() if isinstance(b, str) and b in BACKENDS), "")
+        backend = next((b for b in values.values() if isinstance(b, str) and b in (*BACKENDS, *FLOAT32)), "")
         quick = not item.get_closest_marker("full") and is_quick(name, backend, first)
         (chosen if quick else left).append(item)
     if config.getoption("--rest"):
@@ -189,7 +215,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend",
         action="append",
-        choices=BACKENDS,
+        choices=(*BACKENDS, *FLOAT32, *APART),
         help="run the backend tests on this backend only (repeatable; default: all)",
     )
 
@@ -201,21 +227,25 @@ def pytest_configure(config: pytest.Config) -> None:
         "cases(first_on=()): every configuration of every method on every backend; on these the first of each method",
     )
     config.addinivalue_line("markers", "eager_cases: the same, on the eager libraries only")
+    config.addinivalue_line("markers", "float32: also where there is no float64")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     asked = metafunc.config.getoption("--backend")
     eager = any(metafunc.definition.get_closest_marker(name) for name in ("eager", "eager_cases"))
-    backends = asked or (EAGER if eager else BACKENDS)
+    narrow = FLOAT32 if metafunc.definition.get_closest_marker("float32") else ()
+    backends = [b for b in asked or (*(EAGER if eager else BACKENDS), *narrow) if b not in FLOAT32 or b in narrow]
     if any(metafunc.definition.get_closest_marker(name) for name in ("cases", "eager_cases")):
         # JAX compiles every single operation: eagerly the first configuration of each method, unless it was asked for
         marker = metafunc.definition.get_closest_marker("cases")
-        few = ("jax", *(marker.kwargs.get("first_on", ()) if marker else ()))
+        few = () if asked else ("jax", *FLOAT32, *(marker.kwargs.get("first_on", ()) if marker else ()))
+        if eager:
+            few = (*few, "dpnp")  # which compiles too
         cases = [
             pytest.param(backend, config, id=f"{backend}-{name}")
             for backend in backends
             for name, config in CONFIGS.items()
-            if asked or backend not in few or name in FIRST
+            if (backend not in few or name in FIRST) and not (backend in FLOAT32 and needs_float64(config))
         ]
         metafunc.parametrize(("backend", "config"), cases, indirect=["backend"])
     elif "backend" in metafunc.fixturenames:
@@ -241,5 +271,5 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """One of the backends of `BACKENDS`."""
+    """One of the backends of `BACKENDS`, `FLOAT32` and `APART`."""
     return make_backend(request.param)

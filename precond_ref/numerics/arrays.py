@@ -28,6 +28,15 @@ def state_dtype(xp: Namespace, param: Array, narrow: bool) -> Any:
     return param.dtype if narrow or xp.finfo(param.dtype).bits >= 32 else xp.float32
 
 
+def in_float64(array: Array, xp: Namespace) -> Array | None:
+    """``array`` in float64; None where the library has that switched off, or the device lacks it."""
+    try:
+        wide = xp.astype(array, xp.float64, copy=False)
+    except (TypeError, ValueError, RuntimeError):  # libraries refuse it each in its own way
+        return None
+    return wide if wide.dtype == xp.float64 else None
+
+
 def own(array: Array, xp: Namespace) -> Array:
     """``array`` row by row in memory of its own."""
     return xp.reshape(xp.concat([xp.reshape(array, (-1,))]), array.shape)

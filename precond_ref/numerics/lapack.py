@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from array_api_compat import array_namespace
 
-from precond_ref.numerics.arrays import eye_like
+from precond_ref.numerics.arrays import eye_like, in_float64
 from precond_ref.typing import Array, Namespace
 
 Factorisation = Callable[..., tuple[Array, ...]]
@@ -15,7 +15,8 @@ Factorisation = Callable[..., tuple[Array, ...]]
 def attempt(function: Factorisation, *arrays: Array, wider: bool = False, xp: Namespace = None) -> tuple[Array, ...]:
     """``function(*arrays)`` of arrays (..., m, n); NaN for each member on which it raises a linear-algebra error.
 
-    ``wider``: such a member is tried in float64 before that (an eigendecomposition or SVD that does not converge).
+    ``wider``: such a member is tried in float64 before that, where there is float64 (an eigendecomposition or SVD that
+    does not converge).
     JAX raises none; what it cannot factorise is NaN there too.
     """
     try:
@@ -25,18 +26,16 @@ def attempt(function: Factorisation, *arrays: Array, wider: bool = False, xp: Na
             raise
     xp = array_namespace(*arrays) if xp is None else xp
     members = [xp.reshape(array, (-1, *array.shape[-2:])) for array in arrays]
-    dtypes = [arrays[0].dtype, xp.float64] if wider else [arrays[0].dtype]
-    results = [_one(function, [m[i : i + 1, ...] for m in members], dtypes, xp) for i in range(members[0].shape[0])]
+    results = [_one(function, [m[i : i + 1, ...] for m in members], wider, xp) for i in range(members[0].shape[0])]
     stack = arrays[0].shape[:-2]
     return tuple(xp.reshape(xp.concat(rows), (*stack, *rows[0].shape[1:])) for rows in zip(*results, strict=True))
 
 
-def _one(function: Factorisation, arrays: list[Array], dtypes: list[object], xp: Namespace) -> list[Array]:
-    dtype = arrays[0].dtype
-    for trial in dtypes:
+def _one(function: Factorisation, arrays: list[Array], wider: bool, xp: Namespace) -> list[Array]:
+    wide = [in_float64(array, xp) if wider else None for array in arrays]
+    for trial in [arrays] if any(array is None for array in wide) else [arrays, wide]:
         try:
-            results = function(*(xp.astype(array, trial, copy=False) for array in arrays))
-            return [xp.astype(result, dtype, copy=False) for result in results]
+            return [xp.astype(result, arrays[0].dtype, copy=False) for result in function(*trial)]
         except Exception as error:
             if not _is_failure(error):
                 raise

@@ -31,7 +31,7 @@ from array_api_compat import array_namespace
 
 from precond_ref.fields import is_python_number, is_zero
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import clamp, eye_like, own
+from precond_ref.numerics.arrays import clamp, eye_like, in_float64, own
 from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.template import full, zeros
 from precond_ref.typing import Array, Namespace, Scalar
@@ -132,9 +132,9 @@ def _svd(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, Array]:
 
 def _gram64(factor: Array, unit: Array, k: int, xp: Namespace) -> tuple[Array, Array, Array]:
     """The same from the smaller Gram matrix in float64; vectors of singular values that are rounding are zero."""
-    wide = xp.astype(factor, xp.float64, copy=False)
-    if wide.dtype != xp.float64:
-        raise ValueError("solver='gram64' needs float64, which this array library has switched off")
+    wide = in_float64(factor, xp)
+    if wide is None:
+        raise ValueError("solver='gram64' needs float64, which this array library has switched off or its device lacks")
     wide = wide / unit  # so that no square over- or underflows
     tall = factor.shape[-2] > factor.shape[-1]
     transposed = xp.matrix_transpose(wide)
