@@ -992,3 +992,22 @@ def test_no_dead_knob(method: Any, field: str, value: Any) -> None:
     grads = gradients((4, 3))
     changed = method.replace(**{field: value})
     assert distance(directions(changed, grads), directions(method, grads)) > 1e-3
+
+
+def check_a_zero_beside_what_is_not_finite(lib: Any) -> None:
+    """A column (row) without a gradient so far is NaN too, with the rest of its member."""
+    for method in (lib.DASGO(eps=0.0, rms=None), lib.DASGO.theory()):
+        for bad in (np.nan, np.inf):
+            grad = np.asarray([[bad, 0.0], [0.0, 0.0]])
+            with np.errstate(invalid="ignore"):
+                assert np.isnan(method.update(grad, method.init(grad), grad)[0]).all()
+
+
+def test_a_zero_beside_what_is_not_finite() -> None:
+    check_a_zero_beside_what_is_not_finite(pr)
+
+
+def test_planted_zero_beside_what_is_not_finite() -> None:
+    planted = mutated(asgo, (" + bad_as_nan(diagonal, 1, xp)[..., None]", ""))
+    with pytest.raises(AssertionError):
+        check_a_zero_beside_what_is_not_finite(planted)

@@ -414,7 +414,7 @@ def test_a_class_that_was_defined_again() -> None:
     check_defined_again()
 
 
-def _by_name(cls: Any, values: Any, known: dict[Any, Any] = {}) -> Any:  # noqa: B006
+def _by_name(cls: Any, values: Any, types: Any, known: dict[Any, Any] = {}) -> Any:  # noqa: B006
     """A cache that knows classes by their names."""
     return known.setdefault((cls.name, values), cls(**dict(zip(cls.symbols, values, strict=True))))
 

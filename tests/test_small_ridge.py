@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from types import SimpleNamespace
@@ -464,7 +465,7 @@ def test_a_kept_root_that_is_said_to_know_the_gradient_is_caught(name: str) -> N
 
 
 REAL = " > unit * top"
-REAL_SKETCH = " > roots.CERTAIN * u * most"
+REAL_SKETCH = " > roots.CERTAIN * u * top"
 
 
 def formed(tensor: Any, known: Any, law: Any, weight: Any = 0.0, *, xp: Any = None) -> Any:
@@ -517,4 +518,62 @@ def test_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     planted = change if callable(change) else mutated(getattr(module, function), change)
     monkeypatch.setattr(module, function, planted)
     with pytest.raises(AssertionError):
+        check()
+
+
+# ---- what the largest and the smallest numbers make of it -----------------------------------------------------------
+
+TINY = {
+    "ASGO": {"rms": None}, "ASGO.theory": {}, "Shampoo": {}, "FullAdaGrad": {}, "ASGO every": {"every": 3, "rms": None},
+}  # fmt: skip
+
+
+def check_ridge_below_the_dtype(library: Any = pr) -> None:
+    """A ridge that float32 has no number for is none: the same bits, and no warning."""
+    grad = np.random.default_rng(3).standard_normal((4, 3)).astype("float32")
+    for name, fields in TINY.items():
+        make = operator.attrgetter(name.split()[0])(library)
+        with np.errstate(all="raise", under="ignore"):
+            directions = [m.update(grad, m.init(grad), grad)[0] for m in (make(eps=e, **fields) for e in (1e-48, 0.0))]
+        assert np.array_equal(*directions), name
+
+
+def check_large_gradients_beside_a_kept_root(library: Any = pr) -> None:
+    """Squares that overflow are asked for nothing: what a kept root makes of large gradients is finite, silently."""
+    for method, dtype, scales in (
+        (library.MBF.authors_code(), "float32", (1.0, 1e20)),
+        (library.SShampoo(size=4, every=8), "float64", (1.0, 1e6, 4e307)),
+    ):
+        grads = np.asarray([[[1.0], [0.5]], [[1.0], [-0.75]], [[0.5], [1.0]]], dtype)
+        state = method.init(grads[0])
+        with np.errstate(all="raise", under="ignore"):
+            for t, scale in enumerate(scales):
+                refresh = True if scale == 1e6 else None
+                direction, state = method.update(grads[t] * np.asarray(scale, dtype), state, grads[0], refresh=refresh)
+        assert np.isfinite(direction).all()
+
+
+@pytest.mark.parametrize("check", [check_ridge_below_the_dtype, check_large_gradients_beside_a_kept_root])
+def test_the_range_of_the_dtype(check: Any) -> None:
+    check()
+
+
+RANGE = {
+    "ridge": (check_ridge_below_the_dtype, roots.Law, "within", lambda: lambda law, *_: law),
+    "root": (
+        check_large_gradients_beside_a_kept_root, roots, "_gain",
+        lambda: mutated(roots._gain, ("square(outside, xp)", "outside * outside")),
+    ),
+    "sketch": (
+        check_large_gradients_beside_a_kept_root, fd, "apply_power",
+        lambda: mutated(fd.apply_power, ("clamp(known, -most, most, xp=xp)", "known")),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RANGE)
+def test_planted_bugs_of_the_range(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    check, owner, attribute, planted = RANGE[name]
+    monkeypatch.setattr(owner, attribute, planted())
+    with pytest.raises((AssertionError, FloatingPointError)):
         check()

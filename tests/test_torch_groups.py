@@ -418,3 +418,12 @@ def test_fields_may_be_tensors() -> None:
             feed(pt.Adam(params, lr=0.5, beta2=beta2, compile=compiled), params, grads)
             results.append(params)
         assert torch.allclose(*(result[0] for result in results), rtol=1e-13, atol=0)
+
+
+def test_true_is_no_one_also_after_one_was_met() -> None:
+    opt = pt.Adam([weight()], eps=1.0)
+    opt.param_groups[0]["params"][0].grad = torch.ones(SHAPE)
+    opt.step()
+    opt.param_groups[0]["eps"] = True
+    with pytest.raises(TypeError, match="eps"):
+        opt.step()

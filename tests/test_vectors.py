@@ -190,7 +190,7 @@ def test_primitives_catch_planted_bug(old, new, id):
 def test_traces_catch_a_missing_rank_decision(monkeypatch):
     """Rounding that counts as escaped mass: the sketch hardly shows it, its inverse root does."""
     zero_only = ("** 2 * largest", "** 2 * 0.0")
-    all_real = ("real = beside > roots.CERTAIN * u * most", "real = most >= 0")
+    all_real = ("real = beside > roots.CERTAIN * u * top", "real = top >= 0")
     planted = mutated(sketch, ("s = xp.where(kept, s, 0.0)", "pass"), zero_only, all_real)
     planted.Sketch = sketch.Sketch
     monkeypatch.setattr(sketchy, "fd", planted)

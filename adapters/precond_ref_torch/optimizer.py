@@ -1000,7 +1000,8 @@ def _method(group: Mapping[str, Any]) -> Method:
     """The method of a group, from its name and fields."""
     try:
         cls = class_of(group["method"])  # a name may be defined again, in a notebook
-        return _cached(cls, tuple(group[name] for name in _names_of(cls)))  # type: ignore[arg-type]
+        values = tuple(group[name] for name in _names_of(cls))  # type: ignore[arg-type]
+        return _cached(cls, values, tuple(map(type, values)))  # type: ignore[arg-type]  # True is no 1.0
     except (KeyError, TypeError):
         return states.decode(group)  # which says what is missing, or what is no number
 
@@ -1011,7 +1012,7 @@ def _names_of(cls: type[Method]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _cached(cls: type[Method], values: tuple[Any, ...]) -> Method:
+def _cached(cls: type[Method], values: tuple[Any, ...], types: tuple[type, ...]) -> Method:
     return states.make(cls, dict(zip(_names_of(cls), values, strict=True)))  # type: ignore[arg-type]
 
 

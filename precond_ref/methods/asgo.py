@@ -56,7 +56,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.fields import choice, integer, real
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import finite_members, whole
+from precond_ref.numerics.arrays import bad_as_nan, finite_members, whole
 from precond_ref.numerics.ema import ema
 from precond_ref.numerics.grafting import scale_to_rms
 from precond_ref.numerics.refresh import renew
@@ -356,4 +356,4 @@ def _t(matrix: Array, xp: Namespace) -> Array:
 
 def _infinite_if_zero(diagonal: Array, xp: Namespace) -> Array:
     """The pseudo-inverse of a ``diagonal`` (..., n) is division by this; NaN throughout where one is not finite."""
-    return xp.where(diagonal == 0, math.inf, whole(diagonal, 1, xp))
+    return xp.where(diagonal == 0, math.inf, diagonal) + bad_as_nan(diagonal, 1, xp)[..., None]

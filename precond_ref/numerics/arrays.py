@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from array_api_compat import device as device_of
@@ -75,6 +76,13 @@ def clamp(array: Array, low: Scalar, high: Scalar | None = None, *, xp: Namespac
         return array.clamp(low, high)
     array = xp.maximum(array, low)
     return array if high is None else xp.minimum(array, high)
+
+
+def square(array: Array, xp: Namespace) -> Array:
+    """``array * array``, but of entries so large that a sum of squares could overflow a large number less."""
+    most = (float(xp.finfo(array.dtype).max) / max(math.prod(array.shape), 1)) ** 0.5
+    bounded = clamp(array, -most, most, xp=xp)
+    return bounded * bounded
 
 
 def all_finite(xp: Namespace, *arrays: Array) -> Array:

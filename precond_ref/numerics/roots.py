@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from precond_ref.fields import is_python_number, is_zero
-from precond_ref.numerics.arrays import clamp, eye_like, identity, largest_entry, normed, own
+from precond_ref.numerics.arrays import clamp, eye_like, identity, largest_entry, normed, own, square
 from precond_ref.numerics.axes import multiply
 from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.refresh import renew
@@ -92,6 +92,11 @@ class Law(NamedTuple):
     ridge: Scalar
     root: bool = False
 
+    def within(self, dtype: Any, xp: Namespace) -> Law:
+        """The same in ``dtype``: a ridge, given as a number, that its smallest normal number is above is none."""
+        below = is_python_number(self.ridge) and self.ridge < float(xp.finfo(dtype).smallest_normal)
+        return self._replace(ridge=0.0) if below else self
+
     def __call__(self, w: Array, xp: Namespace) -> Array:
         return ((xp.sqrt(w) if self.root else w) + self.ridge) ** self.exponent
 
@@ -122,6 +127,7 @@ def decompose(matrix: Array, law: Law, *, xp: Namespace = None) -> tuple[Root, A
         nothing = xp.sum(matrix, axis=-1)
         return Root(matrix, nothing), nothing
     w, q, finite = eigh(matrix, xp=xp)
+    law = law.within(w.dtype, xp)
     known, _ = _known(w, law, xp)
     keep = known | (law.ridge > 0)
     f = xp.where(keep, law(xp.where(keep, xp.where(known, w, 0.0), 1.0), xp), 0.0)
@@ -189,6 +195,7 @@ def apply(
     xp = array_namespace(tensor) if xp is None else xp
     if 0 in tensor.shape:
         return 1.0 * tensor
+    law = law.within(tensor.dtype, xp)
     for axis, (root, _) in known.items():
         tensor = multiply(tensor, xp.matrix_transpose(root.basis), axis, xp)
     gains = [_gain(tensor, axis, root.eigenvalues, w, law, weight, xp) for axis, (root, w) in known.items()]
@@ -219,7 +226,7 @@ def _gain(a: Array, axis: int, f: Array, w: Array | None, law: Law, weight: Scal
     mean = xp.sum(finite * share, axis=axis, keepdims=True) / xp.where(total > 0, total, 1.0)
     beyond = f
     if not is_zero(weight):
-        put = weight * xp.sum(xp.where(real, outside * outside, 0.0), axis=core, keepdims=True)
+        put = weight * xp.sum(xp.where(real, square(outside, xp), 0.0), axis=core, keepdims=True)
         fresh = (put > 0) & (put <= 2 * unit * along(largest))
         beyond = xp.where(fresh, law(xp.where(fresh, put, 1.0), xp), f)
     return xp.where(known | (f == 0), f, xp.where(real, beyond, mean))  # 0: no ridge

@@ -31,7 +31,7 @@ from array_api_compat import array_namespace
 
 from precond_ref.fields import is_python_number, is_zero
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import clamp, eye_like, in_float64, own
+from precond_ref.numerics.arrays import clamp, eye_like, in_float64, own, square
 from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.template import full, zeros
 from precond_ref.typing import Array, Namespace, Scalar
@@ -195,12 +195,15 @@ def apply_power(
     outside = matrix - basis @ known
     beside = xp.max(xp.abs(outside), axis=-2, keepdims=True)
     known = xp.where(xp.abs(known) > roots.CERTAIN * u * beside, known, 0.0)
-    share = xp.abs(known) * (singular[..., :1, None] / xp.where(live, singular[..., None], math.inf))
-    most, sums = xp.max(share, axis=(-2, -1), keepdims=True), xp.sum(share, axis=-2, keepdims=True)
-    real = beside > roots.CERTAIN * u * most
+    most = float(xp.finfo(known.dtype).max) * u  # so that no share, nor their sum, overflows
+    share = xp.abs(clamp(known, -most, most, xp=xp)) * (
+        singular[..., :1, None] / xp.where(live, singular[..., None], math.inf)
+    )
+    top, sums = xp.max(share, axis=(-2, -1), keepdims=True), xp.sum(share, axis=-2, keepdims=True)
+    real = beside > roots.CERTAIN * u * top
     mean = xp.sum(share * xp.where(live, inside, 0.0), axis=-2, keepdims=True) / xp.where(sums > 0, sums, 1.0)
     if not is_zero(weight):
-        put = weight * xp.sum(xp.where(real, outside * outside, 0.0), axis=(-2, -1), keepdims=True)
+        put = weight * xp.sum(xp.where(real, square(outside, xp), 0.0), axis=(-2, -1), keepdims=True)
         least = (sum(basis.shape[-2:]) * u * singular[..., :1, None]) ** 2
         floor = damped[..., -1:, None]
         fresh = (put > 0) & (put <= 2 * least) & (beyond > 0)
