@@ -71,19 +71,24 @@ class Named(NamedTuple):
             raise ValueError(str(error)) from error
 
 
+def split(text: str) -> tuple[str, dict[str, Any]]:
+    """Name or place, and the fields in brackets; ValueError if these are not like ``(size=64, every=10)``."""
+    place, bracket, rest = text.strip().partition("(")
+    if not bracket:
+        return place, {}
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
+            raise ValueError("fields are given by name")
+        return place.strip(), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{text!r} must be like 'SShampoo(size=64, every=10)': {error}") from error
+
+
 def parse(text: str) -> Named:
     """What ``text`` says, such as ``"asgo(eps=1e-8)"``; ValueError or ImportError if it says nothing."""
-    place, bracket, rest = text.strip().partition("(")
-    name, make = _found(place.strip())
-    fields = {}
-    if bracket:
-        try:
-            call = ast.parse(f"f({rest}", mode="eval").body
-            if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
-                raise ValueError("fields are given by name")
-            fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{text!r} must be like 'SShampoo(size=64, every=10)': {error}") from error
+    place, fields = split(text)
+    name, make = _found(place)
     known = arguments(make)
     if unknown := fields.keys() - set(known):
         raise ValueError(f"{name} has no field {', '.join(sorted(unknown))}; it has {', '.join(known)}")

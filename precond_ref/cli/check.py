@@ -11,7 +11,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -47,6 +47,8 @@ Examples:
   precond-ref check my_package.optim:MyASGO --method ASGO --invariances
   precond-ref check --command "./my_optimizer --json" --method ASGO.theory
   precond-ref check precond_ref:SShampoo --method SShampoo --backend jax --dtype float32
+  precond-ref check my_module:Fast --against my_module:Reference
+  precond-ref check my_module:fast_step --against "precond_ref:ASGO(every=3)"
 """
 
 
@@ -63,6 +65,15 @@ def check_command(
     backend: Annotated[
         str | None, typer.Option(metavar="NAME", help="Array library for functions and for our methods: numpy, ...")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            help="Another implementation, instead of --method: both run on made-up gradients; needs Hypothesis.",
+        ),
+    ] = None,
+    examples: Annotated[int, typer.Option(metavar="N", help="With --against: inputs to try.")] = 100,
+    seed: Annotated[int, typer.Option(metavar="N", help="With --against: of the inputs.")] = 0,
     names: Annotated[
         list[str] | None,
         typer.Option("--map", metavar="OURS=THEIRS", help="Their name of an argument, or of a state.NAME; repeatable."),
@@ -89,6 +100,9 @@ def check_command(
     tolerance, and checks that it leaves gradients alone, can be resumed, and keeps parameters apart. If it is
     wrong, its steps are compared with those of the known mistakes.
 
+    With --against there are no vectors: two implementations are run side by side, and a difference is shrunk to a small
+    program. Both take fields in brackets; TARGET also gets those of the other.
+
     TARGET runs in a process of its own; what it prints goes to the error stream.
 
     Exit code: 0 right, 1 wrong or not finished, 2 the command cannot be run or its report not written.
@@ -98,10 +112,15 @@ def check_command(
         from precond_ref.conformance import results, runner, subjects
         from precond_ref.conformance.isolation import Isolated
 
-        if invariances:
+        if invariances or against:
             import hypothesis  # noqa: F401
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed: {'pip install hypothesis' if error.name == 'hypothesis' else EXTRA}")
+    if against is not None:
+        if target is None or method or command or level or invariances or xfails:
+            fail("--against goes with TARGET, and not with --method, --command, --level, --invariances or --xfails")
+        check_files(json)
+        side_by_side(target, against, dtype, backend, names or [], timeout, memory, seed, examples, json)
     if not method:
         fail("--method NAME must say which method it should be; `precond-ref list` names them")
     if (target is None) == (command is None):
@@ -144,6 +163,69 @@ def check_command(
     if missing:
         fail(f"the report cannot be written to {', '.join(missing)}")
     raise typer.Exit(0 if report.ok else 1)
+
+
+def side_by_side(
+    first: str,
+    second: str,
+    dtype: str,
+    backend: str | None,
+    names: list[str],
+    timeout: float,
+    memory: float | None,
+    seed: int,
+    examples: int,
+    json: Path | None,
+) -> NoReturn:
+    """Compare the two, say what was found, and end."""
+    from functools import partial
+
+    from precond_ref.conformance import subjects
+    from precond_ref.conformance.against import Pair
+    from precond_ref.conformance.isolation import Isolated
+
+    opened: list[Any] = []
+
+    def start(place: str, own: dict[str, str]) -> Any:
+        opened.append(Isolated(place, backend=backend, dtype=dtype, names=own, limits=limits))
+        return opened[-1]
+
+    found, program, ended = None, "", ""
+    shapes: list[tuple[int, ...]] = []
+    refused: dict[tuple[int, ...], str] = {}
+    try:
+        if examples < 1:
+            raise ValueError(f"--examples must be >= 1, got {examples}")
+        limits = limited(timeout, memory)
+        mapping = subjects.parse_map(names)
+        starts = partial(start, own=mapping), partial(start, own={})
+        pair = Pair(first, second, dtype=dtype, backend=backend, names=mapping, starts=starts)
+        shapes, refused = pair.shapes()
+        found = pair.difference(shapes, seed=seed, examples=examples)
+        program = pair.script(found) if found else ""
+    except Ended as end:
+        ended = str(end)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        fail(error)
+    finally:
+        for subject in opened:
+            subject.close()
+    ok = not (found or ended)
+    if json is not None:
+        report = {"target": first, "against": second, "dtype": dtype, "seed": seed, "examples": examples, "ok": ok,
+                  "ended": ended, "shapes": shapes, "not_taken": [*refused], "program": program}  # fmt: skip
+        json.write_text(json_module.dumps(report, indent=1) + "\n", encoding="utf-8")
+    typer.echo(f"{first} against {second}: {dtype}, {examples} inputs, seed {seed}")
+    typer.echo(f"shapes: {', '.join(map(str, shapes)) or 'none'}")
+    for shape, reason in refused.items():
+        typer.echo(f"not taken by {first}: {shape} ({reason})")
+    if ended:
+        typer.echo(f"\nWRONG: {ended}")
+    elif found is None:
+        typer.echo("\nOK: they agree on all of them")
+    else:
+        typer.echo(f"\n{program}\nWRONG: they differ by {found.ratio:.3g} times the tolerance")
+    raise typer.Exit(0 if ok else 1)
 
 
 def limited(timeout: float, memory: float | None) -> Limits:

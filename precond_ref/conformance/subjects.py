@@ -386,8 +386,11 @@ class Reference:
 
     def _method(self, config: Config) -> Method:
         """What the config makes of the target."""
-        if self.target is None or type(config.method) is self.target:
-            return config.method
+        method = config.method if hasattr(config, "make") else None
+        if method is not None and self.target in (None, type(method)):
+            return method
+        if self.target is None:
+            raise TypeError("the config names no method")
         own = Config({k: v for k, v in config.items() if k != "lr"})
         own.at_default = config.at_default
         if not self.target.decays:  # `step` does it
