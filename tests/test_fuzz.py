@@ -225,6 +225,44 @@ def test_conditioning_explains_what_it_should_and_no_more(monkeypatch: pytest.Mo
     assert "library" in checks(Case("Muon", {"root": "svd"}, (6, 6)))
 
 
+def nan_at_large(self: Any, update: Change, grad: Any, *rest: Any, **options: Any) -> Any:
+    direction, state = update(grad, *rest, **options)
+    return np.where(np.max(np.abs(grad)) > 1e5, math.nan, direction) if is_numpy(grad) else direction, state
+
+
+def is_numpy(value: Any) -> bool:
+    return isinstance(value, np.ndarray)
+
+
+BAD_THEN_GOOD = (Step(bad=(1, "-inf")), Step())
+INDEFINITE = (Step(), Step("ill-conditioned", 6e15, 817510))
+
+
+@pytest.mark.parametrize(
+    ("check", "bug", "case"),
+    [
+        ("nonfinite", spreads, Case("ASGO", shape=(1, 4), stack=(3,), steps=(Step(seed=566327, bad=(0, "inf")),))),
+        ("library", only_numpy, Case("RMSProp", shape=(4,), steps=BAD_THEN_GOOD)),
+        ("library", nan_at_large, Case("RFShampoo", shape=(3,), stack=(2,), steps=(Step(), Step("constant", 1e6)))),
+    ],
+    ids=["memory order", "an infinite average", "an indefinite factor"],
+)
+def test_what_is_explained_hides_no_bug(check: str, bug: Change, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    explained = case.but(steps=INDEFINITE) if case.make == "RFShampoo" else case
+    assert not checks(explained)
+    plant(monkeypatch, case.make, bug)
+    assert check in checks(case)
+
+
+def test_a_bad_gradient_keeps_the_order_of_axes_in_memory() -> None:
+    case = Case("ASGO", shape=(3, 4), stack=(2,), steps=(Step(seed=1, bad=(0, "inf")),))
+    clean = fuzz.gradient(case, case.steps[0], None)
+    spoiled, where = fuzz.Runner(case).spoiled(clean, case.steps[0])
+    assert clean.flags.f_contiguous
+    assert spoiled.strides == clean.strides
+    assert (spoiled == clean).tolist() == (~where).tolist()
+
+
 # ---- the optimizers' checks -----------------------------------------------------------------------------------------
 
 Optimizer = precond_ref_torch.Optimizer
@@ -306,6 +344,32 @@ def test_a_planted_bug_of_the_optimizer_is_found(
     assert sum(len(violations(case)) for case in cases) > before
 
 
+def not_finite(self: Any, original: Change, saved: Any) -> Any:
+    original(self, saved)
+    warnings.warn("loaded state dict has values that are not finite: all", UserWarning, stacklevel=1)
+
+
+def test_an_optimizer_may_say_what_is_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    diverges = {"side": "right", "root": "polar_express", "root_steps": 40, "every": 8}
+    infinite, finite = (OptimizerCase("resume", "ASGO", f, (Group(((2, 4),)),)) for f in (diverges, {}))
+    inherits = OptimizerCase("names", "RFShampoo", {"weight_decay": 1.0}, seed=2)  # a group named RFShampoo
+    compiles = OptimizerCase("mutated", groups=(Group(((),)), Group(((5,),))), seed=194322)  # compile = another
+    assert not [found for case in (infinite, finite, inherits, compiles) for found in violations(case)]
+    original = Optimizer.load_state_dict
+    monkeypatch.setattr(Optimizer, "load_state_dict", lambda self, saved: not_finite(self, original, saved))
+    assert checks(finite) == {"resume"}
+
+
+def test_a_group_with_another_weight_decay_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgets_decay(self: Any, group: Any) -> None:
+        own = {"weight_decay": 0.0} if isinstance(group.get("method"), str) else {}
+        original(self, {**group, **own})
+
+    original = Optimizer.add_param_group
+    monkeypatch.setattr(Optimizer, "add_param_group", forgets_decay)
+    assert checks(OptimizerCase("names", "RFShampoo", {"weight_decay": 1.0}, seed=2)) == {"names"}
+
+
 # ---- what is drawn, shrunk and printed ------------------------------------------------------------------------------
 
 
@@ -356,6 +420,21 @@ def test_a_violation_is_made_small_printed_and_repeated(
     case = eval(lines[1].removeprefix("violations"), vars(fuzz))
     assert len(repr(case)) < 60
     assert checks(case) == {"purity"}
+
+
+def test_what_is_made_smaller_violates_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its kind, MBF refuses this shape; that is another violation."""
+    plant(monkeypatch, "MBF", warns)
+    case, found = fuzz.shrunk(Case("MBF", {"kind": "conv"}, (2, 1, 2, 1), dtype="float32"), ("raises", "MBF"))
+    assert found.text.endswith("UserWarning: slow")
+    assert case.fields == {"kind": "conv"}
+    assert case.shape == (1, 1, 1, 1)
+
+
+def test_learning_rates_have_their_squares_in_float32() -> None:
+    rates = [fuzz.draw_fields(np.random.default_rng(seed), "FDSON")["learning_rate"] for seed in range(200)]
+    assert 1e-15 <= min(rates) < 1e-11
+    assert 1e3 < max(rates) <= 1e15
 
 
 def test_what_the_command_refuses(capsys: pytest.CaptureFixture[str]) -> None:
