@@ -16,6 +16,7 @@ from torch_adapter_cases import ONE_EACH, feed, forced, parameters, recorded, th
 
 import precond_ref as pr
 import precond_ref_torch as pt
+from precond_ref import protocol
 from precond_ref.protocol import constructors
 from precond_ref_torch import optimizer, states
 
@@ -141,6 +142,56 @@ class Clashing(pr.Method, register=False):
     lr: float = 0.5
     state_type = DecayedState
     elementwise = True
+
+
+def scaled(factor: float, register: bool = False) -> Any:
+    """A class that is called the same for every ``factor``."""
+
+    class Scaled(pr.SGD, register=register):
+        """The gradient times a number."""
+
+        def step(self, grad: Any, state: Any, param: Any, now: Any) -> Any:
+            direction, new = super().step(grad, state, param, now)
+            return factor * direction, new
+
+    return Scaled
+
+
+def check_redefined(register: bool) -> None:
+    for factor in (1.0, 4.0):
+        old, made = scaled(factor, register)(), scaled(factor, register)()
+        param = nn.Parameter(torch.zeros(2))
+        opt = pt.Optimizer([param], made, lr=0.5)
+        feed(opt, [param], [[torch.ones(2)]])
+        assert param.tolist() == [-0.5 * factor] * 2
+        with pytest.raises(ValueError, match="Scaled is the name of another class now"):
+            pt.Optimizer([param], old)
+
+
+@pytest.mark.parametrize("register", [False, True])
+def test_a_class_that_is_defined_again(register: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class given runs, not one of its name, as in a notebook whose cell is run twice."""
+    monkeypatch.setattr(protocol, "_REGISTRY", dict(protocol._REGISTRY))
+    check_redefined(register)
+
+
+def test_a_class_called_like_ours_is_refused() -> None:
+    ours = type("ASGO", (pr.ASGO,), {}, register=False)
+    for given in ({"params": [weight()], "method": ours()}, {"params": [weight()], "fallback": ours()}):
+        with pytest.raises(ValueError, match="ASGO is the name of another class now"):
+            pt.Adam([given])
+    with pytest.raises(ValueError, match="ASGO is the name of another class now"):
+        pt.Optimizer([weight()], ours())
+
+
+def test_check_of_names_catches_methods_kept_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[Any, Any] = {}
+    monkeypatch.setattr(protocol, "_REGISTRY", dict(protocol._REGISTRY))
+    monkeypatch.setattr(
+        optimizer, "_cached", lambda cls, items: kept.setdefault((cls.__name__, items), cls(**dict(items)))
+    )
+    with pytest.raises(AssertionError):
+        check_redefined(True)
 
 
 @pytest.mark.parametrize(

@@ -599,9 +599,11 @@ class Optimizer(torch.optim.Optimizer):
         result = {key: _copied(v, part.device) for key, v in entry.items() if key not in ("step", *expected)}
         if "step" not in entry and len(result) == len(entry):  # only what a wrapper keeps
             return result
-        step = _count(entry.get("step"))
+        saved = entry.get("step")
+        unknown = isinstance(saved, Tensor) and not states.has_value(saved) and not states.has_value(part)
+        step = 0 if unknown else _count(saved)
         if step is None:
-            raise ValueError(f"loaded state dict has no valid step for {label}, got {entry.get('step')!r}")
+            raise ValueError(f"loaded state dict has no valid step for {label}, got {saved!r}")
         result = {"step": torch.tensor(step, dtype=torch.int64, device="cpu"), **result}
         sharded = sharding.is_sharded(param)
         mine = flat or not sharded or sharding.owns(param, self._owners[param])
@@ -614,7 +616,8 @@ class Optimizer(torch.optim.Optimizer):
             )
         for key, like in expected.items():
             value = entry[key]
-            if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta > part.is_meta:
+            dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+            if not dense or states.has_value(part) > states.has_value(value):
                 kind = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"loaded state dict has {key} for {label} as {kind}, it must be a dense tensor")
             value = sharding.restored(value, param, like.shape) if flat else value
@@ -831,7 +834,7 @@ def _count(step: Any) -> int | None:
 
 def _finite(value: Any) -> bool:
     """Whether no entry is known to be NaN or infinite."""
-    if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
+    if not isinstance(value, Tensor) or not states.has_value(value) or value.layout is not torch.strided:
         return True
     return bool(sharding.local(value).isfinite().all())
 
@@ -998,17 +1001,20 @@ def _method(group: Mapping[str, Any]) -> Method:
     """The method of a group, from its name and fields."""
     try:
         name = group["method"]
-        return _cached((("method", name), *((f, group[f]) for f in _field_names(name))))
+        method_type = states.type_of(name)
+        return _cached(method_type, tuple((f, group[f]) for f in _field_names(method_type)))
     except (KeyError, TypeError):
         return states.decode(group)  # which says what is missing, or what is no number
 
 
-_field_names = lru_cache(states.field_names)
+@lru_cache
+def _field_names(method_type: type[Method]) -> list[str]:
+    return states.field_names(method_type.__name__)
 
 
 @lru_cache(maxsize=4096)
-def _cached(items: tuple[tuple[str, Any], ...]) -> Method:
-    return states.decode(dict(items))
+def _cached(method_type: type[Method], items: tuple[tuple[str, Any], ...]) -> Method:
+    return states.decode({"method": method_type.__name__, **dict(items)})
 
 
 # ---- a class per method ---------------------------------------------------------------------------------------------

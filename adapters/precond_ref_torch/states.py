@@ -100,14 +100,19 @@ def type_of(name: str) -> type[Method]:
         classes.extend(cls.__subclasses__())
     named = [cls for cls in classes[1:] if cls.__name__ == name]
     importable = [cls for cls in named if getattr(sys.modules.get(cls.__module__), name, None) is cls]
-    for cls in (*importable, *named):  # a class that its module no longer knows by this name is the last choice
+    for cls in (*importable, *reversed(named)):  # what its module no longer knows by this name: the latest one
         return cls
     raise ValueError(f"no method is called {name!r}; there are {', '.join(constructors())}")
 
 
 def encode(method: Method) -> dict[str, Any]:
     """``{"method": name, field: value, ...}``."""
-    fields = dataclasses.fields(method)  # type: ignore[arg-type]
+    fields, name = dataclasses.fields(method), type(method).__name__  # type: ignore[arg-type]
+    if type_of(name) is not type(method):
+        raise ValueError(
+            f"{name} is the name of another class now, by which groups find it: make the method anew, or "
+            f"call its class otherwise, got {method!r}"
+        )
     return {"method": type(method).__name__, **{f.name: getattr(method, f.name) for f in fields}}
 
 
