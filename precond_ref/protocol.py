@@ -107,8 +107,8 @@ class Method:
 
     def __init_subclass__(cls, register: bool = True, preset: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        bases = [getattr(base, "__dataclass_fields__", {}) for base in reversed(cls.__mro__[1:])]
-        inherited = {name: field for fields in bases for name, field in fields.items()}
+        bases: Any = filter(dataclasses.is_dataclass, reversed(cls.__mro__[1:]))
+        inherited = {field.name: field for base in bases for field in dataclasses.fields(base)}
         annotated = inspect.get_annotations(cls).keys()
         for name in cls.__dict__.keys() & inherited.keys() - annotated:
             raise TypeError(f"{cls.__name__}.{name} must have a type, as in `{name}: float = 0.5`, to be a default")

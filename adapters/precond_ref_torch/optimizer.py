@@ -1000,9 +1000,10 @@ def _plain(method: Any) -> dict[str, Any] | None:
 def _method(group: Mapping[str, Any]) -> Method:
     """The method of a group, from its name and fields."""
     try:
-        name = group["method"]
-        method_type = states.type_of(name)
-        return _cached(method_type, tuple((f, group[f]) for f in _field_names(method_type)))
+        method_type = states.type_of(group["method"])
+        fields = _field_names(method_type)  # type: ignore[arg-type]
+        items = tuple((name, group[name]) for name in fields)
+        return _cached(method_type, items)  # type: ignore[arg-type]
     except (KeyError, TypeError):
         return states.decode(group)  # which says what is missing, or what is no number
 
