@@ -95,10 +95,15 @@ class Method:
 
     def __init_subclass__(cls, preset: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        inherited = getattr(cls.__base__, "__dataclass_fields__", {})
-        for name in inspect.get_annotations(cls).keys() & inherited.keys():
+        bases: Any = filter(dataclasses.is_dataclass, reversed(cls.__mro__[1:]))
+        inherited = {field.name: field for base in bases for field in dataclasses.fields(base)}
+        annotated = inspect.get_annotations(cls).keys()
+        for name in cls.__dict__.keys() & inherited.keys() - annotated:
+            raise TypeError(f"{cls.__name__}.{name} must have a type, as in `{name}: float = 0.5`, to be a default")
+        for name in annotated & inherited.keys():
             if not isinstance(cls.__dict__.get(name), dataclasses.Field):  # another default for the same field
-                setattr(cls, name, dataclasses.field(default=cls.__dict__[name], metadata=inherited[name].metadata))
+                default = getattr(cls, name, dataclasses.MISSING)
+                setattr(cls, name, dataclasses.field(default=default, metadata=inherited[name].metadata))
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         declared = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         cls.symbols = MappingProxyType({name: _symbol(field) for name, field in declared.items()})
@@ -273,7 +278,7 @@ class Method:
         """`state_of` the members of ``param``, stacked."""
         shape = tuple(param.shape)
         torch = sys.modules.get("torch")
-        if torch is not None and torch.compiler.is_compiling():
+        if torch is not None and (torch.compiler.is_compiling() or any(type(n) is not int for n in shape)):
             return self._new_template(shape, stack_ndim)
         known = self.__dict__.setdefault("_templates", {})
         if (shape, stack_ndim) not in known:

@@ -67,6 +67,35 @@ def test_is_a_frozen_hashable_printable_dataclass(config: Config) -> None:
         type(method)(0.5)  # positional
 
 
+class Plain:
+    """A base that is no method."""
+
+
+class Changed(Plain, pr.ASGO):
+    """Other defaults for fields of the base, which is not the first."""
+
+    eps: float = 0.25
+    every: int
+
+
+def test_another_default_keeps_meaning_and_rule() -> None:
+    """Whatever the order of the bases; without a type it would not be heard of, and so is an error."""
+
+    class Again(Changed):
+        beta1: float = 0.5
+
+    for cls in (Changed, Again):
+        made = cls()
+        assert (made.eps, made.every, made.symbols["eps"]) == (0.25, 1, pr.ASGO.symbols["eps"])
+        with pytest.raises(ValueError, match="^eps must be .*, got -1"):
+            cls(eps=-1)
+    assert Again().beta1 == 0.5
+    with pytest.raises(TypeError, match=r"^Untyped.eps must have a type, as in `eps: float = 0.5`"):
+
+        class Untyped(pr.ASGO):
+            eps = 0.25
+
+
 def float_fields() -> list[tuple[str, str]]:
     found = {}
     for name, config in CONFIGS.items():

@@ -123,6 +123,7 @@ def test_a_bomb_is_refused_at_the_bound(tmp_path: Path, monkeypatch: pytest.Monk
 
 LIBSVM = {
     "index": "1 1:1\n-1 1000000000000:1\n",
+    "index of 65 bits": "1 1:1\n-1 99999999999999999999:1\n",
     "long index": f"1 1:1\n-1 {'9' * 5000}:1\n",
     "long number": f"1 1:1\n-1 1:{'x' * 10**6}\n",
     "wide": "1 2:1\n" + "1 268435457:1\n",

@@ -838,5 +838,7 @@ def test_a_static_argument_left_out_is_seen() -> None:
     hint = r"every must be a Python int, got .*: optax.inject_hyperparams needs static_args=.*STATIC_ARGS\['asgo'\]"
     with pytest.raises(TypeError, match=hint):
         check_inject(CASES["asgo"], adapter, left_out)
+    with pytest.raises(TypeError, match=r"got [^:]*: optax[^:]*\['asgo'\]$"):  # and of no other function
+        pj.asgo(0.5, every=jnp.asarray(2))
     with pytest.raises(TypeError, match="every must be a Python int, got 2.0$"):
         pj.asgo(0.5, every=2.0)

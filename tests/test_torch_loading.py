@@ -27,6 +27,15 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
     "MBF": lambda params: pt.MBF(list(zip("wbx", params, strict=True)), join=[("w", "b")]),
     "SShampoo": lambda params: pt.SShampoo.practical(params, size=2, weight_decay=0.25),
 }
+
+
+def nested(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that has no shape."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is a prototype
+        return torch.nested.nested_tensor([tensor.reshape(-1)])
+
+
 TENSORS: list[Callable[[torch.Tensor], Any]] = [
     lambda t: t.clone().fill_(float("nan")) if t.is_floating_point() else t.to(torch.complex64),
     lambda t: torch.full_like(t, torch.inf) if t.is_floating_point() else -t - 1,
@@ -35,6 +44,7 @@ TENSORS: list[Callable[[torch.Tensor], Any]] = [
     lambda t: t.flatten()[:1],
     lambda t: t.to_sparse() if t.ndim else t.to(torch.bool),
     lambda t: t.to("meta"),
+    nested,
     lambda t: torch.empty(0),
     lambda t: t.numpy(),
     lambda t: t.tolist(),

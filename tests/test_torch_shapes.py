@@ -12,6 +12,7 @@ from configs import CONFIGS, Config
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch_adapter_cases import ONE_EACH, forced, parameters, recorded
 
 import precond_ref_torch as pt
@@ -123,6 +124,39 @@ def test_memory_estimate_is_what_is_kept(make: Callable[[Any], Any]) -> None:
     snapshot = tracker.get_tracker_snapshot("current")
     estimate = sum(v for place in snapshot.values() for kind, v in place.items() if "OPT" in str(kind))
     assert kept <= estimate <= kept + 2048  # and a few 0-D tensors of each bucket
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["Adam", "Shampoo"])
+def test_a_state_without_values_is_saved_and_loaded(name: str, mode: str) -> None:
+    """And refused where there are values."""
+    context, device = MODES[mode]
+    made = forced(ONE_EACH[name].method, lr=0.125)
+    real = nn.Parameter(torch.zeros(ONE_EACH[name].shape))
+    opt = pt.Optimizer([real], **made)
+    with context():
+        params = [nn.Parameter(torch.empty(ONE_EACH[name].shape, device=device))]
+        fake = pt.Optimizer(params, **made)
+        for _ in range(2):
+            params[0].grad = torch.zeros_like(params[0])
+            fake.step()
+            saved = fake.state_dict()
+            fake.load_state_dict(saved)
+    with pytest.raises(ValueError, match="loaded state dict has"):
+        opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("name", ["Adam", "Shampoo", "MBF"])
+def test_graphs_with_symbolic_shapes(name: str) -> None:
+    """`make_fx` traces without telling so; its sizes cannot be hashed."""
+    method, shape = ONE_EACH[name].method, ONE_EACH[name].shape
+
+    def direction(grad: Any) -> Any:
+        return method.update(grad, method.init(grad), grad)[0]
+
+    (start,), _ = recorded([shape], 1)
+    graph = make_fx(direction, tracing_mode="symbolic")(start)
+    assert torch.allclose(graph(start), direction(start), rtol=1e-10, atol=1e-14)
 
 
 def test_solve_under_vmap() -> None:

@@ -355,7 +355,7 @@ def _public(make: Any, name: str, parameters: list[inspect.Parameter]) -> Any:
             if not any(isinstance(bound.arguments.get(argument), jax.Array) for argument in STATIC_ARGS.get(name, ())):
                 raise
             hint = f"optax.inject_hyperparams needs static_args=precond_ref_jax.STATIC_ARGS[{name!r}]"
-            raise TypeError(f"{error}: {hint}") from error
+            raise TypeError(f"{str(error).partition(': optax.')[0]}: {hint}") from error
 
     function.__name__ = function.__qualname__ = name
     function.__module__ = "precond_ref_jax"

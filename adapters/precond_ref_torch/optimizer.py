@@ -601,9 +601,11 @@ class Optimizer(torch.optim.Optimizer):
         result = {key: _copied(v, part.device) for key, v in entry.items() if key not in ("step", *expected)}
         if "step" not in entry and len(result) == len(entry):  # only what a wrapper keeps
             return result
-        step = _count(entry.get("step"))
+        saved = entry.get("step")
+        unknown = isinstance(saved, Tensor) and not states.has_value(saved) and not states.has_value(part)
+        step = 0 if unknown else _count(saved)
         if step is None:
-            raise ValueError(f"loaded state dict has no valid step for {label}, got {entry.get('step')!r}")
+            raise ValueError(f"loaded state dict has no valid step for {label}, got {saved!r}")
         result = {"step": torch.tensor(step, dtype=torch.int64, device="cpu"), **result}
         sharded = sharding.is_sharded(param)
         mine = flat or not sharded or sharding.owns(param, self._owners[param])
@@ -616,7 +618,8 @@ class Optimizer(torch.optim.Optimizer):
             )
         for key, like in expected.items():
             value = entry[key]
-            if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta > part.is_meta:
+            dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+            if not dense or states.has_value(part) > states.has_value(value):
                 kind = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"loaded state dict has {key} for {label} as {kind}, it must be a dense tensor")
             value = sharding.restored(value, param, like.shape) if flat else value
@@ -833,7 +836,7 @@ def _count(step: Any) -> int | None:
 
 def _finite(value: Any) -> bool:
     """Whether no entry is known to be NaN or infinite."""
-    if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
+    if not isinstance(value, Tensor) or not states.has_value(value) or value.layout is not torch.strided:
         return True
     return bool(sharding.local(value).isfinite().all())
 

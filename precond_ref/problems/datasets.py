@@ -107,7 +107,7 @@ def load_libsvm(name_or_path: str | Path, n_features: int | None = None) -> tupl
                 columns.append(column - 1)
                 values.append(finite(value))
                 last = column
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ValueError(f"{path}, line {number}: not 'label index:value ...' ({shown(error, 200)})") from None
         width = max(width, last)
         if len(labels) * width > MOST_ENTRIES:
