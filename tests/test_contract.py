@@ -533,7 +533,7 @@ FORGETS: dict[str, tuple[Any, str, str, Any, tuple[int, ...]]] = {
     "columns": (asgo, "if self.rms is None and (self.every", "if False and (self.every",
                 pr.ASGO(rms=None, every=3), (4, 3)),
     "heads": (asgo, "or self.heads is not None):", "or False):", pr.ASGO(rms=None, heads=2), (4, 3)),
-    "diagonals": (asgo, "math.inf, whole(diagonal, 1, xp))", "math.inf, diagonal)", pr.DASGO(rms=None), (4, 3)),
+    "diagonals": (asgo, " + bad_as_nan(diagonal, 1, xp)[..., None]", "", pr.DASGO(rms=None), (4, 3)),
     "sketches": (sketchy, "if i == 0 and method.every > 1:", "if False:", pr.SShampoo(size=2, every=3), (4, 3)),
     "factors": (root_free, "factors, inverses = ((first", "_, inverses = ((first",
                 pr.RFShampoo(momentum=0.0, every=3), (4,)),
