@@ -431,6 +431,12 @@ def test_what_is_made_smaller_violates_the_same(monkeypatch: pytest.MonkeyPatch)
     assert case.shape == (1, 1, 1, 1)
 
 
+def test_a_violation_that_needs_what_ran_before_is_told() -> None:
+    case, found = fuzz.shrunk(Case("SGD"), ("raises", "SGD"))
+    assert case == Case("SGD")
+    assert found == ("raises", "not violated alone: what ran before it in the process matters")
+
+
 def test_learning_rates_have_their_squares_in_float32() -> None:
     rates = [fuzz.draw_fields(np.random.default_rng(seed), "FDSON")["learning_rate"] for seed in range(200)]
     assert 1e-15 <= min(rates) < 1e-11

@@ -684,7 +684,9 @@ def message(found: Found) -> list[str]:
 
 def shrunk(case: Any, wanted: tuple[str, str], tries: int = 400) -> tuple[Any, Found]:
     """A smaller case that violates the same with the same message, and how."""
-    best = next(f for f in violations(case) if label(case, f) == wanted)
+    best = next((f for f in violations(case) if label(case, f) == wanted), None)
+    if best is None:
+        return case, Found(wanted[0], "not violated alone: what ran before it in the process matters")
     first = message(best)
 
     def violated(candidate: Any) -> Found | None:
