@@ -238,6 +238,12 @@ BAD_THEN_GOOD = (Step(bad=(1, "-inf")), Step())
 INDEFINITE = (Step(), Step("ill-conditioned", 6e15, 817510))
 
 
+def test_a_singular_factor_may_be_definite_in_its_stack_alone() -> None:
+    fields = {"beta2": 1.0, "damping": 2.18e-08, "batch_size": 0.9956}
+    steps = (Step("ill-conditioned", seed=505318),)
+    assert not checks(Case("RFShampoo", fields, (4, 7), (2,), "float32", "torch", steps))
+
+
 @pytest.mark.parametrize(
     ("check", "bug", "case"),
     [
