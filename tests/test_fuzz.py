@@ -238,6 +238,12 @@ BAD_THEN_GOOD = (Step(bad=(1, "-inf")), Step())
 INDEFINITE = (Step(), Step("ill-conditioned", 6e15, 817510))
 
 
+def test_a_singular_factor_may_be_definite_in_its_stack_alone() -> None:
+    fields = {"beta2": 1.0, "damping": 2.18e-08, "batch_size": 0.9956}
+    steps = (Step("ill-conditioned", seed=505318),)
+    assert not checks(Case("RFShampoo", fields, (4, 7), (2,), "float32", "torch", steps))
+
+
 @pytest.mark.parametrize(
     ("check", "bug", "case"),
     [
@@ -429,6 +435,12 @@ def test_what_is_made_smaller_violates_the_same(monkeypatch: pytest.MonkeyPatch)
     assert found.text.endswith("UserWarning: slow")
     assert case.fields == {"kind": "conv"}
     assert case.shape == (1, 1, 1, 1)
+
+
+def test_a_violation_that_needs_what_ran_before_is_told() -> None:
+    case, found = fuzz.shrunk(Case("SGD"), ("raises", "SGD"))
+    assert case == Case("SGD")
+    assert found == ("raises", "not violated alone: what ran before it in the process matters")
 
 
 def test_learning_rates_have_their_squares_in_float32() -> None:
