@@ -166,6 +166,8 @@ def refused(case: OptimizerCase, rng: Rng) -> str | None:
     fields = dataclasses.fields(class_of(group["method"]))  # type: ignore[arg-type]
     bads += [(f.name, pick(rng, bad_values(str(f.type)))) for f in fields]
     name, value = pick(rng, [*bads, *[("dtype", None), ("shape", None)] * 2])
+    if name == "shape" and not any(torch.is_tensor(v) and v.ndim for v in opt.state[param].values()):
+        name, value = "lr", None  # SGD without momentum keeps nothing of a shape
     if name in ("dtype", "shape"):
         what, param.grad = f"{name} of a parameter changed", None
         wider = torch.float64 if case.dtype == "float32" else torch.float32
