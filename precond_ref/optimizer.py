@@ -359,7 +359,7 @@ def _check_fit(params: Mapping[str, Array], grads: Mapping[str, Array]) -> Names
 
 
 def _check_state(state: Any, groups: int | None = None) -> None:
-    """Refuse what is no state of an `Optimizer`, or has not this number of groups."""
+    """Raise TypeError or ValueError unless ``state`` is a state of an `Optimizer` with this number of groups."""
     if not isinstance(state, OptimizerState):
         raise TypeError(f"state must be an OptimizerState, got {type(state).__name__}")
     if groups is not None and len(state.groups) != groups:
@@ -374,7 +374,7 @@ def _place(array: Array) -> str:
 
 
 def _identity(method: Method) -> Any:
-    """Equal for equal methods; an array-valued hyperparameter, which does not hash, is equal to itself only."""
+    """Return a key that equal methods share; a method with an array as hyperparameter shares it with itself only."""
     if not dataclasses.is_dataclass(method):
         return id(method)
     values = (getattr(method, f.name) for f in dataclasses.fields(method))

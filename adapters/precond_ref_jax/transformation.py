@@ -47,7 +47,7 @@ def scale_by(
     join: Any = None,
     join_axis: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction of ``method`` in place of the gradient; ``optax.scale_by_learning_rate`` makes a step of it.
+    """Make the transformation that replaces gradients by directions of ``method``; chain a learning rate after it.
 
     Arguments:
         takes: ``(path, array) -> bool``, which parameters get ``method``, instead of its own rule ``method.takes``.

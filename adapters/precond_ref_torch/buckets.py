@@ -80,7 +80,7 @@ def check_engine(engine: Any, compiled: Any, device: torch.device) -> None:
 
 
 class Piece(NamedTuple):
-    """What one call of a method computes: some units, or a part of a large one."""
+    """The share of a bucket that one call of the method updates: several parameters, or a part of a large one."""
 
     members: slice = EVERY
     """Which units."""

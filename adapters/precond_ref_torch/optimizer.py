@@ -409,7 +409,7 @@ class Optimizer(torch.optim.Optimizer):
         return buckets
 
     def _labels(self, group: Mapping[str, Any]) -> Iterator[tuple[Any, int, Any]]:
-        """Of each parameter with a gradient: what must agree within a bucket, how much of one it fills, and itself."""
+        """Yield for each parameter with a gradient: the label that its bucket shares, its size, and itself."""
         for name, unit, method in self._routed(group):
             param = unit[0]
             if len({p.grad is None for p in unit}) > 1:

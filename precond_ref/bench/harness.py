@@ -27,7 +27,7 @@ class Race(NamedTuple):
     workload: str
     contenders: tuple[str, ...]
     periods: dict[str, int] = {}  # noqa: RUF012
-    """Steps that belong together, where they are not all alike: what is due every k steps is then in each value."""
+    """Steps timed together, by contender: k where work is due every k steps, so that each value has it once."""
 
 
 class Sweep(NamedTuple):

@@ -19,10 +19,10 @@ BACKENDS = {"numpy": "cli", "cupy": "cuda12", "torch": "torch", "jax": "jax"}
 """Array libraries by name, with the extra that installs each."""
 
 SMALLEST_SHARE = 0.1
-"""A method that takes a smaller share of the entries takes part only if it is named: it would be Adam."""
+"""Least share of the entries for a method to take part without being named: below it, the run would be Adam's."""
 
 LARGEST_STATE = 100
-"""A method with a larger state, relative to the parameters, takes part only if it is named: it would take minutes."""
+"""Largest state, in numbers per entry, for a method to take part without being named: larger ones take minutes."""
 
 SKETCH_SIZE = 16
 """Value of a field ``size`` that has no default."""

@@ -1,4 +1,4 @@
-"""What a subject computes instead: its steps against those of every named variant, then of every pair of them."""
+"""Find the known mistake that explains a wrong subject: compare its steps with each variant's, then each pair's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from precond_ref.conformance.results import Report, Run
 
 SLACK = 30.0
-"""A variant's conditioning may be worse than the method's own, so that this many tolerances count as agreement."""
+"""A variant agrees with the subject up to this many tolerances, for it may be worse conditioned than the method."""
 
 
 @dataclass(frozen=True)

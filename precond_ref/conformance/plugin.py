@@ -15,7 +15,7 @@ DIAGNOSIS = pytest.StashKey[Any]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The options of ``precond-ref check`` but laws, limits and the report's, after ``--precond-``."""
+    """Add the options of ``precond-ref check`` under the prefix ``--precond-``, without laws, limits and reports."""
     group = parser.getgroup("precond-ref", "checking an optimizer (precond-ref)")
     group.addoption("--precond-target", metavar="MODULE:ATTRIBUTE", help="the implementation to check")
     group.addoption("--precond-command", metavar="PROGRAM", help="a program that speaks JSON lines, instead")

@@ -71,7 +71,7 @@ def normed(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, A
 
 
 def clamp(array: Array, low: Scalar, high: Scalar | None = None, *, xp: Namespace) -> Array:
-    """``array`` brought between ``low`` and ``high``; NaN stays. The ``clip`` made for CuPy waits for the device."""
+    """Limit the entries to ``low`` and ``high``; NaN stays. CuPy's ``clip`` would wait for the device."""
     if hasattr(array, "clamp"):  # PyTorch, whose `maximum` of a Python number no compiler traces
         return array.clamp(low, high)
     array = xp.maximum(array, low)

@@ -40,11 +40,11 @@ class LeftForm:
 
     @functools.cached_property
     def roots(self) -> tuple[Array, float, float]:
-        """Lam_t (T, m, m) from singular values of [G_0 ... G_t], V_t never formed, what V_t loses of them, and their
-        least share of the largest.
+        """Return Lam_t (T, m, m), the largest error of a singular value in V_t, and the smallest ratio s / max(s).
 
-        V holds squares: s is off by u max(s)^2 / s, or is lost below sqrt(u) max(s). Where s is 0, rounding of G is
-        multiplied by 1 / eps; without eps, by 1 / sqrt(u) where rounding of V passes for more than zero.
+        Lam_t comes from the singular values s of [G_0 ... G_t]; V_t is not formed. V_t holds squares: in it, s has an
+        error of u max(s)^2 / s, and an s below sqrt(u) max(s) is lost. Where s is 0, rounding of G is multiplied by
+        1 / eps; without eps it is multiplied by 1 / sqrt(u) where rounding of V_t counts as more than zero.
         """
         n = self.G.shape[-1]
         out, loss, least = [], 0.0, 1.0

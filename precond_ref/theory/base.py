@@ -20,7 +20,7 @@ np = import_numpy()
 Array = Any
 
 ROUNDING = 1e-9
-"""Share of the right side by which sums of rounded steps, on both sides, may be off; statements may set their own."""
+"""Error, as a share of the right side, that rounding of summed steps may make; a statement may set its own."""
 
 _STATEMENTS: dict[str, Statement] = {}
 
