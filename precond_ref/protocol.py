@@ -110,6 +110,8 @@ class Method:
         cls.refreshes = cls.refreshes or "every" in declared
         cls.decays = cls.decays or "weight_decay" in declared
         cls.presets = cls.__dict__.get("presets", ())
+        if not (isinstance(cls.ndims, tuple) and len(cls.ndims) == 2):
+            raise TypeError(f"ndims of {cls.__qualname__} must be two numbers, as (2, 2), got {cls.ndims!r}")
         place = "" if cls.__module__.startswith("precond_ref.") else f"{cls.__module__}:"
         if preset:
             cls.__qualname__ = preset  # the name by which it is printed and found
@@ -132,15 +134,15 @@ class Method:
 
     def state_of(self, shape: tuple[int, ...]) -> Any:
         """The state for one parameter of ``shape``, with a `Spec` for each array: the place that knows the shapes."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} has no state_of(self, shape)")
 
     def step(self, grad: Array, state: Any, param: Array, now: Now) -> tuple[Array, Any]:
         """The equations: ``(direction, new state)``. All arguments were checked; nothing given is changed."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} has no step(self, grad, state, param, now)")
 
     def report(self, state: Any, finite: Array, xp: Namespace) -> Any:
         """What `diagnose` returns; ``finite``: whether each member's state is (0-D if elementwise, None if empty)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} has no report(self, state, finite, xp), which diagnose shows")
 
     # ---- to be given where a method needs it -----------------------------------------------------------------------
 
@@ -253,7 +255,9 @@ class Method:
         step = state.step + 1
         k = self.scalars(step, like=param) if scalars is None else scalars
         now = Now(xp, step, k, due, stack, statistic)
-        return self.step(grad, state, param if self.reads_param else None, now)
+        made = self.step(grad, state, param if self.reads_param else None, now)
+        self._check_made(made, grad, step)
+        return made
 
     @final
     def diagnose(self, state: Any) -> Any:
@@ -282,7 +286,10 @@ class Method:
             return self._new_template(shape, stack_ndim)
         known = self.__dict__.setdefault("_templates", {})
         if (shape, stack_ndim) not in known:
-            known[shape, stack_ndim] = self._new_template(shape, stack_ndim)
+            self._check_class()
+            template = self._new_template(shape, stack_ndim)
+            self._check_template(template)
+            known[shape, stack_ndim] = template
         return known[shape, stack_ndim]
 
     def _new_template(self, shape: tuple[int, ...], stack_ndim: int) -> Any:
@@ -294,6 +301,52 @@ class Method:
                 f"{shape} with stack_ndim={stack_ndim}"
             )
         return stacked(self.state_of(shape[stack_ndim:]), shape[:stack_ndim])
+
+    def _check_class(self) -> None:
+        """TypeError for a class that lacks what each method has to give."""
+        needs = {"state_of": "state_of(self, shape)", "step": "step(self, grad, state, param, now)"}
+        for function, text in needs.items():
+            if getattr(type(self), function) is getattr(Method, function):
+                raise TypeError(f"{self.name} needs a function {text}")
+        if getattr(self.state_type, "_fields", ())[:1] != ("step",):
+            raise TypeError(
+                f"{self.name} needs state_type, the NamedTuple class of its state, whose first field is step; "
+                f"it has state_type = {getattr(self.state_type, '__name__', repr(self.state_type))}"
+            )
+
+    def _check_template(self, template: Any) -> None:
+        """TypeError for what `state_of` cannot return."""
+        if not isinstance(template, self.state_type):
+            raise TypeError(
+                f"state_of of {self.name} must return a {self.state_type.__name__}, got {type(template).__name__}"
+            )
+        for name, leaf in leaves(template[1:]):
+            if not isinstance(leaf, Spec):
+                raise TypeError(
+                    f"state_of of {self.name} must give zeros, full or eye of precond_ref.numerics.template for each "
+                    f"array, got {type(leaf).__name__} in entry {name} after step"
+                )
+
+    def _check_made(self, made: Any, grad: Array, step: Any) -> None:
+        """TypeError or ValueError for what `step` cannot return; reads no values of arrays."""
+        if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], self.state_type)):
+            kinds = f"({', '.join(type(m).__name__ for m in made)})" if isinstance(made, tuple) else type(made).__name__
+            raise TypeError(
+                f"step of {self.name} must return (direction, new state), the state a {self.state_type.__name__}, "
+                f"got {kinds}"
+            )
+        shape = getattr(made[0], "shape", None)
+        if shape != grad.shape:
+            raise ValueError(
+                f"step of {self.name} must return a direction of the gradient's shape {tuple(grad.shape)}, "
+                f"got {type(made[0]).__name__ if shape is None else tuple(shape)}"
+            )
+        new = made[1].step
+        if isinstance(step, int) and new is not step and not (isinstance(new, int) and new == step):
+            got = new if isinstance(new, int) else type(new).__name__
+            raise ValueError(
+                f"step of {self.name} must return a new state with now.step, here {step}, as its step, got {got}"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_templates"}

@@ -80,9 +80,18 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"f({rest}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
             raise ValueError("fields are given by name")
-        return place.strip(), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        return place.strip(), {str(k.arg): _value(str(k.arg), k.value) for k in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{text!r} must be like 'SShampoo(size=64, every=10)': {error}") from error
+
+
+def _value(field: str, node: ast.expr) -> Any:
+    """What is written for a field; ValueError saying how to write it."""
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        wanted = "a number, True, False, None or a text in quotes"
+        raise ValueError(f"the value of {field} must be {wanted}, got {ast.unparse(node)}") from None
 
 
 def parse(text: str) -> Named:
@@ -126,7 +135,11 @@ def class_of(name: str) -> type[Method]:
     raise ValueError(f"no method is called {name}{hint}; there are {', '.join(constructors())}")
 
 
-def load(target: str, said: Callable[[BaseException], str] = repr) -> Any:
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def load(target: str, said: Callable[[BaseException], str] = _said) -> Any:
     """What is at ``module:attribute``, the current folder first; ValueError saying what is missing.
 
     ImportError if the module raises something, which ``said`` puts into words.
@@ -164,6 +177,8 @@ def _found(name: str) -> tuple[str, Callable[..., Method]]:
         return known[name.lower()]
     found = load(name)
     if isinstance(found, type) and issubclass(found, Method) and found.name:
+        if found.__name__.startswith("_"):
+            raise ValueError(f"{name} begins with an underscore: it is a base of other classes and cannot be named")
         return found.name, found
     owner, _, preset = name.rpartition(".")
     if ":" in owner and preset in getattr(load(owner), "presets", ()):

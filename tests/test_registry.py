@@ -184,6 +184,8 @@ def test_checks_of_texts_catch(bug: str, monkeypatch: pytest.MonkeyPatch) -> Non
         ("ASGO(every=3", "must be like"),
         ("ASGO(every=3)(", "must be like"),
         ("ASGO(every=len)", "must be like"),
+        ("ASGO(rms=true)", "the value of rms must be a number, True, False, None or a text in quotes, got true"),
+        ("theirs:_Base", "theirs:_Base begins with an underscore: it is a base of other classes and cannot be named"),
         ("ASGO(evry=3)", "ASGO has no field evry; it has beta1, beta2, eps"),
         ("theirs:Half(gamma=3)", "theirs:Half has no field gamma; it has beta, power"),
         ("nobody:Half", "there is no module 'nobody'"),
@@ -252,6 +254,91 @@ def test_a_base_has_no_name() -> None:
         pt.Optimizer([torch.nn.Parameter(torch.ones(2))], base())
 
 
+# ---- mistakes of a beginner ------------------------------------------------------------------------------------------
+
+FIRST = """
+from typing import Any, NamedTuple
+
+from precond_ref import Method
+from precond_ref.numerics.template import zeros
+
+
+class S(NamedTuple):
+    step: Any
+    m: Any
+
+
+class M(Method):
+    state_type = S
+
+    def state_of(self, shape):
+        return S(0, zeros(*shape))
+
+    def step(self, grad, state, param, now):
+        return now.xp.sign(grad), S(now.step, state.m + grad)
+"""
+RETURNED = "now.xp.sign(grad), S(now.step, state.m + grad)"
+TURNED = "must return (direction, new state), the state a S, got "
+MISTAKES = {
+    "no state_type": ("state_type = S", "pass", "needs state_type, the NamedTuple class of its state"),
+    "no step in the state": ("    step: Any\n", "", "whose first field is step; it has state_type = S"),
+    "no state_of": ("def state_of", "def state", "M needs a function state_of(self, shape)"),
+    "no step": ("def step", "def stp", "M needs a function step(self, grad, state, param, now)"),
+    "one number of axes": ("state_type = S", "ndims = 2", "ndims of M must be two numbers, as (2, 2), got 2"),
+    "no state": ("S(0, zeros(*shape))", "zeros(*shape)", "state_of of {}:M must return a S, got Spec"),
+    "an array": ("zeros(*shape)", "__import__('numpy').ones(shape)", "for each array, got ndarray in entry m"),
+    "wrong order": (RETURNED, "S(now.step, grad), grad", TURNED + "(S, ndarray)"),
+    "direction alone": (RETURNED, "grad", TURNED + "ndarray"),
+    "state alone": (RETURNED, "S(now.step, state.m)", TURNED + "(int, ndarray)"),
+    "a dict": (RETURNED, "grad, {'step': now.step, 'm': grad}", TURNED + "(ndarray, dict)"),
+    "a number": ("xp.sign(grad)", "xp.sum(grad)", "a direction of the gradient's shape (2, 3), got ()"),
+    "the old step": ("S(now.step,", "S(state.step,", "with now.step, here 1, as its step, got 0"),
+    "a step more": ("S(now.step,", "S(now.step + 1,", "with now.step, here 1, as its step, got 2"),
+    "fields of the state mixed up": ("S(now.step, state.m + grad)", "S(grad, now.step)", "as its step, got ndarray"),
+}
+
+
+def one_update(source: str) -> tuple[pr.Method, Any]:
+    """The method ``M`` of a module, and its state after an update."""
+    space: dict[str, Any] = {"__name__": "first"}
+    exec(source, space)
+    method, ones = space["M"](), np.ones((2, 3))
+    return method, method.update(ones, method.init(ones), ones)[1]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_of_a_first_method_are_named(mistake: str) -> None:
+    old, new, message = MISTAKES[mistake]
+    assert FIRST.count(old) == 1
+    with pytest.raises((TypeError, ValueError), match=re.escape(message.format("first"))):
+        one_update(FIRST.replace(old, new))
+    registry._CLASSES.pop("first:M", None)
+
+
+def test_a_first_method_without_mistakes() -> None:
+    method, state = one_update(FIRST)
+    assert state.step == 1
+    with pytest.raises(NotImplementedError, match="^first:M has no report"):
+        method.diagnose(state)
+    registry._CLASSES.pop("first:M", None)
+
+
+def test_commands_say_in_one_line_where_it_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("first.py").write_text(FIRST.replace("xp.sign", "xp.sgn"))
+    Path("second.py").write_text(FIRST.replace("state_type = S", "pass"))
+    Path("third.py").write_text("class M(:\n")
+    place = "first:M failed: AttributeError: module 'array_api_compat.numpy' has no attribute 'sgn' (first.py, line 20)"
+    for name, message in (("first", place), ("second", "second:M needs state_type"), ("third", "third.py, line 1")):
+        for command in (
+            ("compare", "--problem", "matrix-regression", "--steps", "2", "--methods"),
+            ("regret", "--rounds", "5", "--method"),
+        ):
+            ran = program(*command, f"{name}:M")
+            assert (ran.returncode, ran.stderr.count("\n")) == (2, 1), ran.stderr
+            assert message in ran.stderr
+
+
 # ---- a method in a file of its own ----------------------------------------------------------------------------------
 
 
@@ -285,6 +372,14 @@ def test_the_commands_take_it() -> None:
             ran = program(*command, wrong)
             assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
             assert message in ran.stderr
+
+
+@pytest.mark.usefixtures("theirs")
+def test_check_says_which_fields_the_other_side_gave() -> None:
+    for first, passed in (("theirs:Half", True), ("theirs:Half(beta=0.25)", False)):
+        ran = program("check", first, "--against", "theirs:Half(beta=0.25)", "--examples", "2")
+        assert ran.returncode == 0, ran.stderr
+        assert (f"\n{first} is given what --against has in brackets: beta=0.25\n" in ran.stdout) is passed
 
 
 @pytest.mark.usefixtures("theirs")

@@ -180,6 +180,7 @@ def side_by_side(
     """Compare the two, say what was found, and end."""
     from functools import partial
 
+    from precond_ref import registry
     from precond_ref.conformance import subjects
     from precond_ref.conformance.against import Pair
     from precond_ref.conformance.isolation import Isolated
@@ -216,6 +217,9 @@ def side_by_side(
                   "ended": ended, "shapes": shapes, "not_taken": [*refused], "program": program}  # fmt: skip
         json.write_text(json_module.dumps(report, indent=1) + "\n", encoding="utf-8")
     typer.echo(f"{first} against {second}: {dtype}, {examples} inputs, seed {seed}")
+    (_, own), (_, fields) = registry.split(first), registry.split(second)
+    if passed := ", ".join(f"{name}={value!r}" for name, value in fields.items() if name not in own):
+        typer.echo(f"{first} is given what --against has in brackets: {passed}")
     typer.echo(f"shapes: {', '.join(map(str, shapes)) or 'none'}")
     for shape, reason in refused.items():
         typer.echo(f"not taken by {first}: {shape} ({reason})")

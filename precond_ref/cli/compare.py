@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from precond_ref.cli.terminal import EXTRA, check_files, fail, progress, standard_output
+from precond_ref.cli.terminal import EXTRA, check_files, fail, own_method, progress, standard_output
 from precond_ref.problems import list_problems
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def train(comparison: Comparison) -> bool:
             bar.update(task, description=name, completed=done * comparison.steps)
 
         try:
-            comparison.train(on_run, lambda loss: bar.update(task, advance=1, loss=f"loss {loss:.4g}"))
+            with own_method(lambda: comparison.planned[len(comparison.finished)].entrant.name):
+                comparison.train(on_run, lambda loss: bar.update(task, advance=1, loss=f"loss {loss:.4g}"))
         except KeyboardInterrupt:
             return False
     return True

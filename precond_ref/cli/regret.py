@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from precond_ref.cli.terminal import EXTRA, check_files, fail, progress, standard_output
+from precond_ref.cli.terminal import EXTRA, check_files, fail, own_method, progress, standard_output
 from precond_ref.problems.online import ADVERSARIES
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def regret_command(
                     bar.update(task, completed=t + 1, loss="" if t + 1 < stream.rounds else "comparator and bound")
 
             try:
-                with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # a diverged run says so itself
+                # a diverged run says so itself
+                with np.errstate(over="ignore", invalid="ignore", divide="ignore"), own_method(lambda: name):
                     game = regret.play(made, stream, rates, comparator, on_round=on_round)
             except KeyboardInterrupt:
                 typer.echo("interrupted", err=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,6 +20,20 @@ def fail(message: object) -> NoReturn:
     """One line on the error stream, exit code 2."""
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(2)
+
+
+@contextmanager
+def own_method(name: Callable[[], str]) -> Iterator[None]:
+    """Fail in one line, which has the place, for what a method that is not of this package raises."""
+    try:
+        yield
+    except Exception as error:
+        if ":" not in name():
+            raise
+        from precond_ref.conformance.subjects import said
+
+        first = error.__cause__ if type(error.__cause__) is type(error) else error  # the same, without a prefix
+        fail(f"{name()} failed: {said(first)}")
 
 
 def check_files(*files: Path | None) -> None:

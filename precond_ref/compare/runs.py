@@ -147,7 +147,12 @@ def choose(problem: Problem, names: Sequence[str] | None = None) -> tuple[list[E
         join = biases(params) if method.joins_bias else ()
         to_adam = tuple(path for path, array in params.items() if method.for_shape(tuple(array.shape), path) is None)
         share = 1.0 - sum(sizes[path] for path in to_adam) / total
-        state = array_bytes(Optimizer(method, join=join).init(params))
+        try:
+            state = array_bytes(Optimizer(method, join=join).init(params))
+        except (ValueError, TypeError, AttributeError) as error:
+            if ":" not in name:
+                raise
+            raise UsageError(f"{name}: {error}") from error
         relative = state / array_bytes(tuple(params.values()))
         if len(to_adam) == len(params):
             left_out[name] = "takes none of the parameters"

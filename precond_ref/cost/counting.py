@@ -99,8 +99,8 @@ def count_one(method: Method, shape: Shape, due: Any) -> tuple[Counter[Operation
     """Operations of one update; of each array of the state name, shape, and whether it is read and written."""
     xp = Counting()
     grad, param = xp.zeros(shape), xp.zeros(shape)
-    state = method.init(param)._replace(step=10**9)  # late, that is in the long run
     try:
+        state = method.init(param)._replace(step=10**9)  # late, that is in the long run
         _, after = method.update(grad, state, param, refresh=due, xp=xp)
     except (AttributeError, TypeError) as error:
         raise ValueError(f"the step of {type(method).__name__} cannot be counted: {error}") from error
