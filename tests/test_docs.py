@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -46,6 +47,8 @@ def run_page(text: str) -> int:
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    for name in re.findall(r"^# (\w+)\.py$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        sys.modules.pop(name, None)  # of another test
     run_page(page.read_text(encoding="utf-8"))
     for file in tmp_path.glob("*.py"):
         sys.modules.pop(file.stem, None)
@@ -159,7 +162,8 @@ def test_a_wrong_install_line_is_seen(line: str) -> None:
 def test_pip_looks_for_the_package_on_no_index_once_it_is_installed() -> None:
     pytest.importorskip("pip", reason="pip is not in this environment")
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "precond-ref[cli]"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PIP_QUIET"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Requirement already satisfied: precond-ref[cli]" in done.stdout
 

@@ -29,7 +29,7 @@ from precond_ref.conformance import arithmetic
 from precond_ref.conformance.arithmetic import TINY, exact
 
 FLOAT = np.dtype(object)
-INFO = SimpleNamespace(bits=64, eps=TINY, smallest_normal=mp.mpf(2) ** -1022)
+INFO = SimpleNamespace(bits=64, eps=TINY, smallest_normal=mp.mpf(2) ** -1022, max=mp.mpf(2) ** 1023)
 
 
 class Array:

@@ -128,7 +128,7 @@ def without_rank_decision() -> Iterator[None]:
     for old, new in (
         ("xp.where(kept, s, 0.0)", "s"),
         ("** 2 * largest", "** 2 * 0.0"),
-        ("> roots.CERTAIN * u * most", "> -1.0"),
+        ("> roots.CERTAIN * u * top", "> -1.0"),
     ):
         if source.count(old) != 1:
             raise RuntimeError(f"{old!r} must occur once in {fd.__name__}")
