@@ -220,7 +220,8 @@ def _gain(a: Array, axis: int, f: Array, w: Array | None, law: Law, weight: Scal
     known, largest = _known(w, law, xp)
     unit, finite = CERTAIN * xp.finfo(w.dtype).eps, along(xp.where(known, f, 0.0))
     ratio, known, f, size = along(largest / xp.where(known, w, math.inf)), along(known), along(f), xp.abs(a)
-    share, outside = size * ratio, xp.where(known, 0.0, size)  # the first of A^+ G, times max(w)
+    most = float(xp.finfo(a.dtype).max) * xp.finfo(a.dtype).eps  # so that no share, nor their sum, overflows
+    share, outside = clamp(size, 0.0, most, xp=xp) * ratio, xp.where(known, 0.0, size)  # of A^+ G, times max(w)
     top, total = xp.max(share, axis=core, keepdims=True), xp.sum(share, axis=axis, keepdims=True)
     real = xp.max(outside, axis=axis, keepdims=True) > unit * top
     mean = xp.sum(finite * share, axis=axis, keepdims=True) / xp.where(total > 0, total, 1.0)
