@@ -111,9 +111,11 @@ def update(
     s = xp.where(kept, s, 0.0)
     cut = xp.where(finite, s[..., size - 1 : size] if size <= d else 0.0 * s[..., :1], math.nan)
     s = s[..., :k]
-    e = (s - cut) * (s + cut)  # (S)
-    mass = (beta2 if tail_decay is None else tail_decay) * sketch.escaped + (cut * cut)[..., 0]  # (rho)
-    return Sketch(basis=u, eigenvalues=e, escaped=mass + 0.0 * (e[..., 0] + mass))  # NaN if that overflows
+    return Sketch(
+        basis=u,
+        eigenvalues=(s - cut) * (s + cut),  # (S)
+        escaped=(beta2 if tail_decay is None else tail_decay) * sketch.escaped + (cut * cut)[..., 0],  # (rho)
+    )
 
 
 def _svd(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, Array]:
