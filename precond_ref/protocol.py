@@ -320,11 +320,11 @@ class Method:
             raise TypeError(
                 f"state_of of {self.name} must return a {self.state_type.__name__}, got {type(template).__name__}"
             )
-        for name, leaf in leaves(template[1:]):
-            if not isinstance(leaf, Spec):
+        for name, leaf in leaves(template):
+            if name != "step" and not isinstance(leaf, Spec):
                 raise TypeError(
                     f"state_of of {self.name} must give zeros, full or eye of precond_ref.numerics.template for each "
-                    f"array, got {type(leaf).__name__} in entry {name} after step"
+                    f"array, got {type(leaf).__name__} in entry {name}"
                 )
 
     def _check_made(self, made: Any, grad: Array, step: Any) -> None:
