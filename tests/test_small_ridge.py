@@ -538,6 +538,17 @@ def check_ridge_below_the_dtype(library: Any = pr) -> None:
         assert np.array_equal(*directions), name
 
 
+def check_ridge_of_numpy(library: Any = pr) -> None:
+    """A ridge that is a number of NumPy's is that number, with another array library too."""
+    torch = pytest.importorskip("torch")
+    grad = torch.arange(12.0).reshape(4, 3).sin()
+    for name, fields in TINY.items():
+        make = operator.attrgetter(name.split()[0])(library)
+        methods = [make(eps=kind(0.25), **fields) for kind in (np.float64, np.float32, float)]
+        first, *others = (m.update(grad, m.init(grad), grad)[0] for m in methods)
+        assert all(torch.equal(first, other) for other in others), name
+
+
 def check_large_gradients_beside_a_kept_root(library: Any = pr) -> None:
     """Squares that overflow are asked for nothing: what a kept root makes of large gradients is finite, silently."""
     for method, dtype, scales in (
@@ -553,13 +564,16 @@ def check_large_gradients_beside_a_kept_root(library: Any = pr) -> None:
         assert np.isfinite(direction).all()
 
 
-@pytest.mark.parametrize("check", [check_ridge_below_the_dtype, check_large_gradients_beside_a_kept_root])
+@pytest.mark.parametrize(
+    "check", [check_ridge_below_the_dtype, check_ridge_of_numpy, check_large_gradients_beside_a_kept_root]
+)
 def test_the_range_of_the_dtype(check: Any) -> None:
     check()
 
 
 RANGE = {
     "ridge": (check_ridge_below_the_dtype, roots.Law, "within", lambda: lambda law, *_: law),
+    "numpy": (check_ridge_of_numpy, roots.Law, "within", lambda: lambda law, *_: law),
     "root": (
         check_large_gradients_beside_a_kept_root, roots, "_gain",
         lambda: mutated(roots._gain, ("square(outside, xp)", "outside * outside")),
@@ -575,5 +589,5 @@ RANGE = {
 def test_planted_bugs_of_the_range(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     check, owner, attribute, planted = RANGE[name]
     monkeypatch.setattr(owner, attribute, planted())
-    with pytest.raises((AssertionError, FloatingPointError)):
+    with pytest.raises((AssertionError, FloatingPointError, NotImplementedError, TypeError)):
         check()

@@ -26,6 +26,7 @@ which LAPACK fails.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -93,9 +94,14 @@ class Law(NamedTuple):
     root: bool = False
 
     def within(self, dtype: Any, xp: Namespace) -> Law:
-        """The same in ``dtype``: a ridge, given as a number, that its smallest normal number is above is none."""
-        below = is_python_number(self.ridge) and self.ridge < float(xp.finfo(dtype).smallest_normal)
-        return self._replace(ridge=0.0) if below else self
+        """The same in ``dtype``: a ridge, given as a number, that its smallest normal number is above is none.
+
+        NumPy's numbers become Python's, for their comparisons are no booleans of another array library.
+        """
+        if not isinstance(self.ridge, numbers.Real) or type(self.ridge).__module__ not in ("builtins", "numpy"):
+            return self
+        ridge = float(self.ridge)
+        return self._replace(ridge=0.0 if ridge < float(xp.finfo(dtype).smallest_normal) else ridge)
 
     def __call__(self, w: Array, xp: Namespace) -> Array:
         return ((xp.sqrt(w) if self.root else w) + self.ridge) ** self.exponent
