@@ -11,7 +11,6 @@ counted, as is one for which the function raises NotImplementedError.
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -95,27 +94,77 @@ def torch_adagrad(params: Any, lr: float, eps: float, initial: float) -> Any:
     return torch.optim.Adagrad(params, lr=lr, eps=eps, initial_accumulator_value=initial)
 
 
-def torch_muon(
-    params: Any, lr: float, momentum: float, nesterov: bool, root_steps: int, weight_decay: float,
-    rms: float | None = 0.2, root: str = "newton_schulz",
+def torch_adam_coupled(
+    params: Any, lr: float, beta1: float, beta2: float, eps: float, amsgrad: str | None = None,
 ) -> Any:  # fmt: skip
-    """Its factor is 0.2 sqrt(max(m, n)) or sqrt(max(1, m / n)); the quotient to ours goes into lr."""
+    """Adam without weight decay, with its one form of AMSGrad."""
     import torch
 
-    lr, weight_decay, adjust = _muon_rates(params, lr, weight_decay, rms, root)
-    return torch.optim.Muon(
-        params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=root_steps,
-        adjust_lr_fn="match_rms_adamw" if adjust else "original",
+    _only(amsgrad=(amsgrad, None, "uncorrected"))
+    return torch.optim.Adam(params, lr=lr, betas=(beta1, beta2), eps=eps, amsgrad=amsgrad is not None)
+
+
+def torch_adamw(params: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> Any:
+    """AdamW."""
+    import torch
+
+    return torch.optim.AdamW(params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+
+
+def torch_nadam(
+    params: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, momentum_decay: float,
+    nesterov: str | None = None,
+) -> Any:  # fmt: skip
+    """NAdam with its option for decoupled weight decay."""
+    import torch
+
+    _only(nesterov=(nesterov, "scheduled"))
+    return torch.optim.NAdam(
+        params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, momentum_decay=momentum_decay,
+        decoupled_weight_decay=True,
     )  # fmt: skip
 
 
-def _muon_rates(params: Any, lr: float, weight_decay: float, rms: float | None, root: str) -> tuple[float, float, bool]:
-    """Rate and decay with which 0.2 sqrt(max(m, n)) (True) or sqrt(max(1, m / n)) (False) gives our factor."""
-    if root != "newton_schulz":
-        raise NotImplementedError(f"root={root!r}")
-    rows, columns = params[0].shape
-    factor = math.sqrt(max(1, rows / columns)) if rms is None else 0.2 / rms
-    return lr / factor, weight_decay * factor, rms is not None
+def torch_radam(
+    params: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, rectify: bool = False,
+    eps_form: str = "corrected",
+) -> Any:  # fmt: skip
+    """RAdam with its option for decoupled weight decay."""
+    import torch
+
+    _only(rectify=(rectify, True), eps_form=(eps_form, "uncorrected"))
+    return torch.optim.RAdam(
+        params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, decoupled_weight_decay=True
+    )
+
+
+def torch_adafactor(
+    params: Any, lr: float, eps1: float | None, eps2: float, decay_rate: float, clip: float | None = 1.0,
+    eps_form: str = "square",
+) -> Any:  # fmt: skip
+    """Its rate is at most 1 / sqrt(t), above that of the cases; it asks for a clip of 1 or more."""
+    import torch
+
+    _only(eps_form=(eps_form, "floor"), clip=(clip is not None and clip >= 1, True))
+    return torch.optim.Adafactor(params, lr=lr, eps=(eps1, eps2), d=clip, beta2_decay=-decay_rate)  # type: ignore[arg-type]
+
+
+def _only(**fields: tuple[Any, ...]) -> None:
+    """Refuse a value, the first of each, that is none of those that follow."""
+    for name, (value, *offered) in fields.items():
+        if value not in offered:
+            raise NotImplementedError(f"{name}={value!r}")
+
+
+def torch_muon(
+    params: Any, lr: float, momentum: float, nesterov: bool, eps: float, root_steps: int, weight_decay: float,
+) -> Any:  # fmt: skip
+    """With its factor "original"."""
+    import torch
+
+    return torch.optim.Muon(
+        params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=root_steps, eps=eps
+    )
 
 
 # ---- optax ----------------------------------------------------------------------------------------------------------
@@ -151,31 +200,65 @@ def optax_adagrad(learning_rate: float, eps: float, initial: float) -> Any:
     return optax.adagrad(learning_rate, initial_accumulator_value=initial, eps=eps)
 
 
-def optax_muon(
-    learning_rate: float, momentum: float, nesterov: bool, root_steps: int, weight_decay: float,
-    rms: float | None = 0.2, root: str = "newton_schulz",
+def optax_nadam(
+    learning_rate: float, beta1: float, beta2: float, eps: float, eps_root: float, nesterov: str | None = None
+) -> Any:
+    """No weight decay."""
+    import optax
+
+    _only(nesterov=(nesterov, "constant"))
+    return optax.nadam(learning_rate, b1=beta1, b2=beta2, eps=eps, eps_root=eps_root)
+
+
+def optax_amsgrad(
+    learning_rate: float, beta1: float, beta2: float, eps: float, eps_root: float, amsgrad: str | None = None
+) -> Any:
+    """No weight decay."""
+    import optax
+
+    _only(amsgrad=(amsgrad, "corrected"))
+    return optax.amsgrad(learning_rate, b1=beta1, b2=beta2, eps=eps, eps_root=eps_root)
+
+
+def optax_radam(
+    learning_rate: float, beta1: float, beta2: float, eps: float, eps_root: float, rectify: bool = False
+) -> Any:
+    """No weight decay."""
+    import optax
+
+    _only(rectify=(rectify, True))
+    return optax.radam(learning_rate, b1=beta1, b2=beta2, eps=eps, eps_root=eps_root)
+
+
+def optax_adafactor(
+    learning_rate: float, eps1: float | None, decay_rate: float, decay_offset: int, min_size: int, beta1: float,
+    parameter_scale: bool, clip: float | None, factored_axes: str | None = "last", eps2: float = 1e-3,
 ) -> Any:  # fmt: skip
-    """Its ``consistent_rms`` is our factor; without one, its transformation alone. Nothing is added to the norm."""
+    """Its factors are of the largest axes, and its eps2 is 1e-3, below the parameters of the cases."""
+    import numpy as np
     import optax
 
-    if root != "newton_schulz":
-        raise NotImplementedError(f"root={root!r}")
-    given: dict[str, Any] = {"beta": momentum, "nesterov": nesterov, "ns_steps": root_steps, "eps": 0.0}
-    if rms is not None:
-        return optax.contrib.muon(learning_rate, weight_decay=weight_decay, consistent_rms=rms, **given)
-    return optax.chain(
-        optax.contrib.scale_by_muon(**given, weight_dimension_numbers=_matrices),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    if eps2 > 1 or factored_axes == "leading" or eps1 is None:
+        raise NotImplementedError(f"eps2={eps2} or factored_axes={factored_axes!r}")
+    return optax.adafactor(
+        learning_rate, min_dim_size_to_factor=min_size, decay_rate=decay_rate, decay_offset=decay_offset,
+        multiply_by_parameter_scale=parameter_scale, clipping_threshold=clip, momentum=beta1 or None,
+        dtype_momentum=np.float64, eps=eps1, factored=factored_axes is not None,
+    )  # fmt: skip
 
 
-def _matrices(params: Any) -> Any:
-    """That each parameter is a matrix: the default, None, does not fit a list of parameters in 0.2.8."""
-    import jax
+def optax_muon(
+    learning_rate: float, momentum: float, nesterov: bool, eps: float, root_steps: int, weight_decay: float,
+    rms: float | None, normalization: str, dual_norm: bool,
+) -> Any:  # fmt: skip
+    """All fields have their like."""
     import optax
 
-    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
+    return optax.contrib.muon(
+        learning_rate, beta=momentum, nesterov=nesterov, eps=eps, ns_steps=root_steps, weight_decay=weight_decay,
+        consistent_rms=rms, preconditioning="schatten" if normalization == "schatten4" else normalization,
+        adaptive=dual_norm,
+    )  # fmt: skip
 
 
 # ---- torch_optimizer, pytorch_optimizer -----------------------------------------------------------------------------
@@ -195,6 +278,24 @@ def pytorch_optimizer_shampoo(params: Any, lr: float, eps: float, every: int, we
     return pytorch_optimizer.Shampoo(
         params, lr=lr, matrix_eps=eps, preconditioning_compute_steps=every, weight_decay=weight_decay,
         weight_decouple=True,
+    )  # fmt: skip
+
+
+def pytorch_optimizer_soap(
+    params: Any, lr: float, beta1: float, beta2: float, shampoo_beta: float | None, eps: float, every: int,
+    max_dim: int, merge: bool, channels_last: bool, vectors: bool, normalize: bool, normalize_eps: float,
+    bias_correction: bool, weight_decay: float,
+) -> Any:  # fmt: skip
+    """Its normalize_eps is eps; weight decay comes after the step."""
+    import pytorch_optimizer
+
+    if normalize and normalize_eps != eps:
+        raise NotImplementedError(f"normalize_eps={normalize_eps}")
+    return pytorch_optimizer.SOAP(
+        params, lr=lr, betas=(beta1, beta2), shampoo_beta=shampoo_beta, eps=eps,
+        precondition_frequency=every, max_precondition_dim=max_dim, merge_dims=merge,
+        data_format="channels_last" if channels_last else "channels_first", precondition_1d=vectors,
+        normalize_gradient=normalize, correct_bias=bias_correction, weight_decay=weight_decay,
     )  # fmt: skip
 
 
@@ -220,16 +321,38 @@ def pytorch_optimizer_scalable_asgo(
 
 
 def pytorch_optimizer_muon(
-    params: Any, lr: float, momentum: float, nesterov: bool, root_steps: int, weight_decay: float,
-    rms: float | None = 0.2, root: str = "newton_schulz",
-) -> Any:  # fmt: skip
-    """Its factor is 0.2 sqrt(max(m, n)) or sqrt(max(1, m / n)); the quotient to ours goes into lr."""
+    params: Any, lr: float, momentum: float, nesterov: bool, root_steps: int, weight_decay: float
+) -> Any:
+    """With its factor of Jordan."""
     import pytorch_optimizer
 
-    lr, weight_decay, adjust = _muon_rates(params, lr, weight_decay, rms, root)
     return pytorch_optimizer.Muon(
         [{"params": params, "use_muon": True}], lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=root_steps,
-        weight_decay=weight_decay, use_adjusted_lr=adjust,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+
+
+def pytorch_optimizer_adamuon(
+    params: Any, lr: float, momentum: float, beta2: float, root_steps: int, weight_decay: float
+) -> Any:
+    """Its factor is 0.2 sqrt(m n)."""
+    import pytorch_optimizer
+
+    return pytorch_optimizer.AdaMuon(
+        [{"params": params, "use_muon": True}], lr=lr, betas=(momentum, beta2), ns_steps=root_steps,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+
+
+def pytorch_optimizer_normuon(
+    params: Any, lr: float, momentum: float, beta2: float, nesterov: bool, root_steps: int, weight_decay: float
+) -> Any:
+    """With its factor of Jordan."""
+    import pytorch_optimizer
+
+    return pytorch_optimizer.NorMuon(
+        [{"params": params, "use_muon": True}], lr=lr, momentum=momentum, beta2=beta2, nesterov=nesterov,
+        ns_steps=root_steps, weight_decay=weight_decay,
     )  # fmt: skip
 
 
@@ -326,29 +449,42 @@ def _singd_class(structure: str) -> Any:
 
 TORCH = "torch==2.13.0"
 OPTAX = ("optax==0.2.8", "jax==0.10.2")
-NARROW = "Computes in bfloat16, whatever the parameter's precision."
+NARROW = "Its products are in bfloat16, whatever the parameter's precision; the tolerance is that of these."
 
 TARGETS = (
     Target(torch_sgd, "SGD", (TORCH,), "torch.optim.SGD"),
     Target(torch_adam, "Adam", (TORCH,), "torch.optim.Adam"),
     Target(torch_rmsprop, "RMSProp", (TORCH,), "torch.optim.RMSprop"),
     Target(torch_adagrad, "AdaGrad", (TORCH,), "torch.optim.Adagrad"),
-    Target(torch_muon, "Muon", (TORCH,), "torch.optim.Muon", note=NARROW),
+    Target(torch_muon, "Muon.torch", (TORCH,), "torch.optim.Muon", note=NARROW),
     Target(optax_sgd, "SGD", OPTAX, "optax.sgd"),
     Target(optax_adam, "Adam", OPTAX, "optax.adam"),
     Target(optax_rmsprop, "RMSProp", OPTAX, "optax.rmsprop"),
     Target(optax_adagrad, "AdaGrad", OPTAX, "optax.adagrad"),
-    Target(optax_muon, "Muon", OPTAX, "optax.contrib.muon"),
+    Target(optax_muon, "Muon.optax", OPTAX, "optax.contrib.muon"),
     Target(torch_optimizer_shampoo, "Shampoo", ("torch_optimizer==0.3.0", TORCH), "torch_optimizer.Shampoo"),
     Target(pytorch_optimizer_shampoo, "Shampoo", ("pytorch_optimizer==3.10.0", TORCH), "pytorch_optimizer.Shampoo"),
     Target(pytorch_optimizer_shampoo, "Shampoo", ("pytorch_optimizer==4.1.0", TORCH), "pytorch_optimizer.Shampoo"),
+    Target(
+        pytorch_optimizer_soap, "SOAP", ("pytorch_optimizer==4.1.0", TORCH), "pytorch_optimizer.SOAP", dtype="float32",
+        note="In float32: its QR is always of float32.",
+    ),
     Target(
         pytorch_optimizer_scalable_asgo, "ASGO", ("pytorch_optimizer==4.1.0", TORCH),
         "pytorch_optimizer.ScalableShampoo",
         note="Does not claim to be ASGO: it is Shampoo on blocks, here on one side only, which is the form of ASGO.",
     ),
     Target(
-        pytorch_optimizer_muon, "Muon", ("pytorch_optimizer==4.1.0", TORCH), "pytorch_optimizer.Muon", note=NARROW
+        pytorch_optimizer_muon, "Muon.pytorch_optimizer", ("pytorch_optimizer==4.1.0", TORCH), "pytorch_optimizer.Muon",
+        note=NARROW,
+    ),
+    Target(
+        pytorch_optimizer_normuon, "NorMuon.pytorch_optimizer", ("pytorch_optimizer==4.1.0", TORCH),
+        "pytorch_optimizer.NorMuon", note=NARROW,
+    ),
+    Target(
+        pytorch_optimizer_adamuon, "AdaMuon.pytorch_optimizer", ("pytorch_optimizer==4.1.0", TORCH),
+        "pytorch_optimizer.AdaMuon", note=NARROW,
     ),
     Target(
         atorch_agd, "AGD", ("atorch==0.2.5", TORCH), "atorch.optimizers.AGD", without_dependencies=True,

@@ -153,9 +153,10 @@ class Library:
         import numpy as np
 
         from precond_ref import Optimizer
-        from precond_ref.cost.report import parse_method
+        from precond_ref.cost.report import SIZE
+        from precond_ref.registry import parse
 
-        made, rng = parse_method(method), np.random.default_rng(0)
+        made, rng = parse(method).made(size=SIZE), np.random.default_rng(0)
 
         def draw() -> dict[str, Any]:
             return {name: self.array(rng.standard_normal(shape)) for name, shape in shapes.items()}
@@ -233,10 +234,11 @@ def steps(libraries: list[Library], rates: dict[str, float], dry: bool, over: Ca
     """
     from precond_ref.bench.workloads import shapes
     from precond_ref.cost import Device, estimate
-    from precond_ref.cost.report import parse_method
+    from precond_ref.cost.report import SIZE
+    from precond_ref.registry import parse
 
     def measure(library: Library, method: str, found: Any, variant: Any) -> dict[str, Any]:
-        made = parse_method(method)
+        made = parse(method).made(size=SIZE)
         seconds = library.seconds(library.step(method, found, **variant), period=made.every)
         cost = estimate(method, made, found, device=Device(**rates))
         return {

@@ -172,7 +172,7 @@ def on_vectors() -> tuple[str, float]:
             found = [
                 r
                 for name in constructors
-                for r in check(Reference(backend, dtype), name, level=1, dtype=dtype, diagnose=False).results
+                for r in check(Reference(backend, dtype), name, level=1, dtype=dtype, diagnose=False, deep=True).results
                 if r.gap
             ]
             top = max(found, key=lambda r: r.gap.ratio)  # type: ignore[union-attr]

@@ -38,7 +38,7 @@ def methods_table() -> str:
     """All methods of the registry as a Markdown table."""
     lines = ["| class | one parameter is | fields and defaults | source |", "|---|---|---|---|"]
     for name, method in precond_ref.list_methods().items():
-        low, high = method.ndims
+        low, high = method().ndims if isinstance(method.ndims, property) else method.ndims  # of its fields' defaults
         shape = "any array" if method.elementwise else f"{low} axes" if low == high else f"{low} axes or more"
         shape = {"1 axes": "a vector", "2 axes": "a matrix", "1 axes or more": "one axis or more"}.get(shape, shape)
         fields = ", ".join(

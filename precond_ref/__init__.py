@@ -2,14 +2,19 @@
 
 from typing import TYPE_CHECKING
 
+from precond_ref.methods.adafactor import Adafactor
 from precond_ref.methods.agd import AGD
 from precond_ref.methods.asgo import ASGO, DASGO
-from precond_ref.methods.baselines import SGD, AdaGrad, Adam, FullAdaGrad, Muon, RMSProp, Shampoo
+from precond_ref.methods.baselines import SGD, AdaGrad, Adam, FullAdaGrad, RMSProp
 from precond_ref.methods.inverse_free import IFShampoo
+from precond_ref.methods.klshampoo import KLShampoo
 from precond_ref.methods.mbf import MBF
+from precond_ref.methods.muon import AdaMuon, Muon, NorMuon
 from precond_ref.methods.online_sketches import FDSON, RFDSON, AdaFD
 from precond_ref.methods.root_free import RFAdamW, RFRMSProp, RFShampoo
+from precond_ref.methods.shampoo import EShampoo, Shampoo
 from precond_ref.methods.sketchy import SAdaGrad, SShampoo
+from precond_ref.methods.soap import SOAP
 from precond_ref.optimizer import Optimizer
 from precond_ref.protocol import Method
 from precond_ref.registry import list_methods
@@ -38,13 +43,19 @@ __all__ = [
     "MBF",
     "RFDSON",
     "SGD",
+    "SOAP",
     "AdaFD",
     "AdaGrad",
+    "AdaMuon",
+    "Adafactor",
     "Adam",
+    "EShampoo",
     "FullAdaGrad",
     "IFShampoo",
+    "KLShampoo",
     "Method",
     "Muon",
+    "NorMuon",
     "Optimizer",
     "RFAdamW",
     "RFRMSProp",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 
@@ -36,6 +37,31 @@ def is_python_number(value: Any) -> bool:
 def is_zero(value: Any) -> bool:
     """True only for a Python number equal to zero: an array-valued hyperparameter is never branched on."""
     return is_python_number(value) and value == 0
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Those of ``known`` that ``name`` may be meant to be: with one slip, in names of 8 letters and more with two.
+
+    A slip is a letter that is wrong, missing or too many, or two that are exchanged. Names of 2 letters are like none.
+    """
+
+    def alike(other: str) -> bool:
+        most = (min(len(name), len(other)) >= 3) + (min(len(name), len(other)) >= 8)
+        return abs(len(name) - len(other)) <= most and 0 < _slips(name, other) <= most
+
+    return sorted(filter(alike, known))
+
+
+def _slips(a: str, b: str) -> int:
+    rows = [[*range(len(b) + 1)]]
+    for i, x in enumerate(a):
+        row = [i + 1]
+        for j, y in enumerate(b):
+            row.append(min(row[j] + 1, rows[i][j + 1] + 1, rows[i][j] + (x != y)))
+            if i and j and (x, a[i - 1]) == (b[j - 1], y):
+                row[-1] = min(row[-1], rows[i - 1][j - 1] + 1)
+        rows.append(row)
+    return rows[-1][-1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

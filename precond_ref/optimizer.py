@@ -18,7 +18,7 @@ from precond_ref.fields import Flag, Integer, Real, is_zero
 from precond_ref.methods.baselines import Adam
 from precond_ref.numerics.arrays import all_finite
 from precond_ref.numerics.refresh import is_traced
-from precond_ref.protocol import Method
+from precond_ref.protocol import Method, class_hint
 from precond_ref.typing import Array, Namespace
 
 Tree = Any
@@ -88,7 +88,9 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
-            raise TypeError(f"method must be a Method such as precond_ref.ASGO(), got {self.method!r}")
+            raise TypeError(
+                f"method must be a Method such as precond_ref.ASGO(), got {self.method!r}{class_hint(self.method)}"
+            )
         if not callable(self.lr):
             Real(ge=0).check("lr", self.lr)
         if not callable(self.weight_decay):
@@ -213,7 +215,7 @@ class Optimizer:
             return self.method.for_shape(tuple(array.shape), path) or Adam()
         method = self.route(path, array)
         if not isinstance(method, Method):
-            raise TypeError(f"route must return a Method, got {method!r} for {path!r}")
+            raise TypeError(f"route must return a Method, got {method!r} for {path!r}{class_hint(method)}")
         self._check_decay(method)
         return method
 

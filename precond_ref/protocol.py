@@ -7,17 +7,19 @@ A method gives its fields (`precond_ref.fields`), the shapes of its state (`Meth
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import numbers
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, dataclass_transform, final
 
 from array_api_compat import array_namespace, is_jax_array
 from array_api_compat import device as device_of
 
-from precond_ref.fields import choice, declared, flag, integer, is_python_number, is_zero, real
+from precond_ref.fields import choice, declared, flag, integer, is_python_number, is_zero, nearest, real
 from precond_ref.numerics.arrays import all_finite, finite_members, state_dtype
 from precond_ref.numerics.axes import check_samples
 from precond_ref.numerics.refresh import check_refresh
@@ -69,7 +71,7 @@ class Method:
     elementwise: ClassVar[bool] = False
     """True if every entry of the parameter is updated independently of the others."""
     ndims: ClassVar[tuple[int, int]] = (0, 64)
-    """Smallest and largest number of axes of one parameter, stack axes not counted."""
+    """Smallest and largest number of axes of one parameter, stack axes not counted. A property where fields decide."""
     takes_statistic: ClassVar[bool] = False
     """True if ``update`` takes ``statistic``, which `check_statistic` examines."""
     joins_bias: ClassVar[bool] = False
@@ -105,12 +107,16 @@ class Method:
                 default = getattr(cls, name, dataclasses.MISSING)
                 setattr(cls, name, dataclasses.field(default=default, metadata=inherited[name].metadata))
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        cls.__init__ = _by_name(cls.__init__)  # type: ignore[method-assign]
         declared = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name in (cls.__dict__.keys() | annotated) - declared.keys():
+            if not (name.startswith("_") or hasattr(super(cls, cls), name)):
+                _refuse_slip(cls, name)
         cls.symbols = MappingProxyType({name: _symbol(field) for name, field in declared.items()})
         cls.refreshes = cls.refreshes or "every" in declared
         cls.decays = cls.decays or "weight_decay" in declared
         cls.presets = cls.__dict__.get("presets", ())
-        if not (isinstance(cls.ndims, tuple) and len(cls.ndims) == 2):
+        if not isinstance(cls.ndims, property) and not (isinstance(cls.ndims, tuple) and len(cls.ndims) == 2):
             raise TypeError(f"ndims of {cls.__qualname__} must be two numbers, as (2, 2), got {cls.ndims!r}")
         place = "" if cls.__module__.startswith("precond_ref.") else f"{cls.__module__}:"
         if preset:
@@ -126,8 +132,13 @@ class Method:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
             if field.metadata.get("rule") is not None:
-                field.metadata["rule"].check(field.name, getattr(self, field.name))
+                field.metadata["rule"].check(field.name, value)
+            if type(value).__module__ == "numpy" and isinstance(value, numbers.Real):
+                # Beside arrays of other libraries, NumPy's scalars are arrays that have a dtype.
+                number = int(value) if isinstance(value, numbers.Integral) else float(value)
+                object.__setattr__(self, field.name, number)
         self.rules()
 
     # ---- to be given by each method --------------------------------------------------------------------------------
@@ -241,6 +252,9 @@ class Method:
             xp = _namespace("grad and param", grad, param)
             if not is_jax_array(grad) and device_of(grad) != device_of(param):
                 raise ValueError(f"grad must be on param's device, got {device_of(grad)} and {device_of(param)}")
+            step = getattr(state, "step", 0)
+            if type(step) is not int or step < 0:
+                _check_step(step, xp)
         if grad.shape != param.shape:
             raise ValueError(
                 f"grad must have param's shape, got grad {tuple(grad.shape)} and param {tuple(param.shape)}"
@@ -263,15 +277,33 @@ class Method:
     def diagnose(self, state: Any) -> Any:
         """What a validator compares or a student plots; computed only on request. See `report`."""
         self._check_state_type(state)
-        arrays = [array for _, array in leaves(state[1:])]
-        if not arrays:
-            return self.report(state, None, None)
-        xp = _namespace("the arrays of state", *arrays)
-        _check_dtype(xp, "state", arrays[0].dtype, False, self.name)
+        entries = {name: array for name, array in leaves(state) if name != "step"}
+        for name, array in entries.items():
+            if not hasattr(array, "shape"):
+                raise TypeError(f"state.{name} must be an array, got {type(array).__name__}")
+        arrays, xp = [*entries.values()], None
+        if arrays:
+            xp = _namespace("the arrays of state", *arrays)
+            _check_dtype(xp, "state", arrays[0].dtype, False, self.name)
+        try:
+            return self.report(state, self._finite(state, arrays, xp) if arrays else None, xp)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, NotImplementedError) or type(error).__name__.endswith("LinAlgError"):
+                raise
+            shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in entries.items())
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"diagnose of {self.name} failed for a state with the arrays {shapes or 'none'}: {error}"
+            ) from error
+
+    def _finite(self, state: Any, arrays: list[Array], xp: Namespace) -> Array:
+        """Whether each member's ``arrays``, those of ``state``, are finite; 0-D where there are no members."""
         stack = self.stack_ndim(state)
         if stack is None:
-            return self.report(state, all_finite(xp, *arrays), xp)
-        return self.report(state, finite_members(xp, *arrays, core_ndims=tuple(a.ndim - stack for a in arrays)), xp)
+            return all_finite(xp, *arrays)
+        if stack < 0 or any(a.ndim < stack or a.shape[:stack] != arrays[0].shape[:stack] for a in arrays):
+            raise ValueError("the stack axes, which are the first, must be the same for all")
+        return finite_members(xp, *arrays, core_ndims=tuple(a.ndim - stack for a in arrays))
 
     @final
     def replace(self, **changes: Any) -> Self:
@@ -286,7 +318,7 @@ class Method:
             return self._new_template(shape, stack_ndim)
         known = self.__dict__.setdefault("_templates", {})
         if (shape, stack_ndim) not in known:
-            self._check_class()
+            self.check_class()
             template = self._new_template(shape, stack_ndim)
             self._check_template(template)
             known[shape, stack_ndim] = template
@@ -302,7 +334,7 @@ class Method:
             )
         return stacked(self.state_of(shape[stack_ndim:]), shape[:stack_ndim])
 
-    def _check_class(self) -> None:
+    def check_class(self) -> None:
         """TypeError for a class that lacks what each method has to give."""
         needs = {"state_of": "state_of(self, shape)", "step": "step(self, grad, state, param, now)"}
         for function, text in needs.items():
@@ -340,6 +372,10 @@ class Method:
             raise ValueError(
                 f"step of {self.name} must return a direction of the gradient's shape {tuple(grad.shape)}, "
                 f"got {type(made[0]).__name__ if shape is None else tuple(shape)}"
+            )
+        if made[0].dtype != grad.dtype:
+            raise TypeError(
+                f"step of {self.name} must return a direction of the gradient's dtype {grad.dtype}, got {made[0].dtype}"
             )
         new = made[1].step
         if isinstance(step, int) and new is not step and not (isinstance(new, int) and new == step):
@@ -399,6 +435,36 @@ class Method:
                 raise TypeError(f"{what} must have param's dtype {param.dtype}, got {value.dtype}")
 
 
+def class_hint(value: Any) -> str:
+    """What an error about a ``value`` that should be a method says, if it is the class of one."""
+    is_class = isinstance(value, type) and issubclass(value, Method)
+    return f": that is the class, an instance is {value.name}(...)" if is_class else ""
+
+
+def _by_name(init: Callable[..., None]) -> Callable[..., None]:
+    """``init`` of a class, which says how fields are given to a caller who gives them without their names."""
+
+    @functools.wraps(init)
+    def made(self: Method, *values: Any, **fields: Any) -> None:
+        if values:
+            names = ", ".join(f"{name}=..." for name in self.symbols)
+            raise TypeError(f"fields of {self.name} are given by name, {self.name}({names}), got {values!r}")
+        init(self, **fields)
+
+    return made
+
+
+def _refuse_slip(cls: type[Method], name: str) -> None:
+    """TypeError for an attribute that is no field and is nearly called like one that `Method` declares."""
+    function = inspect.isfunction(cls.__dict__.get(name))
+    declared = {n for n in vars(Method) if not n.startswith("_") and (inspect.isfunction(vars(Method)[n]) == function)}
+    if found := nearest(name, declared):
+        raise TypeError(
+            f"{cls.__qualname__} has an attribute {name}, which no method has: is it {' or '.join(found)}? "
+            "What is your own may begin with an underscore, or be a field, with a type"
+        )
+
+
 def _symbol(field: dataclasses.Field[Any]) -> str:
     """Meaning and rule of a field."""
     rule = field.metadata.get("rule")
@@ -419,6 +485,18 @@ def _fits(values: tuple[Any, ...], parts: tuple[Any, ...], dtype: Any) -> bool:
     return True
 
 
+def _check_step(step: Any, xp: Namespace) -> None:
+    """Refuse what is no number of updates, but for a negative value of an array, which is not read."""
+    dtype = getattr(step, "dtype", None)
+    number = isinstance(step, numbers.Number)  # also NumPy's scalars
+    if isinstance(step, bool) or (not isinstance(step, numbers.Integral) if number else dtype is None or step.ndim):
+        raise TypeError(f"state.step must be an int or an array without axes, the updates done, got {step!r}")
+    if number and step < 0:
+        raise ValueError(f"state.step must be >= 0, the updates done, got {step!r}")
+    if not number and not xp.isdtype(dtype, "integral"):
+        raise TypeError(f"state.step must have an integer dtype, got {dtype}")
+
+
 def warn_if_decay(method: Any) -> None:
     """Warn when ``beta2``, here the weight of the *new* term, looks like a decay, the weight of the old one."""
     if is_python_number(method.beta2) and method.beta2 > 0.5:
@@ -426,16 +504,17 @@ def warn_if_decay(method: Any) -> None:
             f"beta2 of {method.name} is the weight of the new term (about 0.01), not a decay (about 0.99): "
             f"beta2={method.beta2!r} forgets the past at once; for that decay give beta2={1 - method.beta2:.3g}",
             UserWarning,
-            stacklevel=5,  # the caller of the constructor
+            stacklevel=6,  # the caller of the constructor
         )
 
 
 def _namespace(what: str, *arrays: Array) -> Namespace:
     try:
-        if any(array is None or not hasattr(array, "shape") for array in arrays):  # which array_namespace passes over
-            raise TypeError("None and numbers are no arrays")
-        if any(type(array).__name__ == "matrix" for array in arrays):  # NumPy's: its * is the matrix product
-            raise TypeError("a matrix is no array")
+        for array in arrays:
+            if array is None or not hasattr(array, "shape"):  # which array_namespace passes over
+                raise TypeError("None and numbers are no arrays")
+            if type(array).__name__ == "matrix":  # NumPy's: its * is the matrix product
+                raise TypeError("a matrix is no array")
         return array_namespace(*arrays)
     except TypeError as error:
         kinds = ", ".join(f"{type(a).__module__}.{type(a).__name__}" for a in arrays)

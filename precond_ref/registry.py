@@ -13,10 +13,11 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from precond_ref.protocol import _CLASSES, Method
+from precond_ref.protocol import _CLASSES, Method, class_hint
 
 
 def list_methods() -> Mapping[str, type[Method]]:
@@ -119,13 +120,20 @@ def parse_list(text: str) -> list[Named]:
     return found
 
 
+def made_by(make: Any) -> type[Method] | None:
+    """The class of what ``make`` makes: itself, or the one that has it among its presets; None for anything else."""
+    if isinstance(make, type):
+        return make if issubclass(make, Method) else None
+    return next((c for c in _CLASSES.values() if any(getattr(c, preset) == make for preset in c.presets)), None)
+
+
 def class_of(name: str) -> type[Method]:
     """The class with this `Method.name`; ValueError or TypeError if none is loaded. Nothing is imported for it.
 
     Also found are ``ASGOTheory`` and the like, the names of classes that older checkpoints have.
     """
     if not isinstance(name, str):
-        raise TypeError(f"method must be a precond_ref.Method or the name of one, got {name!r}")
+        raise TypeError(f"method must be a precond_ref.Method or the name of one, got {name!r}{class_hint(name)}")
     if name in _CLASSES:
         return _CLASSES[name]
     for cls in _CLASSES.values():
@@ -173,7 +181,10 @@ def _found(name: str) -> tuple[str, Callable[..., Method]]:
     if ":" not in name:
         known = {each.lower(): (each, make) for each, make in constructors().items()}
         if name.lower() not in known:
-            raise ValueError(f"no method is called {name}; there are {', '.join(each for each, _ in known.values())}")
+            file = f"; for a class in {name}.py: {name}:Class" if Path(f"{name}.py").is_file() else ""
+            raise ValueError(
+                f"no method is called {name}; there are {', '.join(each for each, _ in known.values())}{file}"
+            )
         return known[name.lower()]
     found = load(name)
     if isinstance(found, type) and issubclass(found, Method) and found.name:

@@ -4,6 +4,8 @@ from typing import Any
 
 Array = Any
 """An array of one array-API namespace."""
+Arrays = tuple[Array, ...]
+"""Several arrays, such as one for each axis."""
 Namespace = Any
 """A module of the array API, such as ``array_api_compat.numpy``."""
 Scalar = Any

@@ -50,7 +50,26 @@ def _inverse_free(**changes: Any) -> pr.IFShampoo:
     return loud.replace(**changes)
 
 
+_ADAFACTOR = pr.Adafactor(eps1=0.0625, eps2=0.75, clip=0.75, decay_rate=0.875)
+_KL = pr.KLShampoo(beta1=0.75, beta2=0.875, shampoo_beta=0.625, eps=0.25, every=3, initial=0.375)
+_ADAM = pr.Adam(beta1=0.75, beta2=0.875, eps=0.25)
+MILD = ((3.25, -4.0, 1.75), (1.875, -1.25, 0.375))
+
 LOUD: dict[str, dict[str, Config]] = {
+    "Adafactor": {
+        "default": Config(_ADAFACTOR),
+        "vector": Config(_ADAFACTOR, (7,)),
+        "momentum": Config(_ADAFACTOR.replace(beta1=0.625, weight_decay=0.125), (2, 3, 4)),
+        "largest": Config(
+            _ADAFACTOR.replace(factored_axes="largest", min_size=2, beta1=0.625, momentum_of="update"), (4, 2, 3)
+        ),
+        "floor": Config(pr.Adafactor.torch(eps1=0.0625, clip=0.75, decay_rate=0.875), (3, 5)),
+        "adam": Config(
+            _ADAFACTOR.replace(
+                decay_schedule="adam", decay_rate=0.75, clip=None, factored_axes=None, parameter_scale=False
+            )
+        ),
+    },
     "AGD": {
         "default": Config(pr.AGD(beta1=0.75, beta2=0.875, delta=0.25)),
         "amsgrad": Config(pr.AGD(beta1=0.5, beta2=0.75, delta=0.125, amsgrad=True)),
@@ -83,8 +102,7 @@ LOUD: dict[str, dict[str, Config]] = {
         "schedule": Config(pr.MBF(damping=0.5, decay=0.75, momentum=0.5, statistics_every=2, inverse_every=3)),
         "conv": Config(pr.MBF(kind="conv", damping=0.5, decay=0.75, momentum=0.5), (2, 3, 3, 2)),
         "conv schedule": Config(
-            pr.MBF(kind="conv", damping=0.5, decay=0.5, momentum=0.5, statistics_every=2, inverse_every=4),
-            (3, 2, 2, 2),
+            pr.MBF(kind="conv", damping=0.5, decay=0.5, momentum=0.5, statistics_every=2, inverse_every=4), (3, 2, 2, 2)
         ),
         "diagonal": Config(pr.MBF(kind="diagonal"), (7,)),
     },
@@ -117,6 +135,26 @@ LOUD: dict[str, dict[str, Config]] = {
         "triu, block-diagonal": Config(_inverse_free(structure=("triu", "block-diagonal(2)"))),
         "toeplitz": Config(_inverse_free(structure=("tril-toeplitz", "triu-toeplitz"))),
         "hierarchical": Config(_inverse_free(structure="hierarchical(2,1)"), (6, 2)),
+    },
+    "KLShampoo": {
+        "default": Config(_KL.replace(start="identity")),
+        "soap": Config(pr.KLShampoo.soap(beta1=0.75, beta2=0.875, eps=0.25, every=3, start="identity"), (3, 4)),
+        "eigh": Config(_KL, (4, 3)),
+        "soap-eigh": Config(_KL.replace(inner="adam"), (3, 4)),
+        "identity": Config(
+            _KL.replace(start="identity", damping=0.375, normalize=True, shampoo_beta=None, every=1), (5, 2)
+        ),
+        # of full rank when the basis turns, for columns beyond it are of rounding; the eigenvalues meet the clamp
+        "vector": Config(_KL.replace(start="identity", shampoo_beta=0.75, clamp=11, every=13, initial=2**-10), (12,)),
+        "order 3": Config(_KL.replace(every=1), (2, 1, 3, 2)),
+        "exact": Config(pr.KLShampoo.exact(beta1=0.75, beta2=0.625, eps=0.25, initial=0.875)),
+        "exact-every": Config(
+            pr.KLShampoo.exact(
+                beta1=0.75, beta2=0.625, eps=0.25, initial=0.875, every=3, exponent=0.375, bias_correction=True
+            ),
+            (2, 3, 4),
+        ),
+        "meta": Config(pr.KLShampoo.meta(beta1=0.75, beta2=0.625, eps=0.25, every=2), (3, 1)),
     },
     "SAdaGrad": {
         "sum": Config(pr.SAdaGrad(size=3), (6,)),
@@ -171,7 +209,10 @@ LOUD: dict[str, dict[str, Config]] = {
         "momentum": Config(pr.SGD(momentum=0.75)),
         "nesterov": Config(pr.SGD(momentum=0.75, nesterov=True), ()),
     },
-    "AdaGrad": {"default": Config(pr.AdaGrad(eps=0.25, initial=0.5))},
+    "AdaGrad": {
+        "default": Config(pr.AdaGrad(eps=0.25, initial=0.5)),
+        "inside": Config(pr.AdaGrad(eps=0.25, initial=0.375, eps_form="inside")),
+    },
     "FullAdaGrad": {
         "default": Config(pr.FullAdaGrad(eps=0.5)),
         "vector": Config(pr.FullAdaGrad(eps=0.5), (6,)),
@@ -179,18 +220,251 @@ LOUD: dict[str, dict[str, Config]] = {
     "RMSProp": {
         "default": Config(pr.RMSProp(beta2=0.75, eps=0.25)),
         "momentum": Config(pr.RMSProp(beta2=0.75, eps=0.25, momentum=0.5)),
+        "centered": Config(
+            pr.RMSProp(
+                beta2=0.75,
+                eps=0.25,
+                momentum=0.625,
+                centered=True,
+                eps_form="inside",
+                bias_correction=True,
+                initial=0.375,
+                nesterov=True,
+            )
+        ),
     },
-    "Adam": {"default": Config(pr.Adam(beta1=0.75, beta2=0.875, eps=0.25))},
+    "Adam": {
+        "default": Config(_ADAM),
+        "amsgrad": Config(_ADAM.replace(amsgrad="uncorrected", eps_form="uncorrected")),
+        "amsgrad-corrected": Config(_ADAM.replace(amsgrad="corrected", eps_root=0.0625)),
+        "nadam": Config(_ADAM.replace(nesterov="constant", bias_correction="second")),
+        "nadam-scheduled": Config(_ADAM.replace(nesterov="scheduled", momentum_decay=0.375)),
+        "radam": Config(_ADAM.replace(rectify=True, eps_form="uncorrected", bias_correction="none"), (7,)),
+    },
     "Shampoo": {
         "sum": Config(pr.Shampoo(eps=0.25)),
         "average": Config(pr.Shampoo(beta2=0.75, eps=0.25, bias_correction=True)),
         "every": Config(pr.Shampoo(beta2=0.75, eps=0.25, every=3)),
         "order 1": Config(pr.Shampoo(eps=0.25), (4,)),
         "order 3": Config(pr.Shampoo(eps=0.25), (3, 4, 2)),
+        "production": Config(
+            pr.Shampoo.production(
+                beta1=0.75,
+                beta3=0.625,
+                beta2=0.875,
+                eps=0.1875,
+                every=2,
+                start=3,
+                graft="rmsprop",
+                graft_beta2=0.6875,
+                graft_eps=0.078125,
+                momentum=0.5625,
+                dampening=0.21875,
+                nesterov=True,
+                weight_decay=0.40625,
+                target=None,
+                exponents=(0.5, 0.25),
+                trace_scaling=0.375,
+            ),
+        ),
+        "production-merged": Config(
+            pr.Shampoo.production(beta1=0.75, beta2=0.875, eps=0.1875, target=2, max_dim=6, every=3),
+            (2, 3, 1, 4),
+        ),
+        "production-blocks": Config(
+            pr.Shampoo.production(
+                beta1=0.75,
+                beta2=0.875,
+                eps=0.1875,
+                target=None,
+                max_dim=3,
+                graft="sgd",
+                drop_weight=True,
+                bias_correction=False,
+            ),
+        ),
+        "production-higher-order": Config(
+            pr.Shampoo.production(beta1=0.75, beta2=0.875, eps=0.1875, target=None, root="higher_order", root_steps=3),
+            (4, 3),
+        ),
+    },
+    "EShampoo": {
+        "default": Config(
+            pr.EShampoo(
+                beta1=0.75,
+                beta3=0.625,
+                beta2=0.875,
+                eps=0.1875,
+                every=2,
+                start=3,
+                exponent=0.4375,
+                graft="rmsprop",
+                graft_beta2=0.6875,
+                graft_eps=0.078125,
+                momentum=0.5625,
+                dampening=0.21875,
+                nesterov=True,
+                weight_decay=0.40625,
+                target=None,
+            ),
+            (4, 3),
+        ),
+        "qr": Config(
+            pr.EShampoo(
+                beta1=0.75,
+                beta2=0.875,
+                eps=0.1875,
+                basis="qr",
+                iterations=2,
+                tolerance=0.25,
+                target=2,
+                max_dim=6,
+                bias_correction=False,
+            ),
+            (2, 3, 1, 4),
+        ),
+        "blocks": Config(
+            pr.EShampoo(beta1=0.75, beta2=0.875, eps=0.1875, max_dim=3, target=None, graft="sgd", drop_weight=True),
+            (5, 3),
+        ),
+        "ignored": Config(pr.EShampoo(beta1=0.0, eps=0.1875, ignored_axes=(0, 1), target=None), (5, 2, 2)),
+    },
+    "SOAP": {
+        "default": Config(pr.SOAP(beta1=0.75, beta2=0.875, eps=0.25, every=2), (4, 3)),
+        "order 3": Config(
+            pr.SOAP(
+                beta1=0.75,
+                beta2=0.875,
+                shampoo_beta=0.625,
+                eps=0.25,
+                every=3,
+                eps_position="corrected",
+                normalize=True,
+                normalize_eps=0.125,
+                iterations=2,
+                nesterov=True,
+            ),
+            (2, 3, 4),
+        ),
+        "merged": Config(
+            pr.SOAP(
+                beta1=0.75,
+                beta2=0.875,
+                eps=0.25,
+                every=2,
+                eps_position="max",
+                merge=True,
+                channels_last=True,
+                max_dim=6,
+                sort="after",
+                second_moment="rotate",
+            ),
+            (3, 2, 2, 4),
+        ),
+        "update first": Config(
+            pr.SOAP(
+                beta1=0.75,
+                beta2=0.875,
+                shampoo_beta=0.625,
+                eps=0.25,
+                every=1,
+                order="update_first",
+                basis="eigh",
+                bias_correction=False,
+            ),
+            (4, 4),
+        ),
+        "one side": Config(pr.SOAP(beta1=0.75, beta2=0.875, eps=0.25, every=2, max_dim=4), (5, 4)),
+        "vector": Config(pr.SOAP(beta1=0.75, beta2=0.875, eps=0.25, every=2, vectors=True), (2,)),
     },
     "Muon": {
         "svd": Config(pr.Muon(momentum=0.75, root="svd")),
         "newton_schulz": Config(pr.Muon(momentum=0.75, nesterov=False, rms=None), (3, 5)),
+        "sum": Config(
+            pr.Muon(
+                momentum=0.75,
+                momentum_form="sum",
+                coefficients=MILD,
+                root_steps=3,
+                after_last="cycle",
+                normalization_factor=2.5,
+                eps=0.375,
+                eps_rule="max",
+                scale="jordan",
+                outputs="columns",
+            ),
+            (3, 5),
+        ),
+        "corrected": Config(
+            pr.Muon(
+                momentum=0.625,
+                bias_correction=True,
+                normalization="schatten4",
+                eps=0.25,
+                scale="ratio",
+                blocks=2,
+                dual_norm=True,
+            ),
+            (6, 4),
+        ),
+        "flatten": Config(
+            pr.Muon(
+                momentum=0.875,
+                nesterov_form="added",
+                coefficients=(3.25, -4.0, 1.75),
+                normalization="aol",
+                layout="flatten",
+                blocks=4,
+            ),
+            (4, 2, 3),
+        ),
+        "batch": Config(pr.Muon(momentum=0.75, layout="batch", outputs="columns", rms=0.375), (2, 4, 3)),
+        "axes": Config(
+            pr.Muon(momentum=0.75, layout=((0, 1), (3,)), normalization="spectral", scale="jordan"), (2, 1, 3, 4)
+        ),
+    },
+    "NorMuon": {
+        "row": Config(pr.NorMuon(momentum=0.75, beta2=0.875, eps=0.25, eps2=0.125, coefficients=MILD, root_steps=3)),
+        "short": Config(
+            pr.NorMuon(
+                momentum=0.75,
+                beta2=0.625,
+                eps2=0.125,
+                statistic="short",
+                rescale="rms",
+                blocks=3,
+                rms=0.375,
+                layout="flatten",
+                normalization_factor=2.5,
+            ),
+            (6, 3, 2),
+        ),
+        "blocks": Config(
+            pr.NorMuon(
+                momentum=0.625, beta2=0.875, eps2=0.25, rescale="none", blocks=2, outputs="columns", scale="max"
+            ),
+            (3, 4),
+        ),
+    },
+    "AdaMuon": {
+        "sign": Config(
+            pr.AdaMuon(momentum=0.75, beta2=0.875, eps=0.25, eps2=0.125, rms=0.375, coefficients=MILD, root_steps=3)
+        ),
+        "plain": Config(
+            pr.AdaMuon(
+                momentum=0.75,
+                beta2=0.625,
+                eps2=0.125,
+                sign=False,
+                v_bias_correction=True,
+                rescale="none",
+                layout="flatten",
+                blocks=2,
+                normalization_factor=2.5,
+            ),
+            (4, 2, 3),
+        ),
+        "norm": Config(pr.AdaMuon(momentum=0.75, beta2=0.625, eps2=0.125, rescale="norm", scale="jordan"), (5, 3)),
     },
 }
 

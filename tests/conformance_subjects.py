@@ -95,7 +95,8 @@ def torch_target(constructor: str) -> Callable[..., Any]:
 
     def make(params, lr, weight_decay, **config):
         method = _made(constructor, config, weight_decay)
-        if not all(method.takes(tuple(p.shape)) for p in params):
+        flat = [p for entry in params for p in (entry["params"] if isinstance(entry, dict) else [entry])]
+        if not all(method.takes(tuple(p.shape)) for p in flat):
             raise Unsupported("the adapter's routing gives this shape to another method")
         return Optimizer(params, method, lr=lr, weight_decay=weight_decay)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is what tests with JAX cost: a third of the time with these. XLA_FLAGS= gives what users have.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import array_api_compat
 import array_api_strict
@@ -30,17 +32,7 @@ settings.register_profile(
 settings.register_profile("deep", parent=settings.get_profile("ci"), derandomize=False, max_examples=2000)
 settings.load_profile("ci")
 
-BACKENDS = (
-    "numpy",
-    "numpy-readonly",
-    "strict",
-    "strict-device1",
-    "torch",
-    "torch-compile",
-    "jax",
-    "jax-jit",
-    "cupy",
-)
+BACKENDS = ("numpy", "numpy-readonly", "strict", "strict-device1", "torch", "torch-compile", "jax", "jax-jit", "cupy")
 FLOAT32 = ("strict-no-float64",)
 """Beside `BACKENDS`, for tests marked ``float32``: a device that has no float64."""
 APART = ("cupy-surface", "dpnp")
@@ -87,10 +79,25 @@ class Backend:
         """``method.update``, compiled where the backend compiles: ``f(grad, state, param, refresh=None)``.
 
         Under ``torch.compile`` the step stays outside the graph and its scalars are passed as 0-D tensors.
+        A compiled one has ``graphs``, in how many calls one was made, and ``refreshes``, which need one each.
         """
         if self.name == "torch-compile":
             return _compiled_torch(method)
-        return self.jit(method.update, static_argnames="refresh")
+        if self.name != "jax-jit":
+            return method.update
+
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            update.graphs += 1
+            return method.update(*args, **kwargs)
+
+        compiled = self.jit(traced, static_argnames="refresh")
+
+        def update(*args: Any, refresh: Any = None, **kwargs: Any) -> Any:
+            update.refreshes.add(refresh)
+            return compiled(*args, refresh=refresh, **kwargs)
+
+        update.graphs, update.refreshes = 0, set()
+        return update
 
     def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """``function``, under ``jax.jit`` where the backend has it."""
@@ -106,18 +113,28 @@ def _compiled_torch(method: Any) -> Callable[..., Any]:
     def kernel(grad: Any, state: Any, param: Any, scalars: Any, refresh: bool) -> Any:
         return method.update(grad, state, param, scalars=scalars, refresh=refresh, xp=xp)
 
-    compiled = torch.compile(kernel, backend="aot_eager", fullgraph=True)
+    made: list[Any] = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        made.append(module)  # at times twice in one call
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    compiled = torch.compile(kernel, backend=backend, fullgraph=True)
 
     def update(grad: Any, state: Any, param: Any, *, refresh: bool | None = None) -> Any:
         step = state.step
         if refresh is None:
             refresh = method.due(step)
+        update.refreshes.add(refresh)
         scalars = method.scalars(step + 1, like=param)
         if scalars:
             scalars = type(scalars)(*(torch.tensor(s, dtype=param.dtype) for s in scalars))
+        made.clear()
         direction, new = compiled(grad, state._replace(step=0), param, scalars, refresh)
+        update.graphs += bool(made)
         return direction, new._replace(step=step + 1)
 
+    update.graphs, update.refreshes = 0, set()
     return update
 
 
@@ -127,10 +144,7 @@ def make_backend(name: str) -> Backend:
         return Backend(name, array_api_compat.array_namespace(np.zeros(1)), readonly=name.endswith("readonly"))
     if name.startswith("strict"):
         array_api_strict.set_array_api_strict_flags(
-            api_version="2024.12",
-            boolean_indexing=False,
-            data_dependent_shapes=False,
-            enabled_extensions=("linalg",),
+            api_version="2024.12", boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=("linalg",)
         )
         devices = {"strict": "CPU_DEVICE", "strict-device1": "device1", "strict-no-float64": "no_float64"}
         device = array_api_strict.Device(devices[name])
@@ -221,6 +235,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    pytest.register_assert_rewrite("helpers", "kronecker", "mutation", "torch_adapter_cases", "theory_cases")
     config.addinivalue_line("markers", "eager: runs on the eager libraries only, or on those of --backend")
     config.addinivalue_line(
         "markers",

@@ -1,8 +1,8 @@
 """What a method keeps and computes for ONE parameter, by hand: the test of what `precond_ref.cost` counts.
 
-`work` has a formula per method; one without is compared with what PyTorch runs only. Tags in parentheses are those of
-the equations in the method's module. Left out, as by the count: elementwise arithmetic and sums, and what is done for
-hard values only, the fallback of `roots.solve`.
+`work` has a formula for some methods; the others are compared with what PyTorch runs only. Tags in parentheses are
+those of the equations in the method's module. Left out, as by the count: elementwise arithmetic and sums, and what is
+done for hard values only, the fallback of `roots.solve`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from functools import singledispatch
 from typing import Any, NamedTuple
 
 from precond_ref.fields import is_zero
-from precond_ref.methods.agd import AGD
-from precond_ref.methods.asgo import ASGO, DASGO, ASGOTheory, DASGOTheory
-from precond_ref.methods.baselines import SGD, AdaGrad, Adam, FullAdaGrad, Muon, RMSProp, Shampoo
-from precond_ref.methods.inverse_free import IFShampoo
+from precond_ref.methods.asgo import ASGO
 from precond_ref.methods.mbf import MBF
-from precond_ref.methods.online_sketches import FDSON, RFDSON, AdaFD
-from precond_ref.methods.root_free import RFAdamW, RFRMSProp, RFShampoo
-from precond_ref.methods.sketchy import SAdaGrad, SShampoo, SShampooPractical
+from precond_ref.methods.root_free import RFShampoo
+from precond_ref.methods.shampoo import Shampoo
+from precond_ref.methods.sketchy import SAdaGrad, SShampoo
 
 Shape = tuple[int, ...]
 
@@ -122,44 +119,6 @@ def _like(shape: Shape, *names: str) -> tuple[Stored, ...]:
     return tuple(Stored(name, shape) for name in names)
 
 
-# ---- elementwise methods --------------------------------------------------------------------------------------------
-
-
-@work.register
-def _(method: AGD, shape: Shape) -> Work:
-    return Work(_like(shape, "m", "b", *(["b_max"] if method.amsgrad else [])))  # (m), (b)
-
-
-@work.register
-def _(method: SGD, shape: Shape) -> Work:
-    return Work(_like(shape, *([] if is_zero(method.momentum) else ["buffer"])))
-
-
-@work.register
-def _(method: AdaGrad, shape: Shape) -> Work:
-    return Work(_like(shape, "total"))
-
-
-@work.register
-def _(method: RMSProp, shape: Shape) -> Work:
-    return Work(_like(shape, "v", *([] if is_zero(method.momentum) else ["buffer"])))
-
-
-@work.register
-def _(method: Adam, shape: Shape) -> Work:
-    return Work(_like(shape, "m", "v"))
-
-
-@work.register
-def _(method: RFRMSProp, shape: Shape) -> Work:
-    return Work(_like(shape, "s", *([] if is_zero(method.momentum) else ["buffer"])))  # (1), (3)
-
-
-@work.register
-def _(method: RFAdamW, shape: Shape) -> Work:
-    return Work(_like(shape, "m", "s"))  # (4), (5)
-
-
 # ---- matrices -------------------------------------------------------------------------------------------------------
 
 
@@ -182,34 +141,6 @@ def _(method: ASGO, shape: Shape) -> Work:
     each = {"polar_express": 4, "newton_schulz": 4, "coupled_newton": 3}[method.root]
     products.append(Product(h * each * method.root_steps, p, p, p, method.every))  # (P)
     return Work(tuple(stored), tuple(products), ())
-
-
-@work.register
-def _(method: ASGOTheory, shape: Shape) -> Work:
-    m, n = shape
-    p, rest = (m, n) if method.side == "left" else (n, m)
-    products = (Product(1, p, rest, p), Product(2, p, p, rest))  # (1), (3)
-    return Work((Stored("gram", (p, p)),), products, (Factorization("eigh", 1, p, p),))  # (2)
-
-
-@work.register
-def _(method: DASGO, shape: Shape) -> Work:
-    return Work((Stored("m", shape), Stored("v", shape[1:])))  # (M), (v)
-
-
-@work.register
-def _(method: DASGOTheory, shape: Shape) -> Work:
-    return Work((Stored("d", shape[:1]),))  # (1)
-
-
-@work.register
-def _(method: Muon, shape: Shape) -> Work:
-    m, n = shape
-    p, q = min(m, n), max(m, n)
-    if method.root == "svd":
-        return Work(_like(shape, "m"), (Product(1, m, p, n),), (Factorization("svd", 1, m, n),))
-    steps = method.root_steps
-    return Work(_like(shape, "m"), (Product(steps, p, q, p), Product(steps, p, p, p), Product(steps, p, p, q)))
 
 
 @work.register
@@ -240,13 +171,6 @@ def _(method: MBF, shape: Shape) -> Work:
 
 
 @work.register
-def _(method: FullAdaGrad, shape: Shape) -> Work:
-    d = math.prod(shape)
-    products = (Product(1, d, 1, d), Product(2, d, d, 1))
-    return Work((Stored("gram", (d, d)),), products, (Factorization("eigh", 1, d, d),))
-
-
-@work.register
 def _(method: Shampoo, shape: Shape) -> Work:
     parts = []
     for i, (d, rest) in enumerate(_axes(shape)):
@@ -274,24 +198,6 @@ def _(method: RFShampoo, shape: Shape) -> Work:
     return _together(*parts, Work(_like(shape, *([] if is_zero(method.momentum) else ["buffer"]))))  # (3)
 
 
-@work.register
-def _(method: IFShampoo, shape: Shape) -> Work:
-    every = method.every
-    parts = []
-    for n, (d, rest) in enumerate(_axes(_squeezed(shape))):
-        stored = [Stored(f"factors.{n}", (d, d), written=every)]  # (4)
-        if not is_zero(method.riemannian_momentum):
-            stored.append(Stored(f"momenta.{n}", (d, d), read=every, written=every))  # (3)
-        products = (
-            Product(2, d, d, d, every),  # K^T K of (2), K m of (4)
-            Product(1, d, d, rest, every),  # (1)
-            Product(1, d, rest, d, every),  # P P^T of (2)
-            Product(2, d, d, rest),  # (5)
-        )
-        parts.append(Work(tuple(stored), products))
-    return _together(*parts, Work(_like(shape, *([] if is_zero(method.momentum) else ["buffer"]))))  # (6)
-
-
 # ---- sketches -------------------------------------------------------------------------------------------------------
 
 
@@ -300,20 +206,6 @@ def _(method: SAdaGrad, shape: Shape) -> Work:
     return _sketched("sketch", shape, method.size, method.solver, 1)
 
 
-@work.register(AdaFD)
-@work.register(FDSON)
-@work.register(RFDSON)
-def _(method: Any, shape: Shape) -> Work:
-    return _sketched("sketch", shape, method.size, "svd", 1)
-
-
 @work.register
 def _(method: SShampoo, shape: Shape) -> Work:
     return _sketched("sketches", shape, method.size, method.solver, method.every)
-
-
-@work.register
-def _(method: SShampooPractical, shape: Shape) -> Work:
-    own = _sketched("sketches", method.axes(shape), method.size, method.solver, method.every)
-    names = ["v"] * (method.graft == "rmsprop") + ["m"] * (not is_zero(method.momentum))
-    return _together(own, Work(_like(shape, *names)))

@@ -16,17 +16,25 @@ def gradients(shape: tuple[int, ...], steps: int = STEPS, seed: int = 0) -> np.n
     return np.random.default_rng(seed).standard_normal((steps, *shape))
 
 
-def run(backend: Backend, config: Config, grads: np.ndarray, dtype: str, stack_ndim: int = 0) -> Any:
-    """Directions on the host, (steps, *shape), and the last state."""
+def run(
+    backend: Backend, config: Config, grads: np.ndarray, dtype: str, stack_ndim: int = 0, moving: bool = False
+) -> Any:
+    """Directions on the host, (steps, *shape), and the last state; no graph is made twice.
+
+    ``moving``: of a parameter that grows.
+    """
     update = backend.update(config.method)
     param = backend.asarray(np.full(grads.shape[1:], 0.5), dtype)  # not zero: some methods have a decay of their own
     state = config.method.init(param, stack_ndim=stack_ndim)
     directions = []
     for g in grads:
         direction, state = update(backend.asarray(g, dtype), state, param)
+        param = param + 0.125 if moving else param
         assert direction.dtype == param.dtype
         assert tuple(direction.shape) == tuple(param.shape)
         directions.append(backend.numpy(direction))
+    if hasattr(update, "graphs"):
+        assert update.graphs == len(update.refreshes)
     return np.stack(directions), state
 
 

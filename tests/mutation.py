@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import textwrap
 from types import ModuleType
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from precond_ref import protocol
 
@@ -41,3 +44,20 @@ def mutated(subject: Any, *changes: tuple[str, str]) -> Any:
         protocol._CLASSES.clear()
         protocol._CLASSES.update(registered)
     return copy if subject is module else getattr(copy, subject.__name__)
+
+
+def check_vectors(lib: Any) -> None:
+    """The conformance vectors of all methods that ``lib`` has, a module of methods or its copy: parameters and states.
+
+    `test_vectors.py` runs them on the library itself; here they are what a planted bug is shown to.
+    """
+    from test_vectors import TRACES, gap, load, run
+
+    cases = [case for case in TRACES if case.version == 1 and hasattr(lib, case.constructor.partition(".")[0])]
+    assert cases
+    for case in cases:
+        config = {name: tuple(value) if isinstance(value, list) else value for name, value in case.config.items()}
+        with np.errstate(all="ignore"):
+            got = run(case, operator.attrgetter(case.constructor)(lib)(**config))
+            assert load(case).keys() - set(case.inputs) <= got.keys(), case.id
+            assert gap(case, got) <= 1, case.id

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from precond_ref import registry
-from precond_ref.conformance import against
+from precond_ref.conformance import against, results, runner, subjects
 from precond_ref.conformance.against import Pair
 
 FILE = '''
@@ -59,6 +59,30 @@ def flat(param, grad, state, *, lr, momentum=0.0):
 
 def gone(param, grad, state, *, lr, momentum=0.0):
     os._exit(3)
+
+
+def scales(param, grad, state, *, lr, momentum=0.0):
+    grad *= lr
+    b = grad if state is None else momentum * state + grad
+    return param - b, b
+
+
+class Scales(precond_ref.SGD):
+    """Its gradient is not the caller's any more."""
+
+    def step(self, grad, state, param, now):
+        grad *= 2.0
+        return super().step(grad / 2.0, state, param, now)
+
+
+class Adds(precond_ref.SGD):
+    """Its state is not the caller's any more."""
+
+    def step(self, grad, state, param, now):
+        b = state.buffer
+        b *= self.momentum
+        b += grad
+        return 1.0 * b, state._replace(step=now.step)
 '''
 
 
@@ -105,6 +129,74 @@ def test_planted_bugs_are_shrunk() -> None:
     assert (raised.got, raised.ratio) == ("ZeroDivisionError: a large gradient (pairs.py, line 30)", float("inf"))
     assert np.max(np.abs(raised.grads)) == 128
     assert raised.grads.shape[0] == 1
+
+
+IN_PLACE = {
+    "pairs:Scales": r"Changed: update of pairs:Scales changed grad, which it was given, in place",
+    "pairs:Adds": r"Changed: update of pairs:Adds changed state.buffer, which it was given, in place",
+    "pairs:scales": r"Changed: the gradient that was given was changed in place",
+}
+
+
+@pytest.mark.parametrize("place", IN_PLACE)
+def test_changes_in_place_are_found(place: str) -> None:
+    found = look(place, "precond_ref:SGD(momentum=0.5)")
+    assert (found.ratio, found.got) == (float("inf"), IN_PLACE[place])
+    assert np.count_nonzero(found.grads) == 1
+
+
+@pytest.mark.parametrize("place", IN_PLACE)
+def test_changes_in_place_that_are_not_looked_for_pass(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr(np, "array_equal", lambda *_, **__: True)
+    assert look(place, "precond_ref:SGD(momentum=0.5)") is None
+
+
+@pytest.mark.full
+def test_changes_in_place_are_found_by_the_command() -> None:
+    ran = program("pairs:Adds", "--against", "precond_ref:SGD(momentum=0.5)")
+    assert ran.returncode == 1
+    assert "WRONG: they differ by inf times the tolerance" in ran.stdout
+
+
+NEEDED = {"size": 2, "delta": 0.25, "learning_rate": 0.5}
+"""What has no default."""
+
+
+def check_listed(name: str) -> None:
+    """``precond_ref:NAME`` can be checked, and compared with itself."""
+    place = f"precond_ref:{name}"
+    case = next((case for case in results.cases(name) if case.tier == "must"), None)
+    target = subjects.wrap(subjects.load_target(place))
+    if case is None:  # a preset of which only its method has vectors
+        assert isinstance(target, subjects.Reference)
+        assert not isinstance(registry.constructors()[name], type)
+    else:
+        assert runner.run_case(target, case).status == "passed"
+    fields = {field: NEEDED[field] for field in registry.required(registry.constructors()[name])}
+    text = registry.Named(place, registry.constructors()[name], fields).text
+    pair = Pair(text, text)
+    assert pair.difference(pair.shapes()[0], examples=3) is None
+
+
+@pytest.mark.parametrize("name", registry.constructors())
+def test_every_name_in_the_list_is_a_target(name: str) -> None:
+    check_listed(name)
+
+
+def test_a_preset_is_compared_with_what_it_makes() -> None:
+    method = registry.parse("MBF.authors_code").made()
+    fields = ", ".join(f"{name}={getattr(method, name)!r}" for name in method.symbols)
+    assert look(f"precond_ref:MBF({fields})", "precond_ref:MBF.authors_code") is None
+    assert look("precond_ref:MBF", "precond_ref:MBF.authors_code") is None  # which is given what the other makes
+    assert look("precond_ref:MBF.authors_code(network='cnn')", "precond_ref:MBF.authors_code").ratio > 1
+    ran = program("precond_ref:MBF.authors_code", "--method", "MBF.authors_code")
+    assert ran.returncode == 0, ran.stdout
+
+
+def test_presets_that_are_not_known_are_no_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "made_by", lambda make: make if isinstance(make, type) else None)
+    with pytest.raises((AssertionError, ValueError)):
+        check_listed("MBF.authors_code")
 
 
 def test_mistakes_of_the_comparison_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

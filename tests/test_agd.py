@@ -1,4 +1,4 @@
-"""AGD: the authors' numbers, 50-digit arithmetic, invariants and edge cases; every check against planted bugs.
+"""AGD: the authors' numbers, the vectors, invariants and edge cases; every check against planted bugs.
 
 A check is a function of a class, `AGD` (or `Optimizer`), that raises AssertionError. A *law* also takes a case.
 """
@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import mpmath
@@ -17,9 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from mutation import mutated
+from mutation import check_vectors, mutated
 
 from precond_ref import AGD, SGD, Adam, Optimizer
+from precond_ref import optimizer as optimizer_module
 from precond_ref.methods import agd as agd_module
 
 U = 2.0**-53
@@ -155,105 +157,6 @@ def golden_decay(optimizer: Any) -> None:
         assert_printed(x, expected)
 
 
-@pytest.mark.parametrize("kind", ["coupled", "fixed"])
-def test_golden_decay_by_hand(kind: str) -> None:
-    x, method = np.asarray(X1), AGD()
-    state = method.init(x)
-    for g, expected in zip(GRADS, GOLDEN_DECAY[kind], strict=True):
-        direction, state = method.update(np.asarray(g) + (0.1 * x if kind == "coupled" else 0.0), state, x)
-        x = (x if kind == "coupled" else (1 - 0.1) * x) - LR * direction
-        assert_printed(x, expected)
-
-
-# ---- Algorithm 1 in 50 digits ----------------------------------------------------------------------------------------
-
-EXACT_CASES: dict[str, dict[str, Any]] = {
-    "loud": {"beta1": 0.75, "beta2": 0.875, "delta": 0.25},
-    "amsgrad": {"beta1": 0.5, "beta2": 0.75, "delta": 0.125, "amsgrad": True},
-    "clip": {"beta1": 0.75, "beta2": 0.875, "delta": 0.125, "clip": 0.5},
-    "beta1=0": {"beta1": 0.0, "beta2": 0.5, "delta": 0.125},
-    "beta2=0": {"beta1": 0.5, "beta2": 0.0, "delta": 0.5},
-    "delta=0": {"beta1": 0.75, "beta2": 0.875, "delta": 0.0},
-    "amsgrad, clip, delta=0": {"beta1": 0.75, "beta2": 0.5, "delta": 0.0, "amsgrad": True, "clip": 0.75},
-}
-DEFAULTS = {"beta1": 0.9, "beta2": 0.999, "delta": 1e-5}  # not dyadic: the same numbers in float64 only
-
-
-def exact(method: AGD, grads: np.ndarray) -> np.ndarray:
-    """Directions (T, n) of Algorithm 1 in 50 digits, rounded once."""
-    columns = []
-    with mpmath.workdps(50):
-        b1, b2, delta = (mpmath.mpf(f) for f in (method.beta1, method.beta2, method.delta))
-        for column in grads.T:
-            m, b, top, corrected, rows = (mpmath.mpf(0),) * 4 + ([],)
-            for t, g in enumerate(map(mpmath.mpf, map(float, column)), 1):
-                m = b1 * m + (1 - b1) * g
-                s, corrected = m / (1 - b1**t) - corrected, m / (1 - b1**t)
-                b = b2 * b + (1 - b2) * s**2
-                top = max(top, b) if method.amsgrad else b
-                root_c2 = mpmath.sqrt(1 - b2**t)
-                u = m / max(mpmath.sqrt(top), delta * root_c2)
-                if method.clip is not None:
-                    u = min(max(u, -mpmath.mpf(method.clip)), mpmath.mpf(method.clip))
-                rows.append(float(root_c2 / (1 - b1**t) * u))
-            columns.append(rows)
-    return np.array(columns).T
-
-
-def rounding_bound(method: AGD, grads: np.ndarray, u: float) -> np.ndarray:
-    """Largest error (T, n) of the directions in arithmetic of unit roundoff ``u``, first order with margin.
-
-    sqrt(b_t) is a weighted 2-norm of s_1, ..., s_t: errors of s pass through it with the same weights, and those of
-    its t sums of positive terms as (2 t + 1) u of its value. max and clip do not enlarge errors.
-    """
-    b1, b2 = method.beta1, method.beta2
-    m = size = m_error = b = b_error2 = top = top_error = np.zeros(grads.shape[1])
-    corrected = corrected_size = corrected_error = m
-    rows = []
-    for t, g in enumerate(grads, 1):
-        c1, root_c2 = 1 - b1**t, math.sqrt(1 - b2**t)
-        m, size = b1 * m + (1 - b1) * g, b1 * size + (1 - b1) * abs(g)
-        m_error = b1 * m_error + 3 * u * size
-        s = m / c1 - corrected
-        s_error = m_error / c1 + corrected_error + 6 * u * (size / c1 + corrected_size)
-        corrected, corrected_size, corrected_error = m / c1, size / c1, m_error / c1
-        b, b_error2 = b2 * b + (1 - b2) * s**2, b2 * b_error2 + (1 - b2) * s_error**2
-        root_error = np.sqrt(b_error2) + (2 * t + 1) * u * np.sqrt(b)
-        top = np.maximum(top, b) if method.amsgrad else b
-        top_error = np.maximum(top_error, root_error) if method.amsgrad else root_error
-        denominator = np.maximum(np.sqrt(top), method.delta * root_c2)
-        error = np.maximum(top_error, 4 * u * method.delta * root_c2)
-        assert np.all(error < denominator / 8)  # else first order is not enough
-        q = abs(m) / denominator
-        q_error = 1.25 * (m_error + q * error) / denominator + u * q
-        if method.clip is not None:
-            q = np.minimum(q, method.clip)
-        rows.append(root_c2 / c1 * (q_error + 9 * u * q))
-    return np.array(rows)
-
-
-def exact_grads(seed: int = 0) -> np.ndarray:
-    """12 gradients of 5 coordinates of different sizes, none 0, exact in 8 bits of mantissa."""
-    rng = np.random.default_rng(seed)
-    return rng.choice([-1, 1], (12, 5)) * rng.integers(1, 128, (12, 5)) / 64.0 * np.array([1, 1, 8, 0.25, 0.125])
-
-
-def exact_ratio(method: AGD, dtype: str) -> float:
-    """Largest error against the 50-digit run, as a share of the bound."""
-    grads = exact_grads()
-    got = replay(method, grads, dtype).direction
-    assert got.dtype == dtype
-    return float(np.max(abs(got - exact(method, grads)) / rounding_bound(method, grads, np.finfo(dtype).eps / 2)))
-
-
-def exact_float64(agd: Any) -> None:
-    assert all(exact_ratio(agd(**fields), "float64") <= 1 for fields in [*EXACT_CASES.values(), DEFAULTS])
-
-
-def exact_float32(agd: Any) -> None:
-    assert all(exact_ratio(agd(**fields), "float32") <= 1 for fields in EXACT_CASES.values())
-
-
 # ---- laws ------------------------------------------------------------------------------------------------------------
 
 
@@ -378,31 +281,6 @@ def law_adaptive_limit(agd: Any, case: Case) -> None:
         assert all(half.diagnose(state).sgd_share == 0 for state in trace.states)
 
 
-def law_scale(agd: Any, case: Case) -> None:
-    """(g, delta) -> (c g, c delta) changes nothing, to the bit for c a power of 2; at delta = 0, g -> c g."""
-    for delta in (case.fields["delta"], 0.0):
-        method = agd(**case.fields | {"delta": delta})
-        for c in (2.0**-9, 2.0**12):
-            with np.errstate(divide="ignore"):  # m / 0 where s_t = 0 and beta2 = delta = 0
-                plain = replay(method, case.grads)
-                scaled = replay(method.replace(delta=c * delta), c * case.grads)
-            assert np.array_equal(scaled.direction, plain.direction)
-            assert np.array_equal(scaled.m, c * plain.m)
-            assert np.array_equal(scaled.b, c * c * plain.b)
-
-
-def law_coordinates(agd: Any, case: Case) -> None:
-    """To the bit: signs, permutations, one coordinate alone, any parameter."""
-    method = agd(**case.fields)
-    direction = replay(method, case.grads).direction
-    n = case.grads.shape[1]
-    rng = np.random.default_rng(n)
-    order, signs = rng.permutation(n), rng.choice([-1.0, 1.0], n)
-    assert np.array_equal(replay(method, (signs * case.grads)[:, order]).direction, (signs * direction)[:, order])
-    assert np.array_equal(replay(method, case.grads[:, -1:]).direction, direction[:, -1:])
-    assert np.array_equal(replay(method, case.grads, param=rng.standard_normal(n)).direction, direction)
-
-
 def law_constant_shift(agd: Any, case: Case) -> None:
     """g -> g + q leaves s_2, s_3, ... alone: b_t moves by (1 - beta2) beta2^{t-1} ((g_1 + q)^2 - g_1^2)."""
     method = agd(**case.fields)
@@ -457,8 +335,6 @@ LAWS: tuple[Callable[[Any, Case], None], ...] = (
     law_step_bound,
     law_sgd_limit,
     law_adaptive_limit,
-    law_scale,
-    law_coordinates,
     law_constant_shift,
     law_states,
     law_diagnose,
@@ -522,15 +398,6 @@ def deltas_part_at_the_switch(agd: Any) -> None:
     assert switched >= 3
     assert np.array_equal(first[: switched + 1], second[: switched + 1])
     assert np.any(first[switched + 1] != second[switched + 1])
-
-
-def is_not_rotation_equivariant(agd: Any) -> None:
-    """What tells an elementwise switch from one that looks at the whole vector."""
-    rotation = np.array([[0.6, -0.8], [0.8, 0.6]])
-    grads = LOUD[0].grads[:, :2]
-    method = agd(**LOUD[0].fields)
-    gap = replay(method, grads @ rotation.T).direction - replay(method, grads).direction @ rotation.T
-    assert np.max(abs(gap)) > 0.1
 
 
 RAMP = {1: 1.0, 2: 1.4146, 10: 3.169, 100: 10.25, 1000: 41.4, 5000: 384.0}
@@ -605,51 +472,12 @@ def zero_over_zero_only(agd: Any) -> None:
     assert direction.tolist() == [[1.0, 0.0, -1.0], [np.inf, 0.0, -np.inf]]
 
 
-def nonfinite(agd: Any) -> None:
-    """NaN or an infinity makes its coordinate NaN for ever, leaves the others to the bit, and is reported."""
-    others = [0, 2, 3]
-    for case in LOUD:
-        for fields in (case.fields, case.fields | {"clip": 0.5}):
-            for bad in (np.nan, np.inf, -np.inf):
-                method = agd(**fields)
-                grads = case.grads.copy()
-                grads[3, 1] = bad
-                clean = replay(method, case.grads)
-                with np.errstate(invalid="ignore"):
-                    trace = replay(method, grads)
-                assert np.array_equal(trace.direction[:, others], clean.direction[:, others])
-                assert np.array_equal(trace.direction[:3], clean.direction[:3])
-                assert np.all(np.isnan(trace.direction[3:, 1]))
-                assert [bool(method.diagnose(s).finite) for s in trace.states] == [True] * 3 + [False] * 6
-
-
-def finite_covers_the_state(agd: Any) -> None:
-    """A square that overflows makes b infinite and the direction 0; a NaN only in m is seen too."""
-    method = agd(beta2=0.5)
-    with np.errstate(over="ignore"):
-        trace = replay(method, [[1e200, 1.0]])
-    assert trace.direction.tolist() == [[0.0, 1.0]]
-    assert not method.diagnose(trace.states[0]).finite
-    state = replay(method, [[2.0, 1.0]]).states[0]
-    assert method.diagnose(state).finite
-    assert not method.diagnose(state._replace(m=np.array([np.nan, 1.0]))).finite
-
-
 def before_the_first_update(agd: Any) -> None:
     method = agd(amsgrad=True)
     report = method.diagnose(method.init(np.ones(3)))
     assert np.array_equal(report.corrected_m, np.zeros(3))
     assert np.array_equal(report.corrected_b, np.zeros(3))
     assert bool(report.finite)
-
-
-def no_dead_knobs(agd: Any) -> None:
-    """Each field changes the trajectory, on its own."""
-    base = LOUD[0].fields | {"clip": 0.75}
-    grads = LOUD[0].grads
-    plain = replay(agd(**base), grads).direction
-    for change in ({"beta1": 0.5}, {"beta2": 0.5}, {"delta": 2.0}, {"amsgrad": True}, {"clip": 0.5}, {"clip": None}):
-        assert np.max(abs(replay(agd(**base | change), grads).direction - plain)) > 1e-3, change
 
 
 # ---- the trajectories on Beale's function ----------------------------------------------------------------------------
@@ -726,336 +554,124 @@ def test_order_on_beale() -> None:
 
 # ---- planted bugs ----------------------------------------------------------------------------------------------------
 
-
-class PlantedState(NamedTuple):
-    step: int
-    m: Any
-    b: Any
-    b_max: Any
-    g: Any
-
-
-class Planted(AGD):
-    """AGD written a second time, each part a method in which a subclass makes one mistake."""
-
-    state_type = PlantedState
-
-    def init(self, param: Any, **_: Any) -> PlantedState:
-        zeros = np.zeros_like(param)
-        return PlantedState(0, zeros, zeros, zeros if self.amsgrad else None, zeros)
-
-    def update(self, grad: Any, state: Any, param: Any, **_: Any) -> Any:
-        t = state.step + 1
-        c1, c2 = self.corrections(t)
-        m = self.average(state.m, grad)
-        b = self.beta2 * state.b + (1 - self.beta2) * self.difference(t, grad, m, state) ** 2
-        b_max = self.largest(state, b, t) if self.amsgrad else None
-        direction = self.step(m, b_max if self.amsgrad else b, c1, c2)
-        return direction, PlantedState(t, m, b, b_max, grad)
-
-    def corrections(self, t: int) -> tuple[float, float]:
-        return -math.expm1(t * math.log(self.beta1)) if self.beta1 else 1.0, (
-            -math.expm1(t * math.log(self.beta2)) if self.beta2 else 1.0
-        )
-
-    def average(self, m: Any, grad: Any) -> Any:
-        return self.beta1 * m + (1 - self.beta1) * grad
-
-    def difference(self, t: int, grad: Any, m: Any, state: Any) -> Any:
-        return m / self.corrections(t)[0] - (state.m / self.corrections(t - 1)[0] if t > 1 else 0.0)
-
-    def largest(self, state: Any, b: Any, t: int) -> Any:
-        return np.maximum(state.b_max, b)
-
-    def denominator(self, b: Any, c2: float) -> Any:
-        return np.maximum(np.sqrt(b), self.delta * math.sqrt(c2))
-
-    def divide(self, m: Any, denominator: Any) -> Any:
-        return m / np.where(m == 0, 1, denominator)
-
-    def clipped(self, u: Any) -> Any:
-        return u if self.clip is None else np.clip(u, -self.clip, self.clip)
-
-    def step(self, m: Any, b: Any, c1: float, c2: float) -> Any:
-        return math.sqrt(c2) / c1 * self.clipped(self.divide(m, self.denominator(b, c2)))
-
-
-class ZeroFirstDifference(Planted):
-    def difference(self, t, grad, m, state):
-        return super().difference(t, grad, m, state) if t > 1 else 0 * m
-
-
-class RawGradientDifference(Planted):
-    def difference(self, t, grad, m, state):
-        return grad - state.g
-
-
-class UncorrectedDifference(Planted):
-    def difference(self, t, grad, m, state):
-        return m - state.m
-
-
-class BeliefResidual(Planted):
-    def difference(self, t, grad, m, state):
-        return grad - m
-
-
-class AdamSquare(Planted):
-    def difference(self, t, grad, m, state):
-        return grad
-
-
-class DeltaAdded(Planted):
-    def denominator(self, b, c2):
-        return np.sqrt(b) + self.delta * math.sqrt(c2)
-
-
-class DeltaWithoutCorrection(Planted):
-    def denominator(self, b, c2):
-        return np.maximum(np.sqrt(b), self.delta)
-
-
-class MaximumUnderTheRoot(Planted):
-    def denominator(self, b, c2):
-        return np.sqrt(np.maximum(b, self.delta * math.sqrt(c2)))
-
-
-class VectorSwitch(Planted):
-    def denominator(self, b, c2):
-        return np.maximum(np.sqrt(np.mean(b, axis=-1, keepdims=True)), self.delta * math.sqrt(c2))
-
-
-class NoSecondCorrection(Planted):
-    def step(self, m, b, c1, c2):
-        return super().step(m, b, c1, c2) / math.sqrt(c2)
-
-
-class NoFirstCorrection(Planted):
-    def step(self, m, b, c1, c2):
-        return c1 * super().step(m, b, c1, c2)
-
-
-class CorrectedMaximum(Planted):
-    def largest(self, state, b, t):
-        now, before = self.corrections(t)[1], self.corrections(t - 1)[1] if t > 1 else 1.0
-        return now * np.maximum(state.b_max / before, b / now)
-
-
-class ClipAfterScaling(Planted):
-    def step(self, m, b, c1, c2):
-        return self.clipped(math.sqrt(c2) / c1 * self.divide(m, self.denominator(b, c2)))
-
-
-class ClipAtOne(Planted):
-    def clipped(self, u):
-        return u if self.clip is None else np.clip(u, -1.0, 1.0)
-
-
-class Float32Corrections(Planted):
-    def corrections(self, t):
-        return tuple(float(1 - np.float32(b) ** np.float32(t)) for b in (self.beta1, self.beta2))
-
-
-class LateCounter(Planted):
-    def corrections(self, t):
-        return super().corrections(t + 1)
-
-
-class SwappedDecays(Planted):
-    def __post_init__(self):
-        first, second = self.beta1, self.beta2
-        object.__setattr__(self, "beta1", second)
-        object.__setattr__(self, "beta2", first)
-
-
-class HeavyBall(Planted):
-    def average(self, m, grad):
-        return self.beta1 * m + grad
-
-
-class OldMomentum(Planted):
-    def update(self, grad, state, param, **_):
-        direction, new = super().update(grad, state, param)
-        c1, c2 = self.corrections(new.step)
-        return (self.step(state.m, new.b_max if self.amsgrad else new.b, c1, c2) if state.step else direction), new
-
-
-class NoZeroOverZero(Planted):
-    def divide(self, m, denominator):
-        return m / denominator
-
-
-class ZeroForInfinity(Planted):
-    def divide(self, m, denominator):
-        return np.where(denominator == 0, 0.0, super().divide(m, denominator))
-
-
-class RepairedNaN(Planted):
-    def average(self, m, grad):
-        return super().average(m, np.nan_to_num(grad))
-
-
-class UncountedSteps(AGD):
-    def update(self, grad, state, param, **_):
-        direction, new = super().update(grad, state, param)
-        return direction, new._replace(step=1)
-
-
-class DecayingMaximum(Planted):
-    def largest(self, state, b, t):
-        return np.maximum(self.beta2 * state.b_max, b)
-
-
-class HiddenDecay(Planted):
-    """Decay inside the method, where the direction must not depend on the parameter."""
-
-    def update(self, grad, state, param, **_):
-        return super().update(grad + 0.125 * param, state, param)
-
-
-class StrictSwitch(AGD):
-    def diagnose(self, state):
-        c2 = -math.expm1(state.step * math.log(self.beta2)) if self.beta2 else 1.0
-        top = state.b_max if self.amsgrad else state.b
-        is_sgd = np.sqrt(top) < self.delta * math.sqrt(c2)
-        return super().diagnose(state)._replace(is_sgd=is_sgd, sgd_share=np.mean(is_sgd))
-
-
-class ReversedShare(AGD):
-    def diagnose(self, state):
-        report = super().diagnose(state)
-        return report._replace(sgd_share=1 - report.sgd_share)
-
-
-class RawReport(AGD):
-    def diagnose(self, state):
-        return super().diagnose(state)._replace(corrected_b=state.b, corrected_m=state.m)
-
-
-class FiniteMomentum(AGD):
-    def diagnose(self, state):
-        return super().diagnose(state)._replace(finite=np.all(np.isfinite(state.m)))
-
-
-class FiniteSquares(AGD):
-    def diagnose(self, state):
-        return super().diagnose(state)._replace(finite=np.all(np.isfinite(state.b)))
-
-
-class UnguardedReport(AGD):
-    def diagnose(self, state):
-        c1 = np.asarray(1 - self.beta1**state.step)
-        return super().diagnose(state)._replace(corrected_m=state.m / c1)
-
-
-class DecayAfter(Optimizer):
-    def step(self, params, grads, state, **_):
-        moved, state = Optimizer(self.method, lr=self.lr).step(params, grads, state)
-        return (1 - self.lr * self.weight_decay) * moved, state
-
-
-class DecayWithEffectiveRate(Optimizer):
-    def step(self, params, grads, state, **_):
-        t = state.step + 1
-        rate = self.lr * math.sqrt(1 - self.method.beta2**t) / (1 - self.method.beta1**t)
-        moved, state = Optimizer(self.method, lr=self.lr).step(params, grads, state)
-        return moved - rate * self.weight_decay * params, state
-
-
-class DecayFixed(Optimizer):
-    def step(self, params, grads, state, **_):
-        moved, state = Optimizer(self.method, lr=self.lr).step(params, grads, state)
-        return moved - self.weight_decay * params, state
-
-
-class DecayCoupled(Optimizer):
-    def step(self, params, grads, state, **_):
-        return Optimizer(self.method, lr=self.lr).step(params, grads + self.weight_decay * params, state)
-
-
 CHECKS: dict[str, Callable[[Any], None]] = {
-    check.__name__: check
-    for check in (
-        golden_table,
-        golden_state,
-        golden_decay,
-        exact_float64,
-        exact_float32,
-        *map(on_loud_cases, LAWS),
-        step_bound_is_tight,
-        sgd_threshold_is_sharp,
-        ties_are_sgd,
-        deltas_part_at_the_switch,
-        is_not_rotation_equivariant,
-        constant_gradient,
-        quadratic,
-        white_noise,
-        zero_history,
-        zero_over_zero_only,
-        nonfinite,
-        finite_covers_the_state,
-        before_the_first_update,
-        no_dead_knobs,
-        beale,
-        beale_animation,
-    )
+    "vectors": lambda agd: check_vectors(SimpleNamespace(AGD=agd)),
+    **{
+        check.__name__: check
+        for check in (
+            golden_table,
+            golden_state,
+            golden_decay,
+            *map(on_loud_cases, LAWS),
+            step_bound_is_tight,
+            sgd_threshold_is_sharp,
+            ties_are_sgd,
+            deltas_part_at_the_switch,
+            constant_gradient,
+            quadratic,
+            white_noise,
+            zero_history,
+            zero_over_zero_only,
+            before_the_first_update,
+            beale,
+            beale_animation,
+        )
+    },
 }
 
-CAUGHT_BY: dict[Any, tuple[str, ...]] = {
-    ZeroFirstDifference: ("golden_table", "golden_state", "law_constant_shift", "zero_over_zero_only"),
-    RawGradientDifference: ("golden_table", "exact_float32", "law_sum_of_differences", "quadratic"),
-    UncorrectedDifference: ("golden_table", "law_first_two_steps", "sgd_threshold_is_sharp"),
-    BeliefResidual: ("golden_table", "law_sum_of_differences", "white_noise", "beale_animation"),
-    AdamSquare: ("golden_table", "step_bound_is_tight", "constant_gradient", "quadratic"),
-    DeltaAdded: ("golden_table", "law_adaptive_limit", "deltas_part_at_the_switch"),
-    DeltaWithoutCorrection: ("golden_table", "law_first_two_steps", "law_sgd_limit"),
-    MaximumUnderTheRoot: ("golden_table", "law_scale", "law_sgd_limit"),
-    VectorSwitch: ("golden_table", "law_coordinates", "is_not_rotation_equivariant"),
-    NoSecondCorrection: ("golden_table", "law_step_bound", "beale"),
-    NoFirstCorrection: ("golden_table", "law_first_two_steps", "constant_gradient"),
-    CorrectedMaximum: ("golden_table", "exact_float64", "law_states"),
-    DecayingMaximum: ("exact_float64", "law_states"),
-    ClipAfterScaling: ("golden_table", "exact_float64", "exact_float32"),
-    ClipAtOne: ("exact_float64", "no_dead_knobs"),
-    Float32Corrections: ("golden_table", "exact_float64", "law_first_two_steps"),
-    LateCounter: ("golden_table", "law_first_two_steps", "law_step_bound"),
-    SwappedDecays: ("golden_table", "golden_state"),
-    HeavyBall: ("golden_table", "law_sgd_limit"),
-    OldMomentum: ("golden_table", "exact_float64", "law_sgd_limit"),
-    NoZeroOverZero: ("zero_history",),
-    ZeroForInfinity: ("zero_over_zero_only",),
-    RepairedNaN: ("nonfinite",),
-    UncountedSteps: ("golden_table", "law_states"),
-    HiddenDecay: ("law_coordinates", "quadratic"),
-    StrictSwitch: ("ties_are_sgd",),
-    ReversedShare: ("law_diagnose", "law_sgd_limit", "law_adaptive_limit", "ties_are_sgd"),
-    RawReport: ("law_diagnose",),
-    FiniteMomentum: ("finite_covers_the_state",),
-    FiniteSquares: ("finite_covers_the_state",),
-    UnguardedReport: ("before_the_first_update",),
-    DecayAfter: ("golden_decay",),
-    DecayWithEffectiveRate: ("golden_decay",),
-    DecayFixed: ("golden_decay",),
-    DecayCoupled: ("golden_decay",),
+S = "((1 - self.beta1) * k.inverse_c1) * (grad - k.previous_inverse_c1 * state.m)"
+ROOT, FLOOR = "xp.sqrt(b_max if self.amsgrad else b)", "clamp(root, self.delta * k.sqrt_c2, xp=xp)"
+CLIP = "u = clamp(u, -self.clip, self.clip, xp=xp)\n        direction = (k.sqrt_c2 * k.inverse_c1) * u"
+QUOTIENT = "quotient(m, clamp(root, self.delta * k.sqrt_c2, xp=xp), xp, bound=least)"
+M = "m = ema(state.m, grad, self.beta1)"
+BUGS: dict[str, tuple[str, str, str]] = {  # old, new, checks
+    "first difference zero": (S, f"(state.step > 0) * {S}", "golden_state law_constant_shift"),
+    "difference of raw gradients": (S, "grad - state.m", "golden_table law_sum_of_differences quadratic"),
+    "difference uncorrected": (S, "(m - state.m)", "vectors law_first_two_steps sgd_threshold_is_sharp"),
+    "AdaBelief's residual": (S, "(grad - m)", "vectors law_sum_of_differences white_noise beale_animation"),
+    "Adam's square": (S, "grad", "vectors step_bound_is_tight constant_gradient quadratic"),
+    "delta added": (
+        FLOOR,
+        "root + self.delta * k.sqrt_c2",
+        "golden_table law_adaptive_limit deltas_part_at_the_switch",
+    ),
+    "delta not corrected": (FLOOR, "clamp(root, self.delta, xp=xp)", "vectors law_first_two_steps law_sgd_limit"),
+    "maximum under the root": (FLOOR, "xp.sqrt(clamp(root * root, self.delta * k.sqrt_c2, xp=xp))", "vectors"),
+    "one switch for all": (
+        f"root = {ROOT}",
+        f"root = xp.sqrt(0 * b + xp.mean({ROOT} ** 2, axis=-1, keepdims=True))",
+        "vectors",
+    ),
+    "no second correction": ("(k.sqrt_c2 * k.inverse_c1) * u", "k.inverse_c1 * u", "vectors law_step_bound beale"),
+    "no first correction": ("(k.sqrt_c2 * k.inverse_c1) * u", "k.sqrt_c2 * u", "vectors constant_gradient"),
+    "maximum of corrected squares": (
+        "xp.maximum(state.b_max, b)",
+        "k.sqrt_c2**2 * xp.maximum(state.b_max / one_minus_power(self.beta2, max(state.step, 1)), b / k.sqrt_c2**2)",
+        "golden_table vectors law_states",
+    ),
+    "maximum decays": ("xp.maximum(state.b_max, b)", "xp.maximum(self.beta2 * state.b_max, b)", "vectors law_states"),
+    "clip after the factor": (
+        f"            {CLIP}",
+        "            pass\n        direction = (k.sqrt_c2 * k.inverse_c1) * u\n"
+        "        direction = direction if self.clip is None else clamp(direction, -self.clip, self.clip, xp=xp)",
+        "golden_table vectors",
+    ),
+    "clip at one": ("clamp(u, -self.clip, self.clip, xp=xp)", "clamp(u, -1.0, 1.0, xp=xp)", "vectors"),
+    "corrections in float32": (
+        "sqrt(one_minus_power(self.beta2, step, like=like))",
+        "float(__import__('numpy').float32(1 - self.beta2**step)) ** 0.5",
+        "golden_table vectors",
+    ),
+    "counter one late": (
+        "reciprocal(one_minus_power(self.beta1, step, like=like)),",
+        "reciprocal(one_minus_power(self.beta1, step + 1, like=like)),",
+        "golden_table vectors law_first_two_steps",
+    ),
+    "heavy ball": (M, "m = self.beta1 * state.m + grad", "golden_table vectors law_sgd_limit"),
+    "momentum of before": ("quotient(m, ", "quotient(state.m, ", "golden_table vectors law_sgd_limit"),
+    "0 / 0": (QUOTIENT, f"m / {FLOOR}", "vectors zero_history"),
+    "0 for infinity": (QUOTIENT, f"xp.where(root == 0, 0.0, {QUOTIENT})", "zero_over_zero_only"),
+    "decay of its own": (M, f"grad = grad + 0.125 * param; {M}", "vectors quadratic"),
+    "ties are not SGD": ("xp.sqrt(b) <= self.delta", "xp.sqrt(b) < self.delta", "ties_are_sgd"),
+    "share reversed": ("sgd_share=xp.sum(", "sgd_share=1 - xp.sum(", "law_diagnose law_adaptive_limit ties_are_sgd"),
+    "report of raw averages": ("corrected_b=b * inverse_c2", "corrected_b=b", "law_diagnose"),
+    "report before the first update": (
+        "corrected_m=state.m * k.inverse_c1",
+        "corrected_m=state.m / (1 - self.beta1**state.step)",
+        "before_the_first_update",
+    ),
+}
+RATE = "decayed - rate * direction"
+DECAYS = {
+    "after": (RATE, "(param - rate * direction) * (1 - rate * decay)"),
+    "with the effective rate": (RATE, "param - rate * direction - rate * 0.001**0.5 / 0.1 * decay * param"),
+    "fixed": (RATE, "param - rate * direction - decay * param"),
+    "coupled": (RATE, "param - rate * direction - rate * rate * decay * param"),
 }
 
 
-@pytest.mark.parametrize(
-    ("check", "subject"),
-    [(name, subject) for name in CHECKS for subject in ((Optimizer,) if name == "golden_decay" else (AGD, Planted))],
-)
-def test_check_passes(check: str, subject: Any) -> None:
-    CHECKS[check](subject)
+@pytest.mark.parametrize("check", CHECKS)
+def test_check_passes(check: str) -> None:
+    CHECKS[check](Optimizer if check == "golden_decay" else AGD)
 
 
-@pytest.mark.parametrize(("mutant", "check"), [(m, name) for m, names in CAUGHT_BY.items() for name in names])
-def test_planted_bug_is_caught(mutant: Any, check: str) -> None:
+@pytest.mark.parametrize(("name", "check"), [(name, check) for name, bug in BUGS.items() for check in bug[2].split()])
+def test_planted_bug_is_caught(name: str, check: str) -> None:
+    planted = mutated(agd_module, BUGS[name][:2]).AGD
+    if name == "decay of its own":
+        planted.reads_param = True
     with np.errstate(all="ignore"), pytest.raises(AssertionError):
-        CHECKS[check](mutant)
+        CHECKS[check](planted)
+
+
+@pytest.mark.parametrize("name", DECAYS)
+def test_planted_decay_is_caught(name: str) -> None:
+    with pytest.raises(AssertionError):
+        golden_decay(mutated(optimizer_module, DECAYS[name]).Optimizer)
 
 
 def test_every_check_catches_something() -> None:
-    assert {name for names in CAUGHT_BY.values() for name in names} == set(CHECKS)
+    assert {name for bug in BUGS.values() for name in bug[2].split()} | {"golden_decay"} == set(CHECKS)
 
 
 @pytest.mark.filterwarnings("error")

@@ -1,4 +1,4 @@
-"""ASGO and DASGO: 50-digit arithmetic, the optimizers they become in the limit, invariances, hard inputs.
+"""ASGO and DASGO: the vectors, the optimizers they become in the limit, invariances, hard inputs.
 
 Each check takes the module under test, so that `MUTANTS`, copies of it with one mistake, go through the same check.
 """
@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
 from conftest import Backend
-from helpers import directions, distance, gradients, leaves
-from mutation import mutated
-from test_roots import from_mp, mp_sqrt, to_mp
+from helpers import directions, distance, gradients
+from mutation import check_vectors, mutated
 
 import precond_ref as pr
 from precond_ref.methods import asgo
@@ -25,24 +22,14 @@ from precond_ref.numerics import roots
 
 U = 2.0**-53
 LOUD = {"beta1": 0.75, "beta2": 0.5, "eps": 0.25}
-CHECKS: dict[str, Callable[[Any], None]] = {}
+VECTORS = "vectors"
+CHECKS: dict[str, Callable[[Any], None]] = {VECTORS: check_vectors}
 
 
 def check(function: Callable[[Any], None]) -> Callable[[Any], None]:
     """A test of the module given, to be run on the real one and on mutants."""
     CHECKS[function.__name__] = function
     return function
-
-
-def trajectory(method: Any, grads: np.ndarray, start: np.ndarray, weight_decay: float = 0.25) -> np.ndarray:
-    """Iterates with decoupled weight decay, (steps, m, n)."""
-    optimizer = pr.Optimizer(method, lr=0.125, weight_decay=weight_decay, route=lambda path, array: method)
-    params, out = {"w": start}, []
-    state = optimizer.init(params)
-    for g in grads:
-        params, state = optimizer.step(params, {"w": g}, state)
-        out.append(params["w"])
-    return np.stack(out)
 
 
 def bound(grads: np.ndarray, ridge: float) -> float:
@@ -65,167 +52,6 @@ def orthogonal(n: int, seed: int) -> np.ndarray:
 
 def theories(lib: Any, eps: float = 0.25) -> list[tuple[Any, tuple[int, int]]]:
     return [(lib.ASGO.theory(eps=eps), (3, 5)), (lib.ASGO.theory(eps=eps, side="right"), (5, 3))]
-
-
-# ---- 50 digits ------------------------------------------------------------------------------------------------------
-
-
-class Truth(NamedTuple):
-    """Directions in 50 digits, rounded once, and the largest condition number of a matrix whose root was taken."""
-
-    directions: np.ndarray
-    kappa: float
-
-
-def frozen(**fields: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple(fields.items())
-
-
-@cache
-def mp_asgo(fields: tuple[tuple[str, Any], ...], shape: tuple[int, int], left: bool) -> Truth:
-    """Algorithm 2 by Denman-Beavers roots; a head is a separate row block with a V of its own."""
-    f = {"rms": None, "every": 1, "heads": None, **dict(fields)}
-    m, n = shape
-    h = f["heads"] or 1
-    grads = gradients(shape)
-    out, kappa = [], 1.0
-    with mpmath.workdps(50):
-        b1, b2, eps = (mpmath.mpf(f[k]) for k in ("beta1", "beta2", "eps"))
-        rows = m // h
-        k = rows if left else n
-        M = [mpmath.zeros(rows, n) for _ in range(h)]
-        V = [mpmath.zeros(k) for _ in range(h)]
-        P = [mpmath.eye(k) for _ in range(h)]
-        for t, g in enumerate(grads):
-            U_t = []
-            for i in range(h):
-                G = to_mp(g[i * rows : (i + 1) * rows])
-                M[i] = b1 * M[i] + (1 - b1) * G
-                V[i] = b2 * V[i] + (1 - b2) * (G * G.T if left else G.T * G)
-                if t % f["every"] == 0:
-                    regular = V[i] + eps * mpmath.eye(k)
-                    P[i] = mp_sqrt(regular)[1]
-                    kappa = max(kappa, float(np.linalg.cond(from_mp(regular))))
-                U_t.append(P[i] * M[i] if left else M[i] * P[i])
-            if f["rms"] is not None:
-                norm = mpmath.sqrt(sum(mpmath.mnorm(block, "f") ** 2 for block in U_t))
-                U_t = [block * (mpmath.mpf(f["rms"]) * mpmath.sqrt(m * n) / norm) for block in U_t]
-            out.append(np.concatenate([from_mp(block) for block in U_t]))
-    return Truth(np.stack(out), kappa)
-
-
-@cache
-def mp_theory(eps: float, shape: tuple[int, int], left: bool) -> Truth:
-    """Algorithm 1."""
-    out, kappa = [], 1.0
-    with mpmath.workdps(50):
-        V = mpmath.zeros(shape[0 if left else 1])
-        for g in gradients(shape):
-            G = to_mp(g)
-            V += G * G.T if left else G.T * G
-            root = mpmath.inverse(mp_sqrt(V)[0] + eps * mpmath.eye(V.rows))
-            out.append(from_mp(root * G if left else G * root))
-            kappa = max(kappa, float(np.linalg.cond(from_mp(V))))
-    return Truth(np.stack(out), kappa)
-
-
-@cache
-def mp_dasgo(fields: tuple[tuple[str, Any], ...], shape: tuple[int, int]) -> np.ndarray:
-    """Algorithm 4, entry by entry."""
-    f = dict(fields)
-    m, n = shape
-    out = []
-    with mpmath.workdps(50):
-        b1, b2, eps = (mpmath.mpf(f[k]) for k in ("beta1", "beta2", "eps"))
-        M, v = mpmath.zeros(m, n), [mpmath.mpf(0)] * n
-        for g in gradients(shape):
-            G = to_mp(g)
-            M = b1 * M + (1 - b1) * G
-            v = [b2 * v[j] + (1 - b2) * sum(G[i, j] ** 2 for i in range(m)) for j in range(n)]
-            D = mpmath.matrix(m, n)
-            for i in range(m):
-                for j in range(n):
-                    D[i, j] = M[i, j] / mpmath.sqrt(v[j] + eps)
-            if f["rms"] is not None:
-                D *= f["rms"] * mpmath.sqrt(m * n) / mpmath.mnorm(D, "f")
-            out.append(from_mp(D))
-    return np.stack(out)
-
-
-@cache
-def mp_dasgo_theory(eps: float, shape: tuple[int, int]) -> np.ndarray:
-    """One scale per row, a sum, eps outside the root."""
-    m, n = shape
-    out = []
-    with mpmath.workdps(50):
-        d = [mpmath.mpf(0)] * m
-        for g in gradients(shape):
-            G = to_mp(g)
-            d = [d[i] + sum(G[i, j] ** 2 for j in range(n)) for i in range(m)]
-            out.append([[float(G[i, j] / (mpmath.sqrt(d[i]) + eps)) for j in range(n)] for i in range(m)])
-    return np.array(out)
-
-
-# the side is written down, not computed: left if m < n, else right
-PRACTICAL: dict[str, tuple[dict[str, Any], tuple[int, int], bool]] = {
-    "left": ({**LOUD, "rms": None}, (3, 5), True),
-    "right": ({**LOUD, "rms": None}, (5, 3), False),
-    "tie": ({**LOUD, "rms": None}, (4, 4), False),
-    "left by request": ({**LOUD, "rms": None, "side": "left"}, (4, 4), True),
-    "rms": ({**LOUD, "rms": 0.25}, (3, 5), True),
-    "no ridge": ({**LOUD, "eps": 0.0, "rms": None}, (3, 5), True),
-    "every": ({**LOUD, "rms": None, "every": 3}, (3, 4), True),
-    "every, rms": ({**LOUD, "rms": 0.25, "every": 3}, (4, 3), False),
-    "heads": ({**LOUD, "rms": None, "heads": 2}, (6, 4), True),
-    "heads, rms, every": ({**LOUD, "rms": 0.25, "every": 3, "heads": 3}, (6, 4), True),
-}
-
-
-@check
-def practical_in_fifty_digits(lib: Any) -> None:
-    for name, (fields, shape, left) in PRACTICAL.items():
-        seen = frozen(**{k: v for k, v in fields.items() if k != "side"})
-        truth = mp_asgo(seen, shape, left)
-        error = distance(directions(lib.ASGO(**fields), gradients(shape)), truth.directions)
-        # P is off by u kappa of itself, and P M can be smaller than ||P|| ||M|| by kappa^{1/2}; averages of random
-        # gradients do not come near that
-        assert error <= 16 * U * truth.kappa, (name, error, truth.kappa)
-
-
-@check
-def theory_in_fifty_digits(lib: Any) -> None:
-    for eps in (0.0, 0.25):
-        for side, shape in (("left", (3, 5)), ("right", (5, 3)), ("left", (4, 4)), ("right", (4, 4))):
-            truth = mp_theory(eps, shape, side == "left")
-            error = distance(directions(lib.ASGO.theory(eps=eps, side=side), gradients(shape)), truth.directions)
-            assert error <= 16 * U * truth.kappa, (eps, side, error, truth.kappa)
-
-
-@check
-def dasgo_in_fifty_digits(lib: Any) -> None:
-    # nothing but sums of squares, one root and one quotient: m n + 16 roundings
-    for shape in ((4, 4), (5, 3), (3, 5)):
-        tolerance = (math.prod(shape) + 16) * U
-        for rms in (None, 0.25):
-            fields = {**LOUD, "rms": rms}
-            error = distance(directions(lib.DASGO(**fields), gradients(shape)), mp_dasgo(frozen(**fields), shape))
-            assert error <= tolerance, (shape, rms, error)
-        for eps in (0.0, 0.25):
-            error = distance(directions(lib.DASGO.theory(eps=eps), gradients(shape)), mp_dasgo_theory(eps, shape))
-            assert error <= tolerance, (shape, eps, error)
-
-
-@check
-def raw_update_is_the_one_sided_formula(lib: Any) -> None:
-    for shape, left in (((4, 6), True), ((6, 4), False), ((5, 5), False)):
-        grads = gradients(shape, 9)
-        V, expected = np.zeros((min(shape),) * 2), []
-        for g in grads:
-            V = 0.5 * V + 0.5 * (g @ g.T if left else g.T @ g)
-            P = np.linalg.inv(scipy.linalg.sqrtm(V + 0.25 * np.eye(len(V))))
-            expected.append(P @ g if left else g @ P)
-        got = directions(lib.ASGO(beta1=0.0, beta2=0.5, eps=0.25, rms=None), grads)
-        assert distance(got, np.stack(expected)) <= 1e-9
 
 
 @check
@@ -356,55 +182,6 @@ def heads_are_separate_row_blocks(lib: Any) -> None:
 
 
 @check
-def orthogonal_equivariance(lib: Any) -> None:
-    practical = [
-        (lib.ASGO(**LOUD, rms=rms, every=every), shape)
-        for rms in (None, 0.25)
-        for every in (1, 3)
-        for shape in ((3, 5), (4, 4), (5, 3))
-    ]
-    for method, shape in [*theories(lib), *practical]:
-        grads, start = gradients(shape), gradients(shape, 1, seed=9)[0]
-        q, r = orthogonal(shape[0], 1), orthogonal(shape[1], 2)
-        turned = trajectory(method, q @ grads @ r, q @ start @ r)
-        assert distance(turned, q @ trajectory(method, grads, start) @ r) <= bound(grads, 0.0625)
-
-
-@check
-def dasgo_equivariance(lib: Any) -> None:
-    grads = gradients((4, 4))
-    q = orthogonal(4, 1)
-    signed = np.eye(4)[[2, 0, 3, 1]] * np.array([1.0, -1.0, -1.0, 1.0])
-    for rms in (None, 0.25):
-        method = lib.DASGO(**LOUD, rms=rms)
-        expected = q @ directions(method, grads) @ signed
-        assert distance(directions(method, q @ grads @ signed), expected) <= 64 * U
-        turned = directions(method, grads @ orthogonal(4, 3))
-        assert distance(turned, directions(method, grads) @ orthogonal(4, 3)) > 0.02  # a generic right rotation
-    theory = lib.DASGO.theory(eps=0.25)  # rows: the sides change places
-    assert distance(directions(theory, signed @ grads @ q), signed @ directions(theory, grads) @ q) <= 64 * U
-    assert distance(directions(theory, q @ grads), q @ directions(theory, grads)) > 0.02
-
-
-@check
-def scaling_the_gradients(lib: Any) -> None:
-    c = 8.0  # eps outside the root scales with c, under the root with c^2
-    for shape in ((3, 5), (5, 3)):
-        grads = gradients(shape)
-        side = "left" if shape[0] < shape[1] else "right"
-        for eps, ridge in ((0.25, 0.0625), (0.0, least(grads, side == "left"))):
-            before, after = lib.ASGO.theory(eps=eps, side=side), lib.ASGO.theory(eps=c * eps, side=side)
-            assert distance(directions(after, c * grads), directions(before, grads)) <= bound(grads, ridge)
-        for cls in (lib.ASGO, lib.DASGO):
-            for rms in (None, 0.25):
-                before, after = cls(**LOUD, rms=rms), cls(**{**LOUD, "eps": 0.25 * c**2}, rms=rms)
-                assert distance(directions(after, c * grads), directions(before, grads)) <= bound(grads, 0.25)
-                assert distance(directions(before, c * grads), directions(before, grads)) > 1e-3
-        rows, scaled = lib.DASGO.theory(eps=0.25), lib.DASGO.theory(eps=0.25 * c)
-        assert distance(directions(scaled, c * grads), directions(rows, grads)) <= 64 * U
-
-
-@check
 def dasgo_columns_have_their_own_scale(lib: Any) -> None:
     grads, s = gradients((5, 3)), np.array([0.125, 2.0, 16.0])
     raw = lib.DASGO(**{**LOUD, "eps": 0.0}, rms=None)
@@ -489,40 +266,6 @@ def column_blocks_share_v_and_row_blocks_may_not(lib: Any) -> None:
 
 
 @check
-def the_sum_forgets_the_order(lib: Any) -> None:
-    grads = gradients((3, 5))
-    order = [0, 3, 1, 5, 4, 2, 6]  # the last gradient stays the last
-    for theory in (lib.ASGO.theory(eps=0.25), lib.DASGO.theory(eps=0.25)):
-        last, shuffled = (directions(theory, g)[-1:] for g in (grads, grads[order]))
-        assert distance(shuffled, last) <= bound(grads, 0.0625)
-    averaged = lib.ASGO(**LOUD, rms=None)
-    assert distance(directions(averaged, grads[order])[-1:], directions(averaged, grads)[-1:]) > 0.02
-
-
-@check
-def no_step_is_longer_than_the_rate(lib: Any) -> None:
-    rng = np.random.default_rng(5)
-    longest = 0.0
-    for shape in ((3, 5), (5, 3), (4, 4)):
-        for kind in range(4):
-            grads = rng.standard_normal((6, *shape)) * 10.0 ** rng.uniform(-1, 1)
-            if kind == 1:
-                grads = rng.standard_normal((6, shape[0], 1)) * rng.standard_normal((6, 1, shape[1]))
-            if kind == 2:
-                grads = grads * (-1.0) ** np.arange(6)[:, None, None]
-            for side in ("left", "right"):
-                got = directions(lib.ASGO.theory(eps=1e-3, side=side), grads)
-                norms = np.linalg.norm(got, 2, axis=(1, 2))
-                longest = max(longest, norms.max())
-                travelled = np.linalg.norm(np.cumsum(got, axis=0), 2, axis=(1, 2))
-                # V_t >= G_t G_t^T up to rounding u ||V_t||, seen by directions of size eps: u ||G||^2 / eps^2
-                slack = 1 + 16 * U * np.sum(grads**2) / 1e-6
-                assert np.all(norms <= slack)
-                assert np.all(travelled <= slack * np.arange(1, 7))
-    assert longest > 0.99
-
-
-@check
 def a_constant_gradient_gives_its_polar_factor_over_sqrt_t(lib: Any) -> None:
     for rank in (1, 2, 3):
         u, s, vh = np.linalg.svd(gradients((3, 5), 1)[0], full_matrices=False)
@@ -563,31 +306,18 @@ def rms_is_exact(lib: Any) -> None:
 
 
 @check
-def v_grows_and_its_rank_with_it(lib: Any) -> None:
+def rank_and_trace_are_those_of_the_gradients(lib: Any) -> None:
     rng = np.random.default_rng(6)
     grads = rng.integers(-3, 4, (4, 6, 1)) * rng.integers(-3, 4, (4, 1, 5)) * 1.0  # rank one, exact
     method = lib.ASGO.theory(eps=0.25)
-    state, old = method.init(grads[0]), np.zeros((6, 6))
+    state = method.init(grads[0])
     for t, g in enumerate(grads, start=1):
         _, state = method.update(g, state, g)
         report = method.diagnose(state)
-        w, q = np.linalg.eigh(state.gram)
-        root = (q * np.sqrt(np.clip(w, 0, None))) @ q.T
         assert np.array_equal(state.gram, state.gram.T)
-        # the root is operator monotone; a zero eigenvalue of V is rounded to u ||V||, its root to its square root
-        assert np.linalg.eigvalsh(root - old)[0] >= -4 * math.sqrt(U) * math.sqrt(w[-1])
         assert int(report.rank) == t
         nuclear = np.sum(np.linalg.svd(np.concatenate(list(grads[:t]), axis=1), compute_uv=False))
         assert abs(report.root_trace / nuclear - 1) <= 16 * math.sqrt(U)
-        old = root
-
-
-@check
-def only_gradients_enter(lib: Any) -> None:
-    grads, start = gradients((3, 5)), gradients((3, 5), 1, seed=9)[0]
-    for method in (lib.ASGO.theory(eps=0.25), lib.ASGO(**LOUD), lib.DASGO(**LOUD), lib.DASGO.theory(eps=0.25)):
-        moved = trajectory(method, grads, start + 4.0, 0.0)
-        assert distance(moved, trajectory(method, grads, start, 0.0) + 4.0) <= 32 * U
 
 
 # ---- when the root is renewed ---------------------------------------------------------------------------------------
@@ -649,13 +379,14 @@ def edit(line: str, *pairs: tuple[str, str]) -> tuple[str, str]:
 
 
 M = "m = ema(state.m, grad, self.beta1)  # (M)\n        gram"
-V = "gram = ema(state.gram, g @ _t(g, xp) if left else _t(g, xp) @ g, self.beta2)"
-P = "root, u = self._preconditioned(self._blocks(m, xp), gram, state.root, now.due, left, xp)  # (P), (U)"
-POWER = "law, axis = roots.Law(-0.5, self.eps), 0 if left else 1"
+V = "gram = ema(state.gram, g @ t(g, xp) if left else t(g, xp) @ g, self.beta2)"
+U_OF = "u, law = self._blocks(m, xp), roots.Law(-0.5, self.eps)"
+P = "root, w = roots.renewed(due, gram, law, state.root, xp=xp)  # (P)"
+ITERATED = "partial(roots.inverse_sqrt, gram, self.eps, self.root, self.root_steps, xp=xp)"
 SIDE = 'self.side == "left" or (self.side == "smaller" and m < n)'
 DUE = "now.due"
-RMS = "u = scale_to_rms(u, self.rms, (-2, -1), xp)  # (W)\n        return u, ASGOState"
-SUM = "gram = state.gram + (grad @ _t(grad, xp) if left"
+RMS = "u = scale_to_rms(u, self.rms, (-2, -1), xp)  # (W)\n        elif"
+SUM = "gram = state.gram + (grad @ t(grad, xp) if left"
 LAMBDA = "law = roots.Law(-1.0, self.eps, root=True)"
 LAMBDA_ROOT = "root = roots.decompose(gram, law, xp=xp)  # (2)"
 DIRECTION = "direction = roots.apply(grad, {0 if left else 1: root}, law, 1.0, xp=xp)"
@@ -674,59 +405,54 @@ undamped = ("ema(", "(lambda old, new, decay: decay * old + new)(")
 unguarded = ("scale_to_rms(u,", "(lambda u, r, a, xp: u * (r * u.size**0.5 / xp.linalg.norm(u)))(u,")
 unscaled = ("scale_to_rms(u, self.rms, (-2, -1), xp)", "u")
 side_max = "self.rms * math.sqrt(max(grad.shape[-2:]) / (grad.shape[-2] * grad.shape[-1])),"
-FIFTY, RAW = "practical_in_fifty_digits", "raw_update_is_the_one_sided_formula"
 MUON, SCHEDULE = "without_memory_it_is_muon_without_momentum", "root_is_renewed_at_updates_1_and_1_plus_k"
 CONSTANT = "a_constant_gradient_gives_its_polar_factor_over_sqrt_t"
-HEADS, DASGO_FIFTY = "heads_are_separate_row_blocks", "dasgo_in_fifty_digits"
+HEADS = "heads_are_separate_row_blocks"
 OTHERS = "other_roots_converge_to_the_definition"
 COLUMN, DASGO_COLUMN = "one_column_is_full_adagrad", "dasgo_theory_of_one_column_is_adagrad"
 
 MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     # ASGO
-    "exponent -1/4": (FIFTY, (edit(POWER, ("-0.5", "-0.25")),)),
-    "exponent -1": (MUON, (edit(POWER, ("-0.5", "-1.0")),)),
-    "eps outside the root": (FIFTY, (edit(POWER, ("-0.5, self.eps", "-1.0, self.eps, root=True")),)),
-    "eps squared": ("scaling_the_gradients", (edit(POWER, ("self.eps", "self.eps**2")),)),
-    "eps ignored": (RAW, (edit(POWER, ("self.eps", "0.0")),)),
-    "V a sum": (RAW, (edit(V, total),)),
-    "V without memory": (FIFTY, (edit(V, ("state.gram", "0 * state.gram")),)),
-    "V without (1 - beta2)": (RAW, (edit(V, undamped),)),
+    "exponent -1/4": (VECTORS, (edit(U_OF, ("-0.5", "-0.25")),)),
+    "exponent -1": (MUON, (edit(U_OF, ("-0.5", "-1.0")),)),
+    "eps outside the root": (VECTORS, (edit(U_OF, ("-0.5, self.eps", "-1.0, self.eps, root=True")),)),
+    "eps squared": (VECTORS, (edit(U_OF, ("self.eps", "self.eps**2")),)),
+    "eps ignored": (VECTORS, (edit(U_OF, ("self.eps", "0.0")),)),
+    "V a sum": (VECTORS, (edit(V, total),)),
+    "V without memory": (VECTORS, (edit(V, ("state.gram", "0 * state.gram")),)),
+    "V without (1 - beta2)": (VECTORS, (edit(V, undamped),)),
     "V from M": (MUON, (edit(V, ("gram = ", "g = self._blocks(m, xp)\n        gram = ")),)),
-    "V bias-corrected": (FIFTY, (edit(P, (" gram,", " gram / (1 - self.beta2 ** (state.step + 1)),")),)),
+    "V bias-corrected": (VECTORS, (edit(P, (" gram,", " gram / (1 - self.beta2 ** (state.step + 1)),")),)),
     "V_{t-1}": (MUON, (edit(P, (" gram,", " state.gram,")),)),
     "V_{t-1} in a kept root": (SCHEDULE, (edit(P, (" gram,", " state.gram,")),)),
-    "diagonal of V": ("orthogonal_equivariance", (edit(P, (" gram,", " roots.eye_like(xp, gram) * gram,")),)),
+    "diagonal of V": (VECTORS, (edit(P, (" gram,", " roots.eye_like(xp, gram) * gram,")),)),
     "M without (1 - beta1)": ("raw_updates_are_bounded_if_momentum_forgets_faster", (edit(M, undamped),)),
-    "M bias-corrected": (FIFTY, (edit(P, ("_blocks(m,", "_blocks(m / (1 - self.beta1 ** (state.step + 1)),")),)),
-    "no momentum": (FIFTY, (edit(P, ("_blocks(m,", "_blocks(grad,")),)),
-    "Nesterov": (FIFTY, (edit(P, ("_blocks(m,", "_blocks(ema(m, grad, self.beta1),")),)),
-    "betas exchanged": (FIFTY, (edit(M, ("beta1", "beta2")), edit(V, ("beta2", "beta1")))),
-    "parameter leaks in": ("only_gradients_enter", (edit(M, ("grad,", "grad + 0.125 * param,")), READS)),
-    "larger side": (FIFTY, (edit(SIDE, ("m < n", "m > n")),)),
+    "M bias-corrected": (VECTORS, (edit(U_OF, ("_blocks(m,", "_blocks(m / (1 - self.beta1 ** (state.step + 1)),")),)),
+    "no momentum": (VECTORS, (edit(U_OF, ("_blocks(m,", "_blocks(grad,")),)),
+    "Nesterov": (VECTORS, (edit(U_OF, ("_blocks(m,", "_blocks(ema(m, grad, self.beta1),")),)),
+    "betas exchanged": (VECTORS, (edit(M, ("beta1", "beta2")), edit(V, ("beta2", "beta1")))),
+    "parameter leaks in": (VECTORS, (edit(M, ("grad,", "grad + 0.125 * param,")), READS)),
+    "larger side": (VECTORS, (edit(SIDE, ("m < n", "m > n")),)),
     "ties left": ("transposition", (edit(SIDE, ("m < n", "m <= n")),)),
     "always left": ("transposition", (edit(SIDE, ("m < n", "True")),)),
     "renewed one late": (SCHEDULE, (edit(DUE, ("now.due", "self.due(state.step - 1)")),)),
-    "renewed one early": (FIFTY, (edit(DUE, ("now.due", "self.due(now.step)")),)),
+    "renewed one early": (VECTORS, (edit(DUE, ("now.due", "self.due(now.step)")),)),
     "renewed always": (SCHEDULE, (edit(P, ("state.root", "None")),)),
     "refresh ignored": (SCHEDULE, (edit(DUE, ("now.due", "self.due(state.step)")),)),
     "rms missing": ("rms_is_exact", (edit(RMS, unscaled),)),
     "rms with max(m, n)": ("rms_is_exact", (edit(RMS, ("self.rms,", side_max)),)),
-    "rms over rows": (FIFTY, (edit(RMS, ("(-2, -1)", "(-1,)")),)),
+    "rms over rows": (VECTORS, (edit(RMS, ("(-2, -1)", "(-1,)")),)),
     "rms unguarded": ("zero_gradients_stay_zero", (edit(RMS, unguarded),)),
     "doubled": ("first_step_is_that_of_muon_and_shampoo", (edit(RMS, ("self.rms", "2 * self.rms")),)),
-    "coupled Newton of order 4": (OTHERS, (edit("coupled_newton(gram, 2,", ("2,", "4,")),)),
-    "Newton-Schulz without eps": (OTHERS, (edit("newton_schulz(gram, self.eps,", ("self.eps", "0.0")),)),
-    "coupled Newton without eps": (OTHERS, (edit("coupled_newton(gram, 2, self.eps,", ("self.eps", "0.0")),)),
-    "Polar Express with eps in V": (
-        OTHERS,
-        (edit("polar_express(gram, ", ("(gram", "(gram + self.eps * roots.eye_like(xp, gram)")),),
-    ),
+    "iterations without eps": (OTHERS, (edit(ITERATED, ("self.eps", "0.0")),)),
+    "iterations of V_{t-1}": (OTHERS, (edit(ITERATED, (" gram,", " state.gram,")),)),
+    "one iteration for all": (OTHERS, (edit(ITERATED, ("self.root,", '"newton_schulz",')),)),
     "heads exchange V": (HEADS, (edit(P, (" gram,", " gram[..., ::-1, :, :] if self.heads else gram,")),)),
     "heads interleaved": (
         HEADS,
         (
             edit(
-                "return xp.reshape(matrix, (*stack, self.heads, m // self.heads, n))",
+                "xp.reshape(matrix, (*stack, self.heads, m // self.heads, n))",
                 ("self.heads, m // self.heads, n))", "m // self.heads, self.heads, n))"),
                 ("xp.reshape(", "xp.moveaxis(xp.reshape("),
                 ("n))", "n)), -2, -3)"),
@@ -736,38 +462,29 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     # Algorithm 1
     "theory: exponent -1/4": (CONSTANT, (edit(LAMBDA, ("-1.0, self.eps, root=True", "-0.25, self.eps")),)),
     "theory: exponent -1": (CONSTANT, (edit(LAMBDA, ("-1.0, self.eps, root=True", "-1.0, self.eps")),)),
-    "theory: eps under the root": (
-        "scaling_the_gradients",
-        (edit(LAMBDA, ("-1.0, self.eps, root=True", "-0.5, self.eps")),),
-    ),
+    "theory: eps under the root": (VECTORS, (edit(LAMBDA, ("-1.0, self.eps, root=True", "-0.5, self.eps")),)),
     "theory: no pseudo-inverse": ("zero_rows_and_columns_stay_zero", (edit(DIRECTION, ("xp=xp)", "xp=xp) + 0.125")),)),
     "theory: average": (CONSTANT, (edit(SUM, ("state.gram + ", "0.9 * state.gram + 0.1 * ")),)),
     "theory: no memory": (CONSTANT, (edit(SUM, ("state.gram", "0 * state.gram")),)),
     "theory: V_{t-1}": (COLUMN, (edit(LAMBDA_ROOT, ("(gram,", "(state.gram,")),)),
     "theory: divided by n": ("one_row_is_adagrad_norm", (edit(SUM, ("+ (", "+ 1 / grad.shape[-1] * (")),)),
-    "theory: diagonal of V": (
-        "orthogonal_equivariance",
-        (edit(LAMBDA_ROOT, ("(gram,", "(gram * roots.eye_like(xp, gram),")),),
-    ),
+    "theory: diagonal of V": (VECTORS, (edit(LAMBDA_ROOT, ("(gram,", "(gram * roots.eye_like(xp, gram),")),)),
     "theory: other side": (
-        "theory_in_fifty_digits",
+        VECTORS,
         (edit('xp, left = now.xp, self.side == "left"', ("==", "!=")), edit(THEORY_SIDE, ("==", "!="))),
     ),
-    "theory: doubled": ("no_step_is_longer_than_the_rate", (edit(DIRECTION, ("direction = ", "direction = 2 * ")),)),
+    "theory: doubled": (VECTORS, (edit(DIRECTION, ("direction = ", "direction = 2 * ")),)),
     "theory: ascent": ("diagonal_gradients_make_it_adagrad", (edit(DIRECTION, ("direction = ", "direction = -")),)),
     # DASGO
-    "dasgo: rows": ("dasgo_equivariance", (edit(DASGO_V, ("-2", "-1")), edit(DASGO_U, ("None, :]", "None]")))),
-    "dasgo: eps outside the root": (DASGO_FIFTY, (edit(DASGO_U, ("(v + self.eps)", "(v) + self.eps")),)),
+    "dasgo: rows": (VECTORS, (edit(DASGO_V, ("-2", "-1")), edit(DASGO_U, ("None, :]", "None]")))),
+    "dasgo: eps outside the root": (VECTORS, (edit(DASGO_U, ("(v + self.eps)", "(v) + self.eps")),)),
     "dasgo: exponent -1": ("dasgo_columns_have_their_own_scale", (edit(DASGO_U, ("xp.sqrt", "")),)),
-    "dasgo: sum": (DASGO_FIFTY, (edit(DASGO_V, total),)),
+    "dasgo: sum": (VECTORS, (edit(DASGO_V, total),)),
     "dasgo: mean over rows": ("dasgo_is_the_diagonal_of_right_asgo", (edit(DASGO_V, ("xp.sum", "xp.mean")),)),
-    "dasgo: v_{t-1}": (DASGO_FIFTY, (edit(DASGO_U, ("v + ", "state.v + ")),)),
-    "dasgo: v from M": (DASGO_FIFTY, (edit(DASGO_V, ("grad * grad", "m * m")),)),
-    "dasgo: no momentum": (DASGO_FIFTY, (edit(DASGO_U, ("u = m", "u = grad")),)),
-    "dasgo: parameter leaks in": (
-        "only_gradients_enter",
-        (edit(DASGO_M, ("grad,", "grad + 0.125 * param,")), DASGO_READS),
-    ),
+    "dasgo: v_{t-1}": (VECTORS, (edit(DASGO_U, ("v + ", "state.v + ")),)),
+    "dasgo: v from M": (VECTORS, (edit(DASGO_V, ("grad * grad", "m * m")),)),
+    "dasgo: no momentum": (VECTORS, (edit(DASGO_U, ("u = m", "u = grad")),)),
+    "dasgo: parameter leaks in": (VECTORS, (edit(DASGO_M, ("grad,", "grad + 0.125 * param,")), DASGO_READS)),
     "dasgo: rms missing": ("rms_is_exact", (edit(DASGO_RMS, unscaled),)),
     "dasgo: rms with max(m, n)": ("rms_is_exact", (edit(DASGO_RMS, ("self.rms,", side_max)),)),
     "dasgo: rms unguarded": ("zero_gradients_stay_zero", (edit(DASGO_RMS, unguarded),)),
@@ -838,40 +555,6 @@ def test_squares_that_overflow_are_reported(backend: Backend, method: Any) -> No
         assert np.isnan(report.root_trace.reshape(3, -1)).any(axis=1).tolist() == [False, True, False]
 
 
-BAD = {
-    "default": pr.ASGO(),
-    "raw": pr.ASGO(rms=None),
-    "heads": pr.ASGO(heads=3, every=2),
-    "polar_express": pr.ASGO(root="polar_express"),
-    "newton_schulz": pr.ASGO(root="newton_schulz"),
-    "coupled_newton": pr.ASGO(root="coupled_newton"),
-    "theory": pr.ASGO.theory(),
-    "dasgo": pr.DASGO(),
-}
-
-
-def bad_members(backend: Backend, method: Any) -> None:
-    grads = gradients((3, 3, 5), 4)
-    clean, _ = stacked_run(backend, method, grads)
-    grads[1, 1, 2, 0], grads[1, 2, 0, 4] = math.inf, math.nan
-    got, report = stacked_run(backend, method, grads)
-    # another batch may round differently: 16 u kappa, and default eps leaves kappa below 1e3 here
-    assert distance(got[0], clean[0]) <= 16 * U * 1e3
-    assert distance(got[:, 0], clean[:, 0]) <= 16 * U * 1e3
-    assert np.all(np.isnan(got[1:, 1:]))  # it is in the state, so in every update after it
-    assert report.finite.tolist() == [True, False, False]
-
-
-@pytest.mark.eager
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_gradient_gives_nan_for_its_member_only(backend: Backend, name: str) -> None:
-    bad_members(backend, BAD[name])
-
-
-def test_a_bad_gradient_with_a_kept_root(backend: Backend) -> None:
-    bad_members(backend, pr.ASGO(every=3))
-
-
 @pytest.mark.parametrize(("method", "axis"), [(pr.DASGO(rms=None), 1), (pr.DASGO.theory(), 0)], ids=["rows", "columns"])
 @pytest.mark.parametrize("bad", [math.inf, math.nan], ids=str)
 def test_the_scale_says_where_a_bad_entry_was(bad: float, method: Any, axis: int) -> None:
@@ -893,26 +576,6 @@ def test_no_eps_is_the_pseudo_inverse_in_dasgo_too() -> None:
 # ---- refusals, states, reports --------------------------------------------------------------------------------------
 
 
-def test_refusals() -> None:
-    g = np.ones((3, 4))
-    for method in (pr.ASGO(), pr.ASGO.theory()):
-        with pytest.raises(ValueError, match="refresh=False needs every > 1"):
-            method.update(g, method.init(g), g, refresh=False)
-        with pytest.raises(ValueError, match=r"takes a parameter with exactly 2 axes .*, got shape \(4,\)"):
-            method.update(g[0], method.init(g), g[0])
-        with pytest.raises(TypeError, match="grad and param must be array"):
-            method.update([[1.0]], method.init(g), [[1.0]])
-        other = np.ones((4, 5))
-        state = method.init(other)._replace(gram=method.init(g).gram)
-        with pytest.raises(ValueError, match=r"state.gram must have shape \(4, 4\) for param .* got \(3, 3\)"):
-            method.update(other, state, other)
-    for heads, shape in ((2, (3, 4)), (4, (6, 2)), (3, (2, 3))):
-        with pytest.raises(ValueError, match=f"heads must divide the rows, got heads={heads} and shape"):
-            pr.ASGO(heads=heads).init(np.zeros(shape))
-    with pytest.raises(ValueError, match="heads must divide the rows"):
-        pr.ASGO(heads=2).update(g, pr.ASGO(heads=1).init(g), g)
-
-
 def test_defaults() -> None:
     assert pr.ASGO() == pr.ASGO(
         beta1=0.9, beta2=0.8, eps=1e-10, side="smaller", rms=0.2, root="eigh", root_steps=10, every=1, heads=None
@@ -920,27 +583,6 @@ def test_defaults() -> None:
     assert pr.DASGO() == pr.DASGO(beta1=0.9, beta2=0.95, eps=1e-8, rms=0.2)
     assert pr.ASGO.theory() == pr.ASGO.theory(eps=0.0, side="left")
     assert pr.DASGO.theory() == pr.DASGO.theory(eps=0.0)
-
-
-def test_what_is_kept() -> None:
-    """Entries beyond the weight's: m n + k^2, with ``every`` k^2 + k more, with heads m n + m^2 / h, DASGO m n + n."""
-    m, n = 6, 4
-    k = min(m, n)
-    for method, entries in (
-        (pr.ASGO(), m * n + k**2),
-        (pr.ASGO(every=2), m * n + 2 * k**2 + k),
-        (pr.ASGO(heads=3), m * n + m**2 // 3),
-        (pr.ASGO.theory(), m**2),
-        (pr.ASGO.theory(side="right"), n**2),
-        (pr.DASGO(), m * n + n),
-        (pr.DASGO.theory(), m),
-    ):
-        state = method.init(np.zeros((m, n)))
-        assert sum(a.size for a in leaves(state)) == entries
-        if isinstance(method, pr.ASGO):
-            assert (state.root is None) == (method.every == 1)
-        _, state = method.update(np.ones((m, n)), state, np.ones((m, n)))
-        assert sum(a.size for a in leaves(state)) == entries
 
 
 def test_reports() -> None:
@@ -959,39 +601,6 @@ def test_reports() -> None:
     method = pr.ASGO(heads=2, every=2)
     report = method.diagnose(method.init(np.zeros((2, 4, 5)), stack_ndim=1))
     assert (report.eigenvalues.shape, report.root_trace.shape, report.finite.shape) == ((2, 2, 2), (2, 2), (2,))
-
-
-@pytest.mark.parametrize(
-    ("method", "field", "value"),
-    [
-        (pr.ASGO(**LOUD), "beta1", 0.5),
-        (pr.ASGO(**LOUD), "beta2", 0.75),
-        (pr.ASGO(**LOUD), "eps", 0.125),
-        (pr.ASGO(**LOUD), "side", "left"),
-        (pr.ASGO(**LOUD), "rms", None),
-        (pr.ASGO(**LOUD), "every", 2),
-        (pr.ASGO(**LOUD), "heads", 2),
-        (pr.ASGO(**LOUD, root="polar_express"), "root_steps", 2),
-        (pr.ASGO(**LOUD, root="newton_schulz"), "root_steps", 2),
-        (pr.ASGO(**LOUD, root="coupled_newton"), "root_steps", 2),
-        (pr.ASGO(**LOUD), "root", "polar_express"),
-        (pr.ASGO(**LOUD, root_steps=2), "root", "newton_schulz"),
-        (pr.ASGO(**LOUD, root_steps=2), "root", "coupled_newton"),
-        (pr.ASGO(**LOUD, root="polar_express", root_steps=2), "eps", 0.125),
-        (pr.ASGO.theory(eps=0.25), "eps", 0.125),
-        (pr.ASGO.theory(eps=0.25), "side", "right"),
-        (pr.DASGO(**LOUD), "beta1", 0.5),
-        (pr.DASGO(**LOUD), "beta2", 0.75),
-        (pr.DASGO(**LOUD), "eps", 0.125),
-        (pr.DASGO(**LOUD), "rms", 0.5),
-        (pr.DASGO.theory(eps=0.25), "eps", 0.125),
-    ],
-    ids=str,
-)
-def test_no_dead_knob(method: Any, field: str, value: Any) -> None:
-    grads = gradients((4, 3))
-    changed = method.replace(**{field: value})
-    assert distance(directions(changed, grads), directions(method, grads)) > 1e-3
 
 
 def check_a_zero_beside_what_is_not_finite(lib: Any) -> None:

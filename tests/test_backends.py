@@ -18,6 +18,7 @@ def test_float64_agrees_with_numpy(backend: Backend, config: Config) -> None:
     expected, _ = run(make_backend("numpy"), config, grads, "float64")
     got, state = run(backend, config, grads, "float64")
     assert distance(got, expected) <= 1e-12
+    assert int(state.step) == len(grads)
     assert all(leaf.dtype == backend.asarray(0.0).dtype for leaf in leaves(state)[1:] if leaf.ndim)
 
 
@@ -31,6 +32,16 @@ def test_float32_stays_float32(backend: Backend, config: Config) -> None:
     assert all(leaf.dtype == float32 for leaf in leaves(state._replace(step=0)))
     # kappa of the regularised statistics is below 100 for these gradients and eps >= 1/8: 16 u kappa
     assert distance(got, expected) <= 16 * 100 * 2**-24
+
+
+@pytest.mark.parametrize("name", ["jax-jit", "torch-compile"])
+def test_a_second_graph_is_counted(name: str) -> None:
+    backend, method = make_backend(name), agd.AGD()
+    update = backend.update(method)
+    for dtype in ("float32", "float64"):
+        param = backend.asarray(np.ones(3), dtype)
+        update(param, method.init(param), param)
+    assert (update.graphs, len(update.refreshes)) == (2, 1)
 
 
 @pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if needs_float64(config)])

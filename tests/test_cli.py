@@ -76,7 +76,7 @@ def test_list_as_json(run: Callable[..., Any]) -> None:
         if not registry.required(make):
             made: Any = make()
             fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
-            assert {field["name"]: field["default"] for field in entry["fields"]} == fields
+            assert {field["name"]: field["default"] for field in entry["fields"]} == json.loads(json.dumps(fields))
     assert entries["Adam"]["elementwise"] is True
     assert entries["ASGO"]["elementwise"] is False
     assert entries["Shampoo"]["about"].startswith("Shampoo (Gupta, Koren, Singer, arXiv 1802.09568) for tensors")
@@ -172,7 +172,7 @@ def test_json_holds_settings_versions_and_curves(run: Callable[..., Any], tmp_pa
         "left_out": {},
     }
     adam, sgd = results
-    assert adam["fields"] == "Adam(beta1=0.9, beta2=0.999, eps=1e-08)"
+    assert adam["fields"] == repr(pr.Adam())
     assert (adam["lr"], adam["lr_source"]) == (rates.record()["quadratic"]["methods"]["Adam"]["lr"], "recorded")
     assert adam["diverged"] is False
     assert adam["to_adam"] == []
@@ -251,7 +251,7 @@ def test_interruption_leaves_what_is_done(
     ("options", "message"),
     [
         (["--problem", "nothing"], "error: no problem is called 'nothing'; there are quadratic, "),
-        (["--methods", "Nix"], "error: no method is called Nix; there are AGD, ASGO, ASGO.theory, "),
+        (["--methods", "Nix"], "error: no method is called Nix; there are Adafactor, "),
         (["--lr", "SGD"], "error: --lr wants METHOD=VALUE"),
         (["--backend", "nix"], "error: no backend is called nix; there are numpy, cupy, torch, jax\n"),
         (["--dtype", "int8"], "error: dtype must be one of 'float32', 'float64', got 'int8'\n"),

@@ -60,12 +60,15 @@ def failed(report: results.Report) -> list[str]:
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
 @pytest.mark.full
 def test_the_reference_passes_everything(constructor: str, name: str, dtype: str) -> None:
-    report = check(Reference(name, dtype), constructor, level=2, dtype=dtype)
+    report = check(Reference(name, dtype), constructor, level=2, dtype=dtype, deep=True)
     assert failed(report) == []
     assert report.ok
-    assert report.ran == sum(case.constructor == constructor for case in TRACES)
+    narrow = {f"its inputs are not exact in {dtype}", f"its condition numbers are beyond {dtype}"}
+    left_out = sum(r.message in narrow for r in report.results)
+    assert report.ran + left_out == sum(case.constructor == constructor for case in TRACES)
     skipped = {r.message for r in report.results if r.status == "skipped"}
-    assert skipped - {contract.ABSENT} <= {"stacks are given as several parameters"}
+    allowed = {contract.ABSENT, "stacks are given as several parameters"} | (narrow if dtype == "float32" else set())
+    assert skipped <= allowed
 
 
 @pytest.mark.deep
@@ -106,9 +109,16 @@ SHOULD = {  # mistakes that only a case of tier "should" shows
     "RMSProp": {"zero-nan"},
     "AGD": {"zero-nan"},
     "ASGO": {"newton-schulz"},
+    "Shampoo.production": {"trace-late", "trace-ignored"},
+    "EShampoo": {"graft-corrected"},
+    "SOAP": {"sort-early", "nesterov-ignored", "nesterov-same", "vectors-ignored", "layout-ignored"},
     "SAdaGrad": DECAY,
     "SShampoo": DECAY,
-    "SShampoo.practical": {"identity-outside", "eps-everywhere", "kappa-unscaled", "long-axes-preconditioned"},
+    "SShampoo.practical": {"kappa-unscaled", "long-axes-preconditioned"},
+}
+MAY = {  # and those that only a case of tier "may" shows: where nothing has been seen, the paper says something else
+    "SShampoo": {"eps-everywhere"},
+    "SShampoo.practical": {"eps-everywhere", "identity-outside"},
 }
 
 
@@ -117,6 +127,9 @@ def plant(constructor: str, flags: list[str]) -> None:
     uncaught, misnamed = [], []
     for flag in flags:
         report = check(Variant({flag}), constructor)
+        if flag in MAY.get(constructor, ()):
+            assert {r.tier for r in report.results if r.status == "failed"} == {"may"}
+            continue
         tiers = {r.tier for r in report.failures if r.gap}
         if ("should" if flag in SHOULD.get(constructor, ()) else "must") not in tiers:
             uncaught.append(flag)
@@ -234,8 +247,8 @@ def test_without_a_match_the_hints_say_what_is_seen() -> None:
     assert "Every step has the right direction and 1.375 times the right length." in said
     assert "a scalar is wrong" in text(adam(lambda t: 1 + t / 8))
     said = text(adam(cast=np.float32))
-    assert said.startswith("It is Adam as it should be: all 10 cases that ran agree, to ")
-    assert "something is computed in it" in said
+    assert said.startswith("No known mistake in Adam explains it.")
+    assert "that something is computed in single precision would explain as much" in said
 
 
 def test_a_small_error_where_the_result_jumps_is_no_single_precision() -> None:
@@ -398,7 +411,9 @@ def test_every_parameter_is_checked(old: str, new: str, caught: str) -> None:
 def test_several_parameters_are_no_mistake() -> None:
     report = check(wrap(several()), "SGD")
     assert report.ok
-    assert [r.status for r in report.results if r.id.startswith("contract/")] == ["passed"] * len(contract.CHECKS)
+    made = {r.id: r.status for r in report.results if r.id.startswith("contract/")}
+    assert made.pop("contract/closure") == "skipped"  # its step takes none
+    assert set(made.values()) == {"passed"}
     report = check(wrap(several("continue", "raise ValueError('no gradient')")), "SGD")  # loud
     assert report.ok
     assert "a parameter without a gradient raises ValueError" in report.notes
@@ -491,7 +506,7 @@ def test_torch_optimizers_and_factories() -> None:
     import torch
 
     report = check(wrap(torch.optim.Adam), "Adam")  # betas are found; its decay is coupled, and 0/0 is NaN
-    assert {r.id for r in report.failures} == {"Adam/decay", "Adam/no-eps"}
+    assert {r.id for r in report.failures} == {"Adam/decay", "Adam/changing-rate", "Adam/no-eps"}
     diagnosis = report.diagnosis
     assert diagnosis is not None
     assert [match.flags for match in diagnosis.matches] == [("decay-coupled", "zero-nan")]
@@ -503,7 +518,7 @@ def test_torch_optimizers_and_factories() -> None:
     assert {r.id for r in report.failures} == {"Adam/no-eps"}
     assert not any("states not compared" in note for note in report.notes)
     with pytest.raises(ValueError, match="has no argument 'epsilon', which eps is mapped to"):
-        subjects.arguments(make, results.config_of(FIRST["Adam"]), {"eps": "epsilon"})
+        wrap(make, names={"eps": "epsilon"})
 
 
 def test_optax_transformations() -> None:
@@ -567,8 +582,7 @@ def test_hyperparameters_reach_the_target_under_its_names() -> None:
         def __init__(self, params, lr, eps, **kwargs):
             raise AssertionError
 
-    with pytest.raises(Unsupported, match="Swallows has no argument for beta1"):
-        subjects.arguments(subjects._without_first(Swallows), config, {})
+    assert subjects.arguments(subjects._without_first(Swallows), config, {}) == dict(config)
     with pytest.raises(Unsupported, match="has no argument for side='left'"):
         subjects.arguments(lambda lr, beta1, beta2, eps, rms: None, config, {})
 
@@ -697,7 +711,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_check_says_ok(run: Any) -> None:
     result = run("mine:Right", "--method", "sgd")
     assert result.exit_code == 0, result.output
-    assert "OK: mine:Right is SGD in the" in result.output
+    assert "OK IN PART: mine:Right is SGD in 15 of 16 cases (13 of 14 of tier must)" in result.output
     assert "skipped (1): Right has no argument for nesterov" in result.output
 
 
@@ -735,7 +749,7 @@ class Bare:
     result = run("mine:Bare", "--method", "SGD")
     assert "one plain parameter" in result.output
     assert "skipped (1): the subject has no save and load" in result.output  # a check of the contract
-    assert "OK: mine:Bare is SGD in the 1 case that it runs" in result.output
+    assert "OK IN PART: mine:Bare is SGD in 1 of 16 cases (1 of " in result.output
     Path("mine.py").write_text(source.replace("self.params, self.lr", "self.params, self.rate"), encoding="utf-8")
     sys.modules.pop("mine")
     result = run("mine:Bare", "--method", "SGD")
@@ -856,10 +870,10 @@ def test_the_pages_print_what_the_command_prints(tmp_path: Path, monkeypatch: py
     (tmp_path / "my_asgo.py").write_text(source.replace(mistake, correction) + "\n\n", encoding="utf-8")
     lines = printed(right)
     assert [a for a, b in itertools.zip_longest(said_then, lines, fillvalue="") if not same(a, b)] == []
-    assert printed(["check", "recipes:make", "--method", "ASGO"])[-1].startswith("OK: ")
+    assert printed(["check", "recipes:make", "--method", "ASGO"])[-1].startswith("OK IN PART: ")
     options = ["--level", "1", "--map", "state.gram=precond", "--map", "state.m=mean", "--dtype", "float32"]
     last = printed(["check", "my_asgo:MyASGO", "--method", "ASGO", *options])
-    assert last[-1].startswith("OK: ")
+    assert last[-1].startswith("OK IN PART: ")
     assert not any("states not compared" in line for line in last)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from array_api_compat import array_namespace
-from configs import CONFIGS, Config
+from configs import CONFIGS, FIRST, Config
 from helpers import leaves
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,11 +48,17 @@ def shapes_of(method: Any) -> list[tuple[int, ...]]:
     """Shapes of every order that the method takes."""
     low, high = method.ndims
     shapes = [shape for ndim, its in SHAPES.items() if low <= ndim <= high for shape in its]
-    if getattr(method, "heads", None):
-        shapes = [shape for shape in shapes if shape[0] % method.heads == 0]
-    if isinstance(getattr(method, "structure", ""), tuple):
-        shapes = [shape for shape in shapes if len([d for d in shape if d != 1] or [1]) == len(method.structure)]
-    return shapes
+    return [shape for shape in shapes if fits(method, shape)]
+
+
+def fits(method: Any, shape: tuple[int, ...]) -> bool:
+    """Whether `heads`, `blocks` or `structure` do."""
+    try:
+        method.init(np.zeros(shape))
+    except ValueError as error:
+        assert any(field in str(error) for field in ("heads", "blocks", "structure"))  # noqa: PT017
+        return False
+    return True
 
 
 def real_arrays(method: Any, shape: tuple[int, ...], dtype: Any = torch.float32, steps: int = 0) -> dict[str, Any]:
@@ -100,6 +106,7 @@ class Recorder(TorchDispatchMode):
         "_linalg_svd": "svd",
         "linalg_cholesky_ex": "cholesky",
         "_linalg_solve_ex": "solve",
+        "linalg_qr": "qr",
     }
 
     def __init__(self) -> None:
@@ -120,6 +127,10 @@ def measured(method: Any, shape: tuple[int, ...], due: Any) -> tuple[int, dict[t
     param = torch.full(shape, 0.5, dtype=torch.float64)
     grad = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     state = method.init(param)
+    for seed in range(48 * (not {"factors", "bases"}.isdisjoint(state._fields))):  # until statistics have full rank
+        _, state = method.update(
+            torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), state, param
+        )
     with FlopCounterMode(display=False) as flops, Recorder() as recorder:
         method.update(grad, state, param, refresh=due, xp=array_namespace(param))
     return flops.get_total_flops(), recorder.seen
@@ -136,8 +147,9 @@ def counted(method: Any, shape: tuple[int, ...], due: Any) -> Any:
     return flops, sizes
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.full
+@pytest.mark.parametrize(
+    "config", [pytest.param(c, id=n, marks=() if n in FIRST else pytest.mark.full) for n, c in CONFIGS.items()]
+)
 def test_products_and_factorizations_are_those_that_run(config: Any) -> None:
     for shape in {config.shape, *shapes_of(config.method)}:
         for due, _ in counting.schedule(config.method.periods):
@@ -200,11 +212,9 @@ def test_wrong_periods_are_seen(wrong: tuple[int, int]) -> None:
 
 # A formula, and the same with a mistake.
 WRONG_FORMULAS = {
-    "AGD without its maximum": ('"m", "b", *(["b_max"] if method.amsgrad else [])', '"m", "b"'),
     "ASGO on the larger side": ("and m < n)\n    p, rest = (m // h", "and m >= n)\n    p, rest = (m // h"),
     "ASGO heads not counted": ("gram = (h, p, p) if", "gram = (p, p) if"),
     "ASGO root forgotten": ("stored.extend(kept)", "list(kept)"),
-    "DASGO by rows": ('Stored("v", shape[1:])', 'Stored("v", shape[:1])'),
     "Polar Express with three products": ('"polar_express": 4', '"polar_express": 3'),
     "MBF block size": ("count, s = (d1, d2) if method", "count, s = (d2, d1) if method"),
     "MBF conv blocks": ("(*lead, s, s) if method.kind", "(s, s) if method.kind"),
@@ -213,13 +223,10 @@ WRONG_FORMULAS = {
     "Shampoo unfolded wrongly": ("        products = (Product(1, d, rest", "        products = (Product(1, d, d"),
     "RFShampoo without its inverses": ('            Stored(f"inverses.{n}", (d, d), written=every),  # (9)\n', ""),
     "RFShampoo whitens every axis": ("if j != n]", "]"),
-    "IFShampoo applied once": ("Product(2, d, d, rest),  # (5)", "Product(1, d, d, rest),  # (5)"),
     "axes of size 1 kept": ("tuple(d for d in shape if d != 1) or (1,)", "shape or (1,)"),
     "sketch wider than the axis": ("    k = min(d, size)\n    fields", "    k = size\n    fields"),
     "sketch without the old rows": ("rows = k + q", "rows = q"),
     "gram64 on the larger side": ("    if d > rows:", "    if d < rows:"),
-    "practical without its graft": ('["v"] * (method.graft == "rmsprop") + ', ""),
-    "Muon on the larger side": ("p, q = min(m, n), max(m, n)", "q, p = min(m, n), max(m, n)"),
 }  # fmt: skip
 
 
@@ -384,12 +391,7 @@ def test_a_method_of_someone_else_has_a_cost() -> None:
     fifth = Fraction(1, 5)
     work = counting.count(Mine(), (8, 6))
     assert by_count(work) == (
-        {
-            "m": ((8, 6), 1, 1),
-            "pair.0": ((8, 8), 1, 1),
-            "pair.1": ((6, 6), fifth, fifth),
-            "basis": ((8, 8), 1, fifth),
-        },
+        {"m": ((8, 6), 1, 1), "pair.0": ((8, 8), 1, 1), "pair.1": ((6, 6), fifth, fifth), "basis": ((8, 8), 1, fifth)},
         {
             ("product", 8, 8, 6): 1,
             ("product", 6, 6, 8): fifth,
@@ -628,7 +630,7 @@ def test_shapes_of_a_safetensors_file(tmp_path: Any) -> None:
 REFUSED = {
     "neither": ((), "give one of --preset and --shapes"),
     "preset": (("--preset", "gpt9"), "there is no preset 'gpt9'; there are gpt2,"),
-    "method": (("--preset", "gpt2", "--method", "Azgo"), "no method is called Azgo; there are AGD"),
+    "method": (("--preset", "gpt2", "--method", "Azgo"), "no method is called Azgo; there are Adafactor"),
     "field": (("--preset", "gpt2", "--method", "ASGO(k=1)"), "ASGO has no field k; it has beta1, beta2,"),
     "value": (("--preset", "gpt2", "--method", "ASGO(every=0)"), "every must be >= 1, got 0"),
     "needs": (("--preset", "gpt2", "--method", "AdaFD"), "AdaFD needs delta"),
@@ -667,8 +669,3 @@ def test_quantities() -> None:
     ]  # fmt: skip
     assert [report.duration(x) for x in (2.0, 0.0125, 3e-7)] == ["2 s", "12.5 ms", "0.3 us"]
     assert [report.duration(x) for x in (599.0, 600.0, 2270.0, 36000.0)] == ["599 s", "10 min", "37.8 min", "10 h"]
-
-
-def test_a_method_in_any_case_of_letters() -> None:
-    assert report.parse_method("asgo(every=3)") == pr.ASGO(every=3)
-    assert report.parse_method(" asgo.Theory ") == pr.ASGO.theory()

@@ -83,10 +83,13 @@ def console_faults(text: str, folder: Path) -> list[str]:
 
 def test_the_commands_of_ones_own_method_run(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "write_your_own.md").read_text(encoding="utf-8")
-    code = BLOCK.findall(text)[0][0]
-    assert FILE.match(code)[1] == "mine.py"
-    assert len(code.splitlines()) <= 41  # with the name of the file
-    (tmp_path / "mine.py").write_text(code)
+    files = {found[1]: code for code, _ in BLOCK.findall(text) if (found := FILE.match(code))}
+    lines = {name: len(list(filter(None, code.splitlines()))) - 1 for name, code in files.items()}
+    assert [*lines] == ["signs.py", "mine.py"]
+    assert lines["signs.py"] <= 13
+    assert lines["mine.py"] <= 40
+    for name, code in files.items():
+        (tmp_path / name).write_text(code)
     assert console_faults(text, tmp_path) == []
     wrong = "```console\n$ precond-ref cost --preset gpt2 --method mine:Row\n$ precond-ref list\nmine:Rows\n```\n"
     assert len(console_faults(wrong, tmp_path)) == 2

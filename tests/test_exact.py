@@ -48,13 +48,13 @@ def test_all_methods_and_presets_and_fields_are_drawn():
 A, N = "precond_ref.methods.", "precond_ref.numerics."
 ADAM_EPS = (
     A + "baselines",
-    "k.inverse_sqrt_c2 + self.eps, xp, b",
-    "k.inverse_sqrt_c2 + 1.000000000001 * self.eps, xp, b",
+    'if self.eps_form == "uncorrected" else self.eps)',
+    'if self.eps_form == "uncorrected" else 1.000000000001 * self.eps)',
 )
 BUGS = {
     "eps 1e-12 too large": ("Adam", *ADAM_EPS),
     "exponent off by 1e-12": (
-        "Shampoo", A + "baselines", "-0.5 / len(state.grams), self.eps)\n        grams",
+        "Shampoo", A + "shampoo", "-0.5 / len(state.grams), self.eps)\n        grams",
         "-0.5000000000005 / len(state.grams), self.eps)\n        grams",
     ),
     "constant off by 1e-12": ("MBF", A + "mbf", "= 0.9, 0.999, 1e-8", "= 0.9, 0.999, 1.000000000001e-8"),
@@ -116,5 +116,5 @@ def test_command(capsys, monkeypatch):
         r"direction after update 1 differs by \S+; repeat it with (.*)\n  Adam\((.*)\)", capsys.readouterr().out
     )
     assert found is not None
-    assert found[2] == "beta1=0.5, beta2=0.5, eps=0.5"  # as simple as it can be
+    assert found[2].startswith("beta1=0.5, beta2=0.5, eps=0.5, eps_root=0.5, eps_form='corrected'")  # simple
     assert exact.main(found[1].split()) == 1

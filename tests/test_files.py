@@ -187,9 +187,9 @@ def test_shapes_that_no_model_has_are_refused(text: str, tmp_path: Path) -> None
 def folder(tmp_path: Path) -> Path:
     """A sound copy of some of the vectors, with a file of somebody else's beside it."""
     copy = tmp_path / "copy" / "v1"
-    shutil.copytree(vectors.FOLDER / "SGD", copy / "SGD")
-    shutil.copytree(vectors.FOLDER / "SGD", tmp_path / "copy" / "SGD")
-    manifest = json.loads((vectors.FOLDER / "manifest.json").read_text(encoding="utf-8"))
+    shutil.copytree(vectors.FOLDER / "v1" / "SGD", copy / "SGD")
+    shutil.copytree(vectors.FOLDER / "v1" / "SGD", tmp_path / "copy" / "SGD")
+    manifest = json.loads((vectors.FOLDER / "v1" / "manifest.json").read_text(encoding="utf-8"))
     manifest["cases"] = [entry for entry in manifest["cases"] if entry["method"] == "SGD"]
     (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     assert vectors.verify(copy) == []
@@ -245,7 +245,7 @@ def grown(folder: Path) -> None:
         file.truncate(10**12)
 
 
-PLAIN = hashlib.sha256((vectors.FOLDER / "SGD/plain.safetensors").read_bytes()).hexdigest()
+PLAIN = hashlib.sha256((vectors.FOLDER / "v1" / "SGD/plain.safetensors").read_bytes()).hexdigest()
 ABOUT = {"kappa": [10**400], "exponent": 0.5, "stale": False, "decompositions": [1]}
 HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "absolute path": (entry(file="/etc/passwd"), "file must be SGD/plain.safetensors, got /etc/passwd"),
@@ -319,7 +319,8 @@ def test_a_manifest_makes_methods_alone(constructor: str, folder: Path) -> None:
 
 def test_our_own_files_may_be_links(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link("SGD/plain.safetensors", "../SGD/plain.safetensors")(folder)
-    monkeypatch.setattr(vectors, "FOLDER", folder)
+    monkeypatch.setattr(vectors, "FOLDER", folder.parent)
+    monkeypatch.setattr(vectors, "VERSIONS", (folder.name,))
     assert vectors.verify() == []
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ import jax.numpy as jnp  # noqa: E402
 import precond_ref_jax as pj  # noqa: E402
 from precond_ref_jax import transformation as adapter  # noqa: E402
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
 LOUD = {"damping": 0.5, "decay": 0.75, "momentum": 0.5}
 JOIN = (("a/w", "a/b"), ("c/w", "c/b"))
 SHAPES = {"a": {"w": (3, 4), "b": (3,)}, "c": {"w": (3, 4), "b": (3,)}, "d": {"w": (3, 5), "b": (2,)}}
@@ -58,7 +56,7 @@ def samples(values: Any) -> dict[str, Any]:
 def train(opt: Any, params: Any, rows: list[Any], **extra: Callable[[int], Any]) -> Any:
     state = opt.init(params)
 
-    @jit
+    @jax.jit
     def step(params: Any, state: Any, grads: Any, extra: Any) -> Any:
         updates, state = opt.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state
@@ -122,7 +120,7 @@ def check_statistics_of_pseudo_gradients(lib: Any) -> None:
     method = pr.RFShampoo(beta2=0.25)
     opt = lib.scale_by(method)
     statistics = {"a/w": given["a"]["w"], "c/w": given["c"]["w"]}
-    updates, _ = jit(opt.update)(start, opt.init(start), start, statistics=statistics)
+    updates, _ = jax.jit(opt.update)(start, opt.init(start), start, statistics=statistics)
     for name in ("a", "c"):
         x = start[name]["w"]
         direction, _ = method.update(x, method.init(x), x, statistic=given[name]["w"])

@@ -15,9 +15,13 @@ REPRESENTATIVE = ("agd", "asgo", "rf_shampoo")
 
 
 def run(*arguments: str) -> None:
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     result = subprocess.run(
-        [sys.executable, __file__, *arguments], env=os.environ | flags, capture_output=True, text=True, check=False
+        [sys.executable, __file__, *arguments],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -41,7 +45,7 @@ def check(case: Any, axis_type: Any, lib: Any) -> None:
     import jax.numpy as jnp
     import optax
     from jax.sharding import NamedSharding, PartitionSpec
-    from test_jax_adapter import COMPILATIONS, close, jit, tree
+    from test_jax_adapter import COMPILATIONS, close, tree
 
     explicit = axis_type == jax.sharding.AxisType.Explicit
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type, axis_type))
@@ -57,7 +61,7 @@ def check(case: Any, axis_type: Any, lib: Any) -> None:
         return optax.apply_updates(params, updates), state
 
     expected, expected_state = params, opt.init(params)
-    unsharded = jit(step)
+    unsharded = jax.jit(step)
     for g in grads:
         expected, expected_state = unsharded(expected, expected_state, g)
 
@@ -76,7 +80,7 @@ def check(case: Any, axis_type: Any, lib: Any) -> None:
         types = jax.tree.map(jax.typeof, state)
         # With Auto axes the compiler would place the new state as it likes, and the next step would compile again.
         kept = None if explicit else (shardings, jax.tree.map(lambda x: x.sharding, state))
-        compiled = jit(step, donate_argnums=(0, 1), out_shardings=kept)
+        compiled = jax.jit(step, donate_argnums=(0, 1), out_shardings=kept)
         got = jax.tree.map(jnp.copy, placed)
         for i, g in enumerate(placed_grads):
             before = len(COMPILATIONS)
@@ -85,7 +89,7 @@ def check(case: Any, axis_type: Any, lib: Any) -> None:
         assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), got, shardings))
         if explicit:
             assert jax.tree.map(jax.typeof, state) == types
-            fresh = jit(opt.init)(placed)  # zeros made while tracing have the type of those made eagerly
+            fresh = jax.jit(opt.init)(placed)  # zeros made while tracing have the type of those made eagerly
             assert jax.tree.map(jax.typeof, fresh) == types
         close(jax.device_get((got, state)), jax.device_get((expected, expected_state)), 1e-12)
 

@@ -123,11 +123,7 @@ def test_wheel_content(wheel, check_wheel, capsys):
 def test_wheel_holds_every_file_of_the_packages(wheel):
     with zipfile.ZipFile(wheel) as archive:
         shipped = set(archive.namelist())
-    for folder, package in (
-        ("", "precond_ref"),
-        ("adapters", "precond_ref_torch"),
-        ("adapters", "precond_ref_jax"),
-    ):
+    for folder, package in (("", "precond_ref"), ("adapters", "precond_ref_torch"), ("adapters", "precond_ref_jax")):
         base = ROOT / folder
         files = {path.relative_to(base).as_posix() for path in (base / package).rglob("*") if path.is_file()}
         assert {name for name in files if "__pycache__" not in name} <= shipped

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from mutation import mutated
 import precond_ref as pr
 import precond_ref_jax
 import precond_ref_torch as pt
-from precond_ref import registry
+from precond_ref import protocol, registry
 from precond_ref.compare import rates
+from precond_ref.fields import nearest
 from precond_ref.methods import asgo
 from precond_ref.registry import constructors, parse, parse_list
 from precond_ref_torch import optimizer, states
@@ -177,7 +179,7 @@ def test_checks_of_texts_catch(bug: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Nothing", "no method is called Nothing; there are AGD, ASGO, ASGO.theory"),
+        ("Nothing", "no method is called Nothing; there are Adafactor"),
         ("_Sketched", "no method is called _Sketched"),
         ("", "no method is called ;"),
         ("ASGO(1)", "must be like 'SShampoo(size=64, every=10)': fields are given by name"),
@@ -222,7 +224,7 @@ def test_names_of_the_package() -> None:
         fields = {"size": 2, "delta": 0.25, "learning_rate": 0.5}
         made = parse(name).made(**fields)
         assert registry.class_of(made.name) is type(made)
-        assert made.name == (name if isinstance(make, type) else name.partition(".")[0])
+        assert made.name == name if isinstance(make, type) else made.name.split(".")[0] == name.split(".")[0]
     old = {"ASGOTheory": "ASGO.theory", "DASGOTheory": "DASGO.theory", "SShampooPractical": "SShampoo.practical"}
     assert {name: registry.class_of(name).name for name in old} == old
     assert all(set(name).isdisjoint(".:_") for name in pr.list_methods())
@@ -283,7 +285,7 @@ MISTAKES = {
     "no state_type": ("state_type = S", "pass", "needs state_type, the NamedTuple class of its state"),
     "no step in the state": ("    step: Any\n", "", "whose first field is step; it has state_type = S"),
     "no state_of": ("def state_of", "def state", "M needs a function state_of(self, shape)"),
-    "no step": ("def step", "def stp", "M needs a function step(self, grad, state, param, now)"),
+    "no step": ("def step", "def move", "M needs a function step(self, grad, state, param, now)"),
     "one number of axes": ("state_type = S", "ndims = 2", "ndims of M must be two numbers, as (2, 2), got 2"),
     "no state": ("S(0, zeros(*shape))", "zeros(*shape)", "state_of of {}:M must return a S, got Spec"),
     "an array": ("zeros(*shape)", "__import__('numpy').ones(shape)", "for each array, got ndarray in entry m"),
@@ -292,6 +294,27 @@ MISTAKES = {
     "state alone": (RETURNED, "S(now.step, state.m)", TURNED + "(int, ndarray)"),
     "a dict": (RETURNED, "grad, {'step': now.step, 'm': grad}", TURNED + "(ndarray, dict)"),
     "a number": ("xp.sign(grad)", "xp.sum(grad)", "a direction of the gradient's shape (2, 3), got ()"),
+    "another dtype": (
+        "xp.sign(grad)",
+        "xp.astype(grad, now.xp.float32)",
+        "step of {}:M must return a direction of the gradient's dtype float64, got float32",
+    ),
+    "a slip in an attribute": (
+        "state_type = S",
+        "state_typ = S",
+        "M has an attribute state_typ, which no method has: is "
+        "it state_type? What is your own may begin with an underscore, or be a field",
+    ),
+    "a slip in a declared attribute": (
+        "state_type = S",
+        "state_type = S; elementwize = True",
+        "M has an attribute elementwize, which no method has: is it elementwise?",
+    ),
+    "a slip in a function": (
+        "def state_of",
+        "def satte_of",
+        "has an attribute satte_of, which no method has: is it state_of?",
+    ),
     "the old step": ("S(now.step,", "S(state.step,", "with now.step, here 1, as its step, got 0"),
     "a step more": ("S(now.step,", "S(now.step + 1,", "with now.step, here 1, as its step, got 2"),
     "fields of the state mixed up": ("S(now.step, state.m + grad)", "S(grad, now.step)", "as its step, got ndarray"),
@@ -301,7 +324,7 @@ MISTAKES = {
 def one_update(source: str) -> tuple[pr.Method, Any]:
     """The method ``M`` of a module, and its state after an update."""
     space: dict[str, Any] = {"__name__": "first"}
-    exec(source, space)
+    exec(compile(source, "first.py", "exec", dont_inherit=True), space)  # without this file's string annotations
     method, ones = space["M"](), np.ones((2, 3))
     return method, method.update(ones, method.init(ones), ones)[1]
 
@@ -313,6 +336,144 @@ def test_mistakes_of_a_first_method_are_named(mistake: str) -> None:
     with pytest.raises((TypeError, ValueError), match=re.escape(message.format("first"))):
         one_update(FIRST.replace(old, new))
     registry._CLASSES.pop("first:M", None)
+
+
+@pytest.mark.parametrize("mistake", [name for name in MISTAKES if "slip" in name])
+def test_slips_that_are_not_looked_for_are_not_named(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
+    monkeypatch.setattr(protocol, "nearest", lambda *_: [])
+    with pytest.raises((pytest.fail.Exception, AssertionError)):
+        test_mistakes_of_a_first_method_are_named(mistake)
+    registry._CLASSES.pop("first:M", None)
+
+
+def test_names_of_ones_own_are_not_refused() -> None:
+    own = (
+        "state_type = S\n    _state_typ = 1\n    steps: int = 3\n    period: float = 0.5\n    Steps = 4\n    limit = 2"
+    )
+    method, _ = one_update(FIRST.replace("state_type = S", own) + "\n    def clipped(self, x):\n        return x\n")
+    assert (method.steps, method.period, method.limit) == (3, 0.5, 2)  # type: ignore[attr-defined]
+    registry._CLASSES.pop("first:M", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "found"),
+    [
+        ("bta1", ["beta1", "beta2"], ["beta1"]),
+        ("beta", ["beta1", "beta2", "eps"], ["beta1", "beta2"]),
+        ("espilon", ["epsilon"], ["epsilon"]),
+        ("wieght_deacy", ["weight_decay"], ["weight_decay"]),
+        ("momentun", ["momentum", "momenta_x"], ["momentum"]),
+        ("eps", ["eps", "esp"], ["esp"]),
+        ("wd", ["lr"], []),
+        ("initial_lr", ["initial", "lr"], []),
+        ("max_momentum", ["momentum"], []),
+        ("role", ["root"], []),
+    ],
+)
+def test_slips(name: str, known: list[str], found: list[str]) -> None:
+    assert nearest(name, known) == found
+
+
+def test_fields_are_given_by_name() -> None:
+    message = re.escape("fields of DASGO are given by name, DASGO(beta1=..., beta2=..., eps=..., rms=...), got (0.9,)")
+    with pytest.raises(TypeError, match=message):
+        pr.DASGO(0.9)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bta1'"):
+        pr.DASGO(bta1=0.9)
+    assert registry.arguments(pr.DASGO) == ["beta1", "beta2", "eps", "rms"]
+    assert pickle.loads(pickle.dumps(pr.DASGO(eps=0.5))) == pr.DASGO(eps=0.5)
+
+
+CLASSES: dict[str, Callable[[Any], Any]] = {
+    "core": lambda cls: pr.Optimizer(cls),
+    "core's route": lambda cls: pr.Optimizer(pr.SGD(), route=lambda *_: cls).init(np.ones(3)),
+    "torch": lambda cls: pt.Optimizer([torch.nn.Parameter(torch.ones(3))], cls),
+    "torch's fallback": lambda cls: pt.ASGO([torch.nn.Parameter(torch.ones(3))], fallback=cls),
+    "torch's group": lambda cls: pt.ASGO([{"params": [torch.nn.Parameter(torch.ones(3))], "method": cls}]),
+    "JAX": lambda cls: precond_ref_jax.scale_by(cls),
+}
+
+
+@pytest.mark.parametrize("place", CLASSES)
+def test_a_class_in_the_place_of_a_method_is_named(place: str) -> None:
+    with pytest.raises(TypeError, match=re.escape("<class 'precond_ref.methods.agd.AGD'>") + ".*: that is the class, "
+                       r"an instance is AGD\(\.\.\.\)$"):  # fmt: skip
+        CLASSES[place](pr.AGD)
+    with pytest.raises(TypeError, match="got <class 'int'>(?!.* the class)"):
+        CLASSES[place](int)
+
+
+def test_what_a_class_lacks_is_said_by_jax_too() -> None:
+    space: dict[str, Any] = {"__name__": "first"}
+    exec(FIRST.replace("state_type = S", "pass"), space)
+    with pytest.raises(TypeError, match="first:M needs state_type, the NamedTuple class of its state"):
+        precond_ref_jax.scale_by(space["M"]())
+    registry._CLASSES.pop("first:M", None)
+
+
+SLIPS = {
+    "bta1": ("AGD", "AGD has no field bta1, which a group has: is it beta1?"),
+    "betas": ("Adam", "Adam has no field betas, which a group has: is it beta1 or beta2?"),
+    "wieght_decay": ("AGD", "is it weight_decay?"),
+    "fallbck": ("ASGO", "is it fallback?"),
+    "evry": ("ASGO", "is it every?"),
+    "netwrok": ("MBF.authors_code", "is it network?"),
+}
+THEIRS_KEYS = (
+    # what torch.optim.lr_scheduler, swa_utils, timm, Lightning and others keep in groups
+    "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "base_momentum", "max_momentum", "lr_scale", "lr_mult",
+    "name", "role", "fix_lr", "wd_mult", "decay_mult", "weight_decay_end", "lr_max", "weight_sum", "train_mode",
+    "r", "k", "moe", "foreach", "fused", "capturable", "differentiable",
+)  # fmt: skip
+
+
+def group_of(key: str, value: Any, method: str) -> dict[str, Any]:
+    return {"params": [torch.nn.Parameter(torch.ones(3, 3))], "method": method, key: value}
+
+
+@pytest.mark.parametrize("key", SLIPS)
+def test_a_slip_in_a_group_is_named(key: str) -> None:
+    method, message = SLIPS[key]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pt.ASGO([group_of(key, 0.5, method)])
+
+
+@pytest.mark.parametrize("key", SLIPS)
+def test_a_slip_in_a_group_that_is_not_looked_for_passes(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setattr(optimizer, "nearest", lambda *_: [])
+    pt.ASGO([group_of(key, 0.5, SLIPS[key][0])])
+
+
+def test_keys_of_schedulers_and_wrappers_are_taken() -> None:
+    needed = {"size": 2, "delta": 0.25, "learning_rate": 0.5}
+    for name, make in constructors().items():
+        group = group_of("method", name, name) | {field: needed[field] for field in registry.required(make)}
+        pt.SGD([group | dict.fromkeys(THEIRS_KEYS)])
+
+
+def test_groups_that_a_scheduler_has_changed_are_taken() -> None:
+    for make in (torch.optim.lr_scheduler.OneCycleLR, torch.optim.lr_scheduler.CyclicLR):
+        opt = pt.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.5, momentum=0.5)
+        make(opt, *((0.5, 10) if make is torch.optim.lr_scheduler.OneCycleLR else (0.1, 0.5)), cycle_momentum=True)
+        assert {"initial_lr", "max_momentum", "base_momentum"} <= opt.param_groups[0].keys()
+        again = pt.SGD([dict(group) for group in opt.param_groups])
+        assert again.param_groups[0]["initial_lr"] == opt.param_groups[0]["initial_lr"]
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_file_without_a_class_is_named() -> None:
+    with pytest.raises(ValueError, match="no method is called theirs; .*; for a class in theirs.py: theirs:Class$"):
+        parse("theirs")
+    with pytest.raises(ValueError, match=r"SOAP.nvidia$"):
+        parse("nobody")
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_map_to_what_is_no_argument() -> None:
+    for target in ("precond_ref:SGD", "torch.optim:SGD"):
+        ran = program("check", target, "--method", "SGD", "--map", "momentum=mas")
+        assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
+        assert "SGD has no argument 'mas', which momentum is mapped to; it has " in ran.stderr
 
 
 def test_a_first_method_without_mistakes() -> None:

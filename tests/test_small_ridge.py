@@ -19,7 +19,7 @@ from test_roots import U, from_mp, gap, to_mp
 
 import precond_ref as pr
 from precond_ref.conformance import tolerance
-from precond_ref.methods import asgo, baselines, mbf
+from precond_ref.methods import asgo, mbf, shampoo
 from precond_ref.numerics import roots
 from precond_ref.numerics import sketch as fd
 
@@ -450,7 +450,7 @@ def test_small_ridge(name: str) -> None:
 
 STALE = {
     "ASGO": (asgo, "(1 - self.beta2) * due if", "(1 - self.beta2) if"),
-    "Shampoo": (baselines, "weight = weight * due if", "weight = weight if"),
+    "Shampoo": (shampoo, "weight = weight * due if self.every", "weight = weight if self.every"),
     "MBF": (mbf, "own = own * (statistics_due & inverse_due)", "own = own * 1.0"),
 }
 

@@ -8,8 +8,8 @@ import pytest
 import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
+from kronecker import basis, free_entries, least_squares
 from mutation import mutated
-from root_free_oracle import basis, free_entries, least_squares
 
 from precond_ref.numerics import structured
 

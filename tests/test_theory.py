@@ -41,10 +41,7 @@ def test_no_violation_is_found_in_a_long_search(name: str) -> None:
 
 def test_search_shrinks_to_a_counterexample() -> None:
     message = r"(?s)asgo\.\w+ is violated: left .* > right .*play\('asgo_online', .*'rounds': 1,.*D"
-    lib = library(
-        "asgo",
-        ("direction = roots.apply(grad,", "direction = 2 * roots.apply(grad,"),
-    )
+    lib = library("asgo", ("direction = roots.apply(grad,", "direction = 2 * roots.apply(grad,"))
     with pytest.raises(Violation, match=message):
         search("asgo_online", 40, lib=lib)
 
@@ -107,12 +104,15 @@ def without_one(check: theory.Check) -> set[int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "family", "terms"),
-    [("agd.regret-measured", "agd_convex", {1, 2, 3, 4}), ("agd.regret-closed", "agd_falling", {1, 2})],
+    ("name", "family", "seeds", "terms"),
+    [
+        ("agd.regret-measured", "agd_convex", (2, 5, 116), {1, 2, 3, 4}),
+        ("agd.regret-closed", "agd_falling", (20, 206), {1, 2}),
+    ],
 )
-def test_agd_needs_each_term(name: str, family: str, terms: set[int]) -> None:
+def test_agd_needs_each_term(name: str, family: str, seeds: tuple[int, ...], terms: set[int]) -> None:
     needed: set[int] = set()
-    for seed in range(400):
+    for seed in seeds:
         needed |= without_one(play(family, drawn(FAMILIES[family].fields, seed))[name])
     assert needed >= terms
 
@@ -140,7 +140,7 @@ def test_asgo_stays_near_the_minimum() -> None:
         else:
             mutant = MUTANTS[name]
             lib = library(mutant.module, mutant[1:]).asgo
-        for seed in range(60):
+        for seed in range(20):
             case = drawn(FAMILIES["asgo_smooth"].fields, seed)
             objective = online.smooth("least squares", (case["m"], case["n"]), seed)
             start = objective.minimizer + np.random.default_rng(seed).standard_normal((case["m"], case["n"]))

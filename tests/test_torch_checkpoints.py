@@ -10,11 +10,7 @@ import pytest
 import torch
 from configs import CONFIGS
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch_adapter_cases import ONE_EACH, feed, forced, parameters, recorded
 
 import precond_ref_torch as pt

@@ -155,15 +155,6 @@ def test_goes_in_the_right_direction_with_schedulers(info: Info, common: Any) ->
         assert problem.train(opt, 20, *(each(opt) for each in constructors_)) < before
 
 
-def test_tensor_rate_is_the_number(info: Info) -> None:
-    one, two = Problem(), Problem()
-    rate = torch.tensor(2.0**-10)
-    one.train(info.make(one.params, **{**info.default(), "lr": 2.0**-10}), 5)
-    two.train(info.make(two.params, **{**info.default(), "lr": rate}), 5)
-    assert equal(one.weight, two.weight)
-    assert float(rate) == 2.0**-10
-
-
 def test_param_groups(info: Info) -> None:
     """Rates and decays of groups; a rate of almost nothing leaves its parameter where it is."""
     for options in info.inputs():

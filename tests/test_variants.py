@@ -9,11 +9,13 @@ import pytest
 from mutation import mutated
 
 import precond_ref as pr
-from precond_ref.conformance import variants
+from precond_ref.conformance import generated, variants
+from precond_ref.conformance.tolerance import of_case
 from precond_ref.conformance.vectors import cases, load
 from precond_ref.methods import inverse_free, mbf, root_free, sketchy
 
 TRACES = cases(kind="trace")
+SOME = [pytest.param(case, marks=pytest.mark.full if case.deep else (), id=case.id) for case in TRACES]
 CLASSES = tuple(variants.registry())
 SEEN = 1e-6  # a flag changes at least one case by more
 SAME = {("polar-express", "eps-ignored")}  # iterations that converge to the root without eps
@@ -32,7 +34,7 @@ def tensors(case_id):
 def run(case, *flags, method=None):
     given = tensors(case.id)
     method = case.make() if method is None else method
-    return variants.run(method, given["param"], given["grads"], lr=case.lr, decay=case.decay,
+    return variants.run(method, given["param"], given["grads"], lr=case.rates, decay=case.decay,
                         stack_ndim=case.stack_ndim, flags=frozenset(flags))  # fmt: skip
 
 
@@ -46,28 +48,35 @@ def distance(got, want):
         return np.max(np.linalg.norm(got - want, axis=1) / np.where(size > 0, size, 1))
 
 
+def stored(case, values):
+    """What the vectors have of a result after every step."""
+    return np.stack([generated.folded(np.asarray(values[t - 1]), case.fold) for t in case.stored])
+
+
 def departure(case, *flags):
     """How far the directions or parameters of a variant are from the truth."""
     trace, want = run(case, *flags), tensors(case.id)
-    return max(distance(trace.directions, want["directions"]), distance(trace.params, want["params"]))
+    pairs = (trace.directions, want["directions"]), (trace.params, want["params"])
+    return max(distance(stored(case, got), true) for got, true in pairs)
 
 
 def cases_of(name):
-    return [case for case in TRACES if type(case.make()).__name__ == name]
+    return [case for case in TRACES if case.make().name == name and not case.deep]
 
 
 def test_every_method_with_vectors_has_variants():
-    assert {type(case.make()).__name__ for case in TRACES} <= set(CLASSES)
+    assert {case.make().name for case in TRACES} <= set(CLASSES)
 
 
-@pytest.mark.parametrize("case", TRACES, ids=by_id)
+@pytest.mark.parametrize("case", SOME)
 def test_without_flags_it_is_the_truth(case):
     trace, want = run(case), tensors(case.id)
     states = {name.removeprefix("state.") for name in want if name.startswith("state.")}
-    assert departure(case) <= 1e-12
+    allowed = max(1e-12, *(of_case(case, "float64", t) for t in case.stored))
+    assert departure(case) <= allowed
     assert states <= trace.states[0].keys()
     for name in states:
-        assert distance(np.stack([s[name] for s in trace.states]), want[f"state.{name}"]) <= 1e-12, name
+        assert distance(stored(case, [s[name] for s in trace.states]), want[f"state.{name}"]) <= allowed, name
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -230,16 +239,16 @@ EXCHANGED = [
     ),
     (inverse_free, IF + "dense", "factor-dropped", [("(k @ unit)", "unit")]),
     (inverse_free, IF + "dense", "factor-right", [("(k @ unit)", "(unit @ k)")]),
-    (inverse_free, IF + "dense", "no-transpose", [("p = multiply(p, _t(k, xp), n, xp)", "p = multiply(p, k, n, xp)")]),
+    (inverse_free, IF + "dense", "no-transpose", [("p = multiply(p, t(k, xp), n, xp)", "p = multiply(p, k, n, xp)")]),
     # singd 0.0.5 takes blocks to be symmetric: its rmatmat and from_inner have K for K^T
     (
         inverse_free,
         IF + "block-diagonal",
         "blocks-transposed",
         [
-            ("p = multiply(p, _t(k, xp), n, xp)", "p = multiply(p, k, n, xp)"),
-            ("grams = [_t(k, xp) @ k for k in scaled]", "grams = [k @ _t(k, xp) for k in scaled]"),
-            ("multiply(u, _t(small, xp), n, xp), small", "multiply(u, small, n, xp), small"),
+            ("p = multiply(p, t(k, xp), n, xp)", "p = multiply(p, k, n, xp)"),
+            ("grams = [t(k, xp) @ k for k in scaled]", "grams = [k @ t(k, xp) for k in scaled]"),
+            ("multiply(u, t(small, xp), n, xp), small", "multiply(u, small, n, xp), small"),
         ],
     ),
     (

@@ -19,7 +19,7 @@ class Mutant(NamedTuple):
     new: str
 
 
-V = "gram = state.gram + (grad @ _t(grad, xp) if left"
+V = "gram = state.gram + (grad @ t(grad, xp) if left"
 LAM = "law = roots.Law(-1.0, self.eps, root=True)"
 LAM_ROOT = "root = roots.decompose(gram, law, xp=xp)  # (2)"
 LAM_U = "direction = roots.apply(grad, {0 if left else 1: root}, law, 1.0, xp=xp)"
@@ -86,9 +86,7 @@ MUTANTS: dict[str, Mutant] = {
         "fd", "return beyond * outside + basis @", "return 0.01 * beyond * outside + 0.01 * basis @"
     ),
     "sketch: mass not added back": Mutant(
-        "fd",
-        "xp.concat([size + shift[..., None], shift[..., None]]",
-        "xp.concat([size, 0.0 * shift[..., None]]",
+        "fd", "xp.concat([size + shift[..., None], shift[..., None]]", "xp.concat([size, 0.0 * shift[..., None]]"
     ),
     "sketch: mass forgets": Mutant(
         "fd", "else tail_decay) * sketch.escaped", "else tail_decay) * 0.5 * sketch.escaped"
@@ -122,7 +120,7 @@ MUTANTS: dict[str, Mutant] = {
     "if: twice the step": Mutant("inverse_free", "k - (self.beta2 * peak", "k - (2 * self.beta2 * peak"),
     "if: K without transpose": Mutant(
         "inverse_free",
-        "multiply(multiply(u, _t(small, xp), n, xp), small, n, xp)",
+        "multiply(multiply(u, t(small, xp), n, xp), small, n, xp)",
         "multiply(multiply(u, small, n, xp), small, n, xp)",
     ),
     "if: batch left out of H": Mutant("inverse_free", "g * sqrt(self.batch_size / g.shape[-1])", "g * 1.0"),
@@ -167,328 +165,65 @@ def library(module: str, *changes: tuple[str, str]) -> Any:
 
 
 CAUGHT: dict[str, dict[str, int]] = {
-    "agd.identity": {
-        "agd: no momentum kept": 0,
-        "agd: no steps": 0,
-        "agd: delta added": 0,
-        "agd: delta not corrected": 0,
-        "agd: no first correction": 0,
-        "agd: no second correction": 0,
-        "agd: old momentum": 0,
-    },
-    "agd.regret-measured": {
-        "agd: doubled": 5,
-        "agd: tenfold": 5,
-        "agd: no second correction": 26,
-        "agd: no steps": 40,
-        "agd: a hundredth": 40,
-    },
-    "agd.regret-closed": {
-        "agd: no steps": 605,
-    },
-    "agd.root": {
-        "agd: heavy ball": 6,
-        "agd: sum of squares": 0,
-    },
-    "agd.regret-closed-varying": {
-        "agd: no steps": 605,
-    },
-    "agd.gradients": {
-        "agd: no steps": 0,
-        "agd: delta not corrected": 0,
-        "agd: no second correction": 0,
-        "agd: a hundredth": 0,
-        "agd: ascent": 0,
-    },
-    "agd.least-gradient": {
-        "agd: no steps": 0,
-        "agd: a hundredth": 0,
-        "agd: delta not corrected": 9,
-        "agd: ascent": 17,
-        "agd: no threshold": 27,
-    },
-    "agd.gradients-noisy": {
-        "agd: no steps": 3,
-        "agd: no threshold": 3,
-        "agd: tenfold": 3,
-        "agd: a hundredth": 3,
-        "agd: ascent": 3,
-    },
-    "asgo.energy": {
-        "asgo: exponent -1/4": 0,
-        "asgo: exponent -1": 0,
-        "asgo: eps under the root": 0,
-        "asgo: average": 0,
-        "asgo: no memory": 0,
-    },
-    "asgo.diagonal-energy": {
-        "dasgo: eps under the root": 0,
-        "dasgo: average": 0,
-        "dasgo: no memory": 0,
-        "dasgo: exponent -1": 0,
-    },
-    "asgo.drift": {
-        "asgo: exponent -1": 0,
-        "asgo: average": 0,
-        "asgo: no memory": 0,
-        "asgo: V_{t-1}": 0,
-        "asgo: doubled": 0,
-    },
-    "asgo.monotone": {
-        "asgo: average": 0,
-        "asgo: no memory": 0,
-    },
-    "asgo.regret": {
-        "asgo: exponent -1": 5,
-        "asgo: average": 13,
-        "asgo: no memory": 13,
-        "asgo: exponent -1/4": 58,
-    },
-    "asgo.regret-sharper": {
-        "asgo: ascent": 0,
-        "asgo: exponent -1": 5,
-        "asgo: V fourfold": 5,
-        "asgo: V_{t-1}": 6,
-        "asgo: exponent -1/4": 18,
-    },
-    "asgo.step": {
-        "asgo: exponent -1": 0,
-        "asgo: average": 0,
-        "asgo: V_{t-1}": 0,
-        "asgo: diagonal of V": 0,
-        "asgo: doubled": 0,
-    },
-    "asgo.nonsmooth": {
-        "asgo: exponent -1": 2,
-        "asgo: no memory": 13,
-        "asgo: average": 52,
-    },
-    "asgo.nonsmooth-rate": {
-        "asgo: exponent -1": 11,
-        "asgo: no memory": 37,
-        "asgo: average": 52,
-    },
-    "asgo.smooth": {
-        "asgo: average": 0,
-        "asgo: no memory": 0,
-        "asgo: exponent -1": 7,
-        "asgo: exponent -1/4": 14,
-        "asgo: V fourfold": 62,
-    },
-    "asgo.noisy": {
-        "asgo: average": 2,
-        "asgo: no memory": 2,
-        "asgo: exponent -1": 5,
-        "asgo: V fourfold": 15,
-        "asgo: exponent -1/4": 29,
-    },
-    "asgo.shampoo": {
-        "asgo: V fourfold": 1,
-    },
-    "asgo.rank": {
-        "asgo: V fourfold": 0,
-    },
-    "asgo.row-regret": {
-        "dasgo: eps under the root": 0,
-        "dasgo: exponent -1": 0,
-        "dasgo: no memory": 12,
-        "dasgo: average": 13,
-    },
-    "sgd.regret": {
-        "sgd: doubled": 6,
-        "sgd: ascent": 18,
-    },
-    "mbf.residual": {
-        "mbf: square root": 0,
-        "mbf: damping left out": 0,
-        "mbf: samples summed": 0,
-        "mbf: damping tenfold": 0,
-        "mbf: doubled": 0,
-    },
-    "mbf.contraction": {
-        "mbf: ascent": 0,
-        "mbf: samples summed": 1,
-        "mbf: damping tenfold": 1,
-        "mbf: square root": 3,
-        "mbf: doubled": 3,
-    },
-    "mbf.two-layer": {
-        "mbf: square root": 0,
-        "mbf: ascent": 0,
-        "mbf: damping tenfold": 1,
-        "mbf: samples summed": 57,
-    },
-    "mbf.radius": {
-        "mbf: damping left out": 1,
-        "mbf: ascent": 4,
-    },
-    "mbf.descent": {
-        "mbf: damping left out of the inverse kept": 0,
-        "mbf: ascent": 0,
-        "mbf: doubled": 4,
-        "mbf: square root kept": 10,
-    },
-    "mbf.descent-by-gradient": {
-        "mbf: square root kept": 0,
-        "mbf: damping left out of the inverse kept": 0,
-        "mbf: damping of the inverse kept tenfold": 0,
-        "mbf: ascent": 0,
-        "mbf: doubled": 4,
-    },
-    "mbf.linear-rate": {
-        "mbf: square root kept": 0,
-        "mbf: damping left out of the inverse kept": 0,
-        "mbf: damping of the inverse kept tenfold": 0,
-        "mbf: ascent": 0,
-        "mbf: doubled": 4,
-    },
-    "rf.step": {
-        "rf: old s": 1,
-        "rf: square root": 1,
-        "rf: batch left out": 3,
-    },
-    "rf.constant": {
-        "rf: batch left out": 0,
-        "rf: sum": 0,
-    },
-    "rf.newton": {
-        "rf: square root": 0,
-    },
-    "rf.floor": {
-        "rf: S forgets twice": 0,
-    },
-    "if.clip": {
-        "if: no clip": 2,
-        "if: K m on the wrong side": 2,
-        "if: twice the step": 2,
-    },
-    "if.change": {
-        "if: twice the step": 0,
-        "if: no clip": 2,
-        "if: K m on the wrong side": 2,
-    },
-    "if.descent": {
-        "if: K without transpose": 2,
-    },
-    "rf.stationary": {
-        "rf: S forgets twice": 0,
-        "if: damping left out": 2,
-        "rf: batch left out of H": 12,
-        "if: batch left out of H": 7,
-    },
-    "sketch.lower": {
-        "sketch: new rows doubled": 1,
-        "sketch: eps onto the stored eigenvalues": 1,
-    },
-    "sketch.error": {
-        "sketch: cut at the smallest": 0,
-        "sketch: mass is a singular value": 0,
-        "sketch: mass halved": 0,
-        "sketch: mass forgets": 0,
-        "sketch: mass left out of sum": 0,
-        "sketch: singular values deflated": 5,
-    },
-    "sketch.mass": {
-        "sketch: tail not decayed": 0,
-        "sketch: not deflated": 0,
-        "sketch: mass doubled": 0,
-        "sketch: new rows doubled": 0,
-        "sketch: tail decayed by sqrt(beta2)": 3,
-    },
-    "sketch.growth": {
-        "sketch: cut at the smallest": 0,
-        "sketch: mass is a singular value": 0,
-        "sketch: mass halved": 0,
-        "sketch: mass forgets": 0,
-        "sketch: mass left out of sum": 0,
-    },
-    "sketch.trace": {
-        "sketch: tail not decayed": 0,
-        "sketch: tail decayed by sqrt(beta2)": 0,
-        "sketch: not deflated": 0,
-        "sketch: mass is a singular value": 0,
-        "sketch: mass halved": 0,
-    },
-    "sketch.eigenvalues": {
-        "sketch: new rows doubled": 1,
-        "sketch: eps onto the stored eigenvalues": 1,
-    },
-    "sketch.rank": {
-        "sketch: cut one later": 0,
-        "sketch: cut at the smallest": 0,
-        "sketch: not deflated": 0,
-        "sketch: eps onto the stored eigenvalues": 0,
-    },
-    "sketch.exact": {
-        "sketch: decayed by beta2 in the root": 1,
-        "sketch: new rows doubled": 1,
-        "sketch: eps onto the stored eigenvalues": 1,
-        "sketch: tail not decayed": 5,
-        "sketch: tail decayed by sqrt(beta2)": 5,
-    },
-    "sketch.low-rank": {
-        "sketch: eps onto the stored eigenvalues": 36,
-    },
-    "sketch.root-trace": {
-        "sketch: new rows doubled": 1,
-        "sketch: eps onto the stored eigenvalues": 1,
-        "sketch: tail not decayed": 3,
-        "sketch: tail decayed by sqrt(beta2)": 5,
-        "sketch: not deflated": 5,
-    },
-    "sadagrad.quadratic": {
-        "sketch: mass halved": 0,
-        "sketch: mass forgets": 0,
-        "sketch: mass left out of sum": 0,
-        "sketch: mass is a singular value": 25,
-    },
-    "sadagrad.regret-by-sketch": {
-        "sketch: mass not added back": 0,
-        "sketch: ascent": 5,
-        "sketch: a hundredth": 11,
-        "sketch: exponent halved": 13,
-        "sketch: fourfold": 13,
-    },
-    "sadagrad.regret": {
-        "sketch: ascent": 5,
-        "sketch: a hundredth": 11,
-        "sketch: fourfold": 13,
-        "sketch: exponent halved": 28,
-        "sketch: mass not added back": 31,
-    },
-    "sadagrad.theorem-3": {
-        "sketch: ascent": 5,
-        "sketch: a hundredth": 29,
-        "sketch: fourfold": 13,
-        "sketch: exponent halved": 28,
-    },
-    "sadagrad.corollary-4": {
-        "sketch: ascent": 5,
-        "sketch: a hundredth": 29,
-        "sketch: fourfold": 13,
-        "sketch: exponent halved": 28,
-        "sketch: mass not added back": 31,
-    },
-    "sshampoo.quadratic": {
-        "sketch: mass halved": 1,
-        "sketch: mass forgets": 1,
-        "sketch: exponent halved": 1,
-        "sketch: doubled": 1,
-        "sketch: fourfold": 1,
-    },
-    "sshampoo.root-trace": {
-        "sketch: new rows doubled": 2,
-        "sketch: eps onto the stored eigenvalues": 2,
-    },
-    "sshampoo.regret": {
-        "sketch: mass not added back": 1,
-        "sketch: a hundredth": 11,
-        "sketch: mass left out of sum": 121,
-    },
-    "sshampoo.theorem-5": {
-        "sketch: a hundredth": 11,
-    },
-}
+    "agd.identity": {"agd: no momentum kept": 0, "agd: no first correction": 0, "agd: delta added": 0,
+                     "agd: old momentum": 0},
+    "agd.regret-measured": {"agd: doubled": 5, "agd: tenfold": 5, "agd: no second correction": 26, "agd: no steps": 40},
+    "agd.regret-closed": {"agd: no steps": 605},
+    "agd.root": {"agd: heavy ball": 6, "agd: sum of squares": 0},
+    "agd.regret-closed-varying": {"agd: no steps": 605},
+    "agd.gradients": {"agd: no steps": 0, "agd: delta not corrected": 0, "agd: no second correction": 0},
+    "agd.least-gradient": {"agd: no steps": 0, "agd: a hundredth": 0, "agd: delta not corrected": 9, "agd: ascent": 17},
+    "agd.gradients-noisy": {"agd: no steps": 3, "agd: no threshold": 3, "agd: tenfold": 3, "agd: a hundredth": 3},
+    "asgo.energy": {"asgo: exponent -1/4": 0, "asgo: exponent -1": 0, "asgo: eps under the root": 0},
+    "asgo.diagonal-energy": {"dasgo: eps under the root": 0, "dasgo: average": 0, "dasgo: no memory": 0},
+    "asgo.drift": {"asgo: average": 0, "asgo: no memory": 0, "asgo: V_{t-1}": 0, "asgo: doubled": 0},
+    "asgo.monotone": {"asgo: average": 0, "asgo: no memory": 0},
+    "asgo.regret": {"asgo: exponent -1": 5, "asgo: average": 13, "asgo: no memory": 13, "asgo: exponent -1/4": 58},
+    "asgo.regret-sharper": {"asgo: ascent": 0, "asgo: exponent -1": 5, "asgo: V fourfold": 5, "asgo: V_{t-1}": 6},
+    "asgo.step": {"asgo: exponent -1": 0, "asgo: average": 0, "asgo: V_{t-1}": 0, "asgo: diagonal of V": 0},
+    "asgo.nonsmooth": {"asgo: exponent -1": 2, "asgo: no memory": 13, "asgo: average": 52},
+    "asgo.nonsmooth-rate": {"asgo: exponent -1": 11, "asgo: no memory": 37, "asgo: average": 52},
+    "asgo.smooth": {"asgo: average": 0, "asgo: no memory": 0, "asgo: exponent -1": 7, "asgo: exponent -1/4": 14},
+    "asgo.noisy": {"asgo: average": 2, "asgo: no memory": 2, "asgo: exponent -1": 5, "asgo: V fourfold": 15},
+    "asgo.shampoo": {"asgo: V fourfold": 1},
+    "asgo.rank": {"asgo: V fourfold": 0},
+    "asgo.row-regret": {"dasgo: eps under the root": 0, "dasgo: exponent -1": 0, "dasgo: no memory": 12},
+    "sgd.regret": {"sgd: doubled": 6, "sgd: ascent": 18},
+    "mbf.residual": {"mbf: square root": 0, "mbf: damping left out": 0, "mbf: samples summed": 0, "mbf: doubled": 0},
+    "mbf.contraction": {"mbf: ascent": 0, "mbf: samples summed": 1, "mbf: damping tenfold": 1, "mbf: square root": 3},
+    "mbf.two-layer": {"mbf: square root": 0, "mbf: ascent": 0, "mbf: damping tenfold": 1, "mbf: samples summed": 57},
+    "mbf.radius": {"mbf: damping left out": 1, "mbf: ascent": 4},
+    "mbf.descent": {"mbf: damping left out of the inverse kept": 0, "mbf: ascent": 0, "mbf: doubled": 4},
+    "mbf.descent-by-gradient": {"mbf: square root kept": 0, "mbf: damping of the inverse kept tenfold": 0},
+    "mbf.linear-rate": {"mbf: square root kept": 0, "mbf: damping left out of the inverse kept": 0, "mbf: ascent": 0},
+    "rf.step": {"rf: old s": 1, "rf: square root": 1, "rf: batch left out": 3},
+    "rf.constant": {"rf: batch left out": 0, "rf: sum": 0},
+    "rf.newton": {"rf: square root": 0},
+    "rf.floor": {"rf: S forgets twice": 0},
+    "if.clip": {"if: no clip": 2, "if: K m on the wrong side": 2, "if: twice the step": 2},
+    "if.change": {"if: twice the step": 0, "if: no clip": 2, "if: K m on the wrong side": 2},
+    "if.descent": {"if: K without transpose": 2},
+    "rf.stationary": {"if: damping left out": 2, "rf: batch left out of H": 12, "if: batch left out of H": 7},
+    "sketch.lower": {"sketch: new rows doubled": 1, "sketch: eps onto the stored eigenvalues": 1},
+    "sketch.error": {"sketch: mass is a singular value": 0, "sketch: singular values deflated": 5},
+    "sketch.mass": {"sketch: tail not decayed": 0, "sketch: not deflated": 0, "sketch: mass doubled": 0},
+    "sketch.growth": {"sketch: cut at the smallest": 0, "sketch: mass is a singular value": 0},
+    "sketch.trace": {"sketch: tail not decayed": 0, "sketch: tail decayed by sqrt(beta2)": 0, "sketch: mass halved": 0},
+    "sketch.eigenvalues": {"sketch: new rows doubled": 1, "sketch: eps onto the stored eigenvalues": 1},
+    "sketch.rank": {"sketch: cut one later": 0, "sketch: cut at the smallest": 0, "sketch: not deflated": 0},
+    "sketch.exact": {"sketch: decayed by beta2 in the root": 1, "sketch: new rows doubled": 1},
+    "sketch.low-rank": {"sketch: eps onto the stored eigenvalues": 36},
+    "sketch.root-trace": {"sketch: new rows doubled": 1, "sketch: eps onto the stored eigenvalues": 1},
+    "sadagrad.quadratic": {"sketch: mass halved": 0, "sketch: mass forgets": 0, "sketch: mass left out of sum": 0},
+    "sadagrad.regret-by-sketch": {"sketch: mass not added back": 0, "sketch: ascent": 5, "sketch: a hundredth": 11},
+    "sadagrad.regret": {"sketch: ascent": 5, "sketch: a hundredth": 11, "sketch: fourfold": 13},
+    "sadagrad.theorem-3": {"sketch: ascent": 5, "sketch: a hundredth": 29, "sketch: fourfold": 13},
+    "sadagrad.corollary-4": {"sketch: ascent": 5, "sketch: a hundredth": 29, "sketch: fourfold": 13},
+    "sshampoo.quadratic": {"sketch: mass forgets": 1, "sketch: exponent halved": 1, "sketch: doubled": 1},
+    "sshampoo.root-trace": {"sketch: new rows doubled": 2, "sketch: eps onto the stored eigenvalues": 2},
+    "sshampoo.regret": {"sketch: mass not added back": 1, "sketch: a hundredth": 11},
+    "sshampoo.theorem-5": {"sketch: a hundredth": 11},
+}  # fmt: skip
 """Mutants that violate a statement, with the seed of an instance (see `main`); not all that do."""
 
 BLIND = {
@@ -526,7 +261,7 @@ def main() -> None:
         for name, seed in violations(planted, range(80)).items():
             table[name][planted] = seed
     for name, them in table.items():
-        print(f"    {name!r}: {dict(sorted(them.items(), key=lambda item: item[1])[:5])},")
+        print(f"    {name!r}: {dict(sorted(them.items(), key=lambda item: item[1])[:3])},")
 
 
 if __name__ == "__main__":

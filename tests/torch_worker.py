@@ -14,11 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from configs import CONFIGS
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -164,10 +160,7 @@ def per_sample_distance(rank: int, world: int) -> tuple[float, float]:
     for group in (dist.group.WORLD, None):
         model, single = copies()
         wrapped = nn.parallel.DistributedDataParallel(model)
-        for net, run, samples in (
-            (model, wrapped, batches[:, 2 * rank : 2 * rank + 2]),
-            (single, single, batches),
-        ):
+        for net, run, samples in ((model, wrapped, batches[:, 2 * rank : 2 * rank + 2]), (single, single, batches)):
             method = ONE_EACH["MBF"].method
             opt = pt.Optimizer(pt.param_groups_for(net, method="MBF"), method, lr=0.125)
             with pt.PerSampleStatistics(net, opt, process_group=group if net is model else None) as statistics:

@@ -8,7 +8,7 @@ from email.parser import Parser
 from pathlib import Path, PurePosixPath
 
 PACKAGES = frozenset({"precond_ref", "precond_ref_torch", "precond_ref_jax"})
-MANIFEST = "precond_ref/conformance/vectors/v1/manifest.json"
+MANIFESTS = [f"precond_ref/conformance/vectors/{version}/manifest.json" for version in ("v1", "v2")]
 PYTEST_DOOR = "precond_ref/conformance/test_subject.py"
 """The one file of tests that is shipped: it tests the user's optimizer."""
 DATA = [
@@ -16,7 +16,7 @@ DATA = [
     "precond_ref/problems/data/digits.csv.gz",
     "precond_ref/problems/data/digits-licence.txt",
     "precond_ref/conformance/schema.json",
-    MANIFEST,
+    *MANIFESTS,
 ]
 CORE = ["array-api-compat"]
 
@@ -35,9 +35,9 @@ def faults(wheel: Path) -> list[str]:
         }
 
         vectors = []
-        if MANIFEST in names:
-            entries = json.loads(archive.read(MANIFEST))["cases"]
-            vectors = [str(PurePosixPath(MANIFEST).parent / entry["file"]) for entry in entries if "file" in entry]
+        for manifest in MANIFESTS:
+            entries = json.loads(archive.read(manifest))["cases"] if manifest in names else []
+            vectors += [str(PurePosixPath(manifest).parent / entry["file"]) for entry in entries if "file" in entry]
 
     found = []
     packages = {name.partition("/")[0] for name in names} - info

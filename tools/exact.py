@@ -95,8 +95,36 @@ def _structure(r: random.Random) -> str:
                      f"hierarchical({a},{b})"])  # fmt: skip
 
 
+LAYOUTS = ("matrix", "matrix", "matrix", "flatten", "batch", ((0,), (1,)), ((2, 0), (1,)), ((0,), (2, 1)))
+"""Of Muon."""
+
+
+def _coefficients(r: random.Random) -> Any:
+    names = ["jordan", "quintic5", "polar_express", "dion", "cans", "classical", "deepseekv4", "cubic5", "aol4"]
+    a, c = r.uniform(2, 4), r.uniform(0, 2)
+    row = (a, r.uniform(0.3, 1.2) - a - c, c)  # 1 goes to something near: others grow beyond all digits
+    return r.choice([*names, row, (row, (1.875, -1.25, 0.375))])
+
+
 FIELDS: dict[str, Callable[[random.Random], Any]] = {
     **dict.fromkeys(("beta1", "momentum", "riemannian_momentum"), _decay),
+    **dict.fromkeys(("decay_rate", "beta2_cap"), lambda r: r.choice([_decay(r), 1.0])),
+    **dict.fromkeys(("eps1", "eps2"), lambda r: r.choice([_small(r), _small(r), _small(r), None])),
+    "shampoo_beta": lambda r: r.choice([None, _decay(r)]),
+    "clamp": _one_of(None, 1, 11, 4000),
+    "inner": _one_of("shampoo", "adam"),
+    "exponent": lambda r: r.choice([None, 0.5, 0.25, r.uniform(0.1, 1)]),
+    "eps_root": _small,
+    "momentum_decay": lambda r: r.choice([None, _small(r), _small(r)]),
+    "amsgrad": lambda r: r.choice([None, "uncorrected", "corrected", True, False]),
+    "nesterov": lambda r: r.choice([None, "constant", "scheduled", True, False]),
+    "bias_correction": lambda r: r.choice(["both", "second", "none", True, False]),
+    "decay_schedule": _one_of("power", "adam"),
+    "decay_offset": _up_to(3, 0),
+    "momentum_of": _one_of("step", "update"),
+    "factored_axes": _one_of("last", "largest", "leading", None),
+    "min_size": _up_to(4, 0),
+    "eps_form": _one_of("square", "floor", "inside", "outside", "corrected", "uncorrected"),
     **dict.fromkeys(("beta2", "graft_beta2", "decay"), lambda r: r.choice([_decay(r), _decay(r), 1.0])),
     **dict.fromkeys(("eps", "delta", "damping", "graft_eps", "initial", "weight_decay"), _small),
     **dict.fromkeys(("every", "statistics_every", "inverse_every", "root_steps"), _up_to(4)),
@@ -105,16 +133,46 @@ FIELDS: dict[str, Callable[[random.Random], Any]] = {
     "rms": lambda r: r.choice([None, r.uniform(0.1, 2)]),
     "tail_decay": lambda r: r.choice([None, r.random(), 0.0, 1.0]),
     "size": _up_to(5),
-    "start": _up_to(3, 0),
+    "start": lambda r: r.choice([None, r.randint(0, 4), "eigh", "identity"]),
     "heads": _one_of(None, None, 1, 2, 3),
     "merge": _one_of(1, 2, 4, 6, 12, 1024),
     "side": _one_of("smaller", "left", "right"),
-    "root": _one_of("eigh", "svd", "polar_express", "newton_schulz", "coupled_newton"),
+    "root": _one_of("eigh", "svd", "polar_express", "newton_schulz", "coupled_newton", "higher_order"),
     "solver": _one_of("svd", "gram64"),
-    "graft": _one_of(None, "rmsprop", "sgd"),
+    "graft": _one_of(None, "rmsprop", "sgd", "adagrad", "adam"),
+    "exponents": lambda r: tuple(r.choice([None, 0.0, 0.25, 0.5, 1 / 6]) for _ in range(r.randint(0, 3))),
+    "ignored_axes": lambda r: tuple(i for i in range(3) if r.random() < 0.2),
+    "trace_scaling": lambda r: r.choice([0.0, r.random()]),
+    "beta3": lambda r: r.choice([None, _decay(r)]),
+    "decay_form": _one_of("decoupled", "l2"),
+    "dampening": _decay,
+    "target": _one_of(None, None, 1, 2, 3),
+    "tolerance": lambda r: r.choice([0.0, r.random() / 2]),
+    "normalize_eps": _small,
+    "max_dim": _one_of(2, 3, 4, 6, 12, 1000),
+    "iterations": _up_to(3),
+    "eps_position": _one_of("uncorrected", "corrected", "max"),
+    "basis": _one_of("qr", "eigh", "qr_meta"),
+    "order": _one_of("use_first", "update_first"),
+    "sort": _one_of("before", "after"),
+    "second_moment": _one_of("permute", "keep", "rotate"),
     "kind": _one_of("fc", "conv", "diagonal"),
-    "layout": _one_of("per_output", "per_input", "contiguous"),
+    "layout": _one_of("per_output", "per_input", "contiguous", *LAYOUTS),
     "network": _one_of("autoencoder", "cnn"),
+    "nesterov_form": _one_of("weighted", "added"),
+    "momentum_form": _one_of("average", "sum"),
+    "coefficients": _coefficients,
+    "after_last": _one_of("repeat", "cycle"),
+    "normalization": _one_of("frobenius", "frobenius", "spectral", "schatten4", "aol"),
+    "normalization_factor": lambda r: r.choice([1.0, r.uniform(1, 2)]),
+    "eps_rule": _one_of("add", "max"),
+    "eps2": lambda r: 10 ** r.uniform(-3, 0),  # where an entry of O is zero, 0/0 is of what rounding has made of it
+    "compute_dtype": _one_of(None, "bfloat16"),
+    "scale": _one_of("max", "jordan", "ratio"),
+    "outputs": _one_of("rows", "columns"),
+    "blocks": _one_of(None, None, None, 1, 2, 3, (1, 1), (2, 1), (1, 3), (1, 2, 1)),
+    "statistic": _one_of("row", "short"),
+    "rescale": _one_of("norm", "rms", "none"),
     "structure": lambda r: r.choice([_structure(r), tuple(_structure(r) for _ in range(r.randint(1, 3)))]),
 }
 """What each field is drawn from; fields that are True or False are recognised by their annotation."""
@@ -144,7 +202,7 @@ def drawn(core: ModuleType, constructor: str, r: random.Random) -> Configuration
             config=config,
             shape=(*stack, *shape),
             param=seed.standard_normal((*stack, *shape)),
-            grads=_gradients(r, seed, (r.randint(1, 5), *stack, *shape)),
+            grads=_gradients(r, seed, (r.randint(1, 5), *stack, *shape), special=constructor not in BY_EIGENVECTORS),
             lr=config.get("learning_rate", r.uniform(0.05, 1)),
             decay=r.choice([0.0, r.random()]),
             stack_ndim=len(stack),
@@ -155,12 +213,46 @@ def drawn(core: ModuleType, constructor: str, r: random.Random) -> Configuration
             made(core, chosen).init(Array(exact(chosen.param)), stack_ndim=chosen.stack_ndim)
         except (ValueError, TypeError):
             continue  # refused: fields or a shape that do not go together
-        return chosen
+        if constructor in ("KLShampoo", "KLShampoo.soap") and _undetermined(chosen):
+            continue
+        if constructor not in BY_EIGENVECTORS or determined(core, chosen, shape):
+            return chosen
 
 
-def _gradients(r: random.Random, seed: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Normal numbers; sometimes a zero update, sometimes of rank one."""
+def _undetermined(c: Configuration) -> bool:
+    """Whether the first gradient leaves the eigensolver a choice: a null space of two or more dimensions on an axis."""
+    if c.config.get("start") == "identity":
+        return False
+    for index in np.ndindex(*c.shape[: c.stack_ndim]):
+        g = c.grads[(0, *index)]
+        for axis, d in enumerate(g.shape):
+            if g.any() and d - np.linalg.matrix_rank(np.moveaxis(g, axis, 0).reshape(d, -1)) > 1:
+                return True
+    return False
+
+
+BY_EIGENVECTORS = ("SOAP", "SOAP.nvidia", "EShampoo", "EShampoo.meta_soap")
+"""Of these, what is done within an eigenspace of dimension above 1 depends on the basis that is found there."""
+
+
+def determined(core: ModuleType, c: Configuration, shape: tuple[int, ...]) -> bool:
+    """Whether normal gradients leave no such eigenspace, and no 0 / 0 that is rounding over rounding."""
+    method = made(core, replace(c, as_arrays=False))
+    grams = method.state_of(shape).grams
+    blocks = grams if grams and isinstance(grams[0], tuple) else (grams,)
+    simple, spare = True, int(blocks is not grams or method.eps > 1e-6)  # a null space of one dimension
+    for block in blocks:
+        sides = [gram.shape[0] for gram in block if gram is not None]
+        entries = math.prod(sides) if None not in block else math.prod(shape)
+        simple &= all(d <= entries // d + spare for d in sides)
+    return simple and not (method.eps == 0 and getattr(method, "order", "") == "update_first")
+
+
+def _gradients(r: random.Random, seed: Any, shape: tuple[int, ...], special: bool = True) -> np.ndarray:
+    """Normal numbers; where ``special``, sometimes a zero update, sometimes of rank one."""
     grads: np.ndarray = seed.standard_normal(shape) * 10 ** r.uniform(-1, 0.5)
+    if not special:
+        return grads
     if r.random() < 0.15:
         grads[r.randrange(len(grads))] = 0
     if len(shape) > 2 and r.random() < 0.15:
@@ -202,7 +294,7 @@ def _named(state: Any, prefix: str) -> dict[str, Any]:
                 found[f"{prefix}{name}.escaped"] = value.escaped.data
         elif isinstance(value, tuple):
             found |= _named(value, f"{prefix}{name}.")
-        elif value is not None and name != "step":
+        elif value is not None and name != "step" and not prefix.startswith("state.bases."):  # whose signs are free
             found[f"{prefix}{name}"] = value.data
     return found
 
@@ -211,7 +303,7 @@ def by_variant(core: ModuleType, c: Configuration) -> Iterator[dict[str, Any]]:
     """The same by the second implementation."""
     method = made(core, replace(c, as_arrays=False))
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    trace = variants.walk(type(method).__name__, fields, exact(c.param), exact(c.grads), lr=number(c.lr),
+    trace = variants.walk(method.name, fields, exact(c.param), exact(c.grads), lr=number(c.lr),
                           decay=number(c.decay), stack_ndim=c.stack_ndim)  # fmt: skip
     for direction, param, state in zip(trace.directions, trace.params, trace.states, strict=True):
         yield {"direction": direction, "param": param, **{f"state.{name}": value for name, value in state.items()}}

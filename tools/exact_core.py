@@ -111,16 +111,36 @@ def _matrix(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: np.array(function(*(mp.matrix(a.tolist()) for a in args)).tolist(), dtype=object)
 
 
+def _qr(matrix: Any) -> tuple[Any, Any]:
+    """By Gram and Schmidt, twice; a column without anything new gives any unit vector that is orthogonal."""
+    q, r = exact(np.zeros(matrix.shape)), exact(np.zeros(matrix.shape))
+    for j in range(len(matrix)):
+        rest, size = _beyond(q[:, :j], matrix[:, j])
+        r[j, j] = size
+        if size <= TINY * arithmetic.norm(matrix[:, j]):
+            rest, size = max((_beyond(q[:, :j], unit) for unit in exact(np.eye(len(matrix)))), key=lambda pair: pair[1])
+        q[:, j] = rest / size
+    return q, r  # of which the diagonal alone is right
+
+
+def _beyond(q: Any, vector: Any) -> tuple[Any, Any]:
+    """What of a vector is orthogonal to the columns of ``q``, and its length."""
+    for _ in range(2):
+        vector = vector - q @ (q.T @ vector) if q.shape[1] else vector
+    return vector, arithmetic.norm(vector)
+
+
 def _zeros(shape: tuple[int, ...], dtype: Any = FLOAT, device: Any = None) -> Any:
     return Array(exact(np.zeros(shape)) if dtype == FLOAT else np.zeros(shape, dtype))
 
 
 NUMPY = ("abs", "sum", "max", "min", "all", "mean", "logical_and", "reshape", "moveaxis", "expand_dims", "take", "tril",
-         "triu")  # fmt: skip
+         "triu", "flip", "any", "sign")  # fmt: skip
 NAMESPACE = ModuleType("exact_core.NAMESPACE")
 vars(NAMESPACE).update(
     float32=FLOAT,
     float64=FLOAT,
+    bfloat16=FLOAT,
     int32=np.dtype(np.int32),
     isdtype=lambda dtype, kind: kind == "real floating" and dtype == FLOAT,
     finfo=lambda dtype: INFO,
@@ -137,13 +157,16 @@ vars(NAMESPACE).update(
     expm1=_each(mp.expm1),
     isfinite=_each(mp.isfinite, bool),
     concat=_wrapped(np.concatenate),
+    permute_dims=_wrapped(np.transpose),
     matrix_transpose=_wrapped(lambda x: np.swapaxes(x, -1, -2)),
     **{name: _wrapped(getattr(np, name)) for name in NUMPY},
     linalg=SimpleNamespace(
         eigh=_batched(arithmetic.eigh),
         svd=_batched(arithmetic.svd),
+        qr=_batched(_qr),
         svdvals=_batched(lambda a: arithmetic.svd(a)[1]),
         solve=_batched(_matrix(lambda a, b: mp.inverse(a) * b)),
+        diagonal=_wrapped(lambda a: np.diagonal(a, axis1=-2, axis2=-1)),
         cholesky=_batched(_matrix(mp.cholesky)),
         trace=_wrapped(lambda a: np.trace(a, axis1=-2, axis2=-1)),
         matrix_power=lambda a, n: functools.reduce(operator.matmul, [a] * n),
@@ -191,7 +214,7 @@ class _Float(type):
         return isinstance(value, (float, mp.mpf))
 
     def __call__(cls, value: Any) -> Any:
-        return arithmetic.number(value)
+        return mp.mpf(value) if isinstance(value, str) else arithmetic.number(value)
 
 
 GLOBALS = {"_number": arithmetic.number, "_quotient": _quotient, "_printed": _printed, "float": _Float("float", (), {})}
@@ -259,9 +282,6 @@ def load(changes: Mapping[str, tuple[str, str]] | None = None) -> ModuleType:
             core = importlib.import_module("precond_ref")
         finally:
             sys.meta_path.remove(finder)
-        core.methods.baselines.roots.MUON = [
-            mp.mpf(text) for text in ("3.4445", "-4.775", "2.0315")
-        ]  # as in the vectors
     if finder.changes:
         raise LookupError(f"not loaded: {', '.join(finder.changes)}")
     return core

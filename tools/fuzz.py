@@ -75,8 +75,8 @@ MODERATE = ("normal", "rank one", "constant", "sparse", "zero")
 KINDS = ("normal", *MODERATE, "ill-conditioned", "mixed", "rows", "extreme", "repeat", "repeat")
 OTHER = {"numpy": "torch", "torch": "numpy"}
 XP = {"numpy": array_namespace(np.empty(0)), "torch": array_namespace(torch.empty(0))}
-BETA2 = "beta2 of .* is the weight of the new term"
-"""A warning that belongs to what is drawn."""
+BETA2 = "beta2 of .* is the weight of the new term|these coefficients send the singular value of a gradient"
+"""Warnings that belong to what is drawn."""
 RIDGES = ("eps", "delta", "damping")
 """Fields that shorten a direction."""
 
@@ -153,9 +153,19 @@ def choices(make: Callable[..., Method], name: str) -> list[str]:
     raise LookupError(f"{name} takes any string")
 
 
+TUPLES: Mapping[str, Callable[[Rng], Any]] = {
+    "exponents": lambda rng: tuple(pick(rng, (None, 0.0, 0.25, 0.5, real(rng))) for _ in range(rng.integers(4))),
+    "ignored_axes": lambda rng: tuple(int(i) for i in rng.integers(4, size=rng.integers(3))),
+    "blocks": lambda rng: pick(rng, (None, 1, 2, 3, (1, 2), (2, 2))),
+}
+"""Fields of which no message lists the values."""
+
+
 def value_of(rng: Rng, make: Callable[..., Method], parameter: inspect.Parameter) -> Any:
     """A value for an argument of ``make``, which may refuse it."""
     kind = str(parameter.annotation)
+    if parameter.name in TUPLES:
+        return TUPLES[parameter.name](rng)
     if "None" in kind and rng.random() < 0.3:
         return None
     if kind.startswith("bool"):

@@ -17,9 +17,8 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax._src.base import NO_PARAMS_MSG  # not exported, but the message that users of optax know
 
-from precond_ref.fields import is_zero
 from precond_ref.methods.baselines import Adam
-from precond_ref.protocol import Method
+from precond_ref.protocol import Method, class_hint
 from precond_ref.typing import Array
 from precond_ref_jax import OPTIONS, STATIC_ARGS
 
@@ -62,11 +61,14 @@ def scale_by(
 
     ``update(..., statistics=)`` gives methods what the core's ``update`` takes as ``statistic``, by path (the weight's,
     for a pair); ``update(..., batch_size=)`` is the value of this field of every method that has it.
-    ``update`` needs ``params`` if the method decays weights itself. Parameters of one shape are stacked for the update.
+    ``update`` needs ``params`` if the method reads them, as for a weight decay of its own. Parameters of one shape are
+    stacked for the update.
     Errors: ValueError or TypeError, with the path, for arrays that the method refuses or that do not fit together.
     """
     if not isinstance(method, Method):
-        raise TypeError(f"method must be a Method such as precond_ref.ASGO(), got {method!r}")
+        raise TypeError(f"method must be a Method such as precond_ref.ASGO(), got {method!r}{class_hint(method)}")
+    if not hasattr(method.state_type, "_fields"):
+        method.check_class()  # which says what it lacks
     if takes is not None and not callable(takes):
         raise TypeError(f"takes must be a callable (path, array) -> bool or None, got {takes!r}")
     if fallback is not None and not isinstance(fallback, optax.GradientTransformation):
@@ -141,7 +143,7 @@ def scale_by(
         return jax.tree.map(lambda x: _on_mesh(x, arrays[0]), state) if arrays else state
 
     def update(updates: Tree, state: ScaleByState, params: Tree = None, **extra_args: Any) -> tuple[Tree, ScaleByState]:
-        if params is None and not is_zero(method.weight_decay):
+        if params is None and method.reads_param:
             raise ValueError(NO_PARAMS_MSG)
         if not isinstance(state, ScaleByState) or not isinstance(state.statistics, method.state_type):
             raise TypeError(f"state must be what init of {method.name} returned, got {type(state).__name__}")
@@ -519,15 +521,14 @@ def _on_mesh(x: Array, like: Array) -> Array:
 
 
 def _like_params(method: Method) -> set[str]:
-    """State fields that are one array of the parameter's shape, seen on a parameter with all axes different."""
+    """State fields that are one array of the parameter's shape, seen on parameters with all axes different."""
     integers = [value for value in vars(method).values() if isinstance(value, int) and value > 0]
     unit = 64 * math.lcm(*integers)
     low, high = method.ndims
+    found = []
     for ndim in range(max(low, 1), min(high, 8) + 1):
         shape = tuple(unit * (2 + axis) for axis in range(ndim))
-        try:
-            state = method.state_of(shape)
-        except ValueError:  # a structure for each axis, and another number of axes
-            continue
-        return {field for field, value in state._asdict().items() if getattr(value, "shape", None) == shape}
-    return set()
+        with contextlib.suppress(ValueError):  # a structure for each axis, and another number of axes
+            state = method.state_of(shape)._asdict()
+            found.append({field for field, value in state.items() if getattr(value, "shape", None) == shape})
+    return set.intersection(*found) if found else set()

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from precond_ref import Adam, Method
+from precond_ref.fields import nearest
+from precond_ref.protocol import class_hint
 from precond_ref.registry import class_of
 from precond_ref_torch import distributed as sharding
 from precond_ref_torch import states
@@ -103,7 +105,7 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {min(unknown)!r}")
         _check_flags(flags)
         if not isinstance(method, Method):
-            raise TypeError(f"method must be a precond_ref.Method, got {method!r}")
+            raise TypeError(f"method must be a precond_ref.Method, got {method!r}{class_hint(method)}")
         encoded = states.encode(method)
         _check_names(encoded["method"])
         if weight_decay is None:
@@ -572,7 +574,8 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"loaded state dict is of {other}, this group runs {group['method']}")
             saved["method"] = group["method"]
             fields = states.field_names(group["method"])
-            saved.setdefault("join", ())  # tools that flatten a state dict lose what is empty, and make lists of tuples
+            for name in ("join", *states.empty_fields(group["method"])):
+                saved.setdefault(name, ())  # tools that flatten a state dict lose what is empty, make lists of tuples
             saved.update({name: _tuples(saved[name]) for name in ("fallback", "join", *fields) if name in saved})
             missing = [name for name in (*OPTIONS[:-3], *fields) if name not in saved]
             if missing:
@@ -818,6 +821,11 @@ def _with_method(group: Mapping[str, Any], default: str) -> dict[str, Any]:
     foreign = group.keys() & states.all_field_names() - own - arguments - set(OPTIONS)
     if foreign:
         raise ValueError(f"{name} has no field {', '.join(sorted(foreign))}; it has {', '.join(sorted(own))}")
+    for key in group.keys() - own - arguments - {*OPTIONS, *FLAGS}:
+        if meant := nearest(
+            key, {*own, *arguments, *OPTIONS} - {"params", "param_names"}
+        ):  # others are a scheduler's, such as initial_lr
+            raise ValueError(f"{name} has no field {key}, which a group has: is it {' or '.join(meant)}?")
     if "method" in group:
         _check_names(name)
         group = {**encoded, **{key: v for key, v in group.items() if key in own or key not in arguments}}
@@ -995,7 +1003,7 @@ def _plain(method: Any) -> dict[str, Any] | None:
     if method is None or isinstance(method, Mapping):
         return method if method is None else {"method": "", **method}
     if not isinstance(method, Method):
-        raise TypeError(f"fallback must be a precond_ref.Method or None, got {method!r}")
+        raise TypeError(f"fallback must be a precond_ref.Method or None, got {method!r}{class_hint(method)}")
     return states.encode(method)
 
 

@@ -119,6 +119,11 @@ def field_names(name: str) -> list[str]:
     return [f.name for f in dataclasses.fields(class_of(name))]  # type: ignore[arg-type]
 
 
+def empty_fields(name: str) -> list[str]:
+    """Those whose default is an empty tuple."""
+    return [f.name for f in dataclasses.fields(class_of(name)) if f.default == ()]  # type: ignore[arg-type]
+
+
 @lru_cache(maxsize=1)
 def all_field_names() -> frozenset[str]:
     """Fields of all methods and arguments of all presets."""

@@ -31,11 +31,11 @@ def adapter(method: str) -> Callable[[Shapes], Step]:
 
     def make(shapes: Shapes) -> Step:
         import precond_ref_torch
-        from precond_ref.cost.report import parse_method
+        from precond_ref.cost.report import SIZE
+        from precond_ref.registry import parse
 
-        return torch_step(
-            lambda params: [precond_ref_torch.Optimizer(params.items(), parse_method(method), lr=LR)], shapes
-        )
+        made = parse(method).made(size=SIZE)
+        return torch_step(lambda params: [precond_ref_torch.Optimizer(params.items(), made, lr=LR)], shapes)
 
     return make
 
@@ -287,6 +287,8 @@ OURS: dict[str, Callable[[Shapes], Step]] = {
     "Muon": _torch("Muon"),
     "Shampoo": _torch("Shampoo"),
     "Shampoo, bare": _bare(_shampoo),
+    "SOAP": _torch("SOAP"),
+    "SOAP, every step": _torch("SOAP", every=1),
     "IFShampoo": _torch("IFShampoo"),
     "IFShampoo, compile": _torch("IFShampoo", compiled=True),
     "IFShampoo, bare": _bare(_if_shampoo),

@@ -12,7 +12,8 @@ from precond_ref.bench.peers import torch_parameters
 from precond_ref.bench.workloads import Shapes
 from precond_ref.bench.workloads import shapes as workload_shapes
 from precond_ref.cost import estimate
-from precond_ref.cost.report import parse_method
+from precond_ref.cost.report import SIZE
+from precond_ref.registry import parse
 
 METHODS = {
     "matrices": ("Adam", "AGD", "ASGO", "SShampoo(size=33)", "IFShampoo", "RFShampoo", "MBF", "Shampoo", "Muon"),
@@ -51,7 +52,7 @@ def measure(workload: str, method: str, *, smoke: bool) -> Memory:
         method=method,
         parameters=4 * sum(map(math.prod, found.values())),
         measured=state,
-        formula=estimate(method, parse_method(method), found).state_bytes,
+        formula=estimate(method, parse(method).made(size=SIZE), found).state_bytes,
         torch_peak=torch_peak,
         numpy_peak=_numpy(method, found),
         jax_peak=None if "gram64" in method else _jax(method, found),
@@ -65,7 +66,7 @@ def _torch(method: str, shapes: Shapes) -> tuple[int, int | None]:
     import precond_ref_torch
 
     params, renew = torch_parameters(shapes)
-    optimizer = precond_ref_torch.Optimizer(params.items(), parse_method(method), lr=1e-4)
+    optimizer = precond_ref_torch.Optimizer(params.items(), parse(method).made(size=SIZE), lr=1e-4)
     for _ in range(2):
         renew()
         optimizer.step()
@@ -96,7 +97,7 @@ def _numpy(method: str, shapes: Shapes) -> int:
     params, grads = (
         {name: rng.standard_normal(shape, dtype="float32") for name, shape in shapes.items()} for _ in range(2)
     )
-    optimizer = Optimizer(parse_method(method), lr=1e-4)
+    optimizer = Optimizer(parse(method).made(size=SIZE), lr=1e-4)
     state = optimizer.init(params)
     tracemalloc.start()
     try:
@@ -112,7 +113,7 @@ def _jax(method: str, shapes: Shapes) -> int | None:
 
     import precond_ref_jax
 
-    optimizer: Any = precond_ref_jax.scale_by(parse_method(method))
+    optimizer: Any = precond_ref_jax.scale_by(parse(method).made(size=SIZE))
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     state = jax.eval_shape(optimizer.init, params)
 

@@ -33,6 +33,8 @@ STEPS = (
         "matrices",
         ("Shampoo", "Shampoo, bare", "pytorch_optimizer Shampoo", "pytorch_optimizer SOAP, every step"),
     ),
+    Race("SOAP, torch", "matrices", ("SOAP", "pytorch_optimizer SOAP")),
+    Race("SOAP, torch, every step", "matrices", ("SOAP, every step", "pytorch_optimizer SOAP, every step")),
     Race("IF-Shampoo, torch", "matrices", ("IFShampoo", "IFShampoo, bare", "sirfshampoo")),
     Race("IF-Shampoo, torch", "transformer", ("IFShampoo", "IFShampoo, bare", "sirfshampoo")),
     Race("S-Shampoo", "few", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),

@@ -81,6 +81,12 @@ def check_command(
     invariances: Annotated[
         bool, typer.Option("--invariances", help="Try the method's laws on made-up gradients too; needs Hypothesis.")
     ] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Make up more inputs, for minutes instead of seconds of processor time.")
+    ] = False,
+    require: Annotated[
+        str, typer.Option(metavar="must|should", help="Fail if a case of this tier is skipped; should: of must too.")
+    ] = "",
     timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="For each answer of it: being imported, beginning, one step.")
     ] = Limits().seconds,
@@ -97,18 +103,21 @@ def check_command(
     """Check an implementation of one of the methods, and say what it computes instead.
 
     Runs it on test vectors, whose results come from 50-digit arithmetic, compares each step within a derived
-    tolerance, and checks that it leaves gradients alone, can be resumed, and keeps parameters apart. If it is
-    wrong, its steps are compared with those of the known mistakes.
+    tolerance, and checks that it leaves gradients alone, can be resumed, and keeps parameters apart. Then it runs
+    beside the method on made-up inputs: long runs, large shapes, values that change. If it is wrong, its steps are
+    compared with those of the known mistakes.
 
     With --against there are no vectors: two implementations are run side by side, and a difference is shrunk to a small
     program. Both take fields in brackets; TARGET also gets those of the other.
 
     TARGET runs in a process of its own; what it prints goes to the error stream.
 
-    Exit code: 0 right, 1 wrong or not finished, 2 the command cannot be run or its report not written.
+    Exit code: 0 right, 1 wrong or not finished, 2 the command cannot be run or its report not written, 3 right except
+    at an edge, such as eps = 0 with a singular statistic.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
+        from precond_ref import registry
         from precond_ref.conformance import results, runner, subjects
         from precond_ref.conformance.isolation import Isolated
 
@@ -117,8 +126,10 @@ def check_command(
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed: {'pip install hypothesis' if error.name == 'hypothesis' else EXTRA}")
     if against is not None:
-        if target is None or method or command or level or invariances or xfails:
-            fail("--against goes with TARGET, and not with --method, --command, --level, --invariances or --xfails")
+        if target is None or method or command or level or invariances or xfails or deep or require:
+            fail(
+                "--against goes with TARGET, --map, --dtype, --backend, --examples, --seed, --json and the limits only"
+            )
         check_files(json)
         side_by_side(target, against, dtype, backend, names or [], timeout, memory, seed, examples, json)
     if not method:
@@ -147,11 +158,13 @@ def check_command(
                 target=label,
                 on_case=step,
                 invariances=invariances,
+                deep=deep,
+                require=require,
             ),
             len(runner.ids(method, level)) + 10 * invariances,
         )
     except Ended as end:  # before the first case
-        report = results.Report(subjects.method_name(method), target or "", dtype, level, ended=str(end))
+        report = results.Report(registry.parse(method).name, target or "", dtype, level, ended=str(end))
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         fail(error)
     finally:
@@ -162,7 +175,7 @@ def check_command(
     missing = [f for f in (written(report, json), printed(report, verbose)) if f]
     if missing:
         fail(f"the report cannot be written to {', '.join(missing)}")
-    raise typer.Exit(0 if report.ok else 1)
+    raise typer.Exit(0 if report.ok else 3 if report.edges else 1)
 
 
 def side_by_side(
@@ -342,16 +355,31 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
         if all(r.status == "skipped" for r in cases) and any("has no argument for" in message for message in skipped):
             verdict += "; --map OURS=THEIRS says another name of an argument, as in --map lr=step_size"
     elif report.ok:
-        cases_run = "case that it runs" if report.ran == 1 else "cases that it runs"
-        verdict = f"OK: {report.target} is {report.method} in the {report.ran} {cases_run}"
+        verdict = f"OK: {report.target} is {report.method} in {seen(report, cases)}"
         if expected := sum(r.bad for r in report.results):
             verdict += f", but for {expected} expected failure{'s' * (expected > 1)}"
+    elif report.missing and not (report.failures or report.unexpected_passes or report.unknown_xfails):
+        verdict = f"NOT ENOUGH: {report.target} is {report.method} in {seen(report, cases)}; "
+        verdict += f"--require {report.require} does not allow to skip {', '.join(report.missing)}"
     else:
-        verdict = f"WRONG: {len(report.failures)} unexpected failure{'s' * (len(report.failures) != 1)}"
+        known = f"RIGHT, except at {report.edges}" if report.edges else "WRONG"
+        verdict = f"{known}: {len(report.failures)} unexpected failure{'s' * (len(report.failures) != 1)}"
         others = len(report.unexpected_passes) + len(report.unknown_xfails)
         if others:
             verdict += f", {others} expected ones that did not fail"
+    if verdict.startswith("OK") and report.left_out("must"):
+        verdict = verdict.replace("OK", "OK IN PART", 1)
     console.print(verdict, soft_wrap=True)
+
+
+def seen(report: Report, cases: list[Result]) -> str:
+    """How much of the method was seen, in words."""
+    must = [r for r in cases if r.tier == "must"]
+    left = len(report.left_out("must"))
+    if report.ran == len(cases):
+        return f"all {len(cases)} cases"
+    part = f"{report.ran} of {len(cases)} cases"
+    return f"{part} ({len(must) - left} of {len(must)} of tier must)" if left else f"{part}, with all of tier must"
 
 
 def may(result: Result) -> bool:

@@ -126,9 +126,13 @@ def train(comparison: Comparison) -> bool:
 
 def tune_rates(problem: str | None, methods: str | None, steps: int | None) -> None:
     """Search the learning rates on one problem, or on all for which there are data and methods that fit."""
-    from precond_ref.compare import UsageError, parse_methods
+    from precond_ref.compare import UsageError
+    from precond_ref.registry import parse_list
 
-    names = None if methods is None else parse_methods(methods)
+    try:
+        names = None if methods is None else [named.text for named in parse_list(methods)]
+    except (ValueError, ImportError) as error:
+        fail(error)
     if problem is not None:
         tune_problem(problem, names, steps)
         return

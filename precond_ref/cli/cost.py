@@ -72,6 +72,7 @@ def cost_command(
     """
     from precond_ref.cost import Device, estimate
     from precond_ref.cost.shapes import read
+    from precond_ref.registry import parse
 
     if (preset is None) == (shapes is None):
         fail("give one of --preset and --shapes")
@@ -92,7 +93,7 @@ def cost_command(
         found = read(shapes) if shapes is not None else PRESETS[preset or ""]()
         device = Device(bandwidth * 1e9, matmul_rate * 1e12)
         estimates = [
-            estimate(name, report.parse_method(name), found, dtype=dtype, mesh=mesh, device=device)
+            estimate(name, parse(name).made(size=report.SIZE), found, dtype=dtype, mesh=mesh, device=device)
             for name in method or DEFAULT
         ]
         source = preset or str(shapes)

@@ -48,8 +48,8 @@ def list_command(
     listed = vectors.cases(method, tier)
     if json:
         ids = {case.id for case in listed}
-        entries = json_module.loads((vectors.FOLDER / "manifest.json").read_text(encoding="utf-8"))["cases"]
-        typer.echo(json_module.dumps([entry for entry in entries if entry["id"] in ids], indent=2))
+        entries = [{k: v for k, v in e.items() if k != "folder"} for e in vectors.entries() if e["id"] in ids]
+        typer.echo(json_module.dumps(entries, indent=2))
         return
     width = max(len(case.id) for case in listed)
     for case in listed:
@@ -57,7 +57,9 @@ def list_command(
 
 
 def verify_command(
-    folder: Annotated[Path | None, typer.Argument(help="A copy of the vectors.  [default: those installed]")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(help="A copy of one version.  [default: all that are installed]")
+    ] = None,
 ) -> None:
     """Check the files and the manifest against the rules."""
     try:
@@ -85,7 +87,7 @@ def build_command(
     except ModuleNotFoundError as error:
         fail(f'{error.name} is not installed: pip install "precond-ref[vectors]"')
     with tempfile.TemporaryDirectory() as temporary:
-        new = Path(temporary) / "v1"
+        new = Path(temporary) / "vectors"
         with progress() as bar:
             task = bar.add_task("", loss="")
             try:
@@ -95,7 +97,7 @@ def build_command(
             except KeyboardInterrupt:
                 typer.echo("interrupted: nothing was written", err=True)
                 raise typer.Exit(130) from None
-        faults = vectors.verify(new)
+        faults = [fault for version in sorted(new.iterdir()) for fault in vectors.verify(version)]
         for fault in faults:
             typer.echo(fault, err=True)
         if faults:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from precond_ref.compare.rates import parse_rates, planned, tune
-from precond_ref.compare.runs import Run, Trainer, UsageError, choose, load_problem, parse_methods
+from precond_ref.compare.runs import Run, Trainer, UsageError, choose, load_problem
 from precond_ref.problems import Problem
+from precond_ref.registry import parse_list
 
-__all__ = ["Comparison", "Run", "UsageError", "parse_methods", "prepare", "tune"]
+__all__ = ["Comparison", "Run", "UsageError", "prepare", "tune"]
 
 
 @dataclass(kw_only=True)
@@ -60,7 +61,10 @@ def prepare(
     lr: Sequence[str] = (),
 ) -> Comparison:
     """A comparison ready to train; arguments as on the command line, UsageError if they cannot be met."""
-    names = None if methods is None else parse_methods(methods)
+    try:
+        names = None if methods is None else [named.text for named in parse_list(methods)]
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
     loaded = load_problem(problem, backend, dtype, seed)
     steps = loaded.default_steps if steps is None else steps
     if steps < 1:

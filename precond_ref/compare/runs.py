@@ -13,7 +13,7 @@ from precond_ref import problems
 from precond_ref.optimizer import Optimizer
 from precond_ref.problems import Problem
 from precond_ref.protocol import Method
-from precond_ref.registry import arguments, constructors, parse, parse_list, required
+from precond_ref.registry import arguments, constructors, parse, required
 
 BACKENDS = {"numpy": "cli", "cupy": "cuda12", "torch": "torch", "jax": "jax"}
 """Array libraries by name, with the extra that installs each."""
@@ -112,14 +112,6 @@ def fields_for(make: Callable[..., Method], samples: int | None) -> dict[str, An
     if samples is not None and "batch_size" in arguments(make):
         chosen["batch_size"] = float(samples)
     return chosen
-
-
-def parse_methods(text: str) -> list[str]:
-    """Methods from a list with commas, in their right spelling."""
-    try:
-        return [named.text for named in parse_list(text)]
-    except (ValueError, ImportError) as error:
-        raise UsageError(str(error)) from error
 
 
 def choose(problem: Problem, names: Sequence[str] | None = None) -> tuple[list[Entrant], dict[str, str]]:

@@ -19,8 +19,7 @@ import numpy as np
 from precond_ref import registry
 from precond_ref.conformance import subjects, tolerance
 from precond_ref.conformance.invariance import Broken
-from precond_ref.conformance.subjects import RAISED, Config, Subject, said
-from precond_ref.protocol import Method
+from precond_ref.conformance.subjects import RAISED, Changed, Config, Subject, named, said
 
 SHAPES: tuple[tuple[int, ...], ...] = ((2, 2), (3, 2), (2, 4), (1, 3), (3,), (1,), (), (2, 3, 2))
 """Of the parameter; those are tried that both take."""
@@ -64,7 +63,7 @@ class Pair:
         tolerance.relative(dtype)  # refuses an unknown dtype
         self.first, self.second, self.dtype, self.names, self.backend = first, second, dtype, dict(names or {}), backend
         (place, own), (truth, fields) = registry.split(first), registry.split(second)
-        self.configs = configured(truth, fields, own)
+        self.configs = configured(truth, fields, own, same=place == truth)
         here = tuple(partial(_here, dtype=dtype, backend=backend, names=n) for n in (self.names, {}))
         made = starts or here
         self.subjects = made[0](place), made[1](truth)
@@ -75,7 +74,10 @@ class Pair:
         subject.init(self.configs[which], [x.copy()])
         seen = [x.astype(np.float64)]
         for g in grads:
-            seen.append(np.asarray(subject.step([np.array(g, self.dtype)])[0], np.float64))
+            given = np.array(g, self.dtype)
+            seen.append(np.asarray(subject.step([given])[0], np.float64))
+            if not np.array_equal(given, np.array(g, self.dtype), equal_nan=True):
+                raise Changed("the gradient that was given was changed in place")
         return np.stack([a - b for a, b in itertools.pairwise(seen)])
 
     def distance(self, param: Any, grads: Any) -> tuple[float, Any, np.ndarray]:
@@ -110,6 +112,9 @@ class Pair:
                 self.updates(0, np.zeros(shape), np.ones((1, *shape)))
                 usable.append(shape)
             except RAISED as error:
+                if named(error) == Changed.__name__:  # it takes the shape, and `difference` shows what it does
+                    usable.append(shape)
+                    continue
                 refused[shape] = reason = said(error)
         if not usable:
             raise ValueError(f"there is no shape that both {self.first} and {self.second} take: {reason}")
@@ -158,14 +163,19 @@ print({self.first!r}, got, {self.second!r}, want, f"{{ratio:.3g}} times the tole
 """
 
 
-def configured(place: str, fields: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[Config, Config]:
-    """What the first and the second are given: all ``fields`` of the second, and the first ``own`` in addition."""
+def configured(
+    place: str, fields: Mapping[str, Any], own: Mapping[str, Any], *, same: bool = False
+) -> tuple[Config, Config]:
+    """What the first and the second are given: all ``fields`` of the second, and the first ``own`` in addition.
+
+    The ``same`` preset twice is given the same arguments: one of its arguments need not be the field of that name.
+    """
     truth = registry.load(place, said)
     known: dict[str, Any] = dict(fields)
-    if isinstance(truth, type) and issubclass(truth, Method):
-        made = registry.Named(truth.name, truth, fields).made()
+    if registry.made_by(truth) and not same:
+        made = registry.Named(place, truth, fields).made()
         known = {name: getattr(made, name) for name in made.symbols}
-    first, second = Config({**known, "lr": LR, **own}), Config({**known, "lr": LR})
+    first, second = Config({**known, "lr": LR, **own}), Config({**fields, "lr": LR})
     first.at_default = frozenset(known.keys() - fields.keys() - own.keys())  # what it may lack
     return first, second
 

@@ -13,34 +13,43 @@ import mpmath as mp
 import numpy as np
 from safetensors.numpy import save
 
-from precond_ref.conformance import variants
+from precond_ref.conformance import generated, variants
 from precond_ref.conformance.arithmetic import DIGITS, exact, number, rounded
-from precond_ref.conformance.declarations import declared
+from precond_ref.conformance.declarations import TIERS, declared
 from precond_ref.conformance.declarations.base import Case
 from precond_ref.conformance.variants import root_free, sketchy
 
-EXPONENTS = {"ASGO": 0.5, "FullAdaGrad": 0.5, "Muon": 0.5, "Shampoo": 0.5, "SAdaGrad": 0.5, "SShampoo": 0.5,
-             "AdaFD": 1.0, "FDSON": 1.0, "RFDSON": 1.0}  # fmt: skip
+EXPONENTS = {"ASGO": 0.5, "KLShampoo": 0.5, "FullAdaGrad": 0.5, "Muon": 0.5, "NorMuon": 0.5, "AdaMuon": 0.5,
+             "Shampoo": 0.5, "SAdaGrad": 0.5, "SShampoo": 0.5, "AdaFD": 1.0, "FDSON": 1.0, "RFDSON": 1.0}  # fmt: skip
 """Total exponent p of the root by method, as in L^-1/4 G R^-1/4: 0.5; `exponent` knows the others."""
 
 
 def build(folder: Path, on_case: Callable[[str, int, int], Any] = lambda name, done, total: None) -> None:
     """Write all cases into ``folder``, which must be empty or absent; ``on_case(id, done, total)`` before each."""
     cases = declared()
-    entries = []
+    entries: dict[int, list[dict[str, Any]]] = {}
     for done, case in enumerate(cases):
         on_case(f"{case.method}/{case.name}", done, len(cases))
         with mp.workdps(DIGITS):
             entry, content = described(case)
-        entries.append(entry)
+        entries.setdefault(case.version, []).append(entry)
         if content:
-            file = folder / entry["file"]
+            file = folder / f"v{case.version}" / entry["file"]
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
-    manifest = {"version": 1, "cases": entries}
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    (folder / "manifest.json").write_text(text, encoding="utf-8", newline="\n")
+    for version, listed in entries.items():
+        place = folder / f"v{version}" / "manifest.json"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(manifest(version, listed), encoding="utf-8", newline="\n")
+
+
+def manifest(version: int, entries: list[dict[str, Any]]) -> str:
+    """Of one version; from the second on with a line for each case."""
+    if version == 1:
+        return json.dumps({"version": 1, "cases": entries}, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    lines = [json.dumps(entry, sort_keys=True, allow_nan=False, separators=(",", ":")) for entry in entries]
+    tiers = json.dumps(TIERS, sort_keys=True, indent=1)
+    return f'{{"version": {version},\n"tiers": {tiers},\n"cases": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
 def described(case: Case) -> tuple[dict[str, Any], bytes]:
@@ -63,16 +72,27 @@ def described(case: Case) -> tuple[dict[str, Any], bytes]:
     if case.kind == "trace":
         inputs = {"param": case.param, "grads": case.grads}
         entry |= {"steps": len(case.grads), "lr": case.lr, "decay": case.decay}
+        entry |= {"checkpoints": case.checkpoints} if case.checkpoints else {}
+        entry |= {"fold": case.fold} if case.fold else {}
+        entry |= {"deep": True} if case.deep else {}
+        entry |= {"generated": case.generated} if case.generated else {}
         trace = run(case)
-        outputs = {"directions": trace.directions, "params": trace.params}
-        for name in trace.states[0]:
-            outputs[f"state.{name}"] = np.stack([state[name] for state in trace.states])
+        steps = case.checkpoints or range(1, len(case.grads) + 1)
+        results = [
+            {"directions": trace.directions[t - 1], "params": trace.params[t - 1]}
+            | {f"state.{name}": value for name, value in trace.states[t - 1].items()}
+            for t in steps
+        ]
+        outputs = {
+            name: np.stack([generated.folded(np.asarray(step[name]), case.fold) for step in results])
+            for name in results[0]
+        }
         kappas, decompositions = trace.kappas, trace.decompositions
     else:
         inputs = dict(case.inputs)
         outputs, kappa, count = PRIMITIVES[case.method](case)
         kappas, decompositions = [kappa], [count]
-    tensors = {name: rounded(array) for name, array in {**inputs, **outputs}.items()}
+    tensors = {name: rounded(array) for name, array in {**inputs, **outputs}.items() if name not in case.generated}
     content = save(tensors)
     entry |= {
         "inputs": sorted(inputs),
@@ -95,13 +115,13 @@ def precise(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(case: Case) -> variants.Trace:
     """What the method does on a trace."""
-    name, _, preset = (case.constructor or case.method).partition(".")
+    constructor = case.constructor or case.method
     return variants.walk(
-        name + ("" if case.fields else preset.capitalize()),  # ASGO.theory makes an ASGOTheory
+        constructor.partition(".")[0] if case.fields else constructor,  # MBF.authors_code makes an MBF of these fields
         precise(case.fields or case.config),
         exact(case.param),
         exact(case.grads),
-        lr=number(case.lr),
+        lr=[number(rate) for rate in case.lr] if isinstance(case.lr, tuple) else number(case.lr),
         decay=number(case.decay),
         stack_ndim=case.stack_ndim,
         conditioned=True,
@@ -120,6 +140,8 @@ def exponent(case: Case) -> float:
 def stale(case: Case) -> bool:
     """Whether a root may be older than the statistic."""
     config = case.fields or case.config
+    if case.method in ("SOAP", "EShampoo") or case.constructor == "Shampoo.production":  # of another gradient
+        return True
     return bool(config.get("every", 1) > 1 or (config.get("inverse_every", 1) > 1 and config["kind"] != "diagonal"))
 
 

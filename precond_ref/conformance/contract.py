@@ -1,11 +1,15 @@
-"""What no step may do, whatever it computes: checks that need no truth, only what the subject does otherwise.
+"""What no step may do, whatever it computes, and what a few small cases cannot show.
 
 A check is a function of a `Trial` that returns what is wrong in words, or nothing. It goes into `CHECKS`, with
-what a subject must have for it; the report, the ids and the pytest door follow.
+what a subject must have for it; the report, the ids and the pytest door follow. The checks here need no truth, only
+what the subject does otherwise; those of `beside` run the reference on the same inputs.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from precond_ref.conformance import results, tolerance
-from precond_ref.conformance.subjects import RAISED, Subject, Unsupported, named, said, surroundings, words
+from precond_ref.conformance import beside, results, tolerance
+from precond_ref.conformance.beside import Nothing
+from precond_ref.conformance.subjects import RAISED, Options, Subject, Unsupported, named, said, surroundings, words
 
 if TYPE_CHECKING:
     from precond_ref.conformance.results import Report, Result
@@ -22,6 +27,20 @@ if TYPE_CHECKING:
 
 FEW = 4
 """Steps after which what parameters share, or lack, is seen."""
+RESUMED = 26
+"""Steps of a run that is interrupted half way: more than counts of one digit."""
+SAME = {"float64": 1e-11, "float32": 1e-4}
+"""Relative difference that steps of one program, begun twice, may have."""
+ENGINES = {"foreach": "_foreach_", "fused": "_fused_"}
+"""Options of torch optimizers, and how the names of the kernels begin that they choose."""
+SILENT = frozenset(
+    {"foreach", "fused", "capturable", "differentiable", "maximize", "compile", "compiled", "jit", "verbose"}
+)
+"""Options that change no step, or whose effect another check sees."""
+STEPS, ENTRIES = 12, 128
+"""Of the cases that are repeated in other circumstances."""
+SECONDS = {False: 120.0, True: 600.0}
+"""After which no more inputs are made up, by whether the check is deep; most subjects need a few seconds."""
 ABSENT = "parameter groups and parameters without a gradient, which only torch optimizers have"
 
 
@@ -60,9 +79,19 @@ class Trial:
     """What was seen on the way: gradients changed, other dtypes."""
     before: Mapping[str, str] | None
     """`surroundings` before the first case."""
+    deep: bool = False
+    """Whether more is tried: three minutes instead of fifteen seconds."""
+    narrow: bool = False
+    """Whether all cases declare products in bfloat16, too coarse for what is not a vector."""
 
     def __post_init__(self) -> None:
-        self.dtype = self.report.dtype
+        self.dtype, self.deadline = self.report.dtype, time.monotonic() + SECONDS[self.deep]
+        passed = {r.id for r in self.report.results if r.status == results.PASSED}
+        runs = [run for run in self.report.runs if run.case.steps <= STEPS and math.prod(run.case.shape) <= ENTRIES]
+        runs = [run for run in runs if not run.case.stack_ndim and not isinstance(run.case.lr, tuple)]
+        exact = [run.case for run in runs if getattr(run.case.make(), "compute_dtype", None) is None]
+        self.right = [case for case in exact if case.id in passed]
+        self.narrow = bool(runs) and not exact
         self.parts = [
             Part(
                 case=run.case,
@@ -70,14 +99,34 @@ class Trial:
                 grads=np.asarray(run.tensors["grads"]),
                 alone=run.params[:, 0],
             )
-            for run in self.report.runs
-            if not run.case.stack_ndim
+            for run in runs
         ]
 
     @property
     def longest(self) -> Part:
         """The trace of most steps."""
         return max(self.parts, key=lambda part: part.case.steps)
+
+    @property
+    def seeds(self) -> int:
+        """Inputs of a kind."""
+        return 10 if self.deep else 1
+
+    @property
+    def slow(self) -> bool:
+        """Whether each operation and each shape is compiled anew, so that fewer inputs must do."""
+        return not self.deep and "compiled" in getattr(self.subject, "features", ())
+
+    @cached_property
+    def options(self) -> Options | None:
+        """The arguments of the subject, if it tells; of our fields those that the method has."""
+        ask = getattr(self.subject, "options", None)
+        return None if ask is None else Options(*ask([*results.config_of(self.parts[0].case)]))
+
+    @property
+    def fields(self) -> set[str]:
+        """Our fields that the subject has an argument for; empty if it does not tell."""
+        return set(self.options.defaults) if self.options else set()
 
     @cached_property
     def together(self) -> list[Part]:
@@ -142,7 +191,7 @@ def purity(trial: Trial) -> str:
 def precision(trial: Trial) -> str:
     """Results of another dtype were seen in the cases; gradients read with less are seen by a small change."""
     found, part = sorted({m for m in trial.touched if m.startswith("dtype")}), trial.longest
-    if found or trial.dtype != "float64":
+    if found or trial.dtype != "float64" or part.case.config.get("compute_dtype"):
         return "; ".join(found)
     grads = np.array(part.grads)
     t = next((t for t, g in enumerate(grads[:-1]) if g.any()), None)
@@ -218,28 +267,155 @@ def nonfinite(trial: Trial) -> str:
         "comes out as NaN" if np.isnan(after).all()
         else "skips the step of its parameter" if np.array_equal(before, after)
         else "makes part of its parameter NaN" if np.isnan(after).any()
-        else "is replaced: the parameter makes a finite step"
+        else ""
     )  # fmt: skip
+    if not policy:
+        return "a NaN in the gradient is replaced: the parameter makes a finite step, and nobody hears of it"
     trial.report.notes.append(f"a NaN in the gradient {policy}")
     return ""
 
 
+def _repeated(part: Part) -> Part:
+    """The trace again and again, for `RESUMED` steps."""
+    assert part.grads is not None
+    return replace(part, grads=np.resize(part.grads, (RESUMED, *part.grads.shape[1:])), alone=None)
+
+
+def _interrupted(trial: Trial, parts: Sequence[Part], changed: bool = False) -> str:
+    """All steps, and half of them before and after saving and loading."""
+    subject: Any = trial.subject
+
+    def run(until: int, interrupt: bool) -> list[list[np.ndarray]]:
+        trial.begin(parts)
+        seen = [[np.array(part.param, trial.dtype).astype(np.float64) for part in parts]]
+        for t in range(until):
+            if changed and t == 1:
+                subject.change(lr=0.5, weight_decay=0.25)
+            if interrupt and t == until // 2:
+                saved = subject.save()
+                trial.begin(parts)
+                subject.load(saved)
+            seen.append(trial.step([part.grads[t] for part in parts]))  # type: ignore[index]
+        return seen
+
+    for t, (want, got) in enumerate(zip(run(RESUMED, False), run(RESUMED, True), strict=True)):
+        for i, (a, b) in enumerate(zip(want, got, strict=True)):
+            if not np.linalg.norm(a - b) <= SAME[trial.dtype] * np.linalg.norm(a) and not np.array_equal(
+                a, b, equal_nan=True
+            ):
+                which = f", parameter {i + 1} of {len(parts)}" * (len(parts) > 1)
+                return f"goes on differently after save and load at step {RESUMED // 2}: first at step {t}{which}"
+    return ""
+
+
 def resume(trial: Trial) -> str:
-    """Half of the trace, the other half by a fresh subject that loads what was saved."""
+    """Half of a run, the other half by a fresh subject that loads what was saved."""
     subject: Any = trial.subject
     if not (hasattr(subject, "save") and hasattr(subject, "load")):
         raise Unsupported("the subject has no save and load")
+    try:
+        found = _interrupted(trial, [_repeated(trial.together[0]), _repeated(trial.mirrored)])
+    except NotImplementedError:
+        found = _interrupted(trial, [_repeated(trial.longest)])
+    if not found and hasattr(subject, "lost"):
+        lost = subject.lost()
+        found = bool(lost) * f"the state comes back in another precision: {', '.join(lost)}"
+    return found
+
+
+def resume_values(trial: Trial) -> str:
+    """The learning rate and the weight decay of groups are changed before saving."""
+    case = next((c for c in trial.right if c.decay or c.config.get("weight_decay")), trial.longest.case)
+    part = next(part for part in trial.parts if part.case.id == case.id)
+    found = _interrupted(trial, [_repeated(part)], changed=True)
+    return (
+        found and f"with lr and weight decay changed before saving: {found}; the values of groups are in state_dict()"
+    )
+
+
+def resume_narrow(trial: Trial) -> str:
+    """A state of more precision than a bfloat16 parameter stays so."""
+    subject, part = trial.subject, trial.together[0]
+    assert part.grads is not None
+    try:
+        trial.begin([part], narrow=True)
+        for g in part.grads[:2]:
+            trial.step([g])
+        saved = subject.save()  # type: ignore[attr-defined]
+        trial.begin([part], narrow=True)
+    except RAISED:  # factorisations do not take it
+        raise Nothing from None
+    subject.load(saved)  # type: ignore[attr-defined]
+    lost = subject.lost()  # type: ignore[attr-defined]
+    return bool(lost) * (
+        f"of a bfloat16 parameter the state comes back in another precision: {', '.join(lost)}; "
+        "Optimizer.load_state_dict casts to the parameter's dtype"
+    )
+
+
+def maximize(trial: Trial) -> str:
+    """Steps with ``maximize=True`` are those for gradients of the other sign."""
+    if trial.options is None or "maximize" not in trial.options.own:
+        raise Nothing
     part = trial.longest
     assert part.grads is not None
-    half, seen = part.case.steps // 2, [part.alone[0]]  # type: ignore[index]
-    trial.begin([part])
-    seen += [trial.step([g])[0] for g in part.grads[:half]]
-    saved = subject.save()
-    trial.begin([part])
-    subject.load(saved)
-    seen += [trial.step([g])[0] for g in part.grads[half:]]
-    gap = part.gap(np.stack(seen), trial.dtype)
-    return f"goes on differently after save and load: {gap:.2g} times the tolerance" * (gap > 1)
+    seen = trial.played([replace(part, grads=-part.grads)], maximize=True)[0]
+    return "maximize=True does not make the steps for -grad" * (part.gap(seen, trial.dtype) > 1)
+
+
+def engines(trial: Trial) -> str:
+    """``foreach`` and ``fused`` run kernels of these names, and make the same steps; so does an update under jit."""
+    offered = [] if trial.options is None else [name for name in ENGINES if name in trial.options.own]
+    if "compiled" in getattr(trial.subject, "features", ()):
+        return beside.engine(trial, "under jax.jit", compiled=True)
+    if not offered:
+        raise Nothing
+    parts = [trial.together[0], trial.mirrored]
+    for name in offered:
+        others = {other: False for other in offered if other != name}
+        for value in (True, False):
+            try:
+                found = trial.departs(parts, watched=True, **others, **{name: value})
+            except RAISED as error:
+                trial.report.notes.append(f"{name}={value} raises {named(error)}")
+                continue
+            kernels = trial.subject.ran()  # type: ignore[attr-defined]
+            ran = [k for k in kernels if k.startswith(ENGINES[name])]
+            if found:
+                return f"with {name}={value}: {found}"
+            if value and not ran:
+                return f"{name}=True is ignored: no kernel ran whose name begins with {ENGINES[name]}"
+            if not value and ran:
+                return f"{name}=False is ignored: {ran[0]} ran"
+    return ""
+
+
+def options(trial: Trial) -> str:
+    """Notes: options that change nothing, and defaults that are not those of the method."""
+    if trial.options is None:
+        raise Nothing
+    part = trial.longest
+    ignored = []
+    for name, default in trial.options.own.items():
+        if name in SILENT or not isinstance(default, bool):
+            continue
+        try:
+            seen = trial.played([part], **{name: not default})[0]
+        except RAISED:
+            continue
+        if np.array_equal(seen, part.alone, equal_nan=True):  # type: ignore[arg-type]
+            ignored.append(f"{name}={not default}")
+    if ignored:
+        trial.report.notes.append(f"changes no step: {', '.join(ignored)}")
+    ours = results.defaults(trial.report.method)
+    other = [
+        f"{name} {value!r} (here {ours[name]!r})"
+        for name, value in trial.options.defaults.items()
+        if value is not None and name in ours and ours[name] != value
+    ]
+    if other:
+        trial.report.notes.append(f"defaults that differ: {', '.join(other)}")
+    raise Nothing
 
 
 def considerate(trial: Trial) -> str:
@@ -257,6 +433,10 @@ def look(subject: Any) -> Mapping[str, str] | None:
     return getattr(subject, "surroundings", surroundings)()
 
 
+def _habit(*names: str, likely: str) -> Callable[[Trial], str]:
+    return functools.partial(beside.habit, names=names, likely=likely)
+
+
 class Check(NamedTuple):
     """An entry of `CHECKS`."""
 
@@ -265,10 +445,12 @@ class Check(NamedTuple):
     test: Callable[[Trial], str]
     steps: int = 1
     """Of the longest trace, at least."""
-    after: str = ""
-    """The check without which this one would tell the same again."""
+    after: str | tuple[str, ...] = ()
+    """The checks without which this one would tell the same again."""
     needs: str = ""
-    """What the subject must have among its ``features``; `subjects.Torch` has all there are."""
+    """What the subject must have among its ``features``; `subjects.Torch` has all but "compiled"."""
+    right: bool = False
+    """Whether it is tried only where no case of tier "must" failed."""
 
 
 CHECKS: Mapping[str, Check] = {
@@ -287,10 +469,66 @@ CHECKS: Mapping[str, Check] = {
         "independent",
         "absent",
     ),
-    "nonfinite": Check("a NaN stays with its parameter", "should", nonfinite, 2, "independent"),
-    "resume": Check("saved and loaded half way, it goes on as if nothing had been", "must", resume, 2),
+    "nonfinite": Check("a NaN stays with its parameter and is seen", "should", nonfinite, 2, "independent"),
+    "resume": Check("saved and loaded half way, it goes on as if nothing had been", "must", resume, 2, "independent"),
+    "resume-values": Check(
+        "so it does with values that were changed in its groups", "must", resume_values, 2, "resume", "groups", True
+    ),
+    "resume-dtypes": Check(
+        "a state comes back in the precision that it had", "should", resume_narrow, 2, "resume", "groups", True
+    ),
+    "maximize": Check("maximize=True makes the steps for -grad", "must", maximize, 1, "repeatable", "groups", True),
+    "engines": Check(
+        "each engine that it offers is used and makes the same steps", "must", engines, 1, "independent", right=True
+    ),
+    "options": Check("(notes)", "may", options, right=True),
+    "inputs": Check("random gradients are right", "must", beside.inputs, 1, "repeatable", right=True),
+    "long-run": Check("hundreds of steps are right", "must", beside.long_run, 2, ("inputs", "engines"), right=True),
+    "shapes": Check("large and long parameters are right", "must", beside.shapes, 1, "inputs", right=True),
+    "sizes": Check("gradients of any size are right", "must", beside.sizes, 1, "inputs", right=True),
+    "values": Check("hyperparameters of other values are right", "must", beside.values, 1, "inputs", right=True),
+    "many": Check("many parameters are right", "must", beside.many, 1, ("independent", "inputs"), right=True),
+    "schedule": Check("values that change during the run are used", "must", beside.schedule, 2, "inputs", right=True),
+    "group-values": Check(
+        "each group has its own values", "must", beside.group_values, 1, ("groups", "schedule"), "groups", True
+    ),
+    "unfreezing": Check(
+        "steps without a gradient do not count", "must", beside.sometimes, 1, "no-gradient", "absent", True
+    ),
+    "gradient-buffer": Check(
+        "gradients may be kept in one tensor",
+        "must",
+        _habit("one gradient buffer, zero_grad(set_to_none=False)", likely="look for a state that *is* p.grad"),
+        1, "independent", "groups", True,
+    ),
+    "accumulation": Check(
+        "two micro-batches make one step",
+        "must",
+        _habit("two micro-batches a step", likely="look for a hook that takes each backward pass for a step"),
+        1, "independent", "groups", True,
+    ),
+    "closure": Check(
+        "step(closure) computes and returns the loss",
+        "must",
+        _habit("step(closure)", "step(closure) under torch.no_grad()",
+               likely="torch's own: `with torch.enable_grad(): loss = closure()`, and `return loss`"),
+        1, "independent", "groups", True,
+    ),
+    "skipped-step": Check(
+        "a step that GradScaler skips leaves the state",
+        "must",
+        _habit("a GradScaler that skips steps", likely="look for hooks, and for found_inf if it scales by itself"),
+        1, "independent", "groups", True,
+    ),
+    "layout": Check(
+        "tensors need not be contiguous",
+        "must",
+        _habit("gradients that are not contiguous", "parameters that are not contiguous",
+               likely="look for storage or strides where `reshape` is meant"),
+        1, "independent", "groups", True,
+    ),
     "process-untouched": Check("settings of the process stay as they were", "should", considerate),
-}
+}  # fmt: skip
 
 
 def keep(
@@ -299,15 +537,27 @@ def keep(
     touched: list[str],
     before: Mapping[str, str] | None,
     at: Callable[[str], None],
+    deep: bool = False,
 ) -> Iterator[Result]:
     """One result per check that can be tried; ``before`` is what `look` gave, ``at`` is told each id before."""
-    trial, broken = Trial(subject, report, touched, before), set()
+    trial, broken = Trial(subject, report, touched, before, deep), set()
+    wrong = any(r.tier == "must" and r.bad for r in report.results) or not trial.right
     for name, check in CHECKS.items():
         if not trial.parts or trial.longest.case.steps < check.steps:
             continue
+        if check.right and check.needs and check.needs not in getattr(trial.subject, "features", ()):
+            continue
         at(f"contract/{name}")
-        result = _tried(name, check, trial, f"not tried, for contract/{check.after} fails" * (check.after in broken))
-        if check.after in broken or result.bad:
+        lacking = [a for a in ((check.after,) if isinstance(check.after, str) else check.after) if a in broken]
+        reason = f"not tried, for contract/{lacking[0]} fails" if lacking else ""
+        if check.right and wrong:
+            reason = "not tried, for a case of tier must fails"
+            reason = "not tried, for products in bfloat16 are too coarse" if trial.narrow else reason
+        try:
+            result = _tried(name, check, trial, reason)
+        except Nothing:
+            continue
+        if lacking or result.bad:
             broken.add(name)
         yield result
 
@@ -320,6 +570,8 @@ def _tried(name: str, check: Check, trial: Trial, reason: str) -> Result:
         if reason:
             raise Unsupported(reason)
         message = check.test(trial)
+    except Nothing:
+        raise
     except NotImplementedError as error:
         return replace(result, status=results.SKIPPED, message=words(error))
     except RAISED as error:

@@ -23,7 +23,7 @@ from precond_ref.conformance import subjects
 from precond_ref.conformance.processes import Ended, Limits, Program
 from precond_ref.conformance.subjects import Arrays, Config, Raised, Refused, Unsupported
 
-OPTIONAL = ("state", "save", "load", "primitive")
+OPTIONAL = ("state", "save", "load", "primitive", "change", "options", "ran", "lost")
 
 
 class Isolated:

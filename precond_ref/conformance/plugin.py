@@ -24,6 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--precond-dtype", default="float64", help="float64 or float32")
     group.addoption("--precond-backend", help="array library for functions and for our methods")
     group.addoption("--precond-map", action="append", default=[], metavar="OURS=THEIRS", help="repeatable")
+    group.addoption("--precond-deep", action="store_true", help="make up more inputs, for minutes")
+    group.addoption("--precond-require", default="", metavar="TIER", help="fail if a case of must (should) is skipped")
     group.addoption("--precond-xfails", metavar="FILE", help="ids of cases that are expected to fail, one a line")
 
 

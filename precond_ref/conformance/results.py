@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import precond_ref
+from precond_ref import registry
 from precond_ref.conformance import vectors
-from precond_ref.conformance.subjects import Config, method_name
+from precond_ref.conformance.subjects import Config
 from precond_ref.conformance.vectors import Case
+from precond_ref.fields import Choice
 from precond_ref.files import MOST_TEXT, read
 
+TIERS = ("must", "should")
 FAILED, PASSED, SKIPPED, ERROR = "failed", "passed", "skipped", "error"
 
 
@@ -88,6 +93,8 @@ class Report:
     runs: list[Run] = field(default_factory=list)
     xfails: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    require: str = ""
+    """"must": a case of this tier that was skipped speaks against the subject; "should": of either of the two."""
     ended: str = ""
     """Why the check could not go on: the subject's process ended, hung or took too much memory."""
     diagnosis: Any = None
@@ -113,15 +120,35 @@ class Report:
         """Traces that ran to their end."""
         return len(self.runs)
 
+    def left_out(self, *tiers: str) -> list[str]:
+        """Cases of these tiers that were skipped and not expected to fail."""
+        found = [
+            r for r in self.results if r.status == SKIPPED and r.tier in tiers and not r.id.startswith("contract/")
+        ]
+        return [r.id for r in found if r.id not in self.xfails]
+
+    @property
+    def missing(self) -> list[str]:
+        """Cases that were required and skipped."""
+        return self.left_out(*TIERS[: TIERS.index(self.require) + 1]) if self.require else []
+
     @property
     def ok(self) -> bool:
-        """At least one case ran, nothing failed or passed unexpectedly, and every expected failure exists."""
-        return bool(self.ran) and not (self.ended or self.failures or self.unexpected_passes or self.unknown_xfails)
+        """At least one case ran, nothing failed or passed unexpectedly, expected failures exist, none is missing."""
+        wrong = self.ended or self.failures or self.unexpected_passes or self.unknown_xfails or self.missing
+        return bool(self.ran) and not wrong
+
+    @cached_property
+    def edges(self) -> str:
+        """Where alone it is wrong, if that is where the right step jumps: ``eps = 0``; else empty."""
+        from precond_ref.conformance.diagnose import edges
+
+        return edges(self)
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the arrays, with None for what is not finite."""
-        keys = ("method", "target", "dtype", "level", "ok", "failures", "unexpected_passes", "unknown_xfails", "notes",
-                "ended")  # fmt: skip
+        keys = ("method", "target", "dtype", "level", "ok", "edges", "failures", "unexpected_passes", "unknown_xfails",
+                "missing", "notes", "ended")  # fmt: skip
         out = {key: getattr(self, key) for key in keys} | {"results": [asdict(r) for r in self.results]}
         out["failures"] = [r.id for r in self.failures]
         out["diagnosis"] = None if self.diagnosis is None else asdict(self.diagnosis)
@@ -136,30 +163,49 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def cases(method: str) -> list[Case]:
-    """Traces of a method (``"ASGO"``, ``"asgo.theory"``, any case), for `run_case`."""
-    return [case for case in listed(method) if case.kind == "trace"]
+def cases(method: str, deep: bool = False) -> list[Case]:
+    """Traces of a method (``"ASGO"``, ``"asgo.theory"``, any case), for `run_case`; with ``deep`` the long ones too."""
+    return [case for case in listed(method, deep) if case.kind == "trace"]
 
 
-def listed(method: str) -> list[Case]:
-    """Traces and rejects of a method, by its constructor."""
-    constructor = method_name(method)
-    return [c for c in vectors.cases() if c.constructor == constructor and c.kind != "primitive"]
+def listed(method: str, deep: bool = False) -> list[Case]:
+    """Traces and rejects of a method, by its constructor; ValueError for what can have none."""
+    named = registry.parse(method)
+    if named.text not in registry.constructors():
+        raise ValueError(
+            f"there are no test vectors for {named.text}: --method takes a name that `precond-ref list` prints"
+        )
+    found = [c for c in vectors.cases() if c.constructor == named.name and c.kind != "primitive"]
+    return [c for c in found if deep or not c.deep]
 
 
 def config_of(case: Case) -> Config:
     """What a subject is given for a case."""
     make = operator.attrgetter(case.constructor)(precond_ref)
     signature = inspect.signature(make).parameters
-    config = Config({k: tuple(v) if isinstance(v, list) else v for k, v in case.config.items()})
+    config = Config(vectors.tuples(case.config))
+    config |= {k: p.default for k, p in signature.items() if k not in config}  # fields that came after the vectors
     at_default = {k for k, v in config.items() if k in signature and signature[k].default == v}
-    config["lr"] = case.lr
+    config["lr"] = case.rates[0] if case.rates else case.lr
     if "weight_decay" not in config:
         config["weight_decay"] = case.decay
         at_default |= {"weight_decay"} if case.decay == 0 else set()
     config.at_default = frozenset(at_default)
+    made = registry.made_by(make)
+    rules = {f.name: f.metadata.get("rule") for f in (dataclasses.fields(made) if made else ())}
+    config.forms = {
+        name: rule.of
+        for name, rule in rules.items()
+        if isinstance(rule, Choice) and (rule.optional or "none" in rule.of)
+    }
     config.make = case.make
     return config
+
+
+def defaults(method: str) -> dict[str, Any]:
+    """Defaults of a method's fields that have one."""
+    signature = inspect.signature(operator.attrgetter(registry.parse(method).name)(precond_ref)).parameters
+    return {name: p.default for name, p in signature.items() if p.default is not inspect.Parameter.empty}
 
 
 def gap(step: int, quantity: str, got: np.ndarray, want: np.ndarray, limit: float) -> Gap:
@@ -172,6 +218,8 @@ def gap(step: int, quantity: str, got: np.ndarray, want: np.ndarray, limit: floa
     def over(a: float, b: float) -> float:
         return a / b if b else 0.0 if a == 0 else math.inf
 
+    if difference == 0:  # squares of tiny numbers are zero
+        difference = float(np.max(np.abs(got - want), initial=0.0))
     if not math.isfinite(difference):
         difference = math.inf
     cosine = float(np.vdot(got, want)) / (size * own) if size and own else math.nan

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from precond_ref.conformance import contract, tolerance, vectors
+from precond_ref import registry
+from precond_ref.conformance import contract, generated, results, tolerance, vectors
 from precond_ref.conformance.processes import Ended
 from precond_ref.conformance.results import (
     ERROR,
@@ -24,7 +25,7 @@ from precond_ref.conformance.results import (
     gap,
     listed,
 )
-from precond_ref.conformance.subjects import RAISED, Subject, Unsupported, method_name, said, words
+from precond_ref.conformance.subjects import RAISED, Subject, Unsupported, said, words
 from precond_ref.conformance.vectors import Case
 
 
@@ -38,19 +39,25 @@ def check(
     target: str = "",
     diagnose: bool = True,
     invariances: bool = False,
+    deep: bool = False,
+    require: str = "",
     on_case: Callable[[str], None] | None = None,
 ) -> Report:
     """Run ``subject`` on the vectors of ``method`` (``"ASGO"``, ``"asgo.theory"``, any case).
 
     ``level`` 0 compares parameters, 1 also the states that the subject shows, 2 also primitives. ``xfails`` are ids
     of cases or checks that are expected to fail. ``invariances`` tries the method's laws on made-up gradients too: that
-    needs Hypothesis. ``on_case`` is told each id before it runs.
+    needs Hypothesis. ``deep`` runs the long cases and more made-up inputs too, minutes instead of seconds. ``require``:
+    "must" or "should", the tier of which no case may be skipped. ``on_case`` is told each id before it runs.
     """
-    constructor = method_name(method)
+    constructor = registry.parse(method).text
     if level not in (0, 1, 2):
         raise ValueError(f"level must be 0, 1 or 2, got {level!r}")
+    if require not in ("", *results.TIERS):
+        raise ValueError(f"require must be one of {', '.join(results.TIERS)}, got {require!r}")
     tolerance.relative(dtype)  # refuses an unknown dtype
-    report = Report(constructor, target or type(subject).__name__, dtype, level, xfails=tuple(xfails))
+    label = target or type(subject).__name__
+    report = Report(constructor, label, dtype, level, xfails=tuple(xfails), require=require)
     place = "the beginning"
 
     def at(id: str) -> None:
@@ -60,7 +67,7 @@ def check(
             on_case(id)
 
     try:
-        _judge(subject, report, at, invariances)
+        _judge(subject, report, at, invariances, deep)
     except Ended as end:
         report.ended = f"{end} in {place}"
         report.results.append(Result(place, "must", ERROR, message=str(end)))
@@ -71,12 +78,12 @@ def check(
     return report
 
 
-def _judge(subject: Subject, report: Report, at: Callable[[str], None], invariances: bool) -> None:
+def _judge(subject: Subject, report: Report, at: Callable[[str], None], invariances: bool, deep: bool) -> None:
     """Fill the report; ``at`` is told each id before it is tried."""
     constructor, dtype, level = report.method, report.dtype, report.level
     touched: list[str] = []
     before = contract.look(subject)
-    for case in listed(constructor):
+    for case in listed(constructor, deep):
         at(case.id)
         if case.kind == "reject":
             report.results.append(_reject(subject, case, dtype))
@@ -97,17 +104,17 @@ def _judge(subject: Subject, report: Report, at: Callable[[str], None], invarian
                 f"states not compared, for the subject shows none of this name: {', '.join(missing)} "
                 f"(it shows {', '.join(sorted(shown)) or 'nothing'}; --map state.OURS=THEIRS)"
             )
-    report.results += contract.keep(subject, report, touched, before, at)
+    report.results += contract.keep(subject, report, touched, before, at, deep)
     if invariances:
         from precond_ref.conformance.invariance import try_laws
 
         report.results += try_laws(subject, constructor, dtype=dtype, target=report.target, on_case=at)
 
 
-def ids(method: str, level: int = 0) -> list[str]:
+def ids(method: str, level: int = 0, deep: bool = False) -> list[str]:
     """Ids of all results that `check` can give."""
     primitives = vectors.cases(kind="primitive") if level == 2 else []
-    return [*(c.id for c in [*listed(method), *primitives]), *(f"contract/{name}" for name in contract.CHECKS)]
+    return [*(c.id for c in [*listed(method, deep), *primitives]), *(f"contract/{name}" for name in contract.CHECKS)]
 
 
 def run_case(subject: Subject, case: Case, *, dtype: str = "float64", level: int = 0) -> Result:
@@ -120,7 +127,7 @@ def run_case(subject: Subject, case: Case, *, dtype: str = "float64", level: int
 
 def refuse_unknown(names: Mapping[str, str], method: str) -> None:
     """ValueError for a name of ours in a mapping that no case of the method has."""
-    own = cases(method)
+    own = cases(method, deep=True)
     known = {"lr", "weight_decay"}.union(*(case.config for case in own))
     if any(name.startswith("state.") for name in names):
         known.update(key for case in own for key in vectors.load(case) if key.startswith("state."))
@@ -128,7 +135,7 @@ def refuse_unknown(names: Mapping[str, str], method: str) -> None:
         if name not in known:
             kind = sorted(k for k in known if k.startswith("state.") == name.startswith("state."))
             raise ValueError(
-                f"--map {name}={names[name]}: {method_name(method)} has no {name!r}; it has {', '.join(kind)}"
+                f"--map {name}={names[name]}: {registry.parse(method).name} has no {name!r}; it has {', '.join(kind)}"
             )
 
 
@@ -172,9 +179,15 @@ def _trace(subject: Subject, case: Case, dtype: str, level: int, touched: list[s
     show = getattr(subject, "state", None) if level else None
     states: list[list[dict[str, np.ndarray]]] = []
     try:
+        if max(tolerance.of_case(case, dtype, t) for t in case.stored) >= 1:
+            raise Unsupported(f"its condition numbers are beyond {dtype}")
+        if any((tensors[name].astype(dtype) != tensors[name]).any() for name in case.inputs):
+            raise Unsupported(f"its inputs are not exact in {dtype}")
         first = _start(subject, case, tensors["param"], dtype)
         params = [np.stack(first).astype(np.float64)]
         for t, grads in enumerate(tensors["grads"], start=1):
+            if t > 1 and case.rates[t - 1] != case.rates[t - 2]:
+                _set_rate(subject, case.rates[t - 1] / case.rates[t - 2])
             params.append(_step(subject, grads, case, dtype, touched, f"{case.id}, step {t}"))
             if show is not None:
                 states.append(show())
@@ -192,34 +205,62 @@ def _trace(subject: Subject, case: Case, dtype: str, level: int, touched: list[s
     return Result(case.id, case.tier, PASSED, case.why, gap=max(found, key=lambda g: g.ratio, default=None)), run
 
 
-def truth(run: Run) -> np.ndarray:
-    """Parameters (T + 1, members, *shape) of the vectors, the first ones included."""
-    start = members(run.tensors["param"], run.case)[None]
-    return np.concatenate([start, members(run.tensors["params"], run.case, 1)])
+def _set_rate(subject: Any, factor: float) -> None:
+    """Multiply the subject's learning rate."""
+    change = getattr(subject, "change", None)
+    if change is None or change(lr=factor) != ["lr"]:
+        raise Unsupported("the subject's learning rate cannot be changed during a run: it has no change(lr=factor)")
 
 
 def gaps(run: Run, dtype: str) -> Iterator[Gap]:
-    """Every compared quantity, step by step; of the members of a stack the worst."""
-    case, want = run.case, truth(run)
-    for t in range(1, len(want)):
+    """Every compared quantity, at every step that has results; of the members of a stack the worst."""
+    case = run.case
+    wanted = {name: members(tensor, case, 1) for name, tensor in run.tensors.items() if name not in case.inputs}
+    for place, t in enumerate(case.stored):
         allowed = tolerance.of_case(case, dtype, t)
-        if run.states:
-            shown = run.states[t - 1]
-            for name, tensor in run.tensors.items():
-                key = name.removeprefix("state.")
-                if key == name or not all(key in s for s in shown):
-                    continue
-                for got, true in zip((s[key] for s in shown), members(tensor, case, 1)[t - 1], strict=True):
-                    yield gap(t, name, got, true, allowed * float(np.linalg.norm(true)))
-        worst = None
-        for i in range(want.shape[1]):
-            before, after = want[t - 1, i], want[t, i]
-            limit = tolerance.of_update(allowed, dtype, before, after)
-            found = gap(t, "update", run.params[t - 1, i] - run.params[t, i], before - after, limit)
-            if worst is None or not found.ratio <= worst.ratio:
-                worst = found
-        if worst is not None:
-            yield worst
+        shown = run.states[t - 1] if run.states else []
+        for name, tensor in wanted.items():
+            key = name.removeprefix("state.")
+            if key != name and shown and all(key in s for s in shown):
+                for s, true in zip(shown, tensor[place], strict=True):
+                    got = np.asarray(s[key])
+                    limit = allowed * _length(true, got.shape, case.fold)
+                    yield _gap(t, name, got, true, limit, case.fold)
+        pairs = [*zip(wanted["directions"][place], wanted["params"][place], strict=True)]
+        for quantity in (_update, _path) if case.checkpoints else (_update,):
+            found = [quantity(run, t, i, dtype, *pair) for i, pair in enumerate(pairs)]
+            yield max(found, key=lambda g: math.inf if math.isnan(g.ratio) else g.ratio)
+
+
+def _update(run: Run, t: int, i: int, dtype: str, direction: np.ndarray, after: np.ndarray) -> Gap:
+    """Of the change that step ``t`` makes to member ``i``."""
+    case, rate = run.case, run.case.rates[t - 1]
+    before = (after + rate * direction) / (1 - rate * case.decay)
+    step, got = rate * (direction + case.decay * before), run.params[t - 1, i] - run.params[t, i]
+    lengths = [_length(x, got.shape, case.fold) for x in (step, before, after)]
+    limit = tolerance.of_lengths(tolerance.of_case(case, dtype, t), dtype, *lengths)
+    return _gap(t, "update", got, step, limit, case.fold)
+
+
+def _path(run: Run, t: int, i: int, dtype: str, direction: np.ndarray, after: np.ndarray) -> Gap:
+    """Of member ``i`` after step ``t``, which has the errors of all steps so far; there are not the results of all."""
+    seen = run.params[: t + 1, i].reshape(t + 1, -1)
+    sizes, lengths = np.linalg.norm(seen, axis=1), np.linalg.norm(seen[1:] - seen[:-1], axis=1)
+    limit = sum(
+        tolerance.of_lengths(tolerance.of_case(run.case, dtype, s), dtype, lengths[s - 1], sizes[s - 1], sizes[s])
+        for s in range(1, t + 1)
+    )
+    return _gap(t, "params", run.params[t, i], after, limit, run.case.fold)
+
+
+def _length(true: np.ndarray, shape: tuple[int, ...], fold: int) -> float:
+    """Norm of a result of this shape, from what is stored of it."""
+    return float(true[-1] if generated.folds(shape, fold) else np.linalg.norm(true))
+
+
+def _gap(step: int, quantity: str, got: np.ndarray, true: np.ndarray, limit: float, fold: int) -> Gap:
+    """Of what is stored, where the whole may differ by ``limit``."""
+    return gap(step, quantity, generated.folded(got, fold), true, limit * generated.spread(got.shape, fold))
 
 
 def _reject(subject: Subject, case: Case, dtype: str) -> Result:

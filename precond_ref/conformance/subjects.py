@@ -6,7 +6,7 @@ The interface is `Subject`, a job of ten lines. `wrap` makes one of
 * a ``torch.optim.Optimizer`` class, or a function whose first argument is named ``params`` that returns one;
 * a function that returns an optax transformation;
 * a function ``step(param, grad, state, *, lr, ...) -> (new param, new state)``, ``state`` being None at first;
-* a `precond_ref.Method`, on any of the array libraries;
+* a class made from `precond_ref.Method`, or one of its presets, on any of the array libraries;
 
 and `Command` is a program in any language that speaks JSON lines.
 """
@@ -14,6 +14,7 @@ and `Command` is a program in any language that speaks JSON lines.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import itertools
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shlex
 import shutil
 import signal
@@ -29,13 +31,15 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from precond_ref import registry
 from precond_ref.conformance.processes import GRACE, Exited, Limits, Program
+from precond_ref.numerics.template import leaves
 from precond_ref.protocol import Method
 
 BACKENDS = ("numpy", "strict", "torch", "jax", "cupy")
@@ -44,6 +48,10 @@ Arrays = list[np.ndarray]
 
 class Unsupported(NotImplementedError):
     """Raised by a subject for a configuration (or primitive) that it does not have: the case is skipped and counted."""
+
+
+class Changed(ValueError):
+    """Raised for a subject that changed in place what it was given."""
 
 
 RAISED = (Exception, SystemExit)
@@ -96,11 +104,13 @@ def said(error: BaseException) -> str:
 class Config(dict[str, Any]):
     """Hyperparameters of a case: all fields of the method, ``lr``, and ``weight_decay`` (decoupled, unless a field).
 
-    ``method`` is the reference method they make; ``at_default`` names those that have the reference's default.
+    ``method`` is the reference method they make; ``at_default`` names those that have the reference's default;
+    ``forms`` has the strings of each field that is one of several forms, or none of them.
     """
 
     make: Callable[[], Method]
     at_default: frozenset[str] = frozenset()
+    forms: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     @property
     def method(self) -> Method:
@@ -137,7 +147,7 @@ def wrap(
     ``betas``) and of states (``{"state.gram": "precond"}``). TypeError for what is none of the kinds.
     """
     names = dict(names or {})
-    if isinstance(target, type) and issubclass(target, Method):
+    if registry.made_by(target):
         return Reference(backend or "numpy", dtype, target, names)
     if isinstance(target, type) and all(hasattr(target, name) for name in ("init", "step")):
         return target()
@@ -160,26 +170,23 @@ def arguments(target: Callable[..., Any], config: Config, names: Mapping[str, st
 
     A field that ``target`` does not have is left out where it has the reference's default, and `Unsupported` else.
     Without a mapping, ``beta1`` and ``beta2`` go to ``betas`` or ``b1`` and ``b2``, and ``lr`` to ``learning_rate``,
-    where only those exist.
+    where only those exist. Where a field is one of several forms or none, and ``target`` has a bool, True is the first
+    form, and `Unsupported` any other: ``amsgrad=True`` of torch, ``nesterov=True`` of optax.
     """
     signature = _signature(target)
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.values())
-    guesses = {"beta1": ("betas.0", "b1"), "beta2": ("betas.1", "b2"), "lr": ("learning_rate",)}
     given: dict[str, Any] = {}
     for field, value in config.items():
-        name = names.get(field, field)
-        if field not in names and field not in signature:
-            name = next((n for n in guesses.get(field, ()) if n.partition(".")[0] in signature), field)
-        head, dot, index = name.partition(".")
+        head, dot, index = _argument(field, signature, names)
         if head not in signature and not open_ended:
-            if field in names:
-                raise ValueError(
-                    f"{_called(target)} has no argument {head!r}, which {field} is mapped to; "
-                    f"it has {', '.join(signature) or 'none'}"
-                )
             if field in config.at_default:
                 continue
             raise Unsupported(f"{_called(target)} has no argument for {field}={value!r}")
+        if field in config.forms and head in signature and isinstance(signature[head].default, bool):
+            first = next(form for form in config.forms[field] if form != "none")
+            if value not in (None, "none", first):
+                raise Unsupported(f"{_called(target)} has {head}=True for {field}={first!r}, and nothing for {value!r}")
+            value = value == first
         if dot:
             default = signature[head].default if head in signature else ()
             parts = list(given.get(head, default if isinstance(default, (tuple, list)) else ()))
@@ -189,6 +196,56 @@ def arguments(target: Callable[..., Any], config: Config, names: Mapping[str, st
         else:
             given[head] = value
     return given
+
+
+def _argument(field: str, signature: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, str, str]:
+    """Where a field of ours goes: the argument's name, and "." and an index if it is part of a tuple."""
+    guesses = {"beta1": ("betas.0", "b1"), "beta2": ("betas.1", "b2"), "lr": ("learning_rate",)}
+    name = names.get(field, field)
+    if field not in names and field not in signature:
+        name = next((n for n in guesses.get(field, ()) if n.partition(".")[0] in signature), field)
+    return name.partition(".")
+
+
+class Options(NamedTuple):
+    """The arguments of a target."""
+
+    defaults: dict[str, Any]
+    """Its defaults, by our names, of our fields that it has; None of what has no default, and of no number or text."""
+    own: dict[str, Any]
+    """Its defaults of arguments that are none of ours, by its names."""
+
+
+def options_of(target: Callable[..., Any], fields: Sequence[str], names: Mapping[str, str]) -> Options:
+    """What ``target`` takes, of our ``fields`` and beside them."""
+    signature = _signature(target)
+    defaults: dict[str, Any] = {}
+    own = {n: p.default for n, p in signature.items() if p.default is not inspect.Parameter.empty}
+    for field in fields:
+        head, _, index = _argument(field, signature, names)
+        if head in signature:
+            value = signature[head].default
+            if index and isinstance(value, (tuple, list)) and int(index) < len(value):
+                value = value[int(index)]
+            defaults[field] = value if isinstance(value, (bool, int, float, str)) else None
+        elif any(p.kind is p.VAR_KEYWORD for p in signature.values()):
+            defaults[field] = None
+    taken = {_argument(field, signature, names)[0] for field in fields}
+    return Options(defaults, {n: v for n, v in own.items() if n not in taken and isinstance(v, (bool, type(None)))})
+
+
+def _known(target: Callable[..., Any], names: Mapping[str, str]) -> Mapping[str, str]:
+    """``names`` of fields; ValueError for one that is mapped to what is no argument of ``target``."""
+    fields = {field: name for field, name in names.items() if not field.startswith("state.")}
+    signature = _signature(target) if fields else {}
+    for field, name in fields.items():
+        head = name.partition(".")[0]
+        if head not in signature and all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in signature.values()):
+            raise ValueError(
+                f"{_called(target)} has no argument {head!r}, which {field} is mapped to; "
+                f"it has {', '.join(signature) or 'none'}"
+            )
+    return fields
 
 
 def _signature(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -211,15 +268,47 @@ class Torch:
         torch.set_num_threads(1)
         self.features = frozenset({"groups", "absent"})
         self.torch, self.make, self.dtype, self.names = torch, make, dtype, dict(names or {})
+        self.fields = _known(_without_first(make), self.names)
 
-    def init(self, config: Config, params: Arrays, groups: Sequence[int] = ()) -> None:
-        """New parameters and a new optimizer, with the parameters in groups of these sizes if there are any."""
-        dtype = getattr(self.torch, self.dtype)
-        self.params = [self.torch.nn.Parameter(self.torch.tensor(p, dtype=dtype)) for p in params]
-        fields = {k: v for k, v in self.names.items() if not k.startswith("state.")}
-        given = arguments(_without_first(self.make), config, fields)
+    def init(
+        self,
+        config: Config,
+        params: Arrays,
+        groups: Sequence[int] = (),
+        habit: str = "",
+        narrow: bool = False,
+        watched: bool = False,
+        **own: Any,
+    ) -> None:
+        """New parameters and a new optimizer, with the parameters in groups of these sizes if there are any.
+
+        ``habit`` is one of `habits.HABITS`, ``narrow`` makes the parameters bfloat16, ``watched`` keeps the names
+        of the kernels that run, ``own`` are options of the target that are none of ours.
+        """
+        from precond_ref.conformance import habits
+
+        self.habit, self.kernels = habits.HABITS[habit], habits.Kernels() if watched else contextlib.nullcontext()
+        dtype = self.torch.bfloat16 if narrow else getattr(self.torch, self.dtype)
+        tensors = [self.torch.tensor(p, dtype=dtype) for p in params]
+        if habit.startswith("parameters"):
+            tensors = [habits.transposed(t) for t in tensors]
+        self.params = [self.torch.nn.Parameter(t) for t in tensors]
+        stub = _without_first(self.make)
+        given = arguments(stub, config, self.fields) | own
         if not groups:
-            self.optimizer = self.make(self.params, **given)
+            while True:
+                try:
+                    self.optimizer = self.make(self.params, **given)
+                    break
+                except TypeError as error:
+                    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+                    if not (unknown and stub.open_ended):  # type: ignore[attr-defined]
+                        raise
+                    if unknown[1] not in given or unknown[1] not in config.at_default:
+                        raise Unsupported(words(error)) from error
+                    del given[unknown[1]]
+            if habit.startswith("step(closure)") and not _signature(self.optimizer.step):
+                raise Unsupported("step takes no closure, as step(closure=None) of torch's own optimizers does")
             return
         rest = iter(self.params)
         try:
@@ -227,19 +316,57 @@ class Torch:
         except RAISED as error:
             raise Unsupported(f"{_called(self.make)} takes no parameter groups: {said(error)}") from error
 
+    def options(self, fields: Sequence[str]) -> Options:
+        """`options_of` the target."""
+        return options_of(_without_first(self.make), fields, self.fields)
+
+    def change(self, group: int | None = None, **factors: float) -> list[str]:
+        """Multiply ``lr`` or ``weight_decay`` of a group, or of all; which of them the groups have."""
+        names = {ours: self.fields.get(ours, ours) for ours in factors}
+        groups = self.optimizer.param_groups if group is None else [self.optimizer.param_groups[group]]
+        found = [ours for ours in factors if all(names[ours] in g for g in groups)]
+        for ours in found:
+            for g in groups:
+                g[names[ours]] = g[names[ours]] * factors[ours]
+        return found
+
     def step(self, grads: Sequence[np.ndarray | None]) -> Arrays:
         """One ``optimizer.step()``; the gradients must come back as they were. None: no gradient."""
-        for p, g in zip(self.params, grads, strict=True):
-            p.grad = None if g is None else self.torch.tensor(g, dtype=p.dtype)
-        self.optimizer.step()
+        given = [
+            None if g is None else self.torch.tensor(g, dtype=p.dtype) for p, g in zip(self.params, grads, strict=True)
+        ]
+        with self.kernels:
+            self.habit(self.optimizer, self.params, given)
         for p, g in zip(self.params, grads, strict=True):
             if g is None:
                 continue
             if p.grad is None:
                 g[...] = np.nan  # the caller sees that its gradient is gone
             else:
-                g[...] = p.grad.detach().cpu().numpy()
-        return [p.detach().cpu().numpy().copy() for p in self.params]
+                g[...] = p.grad.detach().double().cpu().numpy()
+        host = [p.detach().cpu() for p in self.params]
+        return [(p.float() if p.dtype == self.torch.bfloat16 else p).numpy().copy() for p in host]
+
+    def ran(self) -> list[str]:
+        """Names of the kernels that ran, if they were watched."""
+        return sorted(getattr(self.kernels, "names", ()))
+
+    def _dtypes(self) -> list[dict[str, str]]:
+        """Of the tensors in the state of each parameter."""
+        state = self.optimizer.state
+        return [
+            {str(k): str(v.dtype) for k, v in state[p].items() if isinstance(v, self.torch.Tensor)}
+            if p in state
+            else {}
+            for p in self.params
+        ]
+
+    def lost(self) -> list[str]:
+        """Tensors of the state that came back from `load` with another precision than `save` gave."""
+        pairs = zip(self.before, self._dtypes(), strict=True)
+        return sorted(
+            {f"{k} was {d} and is {now[k]}" for old, now in pairs for k, d in old.items() if now.get(k, d) != d}
+        )
 
     def state(self) -> list[dict[str, np.ndarray]]:
         """``optimizer.state`` of each parameter, under our names."""
@@ -247,11 +374,11 @@ class Torch:
 
     def save(self) -> Any:
         """``state_dict()`` and the parameters, pickled."""
-        return pickle.dumps((self.optimizer.state_dict(), [p.detach() for p in self.params]))
+        return pickle.dumps((self.optimizer.state_dict(), [p.detach() for p in self.params], self._dtypes()))
 
     def load(self, saved: Any) -> None:
         """Into a fresh optimizer."""
-        state, params = pickle.loads(saved)
+        state, params, self.before = pickle.loads(saved)
         with self.torch.no_grad():
             for mine, theirs in zip(self.params, params, strict=True):
                 mine.copy_(theirs)
@@ -259,16 +386,25 @@ class Torch:
 
 
 def _without_first(make: Callable[..., Any]) -> Callable[..., Any]:
-    """``make`` without its first argument, the parameters, and, if a class, ``**kwargs``, which it may ignore."""
+    """``make`` without its first argument, the parameters; of a class with ``**kwargs``, with those of its bases."""
     parameters = [*_signature(make).values()][1:]
     if isinstance(make, type):
-        parameters = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        for base in make.__mro__[1:]:
+            open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+            if base is object or base.__module__ == "torch.optim.optimizer" or not open_ended:
+                break
+            if "__init__" in base.__dict__:
+                known = {p.name for p in parameters}
+                parameters = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+                parameters += [p for p in [*_signature(base).values()][1:] if p.name not in known]
 
     def stub(*args: Any, **kwargs: Any) -> None:
         raise NotImplementedError
 
-    stub.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    keywords = [p.replace(kind=p.KEYWORD_ONLY) if p.kind < p.VAR_POSITIONAL else p for p in parameters]
+    stub.__signature__ = inspect.Signature(sorted(keywords, key=lambda p: p.kind))  # type: ignore[attr-defined]
     stub.__name__ = _called(make)
+    stub.open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)  # type: ignore[attr-defined]
     return stub
 
 
@@ -281,12 +417,13 @@ class Optax:
         if dtype == "float64":
             settings: Any = jax.config
             settings.update("jax_enable_x64", True)
+        self.features = frozenset({"compiled"})
         self.jax, self.make, self.dtype, self.names = jax, make, dtype, dict(names or {})
+        self.fields = _known(make, self.names)
 
-    def init(self, config: Config, params: Arrays) -> None:
-        """A new transformation and its state."""
-        fields = {k: v for k, v in self.names.items() if not k.startswith("state.")}
-        self.transformation: Any = self.make(**arguments(self.make, config, fields))
+    def init(self, config: Config, params: Arrays, compiled: bool = False) -> None:
+        """A new transformation and its state; ``compiled``: its update under ``jax.jit``."""
+        self.transformation: Any = self.make(**arguments(self.make, config, self.fields))
         if not all(hasattr(self.transformation, name) for name in ("init", "update")):
             raise TypeError(
                 f"{_called(self.make)} must return an optax transformation (with init and update), "
@@ -294,11 +431,16 @@ class Optax:
             )
         self.params = [self.jax.numpy.asarray(p, dtype=self.dtype) for p in params]
         self.opt_state = self.transformation.init(self.params)
+        self.update = self.jax.jit(self.transformation.update) if compiled else self.transformation.update
+
+    def options(self, fields: Sequence[str]) -> Options:
+        """`options_of` the target."""
+        return options_of(self.make, fields, self.fields)
 
     def step(self, grads: Arrays) -> Arrays:
         """``update``, then the updates added."""
         given = [self.jax.numpy.asarray(g, dtype=self.dtype) for g in grads]
-        updates, self.opt_state = self.transformation.update(given, self.opt_state, self.params)
+        updates, self.opt_state = self.update(given, self.opt_state, self.params)
         self.params = [p + u for p, u in zip(self.params, updates, strict=True)]
         return [np.array(p) for p in self.params]
 
@@ -334,11 +476,12 @@ class Function:
         names: Mapping[str, str] | None = None,
     ):
         self.function, self.arrays, self.names = step, ArrayLibrary(backend, dtype), dict(names or {})
+        self.fields = _known(step, self.names)
 
     def init(self, config: Config, params: Arrays) -> None:
         """No state yet."""
-        fields = {k: v for k, v in self.names.items() if not k.startswith("state.")}
-        self.given = arguments(self.function, config, fields)
+        self.config = copy.copy(config)
+        self.given = arguments(self.function, config, self.fields)
         self.params = [self.arrays.of(p) for p in params]
         self.states: list[Any] = [None] * len(params)
 
@@ -356,6 +499,18 @@ class Function:
             g[...] = self.arrays.host(given)
         return [self.arrays.host(p) for p in self.params]
 
+    def options(self, fields: Sequence[str]) -> Options:
+        """`options_of` the target, without its first three arguments."""
+        return options_of(self.function, fields, self.fields)
+
+    def change(self, group: int | None = None, **factors: float) -> list[str]:
+        """Multiply ``lr`` or ``weight_decay``; which of them the function takes."""
+        named = options_of(self.function, [*factors], self.fields).defaults
+        for name in named:
+            self.config[name] = self.config[name] * factors[name]
+        self.given = arguments(self.function, self.config, self.fields)
+        return [*named]
+
     def state(self) -> list[dict[str, np.ndarray]]:
         """Entries of the states, if they are dicts or named tuples."""
         return [_renamed(_flat(s), self.names) for s in self.states]
@@ -372,17 +527,18 @@ class Function:
 class Reference:
     """A method on one of the array libraries; parameters of one shape are run as a stack.
 
-    ``target`` is its class, the config's own method if None.
+    ``target`` is its class or preset, the config's own method if None.
     """
 
     def __init__(
         self,
         backend: str = "numpy",
         dtype: str = "float64",
-        target: type[Method] | None = None,
+        target: Callable[..., Method] | None = None,
         names: Mapping[str, str] | None = None,
     ):
         self.arrays, self.target, self.names = ArrayLibrary(backend, dtype), target, dict(names or {})
+        self.fields = {} if target is None else _known(target, self.names)
 
     def _method(self, config: Config) -> Method:
         """What the config makes of the target."""
@@ -393,9 +549,10 @@ class Reference:
             raise TypeError("the config names no method")
         own = Config({k: v for k, v in config.items() if k != "lr"})
         own.at_default = config.at_default
-        if not self.target.decays:  # `step` does it
+        made = registry.made_by(self.target)
+        if made is None or not made.decays:  # `step` does it
             own.pop("weight_decay", None)
-        return self.target(**arguments(self.target, own, self.names))
+        return self.target(**arguments(self.target, own, self.fields))
 
     def init(self, config: Config, params: Arrays) -> None:
         """A method with these fields."""
@@ -411,6 +568,14 @@ class Reference:
             for p, stack in zip(self.params, self.stacks, strict=True)
         ]
 
+    def change(self, group: int | None = None, **factors: float) -> list[str]:
+        """Multiply ``lr`` or ``weight_decay``."""
+        self.lr *= factors.get("lr", 1.0)
+        self.decay *= factors.get("weight_decay", 1.0)
+        if self.method.decays:
+            self.method = self.method.replace(weight_decay=self.method.weight_decay * factors.get("weight_decay", 1.0))
+        return [*factors]
+
     def _of(self, arrays: Arrays, stack: list[int]) -> Any:
         return self.arrays.of(np.stack([arrays[i] for i in stack]) if len(stack) > 1 else arrays[stack[0]])
 
@@ -418,7 +583,13 @@ class Reference:
         """``x <- (1 - lr decay) x - lr direction``."""
         out: dict[int, np.ndarray] = {}
         for k, stack in enumerate(self.stacks):
-            direction, self.states[k] = self.method.update(self._of(grads, stack), self.states[k], self.params[k])
+            state = {f"state.{name}": a for name, a in leaves(self.states[k]) if hasattr(a, "shape")}
+            given = {"grad": self._of(grads, stack), "param": self.params[k], **state}
+            kept = {name: self.arrays.host(a) for name, a in given.items()}
+            direction, self.states[k] = self.method.update(given["grad"], self.states[k], given["param"])
+            for name, a in given.items():
+                if not np.array_equal(self.arrays.host(a), kept[name], equal_nan=True):
+                    raise Changed(f"update of {self.method.name} changed {name}, which it was given, in place")
             self.params[k] = (1 - self.lr * self.decay) * self.params[k] - self.lr * direction
             host = self.arrays.host(self.params[k])
             out |= zip(stack, host if len(stack) > 1 else [host], strict=True)
@@ -617,16 +788,6 @@ def surroundings() -> dict[str, str]:
         if jax is not None:
             found["jax_enable_x64"] = str(jax.config.jax_enable_x64)
     return found
-
-
-def method_name(name: str) -> str:
-    """The constructor that ``name`` means, in any case; ValueError naming those there are."""
-    named = registry.parse(name)
-    if named.fields or named.name not in registry.constructors():
-        raise ValueError(
-            f"there are no test vectors for {named.text}: --method takes a name that `precond-ref list` prints"
-        )
-    return named.name
 
 
 def parse_map(entries: list[str]) -> dict[str, str]:

@@ -30,7 +30,14 @@ def report(pytestconfig: pytest.Config) -> Any:
         target = subjects.load_target(option(pytestconfig, "target"))
         subject = subjects.wrap(target, backend=option(pytestconfig, "backend"), dtype=dtype, names=names)
     try:
-        found = runner.check(subject, option(pytestconfig, "method"), level=option(pytestconfig, "level"), dtype=dtype)
+        found = runner.check(
+            subject,
+            option(pytestconfig, "method"),
+            level=option(pytestconfig, "level"),
+            dtype=dtype,
+            deep=option(pytestconfig, "deep"),
+            require=option(pytestconfig, "require"),
+        )
         pytestconfig.stash[DIAGNOSIS] = found.diagnosis
         yield found
     finally:
@@ -66,6 +73,8 @@ def test_subject(report: results.Report, name: str) -> None:
     if not found:
         pytest.skip("nothing ran that this could be seen in")
     result = found[0]
+    if name in report.missing:
+        pytest.fail(f"{result.why}\nskipped: {result.message}", pytrace=False)
     if result.status == results.SKIPPED or (result.status != results.PASSED and result.tier == "may"):
         pytest.skip(result.message or f"tier {result.tier}: {result.gap}")
     if result.status != results.PASSED:

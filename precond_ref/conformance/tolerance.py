@@ -9,6 +9,10 @@ does to the result depends on ``G``:
 * stale or bare, when it is not: ``C u kappa`` relative to ``||A^{-p}|| ||G||``;
 * elementwise methods have ``kappa = 1``: ``C u``.
 
+Muon's iteration in bfloat16 (``compute_dtype``) rounds at each step what it adds up, and the steps after it multiply
+that at most by the largest divided difference of their polynomial at the singular values: ``kappa`` is the sum of
+these, relative to the result, and the limit ``C u kappa`` with a C of its own.
+
 A sketch is made of the one before by a decomposition, so that the errors of all decompositions so far are in it: their
 number is one more factor.
 
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24}
 CONSTANT = 16.0
 """C above."""
+BFLOAT16, PRODUCTS = 2.0**-8, 0.25
+"""Unit roundoff, and C for products in it: roundings of many signs, of which ``kappa`` adds the sizes."""
 
 
 def relative(
@@ -45,11 +51,17 @@ def relative(
 def of_case(case: Case, dtype: str, step: int) -> float:
     """`relative` for a step of a trace, counted from 1, or for a primitive, which has one."""
     about = case.conditioning
+    if case.config.get("compute_dtype") == "bfloat16":
+        return PRODUCTS * BFLOAT16 * float(about["kappa"][step - 1])
     stale = about["stale"] or case.kind == "primitive"
     return relative(dtype, about["kappa"][step - 1], about["exponent"], stale, about["decompositions"][step - 1])
 
 
 def of_update(relative_tolerance: float, dtype: str, before: np.ndarray, after: np.ndarray) -> float:
     """Largest norm of the error of ``before - after``: the direction's, and the rounding of both parameters."""
-    rounding = UNIT_ROUNDOFF[dtype] * (np.linalg.norm(before) + np.linalg.norm(after))
-    return float(relative_tolerance * np.linalg.norm(before - after) + 2 * rounding)
+    return of_lengths(relative_tolerance, dtype, *(float(np.linalg.norm(x)) for x in (before - after, before, after)))
+
+
+def of_lengths(relative_tolerance: float, dtype: str, step: float, before: float, after: float) -> float:
+    """The same from the norms of the step and of both parameters."""
+    return relative_tolerance * step + 2 * UNIT_ROUNDOFF[dtype] * (before + after)

@@ -25,13 +25,17 @@ if TYPE_CHECKING:
 
     from precond_ref.protocol import Method
 
-FOLDER = Path(__file__).parent / "vectors" / "v1"
+FOLDER = Path(__file__).parent / "vectors"
+VERSIONS = ("v1", "v2")
+"""Folders in ``FOLDER``, each with a manifest; a case of any is a case."""
 SCHEMA = Path(__file__).parent / "schema.json"
 ID = re.compile(r"[A-Za-z]+(\.[A-Za-z]+)*/[a-z0-9-]+")
 MAX_BYTES = 5_000_000
 MAX_FAULTS = 20  # shown of a manifest that does not fit the schema
 MUST_KAPPA = 1e3
-INPUT_BITS, FIELD_BITS = 8, 24  # significant bits of bfloat16 and float32
+INPUT_BITS, FIELD_BITS = {1: 8, 2: 53}, 24  # significant bits: of bfloat16 in version 1, of float64 in 2; of float32
+LARGEST = {1: 8.0, 2: 2.0**14}
+"""Magnitude of an input by version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +53,17 @@ class Case:
     why: str
     catches: tuple[str, ...]
     steps: int = 0
-    lr: float = 0.0
+    lr: float | tuple[float, ...] = 0.0
+    """A tuple has one for each step."""
     decay: float = 0.0
+    checkpoints: tuple[int, ...] = ()
+    """Steps, counted from 1, whose results there are; () is all."""
+    fold: int = 0
+    """Results of more entries are folded, `precond_ref.conformance.generated.folded`."""
+    generated: Mapping[str, Any] = field(default_factory=dict)
+    """Inputs that are in no file: arguments of `precond_ref.conformance.generated.tensor`."""
+    deep: bool = False
+    """Whether it is left out unless asked for."""
     inputs: tuple[str, ...] = ()
     conditioning: Mapping[str, Any] = field(default_factory=dict)
     argument: str = ""
@@ -58,6 +71,18 @@ class Case:
     sha256: str = ""
     folder: Path = field(default=FOLDER, repr=False, compare=False)
     """Where the manifest is."""
+    version: int = field(default=1, compare=False)
+    """Of the manifest."""
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Steps whose results there are, counted from 1."""
+        return self.checkpoints or tuple(range(1, self.steps + 1))
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rate of each step."""
+        return self.lr if isinstance(self.lr, tuple) else (self.lr,) * self.steps
 
     def make(self) -> Method:
         """The method of this library that a trace or a reject is about, from its constructor and config."""
@@ -67,21 +92,41 @@ class Case:
         method = precond_ref.list_methods().get(name)
         if method is None or (preset and preset not in method.presets):
             raise ValueError(f"{shown(self.constructor)!r} is no method or preset of this library")
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in self.config.items()}
-        return operator.attrgetter(self.constructor)(precond_ref)(**config)
+        return operator.attrgetter(self.constructor)(precond_ref)(**tuples(self.config))
+
+
+def tuples(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with tuples in the place of JSON's lists."""
+
+    def made(value: Any) -> Any:
+        return tuple(map(made, value)) if isinstance(value, list) else value
+
+    return {name: made(value) for name, value in config.items()}
 
 
 def cases(
     method: str | None = None, tier: str | None = None, kind: str | None = None, *, folder: Path | None = None
 ) -> list[Case]:
-    """The cases in the manifest's order, or only those of a method, tier or kind; ``folder``: of a copy."""
-    folder = folder or FOLDER
+    """The cases in the manifests' order, or only those of a method, tier or kind; ``folder``: of a copy of a version.
+
+    A later version may have another tier for a case of an earlier one.
+    """
+    found = [_case(entry) for entry in entries(folder)]
     wanted = {"method": method, "tier": tier, "kind": kind}
-    entries = read_json(folder / "manifest.json", MAX_BYTES)["cases"]
     return [
-        _case(entry | {"folder": folder})
-        for entry in entries
-        if all(value is None or entry[key] == value for key, value in wanted.items())
+        case for case in found if all(value is None or getattr(case, key) == value for key, value in wanted.items())
+    ]
+
+
+def entries(folder: Path | None = None) -> list[dict[str, Any]]:
+    """The manifests' entries, with the tier that holds, and with the version and its folder."""
+    folders = [folder] if folder else [FOLDER / version for version in VERSIONS if (FOLDER / version).is_dir()]
+    manifests = [read_json(place / "manifest.json", MAX_BYTES) for place in folders]
+    tiers = {id: tier for manifest in manifests for id, tier in manifest.get("tiers", {}).items()}
+    return [
+        entry | {"folder": place, "version": manifest["version"], "tier": tiers.get(entry["id"], entry["tier"])}
+        for place, manifest in zip(folders, manifests, strict=True)
+        for entry in manifest["cases"]
     ]
 
 
@@ -91,10 +136,20 @@ def _case(entry: dict[str, Any]) -> Case:
 
 
 def load(case: Case) -> dict[str, np.ndarray]:
-    """The tensors of a case by name, float64; empty for a reject.
+    """The tensors of a case by name, float64, inputs that are generated included; empty for a reject.
 
     ValueError if the file is not the one recorded, is not in the manifest's folder, or is too large.
     """
+    from precond_ref.conformance import generated
+
+    tensors = _stored(case)
+    for name, given in case.generated.items():
+        lead = (case.steps,) if name == "grads" else ()
+        tensors[name] = generated.tensor((*lead, *case.shape), **given)
+    return tensors
+
+
+def _stored(case: Case) -> dict[str, np.ndarray]:
     from safetensors.numpy import load as parse
 
     if case.kind == "reject":
@@ -112,11 +167,22 @@ def load(case: Case) -> dict[str, np.ndarray]:
 
 
 def verify(folder: Path | None = None) -> list[str]:
-    """What is wrong with the vectors shipped or those in ``folder``, one sentence per fault; empty if nothing is.
+    """What is wrong with the vectors shipped or those of a version in ``folder``, one sentence per fault; empty if
+    nothing is.
 
     Nothing outside the folder is read, and nothing in it beyond `MAX_BYTES`.
     """
-    return [shown(fault) for fault in _all_faults(folder or FOLDER)]
+    if folder:
+        return [shown(fault) for fault in _all_faults(folder)]
+    faults = [f"{version}: {fault}" for version in VERSIONS for fault in verify(FOLDER / version)]
+    if not faults:
+        listed = cases()
+        faults += [f"{id}: in {n} versions" for id, n in Counter(case.id for case in listed).items() if n > 1]
+        known = {case.id for case in listed}
+        for version in VERSIONS:
+            tiers = read_json(FOLDER / version / "manifest.json", MAX_BYTES).get("tiers", {})
+            faults += [f"{version}: tiers has no case {id}" for id in tiers if id not in known]
+    return faults
 
 
 def _all_faults(folder: Path) -> Iterator[str]:
@@ -146,7 +212,7 @@ def _all_faults(folder: Path) -> Iterator[str]:
 def _inside(folder: Path, name: str) -> Path:
     """Path of a regular file that no link leads to; installers may make links of our own files."""
     path = folder / name
-    if folder != FOLDER and path.resolve() != folder.resolve() / name:
+    if folder.parent != FOLDER and path.resolve() != folder.resolve() / name:
         raise ValueError(f"{name} must not be behind a link")
     if path.exists() and not path.is_file():
         raise ValueError(f"{name} must be a regular file")
@@ -158,9 +224,12 @@ def _faults(case: Case) -> Iterator[str]:
 
     if case.id.split("/")[0] != case.method or case.constructor.split(".")[0] != case.method.split(".")[0]:
         yield f"id and constructor must start with the method {case.method}, got constructor {case.constructor}"
-    for name, value in [*case.config.items(), ("lr", case.lr), ("decay", case.decay)]:
+    rates = case.lr if isinstance(case.lr, tuple) else (case.lr,)
+    for name, value in [*case.config.items(), *(("lr", rate) for rate in rates), ("decay", case.decay)]:
         if isinstance(value, float) and not _has_bits([value], FIELD_BITS):
             yield f"{name} must be a multiple of a power of 2 with {FIELD_BITS} bits, got {value!r}"
+    if case.version == 1 and (case.checkpoints or case.fold or case.generated or case.deep or len(rates) != 1):
+        yield "version 1 has no checkpoints, fold, generated, deep, and one lr"
     if case.kind == "reject":
         return
     largest = max(case.conditioning["kappa"])
@@ -176,7 +245,7 @@ def _faults(case: Case) -> Iterator[str]:
             yield f"{name} must be float64, got {tensor.dtype}"
         elif not all(map(math.isfinite, tensor.flat)):
             yield f"{name} is not finite"
-        elif name in case.inputs and not _has_bits(tensor.flat, INPUT_BITS):
+        elif name in case.inputs and not _has_bits(tensor.flat, INPUT_BITS[case.version]):
             yield f"{name} is not exact in bfloat16"
     if missing := set(case.inputs) - tensors.keys():
         yield f"lacks the tensors {sorted(missing)}"
@@ -187,8 +256,11 @@ def _faults(case: Case) -> Iterator[str]:
 
 
 def _trace_faults(case: Case, tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
-    many = (case.steps, *case.shape)
-    shapes = {"param": case.shape, "grads": many, "directions": many, "params": many}
+    from precond_ref.conformance import generated
+
+    many, stored = (case.steps, *case.shape), len(case.stored)
+    result = (stored, case.fold + 1) if generated.folds(case.shape, case.fold) else (stored, *case.shape)
+    shapes = {"param": case.shape, "grads": many, "directions": result, "params": result}
     for name, shape in shapes.items():
         if name not in tensors:
             yield f"lacks the tensors ['{name}']"
@@ -197,14 +269,20 @@ def _trace_faults(case: Case, tensors: Mapping[str, np.ndarray]) -> Iterator[str
     for name in tensors.keys() - shapes.keys():
         if not name.startswith("state."):
             yield f"{name} is no tensor of a trace"
-        elif tensors[name].shape[:1] != (case.steps,):
-            yield f"{name} must have {case.steps} steps, got shape {tensors[name].shape}"
+        elif tensors[name].shape[:1] != (stored,):
+            yield f"{name} must have {stored} steps, got shape {tensors[name].shape}"
     for name in {"param", "grads"} & tensors.keys():
-        if not 0 < abs(tensors[name]).max(initial=0) <= 8:
-            yield f"{name} must be at most 8 in magnitude and not all zero"
+        if not 0 < abs(tensors[name]).max(initial=0) <= LARGEST[case.version]:
+            yield f"{name} must be at most {LARGEST[case.version]:g} in magnitude and not all zero"
     for name in ("kappa", "decompositions"):
         if len(case.conditioning[name]) != case.steps:
             yield f"conditioning.{name} must have {case.steps} entries, got {len(case.conditioning[name])}"
+    if list(case.stored) != sorted({*case.stored}) or not {*case.stored} <= {*range(1, case.steps + 1)}:
+        yield f"checkpoints must be steps from 1 to {case.steps}, ascending, got {case.checkpoints}"
+    if len(case.rates) != case.steps:
+        yield f"lr must have {case.steps} entries, got {len(case.rates)}"
+    if case.fold and (case.decay or case.stack_ndim):
+        yield "a case whose results are folded has no decay and no stack"
 
 
 def _has_bits(values: Iterable[float], bits: int) -> bool:

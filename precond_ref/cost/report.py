@@ -6,8 +6,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from precond_ref.cost import Device, Estimate
-from precond_ref.protocol import Method
-from precond_ref.registry import parse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,11 +13,6 @@ if TYPE_CHECKING:
 
 SIZE = 256
 """Value of a field ``size`` that has no default."""
-
-
-def parse_method(text: str) -> Method:
-    """The method that ``text`` says; ValueError if it says none."""
-    return parse(text).made(size=SIZE)
 
 
 def quantity(value: float, unit: str) -> str:

@@ -52,11 +52,12 @@ Not here
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.fields import choice, integer, real
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import bad_as_nan, finite_members, whole
+from precond_ref.numerics.arrays import bad_as_nan, finite_members, t, whole
 from precond_ref.numerics.ema import ema
 from precond_ref.numerics.grafting import scale_to_rms
 from precond_ref.numerics.refresh import renew
@@ -65,6 +66,7 @@ from precond_ref.numerics.template import eye, zeros
 from precond_ref.protocol import Method, Now
 from precond_ref.typing import Array, Namespace
 
+SIDES, SOLVERS = ("smaller", "left", "right"), ("eigh", *roots.ITERATIONS)
 PAPER = "An, Liu, Pan, Ren, Ma, Goldfarb, Zhang: ASGO, NeurIPS 2025, arXiv 2503.20762"
 
 
@@ -107,7 +109,18 @@ def _gram_report(gram: Array, finite: Array, law: roots.Law, xp: Namespace) -> A
     )
 
 
-class ASGO(Method):
+class _ASGO(Method):
+    """What the four share: matrices."""
+
+    paper: ClassVar[str] = PAPER
+    ndims: ClassVar[tuple[int, int]] = (2, 2)
+
+    def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
+        """Matrices that are not embeddings (in the authors' code: a name containing "emb")."""
+        return len(shape) == 2 and "emb" not in path.lower()
+
+
+class ASGO(_ASGO):
     """ASGO for matrices (An et al., 2025, arXiv 2503.20762, Algorithm 2 and the authors' code).
 
     ``beta1``, ``beta2`` are decays (weights of the *old* term). Takes (..., m, n) with ``stack_ndim`` leading axes.
@@ -118,24 +131,16 @@ class ASGO(Method):
     beta1: float = real("beta_1, decay of the averaged gradient", default=0.9, ge=0, lt=1)
     beta2: float = real("beta_2, decay of V", default=0.8, ge=0, lt=1)
     eps: float = real("epsilon, added to the eigenvalues of V under the root (0: pseudo-inverse)", default=1e-10, ge=0)
-    side: str = choice(
-        "'left', 'right' or 'smaller' (left if m < n, else right)", default="smaller", of=("smaller", "left", "right")
-    )
-    rms: float | None = real(
-        "root mean square of the direction's entries for the raw update", default=0.2, gt=0, optional=True
-    )
+    side: str = choice("'left', 'right' or 'smaller' (left if m < n, else right)", default="smaller", of=SIDES)
+    rms: float | None = real("root mean square of the direction; None: the raw one", default=0.2, gt=0, optional=True)
     root: str = choice(
-        "'eigh' (the definition), 'polar_express', 'newton_schulz' or 'coupled_newton'",
-        default="eigh",
-        of=("eigh", "polar_express", "newton_schulz", "coupled_newton"),
+        "'eigh' (the definition), 'polar_express', 'newton_schulz' or 'coupled_newton'", default="eigh", of=SOLVERS
     )
     root_steps: int = integer("iterations of the roots other than 'eigh'", default=10, ge=1)
     every: int = integer("tau, updates between two roots", default=1, ge=1)
     heads: int | None = integer("blocks of rows with a left V each", default=None, ge=1, optional=True)
 
-    paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = ASGOState
-    ndims: ClassVar[tuple[int, int]] = (2, 2)
     theory: ClassVar[type[ASGOTheory]]
 
     @property
@@ -146,59 +151,41 @@ class ASGO(Method):
         if self.heads is not None and self.side == "right":
             raise ValueError("heads needs side='left' or 'smaller': its statistics are left ones, got side='right'")
 
-    def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
-        """Matrices that are not embeddings (in the authors' code: a name containing "emb")."""
-        return len(shape) == 2 and "emb" not in path.lower()
-
     def _left(self, m: int, n: int) -> bool:
         return self.heads is not None or self.side == "left" or (self.side == "smaller" and m < n)
 
     def _blocks(self, matrix: Array, xp: Namespace) -> Array:
         """Rows cut into heads: (..., m, n) -> (..., h, m/h, n)."""
-        if self.heads is None:
-            return matrix
         *stack, m, n = matrix.shape
-        return xp.reshape(matrix, (*stack, self.heads, m // self.heads, n))
+        return matrix if self.heads is None else xp.reshape(matrix, (*stack, self.heads, m // self.heads, n))
 
     def state_of(self, shape: tuple[int, ...]) -> ASGOState:
-        m, n = shape
-        side: tuple[int, ...] = (m, m) if self._left(m, n) else (n, n)
-        if self.heads is not None:
-            if m % self.heads:
-                raise ValueError(f"heads must divide the rows, got heads={self.heads} and shape {shape}")
-            side = (self.heads, m // self.heads, m // self.heads)
+        k = shape[0] // (self.heads or 1) if self._left(*shape) else shape[1]
+        side = (k, k) if self.heads is None else (self.heads, k, k)
+        if self.heads is not None and shape[0] % self.heads:
+            raise ValueError(f"heads must divide the rows, got heads={self.heads} and shape {shape}")
         kept = roots.identity_root(*side) if self.root == "eigh" else eye(*side)
-        return ASGOState(step=0, m=zeros(m, n), gram=zeros(*side), root=None if self.every == 1 else kept)
-
-    def _preconditioned(
-        self, m: Array, gram: Array, kept: Any, due: Any, left: bool, xp: Namespace
-    ) -> tuple[Any, Array]:
-        if self.root != "eigh":
-            root = renew(due, lambda: self._iterated(gram, xp), kept)  # (P)
-            return root, root @ m if left else m @ root  # (U)
-        law, axis = roots.Law(-0.5, self.eps), 0 if left else 1
-        known = roots.renewed(due, gram, law, kept, xp=xp)  # (P)
-        weight = (1 - self.beta2) * due if self.every > 1 else 1 - self.beta2  # a kept root's V knows nothing of G
-        return known[0], roots.apply(m, {axis: known}, law, weight, xp=xp)  # (U)
-
-    def _iterated(self, gram: Array, xp: Namespace) -> Array:
-        if self.root == "polar_express":
-            return roots.inverse_sqrt_polar_express(gram, self.eps, self.root_steps, xp=xp)
-        if self.root == "newton_schulz":
-            return roots.inverse_sqrt_newton_schulz(gram, self.eps, self.root_steps, xp=xp)
-        return roots.inverse_root_coupled_newton(gram, 2, self.eps, self.root_steps, xp=xp)
+        return ASGOState(step=0, m=zeros(*shape), gram=zeros(*side), root=None if self.every == 1 else kept)
 
     def step(self, grad: Array, state: ASGOState, param: Array, now: Now) -> tuple[Array, ASGOState]:
-        xp, left = now.xp, self._left(*grad.shape[-2:])
+        xp, due, left = now.xp, now.due, self._left(*grad.shape[-2:])
         g = self._blocks(grad, xp)
         m = ema(state.m, grad, self.beta1)  # (M)
-        gram = ema(state.gram, g @ _t(g, xp) if left else _t(g, xp) @ g, self.beta2)  # (V)
-        root, u = self._preconditioned(self._blocks(m, xp), gram, state.root, now.due, left, xp)  # (P), (U)
+        gram = ema(state.gram, g @ t(g, xp) if left else t(g, xp) @ g, self.beta2)  # (V)
+        u, law = self._blocks(m, xp), roots.Law(-0.5, self.eps)
+        if self.root == "eigh":
+            root, w = roots.renewed(due, gram, law, state.root, xp=xp)  # (P)
+            weight = (1 - self.beta2) * due if self.every > 1 else 1 - self.beta2  # a kept root's V knows nothing of G
+            u = roots.apply(u, {0 if left else 1: (root, w)}, law, weight, xp=xp)  # (U)
+        else:
+            inverse = partial(roots.inverse_sqrt, gram, self.eps, self.root, self.root_steps, xp=xp)
+            root = renew(due, inverse, state.root)  # (P)
+            u = root @ u if left else u @ root  # (U)
         u = xp.reshape(u, grad.shape)
-        if self.rms is None and (self.every > 1 or self.heads is not None):  # else a bad gradient has made all of P NaN
-            u = whole(u, 2, xp)
         if self.rms is not None:
             u = scale_to_rms(u, self.rms, (-2, -1), xp)  # (W)
+        elif self.every > 1 or self.heads is not None:  # else a bad gradient has made all of P NaN
+            u = whole(u, 2, xp)
         return u, ASGOState(step=now.step, m=m, gram=gram, root=None if self.every == 1 else root)
 
     def report(self, state: ASGOState, finite: Array, xp: Namespace) -> ASGOReport:
@@ -215,7 +202,7 @@ class ASGOTheoryState(NamedTuple):
     """V_t, (..., m, m) left or (..., n, n) right."""
 
 
-class ASGOTheory(Method, preset="ASGO.theory"):
+class ASGOTheory(_ASGO, preset="ASGO.theory"):
     """ASGO as analysed, Algorithm 1 of the paper: plain sum, no momentum, eps outside the root, no rms.
 
     Takes (..., m, n) with ``stack_ndim`` leading axes.
@@ -224,12 +211,9 @@ class ASGOTheory(Method, preset="ASGO.theory"):
     eps: float = real("epsilon, added to V^{1/2} (0: pseudo-inverse)", default=0.0, ge=0)
     side: str = choice("'left' (the paper) or 'right'", default="left", of=("left", "right"))
 
-    paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = ASGOTheoryState
-    ndims: ClassVar[tuple[int, int]] = (2, 2)
     factorizes = True
     refreshes: ClassVar[bool] = True
-    takes = ASGO.takes
 
     def state_of(self, shape: tuple[int, ...]) -> ASGOTheoryState:
         k = shape[0] if self.side == "left" else shape[1]
@@ -237,7 +221,7 @@ class ASGOTheory(Method, preset="ASGO.theory"):
 
     def step(self, grad: Array, state: ASGOTheoryState, param: Array, now: Now) -> tuple[Array, ASGOTheoryState]:
         xp, left = now.xp, self.side == "left"
-        gram = state.gram + (grad @ _t(grad, xp) if left else _t(grad, xp) @ grad)  # (1)
+        gram = state.gram + (grad @ t(grad, xp) if left else t(grad, xp) @ grad)  # (1)
         law = roots.Law(-1.0, self.eps, root=True)
         root = roots.decompose(gram, law, xp=xp)  # (2)
         direction = roots.apply(grad, {0 if left else 1: root}, law, 1.0, xp=xp)  # (3)
@@ -268,7 +252,7 @@ class DASGOReport(NamedTuple):
     """Whether the member's state is finite, (...)."""
 
 
-class DASGO(Method):
+class DASGO(_ASGO):
     """DASGO for matrices (An et al., 2025, arXiv 2503.20762, Algorithm 4 and the authors' code): one scale per column.
 
     ``beta1``, ``beta2`` are decays (weights of the *old* term). Takes (..., m, n) with ``stack_ndim`` leading axes::
@@ -284,14 +268,9 @@ class DASGO(Method):
     beta1: float = real("beta_1, decay of the averaged gradient", default=0.9, ge=0, lt=1)
     beta2: float = real("beta_2, decay of the column sums", default=0.95, ge=0, lt=1)
     eps: float = real("epsilon, under the root (0: pseudo-inverse)", default=1e-8, ge=0)
-    rms: float | None = real(
-        "root mean square of the direction's entries for the raw update", default=0.2, gt=0, optional=True
-    )
+    rms: float | None = real("root mean square of the direction; None: the raw one", default=0.2, gt=0, optional=True)
 
-    paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = DASGOState
-    ndims: ClassVar[tuple[int, int]] = (2, 2)
-    takes = ASGO.takes
     theory: ClassVar[type[DASGOTheory]]
 
     def state_of(self, shape: tuple[int, ...]) -> DASGOState:
@@ -320,7 +299,7 @@ class DASGOTheoryState(NamedTuple):
     """d_t, summed squared norm of each row, (..., m)."""
 
 
-class DASGOTheory(Method, preset="DASGO.theory"):
+class DASGOTheory(_ASGO, preset="DASGO.theory"):
     """The diagonal of Algorithm 1: one scale per row, plain sum, no momentum, eps outside the root, no rms.
 
     ::
@@ -331,10 +310,7 @@ class DASGOTheory(Method, preset="DASGO.theory"):
 
     eps: float = real("epsilon, added to the root (0: pseudo-inverse)", default=0.0, ge=0)
 
-    paper: ClassVar[str] = PAPER
     state_type: ClassVar[Any] = DASGOTheoryState
-    ndims: ClassVar[tuple[int, int]] = (2, 2)
-    takes = ASGO.takes
 
     def state_of(self, shape: tuple[int, ...]) -> DASGOTheoryState:
         return DASGOTheoryState(step=0, d=zeros(shape[0]))
@@ -348,10 +324,6 @@ class DASGOTheory(Method, preset="DASGO.theory"):
     def report(self, state: DASGOTheoryState, finite: Array, xp: Namespace) -> DASGOReport:
         """Row scales."""
         return DASGOReport(scale=xp.sqrt(state.d), finite=finite)
-
-
-def _t(matrix: Array, xp: Namespace) -> Array:
-    return xp.matrix_transpose(matrix)
 
 
 def _infinite_if_zero(diagonal: Array, xp: Namespace) -> Array:

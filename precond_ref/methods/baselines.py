@@ -7,10 +7,8 @@ Elementwise, eps outside the root, 0/0 = 0, and momentum is the heavy ball b_t =
 * `RMSProp`: Tieleman and Hinton 2012, momentum on the preconditioned gradient.
 * `Adam`: Kingma and Ba, arXiv 1412.6980, Algorithm 1.
 
-Matrices and tensors:
+Matrices:
 
-* `Shampoo`: Gupta, Koren, Singer, arXiv 1802.09568; any order, exponent -1/(2 ndim).
-* `Muon`: Jordan et al. 2024; the polar factor of the averaged gradient.
 """
 
 from __future__ import annotations
@@ -18,13 +16,13 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar, NamedTuple
 
-from precond_ref.fields import choice, flag, integer, is_zero, real
+from array_api_compat import array_namespace
+
+from precond_ref.fields import choice, flag, is_python_number, is_zero, real
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import finite_members
-from precond_ref.numerics.axes import unfold
-from precond_ref.numerics.ema import accumulate, ema, one_minus_power, quotient, reciprocal, sqrt
-from precond_ref.numerics.lapack import attempt
-from precond_ref.numerics.roots import Root
+from precond_ref.numerics.arrays import clamp
+from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal, sqrt
+from precond_ref.numerics.roots import GramReport
 from precond_ref.numerics.template import full, zeros
 from precond_ref.protocol import Method, Now
 from precond_ref.typing import Array, Namespace, Scalar
@@ -77,6 +75,11 @@ class SGD(Method):
         return ElementwiseReport(denominator=None, finite=finite)
 
 
+def _root(square: Array, eps: Scalar, form: str, xp: Namespace) -> Array:
+    """sqrt(square) + eps ('outside'), or sqrt(square + eps)."""
+    return xp.sqrt(square + eps) if form == "inside" else xp.sqrt(square) + eps
+
+
 class AdaGradState(NamedTuple):
     """State of `AdaGrad`."""
 
@@ -87,10 +90,14 @@ class AdaGradState(NamedTuple):
 
 
 class AdaGrad(Method):
-    """Diagonal AdaGrad (Duchi et al., 2011): ``g / (sqrt(initial + sum g^2) + eps)``, elementwise."""
+    """Diagonal AdaGrad (Duchi et al., 2011): ``g / (sqrt(initial + sum g^2) + eps)``, elementwise.
+
+    ``eps_form="inside"`` is ``g / sqrt(sum + eps)``: that of optax and Keras, with eps 1e-7 and initial 0.1.
+    """
 
     eps: float = real("delta, added to the root", default=1e-10, ge=0)
     initial: float = real("start of the sum of squares", default=0.0, ge=0)
+    eps_form: str = choice("eps 'outside' of the root, or 'inside'", default="outside", of=("outside", "inside"))
 
     paper: ClassVar[str] = "Duchi, Hazan, Singer: Adaptive subgradient methods, JMLR 2011"
     state_type: ClassVar[Any] = AdaGradState
@@ -102,12 +109,15 @@ class AdaGrad(Method):
     def step(self, grad: Array, state: AdaGradState, param: Array, now: Now) -> tuple[Array, AdaGradState]:
         xp = now.xp
         total = state.total + grad * grad
-        direction = quotient(grad, xp.sqrt(total) + self.eps, xp, bound=self.eps)
+        direction = quotient(grad, self._denominator(total, xp), xp, bound=self.eps)
         return direction, AdaGradState(step=now.step, total=total)
 
     def report(self, state: AdaGradState, finite: Array, xp: Namespace) -> ElementwiseReport:
         """The denominator."""
-        return ElementwiseReport(xp.sqrt(state.total) + self.eps, finite)
+        return ElementwiseReport(self._denominator(state.total, xp), finite)
+
+    def _denominator(self, total: Array, xp: Namespace) -> Array:
+        return _root(total, self.eps, self.eps_form, xp)
 
 
 class FullAdaGradState(NamedTuple):
@@ -117,23 +127,6 @@ class FullAdaGradState(NamedTuple):
     """Updates done."""
     gram: Array
     """Sum of g g^T, (..., d, d)."""
-
-
-class GramReport(NamedTuple):
-    """What ``diagnose`` of `FullAdaGrad` and `Shampoo` returns: one entry per statistic."""
-
-    eigenvalues: tuple[Array, ...]
-    """Of each statistic, ascending, clipped at zero, (..., d); NaN where it is not finite."""
-    finite: Array
-    """Whether the member's state is finite and its statistics could be decomposed, (...)."""
-    accuracy: tuple[Array, ...]
-    """Relative error that each statistic allows a direction, see `precond_ref.numerics.roots.accuracy`, (...)."""
-
-
-def _gram_report(grams: tuple[Array, ...], finite: Array, law: roots.Law, xp: Namespace) -> GramReport:
-    w = tuple(roots.eigenvalues(gram, xp=xp) for gram in grams)
-    finite = finite & finite_members(xp, *w, core_ndims=(1,) * len(w))
-    return GramReport(eigenvalues=w, finite=finite, accuracy=tuple(roots.accuracy(each, law, xp=xp) for each in w))
 
 
 class FullAdaGrad(Method):
@@ -170,7 +163,7 @@ class FullAdaGrad(Method):
 
     def report(self, state: FullAdaGradState, finite: Array, xp: Namespace) -> GramReport:
         """Spectrum of the sum of outer products."""
-        return _gram_report((state.gram,), finite, roots.Law(-1.0, self.eps, root=True), xp)
+        return roots.report((state.gram,), finite, [roots.Law(-1.0, self.eps, root=True)], xp)
 
 
 class RMSPropState(NamedTuple):
@@ -182,34 +175,74 @@ class RMSPropState(NamedTuple):
     """Average of squared gradients."""
     buffer: Array | None
     """Heavy-ball average of preconditioned gradients; None with ``momentum=0``."""
+    mean: Array | None = None
+    """Average of gradients; None unless ``centered``."""
+
+
+class RMSPropScalars(NamedTuple):
+    """What `RMSProp.update` needs of the step's number."""
+
+    correction: Scalar
+    """1 / (1 - beta2^t) with ``bias_correction``, else 1."""
 
 
 class RMSProp(Method):
-    """RMSProp (Tieleman and Hinton, 2012), elementwise, ``g / (sqrt(v) + eps)``; ``beta2`` is a decay."""
+    """RMSProp (Tieleman and Hinton, 2012), elementwise, ``g / (sqrt(v) + eps)``; ``beta2`` is a decay.
+
+    ``eps_form="inside"`` is ``g / sqrt(v + eps)``. ``centered`` subtracts the square of the averaged gradient from v,
+    at least 0. ``bias_correction`` divides both averages by 1 - beta2^t. With ``nesterov`` the direction is the
+    preconditioned gradient plus momentum times the new buffer. The learning rate is outside of the momentum, as in
+    torch; optax and Keras have it inside, which is the same while it is constant.
+    """
 
     beta2: float = real("decay of the averaged squares", default=0.99, ge=0, lt=1)
     eps: float = real("added to the root", default=1e-8, ge=0)
     momentum: float = real("heavy-ball momentum on the preconditioned gradient", default=0.0, ge=0, lt=1)
+    centered: bool = flag("subtract the square of the averaged gradient", default=False)
+    eps_form: str = choice("eps 'outside' of the root, or 'inside'", default="outside", of=("outside", "inside"))
+    bias_correction: bool = flag("divide the averages by 1 - beta2^t", default=False)
+    initial: float = real("start of the averaged squares", default=0.0, ge=0)
+    nesterov: bool = flag("look ahead; needs momentum", default=False)
 
     paper: ClassVar[str] = "Tieleman, Hinton: Lecture 6.5, 2012"
     state_type: ClassVar[Any] = RMSPropState
     elementwise: ClassVar[bool] = True
 
+    def rules(self) -> None:
+        if self.nesterov and is_zero(self.momentum):
+            raise ValueError("nesterov=True needs momentum > 0, got 0")
+
     def state_of(self, shape: tuple[int, ...]) -> RMSPropState:
-        return RMSPropState(step=0, v=zeros(*shape), buffer=None if is_zero(self.momentum) else zeros(*shape))
+        buffer = None if is_zero(self.momentum) else zeros(*shape)
+        mean = zeros(*shape) if self.centered else None
+        return RMSPropState(step=0, v=full(self.initial, *shape), buffer=buffer, mean=mean)
+
+    def scalars(self, step: Any, *, like: Array = None) -> RMSPropScalars:
+        if not self.bias_correction:
+            return RMSPropScalars(1.0)
+        return RMSPropScalars(reciprocal(one_minus_power(self.beta2, step, like=like)))
 
     def step(self, grad: Array, state: RMSPropState, param: Array, now: Now) -> tuple[Array, RMSPropState]:
         xp = now.xp
         v = ema(state.v, grad * grad, self.beta2)
-        direction = quotient(grad, xp.sqrt(v) + self.eps, xp, bound=self.eps)
+        mean = None if state.mean is None else ema(state.mean, grad, self.beta2)
+        direction = quotient(grad, self._denominator(v, mean, now.k, xp), xp, bound=self.eps)
         if state.buffer is None:
-            return direction, RMSPropState(step=now.step, v=v, buffer=None)
+            return direction, RMSPropState(step=now.step, v=v, buffer=None, mean=mean)
         buffer = self.momentum * state.buffer + direction
-        return 1.0 * buffer, RMSPropState(step=now.step, v=v, buffer=buffer)
+        direction = direction + self.momentum * buffer if self.nesterov else 1.0 * buffer
+        return direction, RMSPropState(step=now.step, v=v, buffer=buffer, mean=mean)
 
     def report(self, state: RMSPropState, finite: Array, xp: Namespace) -> ElementwiseReport:
         """The denominator."""
-        return ElementwiseReport(xp.sqrt(state.v) + self.eps, finite)
+        k = self.scalars(state.step, like=state.v)
+        return ElementwiseReport(self._denominator(state.v, state.mean, k, xp), finite)
+
+    def _denominator(self, v: Array, mean: Array | None, k: RMSPropScalars, xp: Namespace) -> Array:
+        square = v * k.correction if self.bias_correction else v
+        if mean is not None:
+            square = clamp(square - (mean * k.correction) * (mean * k.correction), 0.0, xp=xp)
+        return _root(square, self.eps, self.eps_form, xp)
 
 
 class AdamState(NamedTuple):
@@ -221,198 +254,190 @@ class AdamState(NamedTuple):
     """m_t, average of gradients, not bias-corrected."""
     v: Array
     """v_t, average of squared gradients, not bias-corrected."""
+    v_max: Array | None = None
+    """Largest v_t so far, or v_t / (1 - beta2^t); None without ``amsgrad``."""
 
 
 class AdamScalars(NamedTuple):
     """What `Adam.update` needs of the step's number."""
 
     inverse_c1: Scalar
-    """1 / (1 - beta1^t)."""
+    """Factor of m_t: 1 / (1 - beta1^t), or that of NAdam."""
     inverse_sqrt_c2: Scalar
     """1 / sqrt(1 - beta2^t)."""
+    gradient: Scalar = 0.0
+    """Factor of g_t: 0, or that of NAdam."""
+    rectified: Scalar = 1.0
+    """Factor of the direction; 0 where RAdam does not divide."""
+    plain: Scalar = 0.0
+    """1 where RAdam does not divide, else 0."""
 
 
 class Adam(Method):
-    """Adam (Kingma and Ba, arXiv 1412.6980, Algorithm 1), elementwise; ``beta1``, ``beta2`` are decays."""
+    """Adam (Kingma and Ba, arXiv 1412.6980, Algorithm 1), elementwise; ``beta1``, ``beta2`` are decays::
+
+        m_t = beta1 m_{t-1} + (1 - beta1) g_t,  v_t = beta2 v_{t-1} + (1 - beta2) g_t^2,  c_i = 1 - beta_i^t
+        direction = m_t / c1 / (sqrt(v_t / c2 + eps_root) + eps)
+
+    ``eps_form="uncorrected"``: eps / sqrt(c2) instead of eps, the paper's epsilon hat. ``amsgrad``: the largest v_t
+    so far ("uncorrected", torch's) or the largest v_t / c2 ("corrected", optax's) instead of the last.
+    ``nesterov``: NAdam, instead of m_t / c1 ::
+
+        "constant":   beta1 m_t / (1 - beta1^(t+1)) + (1 - beta1) g_t / c1                               (optax)
+        "scheduled":  mu_{t+1} m_t / (1 - P_t mu_{t+1}) + (1 - mu_t) g_t / (1 - P_t)                     (torch, Keras)
+                      mu_t = beta1 (1 - 0.96^(t momentum_decay) / 2),  P_t = mu_1 ... mu_t
+
+    ``rectify``: RAdam, rho = rho_inf - 2 t beta2^t / c2, rho_inf = 2 / (1 - beta2) - 1; for rho > 5 the direction times
+    sqrt((rho - 4)(rho - 2) rho_inf / ((rho_inf - 4)(rho_inf - 2) rho)), else m_t / c1 alone. ``bias_correction``:
+    "second" has c1 = 1, "none" also c2 = 1 and no corrections of NAdam.
+    """
 
     beta1: float = real("beta_1, decay of the averaged gradient", default=0.9, ge=0, lt=1)
     beta2: float = real("beta_2, decay of the averaged square", default=0.999, ge=0, lt=1)
     eps: float = real("epsilon, added to the root", default=1e-8, ge=0)
+    eps_root: float = real("added to the corrected square under the root", default=0.0, ge=0)
+    eps_form: str = choice("eps beside the 'corrected' root, or the 'uncorrected' one", default="corrected",
+                           of=("corrected", "uncorrected"))  # fmt: skip
+    amsgrad: str | None = choice("largest of 'uncorrected' or 'corrected' squares (None: the last)", default=None,
+                                 of=("uncorrected", "corrected"), optional=True)  # fmt: skip
+    nesterov: str | None = choice("NAdam with 'constant' or 'scheduled' momentum", default=None,
+                                  of=("constant", "scheduled"), optional=True)  # fmt: skip
+    momentum_decay: float | None = real(
+        "psi, of the scheduled momentum (None: 0.004)", default=None, ge=0, optional=True
+    )
+    rectify: bool = flag("RAdam's factor", default=False)
+    bias_correction: str = choice("of 'both' averages, the 'second', or 'none'", default="both",
+                                  of=("both", "second", "none"))  # fmt: skip
 
     paper: ClassVar[str] = "Kingma, Ba: Adam, ICLR 2015, arXiv 1412.6980"
     state_type: ClassVar[Any] = AdamState
     elementwise: ClassVar[bool] = True
 
+    presets: ClassVar[tuple[str, ...]] = ("torch_nadam", "optax_nadam", "keras", "keras_nadam", "torch_radam")
+
+    @staticmethod
+    def torch_nadam(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, momentum_decay: float = 4e-3) -> Adam:
+        """``torch.optim.NAdam``."""
+        return Adam(beta1=beta1, beta2=beta2, eps=eps, nesterov="scheduled", momentum_decay=momentum_decay)
+
+    @staticmethod
+    def optax_nadam(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0) -> Adam:
+        """``optax.nadam``."""
+        return Adam(beta1=beta1, beta2=beta2, eps=eps, eps_root=eps_root, nesterov="constant")
+
+    @staticmethod
+    def keras(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-7) -> Adam:
+        """Adam of Keras and TensorFlow."""
+        return Adam(beta1=beta1, beta2=beta2, eps=eps, eps_form="uncorrected")
+
+    @staticmethod
+    def keras_nadam(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-7) -> Adam:
+        """Nadam of Keras."""
+        return Adam(beta1=beta1, beta2=beta2, eps=eps, nesterov="scheduled", momentum_decay=1.0)
+
+    @staticmethod
+    def torch_radam(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> Adam:
+        """``torch.optim.RAdam``."""
+        return Adam(beta1=beta1, beta2=beta2, eps=eps, eps_form="uncorrected", rectify=True)
+
     def state_of(self, shape: tuple[int, ...]) -> AdamState:
-        return AdamState(step=0, m=zeros(*shape), v=zeros(*shape))
+        v_max = None if self.amsgrad is None else zeros(*shape)
+        return AdamState(step=0, m=zeros(*shape), v=zeros(*shape), v_max=v_max)
 
     def scalars(self, step: Any, *, like: Array = None) -> AdamScalars:
-        return AdamScalars(
-            inverse_c1=reciprocal(one_minus_power(self.beta1, step, like=like)),
-            inverse_sqrt_c2=reciprocal(sqrt(one_minus_power(self.beta2, step, like=like))),
-        )
+        beta1, first, second = self.beta1, self.bias_correction == "both", self.bias_correction != "none"
+        inverse_c1 = reciprocal(one_minus_power(beta1, step, like=like)) if first else 1.0
+        c2 = one_minus_power(self.beta2, step, like=like)
+        inverse_sqrt_c2 = reciprocal(sqrt(c2)) if second else 1.0
+        gradient, rectified, plain = 0.0, 1.0, 0.0
+        if self.nesterov == "constant":
+            gradient = (1 - beta1) * inverse_c1
+            inverse_c1 = beta1 * reciprocal(one_minus_power(beta1, step + 1, like=like)) if first else beta1
+        elif self.nesterov == "scheduled":
+            psi = 4e-3 if self.momentum_decay is None else self.momentum_decay
+            mu, product = _scheduled(beta1, psi, step, like)
+            after, _ = _scheduled(beta1, psi, step + 1, like, product=False)
+            gradient = (1 - mu) * (reciprocal(1 - product) if first else 1.0)
+            inverse_c1 = after * (reciprocal(1 - product * after) if first else 1.0)
+        if self.rectify:
+            rectified, plain = _rectification(self.beta2, step, c2, like)
+        return AdamScalars(inverse_c1, inverse_sqrt_c2, gradient, rectified, plain)
 
     def step(self, grad: Array, state: AdamState, param: Array, now: Now) -> tuple[Array, AdamState]:
         xp, k = now.xp, now.k
         m = ema(state.m, grad, self.beta1)  # m_t
         v = ema(state.v, grad * grad, self.beta2)  # v_t
-        direction = quotient(m * k.inverse_c1, xp.sqrt(v) * k.inverse_sqrt_c2 + self.eps, xp, bound=self.eps)
-        return direction, AdamState(step=now.step, m=m, v=v)
+        v_max = None
+        if state.v_max is not None:
+            v_max = xp.maximum(state.v_max, v * k.inverse_sqrt_c2**2 if self.amsgrad == "corrected" else v)
+        step = m * k.inverse_c1 if self.nesterov is None else m * k.inverse_c1 + grad * k.gradient
+        denominator = self._denominator(v, v_max, k, xp)
+        direction = quotient(step * k.rectified if self.rectify else step, denominator, xp, bound=self.eps)
+        if self.rectify:
+            direction = direction + step * k.plain
+        return direction, AdamState(step=now.step, m=m, v=v, v_max=v_max)
+
+    def _denominator(self, v: Array, v_max: Array | None, k: AdamScalars, xp: Namespace) -> Array:
+        corrected = v_max is not None and self.amsgrad == "corrected"
+        square = v if v_max is None else v_max
+        if is_zero(self.eps_root):
+            root = xp.sqrt(square) if corrected else xp.sqrt(square) * k.inverse_sqrt_c2
+        else:
+            root = xp.sqrt((square if corrected else square * k.inverse_sqrt_c2**2) + self.eps_root)
+        return root + (self.eps * k.inverse_sqrt_c2 if self.eps_form == "uncorrected" else self.eps)
 
     def report(self, state: AdamState, finite: Array, xp: Namespace) -> ElementwiseReport:
         """The denominator."""
         k = self.scalars(state.step, like=state.v)
-        denominator = xp.sqrt(state.v) * k.inverse_sqrt_c2 + self.eps
-        return ElementwiseReport(denominator, finite)
+        return ElementwiseReport(self._denominator(state.v, state.v_max, k, xp), finite)
 
 
-class ShampooState(NamedTuple):
-    """State of `Shampoo` for a parameter (..., d_1, ..., d_k)."""
+def _scheduled(beta1: Scalar, psi: Scalar, step: Any, like: Array, product: bool = True) -> tuple[Scalar, Scalar]:
+    """mu_t and P_t = mu_1 ... mu_t.
 
-    step: Any
-    """t, updates done."""
-    grams: tuple[Array, ...]
-    """One per axis, (..., d_i, d_i)."""
-    roots: tuple[Root, ...] | None
-    """Of the last refresh, one per axis, not formed: (..., d_i, d_i), (..., d_i); None when ``every=1``."""
-
-
-class ShampooScalars(NamedTuple):
-    """What `Shampoo.update` needs of the step's number."""
-
-    correction: Scalar
-    """1 / (1 - beta2^t) with ``bias_correction``, else 1."""
-
-
-class Shampoo(Method):
-    """Shampoo (Gupta, Koren, Singer, arXiv 1802.09568) for tensors of any order k >= 1::
-
-        L_i = beta2 L_i + w G_(i) G_(i)^T,  w = 1 if beta2 = 1 else 1 - beta2     for each axis i
-        direction = G x_1 (L_1 + eps I)^{-1/(2k)} ... x_k (L_k + eps I)^{-1/(2k)}
-
-    ``beta2`` is a decay; 1 is the sum. Every axis counts in the exponent, also one of size 1. ``bias_correction``
-    divides an average by 1 - beta2^t. One axis: full-matrix AdaGrad with eps under the root.
+    log(P_t / beta1^t) is the sum of log(1 - q^i / 2), q = 0.96^psi; its series in 1/2 is a geometric sum in q for each
+    power, of which 60 are below float64's rounding. Up to 64 factors are multiplied as they are.
     """
-
-    beta2: float = real("decay of the statistics; 1 is the sum", default=1.0, ge=0, le=1)
-    eps: float = real("epsilon, added to the eigenvalues under the root (0: pseudo-inverse)", default=1e-6, ge=0)
-    every: int = integer("updates between two roots", default=1, ge=1)
-    bias_correction: bool = flag("divide the average by 1 - beta2^t; needs beta2 < 1", default=False)
-
-    paper: ClassVar[str] = "Gupta, Koren, Singer: Shampoo, ICML 2018, arXiv 1802.09568"
-    state_type: ClassVar[Any] = ShampooState
-    ndims: ClassVar[tuple[int, int]] = (1, 64)
-    factorizes = True
-
-    def rules(self) -> None:
-        if self.bias_correction and self._is_sum():
-            raise ValueError("bias_correction=True needs an average, beta2 < 1, got beta2=1")
-
-    def _is_sum(self) -> bool:
-        return isinstance(self.beta2, (int, float)) and self.beta2 == 1
-
-    def state_of(self, shape: tuple[int, ...]) -> ShampooState:
-        kept = tuple(roots.identity_root(d, d) for d in shape) if self.every > 1 else None
-        return ShampooState(step=0, grams=tuple(zeros(d, d) for d in shape), roots=kept)
-
-    def stack_ndim(self, state: ShampooState) -> int:
-        return state.grams[0].ndim - 2
-
-    def scalars(self, step: Any, *, like: Array = None) -> ShampooScalars:
-        if not self.bias_correction:
-            return ShampooScalars(correction=1.0)
-        return ShampooScalars(correction=reciprocal(one_minus_power(self.beta2, step, like=like)))
-
-    def step(self, grad: Array, state: ShampooState, param: Array, now: Now) -> tuple[Array, ShampooState]:
-        xp, k, due = now.xp, now.k, now.due
-        law = roots.Law(-0.5 / len(state.grams), self.eps)
-        grams, known = [], {}
-        for i, old in enumerate(state.grams):
-            unfolded = unfold(grad, now.stack, i, xp)  # G_(i), (..., d_i, rest)
-            gram = accumulate(old, unfolded @ xp.matrix_transpose(unfolded), self.beta2)  # L_i
-            corrected = gram * k.correction if self.bias_correction else gram
-            kept = None if state.roots is None else state.roots[i]
-            root, w = roots.renewed(due, corrected, law, kept, xp=xp)  # (L_i + eps I)^{-1/(2k)}
-            if i == 0 and self.every > 1:  # a kept root knows nothing of this gradient
-                root = root._replace(eigenvalues=root.eigenvalues + 0.0 * xp.linalg.trace(gram)[..., None])  # NaN
-            known[i] = root, w
-            grams.append(gram)
-        weight = k.correction * accumulate(0.0, 1.0, self.beta2)  # of the new term
-        weight = weight * due if self.every > 1 else weight  # of which a kept root knows nothing
-        direction = roots.apply(grad, known, law, weight, xp=xp)  # x_i
-        new = None if state.roots is None else tuple(root for root, _ in known.values())
-        return direction, ShampooState(now.step, tuple(grams), new)
-
-    def report(self, state: ShampooState, finite: Array, xp: Namespace) -> GramReport:
-        """Spectra of the statistics."""
-        return _gram_report(state.grams, finite, roots.Law(-0.5 / len(state.grams), self.eps), xp)
+    few = isinstance(step, int) and step <= 64
+    t = step if isinstance(step, int) else _real(step, like)
+    mu = beta1 * (1 - 0.5 * 0.96 ** (t * psi))
+    if not product:
+        return mu, mu
+    if few:
+        return mu, math.prod(beta1 * (1 - 0.5 * 0.96 ** (i * psi)) for i in range(1, step + 1))
+    log_q, total = math.log(0.96) * psi, 0.0
+    for k in range(1, 61):
+        ratio = _expm1(t * (k * log_q)) / _expm1(k * log_q) if not is_zero(psi) else t
+        total = total + 0.5**k / k * _power(k * log_q) * ratio
+    return mu, (1 - one_minus_power(beta1, step, like=like)) * _power(-total)
 
 
-class MuonState(NamedTuple):
-    """State of `Muon` for a parameter (..., m, n)."""
-
-    step: Any
-    """t, updates done."""
-    m: Array
-    """M_t, average of gradients, (..., m, n)."""
-
-
-class MuonReport(NamedTuple):
-    """What `Muon.diagnose` returns."""
-
-    singular_values: Array
-    """Of M_t, descending, (..., min(m, n)); NaN where M_t is not finite."""
-    finite: Array
-    """Whether the member's state is finite and could be decomposed, (...)."""
+def _rectification(beta2: Scalar, step: Any, c2: Scalar, like: Array) -> tuple[Scalar, Scalar]:
+    """RAdam's factor, 0 where it does not apply, and 1 there."""
+    t = step if isinstance(step, int) else _real(step, like)
+    limit = 2 / (1 - beta2) - 1
+    rho = limit - 2 * t * (1 - c2) * reciprocal(c2)
+    if is_python_number(rho):
+        if rho <= 5:
+            return 0.0, 1.0
+        return math.sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)), 0.0
+    xp = array_namespace(rho)
+    safe = xp.where(rho > 5, rho, 6.0)
+    apart = (limit - 4) * (limit - 2)
+    factor = sqrt((safe - 4) * (safe - 2) * limit / (apart * safe))
+    return xp.where(rho > 5, factor, 0.0), xp.where(rho > 5, 0.0 * rho, 1.0)
 
 
-class Muon(Method):
-    """Muon (Jordan et al., 2024) for matrices: the polar factor of an averaged gradient::
+def _real(step: Any, like: Array) -> Array:
+    """A traced number in the dtype of ``like``, but float32 at least."""
+    xp = array_namespace(step)
+    return xp.astype(step, like.dtype if xp.finfo(like.dtype).bits >= 32 else xp.float32)
 
-        M_t = momentum M_{t-1} + (1 - momentum) G_t
-        N_t = momentum M_t + (1 - momentum) G_t if nesterov else M_t
-        direction = rms sqrt(max(m, n)) polar(N_t)
 
-    ``polar(U S V^T) = U V^T``. ``root="svd"`` is exact, singular values of at most max(m, n) u max(s) count as zero;
-    ``root="newton_schulz"`` is Jordan's quintic (3.4445, -4.7750, 2.0315), ``root_steps`` times, which brings singular
-    values into about [0.7, 1.2]. ``rms=None`` leaves out the factor.
-    """
+def _expm1(value: Scalar) -> Scalar:
+    return math.expm1(value) if is_python_number(value) else array_namespace(value).expm1(value)
 
-    momentum: float = real("decay of the averaged gradient", default=0.95, ge=0, lt=1)
-    nesterov: bool = flag("average once more with the current gradient", default=True)
-    rms: float | None = real("factor with sqrt(max(m, n))", default=0.2, gt=0, optional=True)
-    root: str = choice(
-        "'newton_schulz' (Jordan's quintic) or 'svd' (exact)", default="newton_schulz", of=("newton_schulz", "svd")
-    )
-    root_steps: int = integer("iterations of 'newton_schulz'", default=5, ge=1)
 
-    paper: ClassVar[str] = "Jordan et al.: Muon, 2024"
-    state_type: ClassVar[Any] = MuonState
-    ndims: ClassVar[tuple[int, int]] = (2, 2)
-
-    @property
-    def factorizes(self) -> bool:
-        return self.root == "svd"
-
-    def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
-        """Matrices that are not embeddings."""
-        return len(shape) == 2 and "emb" not in path.lower()
-
-    def state_of(self, shape: tuple[int, ...]) -> MuonState:
-        return MuonState(step=0, m=zeros(*shape))
-
-    def step(self, grad: Array, state: MuonState, param: Array, now: Now) -> tuple[Array, MuonState]:
-        xp = now.xp
-        m = ema(state.m, grad, self.momentum)
-        n = ema(grad, m, 1 - self.momentum) if self.nesterov else m
-        direction = roots.polar(n, xp=xp) if self.root == "svd" else roots.polar_muon(n, self.root_steps, xp=xp)
-        if self.rms is not None:
-            direction = direction * (self.rms * math.sqrt(max(grad.shape[-2:])))
-        return direction, MuonState(step=now.step, m=m)
-
-    def report(self, state: MuonState, finite: Array, xp: Namespace) -> MuonReport:
-        """Singular values of the average."""
-        m = xp.where(finite[..., None, None], state.m, 0.0)
-        (values,) = attempt(lambda x: (xp.linalg.svdvals(x),), m, wider=True, xp=xp)
-        values = xp.where(finite[..., None], values, math.nan)
-        return MuonReport(singular_values=values, finite=finite_members(xp, values, core_ndims=(1,)))
+def _power(value: Scalar) -> Scalar:
+    """e to this power."""
+    return math.exp(value) if is_python_number(value) else array_namespace(value).exp(value)

@@ -69,14 +69,14 @@ from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.fields import declared, flag, integer, is_zero, real
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import bad_as_nan, clamp, identity, largest_entry, normed, state_dtype
+from precond_ref.numerics.arrays import bad_as_nan, clamp, identity, largest_entry, normed, state_dtype, t
 from precond_ref.numerics.axes import multiply, samples, squeezed, unfold
 from precond_ref.numerics.ema import ema, sqrt
 from precond_ref.numerics.refresh import renew
 from precond_ref.numerics.structured import parse, project
 from precond_ref.numerics.template import eye, zeros
 from precond_ref.protocol import Method, Now, warn_if_decay
-from precond_ref.typing import Array, Namespace
+from precond_ref.typing import Array, Arrays, Namespace
 
 
 class IFShampooState(NamedTuple):
@@ -87,9 +87,9 @@ class IFShampooState(NamedTuple):
 
     step: Any
     """t, updates done."""
-    factors: tuple[Array, ...]
+    factors: Arrays
     """K_n, (..., d_n, d_n)."""
-    momenta: tuple[Array, ...] | None
+    momenta: Arrays | None
     """m_n, (..., d_n, d_n); None with ``riemannian_momentum=0``."""
     buffer: Array | None
     """b_t, heavy-ball average, the parameter's shape; None with ``momentum=0``."""
@@ -98,9 +98,9 @@ class IFShampooState(NamedTuple):
 class IFShampooReport(NamedTuple):
     """What `IFShampoo.diagnose` returns, in float32 at least."""
 
-    inverses: tuple[Array, ...]
+    inverses: Arrays
     """K_n K_n^T = S_n^-1, (..., d_n, d_n)."""
-    eigenvalues: tuple[Array, ...]
+    eigenvalues: Arrays
     """Of K_n K_n^T, ascending, clipped at zero, (..., d_n)."""
     finite: Array
     """Whether the member's state is finite, (...)."""
@@ -177,11 +177,8 @@ class IFShampoo(Method):
         dims = squeezed(grad.shape[stack:])
         structures = self._structures(dims)
         curvature = xp.astype(samples(grad, statistic, stack, dims, xp), dtype, copy=False)
-        factors, momenta = renew(
-            now.due,
-            lambda: self._renewed(curvature, state.factors, state.momenta, structures, xp),
-            (state.factors, state.momenta),
-        )
+        old = state.factors, state.momenta
+        factors, momenta = renew(now.due, lambda: self._renewed(curvature, *old, structures, xp), old)
         if self.every > 1 or statistic is not None:  # the factors may know nothing of this gradient
             bad = xp.astype(bad_as_nan(grad, grad.ndim - stack, xp), dtype, copy=False)
             factors = (factors[0] + bad[..., None, None], *factors[1:])
@@ -193,21 +190,16 @@ class IFShampoo(Method):
         return direction, IFShampooState(now.step, factors, momenta, buffer)
 
     def _renewed(
-        self,
-        g: Array,
-        factors: tuple[Array, ...],
-        momenta: tuple[Array, ...] | None,
-        structures: tuple[str, ...],
-        xp: Namespace,
-    ) -> tuple[tuple[Array, ...], tuple[Array, ...] | None]:
+        self, g: Array, factors: Arrays, momenta: Arrays | None, structures: tuple[str, ...], xp: Namespace
+    ) -> tuple[Arrays, Arrays | None]:
         """K_n and m_n after (2)-(4), from pseudo-gradients (..., d_1, ..., d_N, q)."""
         stack, dims = factors[0].ndim - 2, g.shape[factors[0].ndim - 2 : -1]
         scaled = [k * (1 / math.sqrt(d)) for k, d in zip(factors, dims, strict=True)]
-        grams = [_t(k, xp) @ k for k in scaled]
+        grams = [t(k, xp) @ k for k in scaled]
         traces = [xp.linalg.trace(gram)[..., None, None] / d for gram, d in zip(grams, dims, strict=True)]
         p = g * sqrt(self.batch_size / g.shape[-1])
         for n, k in enumerate(scaled):
-            p = multiply(p, _t(k, xp), n, xp)  # (1)
+            p = multiply(p, t(k, xp), n, xp)  # (1)
         new_factors, new_momenta = [], []
         for n, (k, structure) in enumerate(zip(factors, structures, strict=True)):
             rows = unfold(p, stack, n, xp)
@@ -215,7 +207,7 @@ class IFShampoo(Method):
             for j, trace in enumerate(traces):
                 if j != n:
                     damping = trace * damping
-            h = dims[n] * (rows @ _t(rows, xp)) + damping * grams[n]  # (2)
+            h = dims[n] * (rows @ t(rows, xp)) + damping * grams[n]  # (2)
             m = project(h - identity(xp, h), structure, xp)
             if momenta is not None:
                 m = ema(momenta[n], m, self.riemannian_momentum)  # (3)
@@ -225,25 +217,21 @@ class IFShampoo(Method):
             new_momenta.append(m)
         return tuple(new_factors), None if momenta is None else tuple(new_momenta)
 
-    def _precondition(self, grad: Array, factors: tuple[Array, ...], dims: tuple[int, ...], xp: Namespace) -> Array:
+    def _precondition(self, grad: Array, factors: Arrays, dims: tuple[int, ...], xp: Namespace) -> Array:
         """G x_1 K_1 K_1^T ... x_N K_N K_N^T, in the parameter's shape."""
         stack = tuple(factors[0].shape[:-2])
         u, scale = xp.reshape(grad, (*stack, *dims)), 1.0
         for n, k in enumerate(factors):
             peak = clamp(largest_entry(k, (-2, -1), xp), 1.0, xp=xp)  # r_n^2
             small = k / xp.sqrt(peak)
-            u = multiply(multiply(u, _t(small, xp), n, xp), small, n, xp)
+            u = multiply(multiply(u, t(small, xp), n, xp), small, n, xp)
             scale = scale * peak
         return xp.reshape(u * xp.reshape(scale, (*stack, *(1 for _ in dims))), grad.shape)
 
     def report(self, state: IFShampooState, finite: Array, xp: Namespace) -> IFShampooReport:
         """The inverses of the factors S_n, and their spectra."""
         wide = [xp.astype(k, state_dtype(xp, k, False), copy=False) for k in state.factors]
-        inverses = tuple(k @ _t(k, xp) for k in wide)
+        inverses = tuple(k @ t(k, xp) for k in wide)
         return IFShampooReport(
             inverses=inverses, eigenvalues=tuple(roots.eigenvalues(x, xp=xp) for x in inverses), finite=finite
         )
-
-
-def _t(matrix: Array, xp: Namespace) -> Array:
-    return xp.matrix_transpose(matrix)

@@ -46,6 +46,7 @@ Conventions
     s_0; the code's own correction divides all of s_t and so inflates s_0.
     Factors are inverted by Cholesky. Where rounding has made S_n indefinite the result is NaN, for that stack member. A
     non-finite S_n is never factorised and gives NaN.
+    Axes of size 1 have no factor; a parameter of one entry, a scalar too, has one factor, 1 x 1.
     Below float32 the averages are kept in float32: see ``narrow_state``. RF-Shampoo takes float32 and float64 only.
     ``update(..., statistic=)`` takes q pseudo-gradients (q, ...), whose mean outer product replaces that of ``grad``
     as the curvature.
@@ -70,14 +71,14 @@ from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.fields import flag, integer, is_python_number, is_zero, real
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import bad_as_nan, eye_like, largest_entry
+from precond_ref.numerics.arrays import bad_as_nan, eye_like, largest_entry, t
 from precond_ref.numerics.axes import multiply, samples, squeezed, unfold
 from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal
 from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.refresh import renew
 from precond_ref.numerics.template import eye, full, zeros
 from precond_ref.protocol import Method, Now, warn_if_decay
-from precond_ref.typing import Array, Namespace, Scalar
+from precond_ref.typing import Array, Arrays, Namespace, Scalar
 
 PAPER = "Lin, Dangel, Eschenhagen, Bae, Turner, Makhzani: root-free adaptive methods, ICML 2024, arXiv 2402.03496"
 
@@ -222,9 +223,9 @@ class RFShampooState(NamedTuple):
 
     step: Any
     """t, updates done."""
-    factors: tuple[Array, ...]
+    factors: Arrays
     """S_n, (..., d_n, d_n)."""
-    inverses: tuple[Array, ...]
+    inverses: Arrays
     """S_n^-1, (..., d_n, d_n)."""
     buffer: Array | None
     """b_t, heavy-ball average, the parameter's shape; None with ``momentum=0``."""
@@ -233,7 +234,7 @@ class RFShampooState(NamedTuple):
 class RFShampooReport(NamedTuple):
     """What `RFShampoo.diagnose` returns."""
 
-    eigenvalues: tuple[Array, ...]
+    eigenvalues: Arrays
     """Of each S_n, ascending, clipped at zero, (..., d_n); their extremes tell how far Cholesky is from failing."""
     finite: Array
     """Whether the member's state is finite, (...)."""
@@ -280,11 +281,8 @@ class RFShampoo(Method):
             return xp.zeros_like(grad), state._replace(step=now.step)
         dims = squeezed(grad.shape[stack:])
         curvature = samples(grad, statistic, stack, dims, xp)
-        factors, inverses = renew(
-            now.due,
-            lambda: self._renewed(curvature, state.factors, state.inverses, xp),
-            (state.factors, state.inverses),
-        )
+        old = state.factors, state.inverses
+        factors, inverses = renew(now.due, lambda: self._renewed(curvature, *old, xp), old)
         if self.every > 1 or statistic is not None:  # the factors may know nothing of this gradient
             bad = bad_as_nan(grad, grad.ndim - stack, xp)[..., None, None]
             factors, inverses = ((first + bad, *others) for first, *others in (factors, inverses))
@@ -299,9 +297,7 @@ class RFShampoo(Method):
         buffer = self.momentum * state.buffer + u  # (3)
         return 1.0 * buffer, RFShampooState(now.step, factors, inverses, buffer)
 
-    def _renewed(
-        self, g: Array, factors: tuple[Array, ...], inverses: tuple[Array, ...], xp: Namespace
-    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    def _renewed(self, g: Array, factors: Arrays, inverses: Arrays, xp: Namespace) -> tuple[Arrays, Arrays]:
         """S_n and S_n^-1 after (7) and (8), from pseudo-gradients (..., d_1, ..., d_N, q)."""
         stack = factors[0].ndim - 2
         traces = [xp.linalg.trace(inverse)[..., None, None] for inverse in inverses]
@@ -312,9 +308,9 @@ class RFShampoo(Method):
             for j, inverse in enumerate(inverses):
                 if j != n:
                     whitened, damping = multiply(whitened, inverse, j, xp), traces[j] * damping
-            outer = unfold(whitened, stack, n, xp) @ _t(unfold(g, stack, n, xp), xp)
+            outer = unfold(whitened, stack, n, xp) @ t(unfold(g, stack, n, xp), xp)
             h = (self.batch_size / g.shape[-1] * outer + damping) * (dims[n] / math.prod(dims))  # (7)
-            new.append((1 - self.beta2) * factor + self.beta2 * (0.5 * (h + _t(h, xp))))  # (8)
+            new.append((1 - self.beta2) * factor + self.beta2 * (0.5 * (h + t(h, xp))))  # (8)
         return tuple(new), tuple(_inverse(s, xp) for s in new)
 
     def report(self, state: RFShampooState, finite: Array, xp: Namespace) -> RFShampooReport:
@@ -329,8 +325,4 @@ def _inverse(matrix: Array, xp: Namespace) -> Array:
     (half,) = attempt(
         lambda s: (xp.linalg.solve(xp.linalg.cholesky(s), eye_like(xp, s)),), xp.where(finite, matrix, identity), xp=xp
     )
-    return xp.where(finite, _t(half, xp) @ half, math.nan)
-
-
-def _t(matrix: Array, xp: Namespace) -> Array:
-    return xp.matrix_transpose(matrix)
+    return xp.where(finite, t(half, xp) @ half, math.nan)

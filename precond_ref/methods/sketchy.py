@@ -22,7 +22,8 @@ eps              ``eps``                             added under the root
 `SShampoo`, Algorithm 3, for tensors of any order n: one sketch per axis i, of the unfolding G_(i) (d_i x rest)::
 
     rho^i_t, Lbar^i_t = FD-update(beta2 Lbar^i_{t-1}, G_(i) G_(i)^T)                                   (FD)
-    direction = G x_1 (Lbar^1_t + (rho^1_{1:t} + eps) I)^{-1/(2n)} x_2 ... x_n                          (X)
+    direction = G x_1 Pi^1_t (Lbar^1_t + (rho^1_{1:t} + eps) I)^{-1/(2n)} x_2 ... x_n                   (X)
+    with Pi^i_t the projection onto the range of Lbar^i_t + rho^i_{1:t} I: zero where nothing was seen
 
 `SShampoo.practical`, the deep-learning version (the authors' `tearfree` code), with P the direction above::
 

@@ -38,6 +38,11 @@ def in_float64(array: Array, xp: Namespace) -> Array | None:
     return wide if wide.dtype == xp.float64 else None
 
 
+def t(matrix: Array, xp: Namespace) -> Array:
+    """A^T, of the last two axes."""
+    return xp.matrix_transpose(matrix)
+
+
 def own(array: Array, xp: Namespace) -> Array:
     """``array`` row by row in memory of its own."""
     return xp.reshape(xp.concat([xp.reshape(array, (-1,))]), array.shape)

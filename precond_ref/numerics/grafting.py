@@ -19,6 +19,12 @@ def scale_to_rms(update: Array, rms: Scalar, axes: tuple[int, ...], xp: Namespac
 
 def scale_to_norm(update: Array, like: Array, axes: tuple[int, ...], xp: Namespace) -> Array:
     """``update`` with the Frobenius norm of ``like`` over ``axes``; zero stays zero."""
+    return grafted(update, like, axes, xp)[0]
+
+
+def grafted(update: Array, like: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, Array]:
+    """`scale_to_norm`, and that norm, without ``axes``."""
     _, unit, own = normed(update, axes, xp)
     peak, _, norm = normed(like, axes, xp)
-    return unit * (peak * (norm / xp.where(own == 0, 1.0, own)))  # U ||N||_F / ||U||_F
+    whole = xp.reshape(peak * norm, tuple(d for i, d in enumerate(norm.shape) if i not in axes))
+    return unit * (peak * (norm / xp.where(own == 0, 1.0, own))), whole  # U ||N||_F / ||U||_F

@@ -9,8 +9,11 @@ from typing import Any
 from precond_ref.typing import Array
 
 
-def check_refresh(refresh: Any, every: int) -> bool:
-    """``refresh``; TypeError unless it is a bool, ValueError for False where nothing is kept between updates."""
+def check_refresh(refresh: Any, every: int | None = None) -> bool:
+    """``refresh``; TypeError unless it is a bool, ValueError for False where nothing is kept between updates.
+
+    ``every=None``: of a method that always keeps something.
+    """
     if not isinstance(refresh, bool):
         raise TypeError(f"refresh must be True, False or None, got {refresh!r}")
     if every == 1 and not refresh:
@@ -31,18 +34,28 @@ def _has_no_value(tensor: Any) -> bool:
 
 
 def renew(due: Any, compute: Callable[[], Array], previous: Array | None) -> Array:
-    """``compute()`` if ``due`` else ``previous``; under ``jax.jit`` and ``torch.compile`` only one branch is run.
-
-    Without a ``previous`` it is always due. Where ``due`` is a tensor without a value, both branches are run.
-    """
+    """``compute()`` if ``due`` else ``previous``, see `either`; without a ``previous`` it is always due."""
     if previous is None:
         return compute()
+    return either(due, compute, lambda: previous.clone() if _compiles(due) else previous)  # which may be no input
+
+
+def either(condition: Any, yes: Callable[[], Array], no: Callable[[], Array]) -> Array:
+    """``yes()`` or ``no()``; under ``jax.jit`` and ``torch.compile`` only one branch is run.
+
+    Where ``condition`` is a tensor without a value, both branches are run.
+    """
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(due, torch.Tensor):
-        if torch.compiler.is_compiling():
-            return torch.cond(due, compute, lambda: previous.clone(), ())
-        if _has_no_value(due):
-            return torch.where(due, compute(), previous)
-    if is_traced(due):
-        return sys.modules["jax"].lax.cond(due, lambda _: compute(), lambda _: previous, None)
-    return compute() if bool(due) else previous
+    if _compiles(condition):
+        return torch.cond(condition, yes, no, ())  # type: ignore[union-attr]
+    if torch is not None and isinstance(condition, torch.Tensor) and _has_no_value(condition):
+        return torch.where(condition, yes(), no())
+    if is_traced(condition):
+        return sys.modules["jax"].lax.cond(condition, lambda _: yes(), lambda _: no(), None)
+    return yes() if bool(condition) else no()
+
+
+def _compiles(condition: Any) -> bool:
+    """Whether ``condition`` is a tensor that ``torch.compile`` traces."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(condition, torch.Tensor) and torch.compiler.is_compiling()

@@ -26,15 +26,15 @@ which LAPACK fails.
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
 from precond_ref.fields import is_python_number, is_zero
-from precond_ref.numerics.arrays import clamp, eye_like, identity, largest_entry, normed, own, square
+from precond_ref.numerics.arrays import clamp, eye_like, finite_members, identity, largest_entry, normed, own, square
 from precond_ref.numerics.axes import multiply
 from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.refresh import renew
@@ -55,7 +55,8 @@ POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-MUON = (3.4445, -4.7750, 2.0315)  # Jordan's quintic, at every step
+ITERATIONS = ("polar_express", "newton_schulz", "coupled_newton")
+"""Names that `inverse_sqrt` takes."""
 SAFETY = 1.01  # the first seven are divided by (1.01, 1.01^3, 1.01^5), and so is the start
 
 
@@ -94,14 +95,10 @@ class Law(NamedTuple):
     root: bool = False
 
     def within(self, dtype: Any, xp: Namespace) -> Law:
-        """The same in ``dtype``: a ridge, given as a number, that its smallest normal number is above is none.
-
-        NumPy's numbers become Python's, for their comparisons are no booleans of another array library.
-        """
-        if not isinstance(self.ridge, numbers.Real) or type(self.ridge).__module__ not in ("builtins", "numpy"):
-            return self
-        ridge = float(self.ridge)
-        return self._replace(ridge=0.0 if ridge < float(xp.finfo(dtype).smallest_normal) else ridge)
+        """The same in ``dtype``: a ridge, given as a number, that its smallest normal number is above is none."""
+        if is_python_number(self.ridge) and self.ridge < float(xp.finfo(dtype).smallest_normal):
+            return self._replace(ridge=0.0)
+        return self
 
     def __call__(self, w: Array, xp: Namespace) -> Array:
         return ((xp.sqrt(w) if self.root else w) + self.ridge) ** self.exponent
@@ -177,6 +174,25 @@ def accuracy(w: Array, law: Law, *, xp: Namespace = None) -> Array:
     largest = largest[..., 0]
     nothing = largest == 0
     return unit * xp.where(nothing, 1.0, (largest + ridge) / xp.where(nothing, 1.0, least + ridge))
+
+
+class GramReport(NamedTuple):
+    """What ``diagnose`` of methods that keep statistics returns: one entry per statistic."""
+
+    eigenvalues: tuple[Array, ...]
+    """Of each statistic, ascending, clipped at zero, (..., d); NaN where it is not finite."""
+    finite: Array
+    """Whether the member's state is finite and its statistics could be decomposed, (...)."""
+    accuracy: tuple[Array, ...]
+    """Relative error that each statistic allows a direction, see `accuracy`, (...)."""
+
+
+def report(matrices: Sequence[Array], finite: Array, laws: Sequence[Law], xp: Namespace) -> GramReport:
+    """Spectra of ``matrices`` (..., d, d), each with its law; ``finite`` says which members of the state are."""
+    w = tuple(eigenvalues(matrix, xp=xp) for matrix in matrices)
+    if w:
+        finite = finite & finite_members(xp, *w, core_ndims=(1,) * len(w))
+    return GramReport(w, finite, tuple(accuracy(each, law, xp=xp) for each, law in zip(w, laws, strict=True)))
 
 
 def form(root: Root, *, xp: Namespace = None) -> Array:
@@ -333,6 +349,37 @@ def inverse_root_coupled_newton(matrix: Array, order: int, ridge: Scalar, steps:
     return x
 
 
+def inverse_root_higher_order(
+    matrix: Array, exponent: Fraction, ridge: Scalar, steps: int, *, xp: Namespace = None
+) -> Array:
+    """``(A + ridge I)^{-q/a}`` for ``exponent = q/a``: a Newton round, then ``steps`` of third order (Lakic, 1998)."""
+    xp = array_namespace(matrix) if xp is None else xp
+    if 0 in matrix.shape:
+        return matrix
+    a, power = exponent.denominator, xp.linalg.matrix_power
+    identity = eye_like(xp, matrix)
+    m = matrix + ridge * identity
+    trace = xp.linalg.trace(m)[..., None, None]
+    scale = 1.0 / xp.where(trace == 0, 1.0, trace)
+    m, x = m * scale, identity * scale ** (1 / a)
+    t = ((a + 1) * identity - m) / a
+    x, m = x @ t, power(t, a) @ m
+    for _ in range(steps):
+        rest = identity - m
+        t = identity + (1 / a) * rest + ((1 + a) / (2 * a * a)) * (rest @ rest)
+        x, m = x @ t, power(t, a) @ m
+    return power(x, exponent.numerator)
+
+
+def inverse_sqrt(matrix: Array, ridge: Scalar, solver: str, steps: int, *, xp: Namespace = None) -> Array:
+    """About ``(A + ridge I)^{-1/2}``, by ``steps`` iterations of ``solver``, one of `ITERATIONS`."""
+    if solver == "polar_express":
+        return inverse_sqrt_polar_express(matrix, ridge, steps, xp=xp)
+    if solver == "newton_schulz":
+        return inverse_sqrt_newton_schulz(matrix, ridge, steps, xp=xp)
+    return inverse_root_coupled_newton(matrix, 2, ridge, steps, xp=xp)
+
+
 def _frobenius(matrix: Array, xp: Namespace) -> Array:
     """Frobenius norm (..., 1, 1)."""
     peak, _, norm = normed(matrix, (-2, -1), xp)
@@ -362,18 +409,3 @@ def polar(matrix: Array, *, xp: Namespace = None) -> Array:
     keep = s > max(matrix.shape[-2:]) * xp.finfo(s.dtype).eps * xp.max(s, axis=-1, keepdims=True)
     finite = finite & (s[..., :1, None] < math.inf)
     return xp.where(finite, (u * xp.astype(keep, s.dtype)[..., None, :]) @ vh, math.nan)
-
-
-def polar_muon(matrix: Array, steps: int, *, xp: Namespace = None) -> Array:
-    """Muon's approximation of `polar` (..., m, n): singular values come into about [0.7, 1.2]; zero stays zero."""
-    xp = array_namespace(matrix) if xp is None else xp
-    if 0 in matrix.shape:
-        return matrix
-    wide = matrix.shape[-2] <= matrix.shape[-1]
-    _, unit, norm = normed(matrix, (-2, -1), xp)
-    x = (unit if wide else xp.matrix_transpose(unit)) / xp.where(norm == 0, 1.0, norm)
-    a, b, c = MUON
-    for _ in range(steps):
-        gram = x @ xp.matrix_transpose(x)
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x if wide else xp.matrix_transpose(x)

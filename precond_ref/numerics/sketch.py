@@ -18,7 +18,7 @@ absolute, about (d + k + q) u s_1^2, so that rho is lost where s_l < 1e-7 s_1.
 
 A member with a non-finite entry never reaches LAPACK (an infinity can hang it): its eigenvalues and escaped mass are
 NaN, hence all that is made from them, and the other members of the batch are not touched. So are those of a member
-whose singular values overflow.
+whose singular values overflow, and the powers of one whose largest eigenvalue with its escaped mass does.
 """
 
 from __future__ import annotations
@@ -182,6 +182,7 @@ def apply_power(
     size, u = singular if root else eigenvalues, xp.finfo(eigenvalues.dtype).eps
     total = xp.concat([size + shift[..., None], shift[..., None]], axis=-1)
     largest = total[..., :1]
+    total = xp.where(largest < math.inf, total, math.nan)  # else its power would be a finite 0
     faded = (basis.shape[-2] * u) ** 2 * largest
     if is_python_number(ridge):
         dead = total <= (faded if ridge == 0 else 0.0)

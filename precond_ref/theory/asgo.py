@@ -14,7 +14,7 @@ from precond_ref.problems.online import Objective
 from precond_ref.theory.base import ROUNDING, Array, Run, Sides, Source, about, np, pseudo_power
 
 PAGE = "methods/asgo.md#what-is-proved"
-statement = about("ASGOTheory")
+statement = about("ASGO.theory")
 U64 = 2.0**-53
 
 
@@ -110,7 +110,7 @@ def energy(run: Run, comparator: Array) -> Sides:
     Source.PROVED,
     PAGE,
     identity=True,
-    methods=("DASGOTheory",),
+    methods=("DASGO.theory",),
 )
 def diagonal_energy(run: Run, comparator: Array) -> Sides:
     """T0 of `DASGO.theory`."""
@@ -310,7 +310,7 @@ def own_root_trace(run: Run) -> tuple[float, float]:
     "sum <G_t, W_t - U> <= D^2/(2 eta) (sum_i s_i + m eps) + eta sum_i s_i",
     Source.PROVED,
     PAGE,
-    methods=("DASGOTheory", "AdaGrad"),
+    methods=("DASGO.theory", "AdaGrad"),
 )
 def row_regret(run: Run, comparator: Array) -> Sides:
     """T5, `DASGO.theory`: D = max_{t,i} |(W_t - U)_i|, s_i = (sum_t |(G_t)_i|^2)^{1/2}.

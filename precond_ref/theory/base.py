@@ -103,7 +103,7 @@ class Statement:
     """Page and heading in the documentation."""
     identity: bool
     methods: tuple[str, ...]
-    """Classes whose runs it is about, by name; of sketches none."""
+    """Names of the methods whose runs it is about, or of classes made from them; of sketches none."""
     function: Callable[..., Sides]
 
     @property
@@ -120,7 +120,7 @@ class Statement:
             raise TypeError(f"{self.name} is called {self.call}: {error}") from None
         run = next(iter(given.arguments.values()))
         if self.methods:
-            names = {cls.__name__ for cls in type(getattr(run, "method", None)).__mro__}
+            names = {getattr(cls, "name", "") for cls in type(getattr(run, "method", None)).__mro__}
             if not isinstance(run, Run) or names.isdisjoint(self.methods):
                 what = f"a run of {run.method!r}" if isinstance(run, Run) else repr(run)
                 raise TypeError(f"{self.name} is about a run of {' or '.join(self.methods)}, got {what}")

@@ -6,8 +6,16 @@ import importlib
 
 from precond_ref.conformance.declarations.base import Case
 
-FAMILIES = ("agd", "asgo", "baselines", "primitives", "sketchy", "root_free", "inverse_free", "mbf")
-"""Modules of this folder that export ``CASES``."""
+FAMILIES = ("agd", "asgo", "baselines", "primitives", "sketchy", "root_free", "inverse_free", "mbf", "muon",
+            "adafactor", "klshampoo", "adam_forms", "soap", "production", "second")  # fmt: skip
+"""Modules of this folder that export ``CASES``; those of the last six are version 2, and some of "muon"."""
+
+TIERS = {"SShampoo/every-outside-eps": "may", "SShampoo/practical-every-outside": "may"}
+"""Tiers that version 2 has for cases of version 1, whose files never change.
+
+The two ask for zero where eigenvalue and mass are zero, also with eps > 0: the paper's equation, taken literally, does
+not.
+"""
 
 
 def declared() -> list[Case]:

@@ -32,7 +32,8 @@ class Case:
     """(T, *shape) of a trace."""
     inputs: Mapping[str, Any] = field(default_factory=dict)
     """Tensors given to a primitive."""
-    lr: float = 0.5
+    lr: float | tuple[float, ...] = 0.5
+    """A tuple has one for each step."""
     decay: float = 0.0
     """Decoupled: x <- (1 - lr decay) x - lr direction."""
     stack_ndim: int = 0
@@ -40,6 +41,16 @@ class Case:
     """Of a reject: what is refused, a field of ``config``, or "param" for its shape."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """What the constructor makes of ``config``, where that is something else."""
+    version: int = 1
+    """Of the vectors; the fields below are version 2's."""
+    generated: Mapping[str, Any] = field(default_factory=dict)
+    """Inputs that are not stored: arguments of `precond_ref.conformance.generated.tensor` without the shape."""
+    checkpoints: tuple[int, ...] = ()
+    """Steps, counted from 1, whose results are stored; () is all."""
+    fold: int = 0
+    """Results of more entries are folded."""
+    deep: bool = False
+    """Whether it is left out unless asked for."""
 
 
 def integers(seed: int, shape: tuple[int, ...], low: int = -3, high: int = 3) -> np.ndarray:
@@ -96,7 +107,9 @@ def maker(
             **fields,
         )
 
-    def reject(name: str, why: str, argument: str, *, shape: tuple[int, ...] = shape, **change: Any) -> Case:
+    def reject(
+        name: str, why: str, argument: str, *, shape: tuple[int, ...] = shape, version: int = 1, **change: Any
+    ) -> Case:
         full = {**config, **change}
         return Case(
             method=method,
@@ -107,6 +120,7 @@ def maker(
             shape=shape,
             kind="reject",
             argument=argument,
+            version=version,
         )
 
     return trace, reject

@@ -1,6 +1,6 @@
 """The methods once more, in plain NumPy, each with its plausible mistakes as named flags.
 
-A family module exports ``VARIANTS``, a `Variants` per class name. Its ``walk(config, shape, flags)`` is a generator
+A family module exports ``VARIANTS``, a `Variants` per `Method.name`. Its ``walk(config, shape, flags)`` is a generator
 that runs ONE parameter: it is sent ``(gradient, parameter)`` and yields ``(direction, state)``::
 
     def sgd(config, shape, flags):
@@ -12,8 +12,8 @@ that runs ONE parameter: it is sent ``(gradient, parameter)`` and yields ``(dire
 
 ``config`` holds every field of the method; ``state`` the arrays by the names of our state's fields (``grams.0`` for the
 parts of a tuple; a sketch as its product). Every deviation is one ``if "name" in flags``. A flag's text continues
-"it is ASGO ...", so that ``with eps outside the root`` makes a sentence. `run` adds the flags of `COMMON`, which any
-method can have.
+"it is ASGO ...", so that ``with eps outside the root`` makes a sentence. `run` adds the flags of `COMMON` and those of
+`GENERIC`, which any method can have.
 
 The same text computes in float64 and, given mpmath numbers, with 50 digits (`arithmetic`): without flags it is what the
 conformance vectors are built from. It shares nothing with `precond_ref.methods` and `precond_ref.numerics`.
@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from itertools import combinations, product
+from itertools import combinations, count, permutations, product, repeat
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -42,7 +42,8 @@ from precond_ref.protocol import Method
 
 Walk = Generator[Any, tuple[np.ndarray, np.ndarray], None]
 
-FAMILIES = ("agd", "asgo", "elementwise", "shampoo", "sketchy", "root_free", "inverse_free", "mbf")
+FAMILIES = ("adafactor", "agd", "asgo", "elementwise", "shampoo", "sketchy", "root_free", "inverse_free", "klshampoo",
+            "mbf", "muon", "soap", "production")  # fmt: skip
 """Modules of this folder that export ``VARIANTS``."""
 
 COMMON: Mapping[str, str] = MappingProxyType(
@@ -56,6 +57,23 @@ COMMON: Mapping[str, str] = MappingProxyType(
     }
 )
 """Flags that `run` itself knows."""
+GENERIC: Mapping[str, str] = MappingProxyType(
+    {
+        "unmoved": "without any step: the parameter does not move",
+        "zero-direction": "with a direction of zero: weight decay alone moves the parameter",
+        "unpreconditioned": "without preconditioning or momentum: the step is the plain gradient",
+        "unpreconditioned-ball": "without preconditioning: the step is the gradient with heavy-ball momentum",
+        "unpreconditioned-average": "without preconditioning: the step is the averaged gradient",
+        "restarted": "with every update like the first: nothing is accumulated, and no update is counted",
+        "memoryless": "with nothing accumulated: every update starts from an empty state, though updates are counted",
+        "counter-stuck": "with a counter that stays at the first update",
+        "zero-skipped": "with a gradient of zeros skipped: neither the parameter nor the state changes",
+        "zero-forgotten": "with a state that a gradient of zeros does not change, though the parameter makes its step",
+    }
+)
+"""The same, of mistakes that leave no method in what remains: one of them is on alone."""
+RATES = ("beta1", "beta2", "momentum", "riemannian_momentum", "graft_beta2", "decay")
+"""Fields of which one may be taken for another: ``beta1-for-beta2`` is a flag of `GENERIC`'s kind."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +83,36 @@ class Variants:
     walk: Callable[[Mapping[str, Any], tuple[int, ...], frozenset[str]], Walk]
     flags: Mapping[str, str]
     exclusive: tuple[frozenset[str], ...] = ()
+    rates: tuple[str, ...] = ()
+    """Those of `RATES` that the method has; `of` says it."""
+
+    @property
+    def generic(self) -> dict[str, str]:
+        """`GENERIC`, and one rate in the place of another."""
+        exchanged = {f"{a}-for-{b}": f"with {a} in the place of {b}" for a, b in permutations(self.rates, 2)}
+        return {**GENERIC, **exchanged}
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """All flags that the method can have."""
+        return {**self.flags, **COMMON, **self.generic}
 
 
 class Trace(NamedTuple):
     """What a run leaves: arrays (T, *shape), stack axes included, and after each update the state and, where asked for,
-    the condition number and the decompositions whose errors are in a statistic."""
+    the condition number, the decompositions whose errors are in a statistic, and whether zeros of one were left out."""
 
     directions: Array
     params: Array
     states: list[dict[str, Array]]
     kappas: list[Any]
     decompositions: list[int]
+    singular: list[bool]
 
 
 @cache
 def registry() -> dict[str, Variants]:
-    """Variants by class name."""
+    """Variants by `Method.name`."""
     found: dict[str, Variants] = {}
     for family in FAMILIES:
         found |= importlib.import_module(f"{__name__}.{family}").VARIANTS
@@ -89,18 +121,23 @@ def registry() -> dict[str, Variants]:
 
 def of(method: Method) -> Variants:
     """Variants of a method; KeyError where there are none."""
-    return registry()[type(method).__name__]
+    fields = {f.name for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    rates = tuple(rate for rate in RATES if rate in fields)
+    return dataclasses.replace(registry()[method.name], rates=rates)
 
 
 def compatible(variants: Variants, flags: frozenset[str]) -> bool:
     """Whether the flags can be on together."""
-    exclusive = (*variants.exclusive, frozenset(f for f in COMMON if f.startswith("decay")))
+    if len(flags) > 1 and flags & variants.generic.keys():
+        return False
+    exclusive = (*variants.exclusive, frozenset(f for f in {*COMMON, *variants.flags} if f.startswith("decay-")))
     return all(len(flags & group) < 2 for group in exclusive)
 
 
 def choices(variants: Variants, size: int) -> list[frozenset[str]]:
-    """Sets of ``size`` flags, the common ones included, that can be on together."""
-    sets = map(frozenset, combinations([*variants.flags, *COMMON], size))
+    """Sets of ``size`` flags that can be on together: the method's own, the common ones, and alone the generic ones."""
+    known = variants.texts if size == 1 else {**variants.flags, **COMMON}
+    sets = map(frozenset, combinations(known, size))
     return [flags for flags in sets if compatible(variants, flags)]
 
 
@@ -126,8 +163,7 @@ def effective(cases: Iterable[Case]) -> frozenset[str]:
 
 def describe(variants: Variants, flags: frozenset[str]) -> str:
     """The flags' texts, joined."""
-    texts = {**variants.flags, **COMMON}
-    return ", and ".join(texts[flag] for flag in texts if flag in flags)
+    return ", and ".join(text for flag, text in variants.texts.items() if flag in flags)
 
 
 def run(
@@ -135,18 +171,20 @@ def run(
     param: np.ndarray,
     grads: np.ndarray,
     *,
-    lr: float,
+    lr: float | Sequence[float],
     decay: float = 0.0,
     stack_ndim: int = 0,
     flags: frozenset[str] = frozenset(),
+    conditioned: bool = False,
 ) -> Trace:
     """Run ``method`` with ``flags`` on given gradients (T, *shape); the first ``stack_ndim`` axes are looped over.
 
-    Raises KeyError for a flag that is not the method's.
+    ``lr`` may have one for each step, and for more. Raises KeyError for a flag that is not the method's.
     """
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
     arrays = np.asarray(param, np.float64), np.asarray(grads, np.float64)
-    return walk(type(method).__name__, fields, *arrays, lr=lr, decay=decay, stack_ndim=stack_ndim, flags=flags)
+    given: dict[str, Any] = {"lr": lr, "decay": decay, "stack_ndim": stack_ndim, "flags": flags}
+    return walk(method.name, fields, *arrays, **given, conditioned=conditioned)
 
 
 def walk(
@@ -155,7 +193,7 @@ def walk(
     param: Array,
     grads: Array,
     *,
-    lr: float,
+    lr: float | Sequence[float],
     decay: float = 0.0,
     stack_ndim: int = 0,
     flags: frozenset[str] = frozenset(),
@@ -165,8 +203,8 @@ def walk(
 
     ``conditioned``: with the trace's condition numbers and counts of decompositions.
     """
-    variants = registry()[name]
-    if unknown := flags - {*variants.flags, *COMMON}:
+    variants = dataclasses.replace(registry()[name], rates=tuple(rate for rate in RATES if rate in fields))
+    if unknown := flags - variants.texts.keys():
         raise KeyError(f"{name} has no variant {', '.join(sorted(unknown))}")
     stack, shape = param.shape[:stack_ndim], param.shape[stack_ndim:]
     members = [
@@ -183,7 +221,8 @@ def walk(
         for t in range(steps)
     ]
     kappas = [max(m.kappas[t] for m in members) for t in range(steps)]
-    return Trace(directions, params, states, kappas, members[0].decompositions)
+    singular = [any(m.singular[t] for m in members) for t in range(steps)]
+    return Trace(directions, params, states, kappas, members[0].decompositions, singular)
 
 
 def _run_one(
@@ -191,30 +230,94 @@ def _run_one(
     fields: Mapping[str, Any],
     x: Array,
     grads: Array,
-    lr: float,
+    lr: float | Sequence[float],
     decay: float,
     flags: frozenset[str],
     conditioned: bool,
 ) -> Trace:
-    steps = variants.walk(fields, np.shape(x), flags)
-    next(steps)
-    out = Trace([], [], [], [], [])
-    previous = np.zeros(np.shape(x))
+    for flag in flags & variants.generic.keys() - GENERIC.keys():
+        taken, _, replaced = flag.partition("-for-")
+        fields = {**fields, replaced: fields[taken]}
+    fields = {**fields, "outer_decay": decay}
+    steps = _started(variants, fields, np.shape(x), flags)
+    out, seen = Trace([], [], [], [], [], []), list[tuple[Array, Array]]()
+    previous = buffer = np.zeros(np.shape(x))
+    generic = flags & GENERIC.keys()
     with np.errstate(all="ignore"), conditioning(conditioned) as noted:  # a deviation may divide by zero
-        for g in grads:
-            direction, state = steps.send((g + decay * x if "decay-coupled" in flags else g, x))
+        for t, (g, rate) in enumerate(zip(grads, lr if isinstance(lr, Sequence) else [lr] * len(grads), strict=False)):
+            zero, shrink = not np.any(g), 1 - decay * (1 if "decay-without-lr" in flags else rate)
+            given = g + decay * x if "decay-coupled" in flags else g, x
+            state: Mapping[str, Any] = {}
+            if "unmoved" in flags or ("zero-skipped" in flags and zero):
+                direction, shrink = np.zeros(np.shape(x)), 1.0
+            elif "zero-direction" in flags:
+                direction = np.zeros(np.shape(x))
+            elif generic and next(iter(generic)).startswith("unpreconditioned"):
+                direction, buffer = _plain(fields, g, x, buffer, flags)
+            elif flags & {"memoryless", "restarted"} or ("zero-forgotten" in flags and zero):
+                fresh = _started(variants, fields, np.shape(x), flags, t if "memoryless" in flags else 0)
+                for earlier in seen if "zero-forgotten" in flags else ():
+                    fresh.send(earlier)
+                direction, _ = fresh.send(given)
+            else:
+                direction, state = steps.send(given)
+                seen.append(given)
             if "direction-late" in flags:
                 direction, previous = previous, direction
-            step = lr * direction * (-1 if "sign" in flags else 1)
-            shrink = 1 - decay * (1 if "decay-without-lr" in flags else lr)
-            if flags & {"decay-coupled", "decay-ignored"}:
+            step = rate * direction * (-1 if "sign" in flags else 1)
+            if flags & {"decay-coupled", "decay-ignored", "decay-preconditioned"}:
                 shrink = 1.0
-            x = shrink * (x - step) if "decay-after" in flags else shrink * x - step
-            kept = {key: array(value) for key, value in state.items()}
-            kappa, decompositions = noted.after_update()
-            for record, value in zip(out, (direction, x, kept, kappa, decompositions), strict=True):
+            if "decay-after-moving" in flags and not np.any(direction != 0):
+                shrink = 1.0
+            after = flags & {"decay-after", "decay-after-moving"}
+            x = shrink * (x - step) if after else shrink * x - step
+            kept = {} if generic else {key: array(value) for key, value in state.items()}
+            singular, (kappa, decompositions) = noted.singular, noted.after_update()
+            for record, value in zip(out, (direction, x, kept, kappa, decompositions, singular), strict=True):
                 record.append(value)
     return out._replace(directions=np.stack(out.directions), params=np.stack(out.params))
+
+
+_ELAPSED: ContextVar[int] = ContextVar("elapsed", default=0)
+
+
+def _started(
+    variants: Variants, fields: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str], elapsed: int = 0
+) -> Walk:
+    """The method's generator, after so many updates that are counted and forgotten."""
+    token = _ELAPSED.set(elapsed)
+    try:
+        steps = variants.walk(fields, shape, flags)
+        next(steps)
+    finally:
+        _ELAPSED.reset(token)
+    return steps
+
+
+def times(flags: frozenset[str], first: int = 1) -> Iterator[int]:
+    """Numbers of the updates: 1, 2, ..."""
+    first += _ELAPSED.get()
+    return repeat(first) if "counter-stuck" in flags else count(first)
+
+
+def _plain(fields: Mapping[str, Any], g: Array, x: Array, buffer: Array, flags: frozenset[str]) -> tuple[Array, Array]:
+    """The gradient, with decay that is the method's own, or an average of it; and the new buffer."""
+    entering = g + fields.get("weight_decay", 0.0) * x
+    if "unpreconditioned" in flags:
+        return entering, buffer
+    rate = fields.get("momentum", fields.get("beta1", 0.0))
+    buffer = rate * buffer + (1 if "unpreconditioned-ball" in flags else 1 - rate) * entering
+    return buffer, buffer
+
+
+def decayed(config: Mapping[str, Any], flags: frozenset[str], u: Array, x: Array) -> Array:
+    """What is preconditioned: with the weight decay in it under the flag of `PRECONDITIONED`, no statistic of it."""
+    return u + config["outer_decay"] * x if "decay-preconditioned" in flags else u
+
+
+PRECONDITIONED = {
+    "decay-preconditioned": "with weight decay preconditioned: added to what the preconditioner is applied to",
+}
 
 
 class Conditioning:
@@ -224,7 +327,7 @@ class Conditioning:
         self.of_update: list[Any] = []
         self.last: Any = 1
         self.largest: Any = 1
-        self.sketches, self.sketched = 0, False
+        self.sketches, self.sketched, self.singular = 0, False, False
 
     def after_update(self) -> tuple[Any, int]:
         """Of the update just made: the condition number, and how many decompositions' errors are in a statistic.
@@ -233,7 +336,7 @@ class Conditioning:
         """
         self.last = max(self.of_update, default=self.last)
         self.sketches += self.sketched
-        self.of_update, self.sketched = [], False
+        self.of_update, self.sketched, self.singular = [], False, False
         return max(self.last, self.largest), max(self.sketches, 1)
 
 
@@ -261,6 +364,12 @@ def note(compute: Callable[..., Any], *arguments: Any, stays: bool = False) -> N
         noted.of_update.append(compute(*arguments))
 
 
+def note_singular(live: Array) -> None:
+    """Record that zeros, if there are any, were left out of a power."""
+    if (noted := _CONDITIONING.get()) is not None:
+        noted.singular |= not np.all(live)
+
+
 # ---- what the families share ----------------------------------------------------------------------------------------
 
 
@@ -282,8 +391,10 @@ def spectral(matrix: Array, function: Callable[[Array], Array], keep_zeros: bool
     if not all_finite(matrix):
         return np.full(matrix.shape, np.nan)
     w, q = eigh((matrix + matrix.T) / 2)
-    w = np.maximum(w, 0)
-    live = np.full(w.shape, True) if keep_zeros else w > len(w) * spacing(w) * w.max(initial=0)
+    above = w > len(w) * spacing(w) * w.max(initial=0)  # else it is rounding
+    w = np.where(above, w, 0 * w)
+    live = np.full(w.shape, True) if keep_zeros else above
+    note_singular(live)
     values = function(np.where(live, w, 1.0))
     note(lambda: arithmetic.power(spread(values[live]), abs(1 / Fraction(exponent))))
     return (q * np.where(live, values, 0.0)) @ q.T
@@ -320,6 +431,8 @@ def due(t: int, every: int, flags: frozenset[str]) -> bool:
         return True
     if "every-late" in flags:
         return t % every == 0
+    if "every-once" in flags:
+        return t == 1
     if "every-multiples" in flags:
         return t == 1 or t % every == 0
     return (t - 1) % every == 0
@@ -329,4 +442,13 @@ EVERY = {
     "every-ignored": "with roots renewed at every update",
     "every-late": "with roots renewed at updates every, 2 every, ... instead of 1, 1 + every, ... (identity before)",
     "every-multiples": "with roots renewed at updates 1, every, 2 every, ... instead of 1, 1 + every, 1 + 2 every",
+    "every-once": "with the roots of the first update kept for ever",
 }
+
+
+def stale(t: int, flags: frozenset[str]) -> bool:
+    """Whether update ``t`` uses the statistic before its gradient, always or from the second update on (`LATE`)."""
+    return "statistic-after" in flags or ("statistic-late" in flags and t > 1)
+
+
+LATE = {"statistic-late": "with the statistic before this gradient from the second update on"}

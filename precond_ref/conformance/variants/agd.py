@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import count
 from operator import truediv
 from typing import Any
 
 import numpy as np
 
 from precond_ref.conformance.arithmetic import sqrt
-from precond_ref.conformance.variants import Variants, Walk, ema, note, quotient
+from precond_ref.conformance.variants import PRECONDITIONED, Variants, Walk, decayed, ema, note, quotient, times
 
 FLAGS = {
     "square-of-gradient": "with b the average of squared gradients, as in Adam, not of squared differences",
@@ -21,6 +20,8 @@ FLAGS = {
     "first-difference-raw": "with s_1 = m_1 instead of m_1 / (1 - beta1)",
     "delta-added": "with sqrt(b) + delta instead of the larger of the two",
     "delta-inside": "with delta under the root, sqrt(max(b, delta))",
+    "delta-under-root": "with the threshold under the root of the corrected b, sqrt(max(b / (1 - beta2^t), delta))",
+    "delta-added-inside": "with delta added under the root, sqrt(b + delta)",
     "delta-uncorrected": "with the threshold delta instead of delta sqrt(1 - beta2^t)",
     "delta-ignored": "without the threshold delta",
     "no-correction-1": "without the bias correction 1 / (1 - beta1^t) of the step",
@@ -40,6 +41,7 @@ FLAGS = {
     "clip-ignored": "without the clip",
     "clip-after": "with the clip after the factor sqrt(1 - beta2^t) / (1 - beta1^t) instead of before it",
     "zero-nan": "with 0/0 = NaN for a zero gradient history at delta = 0",
+    **PRECONDITIONED,
 }
 
 
@@ -68,8 +70,8 @@ def agd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
 
     m, b, b_max, g_old = (np.zeros(shape) for _ in range(4))
     out = None
-    for t in count(1):
-        g, _ = yield out
+    for t in times(flags):
+        g, x = yield out
         k = t + ("correction-ahead" in flags)
         c1, c2, c1_old = correction(beta1, k), correction(beta2, k), correction(beta1, k - 1)
         note(truediv, 1, c2)
@@ -104,9 +106,14 @@ def agd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
             denominator = root + floor
         elif "delta-inside" in flags:
             denominator = sqrt(np.maximum(square, floor))
+        elif "delta-under-root" in flags:
+            denominator = sqrt(np.maximum(square, delta * c2))
+        elif "delta-added-inside" in flags:
+            denominator = sqrt(square + floor)
         else:
             denominator = np.maximum(root, floor)
         m_step = g if "momentum-none" in flags else ema(g, m, 1 - beta1) if "nesterov" in flags else m
+        m_step = decayed(config, flags, m_step, x)
         u = m_step / denominator if "zero-nan" in flags else quotient(m_step, denominator)
         factor = over(sqrt_c2, 1.0 if "no-correction-1" in flags else c1)
         if clip is None:
@@ -126,8 +133,8 @@ VARIANTS = {
             frozenset({"square-of-gradient", "gradient-difference", "difference-uncorrected",
                        "difference-one-correction"}),
             frozenset({"first-difference-zero", "first-difference-raw"}),
-            frozenset({"delta-added", "delta-inside", "delta-ignored"}),
-            frozenset({"delta-inside", "no-root"}),
+            frozenset({"delta-added", "delta-inside", "delta-ignored", "delta-under-root", "delta-added-inside"}),
+            frozenset({"delta-inside", "delta-under-root", "delta-added-inside", "no-root"}),
             frozenset({"nesterov", "momentum-none"}),
             frozenset({"amsgrad-ignored", "amsgrad-corrected", "amsgrad-kept"}),
             frozenset({"clip-ignored", "clip-after"}),

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import count
 from typing import Any
 
 import numpy as np
 
 from precond_ref.conformance.arithmetic import eigh, norm, real, sqrt
-from precond_ref.conformance.variants import EVERY, Variants, Walk, due, ema, note, outside, power, rivals, spread
+from precond_ref.conformance.variants import (
+    EVERY,
+    LATE,
+    PRECONDITIONED,
+    Variants,
+    Walk,
+    decayed,
+    due,
+    ema,
+    note,
+    outside,
+    power,
+    rivals,
+    spread,
+    stale,
+    times,
+)
 
 AVERAGES = {
     "sum": "with a plain sum instead of an average as the statistic",
@@ -26,7 +41,12 @@ AVERAGES = {
     "rms-ignored": "without scaling to the root mean square",
     "rms-max": "with the fixed factor rms sqrt(max(m, n)), as in Muon, instead of scaling to the root mean square",
     "rms-frobenius": "with U / ||U||_F times rms, without sqrt(m n)",
+    "rms-rows": "with U scaled to the Frobenius norm rms sqrt(m) instead of rms sqrt(m n)",
+    "rms-columns": "with U scaled to the Frobenius norm rms sqrt(n) instead of rms sqrt(m n)",
     "zero-nan": "with NaN for a zero update: it divides by ||U||_F = 0",
+    "started-whole": "with V started at the first G G^T, not weighted by 1 - beta2",
+    **LATE,
+    **PRECONDITIONED,
 }
 EXPONENTS = frozenset({"exponent-quarter", "exponent-one"})
 EXPRESS = (  # Polar Express (Amsel et al., 2025)
@@ -183,28 +203,32 @@ def _averaged(
     if "momentum-ignored" in flags:
         beta1 = 0.0
     m, out = np.zeros(shape), None
-    for t in count(1):
-        g, _ = yield out
+    for t in times(flags):
+        g, x = yield out
         after = "momentum-of-preconditioned" in flags
         if not after:
             m = beta1 * m + g if "heavy-ball" in flags else ema(m, g, beta1)
         new = product(m if "statistic-of-momentum" in flags else g)
         old, v = v, v + new if "sum" in flags else beta2 * v + new if "weight-missing" in flags else ema(v, new, beta2)
-        used = old if "statistic-after" in flags else v
+        if t == 1 and "started-whole" in flags:
+            v = new
+        used = old if stale(t, flags) else v
         if "corrected" in flags:
             used = used / (1 - beta2**t)
         if after:
-            u = precondition(t, used, g)
+            u = precondition(t, used, decayed(config, flags, g, x))
             m = beta1 * m + u if "heavy-ball" in flags else ema(m, u, beta1)
             u = ema(u, m, 1 - beta1) if "nesterov" in flags else m
         else:
-            u = precondition(t, used, ema(g, m, 1 - beta1) if "nesterov" in flags else m)
+            moved = ema(g, m, 1 - beta1) if "nesterov" in flags else m
+            u = precondition(t, used, decayed(config, flags, moved, x))
         if "momentum-corrected" in flags:
             u = u / (1 - beta1**t)
         if rms is not None and "rms-max" in flags:
             u = u * rms * sqrt(real(max(shape), u))
         elif rms is not None and "rms-ignored" not in flags:
-            size = 1.0 if "rms-frobenius" in flags else sqrt(real(u.size, u))
+            entries = shape[0] if "rms-rows" in flags else shape[1] if "rms-columns" in flags else u.size
+            size = 1.0 if "rms-frobenius" in flags else sqrt(real(entries, u))
             u = u * (rms * size / (norm(u) if "zero-nan" in flags else norm(u) or 1.0))
         out = u, {"m": m} | state(v)
 
@@ -220,6 +244,8 @@ ASGO_THEORY_FLAGS = {
     "gram-mean": "with G G^T divided by the number of its terms",
     "average": "with the mean of the products instead of their sum",
     "statistic-after": "with the statistic before this gradient",
+    **LATE,
+    **PRECONDITIONED,
     "no-accumulation": "with this gradient's product only, nothing accumulated",
 }
 
@@ -235,17 +261,18 @@ def asgo_theory(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozen
     exponent = -0.25 if "exponent-quarter" in flags else -1.0 if "exponent-one" in flags else -0.5
     size = shape[0] if left else shape[1]
     gram, out = np.zeros((size, size)), None
-    for t in count(1):
-        g, _ = yield out
+    for t in times(flags):
+        g, x = yield out
         new = g @ g.T if left else g.T @ g
         if "gram-mean" in flags:
             new = new / (shape[1] if left else shape[0])
         old, gram = gram, new if "no-accumulation" in flags else gram + new
-        used = (old if "statistic-after" in flags else gram) / (t if "average" in flags else 1)
+        used = (old if stale(t, flags) else gram) / (t if "average" in flags else 1)
         if "diagonal" in flags:
             used = used * np.eye(size)
         root = power(used, exponent, eps) if "eps-inside" in flags else outside(used, exponent, eps)
-        out = root @ g if left else g @ root, {"gram": gram}
+        moved = decayed(config, flags, g, x)
+        out = root @ moved if left else moved @ root, {"gram": gram}
 
 
 DASGO_THEORY_FLAGS = {
@@ -257,6 +284,8 @@ DASGO_THEORY_FLAGS = {
     "average": "with the mean over the steps instead of the sum",
     "elementwise": "with one scale per entry instead of per row",
     "statistic-after": "with the statistic before this gradient",
+    **LATE,
+    **PRECONDITIONED,
     "no-accumulation": "with this gradient's squares only, nothing accumulated",
 }
 
@@ -266,14 +295,14 @@ def dasgo_theory(config: Mapping[str, Any], shape: tuple[int, ...], flags: froze
     eps, axis = _eps(config["eps"], flags), 0 if "columns" in flags else 1
     d: Any = 0.0
     out = None
-    for t in count(1):
-        g, _ = yield out
+    for t in times(flags):
+        g, x = yield out
         new = g * g if "elementwise" in flags else np.sum(g * g, axis=axis, keepdims=True)
         if "mean" in flags:
             new = new / shape[axis]
         old, d = d, new if "no-accumulation" in flags else d + new
-        used = (old if "statistic-after" in flags else d) / (t if "average" in flags else 1)
-        u = g / _infinite_if_zero(_scale(used, eps, "eps-inside" in flags, flags))
+        used = (old if stale(t, flags) else d) / (t if "average" in flags else 1)
+        u = decayed(config, flags, g, x) / _infinite_if_zero(_scale(used, eps, "eps-inside" in flags, flags))
         out = u, {"d": d[:, 0] if d.shape[1] == 1 else d}
 
 
@@ -300,7 +329,9 @@ AVERAGING = (
         {"momentum-of-preconditioned", "heavy-ball", "momentum-corrected", "nesterov", "statistic-of-momentum"},
     ),
     frozenset({"momentum-of-preconditioned", "statistic-of-momentum"}),
-    frozenset({"rms-ignored", "rms-max", "rms-frobenius"}),
+    frozenset({"rms-ignored", "rms-max", "rms-frobenius", "rms-rows", "rms-columns"}),
+    frozenset({"statistic-after", "statistic-late"}),
+    frozenset({"sum", "weight-missing", "started-whole"}),
     *rivals({"zero-nan"}, {"rms-ignored", "rms-max"}),
 )
 VARIANTS = {
@@ -318,7 +349,7 @@ VARIANTS = {
             *AVERAGING,
         ),
     ),
-    "ASGOTheory": Variants(
+    "ASGO.theory": Variants(
         asgo_theory,
         ASGO_THEORY_FLAGS,
         (
@@ -326,6 +357,7 @@ VARIANTS = {
             frozenset({"eps-inside", "eps-ignored"}),
             frozenset({"other-side", "smaller-side"}),
             frozenset({"average", "no-accumulation"}),
+            frozenset({"statistic-after", "statistic-late", "no-accumulation"}),
         ),
     ),
     "DASGO": Variants(
@@ -339,7 +371,7 @@ VARIANTS = {
             *AVERAGING,
         ),
     ),
-    "DASGOTheory": Variants(
+    "DASGO.theory": Variants(
         dasgo_theory,
         DASGO_THEORY_FLAGS,
         (
@@ -348,6 +380,7 @@ VARIANTS = {
             frozenset({"columns", "elementwise"}),
             frozenset({"mean", "elementwise"}),
             frozenset({"average", "no-accumulation"}),
+            frozenset({"statistic-after", "statistic-late", "no-accumulation"}),
         ),
     ),
 }

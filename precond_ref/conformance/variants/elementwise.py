@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import count
 from operator import truediv
 from typing import Any
 
 import numpy as np
 
-from precond_ref.conformance.arithmetic import sqrt
-from precond_ref.conformance.variants import Variants, Walk, ema, note, outside, power, quotient, rivals
+from precond_ref.conformance import arithmetic
+from precond_ref.conformance.arithmetic import real, sqrt
+from precond_ref.conformance.variants import (
+    PRECONDITIONED,
+    Variants,
+    Walk,
+    decayed,
+    ema,
+    note,
+    outside,
+    power,
+    quotient,
+    rivals,
+    times,
+)
 
 SGD_FLAGS = {
     "momentum-ema": "with an average, momentum b + (1 - momentum) g, instead of the heavy ball",
@@ -26,7 +38,7 @@ def sgd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
     mu = 0.0 if "momentum-ignored" in flags else config["momentum"]
     nesterov = (config["nesterov"] or "nesterov-always" in flags) and "nesterov-ignored" not in flags
     buffer, out = np.zeros(shape), None
-    for t in count(1):
+    for t in times(flags):
         g, _ = yield out
         weight = 1.0
         if "momentum-ema" in flags or ("momentum-ema-first" in flags and t > 1):
@@ -38,6 +50,7 @@ def sgd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
 
 ADAGRAD_FLAGS = {
     "eps-inside": "with eps under the root",
+    "eps-outside": "with eps outside of the root, asked for or not",
     "eps-ignored": "without eps",
     "initial-ignored": "with the sum of squares started at 0 instead of at initial",
     "initial-squared": "with the sum of squares started at initial^2",
@@ -45,6 +58,7 @@ ADAGRAD_FLAGS = {
     "no-root": "with the sum instead of its square root in the denominator",
     "mean": "with the mean of the squared gradients instead of their sum",
     "zero-nan": "with 0/0 = NaN for a zero gradient history at eps = 0",
+    **PRECONDITIONED,
 }
 
 
@@ -54,27 +68,36 @@ def adagrad(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[
     initial = config["initial"] ** (2 if "initial-squared" in flags else 1)
     total = np.zeros(shape) + (0.0 if "initial-ignored" in flags else initial)
     out = None
-    for t in count(1):
-        g, _ = yield out
+    for t in times(flags):
+        g, x = yield out
         old, total = total, total + g * g
         square = old if "statistic-after" in flags else total
-        denominator = _denominator(square / (t if "mean" in flags else 1), eps, flags)
-        out = _divided(g, denominator, flags), {"total": total}
+        denominator = _denominator(square / (t if "mean" in flags else 1), eps, _form(config, flags))
+        out = _divided(decayed(config, flags, g, x), denominator, flags), {"total": total}
 
 
 RMSPROP_FLAGS = {
     "eps-inside": "with eps under the root",
+    "eps-outside": "with eps outside of the root, asked for or not",
     "eps-ignored": "without eps",
+    "initial-ignored": "with the average started at 0 instead of at initial",
+    "centered-ignored": "without the square of the averaged gradient",
+    "mean-uncorrected": "with the averaged gradient not bias-corrected",
+    "correction-ignored": "without the bias correction",
+    "nesterov-ignored": "without Nesterov's form",
+    "nesterov-always": "with Nesterov's form, asked for or not",
     "statistic-after": "with the average before this gradient in the denominator",
     "no-root": "with the average instead of its square root in the denominator",
     "weight-missing": "with v_t = beta2 v_{t-1} + g^2, without the weight 1 - beta2",
     "weights-swapped": "with beta2 the weight of the new term",
     "corrected": "with the average divided by 1 - beta2^t",
+    "started-whole": "with the average started at the first squared gradient, not weighted by 1 - beta2",
     "centered": "with the square of the averaged gradient subtracted from the average of squares",
     "momentum-ignored": "without momentum",
     "momentum-on-gradient": "with momentum on the gradient, before the division",
     "momentum-ema": "with an average, momentum b + (1 - momentum) u, instead of the heavy ball",
     "zero-nan": "with 0/0 = NaN for a zero gradient history at eps = 0",
+    **PRECONDITIONED,
 }
 
 
@@ -84,25 +107,35 @@ def rmsprop(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[
     beta2, mu = config["beta2"], 0.0 if "momentum-ignored" in flags else config["momentum"]
     if "weights-swapped" in flags:
         beta2 = 1 - beta2
-    v, mean, buffer, out = np.zeros(shape), np.zeros(shape), np.zeros(shape), None
+    centered = (config.get("centered", False) or "centered" in flags) and "centered-ignored" not in flags
+    corrected = (config.get("bias_correction", False) or "corrected" in flags) and "correction-ignored" not in flags
+    nesterov = (config.get("nesterov", False) or "nesterov-always" in flags) and "nesterov-ignored" not in flags
+    start = 0.0 if "initial-ignored" in flags else config.get("initial", 0.0)
+    v, mean, buffer, out = np.zeros(shape) + start, np.zeros(shape), np.zeros(shape), None
     weight = 1 - mu if "momentum-ema" in flags else 1.0
-    for t in count(1):
-        g, _ = yield out
+    for t in times(flags):
+        g, x = yield out
         old, v = v, beta2 * v + g * g if "weight-missing" in flags else ema(v, g * g, beta2)
+        if t == 1 and "started-whole" in flags:
+            v = g * g
         mean = ema(mean, g, beta2)
         square = old if "statistic-after" in flags else v
-        if "corrected" in flags:
+        average = mean
+        if corrected:
             square = square / (1 - beta2**t)
-        if "centered" in flags:
-            square = np.maximum(square - mean * mean, 0)
-        denominator = _denominator(square, eps, flags)
+            average = mean if "mean-uncorrected" in flags else mean / (1 - beta2**t)
+        if centered:
+            square = np.maximum(square - average * average, 0)
+        denominator = _denominator(square, eps, _form(config, flags))
         if "momentum-on-gradient" in flags:
             buffer = mu * buffer + weight * g
-            direction = _divided(buffer, denominator, flags)
+            direction = _divided(decayed(config, flags, buffer, x), denominator, flags)
         else:
-            buffer = mu * buffer + weight * _divided(g, denominator, flags)
-            direction = buffer
-        out = direction, {"v": v} | ({"buffer": buffer} if config["momentum"] else {})
+            new = _divided(decayed(config, flags, g, x), denominator, flags)
+            buffer = mu * buffer + weight * new
+            direction = new + mu * buffer if nesterov else buffer
+        state = {"v": v} | ({"buffer": buffer} if config["momentum"] else {})
+        out = direction, state | ({"mean": mean} if config.get("centered") else {})
 
 
 ADAM_FLAGS = {
@@ -121,8 +154,22 @@ ADAM_FLAGS = {
     "square-of-average": "with v the average of m_t^2 instead of g_t^2",
     "square-of-residual": "with v the average of (g_t - m_t)^2, as in AdaBelief",
     "amsgrad": "with the running maximum of v, as in AMSGrad",
+    "amsgrad-ignored": "without AMSGrad's maximum",
+    "amsgrad-exchanged": "with AMSGrad's maximum of the other squares, corrected or not",
+    "eps-root-ignored": "without eps_root",
+    "eps-root-before-correction": "with eps_root added to the square before its bias correction",
+    "eps-form-ignored": "with eps beside the corrected root, asked for or not",
+    "nadam-ignored": "without NAdam's look-ahead",
+    "nadam-constant": "with beta1 in the place of the scheduled momentum",
+    "nadam-next": "with 1 - P_t in the place of 1 - P_t mu_{t+1} (of 1 - beta1^(t+1) where it is constant)",
+    "nadam-late": "with the scheduled momentum of the update before",
+    "rectify-ignored": "without RAdam's factor",
+    "rectify-four": "with RAdam's factor for rho > 4",
+    "rectify-divided": "with the division also where RAdam's factor does not apply",
+    "correction-always": "with both bias corrections, asked for or not",
     "no-root": "with v instead of its square root in the denominator",
     "zero-nan": "with 0/0 = NaN for a zero gradient history at eps = 0",
+    **PRECONDITIONED,
 }
 
 
@@ -134,29 +181,72 @@ def adam(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
     if "eps-ignored" in flags:
         eps = 0.0
     m, v, v_max, out = np.zeros(shape), np.zeros(shape), np.zeros(shape), None
-    for t in count(1):
-        g, _ = yield out
+    form, kind, psi, eps_root, rectify, correction = (
+        config.get(name, default)
+        for name, default in (
+            ("amsgrad", None), ("nesterov", None), ("momentum_decay", None), ("eps_root", 0.0), ("rectify", False),
+            ("bias_correction", "both"),
+        )
+    )  # fmt: skip
+    if "amsgrad-exchanged" in flags and form:
+        form = {"corrected": "uncorrected", "uncorrected": "corrected"}[form]
+    form, ever = (None if "amsgrad-ignored" in flags else form or ("amsgrad" in flags and "uncorrected")), form
+    kind = None if "nadam-ignored" in flags else kind
+    psi = 4e-3 if psi is None else psi
+    hat = config.get("eps_form") == "uncorrected" and "eps-form-ignored" not in flags
+    correction = "both" if "correction-always" in flags else correction
+    product: Any = 1
+    for t in times(flags):
+        g, x = yield out
         k = t + ("correction-ahead" in flags)
         c1, c2 = 1 - beta1**k, 1 - beta2**k
         note(truediv, 1, c2)
+        known = c2
+        c1, c2 = 1 if correction != "both" else c1, 1 if correction == "none" else c2
         if "float32-correction" in flags:
             c1, c2 = (float(np.float32(1) - np.float32(beta) ** np.float32(k)) for beta in (beta1, beta2))
         m = beta1 * m + g if "heavy-ball" in flags else ema(m, g, beta1)
         new = m if "square-of-average" in flags else g - m if "square-of-residual" in flags else g
         old, v = v, beta2 * v + new * new if "weight-missing" in flags else ema(v, new * new, beta2)
         square = old if "statistic-after" in flags else v
-        v_max = np.maximum(v_max, square)
-        if "amsgrad" in flags:
-            square = v_max
         if "no-correction-2" in flags:
             c2 = 1.0
-        if "eps-before-correction" in flags:
-            denominator = _denominator(square, eps, flags) / sqrt(c2)
+        v_max = np.maximum(v_max, square / c2 if form == "corrected" else square)
+        if form:
+            square = v_max * c2 if form == "corrected" else v_max
+        root_eps = 0.0 if "eps-root-ignored" in flags else eps_root
+        if "eps-root-before-correction" in flags:
+            square, root_eps = square + root_eps, 0.0
+        if "eps-before-correction" in flags or hat:
+            if hat and root_eps:
+                denominator = sqrt(square / c2 + root_eps) + eps / sqrt(c2)
+            else:
+                denominator = _denominator(square, eps, flags) / sqrt(c2)
         else:
-            denominator = _denominator(square / c2, eps, flags)
+            denominator = _denominator(square / c2 + root_eps, eps, flags)
         m_step = ema(g, m, 1 - beta1) if "nesterov" in flags else m
         m_step = m_step / (1.0 if "no-correction-1" in flags else c1)
-        out = _divided(m_step, denominator, flags), {"m": m, "v": v}
+        if kind:
+            early = t - ("nadam-late" in flags)
+            fixed = kind == "constant" or "nadam-constant" in flags
+            mu, after = ((beta1 if fixed else _momentum(beta1, psi, s, g)) for s in (early, early + 1))
+            product = product * mu
+            d, e = (1 - product, 1 - product * after) if correction == "both" else (1, 1)
+            m_step = after * m / (d if "nadam-next" in flags else e) + (1 - mu) * g / d
+        factor: Any = 1
+        if rectify and "rectify-ignored" not in flags:
+            limit = 2 / (1 - beta2) - 1
+            rho = limit - 2 * t * (1 - known) / known
+            factor = None
+            if rho > (4 if "rectify-four" in flags else 5):
+                factor = sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho))
+            elif "rectify-divided" in flags:
+                factor = 1
+        direction = (
+            m_step if factor is None else factor * _divided(decayed(config, flags, m_step, x), denominator, flags)
+        )
+        state = {"m": m, "v": v} | ({"v_max": v_max} if ever else {})
+        out = direction, state
 
 
 FULL_FLAGS = {
@@ -168,6 +258,7 @@ FULL_FLAGS = {
     "diagonal": "with the diagonal of the sum only",
     "left-only": "with G G^T of the matrix, one-sided, instead of the flattened gradient's outer product",
     "average": "with the mean of the outer products instead of their sum",
+    **PRECONDITIONED,
 }
 
 
@@ -177,15 +268,27 @@ def full_adagrad(config: Mapping[str, Any], shape: tuple[int, ...], flags: froze
     exponent = -1.0 if "exponent-one" in flags else -0.25 if "exponent-quarter" in flags else -0.5
     rows = shape[0] if "left-only" in flags else int(np.prod(shape))
     gram, out = np.zeros((rows, rows)), None
-    for t in count(1):
-        g, _ = yield out
+    for t in times(flags):
+        g, x = yield out
         matrix = g.reshape(rows, -1)
         old, gram = gram, gram + matrix @ matrix.T
         used = (old if "statistic-after" in flags else gram) / (t if "average" in flags else 1)
         if "diagonal" in flags:
             used = np.diag(np.diag(used))
         root = power(used, exponent, eps) if "eps-inside" in flags else outside(used, exponent, eps)
-        out = (root @ matrix).reshape(shape), {"gram": gram}
+        moved = decayed(config, flags, g, x).reshape(rows, -1)
+        out = (root @ moved).reshape(shape), {"gram": gram}
+
+
+def _momentum(beta1: Any, psi: Any, t: int, like: Any) -> Any:
+    """mu_t of NAdam."""
+    return beta1 * (1 - arithmetic.power(real(0.96, like), t * real(psi, like)) / 2)
+
+
+def _form(config: Mapping[str, Any], flags: frozenset[str]) -> frozenset[str]:
+    """The flags, with that for eps under the root where it belongs there."""
+    inside = config.get("eps_form") == "inside" and not flags & {"eps-outside", "no-root"}
+    return flags | {"eps-inside"} if inside else flags
 
 
 def _denominator(square: np.ndarray, eps: float, flags: frozenset[str]) -> np.ndarray:
@@ -212,22 +315,40 @@ VARIANTS = {
     "AdaGrad": Variants(
         adagrad,
         ADAGRAD_FLAGS,
-        (EPS, frozenset({"initial-ignored", "initial-squared"}), frozenset({"no-root", "eps-inside"})),
+        (
+            EPS | {"eps-outside"},
+            frozenset({"initial-ignored", "initial-squared"}),
+            frozenset({"no-root", "eps-inside"}),
+            frozenset({"no-root", "eps-outside"}),
+        ),
     ),
     "RMSProp": Variants(
         rmsprop,
         RMSPROP_FLAGS,
         (
-            EPS,
+            EPS | {"eps-outside"},
+            frozenset({"started-whole", "weight-missing"}),
             *rivals({"momentum-ignored"}, {"momentum-on-gradient", "momentum-ema"}),
+            *rivals({"momentum-ignored", "momentum-on-gradient"}, {"nesterov-ignored", "nesterov-always"}),
             frozenset({"no-root", "eps-inside"}),
+            frozenset({"no-root", "eps-outside"}),
+            frozenset({"corrected", "correction-ignored", "mean-uncorrected"}),
+            frozenset({"centered", "centered-ignored"}),
+            frozenset({"centered-ignored", "mean-uncorrected"}),
+            frozenset({"nesterov-ignored", "nesterov-always"}),
         ),
     ),
     "Adam": Variants(
         adam,
         ADAM_FLAGS,
         (
-            EPS | {"eps-before-correction"},
+            EPS | {"eps-before-correction", "eps-form-ignored"},
+            frozenset({"amsgrad", "amsgrad-ignored", "amsgrad-exchanged"}),
+            frozenset({"eps-root-ignored", "eps-root-before-correction"}),
+            frozenset({"nadam-ignored", "nadam-constant", "nadam-late"}),
+            frozenset({"nadam-ignored", "nadam-next"}),
+            frozenset({"nadam-ignored", "nesterov"}),
+            frozenset({"rectify-ignored", "rectify-four", "rectify-divided"}),
             frozenset({"square-of-average", "square-of-residual"}),
             frozenset({"no-root", "eps-inside"}),
         ),

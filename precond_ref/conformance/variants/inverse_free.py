@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import count
 from typing import Any
 
 import numpy as np
 
 from precond_ref.conformance.arithmetic import eigh, norm
-from precond_ref.conformance.variants import Variants, Walk, due, multiply, note, spread, unfold
-from precond_ref.conformance.variants.root_free import FACTOR_EXCLUSIVE, FACTOR_FLAGS, HeavyBall, factor_dims
+from precond_ref.conformance.variants import Variants, Walk, due, multiply, note, spread, times, unfold
+from precond_ref.conformance.variants.root_free import (
+    FACTOR_EXCLUSIVE,
+    FACTOR_FLAGS,
+    GAUSS_SEIDEL,
+    HeavyBall,
+    factor_dims,
+    in_order,
+)
 
 FLAGS = {
     **{k: v for k, v in FACTOR_FLAGS.items() if k != "accumulated"},
@@ -33,6 +39,7 @@ FLAGS = {
     "clip-max": "with the largest entry of m_n in the place of its Frobenius norm, as in SINGD",
     "clip-spectral": "with the spectral norm of m_n in the place of its Frobenius norm",
     "clip-factor": "with the norm of K_n in the place of that of m_n, as in an interim version of the authors' code",
+    "clip-stored": "with the clipped m_n stored as the Riemannian momentum",
     "clip-new": "with the clip on what enters the Riemannian momentum instead of on m_n",
     "structure-dense": "with dense factors, whatever the structure",
     "structure-half": "with one-sided parts of the structure (a triangle, a rectangle) not doubled",
@@ -126,13 +133,14 @@ def if_shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
         length = _length(m, k, structure.endswith("toeplitz"), flags)
         return m / (length if "clip-normalises" in flags and length else max(1.0, length))
 
-    for t in count(1):
+    for t in times(flags):
         g, x = yield out
         g = ball.gradient(g, x)
         before = list(factors)
         if due(t, config["every"], flags):
-            given = factors if "gauss-seidel" in flags else list(factors)
-            for n, (d, k, structure) in enumerate(zip(dims, list(factors), structures, strict=True)):
+            given = factors if flags & GAUSS_SEIDEL else list(factors)
+            axes = enumerate(zip(dims, list(factors), structures, strict=True))
+            for n, (d, k, structure) in in_order(axes, flags):
                 p, trace = np.reshape(g, dims), 1.0
                 for j, other in enumerate(given):
                     p = multiply(p, contraction(other, j), j)
@@ -145,6 +153,8 @@ def if_shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
                 if clips and "clip-new" in flags:
                     m = clipped(m, k, structure)
                 m = momenta[n] = alpha2 * momenta[n] + weight * m
+                if clips and "clip-stored" in flags:
+                    momenta[n] = clipped(m, k, structure)
                 step = beta2 * (clipped(m, k, structure) if clips and "clip-new" not in flags else m)
                 if "factor-dropped" in flags:
                     factors[n] = k - step

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import count
 from operator import truediv
 from typing import Any
 
 import numpy as np
 
 from precond_ref.conformance.arithmetic import real, sqrt
-from precond_ref.conformance.variants import Variants, Walk, ema, note, power
+from precond_ref.conformance.variants import Variants, Walk, ema, note, power, times
 
 LAYOUTS = {
     "layout-per-output": "with the mini-blocks of per_output, whatever the layout",
@@ -105,7 +104,7 @@ def _mini_blocks(config: Mapping[str, Any], shape: tuple[int, ...], flags: froze
     f = np.zeros((count_f, s, s)) + (np.eye(s) if "identity-start" in flags else 0.0)
     inverse = np.zeros(f.shape) + np.eye(s) / (damping or math.inf)
     m, buffer, statistics, out = np.zeros(shape), np.zeros(shape), 0, None
-    for i in count(1 if "counter-from-one" in flags else 0):
+    for i in times(flags, 1 if "counter-from-one" in flags else 0):
         g, _ = yield out
         m = mu * m + (1 - mu if "momentum-ema" in flags else 1.0) * g
         old = f
@@ -153,7 +152,7 @@ def _stored(
 
 def _diagonal(shape: tuple[int, ...], flags: frozenset[str]) -> Walk:
     n, v, out = np.zeros(shape), np.zeros(shape), None
-    for t in count(1):
+    for t in times(flags):
         g, _ = yield out
         decay, decay2, eps = (real(c, g) for c in (0.9, 0.99 if "second-decay" in flags else 0.999, 1e-8))
         eps = 0 * eps if "eps-ignored" in flags else eps

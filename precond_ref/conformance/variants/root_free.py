@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from precond_ref.conformance.arithmetic import sqrt
-from precond_ref.conformance.variants import EVERY, Variants, Walk, due, ema, multiply, power, quotient, unfold
+from precond_ref.conformance.variants import (
+    EVERY,
+    Variants,
+    Walk,
+    due,
+    ema,
+    multiply,
+    power,
+    quotient,
+    rivals,
+    times,
+    unfold,
+)
 
+T = TypeVar("T")
 BALL_FLAGS = {
     "momentum-ignored": "without momentum",
     "momentum-ema": "with an average, momentum b + (1 - momentum) u, instead of the heavy ball",
@@ -135,7 +147,7 @@ def rf_rmsprop(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
     """RF-RMSProp."""
     new = 1 - config["beta2"] if "weights-swapped" in flags else config["beta2"]
     square, ball, out = Square(config, shape, flags, new), HeavyBall(config, shape, flags), None
-    for t in count(1):
+    for t in times(flags):
         g, x = yield out
         g = ball.gradient(g, x)
         square.update(g)
@@ -180,7 +192,7 @@ def rf_adamw(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset
     def correction(beta: float, t: int) -> float:
         return 1 - beta ** (t + ("correction-ahead" in flags))
 
-    for t in count(1):
+    for t in times(flags):
         g, _ = yield out
         square.update(g)
         c1, c2 = (correction(beta1, t) if first else 1.0), (correction(beta2, t) if second else 1.0)
@@ -193,6 +205,7 @@ def rf_adamw(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset
         out = square.divide(averaged / c1, c2), {"m": m, "s": square.s}
 
 
+GAUSS_SEIDEL = frozenset({"gauss-seidel", "gauss-seidel-back"})
 FACTOR_FLAGS = {
     **BALL_FLAGS,
     **EVERY,
@@ -202,6 +215,7 @@ FACTOR_FLAGS = {
     "batch-squared": "with B^2 in the place of B: the gradient was of the sum of the losses",
     "factors-after": "with the factors before this gradient, as in KL-Shampoo",
     "gauss-seidel": "with each axis's factor renewed from the factors renewed before it",
+    "gauss-seidel-back": "with each axis's factor renewed from the factors renewed before it, the last axis first",
     "share-missing": "without the factor d_n / D of the statistic",
     "trace-missing": "with damping times I, without the traces of the other factors",
     "damping-ignored": "without damping",
@@ -219,11 +233,17 @@ SHAMPOO_FLAGS = {
 FACTOR_EXCLUSIVE = (
     *BALL_EXCLUSIVE,
     frozenset({*EVERY, "factors-after"}),
+    GAUSS_SEIDEL,
     frozenset({"weights-swapped", "accumulated"}),
     frozenset({"batch-ignored", "batch-squared"}),
     frozenset({"damping-ignored", "damping-outside", "damping-identity", "trace-missing", "trace-mean"}),
     frozenset({"unit-axes-kept", "matrix"}),
 )
+
+
+def in_order(axes: Iterable[T], flags: frozenset[str]) -> list[T]:
+    """The axes as they are, or the last first."""
+    return list(axes)[:: -1 if "gauss-seidel-back" in flags else 1]
 
 
 def factor_dims(shape: tuple[int, ...], flags: frozenset[str]) -> tuple[int, ...]:
@@ -249,13 +269,13 @@ def rf_shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
     factors = [np.eye(d) for d in dims]
     inverses, roots = [np.eye(d) for d in dims], [np.eye(d) for d in dims]
     ball, out = HeavyBall(config, shape, flags), None
-    for t in count(1):
+    for t in times(flags):
         g, x = yield out
         g = ball.gradient(g, x)
         tensor, before = np.reshape(g, dims), list(roots)
         if due(t, config["every"], flags):
-            given = inverses if "gauss-seidel" in flags else list(inverses)
-            for n, d in enumerate(dims):
+            given = inverses if flags & GAUSS_SEIDEL else list(inverses)
+            for n, d in in_order(enumerate(dims), flags):
                 weighted, trace = tensor, 1.0
                 for j, inverse in enumerate(given):
                     if j != n and "unwhitened" not in flags:
@@ -298,7 +318,7 @@ VARIANTS = {
         (
             *FACTOR_EXCLUSIVE,
             frozenset({"exponent-half", "exponent-shampoo"}),
-            frozenset({"gauss-seidel", "unwhitened"}),
+            *rivals(GAUSS_SEIDEL, {"unwhitened"}),
         ),
     ),
 }

@@ -5,13 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from precond_ref.conformance.arithmetic import all_finite, norm, power, real, spacing, sqrt, svd
-from precond_ref.conformance.variants import EVERY, Variants, Walk, due, note, quotient, spread, unfold
+from precond_ref.conformance.variants import (
+    EVERY,
+    LATE,
+    Variants,
+    Walk,
+    due,
+    note,
+    note_singular,
+    quotient,
+    spread,
+    stale,
+    times,
+    unfold,
+)
 
 LARGEST_AXIS = 4096
 STORED = 512  # the product of a longer axis's sketch is not given
@@ -31,11 +43,14 @@ SKETCH_FLAGS = {
     "undeflated": "with the size - 1 largest eigenvalues kept whole, nothing subtracted from them",
     "mass-ignored": "without the escaped mass: only the sketch is inverted",
     "mass-complement": "with the escaped mass added outside the sketch only, not to the sketch's own eigenvalues",
+    "mass-outside": "with the escaped mass added outside the sketch's columns only, whose zero eigenvalues give zero",
     "mass-last": "with the mass of the last cut alone, not the sum of all",
     "mass-trace": "with the sum of all eigenvalues from the size-th on escaping, instead of the size-th",
     "statistic-after": "with the sketch before this gradient",
+    **LATE,
 }
 DECAY_FLAGS = {
+    "mass-decayed-new": "with the mass of the last cut decayed too: rho = beta2 (rho + cut) instead of beta2 rho + cut",
     "tail-sqrt": "with the escaped mass decayed by sqrt(beta2), as in the authors' tearfree code",
     "tail-kept": "with an escaped mass that is not decayed",
     "decay-sqrt": "with the sketch decayed by sqrt(beta2)",
@@ -44,10 +59,10 @@ DECAY_FLAGS = {
 }
 EXCLUSIVE = (
     frozenset({"size-plus-one", "size-minus-one"}),
-    frozenset({"mass-ignored", "mass-complement", "mass-last", "mass-trace", "tail-sqrt", "tail-kept", "shared-tail",
-               "mass-full", "escaped-added", "tail-decay-ignored"}),
+    frozenset({"mass-ignored", "mass-complement", "mass-outside", "mass-decayed-new", "mass-last", "mass-trace",
+               "tail-sqrt", "tail-kept", "shared-tail", "mass-full", "escaped-added", "tail-decay-ignored"}),
     frozenset({"decay-sqrt", "decay-squared"}),
-    frozenset({"statistic-after", *EVERY, "every-sketches-all", "every-mean"}),
+    frozenset({"statistic-after", *LATE, *EVERY, "every-sketches-all", "every-mean"}),
 )  # fmt: skip
 
 
@@ -89,7 +104,11 @@ def sketched(
         e = np.where(np.arange(len(s)) < size - 1, s**2, 0.0)
     note(lambda: _sensitivity(s, cut), stays=True)
     k = max(min(size, len(s)), 1)
-    return Sketch(u[:, :k], np.maximum(e[:k], 0), tail_decay * old.mass + escaped)
+    return Sketch(
+        u[:, :k],
+        np.maximum(e[:k], 0),
+        tail_decay * (old.mass + escaped) if "mass-decayed-new" in flags else tail_decay * old.mass + escaped,
+    )
 
 
 def _sensitivity(s: np.ndarray, cut: Any) -> Any:
@@ -139,6 +158,8 @@ def apply(
     total = np.append(e, 0.0) + (0.0 if "mass-ignored" in flags else mass)
     if "mass-complement" in flags:
         total = np.where(np.append(e, 0.0) > 0, np.append(e, 0.0), mass)
+    elif "mass-outside" in flags:
+        total = np.append(e, mass)
     unit = e.max(initial=0) if "eps-relative-deflated" in flags else total.max()
     ridge = eps * unit if (relative or "eps-relative" in flags) and "eps-absolute" not in flags else eps
     if flags & {"eps-ignored", "eps-in-sketch"}:
@@ -146,6 +167,7 @@ def apply(
     live = (total > 0) | ("eps-everywhere" in flags and ridge > 0)
     safe = np.where(live, total, 1.0)
     own = total[: len(u)]  # no complement where there are as many columns as rows
+    note_singular(live[: min(len(u), len(live))])
     note(lambda: 2 * spread(own[own > 0] + ridge) if own.any() else 1)  # errors of singular values count twice
     root = 1 / (power(safe, -exponent) + ridge) if "eps-outside" in flags else power(safe + ridge, exponent)
     scale = np.where(live, root, 1.0 if "identity-outside" in flags else 0.0)
@@ -158,7 +180,8 @@ def apply(
 # ---- S-AdaGrad ------------------------------------------------------------------------------------------------------
 
 SADAGRAD_FLAGS = {
-    **{k: v for k, v in SKETCH_FLAGS.items() if k != "mass-trace"},  # with one new column no other eigenvalue escapes
+    # with one new column no other eigenvalue escapes, and the gradient is in the span of the sketch's columns
+    **{k: v for k, v in SKETCH_FLAGS.items() if k not in ("mass-trace", "mass-outside")},
     **DECAY_FLAGS,
     "exponent-one": "with exponent -1 instead of -1/2",
     "exponent-quarter": "with exponent -1/4 instead of -1/2",
@@ -175,10 +198,10 @@ def sadagrad(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset
     exponent = -1.0 if "exponent-one" in flags else -0.25 if "exponent-quarter" in flags else -0.5
     sketch = empty(shape[0], 0.0 if flags & {"delta-ignored", "delta-kept"} else delta)
     out = None
-    while True:
+    for t in times(flags):
         g, _ = yield out
         old, sketch = sketch, sketched(sketch, g[:, None], config["size"], config["beta2"], None, flags)
-        used = old if "statistic-after" in flags else sketch
+        used = old if stale(t, flags) else sketch
         mass = used.mass / 2 if "mass-half" in flags else used.mass
         used = used._replace(mass=mass + (delta if "delta-kept" in flags else 0.0))
         out = apply(used, g[:, None], exponent, flags)[:, 0], state("sketch", sketch)
@@ -234,7 +257,7 @@ class _Axes:
             self.sketches = [self._updated(s, unfold(new, i)) for i, s in enumerate(self.sketches)]
             self.pending, self.seen = [], True
         if renewed:
-            self.used = before if "statistic-after" in flags else self.sketches
+            self.used = before if stale(t, flags) else self.sketches
         if not self.seen and flags & {"every-late"}:
             return g
         largest = max(s.mass for s in self.used)
@@ -265,7 +288,7 @@ def sshampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset
     dims = (shape[0], math.prod(shape[1:])) if "matrix" in flags and len(shape) > 2 else shape
     order = sum(d > 1 for d in dims) if "unit-axes-dropped" in flags else len(dims)
     axes, out = _Axes(config, dims, order, flags), None
-    for t in count(1):
+    for t in times(flags):
         g, _ = yield out
         out = axes.precondition(t, g), axes.state()
 
@@ -345,7 +368,7 @@ def practical(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozense
     start = c["start"] + ("start-late" in flags) - ("start-early" in flags)
     v, m, previous, out = np.zeros(shape), np.zeros(shape), np.zeros(shape), None
     divide = np.divide if "zero-nan" in flags else quotient
-    for t in count(1):
+    for t in times(flags):
         g, x = yield out
         if "kappa-coupled" in flags:
             g = g + c["weight_decay"] * x
@@ -392,6 +415,7 @@ ONLINE_FLAGS = {
     "size-minus-one": SKETCH_FLAGS["size-minus-one"],
     "undeflated": SKETCH_FLAGS["undeflated"],
     "statistic-after": SKETCH_FLAGS["statistic-after"],
+    **LATE,
     "delta-ignored": "without delta",
 }
 ADAFD_FLAGS = {
@@ -425,10 +449,10 @@ RFDSON_FLAGS = {
 def adafd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]) -> Walk:
     """Ada-FD."""
     delta, sketch, out = 0.0 if "delta-ignored" in flags else config["delta"], empty(shape[0]), None
-    while True:
+    for t in times(flags):
         g, _ = yield out
         old, sketch = sketch, sketched(sketch, g[:, None], config["size"], 1.0, None, flags)
-        used = old if "statistic-after" in flags else sketch
+        used = old if stale(t, flags) else sketch
         if flags & {"delta-inside", "no-root"}:
             used = used._replace(mass=delta)
         else:
@@ -448,13 +472,13 @@ def _online_newton(config: Mapping[str, Any], shape: tuple[int, ...], flags: fro
         share = 1.0
     elif "mass-ignored" in flags:
         share = 0.0
-    for t in count(2 if "counter-ahead" in flags else 1):
+    for t in times(flags, 2 if "counter-ahead" in flags else 1):
         g, _ = yield out
         time = real(1 if "weight-timeless" in flags else t, rate)
         scale = rate * (sqrt(time) if rooted else time)
         weight = 1.0 if "weight-one" in flags else 1 / scale if "weight-squared" in flags else 1 / sqrt(scale)
         old, sketch = sketch, sketched(sketch, weight * g[:, None], config["size"], 1.0, None, flags)
-        used = old if "statistic-after" in flags else sketch
+        used = old if stale(t, flags) else sketch
         used = used._replace(mass=delta + share * used.mass)
         direction = apply(used, g[:, None], -0.5 if "exponent-half" in flags else -1.0, flags - {"mass-ignored"})[:, 0]
         out = direction / (1.0 if "rate-ignored" in flags else rate), state("sketch", sketch)
@@ -484,7 +508,7 @@ VARIANTS = {
          frozenset({"delta-ignored", "delta-squared"}), frozenset({"mass-half", "mass-ignored"})),
     ),
     "SShampoo": Variants(sshampoo, {**SSHAMPOO_FLAGS, **TENSOR_FLAGS}, (*EXCLUSIVE, *EPS_EXCLUSIVE, _EXPONENTS)),
-    "SShampooPractical": Variants(
+    "SShampoo.practical": Variants(
         practical,
         PRACTICAL_FLAGS,
         (

@@ -1,0 +1,495 @@
+"""The reference beside a subject, on inputs that are made up: what a few small cases cannot show.
+
+Truth is the method itself in float64. What rounding may do is measured: the method in float32 departs from it by an
+error that is in proportion to the unit roundoff, so that error times the quotient of the unit roundoffs is about what
+another order of the same operations does in the precision of the run. `FACTOR` times that is allowed, beside
+``u ** DIGITS`` of the step. Steps for which this is more than `WORST` are left out: they cannot judge.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from precond_ref.conformance import results, tolerance
+from precond_ref.conformance.subjects import RAISED, Config, Unsupported, said, words
+from precond_ref.numerics.template import leaves
+from precond_ref.protocol import Method
+
+if TYPE_CHECKING:
+    from precond_ref.conformance.contract import Trial
+    from precond_ref.conformance.vectors import Case
+
+FACTOR = 256.0
+"""Times the error of another precision, scaled, is allowed."""
+DIGITS = 0.7
+"""Share of the digits that are compared of steps that are well-conditioned by their making."""
+FEW_DIGITS = 0.43
+"""Of others."""
+WORST = 1e-2
+"""Of a step's length: what no input may be allowed."""
+LARGEST = 1e6
+"""Of a parameter's entries: a run that diverges is not followed further."""
+STEPS = {False: 150, True: 2000}
+"""Of a long run, by whether the check is deep."""
+CONFIGS = {False: 5, True: 20}
+"""Configurations that are tried."""
+MOST_STATE, LONGEST = 1_000_000, 600
+"""Numbers in the state of a shape that is tried; and its longest side, which a subject may decompose whole."""
+SHAPES: tuple[tuple[int, ...], ...] = (
+    (), (40,), (4500,), (40, 5), (5, 40), (24, 24), (70, 64), (9, 10, 3), (3, 2, 5, 2), (17, 2, 3, 2),
+)  # fmt: skip
+LARGER: tuple[tuple[int, ...], ...] = ((300, 20), (20, 300), (130, 140), (35, 4, 40), (2, 1, 2, 3, 2))
+"""Tried too if the check is deep."""
+BASE: Mapping[int, tuple[tuple[int, ...], ...]] = {0: ((),), 1: ((6,),), 2: ((6, 4), (4, 6)), 3: ((3, 4, 2),)}
+"""Shapes for gradients of special sizes, by their number of axes."""
+VALUES = (0.8125, 0.90625, 0.6875, 0.59375, 0.78125, 0.71875)
+"""For fields from 0.5 to 1: all different, none of them 1 - x = x, exact in every precision."""
+
+
+class Nothing(Exception):
+    """There is nothing to try: no result."""
+
+
+@dataclass
+class Plan:
+    """One run of the subject that the reference can follow."""
+
+    what: str
+    """The input, in words."""
+    config: Config
+    params: list[np.ndarray]
+    grads: list[list[np.ndarray | None]]
+    """One list per parameter, with None where it has no gradient."""
+    likely: str = ""
+    """The mistake to look for."""
+    changes: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """What is given to ``change`` before a step, counted from 0: factors of lr and weight_decay, and a group."""
+    group: Sequence[int] = ()
+    """The group of each parameter."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Given to the subject's ``init``."""
+    digits: float = DIGITS
+    """Share of the digits that are compared."""
+
+
+def config_with(case: Case, **changed: Any) -> Config:
+    """What a subject is given for a case, with some fields changed; ValueError or TypeError if the method refuses."""
+    config = results.config_of(case)
+    config.update(changed)
+    fields = {name: value for name, value in changed.items() if name in case.make().symbols}
+    config.make = functools.partial(_changed, case, fields)
+    with warnings.catch_warnings(action="ignore"):
+        config.make()
+    config.at_default -= changed.keys()
+    return config
+
+
+def _changed(case: Case, fields: Mapping[str, Any]) -> Method:
+    with warnings.catch_warnings(action="ignore"):  # of values that are unusual
+        return case.make().replace(**fields)
+
+
+def random(seed: int, *shape: int) -> np.ndarray:
+    """Normal numbers."""
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+# ---- the reference --------------------------------------------------------------------------------------------------
+
+
+def followed(plan: Plan, i: int, dtype: str, applied: Sequence[str]) -> np.ndarray:
+    """Changes of parameter ``i`` by the method, (steps, *shape), computed in ``dtype``."""
+    method, lr = plan.config.method, plan.config["lr"]
+    decay = method.weight_decay if method.decays else plan.config.get("weight_decay", 0.0)
+    param, out = np.array(plan.params[i], dtype), []
+    state, exact = method.init(param), np.array(plan.params[i], np.float64)
+    with np.errstate(all="ignore"):
+        for t, grad in enumerate(plan.grads[i]):
+            for change in plan.changes.get(t, ()):
+                if change.get("group") in (None, plan.group[i] if plan.group else None):
+                    lr *= change.get("lr", 1.0) if "lr" in applied else 1.0
+                    decay *= change.get("weight_decay", 1.0) if "weight_decay" in applied else 1.0
+                    if method.decays:
+                        method = method.replace(weight_decay=decay)
+            if grad is None:
+                out.append(np.zeros(exact.shape))
+                continue
+            direction, state = method.update(np.array(grad, dtype), state, exact.astype(dtype))
+            out.append(lr * direction.astype(np.float64) + (0.0 if method.decays else lr * decay) * exact)
+            exact = exact - out[-1]
+    return np.stack(out)
+
+
+def compare(trial: Trial, plan: Plan) -> str:
+    """Where the subject departs from the reference; `Nothing` if the input cannot judge."""
+    dtype, u, subject = trial.dtype, tolerance.UNIT_ROUNDOFF, trial.subject
+    plan.params = [np.array(p, dtype).astype(np.float64) for p in plan.params]
+    plan.grads = [[None if g is None else np.array(g, dtype).astype(np.float64) for g in gs] for gs in plan.grads]
+
+    def begin() -> None:
+        subject.init(plan.config, [p.astype(dtype) for p in plan.params], **plan.options)
+
+    begin()
+    names = {name for changes in plan.changes.values() for change in changes for name in change if name != "group"}
+    applied = subject.change(**dict.fromkeys(sorted(names), 1.0)) if names else []  # type: ignore[attr-defined]
+    if names and not applied:
+        raise Nothing
+    truths, limits, steps = [], [], len(plan.grads[0])
+    for i, first in enumerate(plan.params):
+        want, narrow = (followed(plan, i, precision, applied) for precision in ("float64", "float32"))
+        axes = tuple(range(1, want.ndim))
+        with np.errstate(all="ignore"):
+            lengths = np.sqrt(np.sum(want**2, axis=axes))
+            errors = np.sqrt(np.sum((narrow - want) ** 2, axis=axes)) / np.where(lengths == 0, 1.0, lengths)
+            allowed = FACTOR * np.maximum.accumulate(errors) * u[dtype] / u["float32"]
+            places = np.abs(first - np.cumsum(want, axis=0)).max(axis=axes, initial=0.0)
+            usable = np.isfinite(lengths) & (allowed <= WORST) & (places <= LARGEST)
+        steps = min(steps, len(usable) if usable.all() else int(np.argmin(usable)))
+        truths.append(want)
+        limits.append((allowed + u[dtype] ** plan.digits) * lengths)
+    if not steps:
+        raise Nothing
+    before = plan.params
+    for t in range(steps):
+        for change in plan.changes.get(t, ()):
+            subject.change(**change)  # type: ignore[attr-defined]
+        after = trial.step([gs[t] for gs in plan.grads])
+        for i, (old, new) in enumerate(zip(before, after, strict=True)):
+            limit = limits[i][t] + 2 * u[dtype] * float(np.linalg.norm(old) + np.linalg.norm(new))
+            off, length = (float(np.linalg.norm(a)) for a in (old - new - truths[i][t], truths[i][t]))
+            if not off <= limit:
+                number = f"parameter {i + 1} of {len(after)}, " * (len(after) > 1)
+                share = f"{off / length:.1e} of its length" if length else "all that it moves"
+                return f"{plan.what}: {number}step {t + 1} is off by {share}; {plan.likely}"
+        before = after
+    return ""
+
+
+def first_fault(trial: Trial, plans: Iterator[Plan]) -> str:
+    """The first departure; `Nothing` if no plan could be tried, and notes for those that were refused."""
+    tried, refused = False, ""
+    for plan in plans:
+        if time.monotonic() > trial.deadline:
+            trial.report.notes.append(f"not all inputs were tried within the time, as {plan.what}")
+            break
+        try:
+            if fault := compare(trial, plan):
+                return fault
+            tried = True
+        except Nothing:
+            continue
+        except NotImplementedError as error:
+            refused = refused or words(error)
+        except RAISED as error:  # loud; what the method asks for is among the cases
+            trial.report.notes.append(f"{plan.what}: {said(error)}")
+            tried = True
+    if not tried:
+        if refused:
+            raise Unsupported(refused)
+        raise Nothing
+    return ""
+
+
+# ---- what is tried --------------------------------------------------------------------------------------------------
+
+
+def chosen(trial: Trial) -> list[Case]:
+    """Cases that the subject has right, of different hyperparameters: those first that bring most values not seen."""
+    firm = [c for c in trial.right if c.tier != "may"] or trial.right  # "may" has iterations that need not converge
+    different = {repr((c.config, c.lr, c.decay)): c for c in reversed(firm)}
+    left = [*reversed(different.values())]
+    if solid := [c for c in left if _regular(c.make())]:
+        left = solid
+    picked: list[Case] = []
+    seen: set[str] = set()
+
+    def values(case: Case) -> set[str]:
+        return {f"{k}={v}" for k, v in {**case.config, "decay": case.decay, "axes": len(case.shape)}.items()}
+
+    while left and len(picked) < (2 if trial.slow else CONFIGS[trial.deep]):
+        best = max(left, key=lambda case: len(values(case) - seen))
+        left.remove(best)
+        picked.append(best)
+        seen |= values(best)
+    return picked
+
+
+def _regular(method: Method) -> bool:
+    return all(getattr(method, name, 1) > 0 for name in ("eps", "damping", "delta", "graft_eps"))
+
+
+def _takes(method: Method, shape: tuple[int, ...]) -> bool:
+    """Whether the method has a state of a bearable size for the shape."""
+    low, high = method.ndims
+    if not low <= len(shape) <= high or (not method.elementwise and max(shape, default=0) > LONGEST):
+        return False
+    try:
+        state = method.state_of(shape)
+    except (ValueError, TypeError):
+        return False
+    return sum(math.prod(spec.shape) for _, spec in leaves(state[1:])) <= MOST_STATE
+
+
+def _shapes(trial: Trial, case: Case, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Those with as many axes as some right case has; any, if each entry stands for itself."""
+    method, known = case.make(), {len(c.shape) for c in trial.right}
+    axes = {len(case.shape)} if type(method).name.startswith("MBF") else known
+    return [s for s in shapes if (method.elementwise or len(s) in axes) and _takes(method, s)]
+
+
+def _plan(what: str, config: Config, shape: tuple[int, ...], grads: np.ndarray, likely: str, **more: Any) -> Plan:
+    return Plan(what, config, [random(7, *shape)], [[*grads]], likely, **more)
+
+
+def inputs(trial: Trial) -> str:
+    """Ordinary gradients, not exact in single precision as those of the cases."""
+
+    def plans() -> Iterator[Plan]:
+        for k, case in enumerate(chosen(trial) * trial.seeds):
+            yield _plan(f"random gradients, with the hyperparameters of {case.id}", results.config_of(case), case.shape,
+                        random(k, 4, *case.shape),
+                        "look for a part that is computed in single precision if it is off by 1e-8")  # fmt: skip
+
+    return first_fault(trial, plans())
+
+
+def long_run(trial: Trial) -> str:
+    """Hundreds of small steps."""
+
+    def plans() -> Iterator[Plan]:
+        for k, case in enumerate(chosen(trial)):
+            steps = STEPS[trial.deep and k < 4]
+            yield _plan(
+                f"{steps} steps with the hyperparameters of {case.id}", results.config_of(case), case.shape,
+                random(k, steps, *case.shape),
+                "look for what depends on the number of the step: a correction that stops, a state that starts again",
+                options={"compiled": True} if trial.slow else {},
+            )  # fmt: skip
+
+    return first_fault(trial, plans())
+
+
+def shapes(trial: Trial) -> str:
+    """Larger parameters than those of the cases, long and flat ones, and ones of more axes."""
+
+    def plans() -> Iterator[Plan]:
+        for k, case in enumerate(chosen(trial)[: 1 if trial.slow else None if trial.deep else 3]):
+            for shape in _shapes(trial, case, SHAPES + LARGER * trial.deep):
+                yield _plan(
+                    f"shape {shape} with the hyperparameters of {case.id}", results.config_of(case), shape,
+                    random(k, 3, *shape),
+                    "look for what depends on the shape: blocks, a number of eigenvalues, a side, a triangle",
+                )  # fmt: skip
+
+    return first_fault(trial, plans())
+
+
+def _spread(g: np.ndarray) -> np.ndarray:
+    """The gradient with singular values from 1 to 1e-4 in its first unfolding; entries of these sizes without one."""
+    if g.ndim < 2:
+        return g * 10.0 ** -np.linspace(0, 4, g.size).reshape(g.shape)
+    u, s, vt = np.linalg.svd(g.reshape(g.shape[0], -1), full_matrices=False)
+    return ((u * 10.0 ** -np.linspace(0, 4, len(s))) @ vt).reshape(g.shape)
+
+
+def _mixed(g: np.ndarray) -> np.ndarray:
+    return g * 10.0 ** np.resize([-7.0, 1.0, -3.0, 2.0, -5.0, 0.0, -1.0], g.size).reshape(g.shape)
+
+
+def _sparse(g: np.ndarray) -> np.ndarray:
+    out = np.where(np.abs(g) > 1, g, 0.0)
+    if g.ndim:
+        out[0] = 0
+    return out
+
+
+KINDS: Mapping[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
+    "tiny gradients (1e-8)": (lambda g: 1e-8 * g, "a threshold below which entries are zero, or an eps of its own"),
+    "large gradients": (lambda g: 1e3 * g, "a clamp, or a norm above which gradients are scaled"),
+    "gradients of entries from 1e-7 to 1e2": (_mixed, "a threshold below which entries count as zero"),
+    "gradients of singular values from 1 to 1e-4": (_spread, "eigenvalues that are dropped where they are small"),
+    "sparse gradients": (_sparse, "entries or rows of zeros that are treated apart"),
+}  # fmt: skip
+
+
+def sizes(trial: Trial) -> str:
+    """Gradients that are tiny, large, sparse, or of entries or singular values of many sizes."""
+
+    def plans() -> Iterator[Plan]:
+        for k, case in enumerate(chosen(trial) * trial.seeds):
+            for shape in _shapes(trial, case, [*BASE.get(len(case.shape), (case.shape,)), case.shape])[
+                : 2 - trial.slow
+            ]:
+                for what, (make, likely) in KINDS.items():
+                    grads = np.stack([make(g) for g in random(k, 4, *shape)])
+                    if what.startswith("large"):
+                        grads *= 10.0 if case.make().elementwise else 1.0 if trial.dtype == "float64" else 0.03125
+                    yield _plan(f"{what}, with the hyperparameters of {case.id}", results.config_of(case), shape,
+                                grads, f"look for {likely}", digits=FEW_DIGITS)  # fmt: skip
+
+    return first_fault(trial, plans())
+
+
+def _others(case: Case, names: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Other values of fields, one at a time, and of all real ones at once."""
+    method = case.make()
+    real: dict[str, Any] = {}
+    fresh = itertools.cycle(VALUES)
+    for name, value in {**{n: getattr(method, n) for n in method.symbols}, "lr": case.lr}.items():
+        if isinstance(value, float) and name in names:
+            real[name] = next(fresh) if 0.5 <= value < 1 else 0.75 * value
+    if "weight_decay" in names and "weight_decay" not in real and case.decay:
+        real["weight_decay"] = 0.1875
+    yield ", ".join(f"{k}={v:g}" for k, v in real.items()), real
+    for name, value in real.items():
+        old = case.rates[0] if name == "lr" else getattr(method, name, 0.0)
+        other = value if 0.5 <= old < 1 else 1.625 * old or 0.34375
+        yield f"{name}={other:g}", {name: other}
+    for name in method.symbols:
+        value = getattr(method, name)
+        if isinstance(value, bool) and name in names:
+            yield f"{name}={not value}", {name: not value}
+        elif isinstance(value, int) and name in names:
+            yield f"{name}={value + 1}", {name: value + 1}
+
+
+def values(trial: Trial) -> str:
+    """Other values of the hyperparameters that the subject takes than those of the cases."""
+    varied: dict[str, set[str]] = {}
+    for case in trial.right:
+        for name, value in {**case.config, "lr": case.lr, "weight_decay": case.decay}.items():
+            varied.setdefault(name, set()).add(repr(value))
+    names = trial.fields or {name for name, seen in varied.items() if len(seen) > 1} | {"lr"}
+
+    def plans() -> Iterator[Plan]:
+        for k, case in enumerate(chosen(trial)[: 1 if trial.slow else None if trial.deep else 3]):
+            for what, fields in itertools.islice(_others(case, names), 3 if trial.slow else None):
+                try:
+                    config = config_with(case, **fields)
+                    if not _takes(config.method, case.shape):
+                        continue
+                except (ValueError, TypeError):
+                    continue
+                yield _plan(f"{case.id} with {what}", config, case.shape, random(k, 7, *case.shape),
+                            "look for an argument that is ignored, or taken for another")  # fmt: skip
+
+    return first_fault(trial, plans())
+
+
+def many(trial: Trial) -> str:
+    """Fourteen parameters, of several shapes where the method takes them."""
+
+    def plans() -> Iterator[Plan]:
+        case = chosen(trial)[0]
+        found = _shapes(trial, case, [case.shape, *BASE.get(len(case.shape), ())])
+        take = [found[i % len(found)] for i in range(14)] if found else [case.shape] * 14
+        yield Plan(f"fourteen parameters, with the hyperparameters of {case.id}", results.config_of(case),
+                   [random(i, *s) for i, s in enumerate(take)],
+                   [[*random(i + 14, 4, *s)] for i, s in enumerate(take)], "look for what they share")  # fmt: skip
+
+    try:
+        return first_fault(trial, plans())
+    except NotImplementedError:
+        raise Nothing from None  # `independent` says it
+
+
+def _decaying(trial: Trial) -> list[Case]:
+    """Right cases, first one with weight decay."""
+    picked = chosen(trial)
+    wanted = [c for c in trial.right if c.decay or c.config.get("weight_decay")]
+    return [*wanted[:1], *(c for c in picked if c not in wanted)][: None if trial.deep else 3]
+
+
+def schedule(trial: Trial) -> str:
+    """The learning rate and the weight decay change during the run."""
+    if not hasattr(trial.subject, "change"):
+        raise Nothing
+
+    def plans() -> Iterator[Plan]:
+        for k, case in enumerate(_decaying(trial)):
+            for name in ("lr", "weight_decay"):
+                changes = {t: [{name: factor}] for t, factor in ((1, 0.5), (2, 0.25), (4, 8.0))}
+                yield _plan(f"{name} changed at steps 2, 3 and 5, with the hyperparameters of {case.id}",
+                            results.config_of(case), case.shape, random(k, 7, *case.shape),
+                            f"look for {name} read in the constructor or at the first step, or kept in a state",
+                            changes=changes)  # fmt: skip
+
+    return first_fault(trial, plans())
+
+
+def group_values(trial: Trial) -> str:
+    """Two groups, the second with another learning rate, weight decay, or other value."""
+
+    def plans() -> Iterator[Plan]:
+        for k, case in enumerate(_decaying(trial)[:2]):
+            for group in (0, 1):
+                for name in ("lr", "weight_decay"):
+                    yield Plan(
+                        f"another {name} in group {group + 1} of 2, with the hyperparameters of {case.id}",
+                        results.config_of(case), [random(i, *case.shape) for i in range(2)],
+                        [[*random(k + i, 5, *case.shape)] for i in range(2)],
+                        "look for param_groups[0] or the constructor's value in the place of the group's own",
+                        changes={0: [{name: 0.25, "group": group}]}, group=(0, 1), options={"groups": (1, 1)},
+                    )  # fmt: skip
+
+    return first_fault(trial, plans())
+
+
+def sometimes(trial: Trial) -> str:
+    """Three parameters: one is frozen for three steps, one has no gradient every other step."""
+
+    def plans() -> Iterator[Plan]:
+        for k, case in enumerate(_decaying(trial)[:2]):
+            grads: list[list[Any]] = [[*random(k + i, 8, *case.shape)] for i in range(3)]
+            grads[0][:3] = [None] * 3
+            grads[1][1::2] = [None] * 4
+            yield Plan(
+                f"parameter 1 frozen for 3 steps, 2 without a gradient every other step, with the hyperparameters of "
+                f"{case.id}", results.config_of(case), [random(i, *case.shape) for i in range(3)], grads,
+                "look for a state or a count of steps that parameters share, `break` for `continue`, or decay without "
+                "a gradient",
+            )  # fmt: skip
+
+    try:
+        return first_fault(trial, plans())
+    except NotImplementedError:
+        raise Nothing from None
+
+
+def habit(trial: Trial, names: Sequence[str], likely: str) -> str:
+    """The same steps in another way of using a torch optimizer, one of `habits.HABITS`."""
+    case, messages = _decaying(trial)[0], []
+    for name in names:
+        plan = Plan(name, results.config_of(case), [random(1, *case.shape), random(2, *case.shape)],
+                    [[*random(3, 6, *case.shape)], [*random(4, 6, *case.shape)]], likely,
+                    options={"habit": name})  # fmt: skip
+        try:
+            messages.append(compare(trial, plan))
+        except RAISED as error:
+            if isinstance(error, NotImplementedError):
+                raise
+            if "contiguous" in name:  # loud
+                trial.report.notes.append(f"{name}: {said(error)}")
+            else:
+                messages.append(f"{name}: {said(error)}; {likely}")
+    return next(filter(None, messages), "")
+
+
+def engine(trial: Trial, what: str, **options: Any) -> str:
+    """The same steps by another engine."""
+
+    def plans() -> Iterator[Plan]:
+        case = _decaying(trial)[0]
+        yield Plan(what, results.config_of(case), [random(1, *case.shape)], [[*random(3, 5, *case.shape)]],
+                   "look for a count that is a Python number and not in the state", options=options)  # fmt: skip
+
+    return first_fault(trial, plans())

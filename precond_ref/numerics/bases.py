@@ -1,0 +1,116 @@
+"""Orthogonal bases that follow the eigenvectors of a matrix which changes slowly, batched over leading axes.
+
+A basis Q (..., n, n) has its vectors as columns. `eigenbasis` is the definition, `followed` one or more rounds of
+orthogonal iteration from a basis of before. Signs of columns are those of LAPACK: nothing that is made of a basis may
+depend on them. A matrix with a non-finite entry has a basis of NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from array_api_compat import array_namespace
+
+from precond_ref.numerics.arrays import identity, largest_entry, normed, own
+from precond_ref.numerics.axes import multiply
+from precond_ref.numerics.lapack import attempt
+from precond_ref.numerics.refresh import renew
+from precond_ref.numerics.roots import CERTAIN, eigh
+from precond_ref.typing import Array, Namespace
+
+
+def eigenbasis(matrix: Array, *, ascending: bool = False, xp: Namespace = None) -> Array:
+    """Eigenvectors of a symmetric matrix (..., n, n), by eigenvalues in descending order."""
+    xp = array_namespace(matrix) if xp is None else xp
+    _, q, finite = eigh(matrix, xp=xp)
+    return own(xp.where(finite, q if ascending else xp.flip(q, axis=-1), float("nan")), xp)
+
+
+def rayleigh(basis: Array, product: Array, xp: Namespace) -> Array:
+    """``q_j^T A q_j`` (..., n) of the columns of Q, from ``product = A Q``; 0 below what is certain."""
+    a = xp.sum(basis * product, axis=-2)
+    return xp.where(a > _rounding(a, xp), a, 0.0)
+
+
+def _rounding(sizes: Array, xp: Namespace) -> Array:
+    """What of ``sizes`` (..., n) is rounding beside the largest, (..., 1)."""
+    return CERTAIN * xp.finfo(sizes.dtype).eps * xp.max(sizes, axis=-1, keepdims=True)
+
+
+def descending(values: Array, xp: Namespace) -> Array:
+    """The permutation P (..., n, n) with which ``values @ P`` (..., n) descend; equal ones keep their order."""
+    mine, other = values[..., :, None], values[..., None, :]
+    one = identity(xp, mine * other)
+    before = xp.triu(xp.ones_like(one)) - one  # of a column those in front
+    earlier = (other > mine) | ((other == mine) & (xp.matrix_transpose(before) > 0))
+    rank = xp.sum(xp.astype(earlier, values.dtype), axis=-1)
+    slots = xp.sum(before, axis=-2)  # 0, 1, 2, ...
+    return xp.astype(rank[..., None] == slots, values.dtype)
+
+
+def orthonormal(columns: Array, spare: Array, *, xp: Namespace = None) -> Array:
+    """Gram-Schmidt of ``columns`` (..., n, n) from left to right.
+
+    A column that depends on those before it, to `CERTAIN` spacings of the longest one, is replaced by that of the
+    orthogonal matrix ``spare``, made orthogonal after all the others.
+    """
+    xp = array_namespace(columns) if xp is None else xp
+    q, r = attempt(lambda a: tuple(xp.linalg.qr(a)), columns, xp=xp)
+    lengths = xp.sqrt(xp.sum(columns * columns, axis=-2))
+    sure = xp.abs(xp.linalg.diagonal(r)) > _rounding(lengths, xp)
+
+    def completed() -> Array:
+        last = descending(xp.astype(sure, columns.dtype), xp)
+        start = xp.where(sure[..., None, :], columns, spare) @ last
+        q, _ = attempt(lambda a: tuple(xp.linalg.qr(a)), start, xp=xp)
+        return own(q @ xp.matrix_transpose(last), xp)
+
+    return renew(~xp.all(sure), completed, own(q, xp))
+
+
+def order_of(matrix: Array, basis: Array, xp: Namespace, *, ascending: bool = False) -> Array:
+    """The permutation of the columns of Q that puts ``q_j^T A q_j`` into descending, or ascending, order."""
+    matrix, basis, _ = _guarded(matrix, basis, xp)
+    a = rayleigh(basis, matrix @ basis, xp)
+    return descending(-a if ascending else a, xp)
+
+
+def outside(matrix: Array, basis: Array, xp: Namespace) -> Array:
+    """Frobenius norm of ``Q^T A Q`` outside its diagonal, relative to all of it, (...); 0 for A = 0."""
+    inner = xp.matrix_transpose(basis) @ matrix @ basis
+    _, unit, norm = normed(inner, (-2, -1), xp)
+    rest = unit - unit * identity(xp, unit)
+    size = xp.sqrt(xp.sum(rest * rest, axis=(-2, -1)))
+    return size / xp.where(norm == 0, 1.0, norm)[..., 0, 0]
+
+
+def onto(tensor: Array, bases: Sequence[Array | None], xp: Namespace) -> Array:
+    """Coordinates of a tensor (..., d_1, ..., d_k) in a basis of each axis; None is the identity."""
+    for axis, q in enumerate(bases):
+        if q is not None:
+            tensor = multiply(tensor, xp.matrix_transpose(q), axis, xp)
+    return tensor
+
+
+def back(tensor: Array, bases: Sequence[Array | None], xp: Namespace) -> Array:
+    """The tensor with these coordinates."""
+    for axis, q in enumerate(bases):
+        if q is not None:
+            tensor = multiply(tensor, q, axis, xp)
+    return tensor
+
+
+def followed(matrix: Array, basis: Array, rounds: int, *, xp: Namespace = None) -> Array:
+    """The basis after ``rounds`` of orthogonal iteration, ``Q <- orthonormal(A Q)``."""
+    xp = array_namespace(matrix, basis) if xp is None else xp
+    matrix, basis, finite = _guarded(matrix, basis, xp)
+    for _ in range(rounds):
+        basis = orthonormal(matrix @ basis, basis, xp=xp)
+    return own(xp.where(finite, basis, float("nan")), xp)
+
+
+def _guarded(matrix: Array, basis: Array, xp: Namespace) -> tuple[Array, Array, Array]:
+    """Both, symmetric and the identity where the member is not finite, and which members are finite."""
+    finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp)) & xp.isfinite(largest_entry(basis, (-2, -1), xp))
+    half, one = 0.5 * xp.where(finite, matrix, 0.0), identity(xp, matrix)
+    return half + xp.matrix_transpose(half), xp.where(finite, basis, one), finite

@@ -1,0 +1,212 @@
+"""Approximations of the polar factor by odd polynomials, batched over leading axes: matrix products only.
+
+A step is ``X <- a X + (b A + c A A) X`` with ``A = X X^T``, from ``X = N / nu``. It keeps the singular vectors and
+sends each singular value s through ``p(s) = a s + b s^3 + c s^5``. So for ``N = U diag(s) V^T``::
+
+    O = U diag(q(s / nu)) V^T,   q = p_k o ... o p_1
+
+(not with ``normalization="aol"``, which has no one nu). The definition is `precond_ref.numerics.roots.polar`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from precond_ref.fields import is_python_number, is_zero
+from precond_ref.numerics.arrays import normed
+from precond_ref.numerics.roots import POLAR_EXPRESS, SAFETY, eigenvalues
+from precond_ref.typing import Array, Namespace, Scalar
+
+Triple = tuple[float, float, float]
+"""a, b, c."""
+
+
+def _table(text: str) -> tuple[Triple, ...]:
+    rows = [line.split() for line in text.split("/")]
+    return tuple((float(a), float(b), float(c)) for a, b, c in rows)
+
+
+SETS: dict[str, tuple[Triple, ...]] = {
+    "jordan": _table("3.4445 -4.7750 2.0315"),
+    "quintic5": _table(
+        "4.0848 -6.8946 2.9270 / 3.9505 -6.3029 2.6377 / 3.7418 -5.5913 2.3037 / 2.8769 -3.1427 1.2046 / "
+        "2.8366 -3.0525 1.2012"
+    ),
+    "polar_express": (
+        *((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS[:-1]),
+        POLAR_EXPRESS[-1],
+    ),
+    "dion": _table(
+        "8.156554524902461 -22.483292925577953 15.878769915207466 / "
+        "4.042929935166728 -2.808917465908707 0.5000178451051303 / "
+        "3.891667802292663 -2.772484153217686 0.5060648178503394 / "
+        "3.285753657755655 -2.368129493342538 0.4644902423300309 / "
+        "2.346541325859639 -1.7097828382687088 0.42323551169305323"
+    ),
+    "cans": _table(
+        "8.4703 -25.1081 18.6293 / 4.1828 -3.1087 .5806 / 3.9619 -2.9541 .5630 / 3.2866 -2.4647 .5074 / "
+        "2.2737 -1.6447 .4162"
+    ),
+    "classical": _table("2 -1.5 .5"),
+    "deepseekv4": _table(" / ".join(8 * ["3.4445 -4.7750 2.0315"] + 2 * ["2 -1.5 .5"])),
+    "cubic5": _table(
+        "3.3656576 -3.3420992 0 / 2.5744352 -1.4957376 0 / 2.5368962 -1.4312570 0 / 2.4418906 -1.2764040 0 / "
+        "2.2230472 -.9630650 0"
+    ),
+    "aol4": _table("4.0098 -7.0585 2.4635 / 3.4585 -5.5479 2.5959 / 2.7573 -3.2939 1.4254 / 2.7215 -3.0494 1.3169"),
+}
+"""Named sets: what their authors run, in their digits; "dion" is ``remez(1e-3, 5, 0.02, 0.02)``."""
+
+NORMALIZATIONS = ("frobenius", "spectral", "schatten4", "aol")
+
+
+def triples(coefficients: Any, steps: int, after_last: str = "repeat") -> tuple[Triple, ...]:
+    """``steps`` triples of a set's name, one triple, or a sequence of them, which ends with "repeat" or "cycle"."""
+    table = SETS[coefficients] if isinstance(coefficients, str) else tuple(coefficients)
+    if not isinstance(table[0], Sequence):
+        table = (table,)
+    last = len(table) - 1
+    return tuple(table[k % len(table) if after_last == "cycle" else min(k, last)] for k in range(steps))
+
+
+def image(s: Any, polynomials: Sequence[Triple]) -> Any:
+    """q(s), of numbers or arrays."""
+    for a, b, c in polynomials:
+        s = a * s + b * s**3 + c * s**5
+    return s
+
+
+def remez(lower: float, steps: int, safety: float = 0.0, cushion: float = 0.0) -> tuple[Triple, ...]:
+    """The triples of Polar Express (Amsel et al., arXiv 2505.16932) for singular values in [``lower``, 1].
+
+    Each is the best uniform approximation of 1 on the interval that the one before has left, or on its part above
+    ``cushion`` times its upper end. All but the last are divided by (f, f^3, f^5), f = 1 + ``safety``. With
+    ``safety = cushion = 0`` they are those of CANS (Grishina et al., arXiv 2506.10935).
+    """
+    low, high, found = lower, 1.0, []
+    for step in range(steps):
+        a, b, c = _best(max(low, cushion * high), high)
+        if cushion * high > low:
+            scale = 2 / (image(low, [(a, b, c)]) + image(high, [(a, b, c)]))
+            a, b, c = scale * a, scale * b, scale * c
+        if step < steps - 1:
+            f = 1 + safety
+            a, b, c = a / f, b / f**3, c / f**5
+        found.append((a, b, c))
+        low = image(low, [(a, b, c)])
+        low, high = min(low, 2 - low), 2 - low
+    return tuple(found)
+
+
+def _best(low: float, high: float) -> Triple:
+    """The odd quintic p with least max |1 - p| on [low, high]: 1 - p = E, -E, E, -E at low, q, r, high."""
+    if low / high >= 1 - 5e-6:
+        return 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
+    q, r, error = (3 * low + high) / 4, (low + 3 * high) / 4, math.inf
+    for _ in range(50):  # a few are enough
+        points, signs = (low, q, r, high), (1, -1, 1, -1)
+        y = [x * x for x in points]
+        weights = [1 / math.prod([y[i] - y[j] for j in range(4) if j != i]) for i in range(4)]
+        # p(x) / x is a quadratic in x^2: its third divided difference is zero.
+        old, error = (
+            error,
+            (
+                sum(w / x for w, x in zip(weights, points, strict=True))
+                / sum(w * s / x for w, x, s in zip(weights, points, signs, strict=True))
+            ),
+        )
+        f = [(1 - s * error) / x for s, x in zip(signs, points, strict=True)]
+        first, second = (f[1] - f[0]) / (y[1] - y[0]), (f[2] - f[1]) / (y[2] - y[1])
+        c = (second - first) / (y[2] - y[0])
+        b = first - c * (y[0] + y[1])
+        a = f[0] - b * y[0] - c * y[0] ** 2
+        root = math.sqrt(9 * b * b - 20 * a * c)
+        q, r = math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))
+        if abs(error - old) <= 1e-15:
+            break
+    return a, b, c
+
+
+def normalized(
+    matrix: Array, normalization: str, factor: Scalar, eps: Scalar, eps_rule: str, flipped: bool, xp: Namespace
+) -> Array:
+    """``N / nu`` of (..., m, n); zero stays zero. See `orthogonalized`.
+
+    The largest magnitude is taken out first, so that no norm over- or underflows.
+    """
+    peak, unit, norm = normed(matrix, (-2, -1), xp)
+    size = 1.0 if is_zero(eps) else xp.where(peak == 0, 1.0, peak)
+    if normalization in ("schatten4", "aol"):
+        wide = unit if not flipped else xp.matrix_transpose(unit)
+        gram = wide @ xp.matrix_transpose(wide)
+        if normalization == "schatten4":
+            square = normed(gram, (-2, -1), xp)
+            square = square[0] * square[2]
+        else:
+            square = xp.sum(xp.abs(gram), axis=-1, keepdims=True)
+        square = square if is_zero(eps) else xp.maximum(square, eps / size / size)
+        nu = xp.sqrt(square)
+        nu = xp.matrix_transpose(nu) if flipped else nu
+    else:
+        if normalization == "spectral":
+            small = unit if unit.shape[-2] <= unit.shape[-1] else xp.matrix_transpose(unit)
+            norm = xp.sqrt(eigenvalues(small @ xp.matrix_transpose(small), xp=xp)[..., -1:, None])
+        nu = norm
+        if not (is_python_number(factor) and factor == 1):
+            nu = factor * norm
+        if not is_zero(eps):
+            nu = nu + eps / size if eps_rule == "add" else xp.maximum(nu, eps / size)
+    return unit / xp.where(nu == 0, 1.0, nu)
+
+
+def orthogonalized(
+    matrix: Array,
+    polynomials: Sequence[Triple],
+    normalization: str = "frobenius",
+    factor: Scalar = 1.0,
+    eps: Scalar = 0.0,
+    eps_rule: str = "add",
+    *,
+    flipped: bool | None = None,
+    compute_dtype: str | None = None,
+    xp: Namespace = None,
+) -> Array:
+    """O of a matrix (..., m, n) by ``polynomials``, one triple for each step; zero stays zero.
+
+    nu by ``normalization``, with f = ``factor`` and e = ``eps``: "frobenius" and "spectral" are ``f norm + e`` with
+    ``eps_rule="add"``, ``max(f norm, e)`` with "max". "schatten4" is ``sqrt(max(||N N^T||_F, e))``. "aol" divides row i
+    of the wide matrix by ``sqrt(max(sum_j |N N^T|_ij, e))``; ``flipped`` says that this is the transpose (default:
+    if m > n). ``compute_dtype="bfloat16"`` rounds ``N / nu`` and what the steps make to bfloat16.
+    """
+    xp = array_namespace(matrix) if xp is None else xp
+    if 0 in matrix.shape:
+        return matrix
+    flipped = matrix.shape[-2] > matrix.shape[-1] if flipped is None else flipped
+    low = _rounding(matrix, compute_dtype, xp)
+    x = low(normalized(matrix, normalization, factor, eps, eps_rule, flipped, xp))
+    x = xp.matrix_transpose(x) if flipped else x
+    for a, b, c in polynomials:
+        gram = low(x @ xp.matrix_transpose(x))
+        poly = low(b * gram if c == 0 else b * gram + c * low(gram @ gram))
+        x = low(a * x + low(poly @ x))
+    x = xp.matrix_transpose(x) if flipped else x
+    return x if compute_dtype is None else xp.astype(x, matrix.dtype)
+
+
+def _rounding(like: Array, compute_dtype: str | None, xp: Namespace) -> Callable[[Array], Array]:
+    """Rounding to ``compute_dtype``; where the library has no bfloat16, to its 8 digits by Dekker's splitting."""
+    if compute_dtype is None or xp.finfo(like.dtype).bits < 32:
+        return lambda x: x
+    if hasattr(xp, "bfloat16"):
+        return lambda x: xp.astype(x, xp.bfloat16, copy=False)
+    split = 2.0 ** (round(-math.log2(float(xp.finfo(like.dtype).eps))) + 1 - 8) + 1.0
+
+    def rounded(x: Array) -> Array:
+        t = split * x
+        return t - (t - x)
+
+    return rounded

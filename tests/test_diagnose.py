@@ -1,0 +1,603 @@
+"""The diagnosis: a mistake is named where it explains what fails, and nothing else is; edges; the checker itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conformance_subjects import Here, Variant
+from mutation import mutated
+from test_conformance import CONSTRUCTORS, FIRST, adam
+from typer.testing import CliRunner
+
+from precond_ref.cli import application
+from precond_ref.conformance import check, diagnose, invariance, isolation, results, tolerance, variants, wrap
+from precond_ref.conformance.subjects import Reference
+from precond_ref.methods import agd, asgo, baselines, inverse_free, sketchy
+from precond_ref.numerics import sketch
+
+U = 2.0**-53
+
+
+def library(module: Any, *changes: tuple[str, str]) -> Callable[[str], Any]:
+    """A subject for each class of a module with pieces of its source exchanged."""
+    copy = mutated(module, *changes)
+    return lambda name: Reference(target=getattr(copy, name))
+
+
+def on_sketch(*changes: tuple[str, str]) -> Callable[[str], Any]:
+    """The same for a change of what sketches do."""
+    copy = mutated(sketchy)
+    copy.fd = mutated(sketch, *changes)
+    return lambda name: Reference(target=getattr(copy, name))
+
+
+class Bent(Reference):
+    """A right method whose gradients, fields or state are meddled with."""
+
+    def __init__(
+        self,
+        fields: Any = lambda method: method,
+        skips: str = "",
+        second: float = 1.0,
+    ):
+        super().__init__()
+        self.fields, self.skips, self.second = fields, skips, second
+
+    def _method(self, config: Any) -> Any:
+        return self.fields(super()._method(config))
+
+    def init(self, config: Any, params: Any) -> None:
+        super().init(config, params)
+        self.last = [p.copy() for p in params]
+
+    def step(self, grads: Any) -> Any:
+        if self.skips == "all" and not any(g.any() for g in grads):
+            return [p.copy() for p in self.last]
+        before = list(self.states)
+        self.last = super().step([g if i == 0 else self.second * g for i, g in enumerate(grads)])
+        if self.skips == "state" and not any(g.any() for g in grads):
+            self.states = before
+        return self.last
+
+
+def decayed_adam(param, grad, state, *, lr, beta1, beta2, eps, weight_decay):
+    """Adam whose weight decay is divided by the root too, though no average sees it."""
+    t, m, v = (0, 0 * grad, 0 * grad) if state is None else state
+    m, v, t = beta1 * m + (1 - beta1) * grad, beta2 * v + (1 - beta2) * grad**2, t + 1
+    root = np.sqrt(v / (1 - beta2**t)) + eps
+    moved = m / (1 - beta1**t) + weight_decay * param
+    return param - lr * moved / np.where(root == 0, 1, root), (t, m, v)
+
+
+def unclipped_shampoo(param, grad, state, *, lr, eps):
+    """Powers of what `eigh` gives, though a zero comes out of it as a number of either sign."""
+    state = [np.zeros((d, d)) for d in param.shape] if state is None else state
+    u = grad
+    for axis, d in enumerate(param.shape):
+        rows = np.moveaxis(grad, axis, 0).reshape(d, -1)
+        state[axis] = state[axis] + rows @ rows.T
+        w, q = np.linalg.eigh(state[axis])
+        w[0] = -abs(w[0]) if w[0] < 1e-12 else w[0]  # which sign it has differs between machines
+        with np.errstate(all="ignore"):
+            u = variants.multiply(u, (q * (w + eps) ** (-0.5 / param.ndim)) @ q.T, axis)
+    return param - lr * u, state
+
+
+def literal_sshampoo(param, grad, state, *, lr, size, beta2, eps):
+    """The escaped mass added to the complement of all of the sketch's columns, as if they were eigenvectors above 0."""
+
+    def power(x):
+        live = x > 0
+        return np.where(live, (np.where(live, x, 1) + eps) ** (-0.5 / param.ndim), 0)
+
+    state = [(np.zeros((d, 1)), np.zeros(1), 0.0) for d in param.shape] if state is None else state
+    u = grad
+    for axis, d in enumerate(param.shape):
+        rows, (basis, e, mass) = np.moveaxis(grad, axis, 0).reshape(d, -1), state[axis]
+        q, s, _ = np.linalg.svd(np.hstack([basis * np.sqrt(beta2 * e), rows]), full_matrices=False)
+        s = np.where(s > 1e-13 * s[0], s, 0)
+        cut = s[size - 1] if size <= len(s) else 0.0
+        basis, e, mass = q[:, :size], (s**2 - cut**2).clip(min=0)[:size], beta2 * mass + cut**2
+        state[axis] = basis, e, mass
+        root = (basis * power(e)) @ basis.T + power(np.array(mass)) * (np.eye(d) - basis @ basis.T)
+        u = variants.multiply(u, root, axis)
+    return param - lr * u, state
+
+
+def late_asgo(param, grad, state, *, lr, eps):
+    """The root of the gradients before this one, but for the first."""
+    old = 0 if state is None else state
+    new = old + grad @ grad.T
+    w, q = np.linalg.eigh(new if state is None else old)
+    root = np.sqrt(np.where(w > 1e-13 * w[-1], w, 0)) + eps
+    inverse = np.where(root == 0, 0, 1 / np.where(root == 0, 1, root))
+    return param - lr * (q * inverse) @ q.T @ grad, new
+
+
+GRAM = "gram = ema(state.gram, g @ t(g, xp) if left else t(g, xp) @ g, self.beta2)  # (V)"
+SPREAD = "        grams = [t(k, xp) @ k for k in scaled]\n"
+NAMED: dict[str, tuple[str, str, Callable[[], Any]]] = {
+    # what it is: (method, name, subject)
+    "threshold under the root": (
+        "AGD",
+        "delta-under-root",
+        lambda: library(
+            agd,
+            ("clamp(root, self.delta * k.sqrt_c2, xp=xp)",
+             "xp.sqrt(clamp(root * root, self.delta * k.sqrt_c2**2, xp=xp))"),
+        )("AGD"),
+    ),
+    "clip stored in the momentum": (
+        "IFShampoo",
+        "clip-stored",
+        lambda: library(inverse_free, ("new_momenta.append(m)", "new_momenta.append(m / length)"))("IFShampoo"),
+    ),
+    "rho = beta2 (rho + cut)": (
+        "SAdaGrad",
+        "mass-decayed-new",
+        lambda: on_sketch(("* sketch.escaped + (cut * cut)[..., 0]", "* (sketch.escaped + (cut * cut)[..., 0])"))(
+            "SAdaGrad"
+        ),
+    ),
+    "the same in S-Shampoo": (
+        "SShampoo",
+        "mass-decayed-new",
+        lambda: on_sketch(("* sketch.escaped + (cut * cut)[..., 0]", "* (sketch.escaped + (cut * cut)[..., 0])"))(
+            "SShampoo"
+        ),
+    ),
+    "escaped mass only in the complement": (
+        "SShampoo",
+        "mass-outside",
+        lambda: wrap(literal_sshampoo),
+    ),
+    "a gradient of zeros skipped": ("Adam", "zero-skipped", partial(Bent, skips="all")),
+    "state not updated at a zero gradient": ("ASGO", "zero-forgotten", partial(Bent, skips="state")),
+    "second parameter treated differently": ("SShampoo", "later-parameters", partial(Bent, second=1.5)),
+    "V started at G G^T": (
+        "ASGO",
+        "started-whole",
+        lambda: library(
+            asgo, (GRAM, f"{GRAM[: GRAM.index('self.beta2')]}self.beta2 if state.step else 0.0)")
+        )("ASGO"),
+    ),
+    "rms with m": (
+        "Muon",
+        "rms-rows",
+        lambda: library(baselines, ("math.sqrt(max(grad.shape[-2:]))", "math.sqrt(grad.shape[-2])"))("Muon"),
+    ),
+    "rms with n": (
+        "Muon",
+        "rms-columns",
+        lambda: library(baselines, ("math.sqrt(max(grad.shape[-2:]))", "math.sqrt(grad.shape[-1])"))("Muon"),
+    ),
+    "rms sqrt(m)": (
+        "ASGO",
+        "rms-rows",
+        lambda: library(
+            asgo,
+            ("return u, ASGOState(", "u /= grad.shape[-1] ** (0.5 * bool(self.rms))\n        return u, ASGOState("),
+        )("ASGO"),
+    ),
+    "preconditioned weight decay": ("Adam", "decay-preconditioned", lambda: wrap(decayed_adam)),
+    "eigenvalues not clipped at 0": ("Shampoo", "unclipped", lambda: wrap(unclipped_shampoo)),
+    "the first root for ever": ("Shampoo", "every-once", lambda: Bent(lambda m: m.replace(every=10**6))),
+    "stale from the second step on": (
+        "ASGO.theory",
+        "statistic-late",
+        lambda: wrap(late_asgo),
+    ),
+}  # fmt: skip
+
+
+def names(report: results.Report) -> list[tuple[str, ...]]:
+    assert report.diagnosis is not None
+    return [match.flags for match in report.diagnosis.matches]
+
+
+@pytest.mark.parametrize("what", NAMED)
+@pytest.mark.full
+def test_a_mistake_has_its_name(what: str) -> None:
+    method, name, subject = NAMED[what]
+    report = check(subject(), method)
+    assert not report.ok
+    assert names(report) == [(name,)]
+
+
+LAST_FIRST = {"RFShampoo": "gauss-seidel-back", "IFShampoo": "gauss-seidel-back",
+              "Shampoo": "statistic-of-preconditioned-back"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("constructor", "name"), LAST_FIRST.items())
+@pytest.mark.full
+def test_factors_renewed_one_after_the_other_from_the_last_are_named(constructor: str, name: str) -> None:
+    assert names(check(Variant({name}), constructor)) == [(name,)]
+
+
+def test_gauss_seidel_from_the_last_axis_by_hand() -> None:
+    """One update of RF-Shampoo on a matrix: the row factor is renewed from the new column factor."""
+    method = FIRST["RFShampoo"].make().replace(momentum=0.0, weight_decay=0.0, every=1, batch_size=1.0)
+    b, damping, g = method.beta2, method.damping, np.array([[1.0, -2.0], [0.5, 3.0], [2.0, 0.25]])
+    m, n = g.shape
+    columns = (1 - b) * np.eye(n) + b * (g.T @ g + damping * m * np.eye(n)) * n / (m * n)
+    inverse = np.linalg.inv(columns)
+    rows = (1 - b) * np.eye(m) + b * (g @ inverse @ g.T + damping * np.trace(inverse) * np.eye(m)) * m / (m * n)
+    want = np.linalg.inv(rows) @ g @ inverse
+    trace = variants.run(method, 0 * g, g[None], lr=1.0, flags=frozenset({"gauss-seidel-back"}))
+    assert np.allclose(trace.directions[0], want, rtol=1e-12)
+    assert not np.allclose(variants.run(method, 0 * g, g[None], lr=1.0).directions[0], want, rtol=1e-3)
+
+
+# ---- mistakes of every method ---------------------------------------------------------------------------------------
+
+ALIKE = {"memoryless": "restarted", "zero-direction": "unmoved", "unpreconditioned-ball": "unpreconditioned",
+         "zero-forgotten": "zero-skipped", "unpreconditioned-average": "unpreconditioned"}  # fmt: skip
+"""Names of mistakes that are the same without a counter or momentum."""
+
+
+def own(constructor: str, flag: str) -> bool:
+    """Whether a mistake of every method, or one the same as it, is the only name given."""
+    report = check(Variant({flag}), constructor)
+    if report.diagnosis is None:
+        return True  # nothing departs: that mistake cannot be made
+    found = names(report)
+    flags = variants.of(FIRST[constructor].make()).flags
+    return found == [(flag,)] or found == [(ALIKE.get(flag, flag),)] or (len(found) == 1 and found[0][0] in flags)
+
+
+@pytest.mark.parametrize("flag", ["unmoved", "unpreconditioned", "restarted", "counter-stuck", "zero-skipped"])
+@pytest.mark.parametrize("constructor", ["Adam", "Shampoo"])
+def test_no_steps_no_preconditioning_nothing_kept(constructor: str, flag: str) -> None:
+    assert own(constructor, flag)
+
+
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+@pytest.mark.full
+def test_mistakes_of_every_method_are_named(constructor: str) -> None:
+    known = variants.of(FIRST[constructor].make()).generic
+    assert [flag for flag in known if not own(constructor, flag)] == []
+
+
+def test_generic_mistakes_by_another_route() -> None:
+    """Each is what a subject does that is written without the variants."""
+
+    class Still(Reference):
+        def step(self, grads: Any) -> Any:
+            return [np.array(p) for p in self.first]
+
+        def init(self, config: Any, params: Any) -> None:
+            self.first = [p.copy() for p in params]
+
+    class Shrinking(Reference):
+        def step(self, grads: Any) -> Any:
+            shrink = 1 - self.lr * self.decay
+            self.params = [shrink * p for p in self.params]
+            return [np.array(p) for p in self.params]
+
+    class Fresh(Reference):
+        def step(self, grads: Any) -> Any:
+            self.states = [
+                self.method.init(p, stack_ndim=int(len(s) > 1)) for p, s in zip(self.params, self.stacks, strict=True)
+            ]
+            return super().step(grads)
+
+    class Stuck(Reference):
+        def step(self, grads: Any) -> Any:
+            self.states = [state._replace(step=0) for state in self.states]
+            return super().step(grads)
+
+    def plain(param, grad, state, *, lr, eps, initial, weight_decay):
+        return (1 - lr * weight_decay) * param - lr * grad, 0
+
+    def one_beta(method: Any) -> Any:
+        return method.replace(beta1=method.beta2)
+
+    def averaged(param, grad, state, *, lr, beta1, beta2, eps, weight_decay):
+        m = (1 - beta1) * grad if state is None else beta1 * state + (1 - beta1) * grad
+        return (1 - lr * weight_decay) * param - lr * m, m
+
+    for subject, name in ((Still(), "unmoved"), (Shrinking(), "zero-direction"), (Fresh(), "restarted"),
+                          (Stuck(), "counter-stuck"), (Bent(one_beta), "beta2-for-beta1")):  # fmt: skip
+        assert names(check(subject, "Adam")) == [(name,)]
+    assert names(check(wrap(averaged), "Adam")) == [("unpreconditioned-average",)]
+    assert names(check(wrap(plain), "AdaGrad")) == [("unpreconditioned",)]
+
+
+# ---- agreement is earned --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("constructor", ["Adam", "ASGO"])
+def test_nan_agrees_with_nothing(constructor: str) -> None:
+    class Nan(Reference):
+        def step(self, grads: Any) -> Any:
+            return [np.nan * g for g in grads]
+
+    report = check(Nan(), constructor)
+    assert report.diagnosis is not None
+    assert names(report) == []
+    assert report.diagnosis.nearest is None
+    said = "\n".join(report.diagnosis.lines())
+    assert said.startswith(f"No known mistake in {constructor} explains it.")
+    assert f"Not finite in {report.ran} of {report.ran} cases; NaN agrees with nothing." in said
+    assert "agree, to" not in said
+
+
+def bent(share: Callable[[int], bool]) -> Any:
+    """Adam without bias corrections in some of the cases, and nonsense in the others."""
+
+    class Mixed(Variant):
+        count = 0
+
+        def init(self, config, params):
+            super().init(config, params)
+            self.flags = frozenset({"no-correction-1"})
+            Mixed.count += 1
+            self.nonsense = not share(Mixed.count)
+
+        def step(self, grads):
+            self.grads.append([g.copy() for g in grads])
+            if self.nonsense:
+                return [p - (1 + p**2) * len(self.grads) for p in self.first]
+            self.grads.pop()
+            return super().step(grads)
+
+    return Mixed()
+
+
+def test_the_nearest_explains_half_of_what_fails() -> None:
+    near = check(bent(lambda i: i % 3 > 0), "Adam").diagnosis
+    far = check(bent(lambda i: i % 3 == 0), "Adam").diagnosis
+    assert near is not None
+    assert far is not None
+    assert near.nearest is not None
+    assert near.nearest.flags == ("no-correction-1",)
+    assert near.nearest.explained >= len(near.nearest.unexplained) > 0
+    assert f"{near.nearest.explained} of the " in near.lines()[0]
+    assert (far.matches, far.nearest) == ((), None)
+
+
+def test_a_mistake_that_would_fail_what_passes_is_not_the_nearest() -> None:
+    """Adam's counter is wrong where beta2 is small, and only there: no mistake in its formula explains that."""
+
+    class Sometimes(Variant):
+        def init(self, config, params):
+            super().init(config, params)
+            self.flags = frozenset({"heavy-ball"} if config["weight_decay"] else ())
+
+    found = check(Sometimes(), "Adam").diagnosis
+    assert found is not None
+    assert (found.matches, found.nearest) == ((), None)
+
+
+# ---- single precision -----------------------------------------------------------------------------------------------
+
+
+class Single(Reference):
+    """A right method in float32 between parameters in float64."""
+
+    def __init__(self) -> None:
+        super().__init__("numpy", "float32")
+
+    def init(self, config: Any, params: Any) -> None:
+        super().init(config, [p.astype(np.float32) for p in params])
+
+    def step(self, grads: Any) -> Any:
+        return [p.astype(np.float64) for p in super().step([g.astype(np.float32) for g in grads])]
+
+
+@pytest.mark.parametrize("constructor", ["Adam", "Shampoo", "IFShampoo"])
+def test_single_precision_is_told(constructor: str) -> None:
+    found = check(Single(), constructor).diagnosis
+    assert found is not None
+    assert found.single
+    assert found.lines()[0].startswith(f"It is {constructor} in single precision: all ")
+
+
+def test_what_is_not_single_precision() -> None:
+    def larger_eps(param, grad, state, *, lr, beta1, beta2, eps):
+        return adam()(param, grad, state, lr=lr, beta1=beta1, beta2=beta2, eps=eps + 1e-8)
+
+    class Longer(Reference):
+        def step(self, grads: Any) -> Any:
+            return super().step([(1 + 1e-8) * g for g in grads])
+
+    turned = library(inverse_free, (SPREAD, "        grams = [k @ t(k, xp) for k in scaled]\n"))("IFShampoo")
+    for subject, method in ((wrap(larger_eps), "Adam"), (Longer(), "RFShampoo"), (turned, "IFShampoo")):
+        report = check(subject, method, diagnose=False)
+        assert not report.ok
+        found = diagnose.diagnose(report, pairs=False)
+        assert not found.single, found.lines()
+        assert "as it should be" not in found.lines()[0]
+
+
+# ---- edges ----------------------------------------------------------------------------------------------------------
+
+
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, method: str) -> Any:
+    (tmp_path / "edge_subject.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(isolation, "Isolated", Here)
+    monkeypatch.delitem(__import__("sys").modules, "edge_subject", raising=False)
+    file = tmp_path / "report.json"
+    result = CliRunner().invoke(
+        application(), ["check", "edge_subject:step", "--method", method, "--json", str(file)]
+    )  # fmt: skip
+    return result, json.loads(file.read_text(encoding="utf-8"))
+
+
+ADAGRAD = """
+import numpy as np
+
+def step(param, grad, state, *, lr, eps, initial, weight_decay):
+    state = (initial + 0 * grad if state is None else state) + grad**2
+    with np.errstate(all="ignore"):
+        return (1 - lr * weight_decay) * param - lr * grad / (np.sqrt(state) + eps), state
+"""
+
+
+def test_only_an_edge_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, report = run(tmp_path, monkeypatch, ADAGRAD, "AdaGrad")
+    assert result.exit_code == 3
+    assert (report["ok"], report["edges"]) == (False, "eps = 0")
+    assert report["failures"] == ["AdaGrad/no-eps"]
+    last = result.output.strip().splitlines()[-1]
+    assert last == "RIGHT, except at eps = 0: 1 unexpected failure"
+    assert "Right, except at eps = 0." in result.output
+    wrong = ADAGRAD.replace("lr * grad /", "lr * 1.25 * grad /")
+    result, report = run(tmp_path, monkeypatch, wrong, "AdaGrad")
+    assert (result.exit_code, report["edges"]) == (1, "")
+    assert result.output.strip().splitlines()[-1].startswith("WRONG: ")
+    help_text = " ".join(CliRunner().invoke(application(), ["check", "--help"]).output.split())
+    assert "3 right except" in help_text
+
+
+def test_what_is_an_edge() -> None:
+    """The pseudo-inverse of a singular statistic is one; a wrong step beside it, or a wrong state, is none."""
+    report = check(wrap(unclipped_shampoo), "Shampoo")
+    assert report.edges == "eps = 0"
+    assert check(Variant({"eps-outside"}), "Shampoo").edges == ""
+    assert check(Variant({"zero-nan"}), "ASGO").edges == "a gradient of zeros"
+    assert check(Bent(skips="state"), "ASGO").edges == ""
+    assert check(Reference(), "Shampoo").edges == ""
+
+
+# ---- the checker ----------------------------------------------------------------------------------------------------
+
+
+def test_a_gap_at_no_tolerance() -> None:
+    zero, one = np.zeros(2), np.array([3.0, 4.0])
+    assert results.gap(1, "update", one, zero, 0.0).ratio == math.inf
+    assert results.gap(1, "update", one, zero, 0.0).error == math.inf
+    assert results.gap(1, "update", 1e-300 * one, zero, 0.0).ratio == math.inf
+    assert results.gap(1, "update", zero, zero, 0.0).ratio == 0
+    assert results.gap(1, "update", np.nan * one, one, 1.0).ratio == math.inf
+    assert results.gap(1, "update", one, one * np.inf, 1.0).ratio == math.inf
+    found = results.gap(2, "update", 2 * one, one, 2.5)
+    assert (found.step, found.error, found.tolerance, found.ratio, found.norm_ratio) == (2, 1.0, 0.5, 2.0, 2.0)
+    assert found.cosine == 1
+    assert results.gap(1, "update", -one, one, 1.0).cosine == -1
+    assert math.isnan(results.gap(1, "update", one, zero, 1.0).cosine)
+
+
+def test_what_an_update_may_be_off() -> None:
+    before, after = np.array([3.0, 4.0]), np.array([0.0, 5.0])
+    rounding = U * (5 + 5)
+    assert tolerance.of_update(0.0, "float64", before, after) == pytest.approx(2 * rounding, rel=1e-15)
+    both = 0.5 * math.hypot(3, 1) + 2 * rounding
+    assert tolerance.of_update(0.5, "float64", before, after) == pytest.approx(both, rel=1e-15)
+    assert tolerance.of_update(0.0, "float32", before, after) == pytest.approx(2 * 2.0**-24 * 10, rel=1e-15)
+    assert tolerance.relative("float64", 100.0, 0.5) == 16 * U * 100
+    assert tolerance.relative("float64", 100.0, 1.5) == 16 * U * 100**2
+    assert tolerance.relative("float64", 100.0, 1.5, stale=True, decompositions=3) == 3 * 16 * U * 100
+    assert tolerance.relative("float64", 0.5, 0.5) == 16 * U
+
+
+@pytest.mark.parametrize(("share", "ok"), [(0.5, True), (1.5, False)])
+def test_a_check_fails_beyond_its_tolerance_and_no_sooner(share: float, ok: bool) -> None:
+    """An update off by a share of what rounding may make it."""
+    case = FIRST["SGD"]
+
+    class Off(Reference):
+        def step(self, grads: Any) -> Any:
+            before = [np.array(p) for p in self.params]
+            out = super().step(grads)
+            self.count = getattr(self, "count", 0) + 1
+            if self.count > 1:
+                return out
+            relative = tolerance.of_case(case, "float64", 1)
+            limit = tolerance.of_update(relative, "float64", before[0], out[0])
+            moved = out[0] - before[0]
+            self.params[0] = out[0] + share * limit * moved / np.linalg.norm(moved)
+            return [self.params[0]]
+
+    result = next(r for r in check(Off(), "SGD", diagnose=False).results if r.id == case.id)
+    assert (result.status == "passed") == ok, result.gap
+
+
+CHECKER = [
+    (results, "else 0.0 if a == 0 else math.inf", "else 0.0", test_a_gap_at_no_tolerance),
+    (results, "if difference == 0:", "if False:", test_a_gap_at_no_tolerance),
+    (results, "if not math.isfinite(difference):", "if False:", test_a_gap_at_no_tolerance),
+    (tolerance, "+ 2 * rounding", "+ rounding", test_what_an_update_may_be_off),
+    (tolerance, "+ 2 * rounding", "+ 4 * rounding", test_what_an_update_may_be_off),
+    (tolerance, "max(kappa, 1.0)", "kappa", test_what_an_update_may_be_off),
+    (tolerance, "* decompositions *", "*", test_what_an_update_may_be_off),
+    (tolerance, "exponent + 0.5", "exponent + 1.0", test_what_an_update_may_be_off),
+]
+
+
+@pytest.mark.parametrize(("module", "old", "new", "test"), CHECKER, ids=[f"{c[1]} -> {c[2]}" for c in CHECKER])
+def test_a_planted_bug_in_the_checker_is_caught(
+    module: Any, old: str, new: str, test: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = mutated(module, (old, new))
+    for name in ("gap", "of_update", "relative"):
+        if hasattr(copy, name) and hasattr(module, name):
+            monkeypatch.setattr(module, name, getattr(copy, name))
+    with pytest.raises(AssertionError):
+        test()
+
+
+DIAGNOSIS = [
+    ("    if 2 * len(seen) < len(runs):", "    if False:", lambda: test_nan_agrees_with_nothing("Adam")),
+    ("enough = nearest.explained >= len(nearest.unexplained)", "enough = True",
+     test_the_nearest_explains_half_of_what_fails),
+    ("and nearest.explained > len(nearest.contradicted)", "",
+     test_a_mistake_that_would_fail_what_passes_is_not_the_nearest),
+    ("    return 0.0 if one_sided else", "    return", test_what_is_not_single_precision),
+    ("    if singular:\n        return True\n", "", test_what_is_an_edge),
+    ("<= 0.01 * longest:\n            return True", "<= 0.01 * longest:\n            return False",
+     test_what_is_an_edge),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "test"), DIAGNOSIS, ids=[d[0].strip() for d in DIAGNOSIS])
+@pytest.mark.full
+def test_a_planted_bug_in_the_diagnosis_is_caught(
+    old: str, new: str, test: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = mutated(diagnose, (old, new))
+    for name in ("diagnose", "edges", "_single", "_at_edge", "Match", "Diagnosis"):
+        monkeypatch.setattr(diagnose, name, getattr(copy, name))
+    with pytest.raises(AssertionError):
+        test()
+
+
+# ---- laws -----------------------------------------------------------------------------------------------------------
+
+
+def test_nan_breaks_one_law() -> None:
+    class Spoilt(Reference):
+        def step(self, grads: Any) -> Any:
+            return [p * np.nan if abs(g).max() > 1 else p for p, g in zip(super().step(grads), grads, strict=True)]
+
+    class Nothing(Reference):
+        def step(self, grads: Any) -> Any:
+            return [p * np.nan for p in super().step(grads)]
+
+    for subject in (Spoilt(), Nothing()):
+        laws = list(invariance.try_laws(subject, "SGD", examples=8, laws=("sign", "rate", "zero")))
+        failed = [r for r in laws if r.status == "failed"]
+        assert [r.id for r in failed] == ["invariance/sign"]
+        assert failed[0].message.startswith("its steps are not finite\n")
+    assert {r.message for r in laws if r.status == "skipped"} == {"no step was finite, as invariance/sign says"}
+
+
+@pytest.mark.full
+def test_a_law_broken_beside_nan_is_still_found_and_caught() -> None:
+    class Both(Reference):
+        def step(self, grads: Any) -> Any:
+            return [
+                p * np.nan if abs(g).max() > 2 else p + 0.125 for p, g in zip(super().step(grads), grads, strict=True)
+            ]
+
+    failed = {r.id: r.message for r in invariance.try_laws(Both(), "SGD", examples=60) if r.status == "failed"}
+    assert len(failed) > 1
+    assert sum(message.startswith("its steps are not finite") for message in failed.values()) == 1

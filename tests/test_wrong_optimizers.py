@@ -1,0 +1,216 @@
+"""Right optimizers pass; wrong ones, right in all cases of the vectors, are caught by the check that looks for them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conformance_subjects import Here, optax_target, torch_target
+from typer.testing import CliRunner
+from wrong_optimizers import RIGHT, WRONG, source, target
+
+from precond_ref.cli import application
+from precond_ref.conformance import check, contract, isolation, results, subjects, wrap
+from precond_ref.conformance.isolation import Isolated
+from precond_ref.conformance.subjects import Reference
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+pytest.importorskip("torch")
+pytest.importorskip("optax")
+SEEN_TWICE = {"one count for all", "small eigenvalues dropped"}  # by other checks, too
+BEFORE = {"gradient-untouched", "dtype", "repeatable", "independent", "groups", "no-gradient", "nonfinite", "resume",
+          "options", "process-untouched"}  # fmt: skip
+
+
+def report_on(name: str, **options: Any) -> results.Report:
+    made, method = target(name)
+    return check(wrap(made, dtype=options.get("dtype", "float64")), method, diagnose=False, **options)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * ("optax" in n)) for n in RIGHT])
+def test_a_right_optimizer_passes(name: str) -> None:
+    report = report_on(name)
+    assert [f"{r.id}: {r.message}" for r in report.failures] == []
+    tried = {r.id for r in report.results if r.status == "passed"}
+    assert {f"contract/{c}" for c in ("inputs", "long-run", "shapes", "sizes", "values", "many")} <= tried
+    assert not any("not all inputs" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.full
+def test_a_right_optimizer_passes_in_single_precision_and_deep(name: str) -> None:
+    assert report_on(name, dtype="float32").failures == []
+    assert report_on(name, deep=True).failures == []
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_optimizer_is_caught(name: str) -> None:
+    report, caught = report_on(name), f"contract/{WRONG[name].caught}"
+    found = [r.id for r in report.failures]
+    assert caught in found if name in SEEN_TWICE else found == [caught]
+    assert all(r.message for r in report.failures if r.id == caught)
+    assert not {r.id for r in report.failures if r.tier == "must" and "contract/" not in r.id}  # the vectors pass
+
+
+def test_each_check_has_a_mistake_that_it_alone_catches() -> None:
+    assert {wrong.caught for name, wrong in WRONG.items() if name not in SEEN_TWICE} >= contract.CHECKS.keys() - BEFORE
+
+
+@pytest.mark.parametrize("name", ["lr of the constructor", "clamped at 5", "blocks above 16", "state starts again"])
+def test_wrong_optimizers_are_caught_in_single_precision(name: str) -> None:
+    assert [r.id for r in report_on(name, dtype="float32").failures] == [f"contract/{WRONG[name].caught}"]
+
+
+def test_what_begins_after_a_thousand_steps_is_seen_by_a_deep_check() -> None:
+    text = source("numpy Adam")[0].replace("return (1 - lr", "u = u * (1 if t <= 1000 else 0.99); return (1 - lr")
+    found: dict[str, Any] = {}
+    exec(text, found)
+    assert check(wrap(found["Target"]), "Adam").ok
+    report = check(wrap(found["Target"]), "Adam", deep=True)
+    assert [r.id for r in report.failures] == ["contract/long-run"]
+    assert ": step 1001 is off by " in report.failures[0].message
+
+
+def test_messages_say_where_and_what_to_look_for() -> None:
+    said = {name: report_on(name).failures[0].message for name in ("lr of the first group", "foreach ignored", "break")}
+    assert "another lr in group 1 of 2" in said["lr of the first group"]
+    assert "parameter 2 of 2, step 1 is off by 7.5e-01 of its length" in said["lr of the first group"]
+    assert "look for param_groups[0]" in said["lr of the first group"]
+    assert said["foreach ignored"] == "foreach=True is ignored: no kernel ran whose name begins with _foreach_"
+
+
+def test_the_process_of_its_own_tells_as_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, caught in (
+        ("torch Adam", ""),
+        ("foreach ignored", "engines"),
+        ("float32 state of bfloat16", "resume-dtypes"),
+    ):
+        module = f"isolated_{caught.replace('-', '_')}"
+        (tmp_path / f"{module}.py").write_text(source(name)[0], encoding="utf-8")
+        subject = Isolated(f"{module}:Target")
+        try:
+            report = check(subject, "Adam", diagnose=False)
+        finally:
+            subject.close()
+        assert [r.id for r in report.failures] == [f"contract/{caught}"] * bool(caught)
+
+
+@pytest.mark.parametrize("constructor", ["ASGO", "Adam", "IFShampoo", "SAdaGrad"])
+def test_our_own_are_right(constructor: str) -> None:
+    for subject in (Reference("numpy"), wrap(torch_target(constructor))):
+        report = check(subject, constructor)
+        assert report.failures == []
+        assert {"contract/inputs", "contract/long-run"} <= {r.id for r in report.results if r.status == "passed"}
+
+
+@pytest.mark.parametrize("constructor", ["SGD", "ASGO"])
+@pytest.mark.full
+def test_our_transformations_are_right(constructor: str) -> None:
+    assert check(wrap(optax_target(constructor)), constructor).failures == []
+
+
+def test_optimizers_of_torch_and_optax_are_right() -> None:
+    import audit_targets
+
+    for name, method in (
+        ("torch_sgd", "SGD"),
+        ("torch_adam", "Adam"),
+        ("torch_adagrad", "AdaGrad"),
+        ("optax_sgd", "SGD"),
+    ):
+        found = [r.id for r in check(wrap(getattr(audit_targets, name)), method, diagnose=False).failures]
+        assert found in ([], [f"{method}/no-eps"])  # 0/0
+
+
+def test_an_option_that_changes_nothing_and_other_defaults_are_noted() -> None:
+    text = source("torch Adam")[0].replace("maximize=False,", "maximize=False, adaptive=False,")
+    found: dict[str, Any] = {}
+    exec(text.replace("eps=1e-8", "eps=1e-6"), found)
+    report = check(wrap(found["Target"]), "Adam")
+    assert report.ok
+    assert "changes no step: adaptive=True" in report.notes
+    assert "defaults that differ: eps 1e-06 (here 1e-08)" in report.notes
+
+
+def test_keywords_that_are_passed_on_are_found() -> None:
+    import torch
+
+    class Passed(torch.optim.AdamW):
+        def __init__(self, params, lr, **kwargs):
+            super().__init__(params, lr, **kwargs)
+
+    class Taken(target("torch Adam")[0].__mro__[1]):  # type: ignore[misc]
+        def __init__(self, params, **options):
+            unknown = options.keys() - {"lr", "beta1", "beta2", "eps", "weight_decay"}
+            if unknown:
+                raise TypeError(f"got an unexpected keyword argument {unknown.pop()!r}")
+            super().__init__(params, options | {"maximize": False, "foreach": False})
+
+        step = target("torch Adam")[0].step
+
+    assert [r.id for r in check(wrap(Passed), "Adam").failures] == ["Adam/no-eps"]
+    assert check(wrap(Taken), "Adam").ok
+    report = check(wrap(Taken), "AGD")
+    assert {r.message for r in report.results if r.status == "skipped"} >= {
+        "got an unexpected keyword argument 'delta'"
+    } or report.ran == 0
+
+
+# ---- the verdict ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs ``precond-ref check ...`` with a right optimizer as ``whole:Target``, and one without decay as ``part``."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(isolation, "Isolated", Here)
+    text = source("numpy Adam")[0]
+    (tmp_path / "whole.py").write_text(text, encoding="utf-8")
+    (tmp_path / "part.py").write_text(text.replace(", weight_decay=0.0", "").replace("lr * weight_decay", "0"), "utf-8")
+    for name in ("whole", "part"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return lambda *arguments: CliRunner().invoke(application(), ["check", *arguments, "--method", "Adam"])
+
+
+def test_the_last_line_says_how_much_was_seen(run: Any) -> None:
+    result = run("whole:Target")
+    assert (result.exit_code, result.output.splitlines()[-1]) == (0, "OK: whole:Target is Adam in all 11 cases")
+    result = run("part:Target")
+    assert result.exit_code == 0
+    last = "part:Target is Adam in 10 of 11 cases (6 of 7 of tier must)"
+    assert result.output.splitlines()[-1] == f"OK IN PART: {last}"
+    result = run("part:Target", "--require", "must")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1] == f"NOT ENOUGH: {last}; --require must does not allow to skip Adam/decay"
+    assert run("whole:Target", "--require", "should").exit_code == 0
+    result = run("whole:Target", "--require", "may")
+    assert result.exit_code == 2
+    assert "require must be one of must, should, got 'may'" in result.output
+
+
+def test_a_slow_subject_is_told_what_was_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(contract.SECONDS, False, 0.0)
+    report = report_on("numpy Adam")
+    assert any(note.startswith("not all inputs were tried within the time") for note in report.notes)
+    assert "contract/inputs" not in {r.id for r in report.results if r.status == "passed"}
+
+
+def test_a_subject_without_the_optional_methods_is_checked() -> None:
+    class Bare:
+        def init(self, config, params):
+            self.lr, self.params = config["lr"], params
+            if config["momentum"] or config["weight_decay"]:
+                raise subjects.Unsupported("plain")
+
+        def step(self, grads):
+            self.params = [p - self.lr * g for p, g in zip(self.params, grads, strict=True)]
+            return self.params
+
+    report = check(wrap(Bare), "SGD")
+    assert report.ok
+    assert {f"contract/{c}" for c in ("inputs", "long-run", "shapes", "sizes", "many")} <= {
+        r.id for r in report.results if r.status == "passed"
+    }

@@ -1,0 +1,571 @@
+"""First-order mutants of the methods and their numerics, each judged by ``check``: what do the vectors not see?
+
+A mutant is the library with one small edit in a line that updates run through: another operator, constant or
+comparison, a term, call, argument or statement left out, arguments or operands exchanged, one field in the place of
+another. It runs in a process of its own, with limits of time and memory, as the subject of ``check`` (NumPy, float64,
+level 0) of every method that runs through that line, until one of them fails. What passes all of them is then compared
+with the library on other inputs: fields, shapes and gradients drawn anew.
+
+  killed      a check failed: a case, the contract, an exception, or a limit
+  edge        killed, but only at an edge: see `precond_ref.conformance.results.Report.edges`
+  may         only cases of tier may fail, which an implementation need not have
+  equivalent  no check failed, and the other inputs show no difference above 1e-6 of a step
+  survivor    no check failed, but there is such a difference; by hand, each is equivalent inside the documented domain,
+              or shows a hole of the vectors
+
+python tools/mutate.py                               # 2000 mutants; the table, and the survivors
+python tools/mutate.py --sample 0 --json all.json    # every mutant
+python tools/mutate.py --sample 100 --diagnose       # what the diagnosis says about those that a case kills
+python tools/mutate.py --sample 20 --tests           # the quick tests in the place of the check
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import importlib
+import importlib.machinery
+import json
+import math
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing import connection, get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("methods", "numerics")
+SECONDS, GIGABYTES = 60.0, 4
+SAME = 1e-6
+INPUTS = 40
+"""Drawn per method for what no check kills."""
+FORK = get_context("fork")
+sys.path.insert(0, str(ROOT))
+
+
+# ---- mutants --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """An edit of one module: the characters from ``start`` to ``end`` become ``new``."""
+
+    module: str
+    line: int
+    kind: str
+    old: str
+    new: str
+    start: int
+    end: int
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.line} {self.kind}: {self.old} -> {self.new or '(nothing)'}"
+
+
+OPERATORS: dict[type[ast.operator], tuple[type[ast.operator], ...]] = {
+    ast.Add: (ast.Sub,),
+    ast.Sub: (ast.Add,),
+    ast.Mult: (ast.Div,),
+    ast.Div: (ast.Mult,),
+    ast.Pow: (ast.Mult,),
+    ast.FloorDiv: (ast.Mult,),
+    ast.Mod: (ast.FloorDiv,),
+}
+COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
+    ast.Lt: (ast.LtE, ast.Gt),
+    ast.LtE: (ast.Lt, ast.GtE),
+    ast.Gt: (ast.GtE, ast.Lt),
+    ast.GtE: (ast.Gt, ast.LtE),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+}
+NAMES = {"max": "min", "min": "max", "maximum": "minimum", "minimum": "maximum", "sum": "max", "zeros": "ones",
+         "triu": "tril", "tril": "triu"}  # fmt: skip
+"""Functions in the place of others."""
+
+
+def edits(node: ast.AST, fields: dict[str, list[str]]) -> Iterator[tuple[str, ast.AST]]:
+    """What a node may become; ``fields`` are numeric ones of the class by their type."""
+    match node:
+        case ast.BinOp(left, op, right):
+            for other in OPERATORS.get(type(op), ()):
+                yield "operator", ast.BinOp(left, other(), right)
+            yield "dropped term", left
+            yield "dropped term", right
+            if not isinstance(op, (ast.Add, ast.Mult)):
+                yield "swapped operands", ast.BinOp(right, op, left)
+        case ast.UnaryOp(ast.USub() | ast.Not(), operand):
+            yield "dropped sign", operand
+        case ast.Compare(left, [op], [right]):
+            for other_op in COMPARISONS.get(type(op), ()):
+                yield "comparison", ast.Compare(left, [other_op()], [right])
+        case ast.BoolOp(op, values):
+            yield "operator", ast.BoolOp(ast.Or() if isinstance(op, ast.And) else ast.And(), values)
+            for i in range(len(values)):
+                rest = values[:i] + values[i + 1 :]
+                yield "dropped term", rest[0] if len(rest) == 1 else ast.BoolOp(op, rest)
+        case ast.IfExp(test, body, other_body):
+            yield "branch", body
+            yield "branch", other_body
+            yield "branch", ast.IfExp(test, other_body, body)
+        case ast.Constant(bool() as value):
+            yield "constant", ast.Constant(not value)
+        case ast.Constant(int() as value):
+            yield "constant", ast.Constant(value + 1)
+            yield "constant", ast.Constant(value - 1)
+        case ast.Constant(float() as value):
+            yield "constant", ast.Constant(2 * value if value else 1.0)
+            yield "constant", ast.Constant(-value if value else -1.0)
+        case ast.Call(func, arguments, keywords):
+            plain = [a for a in arguments if not isinstance(a, ast.Starred)]
+            if len(plain) == len(arguments) > 1:
+                yield "swapped arguments", ast.Call(func, [arguments[1], arguments[0], *arguments[2:]], keywords)
+            for argument in plain[:2]:
+                yield "removed call", argument
+            if isinstance(func, ast.Attribute) and isinstance(func.value, (ast.Call, ast.BinOp)):
+                yield "removed call", func.value
+            for i in range(len(keywords)):
+                yield "dropped argument", ast.Call(func, arguments, keywords[:i] + keywords[i + 1 :])
+            match func:
+                case ast.Name(id) if id in NAMES:
+                    yield "function", ast.Call(ast.Name(NAMES[id]), arguments, keywords)
+                case ast.Attribute(value, attr) if attr in NAMES:
+                    yield "function", ast.Call(ast.Attribute(value, NAMES[attr]), arguments, keywords)
+        case ast.Attribute(ast.Name("self"), attr):
+            for alike in fields.values():
+                for name in alike if attr in alike else ():
+                    if name != attr:
+                        yield "other field", ast.Attribute(ast.Name("self"), name)
+        case ast.If(test, body, other_body):
+            for value in (True, False):
+                yield "condition", ast.If(ast.Constant(value), body, other_body)
+        case ast.AugAssign() | ast.Expr(ast.Call()):
+            yield "removed statement", ast.Pass()
+        case ast.Assign([ast.Name(id)], value) if any(isinstance(n, ast.Name) and n.id == id for n in ast.walk(value)):
+            yield "removed statement", ast.Pass()
+
+
+SKIPPED = (ast.Raise, ast.Assert, ast.JoinedStr, ast.arguments, ast.AnnAssign, ast.Import, ast.ImportFrom)
+
+
+def numeric(tree: ast.ClassDef) -> dict[str, list[str]]:
+    """Fields of a method's class by annotation: floats, integers."""
+    found: dict[str, list[str]] = {}
+    for statement in tree.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            kind = ast.unparse(statement.annotation)
+            if kind in ("float", "int"):
+                found.setdefault(kind, []).append(statement.target.id)
+    return found
+
+
+def mutants(module: str) -> list[Mutant]:
+    """All of a module's functions."""
+    source = path_of(module).read_text(encoding="utf-8")
+    starts = [0]
+    for row in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(row))
+    lines, found = source.splitlines(keepends=True), dict[tuple[int, int, str], Mutant]()
+
+    def place(line: int, column: int) -> int:
+        return starts[line - 1] + len(lines[line - 1].encode()[:column].decode())
+
+    def visit(node: ast.AST, fields: dict[str, list[str]], inside: bool) -> None:
+        if isinstance(node, SKIPPED) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+            return
+        if isinstance(node, ast.ClassDef):
+            fields = numeric(node)
+        if inside and isinstance(node, (ast.expr, ast.stmt)):
+            first, last = place(node.lineno, node.col_offset), place(node.end_lineno or 0, node.end_col_offset or 0)
+            if isinstance(node, ast.If):  # the test alone
+                first, last = (
+                    place(node.test.lineno, node.test.col_offset),
+                    place(node.test.end_lineno or 0, node.test.end_col_offset or 0),
+                )
+            old = source[first:last]
+            for kind, new in edits(node, fields):
+                text = ast.unparse(ast.fix_missing_locations(new.test if isinstance(new, ast.If) else new))
+                if isinstance(new, ast.expr) and not isinstance(new, (ast.Name, ast.Constant, ast.Call, ast.Attribute)):
+                    text = f"({text})"
+                if (first, last, text) not in found and not (isinstance(node, ast.If) and "TYPE_CHECKING" in old):
+                    found[first, last, text] = Mutant(
+                        module, node.lineno, kind, " ".join(old.split()), text, first, last
+                    )
+        for name, value in ast.iter_fields(node):
+            if name in ("decorator_list", "returns", "annotation", "slice" if module.endswith("typing") else "returns"):
+                continue
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    visit(child, fields, inside or isinstance(node, (ast.FunctionDef, ast.Lambda)))
+
+    visit(ast.parse(source), {}, False)
+    good = []
+    for mutant in found.values():
+        try:
+            compile(applied(mutant, source), module, "exec")
+        except SyntaxError:
+            continue
+        good.append(mutant)
+    return good
+
+
+def path_of(module: str) -> Path:
+    """Its file."""
+    return ROOT / (module.replace(".", "/") + ".py")
+
+
+def applied(mutant: Mutant, source: str) -> str:
+    """The module's text with the edit."""
+    return source[: mutant.start] + mutant.new + source[mutant.end :]
+
+
+def modules() -> list[str]:
+    """What is mutated."""
+    return [f"precond_ref.{f}.{p.stem}" for f in FOLDERS for p in sorted((ROOT / "precond_ref" / f).glob("[a-z]*.py"))]
+
+
+# ---- in a process of its own: nothing of the library is imported before ----------------------------------------------
+
+
+def plant(mutant: Mutant | None) -> None:
+    """Have the import system give the mutant in the place of its module."""
+    if mutant is None:
+        return
+    original = importlib.machinery.SourceFileLoader.get_code
+    code = compile(
+        applied(mutant, path_of(mutant.module).read_text(encoding="utf-8")), str(path_of(mutant.module)), "exec"
+    )
+
+    def get_code(self: Any, name: str) -> Any:
+        return code if name == mutant.module else original(self, name)
+
+    importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[assignment]
+
+
+def drawn(constructor: str) -> Iterator[tuple[Any, Any, Any]]:
+    """Methods, parameters and gradients: a case's fields with other numbers, on other shapes; the same every time."""
+    import numpy as np
+
+    from precond_ref.conformance import results
+
+    cases = [case for case in results.cases(constructor) if not case.stack_ndim]
+    for seed in range(INPUTS):
+        draws = random.Random(f"{constructor} {seed}")
+        case = cases[seed % len(cases)]
+        with contextlib.suppress(ValueError, TypeError):
+            method: Any = case.make()
+            changes: dict[str, Any] = {}
+            for field in dataclasses.fields(method):
+                value = getattr(method, field.name)
+                if isinstance(value, bool):
+                    changes[field.name] = value ^ (draws.random() < 0.2)
+                elif isinstance(value, int):
+                    changes[field.name] = max(value + draws.choice((-1, 0, 0, 1)), 1)
+                elif isinstance(value, float) and 0 < value < 1:
+                    changes[field.name] = draws.uniform(0.02, 0.98)
+                elif isinstance(value, float) and value > 0:
+                    changes[field.name] = value * draws.uniform(0.5, 2)
+            for name, value in changes.items():
+                with contextlib.suppress(ValueError, TypeError):
+                    method = method.replace(**{name: value})
+            shape = tuple(d if draws.random() < 0.4 else draws.randint(1, 7) for d in case.shape)
+            numbers = np.random.default_rng(seed)
+            grads = numbers.normal(size=(6, *shape)) * draws.choice((1.0, 1.0, 0.1, 10.0))
+            if draws.random() < 0.3:
+                grads[draws.randrange(6)] = 0
+            method.init(np.zeros(shape))
+            yield method, numbers.normal(size=shape), grads
+
+
+def steps(constructor: str) -> list[Any]:
+    """Directions on the drawn inputs; None where the method raises."""
+    import numpy as np
+
+    out: list[Any] = []
+    for method, param, grads in drawn(constructor):
+        try:
+            state, directions = method.init(param), []
+            for g in grads:
+                direction, state = method.update(g, state, param)
+                param = param - 0.1 * direction
+                directions.append(np.array(direction))
+            out.append(np.stack(directions))
+        except Exception:
+            out.append(None)
+    return out
+
+
+def apart(these: list[Any], those: list[Any]) -> float:
+    """Largest difference of a step over the longer of the two."""
+    import numpy as np
+
+    if len(these) != len(those):
+        return math.inf
+    worst = 0.0
+    for a, b in zip(these, those, strict=True):
+        if a is None or b is None:
+            worst = worst if a is b else math.inf
+            continue
+        for x, y in zip(a, b, strict=True):
+            if not np.array_equal(np.isfinite(x), np.isfinite(y)):
+                return math.inf
+            x, y = np.nan_to_num(x), np.nan_to_num(y)
+            size = max(float(np.linalg.norm(x)), float(np.linalg.norm(y)))
+            worst = max(worst, float(np.linalg.norm(x - y)) / size if size else 0.0)
+    return worst
+
+
+def checked(constructor: str, diagnose: bool = False) -> Any:
+    """The report of `check`."""
+    from precond_ref.conformance import check
+    from precond_ref.conformance.subjects import Reference
+
+    return check(Reference("numpy", "float64"), constructor, diagnose=diagnose)
+
+
+def constructors() -> list[str]:
+    """Those with vectors."""
+    from precond_ref.conformance import vectors
+
+    return list(dict.fromkeys(case.constructor for case in vectors.cases(kind="trace")))
+
+
+def reached(mutated: list[str]) -> dict[str, Any]:
+    """By constructor the lines (module, line) that its check and its drawn inputs run, and its steps; all imports."""
+    names = {str(path_of(m)): m for m in mutated}
+    lines: set[tuple[str, int]] = set()
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        module = names.get(frame.f_code.co_filename)
+        if module is None:
+            return None
+        if event in ("line", "call"):
+            lines.add((module, frame.f_lineno))
+        return trace
+
+    found = {}
+    for constructor in constructors():
+        lines.clear()
+        sys.settrace(trace)
+        try:
+            ok = checked(constructor).ok
+            truth = steps(constructor)
+        finally:
+            sys.settrace(None)
+        if not ok:
+            raise SystemExit(f"{constructor} fails its own check")
+        found[constructor] = (set(lines), truth)
+    return {"found": found, "imported": [m for m in sys.modules if not m.startswith(("precond_ref", "__"))]}
+
+
+def judged(mutant: Mutant, subjects: list[str], truth: dict[str, list[Any]], diagnose: bool) -> dict[str, Any]:
+    """The fate of a mutant."""
+    plant(mutant)
+    edge: dict[str, Any] = {}
+    may: list[str] = []
+    for constructor in subjects:
+        report = checked(constructor, diagnose)
+        may += [r.id for r in report.results if r.tier == "may" and r.status in ("failed", "error") and r.gap]
+        may += [r.id for r in report.results if r.tier == "may" and r.status == "error" and "/reject-" not in r.id]
+        if not report.ok:
+            first = next(iter(report.failures), None)
+            found = {"fate": "killed", "by": first.id if first else constructor}
+            if diagnose:
+                found["report"] = [f"{r.id} {r.status} {r.gap or r.message}" for r in report.failures][:6]
+                found["failures"] = len(report.failures)
+                found["said"] = [] if report.diagnosis is None else report.diagnosis.lines()
+            if not report.edges:
+                return found
+            edge = edge or {**found, "fate": "edge"}
+    if edge:
+        return edge
+    if may:
+        return {"fate": "may", "by": may[0]}
+    gaps = {c: apart(steps(c), truth[c]) for c in subjects}
+    worst = max(gaps, key=lambda c: gaps[c], default="")
+    if not worst or gaps[worst] <= SAME:
+        return {"fate": "equivalent", "gap": gaps.get(worst, 0.0)}
+    return {
+        "fate": "survivor",
+        "by": worst,
+        "gap": min(gaps[worst], 1e300),
+        "methods": [c for c in gaps if gaps[c] > SAME],
+    }
+
+
+def child(pipe: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Do the work and send what comes of it."""
+    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES * 2**30,) * 2)
+    warnings.simplefilter("ignore")
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        pipe.send(work(*arguments))
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        pipe.send(
+            {"fate": "killed", "by": f"{type(error).__name__}: {error} at {Path(last.filename).name}:{last.lineno}"}
+        )
+    finally:
+        pipe.close()
+        os._exit(0)
+
+
+def in_processes(
+    jobs: int, work: list[tuple[Any, Callable[..., Any], tuple[Any, ...]]], seconds: float
+) -> Iterator[Any]:
+    """``(key, result)`` of each, ``jobs`` at a time; None after ``seconds``."""
+    waiting, running = list(reversed(work)), dict[Any, tuple[Any, Any, float]]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            key, function, arguments = waiting.pop()
+            mine, theirs = FORK.Pipe(duplex=False)
+            process = FORK.Process(target=child, args=(theirs, function, arguments), daemon=True)
+            process.start()
+            theirs.close()
+            running[mine] = (key, process, time.monotonic() + seconds)
+        for pipe in connection.wait(list(running), timeout=0.5):
+            key, process, _ = running.pop(pipe)
+            try:
+                result = pipe.recv()  # type: ignore[union-attr,call-arg]
+            except EOFError:
+                result = {"fate": "killed", "by": "the process ended"}
+            process.join()
+            yield key, result
+        for pipe, (key, process, end) in list(running.items()):
+            if time.monotonic() > end:
+                process.kill()
+                process.join()
+                del running[pipe]
+                yield key, {"fate": "killed", "by": f"took more than {seconds:g} s"}
+
+
+# ---- the quick tests ------------------------------------------------------------------------------------------------
+
+
+def tested(mutant: Mutant | None, options: list[str]) -> dict[str, Any]:
+    """Run the tests on a copy of the tree with the mutant in it; an ordinary process, for pytest has its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "tree"
+        copy.mkdir()
+        for item in ROOT.iterdir():
+            if item.name in ("precond_ref", "tests"):
+                shutil.copytree(item, copy / item.name, ignore=shutil.ignore_patterns("__pycache__"))
+            elif not item.name.startswith("."):
+                (copy / item.name).symlink_to(item)
+        if mutant is not None:
+            file = copy / path_of(mutant.module).relative_to(ROOT)
+            file.write_text(applied(mutant, file.read_text(encoding="utf-8")), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *options]
+        environment = {**os.environ, "PYTHONPATH": f"{copy}:{copy / 'adapters'}", "PYTHONDONTWRITEBYTECODE": "1"}
+        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    by = next((row for row in run.stdout.splitlines() if row.startswith(("FAILED", "ERROR"))), "")
+    return {"fate": "killed" if run.returncode else "survivor", "by": by or f"exit code {run.returncode}"}
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, default=2000, help="how many mutants, 0 for all (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: 2)")
+    parser.add_argument("--modules", default="", help="parts of their names, separated by commas (default: all)")
+    parser.add_argument("--only", type=Path, metavar="FILE", help="the survivors of a report, again")
+    parser.add_argument("--diagnose", action="store_true", help="keep what the diagnosis says")
+    parser.add_argument("--tests", nargs="*", metavar="OPTION", help="run pytest with these options instead of check")
+    parser.add_argument("--seconds", type=float, default=None, help=f"limit for one mutant (default: {SECONDS:g})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what came of each mutant")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table and the survivors."""
+    given, console = arguments(), Console(stderr=True)
+    chosen = [m for m in modules() if any(part in m for part in given.modules.split(","))]
+    ((_, base),) = in_processes(1, [("", reached, (modules(),))], 600)
+    if "found" not in base:
+        raise SystemExit(base["by"])
+    for name in base["imported"]:  # once, not in each process
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    lines: dict[tuple[str, int], list[str]] = {}
+    for constructor, (seen, _) in base["found"].items():
+        for line in seen:
+            lines.setdefault(line, []).append(constructor)
+    truth = {c: t for c, (_, t) in base["found"].items()}
+    every = [m for module in chosen for m in mutants(module)]
+    run = [m for m in every if (m.module, m.line) in lines]
+    if given.only:
+        rows = json.loads(given.only.read_text(encoding="utf-8"))["mutants"]
+        kept = {(m["module"], m["line"], m["old"], m["new"]) for m in rows if m["fate"] == "survivor"}
+        run = [m for m in run if (m.module, m.line, m.old, m.new) in kept]
+    if given.sample and given.sample < len(run):
+        run = sorted(random.Random(given.seed).sample(run, given.sample), key=lambda m: (m.module, m.start))
+    in_updates = sum((m.module, m.line) in lines for m in every)
+    console.print(f"{len(every)} mutants, {in_updates} of them in lines that updates run; {len(run)} are tried")
+    work: list[tuple[Any, Callable[..., Any], tuple[Any, ...]]]
+    if given.tests is None:
+        work = [
+            (m, judged, (m, (own := lines[m.module, m.line]), {c: truth[c] for c in own}, given.diagnose)) for m in run
+        ]
+    else:
+        if (unedited := tested(None, given.tests))["fate"] == "killed":
+            raise SystemExit(f"the tests fail without an edit: {unedited['by']}")
+        work = [(m, tested, (m, given.tests)) for m in run]
+    fates: dict[Mutant, dict[str, Any]] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    seconds = given.seconds or (SECONDS if given.tests is None else 1800)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("mutants", total=len(work))
+        for mutant, fate in in_processes(given.jobs, work, seconds):
+            fates[mutant] = fate
+            bar.advance(task)
+    ordered = {m: fates[m] for m in run}
+    if given.json:
+        rows = [{**asdict(m), **f} for m, f in ordered.items()]
+        given.json.write_text(json.dumps({"seed": given.seed, "mutants": rows}, indent=1) + "\n", encoding="utf-8")
+    for mutant, fate in ordered.items():
+        if fate["fate"] == "survivor":
+            print(f"{mutant}   [{fate['by']}, {fate.get('gap', math.nan):.1e}]")
+    print(table(ordered))
+
+
+def table(fates: dict[Mutant, dict[str, Any]]) -> str:
+    """Numbers by module."""
+    kinds = [
+        k for k in ("killed", "edge", "may", "equivalent", "survivor") if any(f["fate"] == k for f in fates.values())
+    ]
+    out = [f"| module | mutants | {' | '.join(kinds)} |", "|---|---|" + "---|" * len(kinds)]
+    for module in [*dict.fromkeys(m.module for m in fates), ""]:
+        counts = Counter(f["fate"] for m, f in fates.items() if module in m.module)
+        own = " | ".join(str(counts[k]) for k in kinds)
+        out.append(f"| {module.removeprefix('precond_ref.') or 'all'} | {sum(counts.values())} | {own} |")
+    return "\n".join(out)
+
+
+if __name__ == "__main__":
+    main()
