@@ -191,7 +191,7 @@ def config_of(case: Case) -> Config:
         config["weight_decay"] = case.decay
         at_default |= {"weight_decay"} if case.decay == 0 else set()
     config.at_default = frozenset(at_default)
-    made = registry.made_by(make)
+    made: Any = registry.made_by(make)
     rules = {f.name: f.metadata.get("rule") for f in (dataclasses.fields(made) if made else ())}
     config.forms = {
         name: rule.of
