@@ -551,7 +551,7 @@ DIAGNOSIS = [
      test_the_nearest_explains_half_of_what_fails),
     ("and nearest.explained > len(nearest.contradicted)", "",
      test_a_mistake_that_would_fail_what_passes_is_not_the_nearest),
-    ("    return 0.0 if one_sided else", "    return", test_what_is_not_single_precision),
+    ("if by_chance or 5 * fewer >= count else 0.0", "", test_what_is_not_single_precision),
     ("    if singular:\n        return True\n", "", test_what_is_an_edge),
     ("<= 0.01 * longest:\n            return True", "<= 0.01 * longest:\n            return False",
      test_what_is_an_edge),

@@ -463,7 +463,7 @@ def gone(pid: int) -> bool:
 
 @LINUX
 def test_what_the_subject_started_ends_with_it(folder: Path) -> None:
-    assert acting(folder, "step 1:os.fork() or (Path('pid').write_text(str(os.getpid())), time.sleep(600))").ok
+    assert acting(folder, "step 1:Path('pid').write_text(str(pid)) if (pid := os.fork()) else time.sleep(600)").ok
     assert gone(int((folder / "pid").read_text()))
 
 

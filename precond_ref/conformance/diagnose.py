@@ -298,10 +298,10 @@ def _explained(
 def _single(runs: Sequence[Run], flags: frozenset[str]) -> float:
     """Share of the cases with errors, if these are single precision's: of its size in all cases, and of either sign.
 
-    In no case is one beyond its tolerance, or smaller than rounding makes it. And it has either sign: a number added,
-    however small, errs to one side. Else 0.
+    In no case is one beyond its tolerance, or smaller than rounding makes it. And its steps are too long and too short:
+    a number added, however small, errs to one side. Else 0.
     """
-    signs: list[bool] = []
+    wrong, signs = 0, list[bool]()
     for run in runs:
         want = _trace(run, flags, run.case.steps)
         if not _distance(run, want, "float32")[1] <= 1:
@@ -311,12 +311,15 @@ def _single(runs: Sequence[Run], flags: frozenset[str]) -> float:
             continue
         if error < 2**-28:
             return 0.0
-        true, got = -np.diff(want, axis=0), -np.diff(run.params, axis=0)[1:]
-        along = [float(np.vdot(a, b - a)) for a, b in zip(true, got, strict=True)]
-        signs.append(max(along, key=abs, default=0.0) > 0)
+        wrong += 1
+        true, got = -np.diff(np.concatenate([run.params[:1], want]), axis=0), -np.diff(run.params, axis=0)
+        for a, b in zip(true, got, strict=True):
+            along, size = float(np.vdot(a, b - a)), float(np.vdot(a, a))
+            if abs(along) > 2**-28 * size:
+                signs.append(along > 0)
     count, fewer = len(signs), min(sum(signs), len(signs) - sum(signs))
-    one_sided = sum(math.comb(count, i) for i in range(fewer + 1)) <= 2.0 ** (count - 6)  # of chance 1/32 at most
-    return 0.0 if one_sided else len(signs) / len(runs)
+    by_chance = sum(math.comb(count, i) for i in range(fewer + 1)) > 2.0 ** (count - 6)  # 1/32 at least
+    return wrong / len(runs) if by_chance or 5 * fewer >= count else 0.0  # steps of one run are not independent
 
 
 def _explain(runs: Sequence[Run], flags: frozenset[str], dtype: str, stop: bool = False) -> list[tuple[float, float]]:
