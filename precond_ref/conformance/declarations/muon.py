@@ -227,7 +227,7 @@ OF_NORMUON = [
     normuon("rms", "The root mean square rms", "rescale-norm rms-one rescale-ignored", rescale="rms", nesterov=False),
     normuon("raw", "No norm restored", "rescale-always v-corrected statistic-sum", rescale="none"),
     normuon("raw-max", "No norm restored, times rms sqrt(max(m, n)); other decays",
-            "rms-ignored rms-jordan rms-min rms-one", rescale="none", scale="max", **OTHER),
+            "rms-ignored rms-jordan rms-min rms-rows rms-columns rms-one", rescale="none", scale="max", **OTHER),
     normuon("ratio", "The factor sqrt(m / n)", "floor-always scale-inverted scale-max", shape=(3, 5), scale="ratio"),
     normuon("jordan-wide", "No factor for a wide matrix", "floor-ignored", shape=(3, 5), eps_rule="max", eps=9.0),
     normuon("exact", "The polar factor itself", "newton-schulz", root="svd"),

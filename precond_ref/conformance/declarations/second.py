@@ -271,8 +271,8 @@ CASES = [
           tier="should"),
     _case("Shampoo", "sum-every-2", (3, 2), "A sum with roots of updates 1, 3, 5", "every-late every-multiples",
           beta2=1.0, bias_correction=False, every=2),
-    _case("Muon", "row-rms", (1, 4), "One row under rms", "rms-min rms-jordan"),
-    _case("Muon", "column-rms", (4, 1), "One column under rms", "rms-min"),
+    _case("Muon", "row-rms", (1, 4), "One row under rms", "rms-min rms-jordan rms-rows"),
+    _case("Muon", "column-rms", (4, 1), "One column under rms", "rms-min rms-columns"),
     _case("Muon", "single-entry-rms", (1, 1), "One entry under rms: its sign"),
     _case("Muon", "quintic-four", (4, 3), "Jordan's quintic four times", "exact one-step-fewer", root="newton_schulz"),
     # root-free and inverse-free

@@ -230,7 +230,7 @@ def adam(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
             early = t - ("nadam-late" in flags)
             fixed = kind == "constant" or "nadam-constant" in flags
             mu, after = ((beta1 if fixed else _momentum(beta1, psi, s, g)) for s in (early, early + 1))
-            product = product * mu
+            product = mu * (1 if "counter-stuck" in flags else product)
             d, e = (1 - product, 1 - product * after) if correction == "both" else (1, 1)
             m_step = after * m / (d if "nadam-next" in flags else e) + (1 - mu) * g / d
         factor: Any = 1

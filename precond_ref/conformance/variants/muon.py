@@ -115,6 +115,8 @@ SHAPED = {
     "rms-jordan": "with the factor sqrt(max(1, m / n)) instead of rms sqrt(max(m, n))",
     "rms-exact": "with the root mean square scaled to rms exactly instead of the factor rms sqrt(max(m, n))",
     "rms-min": "with min(m, n) instead of max(m, n) in the factor",
+    "rms-rows": "with the number of outputs instead of max(m, n) in the factor",
+    "rms-columns": "with the number of inputs instead of max(m, n) in the factor",
     "rms-one": "with rms = 1",
     "scale-ignored": "without the factor of the shape",
     "scale-max": "with rms sqrt(max(m, n)) instead of the factor of m / n",
@@ -307,7 +309,8 @@ def factor(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[s
     if kind == "max" and "rms-jordan" not in flags:
         if rms is None or "rms-ignored" in flags:
             return 1
-        return rms * sqrt(real(min(r, k) if "rms-min" in flags else max(r, k), like))
+        of = {"rms-min": min(r, k), "rms-rows": r, "rms-columns": k}
+        return rms * sqrt(real(next((side for flag, side in of.items() if flag in flags), max(r, k)), like))
     if kind == "max" and rms is None:
         return 1
     if kind != "max" and "scale-max" in flags:
@@ -561,7 +564,7 @@ EXCLUSIVE = (
     frozenset({"nesterov-ignored", "nesterov-always"}),
     *rivals({"nesterov-ignored", "nesterov-added", "nesterov-mixed"}, {"correction-same"}),
     frozenset({"correction-ignored", "correction-same"}),
-    frozenset({"rms-ignored", "rms-jordan", "rms-exact", "rms-min", "rms-one"}),
+    frozenset({"rms-ignored", "rms-jordan", "rms-exact", "rms-min", "rms-rows", "rms-columns", "rms-one"}),
     frozenset({"scale-ignored", "scale-max", "scale-inverted"}),
     frozenset({"scale-ignored", "scale-max", "floor-ignored", "floor-always"}),
     frozenset({"exact", "newton-schulz"}),
