@@ -60,7 +60,8 @@ def failed(report: results.Report) -> list[str]:
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
 @pytest.mark.full
 def test_the_reference_passes_everything(constructor: str, name: str, dtype: str) -> None:
-    report = check(Reference(name, dtype), constructor, level=2, dtype=dtype, deep=True)
+    deep = (name, dtype) == ("numpy", "float64")
+    report = check(Reference(name, dtype), constructor, level=2, dtype=dtype, deep=deep)
     assert failed(report) == []
     assert report.ok
     narrow = {f"its inputs are not exact in {dtype}", f"its condition numbers are beyond {dtype}"}

@@ -523,12 +523,14 @@ def _on_mesh(x: Array, like: Array) -> Array:
 def _like_params(method: Method) -> set[str]:
     """State fields that are one array of the parameter's shape, seen on parameters with all axes different."""
     integers = [value for value in vars(method).values() if isinstance(value, int) and value > 0]
-    unit = 64 * math.lcm(*integers)
     low, high = method.ndims
-    found = []
+    found: list[set[str]] = []
     for ndim in range(max(low, 1), min(high, 8) + 1):
-        shape = tuple(unit * (2 + axis) for axis in range(ndim))
-        with contextlib.suppress(ValueError):  # a structure for each axis, and another number of axes
-            state = method.state_of(shape)._asdict()
-            found.append({field for field, value in state.items() if getattr(value, "shape", None) == shape})
+        for unit in (1, 7, 64 * math.lcm(*integers)):  # the last where sides must be multiples of something
+            shape = tuple(unit * (2 + axis) for axis in range(ndim))
+            with contextlib.suppress(ValueError):  # a structure for each axis, and another number of axes
+                state = method.state_of(shape)._asdict()
+                found.append({field for field, value in state.items() if getattr(value, "shape", None) == shape})
+                if unit > 1:
+                    break
     return set.intersection(*found) if found else set()
