@@ -17,6 +17,8 @@ Array = Any  # float64, or objects that are mpmath numbers
 DIGITS = 50
 TINY = 1e-40
 """What is below this in 50 digits, relative to the largest of its kind, is zero blurred by rounding."""
+BITS = 130
+"""What is the same to so many, is the same: fewer than those digits have, far more than float64 has."""
 
 
 def is_exact(value: Any) -> bool:
@@ -48,10 +50,13 @@ def array(value: Any) -> Array:
 
 
 def rounded(values: Array) -> np.ndarray:
-    """float64, each entry rounded once; what only inexact arithmetic keeps from being zero is zero."""
+    """float64, each entry rounded once; what only inexact arithmetic keeps from being zero, or from a tie, is that."""
+    import mpmath as mp
+
     flat = exact(values).reshape(-1)
     largest = max(map(abs, flat), default=0)
-    return np.array([0.0 if abs(x) <= TINY * largest else float(x) for x in flat]).reshape(np.shape(values))
+    with mp.workprec(BITS):
+        return np.array([0.0 if abs(x) <= TINY * largest else float(+x) for x in flat]).reshape(np.shape(values))
 
 
 def real(value: float | Fraction, like: Any) -> Any:
