@@ -376,7 +376,7 @@ def test_load_refuses_another_file(folder):
 # ---- the builder and the commands -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("digits", [50, 70])
+@pytest.mark.parametrize("digits", [70])
 @pytest.mark.full
 def test_building_changes_nothing(digits, tmp_path, monkeypatch):
     """With more digits either, and whatever precision others have left behind."""
