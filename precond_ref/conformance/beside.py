@@ -16,7 +16,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,7 +99,9 @@ def config_with(case: Case, **changed: Any) -> Config:
 
 def _changed(case: Case, fields: Mapping[str, Any]) -> Method:
     with warnings.catch_warnings(action="ignore"):  # of values that are unusual
-        return case.make().replace(**fields)
+        own = {name: value for name, value in fields.items() if name in case.config}  # a preset's may be of its own
+        others = {name: value for name, value in fields.items() if name not in own}
+        return replace(case, config={**case.config, **own}).make().replace(**others)
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
@@ -352,20 +354,20 @@ def sizes(trial: Trial) -> str:
 def _others(case: Case, names: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Other values of fields, one at a time, and of all real ones at once."""
     method = case.make()
+    given = {name: case.config.get(name, getattr(method, name)) for name in method.symbols}
     real: dict[str, Any] = {}
     fresh = itertools.cycle(VALUES)
-    for name, value in {**{n: getattr(method, n) for n in method.symbols}, "lr": case.lr}.items():
+    for name, value in {**given, "lr": case.lr}.items():
         if isinstance(value, float) and name in names:
             real[name] = next(fresh) if 0.5 <= value < 1 else 0.75 * value
     if "weight_decay" in names and "weight_decay" not in real and case.decay:
         real["weight_decay"] = 0.1875
     yield ", ".join(f"{k}={v:g}" for k, v in real.items()), real
     for name, value in real.items():
-        old = case.rates[0] if name == "lr" else getattr(method, name, 0.0)
+        old = case.rates[0] if name == "lr" else given.get(name, 0.0)
         other = value if 0.5 <= old < 1 else 1.625 * old or 0.34375
         yield f"{name}={other:g}", {name: other}
-    for name in method.symbols:
-        value = getattr(method, name)
+    for name, value in given.items():
         if isinstance(value, bool) and name in names:
             yield f"{name}={not value}", {name: not value}
         elif isinstance(value, int) and name in names:

@@ -14,7 +14,7 @@ that at most by the largest divided difference of their polynomial at the singul
 these, relative to the result, and the limit ``C u kappa`` with a C of its own.
 
 A sketch is made of the one before by a decomposition, so that the errors of all decompositions so far are in it: their
-number is one more factor.
+number is one more factor. So are those of all bases in a second moment that is kept in their coordinates.
 
 ``benchmarks/tolerance.py`` measures ``C``; *Tolerance* in the documentation has its result. Comparisons are normwise,
 without an absolute part: the one addition is the rounding of the parameter that the step is subtracted from.

@@ -29,7 +29,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from itertools import combinations, count, permutations, product, repeat
+from itertools import combinations, count, pairwise, permutations, product, repeat
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -413,6 +413,12 @@ def outside(matrix: Array, exponent: float | Fraction, shift: float = 0.0) -> Ar
 def spread(values: Array) -> Any:
     """Largest over smallest; 1 of nothing."""
     return max(values) / min(values) if len(values) else 1.0
+
+
+def isolation(w: Array) -> Any:
+    """Largest eigenvalue over the smallest distance of two: a basis is off by a unit roundoff times this."""
+    gaps = [b - a for a, b in pairwise(w)]
+    return max(w) / min(gaps) if gaps and min(gaps) > spacing(w) * max(w) else 1
 
 
 def unfold(tensor: np.ndarray, axis: int) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from precond_ref.conformance.variants import (
     Walk,
     due,
     ema,
+    isolation,
     multiply,
     note,
     power,
@@ -131,7 +131,7 @@ def kl_shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
             if first and renewed:
                 if eigen:
                     e, q = eigh((grams[n] + grams[n].T) / 2)
-                    note(_gap, e, stays=True)
+                    note(isolation, e, stays=True)
                     basis = q[:, ::-1]
             elif renewed:
                 if "eigh-at-renewal" in flags:
@@ -175,12 +175,6 @@ def _orthogonal(columns: Any, basis: Any) -> Any:
         q.append(rest / size)
     note(spread, np.array(residuals), stays=True)
     return np.stack(q, axis=1)
-
-
-def _gap(w: Any) -> Any:
-    """Largest eigenvalue over the smallest distance of two."""
-    gaps = [b - a for a, b in pairwise(w)]
-    return max(w) / min(gaps) if gaps and min(gaps) > spacing(w) * max(w) else 1
 
 
 EXACT_FLAGS = {

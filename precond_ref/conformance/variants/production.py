@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from precond_ref.conformance.variants import (
     Variants,
     Walk,
     ema,
+    isolation,
     multiply,
     note,
     outside,
@@ -352,7 +353,7 @@ def followed(config: Mapping[str, Any], a: Array, old: Array, flags: frozenset[s
 
     def eigenvectors() -> Array:
         w, q = eigh(a)
-        note(lambda: w[-1] / min((y - x for x, y in pairwise(w)), default=w[-1]))
+        note(isolation, w, stays=True)  # V is of all bases so far
         return q[:, ::-1] if "descending" in flags else q
 
     if config["basis"] == "qr_meta" and "exact" not in flags:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from precond_ref.conformance.variants import (
     Variants,
     Walk,
     ema,
+    isolation,
     multiply,
     note,
     quotient,
@@ -238,7 +238,7 @@ def renewed(
         order = descending(stale, old)[:: -1 if "ascending" in flags else 1]
     if first or config["basis"] == "eigh" or "exact" in flags:
         w, q = eigh(gram)
-        note(lambda: w[-1] / min((b - a for a, b in pairwise(w)), default=w[-1]) if w[-1] > 0 else 1)
+        note(isolation, w, stays=True)  # V is of all bases so far
         new = q[:, ::-1]
     else:
         new = old[:, order]
