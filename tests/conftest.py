@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +185,9 @@ def needs_float64(config: Config) -> bool:
     return getattr(config.method, "solver", None) == "gram64"
 
 
+LONG = {"test_conformance", "test_diagnose", "test_wrong_optimizers"}
+
+
 def is_quick(name: str, backend: str, first: bool) -> bool:
     """Whether the quick tier has this test function on this backend; ``first``: with a method's first configuration."""
     if PLANTED.search(name):
@@ -204,6 +208,13 @@ def pytest_report_header(config: pytest.Config) -> str:
     if is_everything(config):
         return "everything but the deep tests"
     return "what the quick tier leaves out" if config.getoption("--rest") else "quick tier; --full runs everything"
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A file's tests run in one process, one after the other; those of the longest files in four."""
+    stem = item.path.stem
+    part = zlib.crc32(item.name.encode()) % 4 if stem in LONG else 0
+    item.add_marker(pytest.mark.xdist_group(f"{stem}-{part}"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -273,6 +284,14 @@ def _forget_compiled() -> Iterator[None]:
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+
+
+@pytest.fixture
+def first_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases of version 1 alone: version 2 has cases of its own for many mistakes that a test is about."""
+    from precond_ref.conformance import vectors
+
+    monkeypatch.setattr(vectors, "VERSIONS", ("v1",))
 
 
 @pytest.fixture

@@ -183,6 +183,7 @@ def test_every_name_in_the_list_is_a_target(name: str) -> None:
     check_listed(name)
 
 
+@pytest.mark.full
 def test_a_preset_is_compared_with_what_it_makes() -> None:
     method = registry.parse("MBF.authors_code").made()
     fields = ", ".join(f"{name}={getattr(method, name)!r}" for name in method.symbols)
@@ -230,6 +231,7 @@ def program(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.full
 def test_the_command() -> None:
     right = program("pairs:Plain", "--against", "precond_ref:ASGO")
     assert (right.returncode, right.stderr) == (0, "")

@@ -263,7 +263,7 @@ def test_no_steps_no_preconditioning_nothing_kept(constructor: str, flag: str) -
 
 
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
-@pytest.mark.full
+@pytest.mark.deep
 def test_mistakes_of_every_method_are_named(constructor: str) -> None:
     known = variants.of(FIRST[constructor].make()).generic
     assert [flag for flag in known if not own(constructor, flag)] == []
@@ -355,6 +355,7 @@ def bent(share: Callable[[int], bool]) -> Any:
     return Mixed()
 
 
+@pytest.mark.full
 def test_the_nearest_explains_half_of_what_fails() -> None:
     near = check(bent(lambda i: i % 3 > 0), "Adam").diagnosis
     far = check(bent(lambda i: i % 3 == 0), "Adam").diagnosis
@@ -404,6 +405,7 @@ def test_single_precision_is_told(constructor: str) -> None:
     assert found.lines()[0].startswith(f"It is {constructor} in single precision: all ")
 
 
+@pytest.mark.full
 def test_what_is_not_single_precision() -> None:
     def larger_eps(param, grad, state, *, lr, beta1, beta2, eps):
         return adam()(param, grad, state, lr=lr, beta1=beta1, beta2=beta2, eps=eps + 1e-8)
@@ -462,6 +464,7 @@ def test_only_an_edge_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "3 right except" in help_text
 
 
+@pytest.mark.full
 def test_what_is_an_edge() -> None:
     """The pseudo-inverse of a singular statistic is one; a wrong step beside it, or a wrong state, is none."""
     report = check(wrap(unclipped_shampoo), "Shampoo")
@@ -576,6 +579,7 @@ def test_a_planted_bug_in_the_diagnosis_is_caught(
 # ---- laws -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_nan_breaks_one_law() -> None:
     class Spoilt(Reference):
         def step(self, grads: Any) -> Any:

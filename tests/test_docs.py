@@ -81,6 +81,7 @@ def console_faults(text: str, folder: Path) -> list[str]:
     return faults
 
 
+@pytest.mark.full
 def test_the_commands_of_ones_own_method_run(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "write_your_own.md").read_text(encoding="utf-8")
     files = {found[1]: code for code, _ in BLOCK.findall(text) if (found := FILE.match(code))}

@@ -163,6 +163,16 @@ def changes_then_refuses(self: Any, update: Change, grad: Any, state: Any, param
         raise
 
 
+def half_mixed(self: Any, update: Change, *given: Any, **options: Any) -> Any:
+    direction, state = update(*given, **options)
+    return direction + 0.5 * direction[:1, ...], state
+
+
+def half_as_long_on_torch(self: Any, update: Change, grad: Any, *rest: Any, **options: Any) -> Any:
+    direction, state = update(grad, *rest, **options)
+    return direction if is_numpy(grad) else 0.5 * direction, state
+
+
 FEW = tuple(Step(seed=seed) for seed in range(3))
 MANY = tuple(Step(seed=4 * seed) for seed in range(60))  # a multiple of 4 has a bad call
 NAN = (Step(), Step(bad=(1, "nan")))
@@ -176,6 +186,10 @@ PLANTED: list[tuple[str, Change, Case]] = [
     ("stack", mixed, Case("ASGO", stack=(3,), steps=FEW)),
     ("stack", mixed, Case("SGD", stack=(2, 2), steps=FEW)),
     ("stack", without_scalars, Case("Adam", stack=(2,), steps=FEW)),
+    ("stack", half_mixed, Case("Muon", {"compute_dtype": "bfloat16"}, stack=(3,), steps=FEW)),
+    ("stack", half_mixed, Case("NorMuon", {"compute_dtype": "bfloat16"}, stack=(3,), library="torch", steps=FEW)),
+    ("library", half_as_long_on_torch, Case("Muon", {"compute_dtype": "bfloat16"}, steps=FEW)),
+    ("library", half_as_long_on_torch, Case("Muon", {"compute_dtype": "bfloat16", "root": "svd"}, steps=FEW)),
     ("library", only_numpy, Case("Shampoo", {"eps": 0.5}, steps=FEW)),
     ("raises", warns, Case("Adam")),
     ("raises", divides, Case("Adam", steps=(Step("sparse"),))),

@@ -504,7 +504,8 @@ def check_mixed(lib: Any) -> None:
     """Parameters of one shape and several dtypes, and array-valued hyperparameters."""
     shape = (3, 4)
     params = {key: jnp.asarray(gradients(shape)[0], dtype) for key, dtype in DTYPES.items()}
-    opt = lib.scale_by(pr.ASGO(beta1=jnp.asarray(0.75), beta2=jnp.asarray(0.5), eps=np.float64(0.25), every=2))
+    fields = {name: jnp.asarray(value, "float64") for name, value in (("beta1", 0.75), ("beta2", 0.5), ("eps", 0.25))}
+    opt = lib.scale_by(pr.ASGO(**fields, every=2))
     state = opt.init(params)
     for _ in range(2):
         updates, new = jax.jit(opt.update)(params, state, params)

@@ -544,6 +544,7 @@ def test_check_says_which_fields_the_other_side_gave() -> None:
 
 
 @pytest.mark.usefixtures("theirs")
+@pytest.mark.full
 def test_check_runs_the_class_itself_and_has_no_vectors_for_it() -> None:
     """A class made from ASGO that does something else is not taken for ASGO."""
     ran = program("check", "theirs:Asgo2", "--method", "asgo")

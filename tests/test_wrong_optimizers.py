@@ -40,12 +40,25 @@ def test_a_right_optimizer_passes(name: str) -> None:
 
 @pytest.mark.parametrize("name", RIGHT)
 @pytest.mark.full
-def test_a_right_optimizer_passes_in_single_precision_and_deep(name: str) -> None:
+def test_a_right_optimizer_passes_in_single_precision(name: str) -> None:
     assert report_on(name, dtype="float32").failures == []
+
+
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.deep
+def test_a_right_optimizer_passes_in_depth(name: str) -> None:
     assert report_on(name, deep=True).failures == []
 
 
 @pytest.mark.parametrize("name", WRONG)
+@pytest.mark.deep
+def test_a_wrong_optimizer_is_caught_by_all_that_there_is(name: str) -> None:
+    assert not report_on(name).ok
+
+
+@pytest.mark.usefixtures("first_version")
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.full
 def test_a_wrong_optimizer_is_caught(name: str) -> None:
     report, caught = report_on(name), f"contract/{WRONG[name].caught}"
     found = [r.id for r in report.failures]
@@ -58,11 +71,13 @@ def test_each_check_has_a_mistake_that_it_alone_catches() -> None:
     assert {wrong.caught for name, wrong in WRONG.items() if name not in SEEN_TWICE} >= contract.CHECKS.keys() - BEFORE
 
 
+@pytest.mark.usefixtures("first_version")
 @pytest.mark.parametrize("name", ["lr of the constructor", "clamped at 5", "blocks above 16", "state starts again"])
 def test_wrong_optimizers_are_caught_in_single_precision(name: str) -> None:
     assert [r.id for r in report_on(name, dtype="float32").failures] == [f"contract/{WRONG[name].caught}"]
 
 
+@pytest.mark.full
 def test_what_begins_after_a_thousand_steps_is_seen_by_a_deep_check() -> None:
     text = source("numpy Adam")[0].replace("return (1 - lr", "u = u * (1 if t <= 1000 else 0.99); return (1 - lr")
     found: dict[str, Any] = {}
@@ -81,6 +96,7 @@ def test_messages_say_where_and_what_to_look_for() -> None:
     assert said["foreach ignored"] == "foreach=True is ignored: no kernel ran whose name begins with _foreach_"
 
 
+@pytest.mark.full
 def test_the_process_of_its_own_tells_as_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     for name, caught in (
@@ -99,6 +115,7 @@ def test_the_process_of_its_own_tells_as_much(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("constructor", ["ASGO", "Adam", "IFShampoo", "SAdaGrad"])
+@pytest.mark.full
 def test_our_own_are_right(constructor: str) -> None:
     for subject in (Reference("numpy"), wrap(torch_target(constructor))):
         report = check(subject, constructor)
@@ -107,11 +124,12 @@ def test_our_own_are_right(constructor: str) -> None:
 
 
 @pytest.mark.parametrize("constructor", ["SGD", "ASGO"])
-@pytest.mark.full
+@pytest.mark.deep
 def test_our_transformations_are_right(constructor: str) -> None:
     assert check(wrap(optax_target(constructor)), constructor).failures == []
 
 
+@pytest.mark.full
 def test_optimizers_of_torch_and_optax_are_right() -> None:
     import audit_targets
 
@@ -175,6 +193,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda *arguments: CliRunner().invoke(application(), ["check", *arguments, "--method", "Adam"])
 
 
+@pytest.mark.usefixtures("first_version")
 def test_the_last_line_says_how_much_was_seen(run: Any) -> None:
     result = run("whole:Target")
     assert (result.exit_code, result.output.splitlines()[-1]) == (0, "OK: whole:Target is Adam in all 11 cases")

@@ -26,8 +26,9 @@ What is checked, by the name that a violation is printed with:
   bytes      what `torch.save` writes of one parameter's state is its size
 
 `stack` and `library` allow 256 u, and beyond it what conditioning explains: the member runs again with noise in its
-gradients and its arithmetic (`Noisy`), and may differ by eight times as much as that makes. `library` leaves out the
-entries that a NaN or an infinity has reached.
+gradients and its arithmetic (`Noisy`), and may differ by eight times as much as that makes. What is computed in
+bfloat16 has noise of its unit roundoff, 2^-8, at each rounding, so that twice as much is enough. `library` leaves out
+the entries that a NaN or an infinity has reached.
 
 An update is one member of a stack through one call, or one parameter through one step of an optimizer; the calls that
 it is compared with are not counted. The exit code is 1 if anything was violated. A violation is printed as lines of
@@ -66,6 +67,7 @@ import torch
 from array_api_compat import array_namespace
 
 from precond_ref import SGD, Adam, Method
+from precond_ref.numerics import orthogonal
 from precond_ref.registry import constructors
 
 Array = Any
@@ -312,7 +314,10 @@ def apart(a: Array, b: Array) -> float:
 
 
 class Noisy:
-    """A namespace whose results are off by ``level`` units in the last place, and what goes into LAPACK in norm."""
+    """A namespace whose results are off by ``level`` units in the last place, and what goes into LAPACK in norm.
+
+    What is rounded to bfloat16, with NumPy too, is off by its unit roundoff instead, whatever the level.
+    """
 
     FACTORIZATIONS = ("eigh", "svd", "svdvals", "solve", "cholesky", "inv", "qr")
 
@@ -320,6 +325,8 @@ class Noisy:
         self.xp, self.rng, self.level = xp, rng, level
 
     def __getattr__(self, name: str) -> Any:
+        if name == "bfloat16":
+            return getattr(self.xp, name, name)
         value = getattr(self.xp, name)
         if name == "linalg":
             return Noisy(value, self.rng, self.level)
@@ -329,12 +336,20 @@ class Noisy:
             return lambda first, *rest, **options: value(self.noisy(first, True), *rest, **options)
         return lambda *given, **options: self.noisy(value(*given, **options))
 
+    def astype(self, x: Any, dtype: Any, **options: Any) -> Any:
+        if dtype != self.bfloat16:
+            return self.noisy(self.xp.astype(x, dtype, **options))
+        rounded = orthogonal._rounding(x, "bfloat16", self.xp)
+        return rounded(self.off(rounded(x), 2.0**-8 * (self.level > 0)))
+
     def noisy(self, x: Any, in_norm: bool = False) -> Any:
         if not (hasattr(x, "shape") and str(x.dtype).endswith(("float32", "float64"))):
             return x
+        return self.off(x, self.level * array_namespace(x).finfo(x.dtype).eps, in_norm)
+
+    def off(self, x: Any, by: float, in_norm: bool = False) -> Any:
         xp = array_namespace(x)
-        unit = xp.asarray(self.rng.choice((-1.0, 0.0, 1.0), tuple(x.shape)), dtype=x.dtype)
-        unit = unit * (self.level * xp.finfo(x.dtype).eps)
+        unit = by * xp.asarray(self.rng.choice((-1.0, 0.0, 1.0), tuple(x.shape)), dtype=x.dtype)
         if in_norm and 0 not in x.shape:
             return x + unit * xp.max(xp.abs(x), axis=(-2, -1), keepdims=True)
         return xp.where(xp.isfinite(x), x + unit * x, x)  # an infinity without noise is not NaN
@@ -528,6 +543,7 @@ class Runner:
 
     def compare(self, check: str, what: str, got: Array, expected: Array, member: Any, *libraries: str) -> None:
         gap, explained = apart(got, expected), 0.0
+        allowed = 2 if self.rounds_to_bfloat16 else 8
         if gap <= 256 * np.finfo(self.case.dtype).eps or check in self.found:
             return
         # a factor at the edge of what is definite may give NaN in all runs of one library, or alone
@@ -536,9 +552,13 @@ class Runner:
             base = next(runs)
             for noisy in runs:
                 explained = max(explained, apart(noisy, base))
-                if gap <= 8 * explained:
+                if gap <= allowed * explained:
                     return
         self.report(check, f"{what} differs by {gap:.1e} of its largest entry, rounding explains {explained:.1e}")
+
+    @property
+    def rounds_to_bfloat16(self) -> bool:
+        return getattr(self.method, "compute_dtype", None) is not None and self.method.root == "newton_schulz"
 
     def with_noise(self, member: Any, library: str, whole: bool) -> Iterator[Array]:
         """The last direction of a member, alone or in its stack, without noise and then again and again with more."""

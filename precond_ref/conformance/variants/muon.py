@@ -147,7 +147,7 @@ RESCALED = {
     "rescale-ignored": "without the norm restored",
     "rescale-rms": "with the root mean square scaled to rms instead of the norm restored",
     "rescale-norm": "with the norm of O restored instead of the root mean square scaled to rms",
-    "rescale-always": "with the norm of O restored, asked for or not",
+    "rescale-always": "with the norm of O restored where no norm is",
 }
 NORMUON_FLAGS = {
     **AVERAGE,
@@ -463,7 +463,7 @@ def rescaled(u: Array, o: Array, config: Mapping[str, Any], whole: Any, flags: f
     kind = config["rescale"]
     if kind == "norm" and "rescale-rms" in flags:
         kind = "rms"
-    if (kind == "rms" and "rescale-norm" in flags) or "rescale-always" in flags:
+    if (kind == "rms" and "rescale-norm" in flags) or (kind == "none" and "rescale-always" in flags):
         kind = "norm"
     c = factor(config, whole if "blocks-whole-scale" in flags else u.shape, flags, u)
     if kind == "none" or "rescale-ignored" in flags:
