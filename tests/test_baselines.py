@@ -216,13 +216,13 @@ def test_decoupled_decay_equals_adamw() -> None:
 BUGS = {
     "eps under the root": (
         "Adam",
-        "xp.sqrt(v) * k.inverse_sqrt_c2 + self.eps, xp, b",
-        "xp.sqrt(v * k.inverse_sqrt_c2**2 + self.eps), xp, b",
+        'return root + (self.eps * k.inverse_sqrt_c2 if self.eps_form == "uncorrected" else self.eps)',
+        "return xp.sqrt(root * root + self.eps)",
     ),
     "no bias correction": (
         "Adam",
-        "quotient(m * k.inverse_c1, xp.sqrt(v) * k.inverse_sqrt_c2 + self",
-        "quotient(m, xp.sqrt(v) + self",
+        "inverse_c1 = reciprocal(one_minus_power(beta1, step, like=like)) if first else 1.0",
+        "inverse_c1 = 1.0",
     ),
     "damped momentum": ("SGD-momentum", "buffer + grad  #", "buffer + (1 - self.momentum) * grad  #"),
     "momentum of the gradient": (
@@ -230,7 +230,7 @@ BUGS = {
         "self.momentum * state.buffer + direction",
         "self.momentum * state.buffer + grad",
     ),
-    "the sum before": ("AdaGrad", "quotient(grad, xp.sqrt(total)", "quotient(grad, xp.sqrt(state.total)"),
+    "the sum before": ("AdaGrad", "self._denominator(total, xp)", "self._denominator(state.total, xp)"),
 }
 
 
