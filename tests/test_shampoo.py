@@ -540,6 +540,11 @@ def test_planted_bugs(name: str) -> None:
         CHECKS[check](copy)
 
 
+@pytest.mark.parametrize("check", [check_solvers, check_third_order, check_bases])
+def test_iterations_and_bases(check: Callable[[Any], None]) -> None:
+    check(shampoo)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
