@@ -402,7 +402,7 @@ def sirfshampoo(
     order = sum(d != 1 for d in params[0].shape) or 1
     return optimizer(
         torch.nn.ParameterList(params), lr=lr, beta2=beta2, lam=damping, alpha1=momentum, alpha2=riemannian_momentum,
-        kappa=weight_decay, batch_size=int(batch_size), T=every,
+        kappa=weight_decay, batch_size=batch_size, T=every,
         structures=structure if isinstance(structure, str) else {order: tuple(structure)},
     )  # fmt: skip
 

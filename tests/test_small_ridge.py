@@ -18,6 +18,7 @@ from mutation import mutated
 from test_roots import U, from_mp, gap, to_mp
 
 import precond_ref as pr
+from precond_ref import protocol
 from precond_ref.conformance import tolerance
 from precond_ref.methods import asgo, mbf, shampoo
 from precond_ref.numerics import roots
@@ -573,7 +574,10 @@ def test_the_range_of_the_dtype(check: Any) -> None:
 
 RANGE = {
     "ridge": (check_ridge_below_the_dtype, roots.Law, "within", lambda: lambda law, *_: law),
-    "numpy": (check_ridge_of_numpy, roots.Law, "within", lambda: lambda law, *_: law),
+    "numpy": (
+        check_ridge_of_numpy, protocol.Method, "__post_init__",
+        lambda: mutated(protocol.Method.__post_init__, ('== "numpy"', '== "none"')),
+    ),
     "root": (
         check_large_gradients_beside_a_kept_root, roots, "_gain",
         lambda: mutated(roots._gain, ("square(outside, xp)", "outside * outside")),

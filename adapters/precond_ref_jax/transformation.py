@@ -154,7 +154,7 @@ def scale_by(
         statistics = dict(statistics)
         names, grads, treedef, units = plan(updates)
         values = grads if params is None else _up_to("params", treedef, params)
-        columns = [_gather(f"state.statistics.{f}", treedef, getattr(state.statistics, f)) for f in fields if grads]
+        columns = [_gather(f"state.statistics.{f}", treedef, getattr(state.statistics, f)) for f in fields if units]
         groups: dict[Any, tuple[Method, list[_Member]]] = {}
         masked = _masked(updates)
         unknown = statistics.keys() - ({*names, *masked} - {names[i] for unit in units for i in unit.at[1:]})
@@ -189,7 +189,7 @@ def scale_by(
                 for column, value in zip(columns, new[1:], strict=True):
                     column[member.at[0]] = value
         trees = [_spread(column, treedef) for column in columns]
-        new_statistics = method.state_type(None, *trees) if grads else state.statistics
+        new_statistics = method.state_type(None, *trees) if units else state.statistics
         count = optax.safe_increment(state.count)
         return treedef.unflatten(outputs), ScaleByState(count, new_statistics, new_fallback)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from precond_ref.conformance import results, tolerance, vectors
+from precond_ref.conformance import results, tolerance
 from precond_ref.conformance.subjects import RAISED, Config, Unsupported, said, words
 from precond_ref.numerics.template import leaves
 from precond_ref.protocol import Method
@@ -40,8 +40,6 @@ WORST = 1e-2
 """Of a step's length: what no input may be allowed."""
 LARGEST = 1e6
 """Of a parameter's entries: a run that diverges is not followed further."""
-LEAST = 1e-3
-"""Of a case's largest gradient, for its hyperparameters to be tried with gradients of about 1."""
 STEPS = {False: 150, True: 2000}
 """Of a long run, by whether the check is deep."""
 CONFIGS = {False: 5, True: 20}
@@ -236,7 +234,7 @@ def chosen(trial: Trial) -> list[Case]:
 def _regular(case: Case) -> bool:
     """Whether it has every ridge, and these are meant for gradients of about the size of those that are made here."""
     ridges = [getattr(case.make(), name, 1) for name in ("eps", "damping", "delta", "graft_eps")]
-    return min(ridges) > 0 and float(np.abs(vectors.load(case)["grads"]).max(initial=0.0)) > LEAST
+    return min(ridges) > 0 and results.of_about_one(case)
 
 
 def _takes(method: Method, shape: tuple[int, ...]) -> bool:

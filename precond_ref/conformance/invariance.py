@@ -330,7 +330,10 @@ def try_laws(
     candidates = [
         case
         for case in results.cases(method)
-        if case.tier == "must" and not case.stack_ndim and math.prod(case.shape) <= LARGEST
+        if case.tier == "must"
+        and not case.stack_ndim
+        and math.prod(case.shape) <= LARGEST
+        and results.of_about_one(case)
     ]
     for name in laws:
         law = LAWS[name]

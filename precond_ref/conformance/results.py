@@ -24,6 +24,8 @@ from precond_ref.files import MOST_TEXT, read
 
 TIERS = ("must", "should")
 FAILED, PASSED, SKIPPED, ERROR = "failed", "passed", "skipped", "error"
+LEAST = 1e-3
+"""Of a case's largest gradient, for its hyperparameters to be tried with gradients of about 1."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,11 @@ def listed(method: str, deep: bool = False) -> list[Case]:
         )
     found = [c for c in vectors.cases() if c.constructor == named.name and c.kind != "primitive"]
     return [c for c in found if deep or not c.deep]
+
+
+def of_about_one(case: Case) -> bool:
+    """Whether its hyperparameters can be tried with gradients of about 1: its own are not far smaller."""
+    return float(np.abs(vectors.load(case)["grads"]).max(initial=0.0)) > LEAST
 
 
 def config_of(case: Case) -> Config:
