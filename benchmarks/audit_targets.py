@@ -138,17 +138,6 @@ def torch_radam(
     )
 
 
-def torch_adafactor(
-    params: Any, lr: float, eps1: float | None, eps2: float, decay_rate: float, clip: float | None = 1.0,
-    eps_form: str = "square",
-) -> Any:  # fmt: skip
-    """Its rate is at most 1 / sqrt(t), above that of the cases; it asks for a clip of 1 or more."""
-    import torch
-
-    _only(eps_form=(eps_form, "floor"), clip=(clip is not None and clip >= 1, True))
-    return torch.optim.Adafactor(params, lr=lr, eps=(eps1, eps2), d=clip, beta2_decay=-decay_rate)  # type: ignore[arg-type]
-
-
 def _only(**fields: tuple[Any, ...]) -> None:
     """Refuse a value, the first of each, that is none of those that follow."""
     for name, (value, *offered) in fields.items():
@@ -228,23 +217,6 @@ def optax_radam(
 
     _only(rectify=(rectify, True))
     return optax.radam(learning_rate, b1=beta1, b2=beta2, eps=eps, eps_root=eps_root)
-
-
-def optax_adafactor(
-    learning_rate: float, eps1: float | None, decay_rate: float, decay_offset: int, min_size: int, beta1: float,
-    parameter_scale: bool, clip: float | None, factored_axes: str | None = "last", eps2: float = 1e-3,
-) -> Any:  # fmt: skip
-    """Its factors are of the largest axes, and its eps2 is 1e-3, below the parameters of the cases."""
-    import numpy as np
-    import optax
-
-    if eps2 > 1 or factored_axes == "leading" or eps1 is None:
-        raise NotImplementedError(f"eps2={eps2} or factored_axes={factored_axes!r}")
-    return optax.adafactor(
-        learning_rate, min_dim_size_to_factor=min_size, decay_rate=decay_rate, decay_offset=decay_offset,
-        multiply_by_parameter_scale=parameter_scale, clipping_threshold=clip, momentum=beta1 or None,
-        dtype_momentum=np.float64, eps=eps1, factored=factored_axes is not None,
-    )  # fmt: skip
 
 
 def optax_muon(
@@ -454,11 +426,21 @@ NARROW = "Its products are in bfloat16, whatever the parameter's precision; the 
 TARGETS = (
     Target(torch_sgd, "SGD", (TORCH,), "torch.optim.SGD"),
     Target(torch_adam, "Adam", (TORCH,), "torch.optim.Adam"),
+    Target(torch_adam_coupled, "Adam", (TORCH,), "torch.optim.Adam(amsgrad=)"),
+    Target(torch_adamw, "Adam", (TORCH,), "torch.optim.AdamW"),
+    Target(
+        torch_nadam, "Adam", (TORCH,), "torch.optim.NAdam",
+        note="Its product of the momenta is a float32 tensor by default, whatever the parameter's precision.",
+    ),
+    Target(torch_radam, "Adam", (TORCH,), "torch.optim.RAdam"),
     Target(torch_rmsprop, "RMSProp", (TORCH,), "torch.optim.RMSprop"),
     Target(torch_adagrad, "AdaGrad", (TORCH,), "torch.optim.Adagrad"),
     Target(torch_muon, "Muon.torch", (TORCH,), "torch.optim.Muon", note=NARROW),
     Target(optax_sgd, "SGD", OPTAX, "optax.sgd"),
     Target(optax_adam, "Adam", OPTAX, "optax.adam"),
+    Target(optax_amsgrad, "Adam", OPTAX, "optax.amsgrad"),
+    Target(optax_nadam, "Adam", OPTAX, "optax.nadam"),
+    Target(optax_radam, "Adam", OPTAX, "optax.radam"),
     Target(optax_rmsprop, "RMSProp", OPTAX, "optax.rmsprop"),
     Target(optax_adagrad, "AdaGrad", OPTAX, "optax.adagrad"),
     Target(optax_muon, "Muon.optax", OPTAX, "optax.contrib.muon"),

@@ -376,14 +376,29 @@ def test_load_refuses_another_file(folder):
 # ---- the builder and the commands -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("digits", [70])
+PARTS = 6
+
+
 @pytest.mark.full
-def test_building_changes_nothing(digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.deep) for i in range(1, PARTS))])
+def test_building_changes_nothing(part, tmp_path, monkeypatch):
     """With more digits either, and whatever precision others have left behind."""
-    monkeypatch.setattr(build, "DIGITS", digits)
+    chosen = build.declared()[part::PARTS]
+    monkeypatch.setattr(build, "declared", lambda: chosen)
+    monkeypatch.setattr(build, "DIGITS", 70)
     with mpmath.workdps(15):
         build.build(tmp_path)
-    assert vectors_command.compared(vectors.FOLDER, tmp_path) == []
+    lines = vectors_command.compared(vectors.FOLDER, tmp_path)
+    assert [line for line in lines if not line.startswith("gone: ") and "manifest.json" not in line] == []
+    assert sum(file.suffix == ".safetensors" for file in tmp_path.rglob("*")) > 100
+    for version in ("v1", "v2"):
+        built, kept = (
+            json.loads((place / version / "manifest.json").read_text()) for place in (tmp_path, vectors.FOLDER)
+        )
+        assert [entry for entry in built["cases"] if entry not in kept["cases"]] == []
+    monkeypatch.setattr(build, "exponent", lambda case: 0.125)
+    entry, _ = build.described(next(case for case in chosen if case.kind == "trace" and case.version == 1))
+    assert entry not in json.loads((vectors.FOLDER / "v1" / "manifest.json").read_text())["cases"]
 
 
 @pytest.fixture
