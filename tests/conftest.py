@@ -176,7 +176,11 @@ def make_backend(name: str) -> Backend:
 PLANTED = re.compile("planted|mutant|catch|caught|notices|_seen$|_bug_|mistake")
 """Names of tests that plant bugs. The quick tier has the checks; --full shows that these catch their bugs."""
 ELSEWHERE = ("numpy-readonly", "strict", "torch-compile", "jax", "jax-jit", "cupy")
-"""Backends that the quick tier leaves to --full, but for `AGREES` on the first configuration of each method."""
+"""Backends that the quick tier leaves to --full, but for `AGREES` on the first configuration of each method.
+
+Of graphs that torch compiles, which takes it seconds, it has those of `COMPILED`.
+"""
+COMPILED = ("ASGO", "Shampoo", "MBF", "AGD")
 AGREES = "test_float64_agrees_with_numpy"
 
 
@@ -223,9 +227,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen, left = [], []
     for item in items:
         values = getattr(getattr(item, "callspec", None), "params", {})
-        first = "config" not in values or any(values["config"] is CONFIGS[name] for name in FIRST)
         name = getattr(item, "originalname", item.name)
         backend = next((b for b in values.values() if isinstance(b, str) and b in (*BACKENDS, *FLOAT32)), "")
+        few = [c for c in FIRST if backend != "torch-compile" or c.partition("-")[0] in COMPILED]
+        first = "config" not in values or any(values["config"] is CONFIGS[c] for c in few)
         quick = not item.get_closest_marker("full") and is_quick(name, backend, first)
         (chosen if quick else left).append(item)
     if config.getoption("--rest"):

@@ -139,6 +139,7 @@ IN_PLACE = {
 
 
 @pytest.mark.parametrize("place", IN_PLACE)
+@pytest.mark.full
 def test_changes_in_place_are_found(place: str) -> None:
     found = look(place, "precond_ref:SGD(momentum=0.5)")
     assert (found.ratio, found.got) == (float("inf"), IN_PLACE[place])

@@ -65,6 +65,7 @@ def test_the_page_names_what_is_known() -> None:
     [pytest.param(i, id=f"{t.make.__name__}-{t.version}", marks=() if t.make.__name__ in QUICK else pytest.mark.deep)
      for i, t in enumerate(TARGETS)],
 )  # fmt: skip
+@pytest.mark.full
 def test_a_row_is_what_the_check_finds(index: int) -> None:
     target = TARGETS[index]
     if not installed(target):

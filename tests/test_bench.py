@@ -71,6 +71,7 @@ def test_steps_of_one_race_and_its_pyperf_file(tmp_path: Path) -> None:
     assert race["contenders"][0]["ratio_quartiles"] == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.full
 def test_the_table_shows_every_contender() -> None:
     result = run_bench("--smoke", "--rounds", "2", "--only", "roots, matrices", "--suite", "roots")
     assert result.exit_code == 0, result.output

@@ -99,6 +99,7 @@ def test_list_of_what_has_no_default(run: Callable[..., Any], monkeypatch: pytes
 # ---- compare ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_table_figure_and_json(run: Callable[..., Any], tmp_path: Path) -> None:
     result = run(
         "compare", "--steps", 4, "--seed", 2, "--json", "all.json", "--output", "curves.svg", "--lr", "SGD=0.5"

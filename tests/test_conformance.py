@@ -264,6 +264,7 @@ def test_without_a_match_the_hints_say_what_is_seen() -> None:
     assert "that something is computed in single precision would explain as much" in said
 
 
+@pytest.mark.full
 def test_a_small_error_where_the_result_jumps_is_no_single_precision() -> None:
     """A ridge of 1e-10 where there should be none: the pseudo-inverse of a singular statistic becomes another root."""
 
@@ -323,6 +324,7 @@ def test_a_mistake_that_explains_no_more_than_the_method_is_not_the_nearest() ->
 
 
 @pytest.mark.parametrize("constructor", ["ASGO", "Shampoo", "SShampoo", "RFShampoo", "IFShampoo"])
+@pytest.mark.full
 def test_roots_renewed_at_multiples_of_the_interval_are_named(constructor: str) -> None:
     plant(constructor, ["every-multiples"])
 
@@ -419,6 +421,7 @@ def several(old: str = "pass", new: str = "pass") -> Any:
          "no-gradient"),
     ],
 )  # fmt: skip
+@pytest.mark.full
 def test_every_parameter_is_checked(old: str, new: str, caught: str) -> None:
     report = check(wrap(several(old, new)), "SGD")
     found = [r.id for r in report.failures]  # alone it is right; one cause, one line
@@ -452,6 +455,7 @@ def test_several_parameters_are_no_mistake() -> None:
     assert "alone takes no parameter groups: AttributeError: 'dict'" in results["contract/groups"].message
 
 
+@pytest.mark.full
 def test_functions_that_mix_parameters_up() -> None:
     import optax
 
@@ -538,6 +542,7 @@ def test_torch_optimizers_and_factories() -> None:
         wrap(make, names={"eps": "epsilon"})
 
 
+@pytest.mark.full
 def test_optax_transformations() -> None:
     import optax
 
@@ -774,6 +779,7 @@ class Bare:
     assert "configurations refused" not in result.output
 
 
+@pytest.mark.full
 def test_expected_failures(run: Any) -> None:
     names = json.loads(
         (run("mine:Wrong", "--method", "SGD", "--json", "out.json"), Path("out.json").read_text(encoding="utf-8"))[1]
@@ -861,6 +867,7 @@ def same(said: str, printed: str) -> bool:
     )  # fmt: skip
 
 
+@pytest.mark.full
 def test_the_pages_print_what_the_command_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -151,6 +151,7 @@ def test_torch_reads_no_value_and_makes_no_call_for_each_parameter(config: Confi
     assert few.total() > 4
 
 
+@pytest.mark.full
 def test_the_documentation_has_these_counts() -> None:
     page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(.+)` \| (\d+) \| (\d+) \|$", page.partition("## A CUDA GPU")[2], re.MULTILINE)

@@ -258,6 +258,7 @@ def own(constructor: str, flag: str) -> bool:
 
 @pytest.mark.parametrize("flag", ["unmoved", "unpreconditioned", "restarted", "counter-stuck", "zero-skipped"])
 @pytest.mark.parametrize("constructor", ["Adam", "Shampoo"])
+@pytest.mark.full
 def test_no_steps_no_preconditioning_nothing_kept(constructor: str, flag: str) -> None:
     assert own(constructor, flag)
 

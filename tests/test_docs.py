@@ -163,6 +163,7 @@ def test_a_wrong_install_line_is_seen(line: str) -> None:
     assert len(install_faults(f"text\n{line}\ntext")) == 1
 
 
+@pytest.mark.full
 def test_pip_looks_for_the_package_on_no_index_once_it_is_installed() -> None:
     pytest.importorskip("pip", reason="pip is not in this environment")
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "precond-ref[cli]"]

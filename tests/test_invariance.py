@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
+@pytest.mark.full
 def test_the_reference_obeys_the_laws(constructor: str) -> None:
     results = list(try_laws(Reference("numpy"), constructor, examples=3))
     assert [f"{r.id}: {r.message}" for r in results if r.status != PASSED] == []

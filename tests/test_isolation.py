@@ -106,6 +106,7 @@ def acting(folder: Path, act: str, **limits: float) -> results.Report:
                      "took more than 0.25 GiB of memory", marks=[LINUX, DEEP]),
     ],
 )  # fmt: skip
+@pytest.mark.full
 def test_the_end_of_the_process_is_the_verdict(folder: Path, act: str, limits: dict[str, float], how: str) -> None:
     begun = time.monotonic()
     report = acting(folder, act, **limits)
@@ -187,6 +188,7 @@ def test_what_is_printed_is_no_answer(shared: Any) -> None:
 
 
 @POSIX
+@pytest.mark.full
 def test_a_fork_does_not_answer_twice(shared: Any) -> None:
     assert shared("step 1:os.fork()").ok
     assert shared("step 1:os.fork() or sys.exit(3)").ok
@@ -243,6 +245,7 @@ def test_changes_of_libraries_are_seen(folder: Path, module: str, code: str, sai
 # ---- the same verdicts as in one process ----------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_isolation_changes_no_verdict(folder: Path) -> None:
     (folder / "several.py").write_text(
         textwrap.dedent("""
@@ -358,6 +361,7 @@ def command(*arguments: str) -> Any:
         ),
     ],
 )
+@pytest.mark.full
 def test_a_target_that_cannot_be_imported_is_wrong(folder: Path, source: str, said: str) -> None:
     (folder / "broken.py").write_text(source, encoding="utf-8")
     result = command("broken:f", "--method", "SGD", "--timeout", "2", "--json", "out.json")
@@ -425,6 +429,7 @@ def redirected(shell: str) -> tuple[int, str]:
         pytest.param("| head -1 > out.txt; exit ${PIPESTATUS[0]}", 0, "", marks=DEEP),
     ],
 )  # fmt: skip
+@pytest.mark.full
 def test_a_report_that_cannot_be_written_is_no_verdict(folder: Path, shell: str, code: int, said: str) -> None:
     got, errors = redirected(shell)
     assert got == code
@@ -434,6 +439,7 @@ def test_a_report_that_cannot_be_written_is_no_verdict(folder: Path, shell: str,
 
 
 @FULL
+@pytest.mark.full
 def test_a_full_disk_is_no_verdict(folder: Path) -> None:
     result = command("hostile:plain", "--method", "SGD", "--json", "/dev/full")
     assert result.exit_code == 2

@@ -469,6 +469,7 @@ def test_a_file_without_a_class_is_named() -> None:
 
 
 @pytest.mark.usefixtures("theirs")
+@pytest.mark.full
 def test_a_map_to_what_is_no_argument() -> None:
     for target in ("precond_ref:SGD", "torch.optim:SGD"):
         ran = program("check", target, "--method", "SGD", "--map", "momentum=mas")
@@ -484,6 +485,7 @@ def test_a_first_method_without_mistakes() -> None:
     registry._CLASSES.pop("first:M", None)
 
 
+@pytest.mark.full
 def test_commands_say_in_one_line_where_it_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("first.py").write_text(FIRST.replace("xp.sign", "xp.sgn"))
@@ -504,6 +506,7 @@ def test_commands_say_in_one_line_where_it_failed(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("theirs")
+@pytest.mark.full
 def test_the_commands_take_it() -> None:
     text = "theirs:Half(beta=0.25)"
     ran = program("compare", "--problem", "quadratic", "--steps", "4", "--methods", f"SGD,{text},theirs:Half.quarter",
@@ -536,6 +539,7 @@ def test_the_commands_take_it() -> None:
 
 
 @pytest.mark.usefixtures("theirs")
+@pytest.mark.full
 def test_check_says_which_fields_the_other_side_gave() -> None:
     for first, passed in (("theirs:Half", True), ("theirs:Half(beta=0.25)", False)):
         ran = program("check", first, "--against", "theirs:Half(beta=0.25)", "--examples", "2")

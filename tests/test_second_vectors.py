@@ -423,6 +423,7 @@ def test_float32_is_not_asked_for_what_it_cannot_have():
         assert message in result.message
 
 
+@pytest.mark.full
 def test_deep_cases_are_left_out_unless_asked_for():
     quick, deep = (check(Reference(), "SGD", deep=deep, diagnose=False) for deep in (False, True))
     assert {r.id for r in deep.results} - {r.id for r in quick.results} == {"SGD/three-hundred-steps"}
