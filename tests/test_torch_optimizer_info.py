@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,8 +33,7 @@ RATES = {"IFShampoo": 1e-4, "RFShampoo": 1e-4, "RFRMSProp": 1e-4, "RFAdamW": 1e-
 def common() -> Any:
     """The private module, imported when it is needed: that takes seconds."""
     pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
-    with warnings.catch_warnings(action="ignore"):  # of setuptools, which it imports: after some modules it warns
-        from torch.testing._internal import common_optimizers
+    from torch.testing._internal import common_optimizers
 
     return common_optimizers
 
