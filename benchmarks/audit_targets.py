@@ -112,13 +112,15 @@ def torch_adamw(params: Any, lr: float, beta1: float, beta2: float, eps: float, 
 
 
 def torch_nadam(
-    params: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, momentum_decay: float,
+    params: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, momentum_decay: float | None,
     nesterov: str | None = None,
 ) -> Any:  # fmt: skip
     """NAdam with its option for decoupled weight decay."""
     import torch
 
     _only(nesterov=(nesterov, "scheduled"))
+    if momentum_decay is None:
+        raise NotImplementedError("momentum_decay=None")
     return torch.optim.NAdam(
         params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, momentum_decay=momentum_decay,
         decoupled_weight_decay=True,
