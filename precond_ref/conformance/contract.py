@@ -89,7 +89,7 @@ class Trial:
         passed = {r.id for r in self.report.results if r.status == results.PASSED}
         runs = [run for run in self.report.runs if run.case.steps <= STEPS and math.prod(run.case.shape) <= ENTRIES]
         runs = [run for run in runs if not run.case.stack_ndim and not isinstance(run.case.lr, tuple)]
-        exact = [run.case for run in runs if getattr(run.case.make(), "compute_dtype", None) is None]
+        exact = [run.case for run in runs if not run.case.narrow]
         self.right = [case for case in exact if case.id in passed]
         self.narrow = bool(runs) and not exact
         self.parts = [
@@ -191,7 +191,7 @@ def purity(trial: Trial) -> str:
 def precision(trial: Trial) -> str:
     """Results of another dtype were seen in the cases; gradients read with less are seen by a small change."""
     found, part = sorted({m for m in trial.touched if m.startswith("dtype")}), trial.longest
-    if found or trial.dtype != "float64" or part.case.config.get("compute_dtype"):
+    if found or trial.dtype != "float64" or part.case.narrow:
         return "; ".join(found)
     grads = np.array(part.grads)
     t = next((t for t, g in enumerate(grads[:-1]) if g.any()), None)

@@ -232,7 +232,7 @@ def _search(
 ) -> tuple[Match, ...]:
     """Variants of so many flags that explain all runs to ``dtype``'s tolerance."""
     plain, found = max(error for error, _ in _explain(runs, frozenset(), dtype)), []
-    enough = (0.5 if any(map(_wide, runs)) else 0.1) * plain
+    enough = (0.5 if any(run.case.narrow for run in runs) else 0.1) * plain
     for flags in variants.choices(known, size):
         errors = _explain(runs, flags, dtype, stop=True)
         worst = max(error for error, _ in errors)
@@ -373,12 +373,7 @@ def _distance(run: Run, params: np.ndarray, dtype: str) -> tuple[float, float]:
             if difference:
                 worst = max(worst, difference / size if size else math.inf)
                 worst_ratio = max(worst_ratio, difference / limit if limit else math.inf)
-    return worst, worst_ratio * SLACK if _wide(run) and worst_ratio > 1 else worst_ratio
-
-
-def _wide(run: Run) -> bool:
-    """Whether the tolerance is so wide that there is no slack beyond it."""
-    return run.case.config.get("compute_dtype") is not None
+    return worst, worst_ratio * SLACK if run.case.narrow and worst_ratio > 1 else worst_ratio
 
 
 def _hints(report: Report) -> list[str]:

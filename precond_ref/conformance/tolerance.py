@@ -51,7 +51,7 @@ def relative(
 def of_case(case: Case, dtype: str, step: int) -> float:
     """`relative` for a step of a trace, counted from 1, or for a primitive, which has one."""
     about = case.conditioning
-    if case.config.get("compute_dtype") == "bfloat16":
+    if case.narrow:
         return PRODUCTS * BFLOAT16 * float(about["kappa"][step - 1])
     stale = about["stale"] or case.kind == "primitive"
     return relative(dtype, about["kappa"][step - 1], about["exponent"], stale, about["decompositions"][step - 1])

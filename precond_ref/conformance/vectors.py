@@ -75,6 +75,11 @@ class Case:
     """Of the manifest."""
 
     @property
+    def narrow(self) -> bool:
+        """Whether its products are in bfloat16: the tolerance is that of these, without any slack."""
+        return self.config.get("compute_dtype") is not None
+
+    @property
     def stored(self) -> tuple[int, ...]:
         """Steps whose results there are, counted from 1."""
         return self.checkpoints or tuple(range(1, self.steps + 1))
