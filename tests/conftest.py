@@ -189,7 +189,14 @@ def needs_float64(config: Config) -> bool:
     return getattr(config.method, "solver", None) == "gram64"
 
 
-LONG = {"test_conformance", "test_diagnose", "test_wrong_optimizers"}
+PARTS = {
+    "test_conformance": 8,
+    "test_diagnose": 4,
+    "test_wrong_optimizers": 4,
+    "test_backends": 4,
+    "test_jax_adapter": 2,
+}
+"""Of how many parts a long file is."""
 
 
 def is_quick(name: str, backend: str, first: bool) -> bool:
@@ -214,11 +221,18 @@ def pytest_report_header(config: pytest.Config) -> str:
     return "what the quick tier leaves out" if config.getoption("--rest") else "quick tier; --full runs everything"
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """A file's tests run in one process, one after the other; those of the longest files in four."""
-    stem = item.path.stem
-    part = zlib.crc32(item.name.encode()) % 4 if stem in LONG else 0
-    item.add_marker(pytest.mark.xdist_group(f"{stem}-{part}"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run in one process, one after the other, so that it prepares once; the longest files in parts."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            parts = PARTS.get(Path(file).stem, 1)
+            return f"{file}-{zlib.crc32(test.encode()) % parts}"
+
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
