@@ -394,11 +394,9 @@ def _timm(module: str) -> Any:
     package = importlib.util.find_spec("timm")
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("timm is not installed", name="timm")
-    for name, folders in (("timm", ()), ("timm.optim", ("optim",))):
-        bare = types.ModuleType(name)
-        bare.__path__ = [str(Path(package.submodule_search_locations[0], *folders))]
-        sys.modules[name] = bare
-    return importlib.import_module(f"timm.optim.{module}")
+    bare = sys.modules.setdefault("timm_optim_files", types.ModuleType("timm_optim_files"))
+    bare.__path__ = [str(Path(package.submodule_search_locations[0], "optim"))]
+    return importlib.import_module(f"timm_optim_files.{module}")
 
 
 def timm_adamw(
@@ -857,7 +855,7 @@ TARGETS = (
     ),
     Target(
         heavyball_muon, "Muon.heavyball", ("heavyball==3.2.1", TORCH), "heavyball.Muon",
-        note="Not compiled, with its options to keep gradients, and its state in the parameter's precision.",
+        note="Not compiled, with its options to keep gradients and to have the state in the parameter's precision.",
     ),
     Target(
         heavyball_soap, "SOAP", ("heavyball==3.2.1", TORCH), "heavyball.SOAP", dtype="float32",
