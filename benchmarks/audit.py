@@ -46,6 +46,8 @@ or decoupled weight decay. *contract* names the checks of [the contract](check.m
 names the deviations from the definition, of the list in [known mistakes](mistakes.md), that explain all cases that ran
 to their end or as many as it says; the sections below have the words.
 
+[Bugs](bugs.md) has what is wrong in a package, here or in an earlier release.
+
 Not among them: precondition_opt 0.3.0 imports with JAX 0.4.25 and NumPy 1, the command needs NumPy 2.
 """
 

@@ -10,7 +10,11 @@ counted, as is one for which the function raises NotImplementedError.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import math
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -147,6 +151,27 @@ def _only(**fields: tuple[Any, ...]) -> None:
             raise NotImplementedError(f"{name}={value!r}")
 
 
+def _digits(decay_rate: float) -> None:
+    """Refuse a decay near zero: its 1 - t^-decay_rate is rounded before its use, and few digits are left."""
+    if decay_rate < 2**-7:
+        raise NotImplementedError(f"decay_rate={decay_rate}: few digits of 1 - t^-decay_rate are left")
+
+
+def torch_adafactor(
+    params: Any, lr: float, eps1: float | None, eps2: float, decay_rate: float, clip: float | None,
+    eps_form: str = "square", parameter_scale: bool = True,
+) -> Any:  # fmt: skip
+    """Its rate is at most 1 / sqrt(t), and it asks for a clip of 1 or more."""
+    import torch
+
+    _only(
+        eps_form=(eps_form, "floor"),
+        parameter_scale=(parameter_scale, True),
+        clip=(clip is not None and clip >= 1, True),
+    )
+    return torch.optim.Adafactor(params, lr=lr, eps=(eps1, eps2), d=clip, beta2_decay=-decay_rate)  # type: ignore[arg-type]
+
+
 def torch_muon(
     params: Any, lr: float, momentum: float, nesterov: bool, eps: float, root_steps: int, weight_decay: float,
 ) -> Any:  # fmt: skip
@@ -219,6 +244,31 @@ def optax_radam(
 
     _only(rectify=(rectify, True))
     return optax.radam(learning_rate, b1=beta1, b2=beta2, eps=eps, eps_root=eps_root)
+
+
+def optax_adafactor(
+    learning_rate: float, eps1: float | None, eps2: float, decay_rate: float, clip: float | None, beta1: float,
+    min_size: int, parameter_scale: bool = True, factored_axes: str | None = "last",
+) -> Any:  # fmt: skip
+    """What `optax.adafactor` is made of; the factored axes are the two largest, which of a matrix are the last two."""
+    import optax
+
+    _digits(decay_rate)
+
+    def init(params: Any) -> Any:
+        if factored_axes not in (None, "largest") and (factored_axes != "last" or any(p.ndim > 2 for p in params)):
+            raise NotImplementedError(f"factored_axes={factored_axes!r}")
+        return made.init(params)
+
+    made = optax.chain(
+        optax.scale_by_factored_rms(factored_axes is not None, decay_rate, 0, min_size, eps1),
+        *(() if clip is None else (optax.clip_by_block_rms(clip),)),
+        optax.scale_by_learning_rate(learning_rate, flip_sign=False),
+        *((optax.scale_by_param_block_rms(eps2),) if parameter_scale else ()),
+        *((optax.ema(beta1, debias=False),) if beta1 else ()),
+        optax.scale(-1.0),
+    )
+    return optax.GradientTransformationExtraArgs(init, made.update)
 
 
 def optax_muon(
@@ -330,6 +380,290 @@ def pytorch_optimizer_normuon(
     )  # fmt: skip
 
 
+# ---- timm, transformers, optimi, muon-optimizer, heavyball, bitsandbytes ---------------------------------------------
+
+
+def _tensors(params: Any) -> list[Any]:
+    """The parameters, those of groups too."""
+    return [p for entry in params for p in (entry["params"] if isinstance(entry, dict) else [entry])]
+
+
+@cache
+def _timm(module: str) -> Any:
+    """A module of timm.optim from its file: importing the package needs its dependencies."""
+    package = importlib.util.find_spec("timm")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("timm is not installed", name="timm")
+    bare = sys.modules.setdefault("timm_optim_files", types.ModuleType("timm_optim_files"))
+    bare.__path__ = [str(Path(package.submodule_search_locations[0], "optim"))]
+    return importlib.import_module(f"timm_optim_files.{module}")
+
+
+def timm_adamw(
+    params: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, amsgrad: str | None = None,
+) -> Any:  # fmt: skip
+    """With its one form of AMSGrad."""
+    _only(amsgrad=(amsgrad, None, "uncorrected"))
+    return _timm("adamw").AdamWLegacy(
+        params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, amsgrad=amsgrad is not None
+    )
+
+
+def timm_nadamw(
+    params: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, nesterov: str | None = None
+) -> Any:
+    """Its momentum is constant."""
+    _only(nesterov=(nesterov, "constant"))
+    return _timm("nadamw").NAdamW(params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+
+
+def timm_nadam(
+    params: Any, lr: float, beta1: float, beta2: float, eps: float, momentum_decay: float | None,
+    nesterov: str | None = None,
+) -> Any:  # fmt: skip
+    """Its weight decay is added to the gradient."""
+    _only(nesterov=(nesterov, "scheduled"))
+    return _timm("nadam").NAdamLegacy(
+        params, lr=lr, betas=(beta1, beta2), eps=eps, schedule_decay=0.004 if momentum_decay is None else momentum_decay
+    )
+
+
+def timm_radam(
+    params: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, rectify: bool = False,
+    eps_form: str = "corrected",
+) -> Any:  # fmt: skip
+    """All fields have their like."""
+    _only(rectify=(rectify, True), eps_form=(eps_form, "uncorrected"))
+    return _timm("radam").RAdamLegacy(params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+
+
+def timm_adafactor(
+    params: Any, lr: float, eps1: float | None, decay_rate: float, clip: float | None, beta1: float, min_size: int,
+    weight_decay: float, eps2: float, parameter_scale: bool = True, factored_axes: str | None = "last",
+) -> Any:  # fmt: skip
+    """With a given learning rate it has no scale; its factored axes are longer than its least size."""
+    _only(parameter_scale=(parameter_scale, False))
+    if factored_axes != "leading" and (factored_axes != "last" or any(p.ndim > 2 for p in _tensors(params))):
+        raise NotImplementedError(f"factored_axes={factored_axes!r}")
+    return _timm("adafactor").Adafactor(
+        params, lr=lr, eps=eps1, eps_scale=eps2, clip_threshold=math.inf if clip is None else clip,
+        decay_rate=-decay_rate, betas=(beta1, 0.0) if beta1 else None, min_dim_size_to_factor=min_size - 1,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+
+
+def timm_adafactor_big_vision(
+    params: Any, lr: float, eps1: float | None, decay_rate: float, decay_offset: int, beta2_cap: float, beta1: float,
+    clip: float | None, min_size: int, eps2: float, parameter_scale: bool = True,
+    factored_axes: str | None = "last", momentum_of: str = "step",
+) -> Any:  # fmt: skip
+    """No scale; the factored axes are the two largest, which of a matrix are the last two."""
+    import torch
+
+    _only(parameter_scale=(parameter_scale, False), momentum_of=(momentum_of, "update", *(() if beta1 else ("step",))))
+    if factored_axes != "largest" and (factored_axes != "last" or any(p.ndim > 2 for p in _tensors(params))):
+        raise NotImplementedError(f"factored_axes={factored_axes!r}")
+    return _timm("adafactor_bv").AdafactorBigVision(
+        params, lr=lr, min_dim_size_to_factor=min_size, decay_rate=decay_rate, decay_offset=decay_offset,
+        beta2_cap=beta2_cap, momentum=beta1 or None, momentum_dtype=torch.float64, eps=eps1, clipping_threshold=clip,
+    )  # fmt: skip
+
+
+def timm_muon(
+    params: Any, lr: float, momentum: float, nesterov: bool, eps: float, root_steps: int, weight_decay: float,
+) -> Any:  # fmt: skip
+    """With its factor and its coefficients "original"; small and long parameters go to AdamW."""
+    if unsuitable := [tuple(p.shape) for p in _tensors(params) if not _timm("muon")._is_suitable_for_muon(p)]:
+        raise NotImplementedError(f"shape {unsuitable[0]}")
+    return _timm("muon").Muon(
+        params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=root_steps,
+        ns_coefficients="original", eps=eps, adjust_lr_fn="original",
+    )  # fmt: skip
+
+
+def transformers_adafactor(
+    params: Any, lr: float, eps1: float | None, eps2: float, decay_rate: float, clip: float | None, beta1: float,
+    parameter_scale: bool, weight_decay: float,
+) -> Any:  # fmt: skip
+    """With a given learning rate; no clip is a clip at infinity."""
+    from transformers import Adafactor
+
+    _digits(decay_rate)
+    return Adafactor(
+        params, lr=lr, eps=(eps1, eps2), clip_threshold=math.inf if clip is None else clip, decay_rate=-decay_rate,
+        beta1=beta1 or None, weight_decay=weight_decay, scale_parameter=parameter_scale, relative_step=False,
+    )  # fmt: skip
+
+
+def optimi_sgd(params: Any, lr: float, momentum: float, weight_decay: float) -> Any:
+    """No Nesterov."""
+    import optimi
+
+    return optimi.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, decouple_wd=True)
+
+
+def optimi_adam(params: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> Any:
+    """With decoupled weight decay."""
+    import optimi
+
+    return optimi.Adam(params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, decouple_wd=True)
+
+
+def optimi_radam(
+    params: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, rectify: bool = False
+) -> Any:
+    """With decoupled weight decay."""
+    import optimi
+
+    _only(rectify=(rectify, True))
+    return optimi.RAdam(params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, decouple_wd=True)
+
+
+def muon_optimizer_muon(params: Any, lr: float, momentum: float, weight_decay: float) -> Any:
+    """Nesterov's form, five steps."""
+    import muon
+
+    return muon.SingleDeviceMuon(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def muon_optimizer_adam(params: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> Any:
+    """The class's part for other parameters."""
+    import muon
+
+    given = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay, "use_muon": False}
+    groups = params if isinstance(params[0], dict) else [{"params": params}]
+    return muon.SingleDeviceMuonWithAuxAdam([group | given for group in groups])
+
+
+def _heavyball(name: str, params: Any, **options: Any) -> Any:
+    """One of its optimizers: not compiled, the state in the parameters' precision, gradients kept."""
+    import heavyball
+
+    heavyball.utils.compile_mode = None
+    precision = str(_tensors(params)[0].dtype).removeprefix("torch.")
+    return getattr(heavyball, name)(params, storage_dtype=precision, consume_grad=False, **options)
+
+
+def heavyball_muon(params: Any, lr: float, momentum: float, heavyball_momentum: bool, weight_decay: float) -> Any:
+    """Five steps with its own coefficients."""
+    return _heavyball(
+        "Muon", params, lr=lr, betas=(momentum, 0.99), heavyball_momentum=heavyball_momentum,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+
+
+def heavyball_soap(
+    params: Any, lr: float, beta1: float, beta2: float, shampoo_beta: float | None, eps: float, every: int,
+    max_dim: int, merge: bool, vectors: bool, normalize: bool, normalize_eps: float, weight_decay: float,
+    eps_position: str = "uncorrected",
+) -> Any:  # fmt: skip
+    """With a constant interval."""
+    _only(eps_position=(eps_position, "max"), merge=(merge, False), normalize=(normalize, False))
+    return _heavyball(
+        "SOAP", params, lr=lr, betas=(beta1, beta2), shampoo_beta=beta2 if shampoo_beta is None else shampoo_beta,
+        eps=eps, precondition_frequency=every, max_precond_dim=max_dim, merge_dims=merge, precondition_1d=vectors,
+        weight_decay=weight_decay, use_precond_schedule=False,
+    )  # fmt: skip
+
+
+def bitsandbytes_adam(params: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> Any:
+    """Its state in 32 bits."""
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW(params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+
+
+# ---- keras ----------------------------------------------------------------------------------------------------------
+
+
+def _keras_step(param: Any, grad: Any, state: Any, name: str, **arguments: Any) -> Any:
+    """One step of an optimizer of this name, made anew with the state of the one before."""
+    import os
+
+    os.environ["KERAS_BACKEND"] = "torch"
+    import keras
+
+    keras.config.set_floatx(str(param.dtype))
+    variable = keras.Variable(param, dtype=str(param.dtype))
+    optimizer = getattr(keras.optimizers, name)(**arguments)
+    optimizer.build([variable])
+    rate, state = arguments["learning_rate"], state or [v.numpy() for v in optimizer.variables]
+    for own, saved in zip(optimizer.variables, state, strict=True):
+        own.assign(saved)
+    optimizer.learning_rate = rate
+    optimizer.apply([keras.ops.convert_to_tensor(grad, dtype=str(param.dtype))], [variable])
+    return variable.numpy(), [v.numpy() for v in optimizer.variables]
+
+
+def keras_sgd(
+    param: Any, grad: Any, state: Any, *, lr: float, momentum: float, nesterov: bool, weight_decay: float
+) -> Any:
+    """All fields have their like."""
+    return _keras_step(
+        param, grad, state, "SGD", learning_rate=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
+    )
+
+
+def keras_adam(
+    param: Any, grad: Any, state: Any, *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    eps_form: str = "corrected", amsgrad: str | None = None,
+) -> Any:  # fmt: skip
+    """Its eps is beside the uncorrected root, and its AMSGrad of uncorrected squares."""
+    _only(eps_form=(eps_form, "uncorrected"), amsgrad=(amsgrad, None, "uncorrected"))
+    return _keras_step(
+        param, grad, state, "Adam", learning_rate=lr, beta_1=beta1, beta_2=beta2, epsilon=eps,
+        weight_decay=weight_decay, amsgrad=amsgrad is not None,
+    )  # fmt: skip
+
+
+def keras_nadam(
+    param: Any, grad: Any, state: Any, *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    momentum_decay: float | None = None, nesterov: str | None = None,
+) -> Any:  # fmt: skip
+    """Its schedule has a decay of one."""
+    _only(nesterov=(nesterov, "scheduled"), momentum_decay=(momentum_decay, 1.0))
+    return _keras_step(
+        param, grad, state, "Nadam", learning_rate=lr, beta_1=beta1, beta_2=beta2, epsilon=eps,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+
+
+def keras_rmsprop(
+    param: Any, grad: Any, state: Any, *, lr: float, beta2: float, eps: float, momentum: float, centered: bool,
+    weight_decay: float, eps_form: str = "outside",
+) -> Any:  # fmt: skip
+    """Its eps is under the root, and the learning rate in the momentum."""
+    _only(eps_form=(eps_form, "inside"))
+    return _keras_step(
+        param, grad, state, "RMSprop", learning_rate=lr, rho=beta2, epsilon=eps, momentum=momentum, centered=centered,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+
+
+def keras_adagrad(
+    param: Any, grad: Any, state: Any, *, lr: float, eps: float, initial: float, weight_decay: float,
+    eps_form: str = "outside",
+) -> Any:  # fmt: skip
+    """Its eps is under the root."""
+    _only(eps_form=(eps_form, "inside"))
+    return _keras_step(
+        param, grad, state, "Adagrad", learning_rate=lr, epsilon=eps, initial_accumulator_value=initial,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+
+
+def keras_adafactor(
+    param: Any, grad: Any, state: Any, *, lr: float, eps1: float | None, eps2: float, decay_rate: float,
+    clip: float | None,
+) -> Any:  # fmt: skip
+    """Without its relative step."""
+    _digits(decay_rate)
+    return _keras_step(
+        param, grad, state, "Adafactor", learning_rate=lr, beta_2_decay=-decay_rate, epsilon_1=eps1, epsilon_2=eps2,
+        clip_threshold=math.inf if clip is None else clip, relative_step=False,
+    )  # fmt: skip
+
+
 # ---- atorch ---------------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +758,10 @@ def _singd_class(structure: str) -> Any:
 TORCH = "torch==2.13.0"
 OPTAX = ("optax==0.2.8", "jax==0.10.2")
 NARROW = "Its products are in bfloat16, whatever the parameter's precision; the tolerance is that of these."
+FROM_FILE = "Loaded from its file, without the package's dependencies."
+SHARED = "The parameters of a group share its number of steps: unfreezing shows it."
+BACKEND = "With the torch backend."
+TIMM, OPTIMI, KERAS = ("timm==1.0.31", TORCH), ("torch-optimi==0.3.3", TORCH), ("keras==3.15.1", TORCH)
 
 TARGETS = (
     Target(torch_sgd, "SGD", (TORCH,), "torch.optim.SGD"),
@@ -435,6 +773,10 @@ TARGETS = (
         note="Its product of the momenta is a float32 tensor by default, whatever the parameter's precision.",
     ),
     Target(torch_radam, "Adam", (TORCH,), "torch.optim.RAdam"),
+    Target(
+        torch_adafactor, "Adafactor", (TORCH,), "torch.optim.Adafactor",
+        note="Its rate is min(lr, 1 / sqrt(t)), as documented: long-run and values have larger ones.",
+    ),
     Target(torch_rmsprop, "RMSProp", (TORCH,), "torch.optim.RMSprop"),
     Target(torch_adagrad, "AdaGrad", (TORCH,), "torch.optim.Adagrad"),
     Target(torch_muon, "Muon.torch", (TORCH,), "torch.optim.Muon", note=NARROW),
@@ -445,6 +787,11 @@ TARGETS = (
     Target(optax_radam, "Adam", OPTAX, "optax.radam"),
     Target(optax_rmsprop, "RMSProp", OPTAX, "optax.rmsprop"),
     Target(optax_adagrad, "AdaGrad", OPTAX, "optax.adagrad"),
+    Target(
+        optax_adafactor, "Adafactor", OPTAX, "optax.adafactor", dtype="float32",
+        note="Made of its parts, for its own eps2 is always 1e-3. In float32: so are the weights of its averages, "
+        "whatever the parameter's precision.",
+    ),
     Target(optax_muon, "Muon.optax", OPTAX, "optax.contrib.muon"),
     Target(torch_optimizer_shampoo, "Shampoo", ("torch_optimizer==0.3.0", TORCH), "torch_optimizer.Shampoo"),
     Target(pytorch_optimizer_shampoo, "Shampoo", ("pytorch_optimizer==3.10.0", TORCH), "pytorch_optimizer.Shampoo"),
@@ -471,8 +818,70 @@ TARGETS = (
         "pytorch_optimizer.AdaMuon", note=NARROW,
     ),
     Target(
+        timm_adamw, "Adam", TIMM, "timm.optim.AdamWLegacy", without_dependencies=True, note=FROM_FILE,
+    ),
+    Target(
+        timm_nadamw, "Adam", TIMM, "timm.optim.NAdamW", without_dependencies=True,
+        note=f"{FROM_FILE} Its docstring refers to Table 1 of arXiv 1910.05446 for its NAdam, which is divided by "
+        "1 - beta1^t.",
+    ),
+    Target(timm_nadam, "Adam", TIMM, "timm.optim.NAdamLegacy", without_dependencies=True, note=FROM_FILE),
+    Target(
+        timm_radam, "Adam", TIMM, "timm.optim.RAdamLegacy", without_dependencies=True, dtype="float32",
+        note=f"{FROM_FILE} In float32: so are its steps, whatever the parameter's precision.",
+    ),
+    Target(
+        timm_adafactor, "Adafactor", TIMM, "timm.optim.Adafactor", without_dependencies=True,
+        note=f"{FROM_FILE} RMS, the state that comes back in bfloat16, is computed anew at each step.",
+    ),
+    Target(
+        timm_adafactor_big_vision, "Adafactor", TIMM, "timm.optim.AdafactorBigVision", without_dependencies=True,
+        note=FROM_FILE,
+    ),
+    Target(
+        timm_muon, "Muon.torch", TIMM, "timm.optim.Muon", without_dependencies=True, note=f"{FROM_FILE} {NARROW}"
+    ),
+    Target(
+        transformers_adafactor, "Adafactor", ("transformers==5.23.0", TORCH), "transformers.Adafactor",
+        note="Its average is of steps with their learning rates: schedule, where the rate changes, shows it.",
+    ),
+    Target(optimi_sgd, "SGD", OPTIMI, "optimi.SGD"),
+    Target(optimi_adam, "Adam", OPTIMI, "optimi.Adam", note=SHARED),
+    Target(optimi_radam, "Adam", OPTIMI, "optimi.RAdam", note=SHARED),
+    Target(muon_optimizer_muon, "Muon.jordan", ("muon-optimizer==0.1.0", TORCH), "muon.SingleDeviceMuon", note=NARROW),
+    Target(
+        muon_optimizer_adam, "Adam", ("muon-optimizer==0.1.0", TORCH), "muon.SingleDeviceMuonWithAuxAdam",
+        note="Its Adam, for the parameters that are not Muon's.",
+    ),
+    Target(
+        heavyball_muon, "Muon.heavyball", ("heavyball==3.2.1", TORCH), "heavyball.Muon",
+        note="Not compiled, with its options to keep gradients and to have the state in the parameter's precision.",
+    ),
+    Target(
+        heavyball_soap, "SOAP", ("heavyball==3.2.1", TORCH), "heavyball.SOAP", dtype="float32",
+        note="Not compiled, with its option to keep gradients. In float32: so is a part of its steps, whatever the "
+        "parameter's precision.",
+    ),
+    Target(
+        bitsandbytes_adam, "Adam", ("bitsandbytes==0.50.2", TORCH), "bitsandbytes.optim.AdamW", dtype="float32",
+        note="Its code for a CPU. In float32: so are its steps, whatever the parameter's precision.",
+    ),
+    Target(
+        keras_sgd, "SGD", KERAS, "keras.optimizers.SGD",
+        note=f"{BACKEND} Its momentum is of steps with their learning rates, as documented: changing-rate shows it.",
+    ),
+    Target(keras_adam, "Adam", KERAS, "keras.optimizers.Adam", note=BACKEND),
+    Target(keras_nadam, "Adam", KERAS, "keras.optimizers.Nadam", note=BACKEND),
+    Target(keras_rmsprop, "RMSProp", KERAS, "keras.optimizers.RMSprop", note=BACKEND),
+    Target(keras_adagrad, "AdaGrad", KERAS, "keras.optimizers.Adagrad", note=BACKEND),
+    Target(
+        keras_adafactor, "Adafactor", KERAS, "keras.optimizers.Adafactor", dtype="float32",
+        note=f"{BACKEND} With relative_step=False; its rate is min(lr, 1 / sqrt(t)) all the same, which long-run and "
+        "values show. In float32: so are some of its steps, whatever the parameter's precision.",
+    ),
+    Target(
         atorch_agd, "AGD", ("atorch==0.2.5", TORCH), "atorch.optimizers.AGD", without_dependencies=True,
-        note="Loaded from its file, without the package's dependencies.",
+        note=FROM_FILE,
     ),
     Target(sirfshampoo, "IFShampoo", ("sirfshampoo==0.0.1", "singd==0.0.5", TORCH), "sirfshampoo.SIRFShampoo"),
     Target(

@@ -21,6 +21,7 @@ import audit  # noqa: E402
 from audit_targets import TARGETS, Target  # noqa: E402
 
 PAGE = (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")
+BUGS = (ROOT / "docs" / "bugs.md").read_text(encoding="utf-8")
 ROWS = [tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in PAGE.splitlines() if line[:2] == "| "]
 QUICK = {"torch_sgd", "torch_adam", "torch_adagrad", "singd"}
 
@@ -57,6 +58,14 @@ def test_the_page_names_what_is_known() -> None:
     # its bias corrections: which float32 a square root of them is rounded to is a machine's
     assert said["atorch 0.2.5 AGD"] == "`zero-nan`, to single precision"
     assert said["singd 0.0.5 IFShampoo"] == "`blocks-transposed`"
+
+
+def test_the_bugs_are_of_targets() -> None:
+    found = {match[1] for match in re.finditer(r"(precond-ref check audit_targets:\w+ --method [\w.]+)", BUGS)}
+    assert found <= {target.command.partition(" --dtype")[0] for target in TARGETS}
+    assert len(found) > 10
+    for package in {row[0] for row in ROWS[2:] if row[7] != "kept"}:
+        assert package.removeprefix("torch-") in BUGS
 
 
 @pytest.mark.filterwarnings("ignore:Calling naive implementation:UserWarning:singd.structures.base")
