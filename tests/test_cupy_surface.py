@@ -49,13 +49,14 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "fused": {},
     "schedule": {"lr": lambda step: 0.5 / (1 + step), "on_nonfinite": "raise"},
     "apart, joined": {"fuse": False, "join": (("w", "bias"),), "on_nonfinite": "skip"},
-    "blocks": {"block_size": 6},
+    "blocks": {"block_size": 12},
 }
 
 
 def optimizer_results(backend: Backend, config: Config, lib: Any = optimizer, **options: Any) -> list[np.ndarray]:
     """Parameters and states of three steps on a tree, with a refresh and, where it can be, without."""
-    shapes = {"a": config.shape, "b": config.shape, "w": (6, 8), "bias": (6,), "n": ()}
+    # sides that the numbers of blocks of all configurations divide, with the joined bias too
+    shapes = {"a": config.shape, "b": config.shape, "w": (12, 32 - ("join" in options)), "bias": (12,), "n": ()}
     trees = [{k: backend.asarray(gradients(s, 4, i)[t]) for i, (k, s) in enumerate(shapes.items())} for t in range(4)]
     opt = lib.Optimizer(config.method, **{"lr": 0.5, **options})
     params, state = trees[0], opt.init(trees[0])
