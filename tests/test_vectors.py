@@ -383,7 +383,9 @@ PARTS = 6
 @pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.deep) for i in range(1, PARTS))])
 def test_building_changes_nothing(part, tmp_path, monkeypatch):
     """With more digits either, and whatever precision others have left behind."""
-    chosen = build.declared()[part::PARTS]
+    everything = build.declared()
+    assert sorted(f"{case.method}/{case.name}" for case in everything) == sorted(case.id for case in cases())
+    chosen = everything[part::PARTS]
     monkeypatch.setattr(build, "declared", lambda: chosen)
     monkeypatch.setattr(build, "DIGITS", 70)
     with mpmath.workdps(15):

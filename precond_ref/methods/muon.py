@@ -149,7 +149,9 @@ class _Orthogonalized(Method):
         "matrices of a parameter: 'matrix', 'flatten', 'batch', or a pair of tuples of axes (inputs, outputs)",
         default="matrix",
     )
-    blocks: int | tuple[int, ...] | None = declared("None, a number of equal blocks of outputs, or the outputs of each", default=None)
+    blocks: int | tuple[int, ...] | None = declared(
+        "None, a number of equal blocks of outputs, or the outputs of each", default=None
+    )
 
     # ---- what the fields mean ---------------------------------------------------------------------------------------
 
