@@ -206,8 +206,10 @@ BUGS = {
     "decay from t + 1": ("float(max(step - offset, 1))", "float(max(step + 1 - offset, 1))", "torch"),
     "old weight by the exponent's sign": ("power = -rate * log", "power = rate * log", "rank one"),
     "adam not corrected": ("(1 - rate) * over", "(1 - rate)", "adam"),
-    "clip inverted": ("u / clamp(rms / self.clip, 1.0, xp=xp)", "u / clamp(rms / self.clip, 0.0, 1.0, xp=xp)", "laws"),
-    "clip missing": ("u / clamp(rms / self.clip, 1.0, xp=xp)", "u", "torch"),
+    "clip inverted": (
+        "self.clip / clamp(rms, self.clip, xp=xp)", "self.clip / clamp(rms, 0.0, self.clip, xp=xp)", "laws",
+    ),
+    "clip missing": ("u * (self.clip / clamp(rms, self.clip, xp=xp))", "u", "torch"),
     "eps2 added": ("clamp(_rms(x, now.stack, xp), self.eps2, xp=xp)", "(_rms(x, now.stack, xp) + self.eps2)", "torch"),
     "norm instead of RMS": ("(norm / math.sqrt(flat.shape[-1]))", "norm", "torch"),
     "floor of the mean squared": (

@@ -495,8 +495,9 @@ def test_empty_parameter_gives_an_empty_direction(backend: Backend, config: Conf
     for axis in range(len(config.shape)):
         shape = tuple(0 if i == axis else d for i, d in enumerate(config.shape))
         empty = backend.asarray(np.zeros(shape))
-        direction, _ = config.method.update(empty, config.method.init(empty), empty)
+        direction, state = config.method.update(empty, config.method.init(empty), empty)
         assert tuple(direction.shape) == shape
+        config.method.diagnose(state)
 
 
 @pytest.mark.float32

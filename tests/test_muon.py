@@ -197,6 +197,8 @@ def check_identities(lib: Any = muon) -> None:
         method = lib.Muon(**plain, eps=0.375, normalization=kind)
         scaled = method.replace(eps=0.375 * 4.0**power)
         assert np.array_equal(directions(scaled, 4 * grads), directions(method, grads)), kind
+        small, tiny = (directions(method, 2.0**-p * grads) for p in (400, 600))  # eps alone is seen
+        assert np.array_equal(tiny, 2.0**-200 * small), kind
     assert np.array_equal(directions(average, -grads), -directions(average, grads))
     constant = np.stack([grads[0]] * 4)
     for form in ({}, {"momentum_form": "sum"}, {"bias_correction": True}, {"nesterov_form": "added"}):
@@ -409,7 +411,9 @@ NUMERIC_BUGS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "no factor": ("check_golden_values", (("nu = factor * norm", "nu = norm"),)),
     "eps floor for add": ("check_singular_values", (('if eps_rule == "add" else', "if False else"),)),
     "eps of the unit": ("check_singular_values", (("nu + eps / size", "nu + eps"),)),
-    "eps of the norm": ("check_identities", (("eps / size / size", "eps / size"),)),
+    "eps of the norm": ("check_identities", (("sqrt(eps) / size", "sqrt(eps / size)"),)),
+    "eps over the square": ("check_identities", (
+        ("xp.maximum(xp.sqrt(square), sqrt(eps) / size)", "xp.sqrt(xp.maximum(square, eps / size / size))"),)),
     "rows of a tall matrix": ("check_aol", (("unit if not flipped else xp.matrix_transpose(unit)", "unit"),
                               ("nu = xp.matrix_transpose(nu) if flipped else nu", "nu = nu"))),
     "no absolute values": ("check_aol", (("xp.sum(xp.abs(gram)", "xp.sum(gram"),)),

@@ -608,6 +608,7 @@ class Runner:
         if (
             name is None or m.elementwise or 0 in case.shape or "IFShampoo" in case.make
             or m.weight_decay or getattr(m, "root", "eigh") != "eigh"
+            or getattr(m, "trace_scaling", 0)  # eps floors the trace, too
             or (case.make in ("AdaFD", "FDSON") and m.size == 1)  # such a sketch has no range
             or getattr(m, "heads", None) or getattr(m, "layout", "") == "contiguous"  # `in_range` does not cut
         ):  # fmt: skip

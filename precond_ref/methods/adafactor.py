@@ -121,7 +121,7 @@ class Adafactor(Method):
         "epsilon_1, added to the squares (None: the dtype's spacing at 1)", default=1e-30, ge=0, optional=True
     )
     eps2: float = real("epsilon_2, least scale of the step", default=1e-3, ge=0)
-    clip: float | None = real("d, largest root mean square of U", default=1.0, gt=0, optional=True)
+    clip: float | None = real("d, largest root mean square of U", default=1.0, ge=1e-30, optional=True)
     decay_schedule: str = choice(
         "w_t = 'power': t^-decay_rate, 'adam': (1 - decay_rate) / (1 - decay_rate^t)",
         default="power",
@@ -265,7 +265,7 @@ class Adafactor(Method):
         if self.clip is None:
             u = u + 0.0 * rms  # NaN where one entry is
         else:
-            u = u / clamp(rms / self.clip, 1.0, xp=xp)  # (6)
+            u = u * (self.clip / clamp(rms, self.clip, xp=xp))  # (6)
         x: Any = None if param is None else xp.astype(param, dtype, copy=False)
         scale = clamp(_rms(x, now.stack, xp), self.eps2, xp=xp) if self.parameter_scale else None  # (7)
         m = None
@@ -313,7 +313,9 @@ class Adafactor(Method):
 
     def report(self, state: AdafactorState, finite: Array, xp: Namespace) -> AdafactorReport:
         """The denominator, and how large U was."""
-        denominator = self._denominator(state, state.rms.ndim, xp)
+        denominator: Any = state.v if state.row is None else state.row * state.col
+        if 0 not in denominator.shape:
+            denominator = self._denominator(state, state.rms.ndim, xp)
         return AdafactorReport(denominator, state.rms, self.scalars(state.step, like=state.rms).old, finite)
 
 

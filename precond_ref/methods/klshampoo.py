@@ -75,6 +75,7 @@ from precond_ref.fields import choice, flag, integer, is_python_number, is_zero,
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import bad_as_nan, clamp, eye_like, finite_members, largest_entry, own, whole
 from precond_ref.numerics.axes import multiply, squeezed, unfold
+from precond_ref.numerics.bases import lengths, outside
 from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal
 from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.refresh import renew
@@ -248,11 +249,8 @@ class KLShampoo(Method):
         """The tracked eigenvalues beside what the statistics say."""
         diagonal, staleness, floored = [], [], []
         for gram, (basis, w) in zip(state.grams, state.factors, strict=True):
-            turned = xp.matrix_transpose(basis) @ gram @ basis
-            one = eye_like(xp, turned)
-            diagonal.append(xp.sum(turned * one, axis=-1))
-            size, outside = (xp.sqrt(xp.sum(x * x, axis=(-2, -1))) for x in (gram, turned * (1 - one)))
-            staleness.append(outside / xp.where(size == 0, 1.0, size))
+            diagonal.append(xp.sum(basis * (gram @ basis), axis=-2))
+            staleness.append(outside(gram, basis, xp))
             floor = -1.0 if self.clamp is None else 1 / max(10, min(w.shape[-1], self.clamp)) ** 2
             floored.append(xp.sum(xp.astype(w <= floor, w.dtype), axis=-1))
         return KLShampooReport(
@@ -304,7 +302,7 @@ class KLShampooExact(Method, preset="KLShampoo.exact"):
     eps: float = real("added to the eigenvalues under the root (0: pseudo-inverse)", default=1e-8, ge=0)
     every: int = integer("updates between two roots", default=1, ge=1)
     initial: float = real("l0, the statistics start at l0 I", default=0.1, ge=0)
-    exponent: float | None = real("of each axis (None: 1/(2N))", default=0.5, gt=0, optional=True)
+    exponent: float | None = real("of each axis (None: 1/(2N))", default=0.5, ge=0.001, le=4, optional=True)
     divide: bool = flag("divide the statistic of axis n by D/d_n", default=True)
     bias_correction: bool = flag("divide averages by 1 - beta^t", default=False)
 
@@ -389,7 +387,7 @@ def _orthogonal(columns: Array, basis: Array, xp: Namespace) -> Array:
     finite = xp.isfinite(largest_entry(columns, (-2, -1), xp)) & xp.isfinite(largest_entry(basis, (-2, -1), xp))
     columns, basis = (xp.where(finite, x, eye_like(xp, x)) for x in (columns, basis))
     q, diagonal = _qr(columns, xp)
-    longest = xp.sqrt(xp.max(xp.sum(columns * columns, axis=-2), axis=-1, keepdims=True))
+    longest = xp.max(lengths(columns, xp), axis=-1, keepdims=True)
     nothing = xp.abs(diagonal) <= columns.shape[-1] * xp.finfo(columns.dtype).eps * longest
 
     def completed() -> Array:

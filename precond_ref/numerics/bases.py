@@ -40,12 +40,18 @@ def _rounding(sizes: Array, xp: Namespace) -> Array:
 def descending(values: Array, xp: Namespace) -> Array:
     """The permutation P (..., n, n) with which ``values @ P`` (..., n) descend; equal ones keep their order."""
     mine, other = values[..., :, None], values[..., None, :]
-    one = identity(xp, mine * other)
+    one = identity(xp, xp.astype(mine == other, values.dtype))
     before = xp.triu(xp.ones_like(one)) - one  # of a column those in front
     earlier = (other > mine) | ((other == mine) & (xp.matrix_transpose(before) > 0))
     rank = xp.sum(xp.astype(earlier, values.dtype), axis=-1)
     slots = xp.sum(before, axis=-2)  # 0, 1, 2, ...
     return xp.astype(rank[..., None] == slots, values.dtype)
+
+
+def lengths(columns: Array, xp: Namespace) -> Array:
+    """Euclidean norms (..., n) of the columns of (..., m, n)."""
+    peak, _, norm = normed(columns, (-2,), xp)
+    return (peak * norm)[..., 0, :]
 
 
 def orthonormal(columns: Array, spare: Array, *, xp: Namespace = None) -> Array:
@@ -56,8 +62,7 @@ def orthonormal(columns: Array, spare: Array, *, xp: Namespace = None) -> Array:
     """
     xp = array_namespace(columns) if xp is None else xp
     q, r = attempt(lambda a: tuple(xp.linalg.qr(a)), columns, xp=xp)
-    lengths = xp.sqrt(xp.sum(columns * columns, axis=-2))
-    sure = xp.abs(xp.linalg.diagonal(r)) > _rounding(lengths, xp)
+    sure = xp.abs(xp.linalg.diagonal(r)) > _rounding(lengths(columns, xp), xp)
 
     def completed() -> Array:
         last = descending(xp.astype(sure, columns.dtype), xp)

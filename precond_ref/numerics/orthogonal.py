@@ -18,6 +18,7 @@ from array_api_compat import array_namespace
 
 from precond_ref.fields import is_python_number, is_zero
 from precond_ref.numerics.arrays import normed
+from precond_ref.numerics.ema import sqrt
 from precond_ref.numerics.roots import POLAR_EXPRESS, SAFETY, eigenvalues
 from precond_ref.typing import Array, Namespace, Scalar
 
@@ -148,8 +149,7 @@ def normalized(
             square = square[0] * square[2]
         else:
             square = xp.sum(xp.abs(gram), axis=-1, keepdims=True)
-        square = square if is_zero(eps) else xp.maximum(square, eps / size / size)
-        nu = xp.sqrt(square)
+        nu = xp.sqrt(square) if is_zero(eps) else xp.maximum(xp.sqrt(square), sqrt(eps) / size)
         nu = xp.matrix_transpose(nu) if flipped else nu
     else:
         if normalization == "spectral":
