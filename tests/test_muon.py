@@ -489,8 +489,8 @@ def test_products_in_bfloat16() -> None:
     ("old", "new"),
     [
         ("if compute_dtype is None or xp.finfo(like.dtype).bits < 32:", "if True:"),
-        ("+ 1 - 8) + 1.0", "+ 1 - 5) + 1.0"),
-        ("+ 1 - 8) + 1.0", "+ 1 - 24) + 1.0"),
+        ("(digits - 8)", "(digits - 5)"),
+        ("(digits - 8)", "(digits - 24)"),
         ("return lambda x: xp.astype(x, xp.bfloat16, copy=False)", "return lambda x: x"),
     ],
 )
@@ -499,12 +499,24 @@ def test_planted_bug_in_the_rounding_is_caught(old: str, new: str) -> None:
         check_bfloat16(with_polynomials((old, new)))
 
 
-def test_bfloat16_has_eight_digits() -> None:
-    x = np.random.default_rng(2).standard_normal(1000)
+def check_rounding(module: Any) -> None:
+    """PyTorch's own bfloat16, down to where it ends."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal(3000) * 2.0 ** np.repeat([0, -128, -140], 1000)
     for dtype in (np.float64, np.float32):
-        rounded = orthogonal._rounding(x.astype(dtype), "bfloat16", np)(x.astype(dtype))
+        rounded = module._rounding(x.astype(dtype), "bfloat16", np)(x.astype(dtype))
         want = torch.tensor(x.astype(dtype)).to(torch.bfloat16).to(torch.float64).numpy()
         assert np.array_equal(rounded, want)
+
+
+def test_bfloat16_has_eight_digits() -> None:
+    check_rounding(orthogonal)
+
+
+@pytest.mark.parametrize(("old", "new"), [("(digits - 134)", "(digits - 133)"), ("< 2.0**-126", "< 0")])
+def test_planted_bugs_where_bfloat16_ends(old: str, new: str) -> None:
+    with pytest.raises(AssertionError):
+        check_rounding(mutated(orthogonal, (old, new)))
 
 
 def test_sensitivity_bounds_what_errors_become() -> None:

@@ -130,6 +130,8 @@ def check_model(lib: Any) -> None:
         ):
             got = run(lib.ShampooProduction(**{**LOUD, **ours}), grads)
             assert distance(got, model(grads, **{**common, **theirs})) <= 1e-12, ours
+    zero = np.zeros((2, 3, 2))
+    assert not np.any(run(lib.ShampooProduction(trace_scaling=0.375, eps=0.0), zero)), "a statistic without a trace"
 
 
 def check_eshampoo(lib: Any) -> None:
@@ -457,6 +459,11 @@ BUGS = {
     "trace scaling ignored": (
         "if is_zero(self.trace_scaling):\n            return a",
         "if True:\n            return a",
+        "model",
+    ),
+    "division by no trace": (
+        "xp.where(trace == 0, 1.0, trace)",
+        "trace",
         "model",
     ),
     "roots kept from the start": (

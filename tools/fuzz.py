@@ -399,6 +399,7 @@ class Runner:
         state = self.call(method.init, param, stack_ndim=len(case.stack))
         alone = {i: method.init(array(case.library, self.param[i])) for i in self.alone}
         strange = case.dtype == "float32" or any(s.kind in ("extreme", "mixed") for s in case.steps)
+        strange |= getattr(method, "centered", False)  # a difference that `Noisy` does not make noisy
         twin = None if strange else method.init(array(other, self.param), stack_ndim=len(case.stack))
         base = self.without_ridge(state)
         clean: Array = None
@@ -621,7 +622,8 @@ class Runner:
 
     def ridge(self, step: Step, grad: Array, base: Any, param: Array, direction: Array, clean: Array) -> Any:
         """Compare with the direction without the ridge, as long as gradients are multiples of the first."""
-        repeated = step.kind == "repeat" and "RFShampoo" not in self.case.make  # whose factors depend on each other
+        mutual = any(name in self.case.make for name in ("RFShampoo", "KLShampoo"))  # factors depend on each other
+        repeated = step.kind == "repeat" and not mutual
         if base is None or step.bad or step.refresh is not None or (len(self.grads) > 1 and not repeated):
             return None
         raw, zero, state, name = base

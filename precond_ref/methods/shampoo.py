@@ -539,7 +539,8 @@ class ShampooProduction(_Production, preset="Shampoo.production"):
         if is_zero(self.trace_scaling):
             return a
         trace = xp.linalg.trace(a)[..., None, None]
-        return a * xp.where(trace > self.eps, trace, self.eps) ** -self.trace_scaling
+        trace = xp.where(trace > self.eps, trace, self.eps)
+        return a * xp.where(trace == 0, 1.0, trace) ** -self.trace_scaling
 
     def _iterated(self, a: Array, p: Fraction, xp: Namespace) -> Array:
         if self.root == "coupled_newton":

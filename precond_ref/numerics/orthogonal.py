@@ -198,15 +198,16 @@ def orthogonalized(
 
 
 def _rounding(like: Array, compute_dtype: str | None, xp: Namespace) -> Callable[[Array], Array]:
-    """Rounding to ``compute_dtype``; where the library has no bfloat16, to its 8 digits by Dekker's splitting."""
+    """Rounding to ``compute_dtype``; where the library has no bfloat16, to its digits by Dekker's splitting."""
     if compute_dtype is None or xp.finfo(like.dtype).bits < 32:
         return lambda x: x
     if hasattr(xp, "bfloat16"):
         return lambda x: xp.astype(x, xp.bfloat16, copy=False)
-    split = 2.0 ** (round(-math.log2(float(xp.finfo(like.dtype).eps))) + 1 - 8) + 1.0
+    digits = round(-math.log2(float(xp.finfo(like.dtype).eps))) + 1
+    split, least = 2.0 ** (digits - 8) + 1.0, 1.5 * 2.0 ** (digits - 134)
 
     def rounded(x: Array) -> Array:
         t = split * x
-        return t - (t - x)
+        return xp.where(xp.abs(x) < 2.0**-126, (x + least) - least, t - (t - x))  # subnormal: multiples of 2^-133
 
     return rounded
