@@ -19,7 +19,9 @@ from precond_ref.methods import asgo, baselines, inverse_free, mbf, muon, online
 
 CASES = [case for case in vectors.cases() if case.version == 2]
 BY_ID = {case.id: case for case in vectors.cases(kind="trace")}
-ELEMENTWISE = {"SGD", "AdaGrad", "RMSProp", "Adam", "AGD", "RFRMSProp", "RFAdamW"}
+ELEMENTWISE = {"SGD", "AdaGrad", "RMSProp", "Adam", "AGD", "RFRMSProp", "RFAdamW", "Adafactor"}
+LATER = {"Shampoo.production", "EShampoo", "SOAP", "KLShampoo", "KLShampoo.exact", "NorMuon", "AdaMuon"}
+"""Of which `beside` tries long shapes and steep spectra: their bases, or iterations, are not determined there."""
 VECTORS = {"SAdaGrad", "AdaFD", "FDSON", "RFDSON"}
 
 # ---- version 1 ------------------------------------------------------------------------------------------------------
@@ -120,6 +122,8 @@ def test_every_method_has_what_is_asked_for(constructor):
         assert some(lambda c, g: any(abs(x).min() < 1e-6 and abs(x).max() > 100 for x in g))
         assert some(lambda c, g: len(c.shape) == 4)
         return
+    if constructor in LATER:
+        return
     if constructor not in (*VECTORS, "FullAdaGrad"):
         assert {(40, 5), (5, 40)} <= {case.shape for case in cases}
     if "DASGO" not in constructor:
@@ -131,7 +135,7 @@ def test_no_gradient_is_exact_in_bfloat16():
         if "grads" in case.generated:
             grads = vectors.load(case)["grads"]
             grads = grads[grads != 0]
-            assert (np.ldexp(np.frexp(grads)[0], 8) % 1 != 0).mean() > 0.9
+            assert (np.ldexp(np.frexp(grads)[0], 8) % 1 != 0).mean() > 0.9, case.id
 
 
 # ---- wrong optimizers that version 1 lets pass ----------------------------------------------------------------------

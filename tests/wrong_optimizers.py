@@ -102,13 +102,14 @@ def Target(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
 
     def update(grads, state, params):
         t = state["t"] + 1
+        rate = learning_rate(state["t"]) if callable(learning_rate) else learning_rate
         m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state["m"], grads)
         v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state["v"], grads)
 
         def leaf(m, v, p):
             root = jnp.sqrt(v / (1 - b2**t)) + eps
             u = m / (1 - b1**t) / jnp.where(root == 0, 1, root)
-            return -learning_rate * (u + weight_decay * p)
+            return -rate * (u + weight_decay * p)
 
         return jax.tree.map(leaf, m, v, params), {"t": t, "m": m, "v": v}
 
@@ -147,6 +148,36 @@ def Target(param, grad, state, *, lr, beta1=0.9, beta2=0.95, eps=1e-8, rms=0.2, 
     return (1 - lr * weight_decay) * param - lr * u, (t + 1, m, v, root)
 """
 
+NUMPY_RMSPROP = """
+import numpy as np
+
+def Target(param, grad, state, *, lr, beta2=0.99, eps=1e-8, centered=False, bias_correction=False, weight_decay=0.0):
+    t, v, mean = state or (0, np.zeros_like(param), np.zeros_like(param))
+    t, v, mean = t + 1, beta2 * v + (1 - beta2) * grad**2, beta2 * mean + (1 - beta2) * grad
+    c = 1 - beta2**t if bias_correction else 1
+    root = np.sqrt(np.maximum(v / c - (mean / c) ** 2 * centered, 0)) + eps
+    return (1 - lr * weight_decay) * param - lr * grad / np.where(root == 0, 1, root), (t, v, mean)
+"""
+
+NUMPY_ADAFD = """
+import numpy as np
+
+def Target(param, grad, state, *, lr, size, delta, weight_decay=0.0):
+    if not np.isfinite(grad).all():
+        return param * np.nan, state
+    d = param.size
+    u, e, rho = state or (np.zeros((d, 0), param.dtype), np.zeros(0, param.dtype), 0.0)
+    u, s, _ = np.linalg.svd(np.column_stack([u * np.sqrt(e), grad]), full_matrices=False)
+    e = s**2
+    if len(e) >= size:
+        u, cut = u[:, : size], e[size - 1]
+        e, rho = np.maximum(e[: size] - cut, 0), rho + cut
+    u, e = u[:, e > 1e-15 * s[0]**2], e[e > 1e-15 * s[0]**2]
+    c = u.T @ grad
+    step = u @ (c / (np.sqrt(e) + delta)) + (grad - u @ c) / (delta or np.inf)
+    return (1 - lr * weight_decay) * param - lr * step, (u, e, rho)
+"""
+
 TORCH_SGD = """
 import torch
 
@@ -175,6 +206,8 @@ RIGHT = {
     "optax Adam": (OPTAX_ADAM, "Adam"),
     "numpy Adam": (NUMPY_ADAM, "Adam"),
     "numpy ASGO": (NUMPY_ASGO, "ASGO"),
+    "numpy RMSProp": (NUMPY_RMSPROP, "RMSProp"),
+    "numpy AdaFD": (NUMPY_ADAFD, "AdaFD"),
 }
 
 
@@ -205,6 +238,7 @@ class Wrong(NamedTuple):
 
 # fmt: off
 A, S, G, J, N, M = "torch Adam", "torch Shampoo", "torch SGD", "optax Adam", "numpy Adam", "numpy ASGO"
+R = "numpy RMSProp"
 LOOP = "for group in self.param_groups:"
 ADAM_G = 'g = -p.grad if group["maximize"] else p.grad'
 COUNT, LAST = 't = int(state["step"])', "p.mul_(shrink)"
@@ -218,6 +252,7 @@ WRONG: dict[str, Wrong] = {
     "decay of the first group": Wrong(A, 'group["weight_decay"]',
         'self.param_groups[0]["weight_decay"]', "group-values"),
     "only the first group": Wrong(A, LOOP, "for group in self.param_groups[:1]:", "groups"),
+    "schedule late": Wrong(J, 'learning_rate(state["t"])', "learning_rate(t)", "schedule"),
     "lr in the momentum": Wrong(G, "b.mul_(group[\"momentum\"]).add_(p.grad)",
         'b.mul_(group["momentum"]).add_(p.grad, alpha=group["lr"] / self.state[p].setdefault(\'lr\', '
         'group["lr"]))', "schedule"),
@@ -277,7 +312,7 @@ WRONG: dict[str, Wrong] = {
     "wrong under jit": Wrong(J, 't = state["t"] + 1',
         't = state["t"] + (2 if isinstance(state["t"], jax.core.Tracer) else 1)', "engines"),
     # shapes
-    "wrong on 4 axes": Wrong(A, ADAM_G, ADAM_G + " * (1 if p.ndim < 4 else 0.9)", "shapes"),
+    "wrong on 4 axes": Wrong(A, ADAM_G, ADAM_G + " * (1 if p.ndim < 4 else 0.9)", "axes"),
     "blocks above 16": Wrong(S, "gram / scale, eps",
         "(gram / scale if len(gram) <= 16 else torch.block_diag(gram[:16, :16], gram[16:, 16:]) / scale), eps",
         "shapes"),
@@ -292,7 +327,19 @@ WRONG: dict[str, Wrong] = {
         "u = u * (1 if u.size <= 4096 else 0.99); return (1 - lr", "shapes"),
     "third parameter": Wrong(A, ADAM_G, ADAM_G + "; g = g if number < 2 else 0.999 * g", "independent"),
     "twelfth parameter": Wrong(A, ADAM_G, ADAM_G + "; g = g if number < 11 else 0.999 * g", "many"),
+    "roots by shape": Wrong(M, "    u = root @ m if left",
+        "    roots = Target.__dict__.setdefault('roots', {})\n"
+        "    if t % every == 0: roots[param.shape] = root\n"
+        "    root = roots[param.shape]\n"
+        "    u = root @ m if left", "independent"),
+    "float64 states": Wrong(N, "np.zeros_like(param), np.zeros_like(param)",
+        "np.zeros(param.shape), np.zeros(param.shape)", "dtype"),
+    "centred but for vectors": Wrong(R, "** 2 * centered", "** 2 * (centered and param.ndim != 1)", "axes"),
+    "no decay of vectors": Wrong(N, "(1 - lr * weight_decay)", "(1 - lr * weight_decay * (param.ndim != 1))", "axes"),
     # sizes of gradients
+    "minute entries zeroed": Wrong(N, NUMPY_T,
+        "grad = np.where(np.abs(grad) < 1e-12, 0, grad); t, m, v = t + 1,", "sizes"),
+    "clamped at 1e6": Wrong(A, ADAM_G, ADAM_G + "; g = g.clamp(-1e6, 1e6)", "sizes"),
     "small eigenvalues dropped": Wrong(M, "np.maximum(w, 0)", "np.where(w > 1e-6 * w.max(), w, 1e30)", "sizes"),
     "norm above 100": Wrong(M, "g = grad", "g = grad / max(1, np.linalg.norm(grad) / 100)", "sizes"),
     "small entries zeroed": Wrong(N, NUMPY_T,
@@ -300,6 +347,8 @@ WRONG: dict[str, Wrong] = {
     "clamped at 5": Wrong(A, ADAM_G, ADAM_G + "; g = g.clamp(-5, 5)", "sizes"),
     "float32 statistic": Wrong(N, "(1 - beta2) * grad**2", "(1 - beta2) * grad.astype('f').astype('d')**2", "inputs"),
     # values of hyperparameters
+    "beta2 at most 0.98": Wrong(R, "t, v, mean = state or", "beta2 = min(beta2, 0.98); t, v, mean = state or",
+        "long-run"),
     "eps at most 0.5": Wrong(N, "+ eps", "+ min(eps, 0.26)", "values"),
     "beta2 ignored if large": Wrong(M, "beta2 * v", "(beta2 if beta2 <= 0.5 or beta2 == 0.875 else 0.5) * v", "values"),
 }

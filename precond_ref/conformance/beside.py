@@ -38,6 +38,8 @@ FEW_DIGITS = 0.43
 """Of others."""
 WORST = 1e-2
 """Of a step's length: what no input may be allowed."""
+STEEP = 1e4
+"""Condition number of a case, of those whose hyperparameters are tried."""
 LARGEST = 1e6
 """Of a parameter's entries: a run that diverges is not followed further."""
 STEPS = {False: 150, True: 2000}
@@ -232,9 +234,14 @@ def chosen(trial: Trial) -> list[Case]:
 
 
 def _regular(case: Case) -> bool:
-    """Whether it has every ridge, and these are meant for gradients of about the size of those that are made here."""
-    ridges = [getattr(case.make(), name, 1) for name in ("eps", "damping", "delta", "graft_eps")]
-    return min(ridges) > 0 and results.of_about_one(case)
+    """Whether it has every ridge, and these are meant for gradients of about the size of those that are made here.
+
+    Not if a centred average is corrected: the root of a variance that is zero at the first step, but for rounding.
+    """
+    method = case.make()
+    ridges = [getattr(method, name, 1) for name in ("eps", "damping", "delta", "graft_eps")]
+    hollow = getattr(method, "centered", False) and getattr(method, "bias_correction", False)
+    return min(ridges) > 0 and not hollow and results.of_about_one(case) and case.kappa <= STEEP
 
 
 def _takes(method: Method, shape: tuple[int, ...]) -> bool:
@@ -272,10 +279,30 @@ def inputs(trial: Trial) -> str:
     return first_fault(trial, plans())
 
 
+def _at_defaults(trial: Trial) -> Iterator[tuple[Case, Config]]:
+    """A right case with the method's own defaults in the place of its hyperparameters, but for those of its shape."""
+    for case in trial.right:
+        given = results.config_of(case)
+        own = {k: v for k, v in results.defaults(case.constructor).items() if k in given and k not in given.at_default}
+        try:
+            config = config_with(case, **own, lr=2.0**-7)
+            if _takes(config.method, case.shape) and getattr(config.method, "compute_dtype", None) is None:
+                yield case, config
+                return
+        except (ValueError, TypeError):
+            continue
+
+
 def long_run(trial: Trial) -> str:
     """Hundreds of small steps."""
 
     def plans() -> Iterator[Plan]:
+        for case, config in _at_defaults(trial):
+            yield _plan(
+                f"{STEPS[trial.deep]} steps with the default hyperparameters", config, case.shape,
+                random(99, STEPS[trial.deep], *case.shape), "look for a value that is not the one given",
+                options={"compiled": True} if trial.slow else {},
+            )  # fmt: skip
         for k, case in enumerate(chosen(trial)):
             steps = STEPS[trial.deep and k < 4]
             yield _plan(
@@ -303,6 +330,35 @@ def shapes(trial: Trial) -> str:
     return first_fault(trial, plans())
 
 
+AXES: tuple[tuple[int, ...], ...] = ((), (5,), (4, 3), (3, 4), (3, 2, 2), (2, 1, 3, 2))
+"""Shapes with which every configuration is tried."""
+
+
+def axes(trial: Trial) -> str:
+    """Every configuration with parameters of several shapes at once, where it has one with weight decay."""
+    decays = "weight_decay" in trial.fields or any(case.decay for case in trial.right)
+    different = {repr((c.config, c.lr, c.decay)): c for c in reversed(trial.right) if c.tier != "may" and _regular(c)}
+
+    def plans() -> Iterator[Plan]:
+        for k, case in enumerate([*different.values()][: 4 if trial.slow else None]):
+            shapes = _shapes(trial, case, AXES)
+            if not shapes:
+                continue
+            given = {} if case.decay or case.config.get("weight_decay") or not decays else {"weight_decay": 0.1875}
+            yield Plan(
+                f"parameters of shapes {', '.join(map(str, shapes))} with the hyperparameters of {case.id}"
+                + ", weight_decay=0.1875" * bool(given), config_with(case, **given),
+                [random(i, *s) for i, s in enumerate(shapes)],
+                [[*random(k + i, 3, *s)] for i, s in enumerate(shapes)],
+                "look for an option that one number of axes does without: weight decay of vectors, a form, a place",
+            )  # fmt: skip
+
+    try:
+        return first_fault(trial, plans())
+    except NotImplementedError:
+        raise Nothing from None  # `independent` says it
+
+
 def _spread(g: np.ndarray) -> np.ndarray:
     """The gradient with singular values from 1 to 1e-4 in its first unfolding; entries of these sizes without one."""
     if g.ndim < 2:
@@ -324,6 +380,7 @@ def _sparse(g: np.ndarray) -> np.ndarray:
 
 KINDS: Mapping[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
     "tiny gradients (1e-8)": (lambda g: 1e-8 * g, "a threshold below which entries are zero, or an eps of its own"),
+    "minute gradients (1e-14)": (lambda g: 1e-14 * g, "a threshold below which gradients or norms count as zero"),
     "large gradients": (lambda g: 1e3 * g, "a clamp, or a norm above which gradients are scaled"),
     "gradients of entries from 1e-7 to 1e2": (_mixed, "a threshold below which entries count as zero"),
     "gradients of singular values from 1 to 1e-4": (_spread, "eigenvalues that are dropped where they are small"),
@@ -342,7 +399,7 @@ def sizes(trial: Trial) -> str:
                 for what, (make, likely) in KINDS.items():
                     grads = np.stack([make(g) for g in random(k, 4, *shape)])
                     if what.startswith("large"):
-                        grads *= 10.0 if case.make().elementwise else 1.0 if trial.dtype == "float64" else 0.03125
+                        grads *= 1e4 if case.make().elementwise else 1.0 if trial.dtype == "float64" else 0.03125
                     yield _plan(f"{what}, with the hyperparameters of {case.id}", results.config_of(case), shape,
                                 grads, f"look for {likely}", digits=FEW_DIGITS)  # fmt: skip
 

@@ -188,11 +188,26 @@ def purity(trial: Trial) -> str:
     return "; ".join([m for m in trial.touched if not m.startswith("dtype")][:1])
 
 
+def _single(trial: Trial, part: Part) -> str:
+    """A parameter of float32 that comes back in another precision, if the subject can be given one."""
+    if "single" not in getattr(trial.subject, "features", ()):
+        return ""
+    assert part.grads is not None
+    try:
+        trial.begin([part], single=True)
+        dtypes = {str(trial.subject.step([np.array(g, "float32")])[0].dtype) for g in part.grads[:2]}
+    except RAISED:  # loud
+        return ""
+    return f"a parameter of float32 comes back as {', '.join(sorted(dtypes))}" * (dtypes != {"float32"})
+
+
 def precision(trial: Trial) -> str:
     """Results of another dtype were seen in the cases; gradients read with less are seen by a small change."""
     found, part = sorted({m for m in trial.touched if m.startswith("dtype")}), trial.longest
     if found or trial.dtype != "float64" or part.case.narrow:
         return "; ".join(found)
+    if message := _single(trial, part):
+        return message
     grads = np.array(part.grads)
     t = next((t for t, g in enumerate(grads[:-1]) if g.any()), None)
     if t is None:  # later steps show what one step may hide: some directions do not depend on the length
@@ -210,13 +225,27 @@ def repeatable(trial: Trial) -> str:
     return f"a second run from the start differs: {gap:.2g} times the tolerance" * (gap > 1)
 
 
+def _disturbing(part: Part) -> Part:
+    """A parameter of the same shape with other gradients."""
+    assert part.grads is not None
+    return replace(part, grads=2 * part.grads[::-1], alone=None)
+
+
+def _every(case: Case) -> int:
+    """Updates between two renewals of something kept, which parameters may share by mistake."""
+    return max(case.config.get(name) or 1 for name in ("every", "statistics_every", "inverse_every"))
+
+
 def independent(trial: Trial) -> str:
     """Every place among several parameters, of several shapes where there are cases, holds one that is known."""
     (first, *others), mirror = trial.together, trial.mirrored
-    noise = replace(first, grads=2 * first.grads[::-1], alone=None)  # type: ignore[index]
+    noise = _disturbing(first)
+    stale = [part for part in trial.parts if _every(part.case) > 1 and part.case.steps > 1][:1]
     try:
-        return trial.departs([first, noise, mirror, noise, *others]) or trial.departs(
-            [noise, first, noise, mirror, *reversed(others)]
+        return (
+            trial.departs([first, noise, mirror, noise, *others])
+            or trial.departs([noise, first, noise, mirror, *reversed(others)])
+            or next(filter(None, (trial.departs([p, _disturbing(p)]) for p in stale)), "")
         )
     except NotImplementedError as error:
         if not others:
@@ -317,6 +346,9 @@ def resume(trial: Trial) -> str:
         found = _interrupted(trial, [_repeated(trial.together[0]), _repeated(trial.mirrored)])
     except NotImplementedError:
         found = _interrupted(trial, [_repeated(trial.longest)])
+    different = {repr((part.case.config, part.case.decay)): part for part in trial.parts}
+    for part in [*different.values()][: 0 if trial.slow else None]:
+        found = found or _interrupted(trial, [_repeated(part)])
     if not found and hasattr(subject, "lost"):
         lost = subject.lost()
         found = bool(lost) * f"the state comes back in another precision: {', '.join(lost)}"
@@ -484,7 +516,8 @@ CHECKS: Mapping[str, Check] = {
     "options": Check("(notes)", "may", options, right=True),
     "inputs": Check("random gradients are right", "must", beside.inputs, 1, "repeatable", right=True),
     "long-run": Check("hundreds of steps are right", "must", beside.long_run, 2, ("inputs", "engines"), right=True),
-    "shapes": Check("large and long parameters are right", "must", beside.shapes, 1, "inputs", right=True),
+    "axes": Check("every option holds for every number of axes", "must", beside.axes, 1, "inputs", right=True),
+    "shapes": Check("large and long parameters are right", "must", beside.shapes, 1, ("inputs", "axes"), right=True),
     "sizes": Check("gradients of any size are right", "must", beside.sizes, 1, "inputs", right=True),
     "values": Check("hyperparameters of other values are right", "must", beside.values, 1, "inputs", right=True),
     "many": Check("many parameters are right", "must", beside.many, 1, ("independent", "inputs"), right=True),

@@ -178,6 +178,11 @@ def listed(method: str, deep: bool = False) -> list[Case]:
             f"there are no test vectors for {named.text}: --method takes a name that `precond-ref list` prints"
         )
     found = [c for c in vectors.cases() if c.constructor == named.name and c.kind != "primitive"]
+    if not found:
+        raise ValueError(
+            f"there are no test vectors for {named.text} by itself: take --against precond_ref:{named.text}, or "
+            f"--method {named.text.partition('.')[0]}, whose fields it sets"
+        )
     return [c for c in found if deep or not c.deep]
 
 

@@ -184,6 +184,8 @@ def _trace(subject: Subject, case: Case, dtype: str, level: int, touched: list[s
         if any((tensors[name].astype(dtype) != tensors[name]).any() for name in case.inputs):
             raise Unsupported(f"its inputs are not exact in {dtype}")
         first = _start(subject, case, tensors["param"], dtype)
+        if isinstance(case.lr, tuple):
+            _set_rate(subject, 1.0)
         params = [np.stack(first).astype(np.float64)]
         for t, grads in enumerate(tensors["grads"], start=1):
             if t > 1 and case.rates[t - 1] != case.rates[t - 2]:

@@ -430,7 +430,8 @@ class Optax:
                 f"got {type(self.transformation).__name__}; `precond-ref check --help` lists what a target can be"
             )
         self.params = [self.jax.numpy.asarray(p, dtype=self.dtype) for p in params]
-        self.opt_state = self.transformation.init(self.params)
+        self.opt_state, self.steps, self.rates = self.transformation.init(self.params), 0, [(0, config["lr"])]
+        self.config, self.scheduled = copy.copy(config), False
         self.update = self.jax.jit(self.transformation.update) if compiled else self.transformation.update
 
     def options(self, fields: Sequence[str]) -> Options:
@@ -441,8 +442,36 @@ class Optax:
         """``update``, then the updates added."""
         given = [self.jax.numpy.asarray(g, dtype=self.dtype) for g in grads]
         updates, self.opt_state = self.update(given, self.opt_state, self.params)
+        self.steps += 1
         self.params = [p + u for p, u in zip(self.params, updates, strict=True)]
         return [np.array(p) for p in self.params]
+
+    def change(self, group: int | None = None, **factors: float) -> list[str]:
+        """Multiply ``lr`` from the next step on, by a schedule: whether the function takes one shows before a run."""
+        if group is not None or "lr" not in factors or (self.steps and not self.scheduled):
+            return []
+        self.rates.append((self.steps, self.rates[-1][1] * factors["lr"]))
+        points = tuple(self.rates)
+
+        def schedule(count: Any) -> Any:
+            np = self.jax.numpy
+            rate = np.asarray(points[0][1], self.dtype)
+            for start, value in points:
+                rate = np.where(count >= start, np.asarray(value, self.dtype), rate)
+            return np.where(count > self.steps, np.nan, rate)  # what comes later is not asked for
+
+        config = copy.copy(self.config)
+        config["lr"], config.at_default = schedule, self.config.at_default - {"lr"}
+        try:
+            made = self.make(**arguments(self.make, config, self.fields))
+            if not self.scheduled:
+                state = made.init(self.params)
+                made.update([0 * p for p in self.params], state, self.params)
+                self.opt_state, self.scheduled = state, True
+        except RAISED:
+            return []
+        self.transformation, self.update = made, made.update
+        return ["lr"]
 
     def state(self) -> list[dict[str, np.ndarray]]:
         """Leaves of the optax state by the names on the way to them; of several, the one at the parameter's index."""
@@ -475,11 +504,14 @@ class Function:
         dtype: str = "float64",
         names: Mapping[str, str] | None = None,
     ):
-        self.function, self.arrays, self.names = step, ArrayLibrary(backend, dtype), dict(names or {})
+        self.features = frozenset({"single"})
+        self.function, self.dtype, self.names = step, dtype, dict(names or {})
+        self.arrays = ArrayLibrary(backend, dtype)
         self.fields = _known(step, self.names)
 
-    def init(self, config: Config, params: Arrays) -> None:
-        """No state yet."""
+    def init(self, config: Config, params: Arrays, single: bool = False) -> None:
+        """No state yet; ``single``: in float32."""
+        self.arrays = ArrayLibrary(self.arrays.backend, "float32" if single else self.dtype)
         self.config = copy.copy(config)
         self.given = arguments(self.function, config, self.fields)
         self.params = [self.arrays.of(p) for p in params]

@@ -80,6 +80,11 @@ class Case:
         return self.config.get("compute_dtype") is not None
 
     @property
+    def kappa(self) -> float:
+        """Largest condition number of its steps."""
+        return float(max(self.conditioning["kappa"], default=1.0))
+
+    @property
     def stored(self) -> tuple[int, ...]:
         """Steps whose results there are, counted from 1."""
         return self.checkpoints or tuple(range(1, self.steps + 1))

@@ -460,7 +460,7 @@ class ShampooProduction(_Production, preset="Shampoo.production"):
         "p_i, one per axis after merging; None, and what is left out: 1/(2k); 0: the axis is not preconditioned",
         default=(),
     )
-    trace_scaling: float = real("tau, A_i is divided by max(tr A_i, eps)^tau", default=0.0, ge=0)
+    trace_scaling: float = real("tau, A_i is divided by max(tr A_i, eps)^tau", default=0.0, ge=0, le=1)
     root: str = choice(
         "'eigh' (the definition), 'coupled_newton' or 'higher_order'",
         default="eigh", of=("eigh", "coupled_newton", "higher_order"),
@@ -540,7 +540,7 @@ class ShampooProduction(_Production, preset="Shampoo.production"):
             return a
         trace = xp.linalg.trace(a)[..., None, None]
         trace = xp.where(trace > self.eps, trace, self.eps)
-        return a * xp.where(trace == 0, 1.0, trace) ** -self.trace_scaling
+        return a / xp.where(trace == 0, 1.0, trace) ** self.trace_scaling
 
     def _iterated(self, a: Array, p: Fraction, xp: Namespace) -> Array:
         if self.root == "coupled_newton":

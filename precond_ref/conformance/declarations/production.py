@@ -33,12 +33,10 @@ LAST = {"momentum": 18 / 32, "dampening": 8 / 32, "weight_decay": 13 / 32}
 ZEROS = integers(150, (5, 4, 3))
 ZEROS[[0, 3]] = 0
 
-_case, reject = maker(
-    "Shampoo",
-    {**SHARED, "exponents": (), "trace_scaling": 0.0, "root": "eigh", "root_steps": 12},
-    (4, 3),
-    "Shampoo.production",
-)
+PRODUCTION = {**SHARED, "exponents": (), "trace_scaling": 0.0, "root": "eigh", "root_steps": 12}
+CORRECTED = {**SHARED, "exponent": 0.5, "basis": "eigh", "tolerance": 0.0, "iterations": 1, "ignored_axes": ()}
+
+_case, reject = maker("Shampoo", PRODUCTION, (4, 3), "Shampoo.production")
 case = partial(_case, lr=LR)
 SHAMPOO = [
     case("matrix", "A filtered gradient with a look-ahead; roots at updates 2, 4, 6.",
@@ -97,11 +95,7 @@ SHAMPOO = [
     reject("production-exponents", "A negative exponent.", "exponents", exponents=(-0.25,)),
 ]  # fmt: skip
 
-_case, reject = maker(
-    "EShampoo",
-    {**SHARED, "exponent": 0.5, "basis": "eigh", "tolerance": 0.0, "iterations": 1, "ignored_axes": ()},
-    (4, 3),
-)
+_case, reject = maker("EShampoo", CORRECTED, (4, 3))
 case = partial(_case, lr=LR)
 ESHAMPOO = [
     case("matrix", "Bases of eigenvectors at updates 2, 4, 6; Adam in them.",

@@ -14,6 +14,7 @@ import numpy as np
 
 from precond_ref.conformance import generated
 from precond_ref.conformance.beside import LONGEST  # a side that an implementation may decompose whole
+from precond_ref.conformance.declarations import adafactor, klshampoo, muon, production, soap
 from precond_ref.conformance.declarations.base import DECAY, Case
 
 LR, KAPPA = 11 / 32, 13 / 32
@@ -59,6 +60,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "AdaFD": {"size": 3, "delta": EPS},
     "FDSON": {"size": 3, "delta": EPS, "learning_rate": LR},
     "RFDSON": {"size": 3, "delta": EPS, "learning_rate": LR},
+    "Shampoo.production": production.PRODUCTION,
+    "EShampoo": production.CORRECTED,
+    "SOAP": soap.FIELDS,
+    "KLShampoo": {**klshampoo.FIELDS, "initial": 15 / 32},
+    "KLShampoo.exact": klshampoo.EXACT,
+    "Adafactor": adafactor.FIELDS,
+    "NorMuon": muon.NORMUON,
+    "AdaMuon": muon.ADAMUON,
 }  # fmt: skip
 NETWORK = {"kind": "fc", "layout": "contiguous", "average": True, "damping": 3e-3, "decay": 0.9, "momentum": 0.9,
            "statistics_every": 10, "inverse_every": 100}  # fmt: skip
@@ -191,15 +200,14 @@ def _vector(constructor: str, tiny: Any, huge: Any, ill: Any = None, **changes: 
 
 def squared(name: str, *others: str) -> tuple[dict[str, float], dict[str, float]]:
     """The field and those in the ratio of 1, 3, ... to it, for gradients of `TINY` and of `HUGE`, as their squares."""
-    small, large = ({name: EPS * scale**2} for scale in (TINY, HUGE))
-    for i, other in enumerate(others, 1):
-        small[other], large[other] = ((2 * i + 1) / 64 * scale**2 for scale in (TINY, HUGE))
-    return small, large
+    return linear(name, *others, power=2)
 
 
-def linear(name: str) -> tuple[dict[str, float], dict[str, float]]:
+def linear(name: str, *others: str, power: int = 1) -> tuple[dict[str, float], dict[str, float]]:
     """The same, as the gradients themselves."""
-    return {name: EPS * TINY}, {name: EPS * HUGE}
+    sizes = {name: EPS} | {other: (2 * i + 1) / 64 for i, other in enumerate(others, 1)}
+    small, large = ({field: size * scale**power for field, size in sizes.items()} for scale in (TINY, HUGE))
+    return small, large
 
 
 # Rank two, later also outside that plane: a root kept from before has never seen the rest.
@@ -240,6 +248,15 @@ CASES = [
     *_vector("AdaFD", *linear("delta"), {"delta": 27 / 32 / HUGE}),
     *_vector("FDSON", *squared("delta"), {"delta": 27 / 32}),
     *_vector("RFDSON", *squared("delta"), {"delta": 27 / 32}),
+    *_common("Shampoo.production", (4, 3), (8, 8, 8, 9), *squared("eps")),
+    *_common("EShampoo", (4, 3), (8, 8, 8, 9), squared("eps")[0], linear("eps")[1]),
+    *_common("SOAP", (4, 3), (8, 8, 8, 9), *linear("eps")),
+    *_common("KLShampoo", (4, 3), (8, 8, 8, 9), {**linear("initial", "eps")[0], "clamp": None},
+             {**linear("initial", "eps")[1], "tier": "should"}),
+    *_common("KLShampoo.exact", (4, 3), (8, 8, 8, 9), linear("initial", "eps")[0], squared("initial", "eps")[1]),
+    *_elementwise("Adafactor", *squared("eps1"), parameter_scale=False),
+    *_common("NorMuon", (6, 2), (2, 2100), *linear("eps"), root_steps=3),
+    *_common("AdaMuon", (6, 2), (2, 2100), *linear("eps"), root_steps=3),
     *_common("FullAdaGrad", (3,), (5, 8), *linear("eps"))[:2],
     *_common("FullAdaGrad", (3, 2), (5, 8), *linear("eps"))[3:],
     _case("FullAdaGrad", "forty-entries", (5, 8), "A matrix of forty entries is one vector", "left-only diagonal",
@@ -250,6 +267,8 @@ CASES = [
     # ASGO and DASGO
     _case("ASGO", "three-heads", (6, 4), "Three heads of two rows", "heads-ignored", heads=3),
     _case("ASGO", "two-heads", (6, 4), "Two heads of three rows", "heads-ignored", heads=2, every=2),
+    _case("ASGO", "heads-rms", (6, 4), "The root mean square is that of all heads together", "rms-per-head", heads=3,
+          rms=15 / 32),
     _case("ASGO", "forty-by-five-left", (40, 5), "Forty rows, with their statistic", "other-side", side="left", steps=3,
           fold=FOLD),
     _case("ASGO", "outside-left", (4, 2), f"A root {STALE}", side="left", every=3, steps=7),
@@ -306,6 +325,7 @@ CASES = [
     _case("MBF.authors_code", "three-hundred-steps", (3, 2), "The schedule T1 = 10, T2 = 100 over three hundred steps",
           steps=300, checkpoints=LONG, deep=True, lr=2.0**-10, scale=2.0**-3),
     # sketches
+    _case("AdaFD", "decay", (4,), "Decoupled weight decay", DECAY, decay=KAPPA, steps=4),
     _case("FDSON", "no-delta", (4,), "delta = 0: zero on the complement of the sketch", delta=0.0, steps=6,
           tier="should"),
     _case("SShampoo", "size-is-dimension", (4, 3), "size = d on one axis, above on the other; the tail's own decay",

@@ -13,31 +13,28 @@ from precond_ref.conformance.declarations.base import DECAY, integers, maker
 
 LR = 11 / 32
 
-_case, reject = maker(
-    "SOAP",
-    {
-        "beta1": 25 / 32,
-        "beta2": 29 / 32,
-        "shampoo_beta": 22 / 32,
-        "eps": 5 / 32,
-        "eps_position": "uncorrected",
-        "every": 2,
-        "max_dim": 64,
-        "merge": False,
-        "channels_last": False,
-        "vectors": False,
-        "normalize": False,
-        "normalize_eps": 3 / 64,
-        "bias_correction": True,
-        "basis": "qr",
-        "order": "use_first",
-        "sort": "before",
-        "second_moment": "permute",
-        "iterations": 1,
-        "nesterov": False,
-    },
-    (4, 3),
-)
+FIELDS = {
+    "beta1": 25 / 32,
+    "beta2": 29 / 32,
+    "shampoo_beta": 22 / 32,
+    "eps": 5 / 32,
+    "eps_position": "uncorrected",
+    "every": 2,
+    "max_dim": 64,
+    "merge": False,
+    "channels_last": False,
+    "vectors": False,
+    "normalize": False,
+    "normalize_eps": 3 / 64,
+    "bias_correction": True,
+    "basis": "qr",
+    "order": "use_first",
+    "sort": "before",
+    "second_moment": "permute",
+    "iterations": 1,
+    "nesterov": False,
+}
+_case, reject = maker("SOAP", FIELDS, (4, 3))
 case = partial(_case, lr=LR)
 ZERO_FIRST = integers(21, (5, 4, 3))
 ZERO_FIRST[0] = 0

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from precond_ref.conformance import arithmetic
-from precond_ref.conformance.arithmetic import number, real, spacing, sqrt
+from precond_ref.conformance.arithmetic import norm, number, real, spacing, sqrt
 from precond_ref.conformance.variants import Variants, Walk, ema, note, quotient, rivals, times
 
 FLAGS = {
@@ -71,7 +71,6 @@ def adafactor(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozense
         g, x = yield out
         eps1 = 0.0 if "eps-ignored" in flags else spacing(g) if config["eps1"] is None else config["eps1"]
         w = _weight(config, t, flags)
-        note(lambda: 1)
         used = ema(m, g, beta1) if "momentum-of-gradient" in flags else g
         square = g * g
         inside = 0.0 if floor or "eps-outside" in flags else eps1
@@ -95,6 +94,7 @@ def adafactor(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozense
             estimate = np.maximum(estimate, eps1 * eps1)
         root = estimate if "no-root" in flags else sqrt(estimate)
         u = divided(used, root + eps1 if "eps-outside" in flags else root)
+        note(_shrunk, u, [(v, old[2])] if axes is None else [(row, old[0]), (col, old[1])])
         scale = real(1.0, g)
         if scaled:
             size = sqrt(np.sum(x * x) / (1 if "scale-by-norm" in flags else entries))
@@ -113,6 +113,13 @@ def adafactor(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozense
             step = step + kappa * (x if "kappa-unscaled" in flags else scale * x)
         state = {"v": v} if axes is None else {"row": row, "col": col}
         out = step, state | ({"m": m} if beta1 else {}) | {"rms": sqrt(np.sum(divided(g, root) ** 2) / entries)}
+
+
+def _shrunk(u: Any, averages: list[tuple[Any, Any]]) -> Any:
+    """Squared, what an error of u in the old average's weight, the difference 1 - w_t, does to U."""
+    size = norm(u)
+    errors = [norm(u * quotient(old, new)) / size for new, old in averages] if size else []
+    return max([1, *errors]) ** 2
 
 
 def _axes(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]) -> tuple[int, int] | None:

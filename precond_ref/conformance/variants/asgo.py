@@ -60,6 +60,7 @@ EXPRESS = (  # Polar Express (Amsel et al., 2025)
     (1.875, -1.25, 0.375),
 )
 ASGO_FLAGS = {
+    "rms-per-head": "with each head scaled to the root mean square by itself",
     "eps-outside": "with eps outside the root, (V^{1/2} + eps I)^{-1} instead of (V + eps I)^{-1/2}",
     "eps-ignored": "without eps (pseudo-inverse)",
     "eps-squared": "with eps^2 in the place of eps",
@@ -227,9 +228,12 @@ def _averaged(
         if rms is not None and "rms-max" in flags:
             u = u * rms * sqrt(real(max(shape), u))
         elif rms is not None and "rms-ignored" not in flags:
-            entries = shape[0] if "rms-rows" in flags else shape[1] if "rms-columns" in flags else u.size
-            size = 1.0 if "rms-frobenius" in flags else sqrt(real(entries, u))
-            u = u * (rms * size / (norm(u) if "zero-nan" in flags else norm(u) or 1.0))
+            parts = []
+            for part in np.split(u, config["heads"] if "rms-per-head" in flags and config["heads"] else 1):
+                entries = shape[0] if "rms-rows" in flags else shape[1] if "rms-columns" in flags else part.size
+                size = 1.0 if "rms-frobenius" in flags else sqrt(real(entries, u))
+                parts.append(part * (rms * size / (norm(part) if "zero-nan" in flags else norm(part) or 1.0)))
+            u = np.concatenate(parts)
         out = u, {"m": m} | state(v)
 
 
@@ -329,7 +333,7 @@ AVERAGING = (
         {"momentum-of-preconditioned", "heavy-ball", "momentum-corrected", "nesterov", "statistic-of-momentum"},
     ),
     frozenset({"momentum-of-preconditioned", "statistic-of-momentum"}),
-    frozenset({"rms-ignored", "rms-max", "rms-frobenius", "rms-rows", "rms-columns"}),
+    frozenset({"rms-ignored", "rms-max", "rms-frobenius", "rms-rows", "rms-columns", "rms-per-head"}),
     frozenset({"statistic-after", "statistic-late"}),
     frozenset({"sum", "weight-missing", "started-whole"}),
     *rivals({"zero-nan"}, {"rms-ignored", "rms-max"}),

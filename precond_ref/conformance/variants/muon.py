@@ -83,6 +83,7 @@ AVERAGE = {
     "sum": "with a sum instead of an average as momentum",
     "nesterov-ignored": "without Nesterov's form",
     "nesterov-always": "with Nesterov's form, asked for or not",
+    "nesterov-stored": "with Nesterov's look-ahead kept as the momentum",
     "nesterov-mixed": "with G + momentum M_t, M_t an average, as Nesterov's form (G not weighted by 1 - momentum)",
     "nesterov-corrected": "with M_t / (1 - momentum^(t+1)) and G / (1 - momentum^t) in Nesterov's form, as in optax",
     "nesterov-added": "with G + M_t as Nesterov's form, as in HeavyBall",
@@ -411,6 +412,7 @@ def averages(config: Mapping[str, Any], layout: Layout, flags: frozenset[str]) -
             n = new + mu * m
         else:
             n = weight * new / c1 + mu * m / c2
+        m = n if "nesterov-stored" in flags else m
         out = n, m, t
 
 
@@ -560,6 +562,7 @@ EXCLUSIVE = (
     frozenset({"momentum-ignored", "nesterov-ignored", "nesterov-mixed", "nesterov-corrected", "nesterov-added",
                "nesterov-weighted"}),
     *rivals({"momentum-ignored"}, {"nesterov-always", "momentum-of-orthogonal"}),
+    *rivals({"nesterov-stored"}, {"momentum-ignored", "nesterov-ignored"}),
     *rivals({"momentum-ignored"}, {"correction-ignored", "correction-same"}),
     frozenset({"nesterov-ignored", "nesterov-always"}),
     *rivals({"nesterov-ignored", "nesterov-added", "nesterov-mixed"}, {"correction-same"}),
