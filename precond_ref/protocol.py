@@ -177,6 +177,11 @@ class Method:
         """
         return ()
 
+    @property
+    def idle(self) -> frozenset[str]:
+        """Fields without effect while the others are as they are: `check` asks no implementation for them."""
+        return frozenset()
+
     def stack_ndim(self, state: Any) -> int | None:
         """Stack axes of the arrays in ``state``; None where each entry of the parameter stands for itself.
 

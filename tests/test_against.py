@@ -171,6 +171,8 @@ def check_listed(name: str) -> None:
     if case is None:  # a preset of which only its method has vectors
         assert isinstance(target, subjects.Reference)
         assert not isinstance(registry.constructors()[name], type)
+        with pytest.raises(ValueError, match=f"no test vectors for {name} by itself: take --against precond_ref:"):
+            runner.check(target, name)
     else:
         assert runner.run_case(target, case).status == "passed"
     fields = {field: NEEDED[field] for field in registry.required(registry.constructors()[name])}

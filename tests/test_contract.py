@@ -907,3 +907,39 @@ def test_a_traced_refresh_computes_the_root_only_when_due() -> None:
     assert "eigh" in traced(pr.ASGO(eps=0.25))
     assert "eigh" not in traced(pr.ASGO(every=3, eps=0.25))
     assert "cond" in traced(pr.ASGO(every=3, eps=0.25))
+
+
+def check_idle(method: Any, shape: tuple[int, ...]) -> None:
+    """Fields that a method calls idle change no bit of its directions."""
+    grads = np.random.default_rng(3).standard_normal((4, *shape))
+
+    def run(method: Any) -> list[bytes]:
+        state, out = method.init(grads[0]), []
+        for g in grads:
+            direction, state = method.update(g, state, grads[0])
+            out.append(direction.tobytes())
+        return out
+
+    rules = {f.name: f.metadata["rule"] for f in dataclasses.fields(method) if "rule" in f.metadata}
+    for name in sorted(method.idle):
+        value = getattr(method, name)
+        others: Any = getattr(rules[name], "of", ("quintic5",) if isinstance(value, str) else ())
+        if isinstance(value, (int, float)):
+            others = [value + 1]
+        assert {*others} - {value}, name
+        for other in others:
+            assert run(method.replace(**{name: other})) == run(method), (name, other)
+
+
+@pytest.mark.parametrize("name", [n for n, c in CONFIGS.items() if c.method.idle])
+def test_idle_fields_change_nothing(name: str) -> None:
+    check_idle(CONFIGS[name].method, CONFIGS[name].shape)
+
+
+@pytest.mark.parametrize("method", [pr.ASGO(root="polar_express"), pr.Adafactor(parameter_scale=True)])
+def test_a_field_that_is_called_idle_and_is_not_is_caught(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(method), "idle", frozenset({"root_steps"} if method.name == "ASGO" else {"eps2"}))
+    if method.name == "Adafactor":
+        method = method.replace(eps2=8.0)
+    with pytest.raises(AssertionError):
+        check_idle(method, (4, 3))

@@ -88,6 +88,17 @@ def test_what_begins_after_a_thousand_steps_is_seen_by_a_deep_check() -> None:
     assert ": step 1001 is off by " in report.failures[0].message
 
 
+def test_a_step_that_widens_single_precision_is_noted() -> None:
+    said = "a parameter of float32 comes back as float64"
+    text = source("numpy Adam")[0]
+    for old, noted in (("", False), ("np.zeros_like(param), np.zeros_like(param)", True)):
+        found: dict[str, Any] = {}
+        exec(text.replace(old, "np.zeros(param.shape), np.zeros(param.shape)") if old else text, found)
+        report = check(wrap(found["Target"]), "Adam", diagnose=False)
+        assert report.ok
+        assert (said in report.notes) == noted
+
+
 def test_messages_say_where_and_what_to_look_for() -> None:
     said = {name: report_on(name).failures[0].message for name in ("lr of the first group", "foreach ignored", "break")}
     assert "another lr in group 1 of 2" in said["lr of the first group"]

@@ -332,8 +332,6 @@ WRONG: dict[str, Wrong] = {
         "    if t % every == 0: roots[param.shape] = root\n"
         "    root = roots[param.shape]\n"
         "    u = root @ m if left", "independent"),
-    "float64 states": Wrong(N, "np.zeros_like(param), np.zeros_like(param)",
-        "np.zeros(param.shape), np.zeros(param.shape)", "dtype"),
     "centred but for vectors": Wrong(R, "** 2 * centered", "** 2 * (centered and param.ndim != 1)", "axes"),
     "no decay of vectors": Wrong(N, "(1 - lr * weight_decay)", "(1 - lr * weight_decay * (param.ndim != 1))", "axes"),
     # sizes of gradients

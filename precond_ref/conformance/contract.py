@@ -207,7 +207,7 @@ def precision(trial: Trial) -> str:
     if found or trial.dtype != "float64" or part.case.narrow:
         return "; ".join(found)
     if message := _single(trial, part):
-        return message
+        trial.report.notes.append(message)
     grads = np.array(part.grads)
     t = next((t for t, g in enumerate(grads[:-1]) if g.any()), None)
     if t is None:  # later steps show what one step may hide: some directions do not depend on the length

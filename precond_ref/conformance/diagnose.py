@@ -171,10 +171,18 @@ def _derived(runs: Sequence[Run], failing: frozenset[str], edges: str, dtype: st
         text = "with the second or a later parameter treated differently from the first"
         return Match(("later-parameters",), text, math.nan, len(wrong))
     ridge = edges and all("= 0" in edge for edge in edges.split(" and "))
+    if wrong and all(_nan_of_zeros(run) for run in wrong):
+        return Match(("zero-nan",), "with NaN for a gradient of zeros: 0/0 is not 0", math.nan, len(wrong))
     if ridge and not any(map(_all_finite, wrong)) and not wrong[0].case.make().elementwise:
         text = f"with powers of eigenvalues that rounding makes zero or negative not left out at {edges}"
         return Match(("unclipped",), text, math.nan, len(wrong))
     return None
+
+
+def _nan_of_zeros(run: Run) -> bool:
+    """Whether the first step that is not finite is one of gradients that were all zero so far."""
+    bad = next((t for t, params in enumerate(run.params[1:]) if not np.isfinite(params).all()), None)
+    return bad is not None and not run.tensors["grads"][: bad + 1].any()
 
 
 def _all_finite(run: Run) -> bool:

@@ -55,6 +55,11 @@ def check(
         raise ValueError(f"level must be 0, 1 or 2, got {level!r}")
     if require not in ("", *results.TIERS):
         raise ValueError(f"require must be one of {', '.join(results.TIERS)}, got {require!r}")
+    if not listed(constructor, deep):
+        raise ValueError(
+            f"there are no test vectors for {constructor} by itself: take --against precond_ref:{constructor}, or "
+            f"--method {constructor.partition('.')[0]}, whose fields it sets"
+        )
     tolerance.relative(dtype)  # refuses an unknown dtype
     label = target or type(subject).__name__
     report = Report(constructor, label, dtype, level, xfails=tuple(xfails), require=require)

@@ -225,6 +225,13 @@ class Adafactor(Method):
         m = None if is_zero(self.beta1) else zeros(*shape)
         return AdafactorState(step=0, row=row, col=col, v=v, m=m, rms=zeros())
 
+    @property
+    def idle(self) -> frozenset[str]:
+        return frozenset(
+            (*(() if self.parameter_scale else ("eps2",)), *(("min_size",) if self.factored_axes is None else ()),
+             *(("momentum_of",) if is_zero(self.beta1) else ()))
+        )  # fmt: skip
+
     def stack_ndim(self, state: AdafactorState) -> int:
         return state.rms.ndim
 

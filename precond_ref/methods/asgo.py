@@ -147,6 +147,10 @@ class ASGO(_ASGO):
     def factorizes(self) -> bool:
         return self.root == "eigh"
 
+    @property
+    def idle(self) -> frozenset[str]:
+        return frozenset({"root_steps"} if self.root == "eigh" else ())
+
     def rules(self) -> None:
         if self.heads is not None and self.side == "right":
             raise ValueError("heads needs side='left' or 'smaller': its statistics are left ones, got side='right'")

@@ -160,6 +160,10 @@ class _Orthogonalized(Method):
         return self.root == "svd" or self.normalization == "spectral"
 
     @property
+    def idle(self) -> frozenset[str]:
+        return frozenset({"root_steps", "coefficients", "after_last", "eps", "eps_rule"} if self.root == "svd" else ())
+
+    @property
     def ndims(self) -> tuple[int, int]:  # type: ignore[override]
         """Two axes, or with a layout as many as it needs."""
         if self._axes is not None:

@@ -310,6 +310,13 @@ class _Production(Method):
             "norms": None if self.graft is None or blocks is FLAT else tuple(zeros() for _ in blocks),
         }
 
+    @property
+    def idle(self) -> frozenset[str]:
+        return frozenset(
+            (*(() if self.graft else ("graft_beta2", "graft_eps")), *(() if self.momentum else ("dampening",)),
+             *(("root_steps",) if getattr(self, "root", "") == "eigh" else ()))
+        )  # fmt: skip
+
     def stack_ndim(self, state: Any) -> int | None:
         if state.norms:
             return state.norms[0].ndim

@@ -216,6 +216,11 @@ class SOAP(Method):
             rms=zeros() if self.normalize else None,
         )
 
+    @property
+    def idle(self) -> frozenset[str]:
+        return frozenset((*(() if self.normalize else ("normalize_eps",)),
+                          *(("iterations",) if self.basis == "eigh" else ())))  # fmt: skip
+
     def stack_ndim(self, state: SOAPState) -> int | None:
         if state.rms is not None:
             return state.rms.ndim
