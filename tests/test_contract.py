@@ -925,7 +925,7 @@ def check_idle(method: Any, shape: tuple[int, ...]) -> None:
         value = getattr(method, name)
         others: Any = getattr(rules[name], "of", ("quintic5",) if isinstance(value, str) else ())
         if isinstance(value, (int, float)):
-            others = [value + 1]
+            others = [0.5 * value + 0.25] if isinstance(value, float) else [value + 1]
         assert {*others} - {value}, name
         for other in others:
             assert run(method.replace(**{name: other})) == run(method), (name, other)

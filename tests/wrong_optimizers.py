@@ -272,6 +272,25 @@ WRONG: dict[str, Wrong] = {
         'for p in group["params"]:\n'
         "                self._step_supports_amp_scaling = True", "skipped-step"),
     "NaN replaced": Wrong(A, ADAM_G, "g = torch.nan_to_num(-p.grad if group['maximize'] else p.grad)", "nonfinite"),
+    "maximize flips the decay": Wrong(A, 'lr * group["weight_decay"]',
+        'lr * group["weight_decay"] * (-1 if group["maximize"] else 1)', "maximize"),
+    "maximize in place": Wrong(A, ADAM_G, "g = p.grad.neg_() if group['maximize'] else p.grad", "maximize"),
+    "betas of the first group": Wrong(A, "found, updates = [], []",
+        "found, updates, beta1 = [], [], self.param_groups[0]['beta1']", "group-values"),
+    "foreach with one count": Wrong(A, COUNT,
+        't = max(int(s["step"]) for s in self.state.values()) if group["foreach"] else int(state["step"])', "engines"),
+    "a list made once": Wrong(G, "if p.grad is None:",
+        "if not self.__dict__.setdefault('live', {}).setdefault(p, p.requires_grad) or p.grad is None:", "unfreezing"),
+    "strides of three axes": Wrong(G, "p.grad.clone()",
+        "(p.grad if p.ndim < 3 else torch.as_strided(p.grad, p.shape, torch.empty(p.shape).stride())).clone()",
+        "layout"),
+    "roots not saved": Wrong(S, "    @torch.no_grad()",
+        "    def __setstate__(self, state):\n"
+        "        super().__setstate__(state)\n"
+        "        for s in self.state.values():\n"
+        "            if 'roots' in s: s['roots'] = [torch.eye(len(r), dtype=r.dtype) for r in s['roots']]\n"
+        "\n"
+        "    @torch.no_grad()", "resume"),
     "maximize ignored": Wrong(A, ADAM_G, "g = p.grad", "maximize"),
     "foreach ignored": Wrong(A, 'group["foreach"] and found', "False", "engines"),
     "foreach wrong": Wrong(A, "alpha=-lr)\n            else", "alpha=-lr * 1.01)\n            else", "engines"),

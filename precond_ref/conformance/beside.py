@@ -79,6 +79,8 @@ class Plan:
     """What is given to ``change`` before a step, counted from 0: factors of lr and weight_decay, and a group."""
     group: Sequence[int] = ()
     """The group of each parameter."""
+    other: Config | None = None
+    """Of the second group, if it is not ``config``."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Given to the subject's ``init``."""
     digits: float = DIGITS
@@ -114,8 +116,9 @@ def random(seed: int, *shape: int) -> np.ndarray:
 
 def followed(plan: Plan, i: int, dtype: str, applied: Sequence[str], shaken: float = 0) -> np.ndarray:
     """Changes of parameter ``i`` by the method, (steps, *shape), computed in ``dtype``; its gradients are shaken."""
-    method, lr = plan.config.method, plan.config["lr"]
-    decay = method.weight_decay if method.decays else plan.config.get("weight_decay", 0.0)
+    config = plan.other if plan.other and plan.group[i] else plan.config
+    method, lr = config.method, config["lr"]
+    decay = method.weight_decay if method.decays else config.get("weight_decay", 0.0)
     param, out = np.array(plan.params[i], dtype), []
     state, exact = method.init(param), np.array(plan.params[i], np.float64)
     with np.errstate(all="ignore"):
@@ -473,7 +476,15 @@ def _decaying(trial: Trial) -> list[Case]:
     """Right cases, first one with weight decay."""
     picked = chosen(trial)
     wanted = [c for c in trial.right if c.decay or c.config.get("weight_decay")]
+    if not wanted and "weight_decay" in trial.fields:
+        wanted = [replace(picked[0], decay=0.1875)]
     return [*wanted[:1], *(c for c in picked if c not in wanted)][: None if trial.deep else 3]
+
+
+def _stale(trial: Trial) -> list[Case]:
+    """A right case that renews something now and then."""
+    found = (c for c in trial.right if c.tier != "may" and _regular(c) and (c.config.get("every") or 1) > 1)
+    return [*itertools.islice(found, 1)]
 
 
 def schedule(trial: Trial) -> str:
@@ -507,23 +518,39 @@ def group_values(trial: Trial) -> str:
                         "look for param_groups[0] or the constructor's value in the place of the group's own",
                         changes={0: [{name: 0.25, "group": group}]}, group=(0, 1), options={"groups": (1, 1)},
                     )  # fmt: skip
+        for case in [*_decaying(trial)[:1], *chosen(trial)]:
+            for what, fields in _others(case, trial.fields - {"lr", "weight_decay"}):
+                try:
+                    other = config_with(case, **fields)
+                    if not fields or not _takes(other.method, case.shape):
+                        continue
+                except (ValueError, TypeError):
+                    continue
+                yield Plan(
+                    f"{case.id}, with {what} in group 2 of 2", results.config_of(case),
+                    [random(i, *case.shape) for i in range(2)], [[*random(50 + i, 5, *case.shape)] for i in range(2)],
+                    "look for a value of the first group, or of the constructor, in the place of the group's own",
+                    group=(0, 1), other=other, options={"groups": (1, 1), "other": other},
+                )  # fmt: skip
 
     return first_fault(trial, plans())
 
 
-def sometimes(trial: Trial) -> str:
-    """Three parameters: one is frozen for three steps, one has no gradient every other step."""
+def sometimes(trial: Trial, **options: Any) -> str:
+    """Three parameters: one is frozen for some steps, one has no gradient every other step."""
 
     def plans() -> Iterator[Plan]:
-        for k, case in enumerate(_decaying(trial)[:2]):
+        for k, case in enumerate([*_decaying(trial)[:2], *_stale(trial)]):
             grads: list[list[Any]] = [[*random(k + i, 8, *case.shape)] for i in range(3)]
-            grads[0][:3] = [None] * 3
+            late = 4 if (case.config.get("every") or 1) == 3 else 3  # another phase
+            grads[0][:late] = [None] * late
             grads[1][1::2] = [None] * 4
             yield Plan(
-                f"parameter 1 frozen for 3 steps, 2 without a gradient every other step, with the hyperparameters of "
+                f"parameter 1 frozen for {late} steps, 2 without a gradient every other step, hyperparameters of "
                 f"{case.id}", results.config_of(case), [random(i, *case.shape) for i in range(3)], grads,
-                "look for a state or a count of steps that parameters share, `break` for `continue`, or decay without "
-                "a gradient",
+                "look for a state or a count of steps that parameters share, `break` for `continue`, decay without "
+                "a gradient, or a list of parameters that is made once",
+                options={"frozen": bool(k % 2), **options},
             )  # fmt: skip
 
     try:
@@ -535,10 +562,16 @@ def sometimes(trial: Trial) -> str:
 def habit(trial: Trial, names: Sequence[str], likely: str) -> str:
     """The same steps in another way of using a torch optimizer, one of `habits.HABITS`."""
     case, messages = _decaying(trial)[0], []
+    shapes = [case.shape, case.shape, *_shapes(trial, case, [(3, 2, 4)])]
     for name in names:
-        plan = Plan(name, results.config_of(case), [random(1, *case.shape), random(2, *case.shape)],
-                    [[*random(3, 6, *case.shape)], [*random(4, 6, *case.shape)]], likely,
-                    options={"habit": name})  # fmt: skip
+        plan = Plan(
+            name,
+            results.config_of(case),
+            [random(i, *s) for i, s in enumerate(shapes)],
+            [[*random(i + 9, 6, *s)] for i, s in enumerate(shapes)],
+            likely,
+            options={"habit": name},
+        )
         try:
             messages.append(compare(trial, plan))
         except RAISED as error:

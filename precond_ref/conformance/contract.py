@@ -7,6 +7,7 @@ what the subject does otherwise; those of `beside` run the reference on the same
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -81,6 +82,8 @@ class Trial:
     """`surroundings` before the first case."""
     deep: bool = False
     """Whether more is tried: three minutes instead of fifteen seconds."""
+    changed: bool = False
+    """Whether the last step changed a gradient."""
     narrow: bool = False
     """Whether all cases declare products in bfloat16, too coarse for what is not a vector."""
 
@@ -158,7 +161,13 @@ class Trial:
     def step(self, grads: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         """Parameters after one step."""
         given: list[Any] = [None if g is None else np.array(g, self.dtype) for g in grads]
-        return [np.asarray(p, np.float64) for p in self.subject.step(given)]
+        kept = [g if g is None else g.copy() for g in given]
+        params = [np.asarray(p, np.float64) for p in self.subject.step(given)]
+        self.changed = any(
+            a is not None and b is not None and not np.array_equal(a, b, equal_nan=True)
+            for a, b in zip(given, kept, strict=True)
+        )
+        return params
 
     def played(self, parts: Sequence[Part], **options: Any) -> list[np.ndarray]:
         """Trajectories (steps + 1, *shape) of parameters that one subject is given together."""
@@ -389,10 +398,13 @@ def maximize(trial: Trial) -> str:
     """Steps with ``maximize=True`` are those for gradients of the other sign."""
     if trial.options is None or "maximize" not in trial.options.own:
         raise Nothing
-    part = trial.longest
-    assert part.grads is not None
-    seen = trial.played([replace(part, grads=-part.grads)], maximize=True)[0]
-    return "maximize=True does not make the steps for -grad" * (part.gap(seen, trial.dtype) > 1)
+    decaying = [part for part in trial.parts if part.case.decay or part.case.config.get("weight_decay")]
+    for part in [trial.longest, *decaying[:1]]:
+        assert part.grads is not None
+        seen = trial.played([replace(part, grads=-part.grads)], maximize=True)[0]
+        if part.gap(seen, trial.dtype) > 1:
+            return "maximize=True does not make the steps for -grad" + " under weight decay" * (part in decaying)
+    return "maximize=True changes the gradient" * trial.changed
 
 
 def engines(trial: Trial) -> str:
@@ -413,6 +425,12 @@ def engines(trial: Trial) -> str:
                 continue
             kernels = trial.subject.ran()  # type: ignore[attr-defined]
             ran = [k for k in kernels if k.startswith(ENGINES[name])]
+            different = {repr((part.case.config, part.case.decay)): part for part in trial.parts}
+            for part in [*different.values()] if value and not found else ():
+                found = found or trial.departs([part], **others, **{name: value})
+            if value and not found and trial.right:
+                with contextlib.suppress(Nothing):
+                    found = beside.sometimes(trial, **others, **{name: value})
             if found:
                 return f"with {name}={value}: {found}"
             if value and not ran:

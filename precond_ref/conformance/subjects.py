@@ -278,10 +278,13 @@ class Torch:
         habit: str = "",
         narrow: bool = False,
         watched: bool = False,
+        frozen: bool = False,
+        other: Config | None = None,
         **own: Any,
     ) -> None:
         """New parameters and a new optimizer, with the parameters in groups of these sizes if there are any.
 
+        The last group has the values of ``other``. In a ``frozen`` run what gets no gradient requires none, either.
         ``habit`` is one of `habits.HABITS`, ``narrow`` makes the parameters bfloat16, ``watched`` keeps the names
         of the kernels that run, ``own`` are options of the target that are none of ours.
         """
@@ -293,6 +296,9 @@ class Torch:
         if habit.startswith("parameters"):
             tensors = [habits.transposed(t) for t in tensors]
         self.params = [self.torch.nn.Parameter(t) for t in tensors]
+        self.frozen = frozen
+        if frozen:
+            self.params[0].requires_grad_(False)
         stub = _without_first(self.make)
         given = arguments(stub, config, self.fields) | own
         if not groups:
@@ -311,10 +317,15 @@ class Torch:
                 raise Unsupported("step takes no closure, as step(closure=None) of torch's own optimizers does")
             return
         rest = iter(self.params)
+        parts: list[dict[str, Any]] = [{"params": [*itertools.islice(rest, size)]} for size in groups]
+        if other is not None:
+            parts[-1] |= {k: v for k, v in arguments(stub, other, self.fields).items() if v != given.get(k)}
         try:
-            self.optimizer = self.make([{"params": [*itertools.islice(rest, size)]} for size in groups], **given)
+            self.optimizer = self.make(parts, **given)
         except RAISED as error:
             raise Unsupported(f"{_called(self.make)} takes no parameter groups: {said(error)}") from error
+        if own_to_all := sorted(parts[-1].keys() - self.optimizer.param_groups[0].keys()):
+            raise Unsupported(f"{', '.join(own_to_all)}: no value of groups")
 
     def options(self, fields: Sequence[str]) -> Options:
         """`options_of` the target."""
@@ -335,6 +346,8 @@ class Torch:
         given = [
             None if g is None else self.torch.tensor(g, dtype=p.dtype) for p, g in zip(self.params, grads, strict=True)
         ]
+        for p, g in zip(self.params, grads, strict=True) if self.frozen else ():
+            p.requires_grad_(g is not None)
         with self.kernels:
             self.habit(self.optimizer, self.params, given)
         for p, g in zip(self.params, grads, strict=True):

@@ -42,6 +42,7 @@ AVERAGES = {
     "rms-max": "with the fixed factor rms sqrt(max(m, n)), as in Muon, instead of scaling to the root mean square",
     "rms-frobenius": "with U / ||U||_F times rms, without sqrt(m n)",
     "rms-rows": "with U scaled to the Frobenius norm rms sqrt(m) instead of rms sqrt(m n)",
+    "rms-longer": "with U scaled to the Frobenius norm rms sqrt(max(m, n)) instead of rms sqrt(m n)",
     "rms-columns": "with U scaled to the Frobenius norm rms sqrt(n) instead of rms sqrt(m n)",
     "zero-nan": "with NaN for a zero update: it divides by ||U||_F = 0",
     "started-whole": "with V started at the first G G^T, not weighted by 1 - beta2",
@@ -231,6 +232,7 @@ def _averaged(
             parts = []
             for part in np.split(u, config["heads"] if "rms-per-head" in flags and config["heads"] else 1):
                 entries = shape[0] if "rms-rows" in flags else shape[1] if "rms-columns" in flags else part.size
+                entries = max(shape) if "rms-longer" in flags else entries
                 size = 1.0 if "rms-frobenius" in flags else sqrt(real(entries, u))
                 parts.append(part * (rms * size / (norm(part) if "zero-nan" in flags else norm(part) or 1.0)))
             u = np.concatenate(parts)
@@ -333,7 +335,7 @@ AVERAGING = (
         {"momentum-of-preconditioned", "heavy-ball", "momentum-corrected", "nesterov", "statistic-of-momentum"},
     ),
     frozenset({"momentum-of-preconditioned", "statistic-of-momentum"}),
-    frozenset({"rms-ignored", "rms-max", "rms-frobenius", "rms-rows", "rms-columns", "rms-per-head"}),
+    frozenset({"rms-ignored", "rms-max", "rms-frobenius", "rms-rows", "rms-columns", "rms-longer", "rms-per-head"}),
     frozenset({"statistic-after", "statistic-late"}),
     frozenset({"sum", "weight-missing", "started-whole"}),
     *rivals({"zero-nan"}, {"rms-ignored", "rms-max"}),
