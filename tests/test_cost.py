@@ -148,7 +148,7 @@ def counted(method: Any, shape: tuple[int, ...], due: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "config", [pytest.param(c, id=n, marks=() if n in FIRST else pytest.mark.full) for n, c in CONFIGS.items()]
+    "config", [pytest.param(c, id=n, marks=() if n in FIRST else pytest.mark.deep) for n, c in CONFIGS.items()]
 )
 @pytest.mark.full
 def test_products_and_factorizations_are_those_that_run(config: Any) -> None:

@@ -77,8 +77,14 @@ def case_for(name: str, factory: Any) -> Case:
 CASES = {name: case_for(name, factory) for name, factory in FACTORIES.items()}
 REPRESENTATIVE = ("agd", "asgo", "shampoo")
 """An elementwise method, one with a single statistic, one with a tuple of them: the quick tier runs on these."""
+ENDS = {True: pytest.mark.full, False: pytest.mark.deep}
+"""Of a class, and of a preset that sets fields."""
 cases = pytest.mark.parametrize(
-    "case", [pytest.param(c, id=n, marks=() if n in REPRESENTATIVE else pytest.mark.full) for n, c in CASES.items()]
+    "case",
+    [
+        pytest.param(c, id=n, marks=() if n in REPRESENTATIVE else ENDS[inspect.isclass(FACTORIES[n])])
+        for n, c in CASES.items()
+    ],
 )
 ONE_EACH = {(case.method, case.shape): name for name, case in CASES.items()}
 

@@ -18,7 +18,7 @@ from precond_ref_torch import buckets
 torch.set_num_threads(1)
 BACKEND = "eager"  # the same graph, run as it is; "aot_eager" also takes out the writing in place
 QUICK = {f"{name}-{next(iter(variants))}" for name, variants in LOUD.items()}
-QUICK |= {name for name, config in CONFIGS.items() if config.method.every > 1}
+REST = {name for name, config in CONFIGS.items() if config.method.every > 1} - QUICK
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,9 @@ QUICKEST = ("AGD-default", "ASGO-every")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICKEST else pytest.mark.full) for n in sorted(QUICK)]
+    "name",
+    [pytest.param(n, marks=() if n in QUICKEST else pytest.mark.full) for n in sorted(QUICK | {"ASGO-every"})]
+    + [pytest.param(n, marks=pytest.mark.deep) for n in sorted(REST - {"ASGO-every"})],
 )
 def test_compiled_updates(name: str) -> None:
     check_compiled(CONFIGS[name], "aot_eager" if name in QUICKEST else BACKEND)

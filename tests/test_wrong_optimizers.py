@@ -125,7 +125,9 @@ def test_the_process_of_its_own_tells_as_much(tmp_path: Path, monkeypatch: pytes
         assert [r.id for r in report.failures] == [f"contract/{caught}"] * bool(caught)
 
 
-@pytest.mark.parametrize("constructor", ["ASGO", "Adam", "IFShampoo", "SAdaGrad"])
+@pytest.mark.parametrize(
+    "constructor", ["ASGO", "Adam", *(pytest.param(c, marks=pytest.mark.deep) for c in ("IFShampoo", "SAdaGrad"))]
+)
 @pytest.mark.full
 def test_our_own_are_right(constructor: str) -> None:
     for subject in (Reference("numpy"), wrap(torch_target(constructor))):

@@ -338,9 +338,9 @@ def _interrupted(trial: Trial, parts: Sequence[Part], changed: bool = False) -> 
 
     for t, (want, got) in enumerate(zip(run(RESUMED, False), run(RESUMED, True), strict=True)):
         for i, (a, b) in enumerate(zip(want, got, strict=True)):
-            if not np.linalg.norm(a - b) <= SAME[trial.dtype] * np.linalg.norm(a) and not np.array_equal(
-                a, b, equal_nan=True
-            ):
+            with np.errstate(all="ignore"):
+                near = np.linalg.norm(a - b) <= SAME[trial.dtype] * np.linalg.norm(a)
+            if not near and not np.array_equal(a, b, equal_nan=True):
                 which = f", parameter {i + 1} of {len(parts)}" * (len(parts) > 1)
                 return f"goes on differently after save and load at step {RESUMED // 2}: first at step {t}{which}"
     return ""
