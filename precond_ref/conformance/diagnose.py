@@ -220,7 +220,8 @@ def edges(report: Report) -> str:
 def _at_edge(run: Run, step: int) -> bool:
     """Whether a step is at an edge: of a singular statistic the zeros are left out, or the right step jumps.
 
-    That is, a gradient changed by a millionth changes its step by more than a hundredth of the longest one.
+    That is, a gradient changed by a millionth, each entry of an elementwise method's, changes its step by more than a
+    hundredth of the longest one.
     """
     case, given = run.case, run.tensors["grads"][:step]
 
@@ -236,8 +237,9 @@ def _at_edge(run: Run, step: int) -> bool:
     longest = np.max(np.linalg.norm(right.reshape(step, -1), axis=1)) or case.rates[step - 1]
     for _ in range(4):
         changed = given.copy()
-        largest = np.max(np.abs(run.tensors["grads"]), initial=0.0)
-        changed[-1] += 1e-6 * largest * draws.normal(size=given[-1].shape)
+        size, largest = np.abs(given[-1]), np.max(np.abs(run.tensors["grads"]), initial=0.0)
+        size = np.where(size > 0, size, largest) if case.make().elementwise else largest
+        changed[-1] += 1e-6 * size * draws.normal(size=given[-1].shape)
         if not np.linalg.norm(played(changed)[0][-1] - right[-1]) <= 0.01 * longest:
             return True
     return False
