@@ -97,6 +97,14 @@ CASES = [
         change={"factored_axes": "largest", "min_size": 3},
     ),
     case(
+        "largest-tie",
+        "Of axes of equal sizes the later count as larger.",
+        "axes-last",
+        shape=(4, 3, 3),
+        seed=441,
+        change={"factored_axes": "largest"},
+    ),
+    case(
         "largest-too-small",
         "An axis below the least size: nothing is factored.",
         "axes-last",

@@ -130,6 +130,7 @@ def second(method: str, base: Mapping[str, Any]) -> Any:
     return made, refused
 
 
+ROW_OF_ZEROS = integers(98, (4, 4, 3)) * np.array([1, 0, 1, 1])[:, None]
 muon, _ = second("Muon", MUON)
 JORDAN: dict[str, Any] = {"scale": "jordan", "rms": 15 / 32}
 OF_MUON = [
@@ -263,6 +264,7 @@ OF_ADAMUON = [
     adamuon("sign", "The sign of N is orthogonalised",
             "sign-ignored sign-of-gradient v-ignored v-not-rooted rescale-ignored rescale-norm rms-one eps2-ignored "
             "eps2-inside eps2-missing-in-norm v-weight-missing v-corrected"),
+    adamuon("sign-zero-row", "A row of zeros: the sign of 0 is 0", given={"grads": ROW_OF_ZEROS, "tier": "should"}),
     adamuon("plain", "N itself is orthogonalised", "sign-always v-of-gradient", sign=False),
     adamuon("corrected-v", "Bias correction of v", "v-correction-ignored", sign=False, v_bias_correction=True),
     adamuon("raw", "No norm restored; other decays", "rescale-always v-corrected rms-ignored rms-jordan rms-min",
