@@ -741,3 +741,22 @@ def test_powers_add_up(a: np.ndarray) -> None:
     quarter = roots.power(a, -0.25)
     assert gap(quarter @ quarter, roots.power(a, -0.5)) <= 64 * U["float64"] * kappa
     assert gap(roots.power(a, -0.5) @ roots.power(a, 0.5), np.eye(len(a))) <= 64 * U["float64"] * kappa**1.5
+
+
+def check_newton_of_large(module: Any) -> None:
+    """A matrix whose norm overflows has the root of a smaller one."""
+    a = np.array([[3.0, 1.0, 0.5], [1.0, 3.0, 1.0], [0.5, 1.0, 3.0]])
+    for order, steps in ((2, 12), (4, 20)):
+        small, large = (module.inverse_root_coupled_newton(a * 2.0**k, order, 0.0, steps) for k in (0, 1022))
+        assert np.allclose(large * 2.0 ** (1022 / order), small, rtol=1e-13, atol=0)
+
+
+def test_newton_of_large_matrices() -> None:
+    check_newton_of_large(roots)
+
+
+def test_planted_bug_in_newton_of_large_matrices() -> None:
+    m = "matrix + ridge * identity"
+    whole = (f"normed({m}, (-2, -1), xp)", f"(xp.ones_like(matrix), {m}, _frobenius({m}, xp))")
+    with pytest.raises((AssertionError, RuntimeWarning)):
+        check_newton_of_large(mutated(roots, whole))

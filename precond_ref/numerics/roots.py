@@ -339,10 +339,9 @@ def inverse_root_coupled_newton(matrix: Array, order: int, ridge: Scalar, steps:
     if 0 in matrix.shape:
         return matrix
     identity = eye_like(xp, matrix)
-    m = matrix + ridge * identity
-    norm = _frobenius(m, xp)
+    peak, unit, norm = normed(matrix + ridge * identity, (-2, -1), xp)  # whose product may overflow
     scale = (1 + order) / (2 * xp.where(norm == 0, 1.0, norm))
-    m, x = m * scale, identity * scale ** (1 / order)
+    m, x = unit * scale, identity * (scale / xp.where(peak == 0, 1.0, peak)) ** (1 / order)
     for _ in range(steps):
         t = ((order + 1) * identity - m) / order
         x, m = x @ t, xp.linalg.matrix_power(t, order) @ m
