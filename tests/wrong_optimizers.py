@@ -278,7 +278,8 @@ WRONG: dict[str, Wrong] = {
     "betas of the first group": Wrong(A, "found, updates = [], []",
         "found, updates, beta1 = [], [], self.param_groups[0]['beta1']", "group-values"),
     "foreach with one count": Wrong(A, COUNT,
-        't = max(int(s["step"]) for s in self.state.values()) if group["foreach"] else int(state["step"])', "engines"),
+        't = max(int(s["step"]) for s in self.state.values()) if group["foreach"] else int(state["step"])',
+        "unfreezing"),
     "a list made once": Wrong(G, "if p.grad is None:",
         "if not self.__dict__.setdefault('live', {}).setdefault(p, p.requires_grad) or p.grad is None:", "unfreezing"),
     "strides of three axes": Wrong(G, "p.grad.clone()",
@@ -298,10 +299,10 @@ WRONG: dict[str, Wrong] = {
     "loss not returned": Wrong(A, "return loss", "return None", "closure"),
     "closure twice": Wrong(A, "loss = closure()", "loss = closure() and closure()", "closure"),
     # saving and loading
-    "decay lost on loading": Wrong(G, "    @torch.no_grad()",
+    "lr of the constructor on loading": Wrong(G, "    @torch.no_grad()",
         "    def __setstate__(self, state):\n"
         "        super().__setstate__(state)\n"
-        "        for group in self.param_groups: group['weight_decay'] = 0.0\n"
+        "        for group in self.param_groups: group['lr'] = self.defaults['lr']\n"
         "\n"
         "    @torch.no_grad()", "resume-values"),
     "the first parameter saved": Wrong(A, "    @torch.no_grad()",

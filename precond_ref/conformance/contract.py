@@ -7,7 +7,6 @@ what the subject does otherwise; those of `beside` run the reference on the same
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import time
@@ -428,9 +427,6 @@ def engines(trial: Trial) -> str:
             different = {repr((part.case.config, part.case.decay)): part for part in trial.parts}
             for part in [*different.values()] if value and not found else ():
                 found = found or trial.departs([part], **others, **{name: value})
-            if value and not found and trial.right:
-                with contextlib.suppress(Nothing):
-                    found = beside.sometimes(trial, **others, **{name: value})
             if found:
                 return f"with {name}={value}: {found}"
             if value and not ran:
@@ -438,6 +434,16 @@ def engines(trial: Trial) -> str:
             if not value and ran:
                 return f"{name}=False is ignored: {ran[0]} ran"
     return ""
+
+
+def unfreezing(trial: Trial) -> str:
+    """By each engine that it offers, too."""
+    offered = [] if trial.options is None else [name for name in ENGINES if name in trial.options.own]
+    found = beside.sometimes(trial)
+    for name in offered:
+        message = found or beside.sometimes(trial, **{other: other == name for other in offered})
+        found = found or (message and f"with {name}=True: {message}")
+    return found
 
 
 def options(trial: Trial) -> str:
@@ -544,7 +550,7 @@ CHECKS: Mapping[str, Check] = {
         "each group has its own values", "must", beside.group_values, 1, ("groups", "schedule"), "groups", True
     ),
     "unfreezing": Check(
-        "steps without a gradient do not count", "must", beside.sometimes, 1, "no-gradient", "absent", True
+        "steps without a gradient do not count", "must", unfreezing, 1, ("no-gradient", "engines"), "absent", True
     ),
     "gradient-buffer": Check(
         "gradients may be kept in one tensor",
