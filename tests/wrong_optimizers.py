@@ -352,7 +352,6 @@ WRONG: dict[str, Wrong] = {
         "    if t % every == 0: roots[param.shape] = root\n"
         "    root = roots[param.shape]\n"
         "    u = root @ m if left", "independent"),
-    "centred but for vectors": Wrong(R, "** 2 * centered", "** 2 * (centered and param.ndim != 1)", "axes"),
     "no decay of vectors": Wrong(N, "(1 - lr * weight_decay)", "(1 - lr * weight_decay * (param.ndim != 1))", "axes"),
     # sizes of gradients
     "minute entries zeroed": Wrong(N, NUMPY_T,
