@@ -540,7 +540,9 @@ CHECKS: Mapping[str, Check] = {
     "options": Check("(notes)", "may", options, right=True),
     "inputs": Check("random gradients are right", "must", beside.inputs, 1, "repeatable", right=True),
     "long-run": Check("hundreds of steps are right", "must", beside.long_run, 2, ("inputs", "engines"), right=True),
-    "axes": Check("every option holds for every number of axes", "must", beside.axes, 1, ("independent", "inputs"), right=True),
+    "axes": Check(
+        "every option holds for every number of axes", "must", beside.axes, 1, ("independent", "inputs"), right=True
+    ),
     "shapes": Check("large and long parameters are right", "must", beside.shapes, 1, ("inputs", "axes"), right=True),
     "sizes": Check("gradients of any size are right", "must", beside.sizes, 1, "inputs", right=True),
     "values": Check("hyperparameters of other values are right", "must", beside.values, 1, "inputs", right=True),
