@@ -216,14 +216,28 @@ def precision(trial: Trial) -> str:
         return "; ".join(found)
     if message := _single(trial, part):
         trial.report.notes.append(message)
-    grads = np.array(part.grads)
-    t = next((t for t, g in enumerate(grads[:-1]) if g.any()), None)
-    if t is None:  # later steps show what one step may hide: some directions do not depend on the length
-        return ""
-    largest = np.unravel_index(np.argmax(np.abs(grads[t])), grads[t].shape)
-    grads[t][largest] *= 1 + 2.0**-30  # which float32 rounds away; the cases' own gradients are exact in float32
-    alike = np.array_equal(trial.played([replace(part, grads=grads)])[0][1:], part.alone[1:])  # type: ignore[index]
-    return "reads float64 gradients with less precision: a change of 1e-9 of an entry changes no step" * alike
+    for part in sorted(trial.parts, key=lambda part: -part.case.steps):
+        grads = np.array(part.grads)
+        t = next((t for t, g in enumerate(grads[:-1]) if g.any()), None)
+        if t is None:  # later steps show what one step may hide: some directions do not depend on the length
+            continue
+        largest = np.unravel_index(np.argmax(np.abs(grads[t])), grads[t].shape)
+        grads[t][largest] *= 1 + 2.0**-30  # which float32 rounds away; the cases' own gradients are exact in float32
+        if np.array_equal(_directions(part, grads), _directions(part, np.array(part.grads))):  # as those of a sign
+            continue
+        alike = np.array_equal(trial.played([replace(part, grads=grads)])[0][1:], part.alone[1:])  # type: ignore[index]
+        return "reads float64 gradients with less precision: a change of 1e-9 of an entry changes no step" * alike
+    return ""
+
+
+def _directions(part: Part, grads: np.ndarray) -> np.ndarray:
+    """The method's own."""
+    method, out = part.case.make(), []
+    state = method.init(part.param)
+    for g in grads:
+        direction, state = method.update(g, state, part.param)
+        out.append(direction)
+    return np.stack(out)
 
 
 def repeatable(trial: Trial) -> str:
