@@ -110,6 +110,11 @@ class Trial:
         return max(self.parts, key=lambda part: part.case.steps)
 
     @property
+    def different(self) -> list[Part]:
+        """One trace of each configuration."""
+        return [*{repr((part.case.config, part.case.decay)): part for part in self.parts}.values()]
+
+    @property
     def seeds(self) -> int:
         """Inputs of a kind."""
         return 10 if self.deep else 1
@@ -368,8 +373,7 @@ def resume(trial: Trial) -> str:
         found = _interrupted(trial, [_repeated(trial.together[0]), _repeated(trial.mirrored)])
     except NotImplementedError:
         found = _interrupted(trial, [_repeated(trial.longest)])
-    different = {repr((part.case.config, part.case.decay)): part for part in trial.parts}
-    for part in [*different.values()][: 0 if trial.slow else None]:
+    for part in trial.different[: 0 if trial.slow else None]:
         found = found or _interrupted(trial, [_repeated(part)])
     if not found and hasattr(subject, "lost"):
         lost = subject.lost()
@@ -438,8 +442,7 @@ def engines(trial: Trial) -> str:
                 continue
             kernels = trial.subject.ran()  # type: ignore[attr-defined]
             ran = [k for k in kernels if k.startswith(ENGINES[name])]
-            different = {repr((part.case.config, part.case.decay)): part for part in trial.parts}
-            for part in [*different.values()] if value and not found else ():
+            for part in trial.different if value and not found else ():
                 found = found or trial.departs([part], **others, **{name: value})
             if found:
                 return f"with {name}={value}: {found}"

@@ -249,11 +249,8 @@ def _search(
     runs: Sequence[Run], failing: frozenset[str], known: variants.Variants, dtype: str, size: int
 ) -> tuple[Match, ...]:
     """Variants of so many flags that explain all runs to ``dtype``'s tolerance."""
-    plain, found, end = (
-        max(error for error, _ in _explain(runs, frozenset(), dtype)),
-        [],
-        time.process_time() + MOST_SECONDS,
-    )
+    plain, found = max(error for error, _ in _explain(runs, frozenset(), dtype)), []
+    end = time.process_time() + MOST_SECONDS
     enough = (0.5 if any(run.case.narrow for run in runs) else 0.1) * plain
     for flags in variants.choices(known, size):
         if time.process_time() > end:
