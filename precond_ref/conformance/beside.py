@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -114,30 +114,56 @@ def random(seed: int, *shape: int) -> np.ndarray:
 # ---- the reference --------------------------------------------------------------------------------------------------
 
 
-def followed(plan: Plan, i: int, dtype: str, applied: Sequence[str], shaken: float = 0) -> np.ndarray:
-    """Changes of parameter ``i`` by the method, (steps, *shape), computed in ``dtype``; its gradients are shaken."""
+class Path(NamedTuple):
+    """What determines the reference's path of one parameter: equal ones are followed once."""
+
+    method: Method
+    rates: tuple[tuple[float, float], ...]
+    """Learning rate and weight decay of each step."""
+    dtype: str
+    """The method computes in it; the parameter is kept in float64."""
+    shaken: tuple[float, ...]
+    """Shares of their size that gradients are shaken by: one member of a stack for each."""
+    shape: tuple[int, ...]
+    start: bytes
+    grads: tuple[bytes | None, ...]
+
+
+def path(plan: Plan, i: int, dtype: str, applied: Sequence[str], *shaken: float) -> Path:
+    """Path of parameter ``i`` of the plan, where changes of the values ``applied`` have an effect."""
     config = plan.other if plan.other and plan.group[i] else plan.config
     method, lr = config.method, config["lr"]
-    decay = method.weight_decay if method.decays else config.get("weight_decay", 0.0)
-    param, out = np.array(plan.params[i], dtype), []
-    state, exact = method.init(param), np.array(plan.params[i], np.float64)
+    decay, rates = method.weight_decay if method.decays else config.get("weight_decay", 0.0), []
+    for t in range(len(plan.grads[i])):
+        for change in plan.changes.get(t, ()):
+            if change.get("group") in (None, plan.group[i] if plan.group else None):
+                lr *= change.get("lr", 1.0) if "lr" in applied else 1.0
+                decay *= change.get("weight_decay", 1.0) if "weight_decay" in applied else 1.0
+        rates.append((lr, decay))
+    grads = tuple(None if g is None else g.tobytes() for g in plan.grads[i])
+    param = plan.params[i]
+    return Path(method, tuple(rates), dtype, shaken, param.shape, param.tobytes(), grads)
+
+
+@functools.lru_cache(maxsize=4096)
+def followed(path: Path) -> np.ndarray:
+    """Changes of the parameter at each step, (members, steps, *shape)."""
+    method, shape = path.method, path.shape
+    exact = np.stack([np.frombuffer(path.start).reshape(shape)] * len(path.shaken))
+    state, out = method.init(exact.astype(path.dtype), stack_ndim=1), np.zeros((len(path.grads), *exact.shape))
     with np.errstate(all="ignore"):
-        for t, grad in enumerate(plan.grads[i]):
-            for change in plan.changes.get(t, ()):
-                if change.get("group") in (None, plan.group[i] if plan.group else None):
-                    lr *= change.get("lr", 1.0) if "lr" in applied else 1.0
-                    decay *= change.get("weight_decay", 1.0) if "weight_decay" in applied else 1.0
-                    if method.decays:
-                        method = method.replace(weight_decay=decay)
-            if grad is None:
-                out.append(np.zeros(exact.shape))
+        for t, (given, (lr, decay)) in enumerate(zip(path.grads, path.rates, strict=True)):
+            if given is None:
                 continue
+            grad = np.frombuffer(given).reshape(shape)
             size = np.abs(grad) if method.elementwise else np.sqrt(np.mean(grad**2))
-            given = np.array(grad + shaken * size * random(t, *grad.shape), dtype)
-            direction, state = method.update(given, state, exact.astype(dtype))
-            out.append(lr * direction.astype(np.float64) + (0.0 if method.decays else lr * decay) * exact)
-            exact = exact - out[-1]
-    return np.stack(out)
+            grads = np.stack([grad + share * size * random(t, *shape) if share else grad for share in path.shaken])
+            if method.decays and method.weight_decay != decay:
+                method = method.replace(weight_decay=decay)
+            direction, state = method.update(grads.astype(path.dtype), state, exact.astype(path.dtype))
+            out[t] = lr * direction.astype(np.float64) + (0.0 if method.decays else lr * decay) * exact
+            exact = exact - out[t]
+    return np.moveaxis(out, 1, 0)
 
 
 def compare(trial: Trial, plan: Plan) -> str:
@@ -156,8 +182,8 @@ def compare(trial: Trial, plan: Plan) -> str:
         raise Nothing
     truths, limits, steps = [], [], len(plan.grads[0])
     for i, first in enumerate(plan.params):
-        want, narrow = (followed(plan, i, precision, applied) for precision in ("float64", "float32"))
-        shaken = followed(plan, i, "float64", applied, u[dtype])
+        want, shaken = followed(path(plan, i, "float64", applied, 0.0, u[dtype]))
+        (narrow,) = followed(path(plan, i, "float32", applied, 0.0))
         axes = tuple(range(1, want.ndim))
         with np.errstate(all="ignore"):
             lengths = np.sqrt(np.sum(want**2, axis=axes))
