@@ -197,6 +197,29 @@ def test_a_preset_is_compared_with_what_it_makes() -> None:
     assert ran.returncode == 0, ran.stdout
 
 
+def check_fields_beside_a_preset() -> None:
+    """``MBF.authors_code`` takes no ``damping``: a case that gives one changes what the preset makes."""
+    subject = subjects.wrap(registry.parse("MBF.authors_code").make)
+    case = next(case for case in runner.cases("MBF") if case.id == "MBF/no-damping")
+    subject.init(results.config_of(case), [np.zeros((3, 4))])
+    assert (subject.method.damping, subject.method.layout) == (0.0, "contiguous")
+    with pytest.raises(subjects.Unsupported, match="optax sets other fields: outputs='columns' needs"):
+        subjects.wrap(registry.parse("Muon.optax").make).init(
+            results.config_of(next(case for case in runner.cases("Muon") if case.config.get("layout") == "flatten")), []
+        )
+
+
+def test_a_preset_as_a_target_takes_the_other_fields_of_its_class() -> None:
+    check_fields_beside_a_preset()
+
+
+def test_a_preset_that_takes_its_own_arguments_only_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = lambda self, made, own: self.target(**subjects.arguments(self.target, own, self.fields))  # noqa: E731
+    monkeypatch.setattr(subjects.Reference, "_of_preset", planted)
+    with pytest.raises((AssertionError, subjects.Unsupported)):
+        check_fields_beside_a_preset()
+
+
 def test_presets_that_are_not_known_are_no_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "made_by", lambda make: make if isinstance(make, type) else None)
     with pytest.raises((AssertionError, ValueError)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -76,10 +77,23 @@ def test_list_as_json(run: Callable[..., Any]) -> None:
         if not registry.required(make):
             made: Any = make()
             fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+            fields |= {p.name: p.default for p in inspect.signature(make).parameters.values()}
             assert {field["name"]: field["default"] for field in entry["fields"]} == json.loads(json.dumps(fields))
     assert entries["Adam"]["elementwise"] is True
     assert entries["ASGO"]["elementwise"] is False
     assert entries["Shampoo"]["about"].startswith("Shampoo (Gupta, Koren, Singer, arXiv 1802.09568) for tensors")
+
+
+def test_list_shows_what_a_preset_takes_before_what_it_sets(run: Callable[..., Any]) -> None:
+    block = run("list").output.partition("\nMuon.optax\n")[2].partition("\n\n")[0]
+    taken, _, fixed = block.partition("    set by the preset:\n")
+    assert "    rms = None " in taken
+    assert re.findall(r"^    (\w+) ", taken, re.M) == registry.arguments(pr.Muon.optax)
+    assert "    scale = 'jordan' " in fixed
+    assert "    outputs = 'columns' " in fixed
+    assert (
+        "set by" not in run("list").output.partition("\nMuon.optax\n")[0].rpartition("\nMuon\n")[2].partition("\n\n")[0]
+    )
 
 
 def test_list_of_what_has_no_default(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,10 +104,10 @@ def test_list_of_what_has_no_default(run: Callable[..., Any], monkeypatch: pytes
     monkeypatch.setattr(listing, "constructors", lambda: {"ASGO.theory": theory})
     (entry,) = strict_json(run("list", "--json").output)
     assert entry["fields"] == [
-        {"name": "size", "required": True, "default": None, "meaning": ""},
+        {"name": "size", "required": True, "default": None, "meaning": "option of this preset alone"},
         {"name": "eps", "required": False, "default": 0.5, "meaning": pr.ASGO.symbols["eps"]},
     ]
-    assert "\n    size                   \n    eps = 0.5 " in run("list").output
+    assert "\n    size                   option of this preset alone\n    eps = 0.5 " in run("list").output
 
 
 # ---- compare ------------------------------------------------------------------------------------------------------

@@ -473,5 +473,8 @@ def test_list_command(command):
     assert [line.split()[:3] for line in lines] == [[c.id, "may", c.kind] for c in cases("ASGO", "may")]
     entries = json.loads(command("list", "--json").output)
     assert [entry["id"] for entry in entries] == [c.id for c in cases(folder=vectors.FOLDER / "v1")]
+    presets = [c.id for c in cases("ASGO") if c.constructor == "ASGO.theory"]
+    assert [line.split()[0] for line in command("list", "--method", "ASGO.theory").output.splitlines()] == presets != []
     result = command("list", "--method", "AG")
-    assert (result.exit_code, result.output) == (2, "error: --method must be one of AGD, ASGO, roots.power, got 'AG'\n")
+    wanted = "error: --method must be one of AGD, ASGO, roots.power, ASGO.theory, got 'AG'\n"
+    assert (result.exit_code, result.output) == (2, wanted)

@@ -1,4 +1,4 @@
-"""The command line ``precond-ref``; `application` has its commands."""
+"""The command line ``precond-ref``; `application` returns it with its commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main() -> None:
 
 
 def application() -> typer.Typer:
-    """The commands."""
+    """Return the application with all commands."""
     from precond_ref.cli import app
 
     return app.application()

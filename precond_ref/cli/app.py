@@ -1,4 +1,4 @@
-"""The command line ``precond-ref``: its commands, one module each beside this one."""
+"""The command line ``precond-ref``. Each command has a module of its own beside this one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHECK = "Check an implementation, and say what it computes instead."
 
 
 def application() -> typer.Typer:
-    """The commands."""
+    """Return the application with all commands."""
     app = typer.Typer(
         help="Reference implementations of preconditioned optimizers.",
         epilog="Begin with `precond-ref compare`. The help of each command has examples.",
@@ -35,7 +35,7 @@ def application() -> typer.Typer:
 
 
 def print_version(wanted: bool) -> None:
-    """Print the version and end, if wanted."""
+    """Print the version and end the command, if ``wanted``."""
     if wanted:
         typer.echo(f"precond-ref {precond_ref.__version__}")
         raise typer.Exit

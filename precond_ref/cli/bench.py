@@ -1,4 +1,4 @@
-"""The command ``precond-ref bench``. Heavy libraries are imported when used."""
+"""``precond-ref bench``: times of the methods. The command imports heavy libraries only when it runs."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def bench_command(
     peers: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", envvar="PRECOND_REF_PEERS", help="Where `benchmarks/peers.sh FOLDER` has put these."
+            metavar="FOLDER", envvar="PRECOND_REF_PEERS", help="The folder that `benchmarks/peers.sh FOLDER` has made."
         ),
     ] = None,
     only: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Only what has this in its title, such as `ASGO` or `large`.")
+        str | None, typer.Option(metavar="TEXT", help="Only titles that contain TEXT, such as `ASGO` or `large`.")
     ] = None,
     threads: Annotated[int, typer.Option(metavar="N", help="Threads of linear algebra.")] = 1,
-    rounds: Annotated[int, typer.Option(metavar="N", help="Measurements of each, at least 2.")] = 15,
+    rounds: Annotated[int, typer.Option(metavar="N", help="Measurements of each contender, at least 2.")] = 15,
     clock: Annotated[
         str, typer.Option(metavar="wall|cpu", help="Time of the day, or of the processor: steadier on a busy machine.")
     ] = "wall",
@@ -59,9 +59,9 @@ def bench_command(
 ) -> None:
     """Time the methods beside their peers and their floors.
 
-    Contenders take turns, so that a busy machine slows all of them: each round measures every one for about 50 ms.
-    A ratio is the median over the rounds of the time divided by that of the first row in the same round. States are
-    float32, gradients random, four sets in turn; the first steps, which compile, are not counted.
+    The contenders take turns, so that a busy machine slows all of them: each round measures every contender for about
+    50 ms. A ratio is the time divided by the time of the first row in the same round; the median over the rounds is
+    shown. States are float32. Gradients are random, four sets in turn. The first steps, which compile, are not counted.
     """
 
     if suite not in SUITES:
@@ -119,7 +119,7 @@ def bench_command(
 
 
 def titles(suite: str) -> list[str]:
-    """What `--only` looks into."""
+    """Return the titles of a suite, which ``--only`` searches."""
     from precond_ref.bench import memory, suites
 
     if suite == "memory":
@@ -132,7 +132,7 @@ def titles(suite: str) -> list[str]:
 def measured(
     suite: str, only: str | None, threads: int, rounds: int, smoke: bool, peers: Path | None, clock: str
 ) -> tuple[list[Table], list[dict[str, Any]], list[Any]]:
-    """Tables, the same as plain data, and all times with a title."""
+    """Return the tables, the same as plain data, and all times with their titles."""
     from precond_ref.bench import harness, memory, report, suites
 
     tables, data, entries = [], [], []

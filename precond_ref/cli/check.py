@@ -35,9 +35,9 @@ What TARGET can be (module:attribute; the current folder is searched first):
   one of precond_ref's methods             precond_ref:ASGO --backend torch
 
 \b
-Arguments named like ours (precond-ref list) are found; lr, learning_rate, betas, b1, b2 and weight_decay too. --map
-tells of others; an argument that TARGET does not have is left out where a case has its default, and else the case is
-skipped.
+TARGET gets its hyperparameters by the names that `precond-ref list` prints, and lr and weight_decay. The arguments
+learning_rate, betas, b1 and b2 are recognised; --map gives other names. An argument that TARGET does not have is left
+out if the case has its default value; otherwise the case is skipped.
 
 \b
 Examples:
@@ -54,12 +54,14 @@ Examples:
 
 def check_command(
     target: Annotated[str | None, typer.Argument(metavar="[TARGET]", help="The implementation, see below.")] = None,
-    method: Annotated[str, typer.Option(metavar="NAME", help="What it should be; `precond-ref list` names them.")] = "",
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="The method that it should be; `precond-ref list` prints the names.")
+    ] = "",
     command: Annotated[
         str | None, typer.Option(metavar='"PROGRAM ..."', help="A program that speaks JSON lines, instead of TARGET.")
     ] = None,
     level: Annotated[
-        int, typer.Option(metavar="0|1|2", help="0: parameters. 1: states that it shows too. 2: primitives too.")
+        int, typer.Option(metavar="0|1|2", help="0: parameters. 1: also the states it shows. 2: also primitives.")
     ] = 0,
     dtype: Annotated[str, typer.Option(metavar="float64|float32", help="Precision of the run.")] = "float64",
     backend: Annotated[
@@ -69,51 +71,55 @@ def check_command(
         str | None,
         typer.Option(
             metavar="PLACE",
-            help="Another implementation, instead of --method: both run on made-up gradients; needs Hypothesis.",
+            help="Another implementation, instead of --method: both run on generated gradients; needs Hypothesis.",
         ),
     ] = None,
-    examples: Annotated[int, typer.Option(metavar="N", help="With --against: inputs to try.")] = 100,
-    seed: Annotated[int, typer.Option(metavar="N", help="With --against: of the inputs.")] = 0,
+    examples: Annotated[int, typer.Option(metavar="N", help="With --against: number of inputs.")] = 100,
+    seed: Annotated[int, typer.Option(metavar="N", help="With --against: seed of the inputs.")] = 0,
     names: Annotated[
         list[str] | None,
-        typer.Option("--map", metavar="OURS=THEIRS", help="Their name of an argument, or of a state.NAME; repeatable."),
+        typer.Option(
+            "--map", metavar="OURS=THEIRS", help="The name that TARGET has for an argument or a state.NAME; repeatable."
+        ),
     ] = None,
     invariances: Annotated[
-        bool, typer.Option("--invariances", help="Try the method's laws on made-up gradients too; needs Hypothesis.")
+        bool, typer.Option("--invariances", help="Also try the method's laws on generated gradients; needs Hypothesis.")
     ] = False,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Make up more inputs, for minutes instead of seconds of processor time.")
+        bool, typer.Option("--deep", help="Generate more inputs, for minutes instead of seconds of processor time.")
     ] = False,
     require: Annotated[
-        str, typer.Option(metavar="must|should", help="Fail if a case of this tier is skipped; should: of must too.")
+        str, typer.Option(metavar="must|should", help="Fail if a case of this tier is skipped; `should` includes must.")
     ] = "",
     timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="For each answer of it: being imported, beginning, one step.")
+        float, typer.Option(metavar="SECONDS", help="Limit of one answer: the import, the beginning of a case, a step.")
     ] = Limits().seconds,
     memory: Annotated[
         float | None,
-        typer.Option(metavar="GIB", help="Limit of it and of what it starts; on Linux only.  [default: 4]"),
+        typer.Option(metavar="GIB", help="Limit of the process and its children; on Linux only.  [default: 4]"),
     ] = None,
     xfails: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Ids expected to fail, one a line; # starts a comment.")
     ] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report, as JSON.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what passed and was skipped too.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also show the cases that passed or were skipped.")
+    ] = False,
 ) -> None:
     """Check an implementation of one of the methods, and say what it computes instead.
 
-    Runs it on test vectors, whose results come from 50-digit arithmetic, compares each step within a derived
-    tolerance, and checks that it leaves gradients alone, can be resumed, and keeps parameters apart. Then it runs
-    beside the method on made-up inputs: long runs, large shapes, values that change. If it is wrong, its steps are
-    compared with those of the known mistakes.
+    The command runs TARGET on test vectors, whose results come from 50-digit arithmetic, and compares each step within
+    a derived tolerance. It checks that TARGET leaves gradients alone, can be resumed, and keeps parameters apart. Then
+    TARGET runs beside the method on generated inputs: long runs, large shapes, values that change. If TARGET is wrong,
+    its steps are compared with the steps of known mistakes.
 
-    With --against there are no vectors: two implementations are run side by side, and a difference is shrunk to a small
-    program. Both take fields in brackets; TARGET also gets those of the other.
+    With --against there are no vectors: two implementations run side by side, and a difference is shrunk to a small
+    program. Both take fields in brackets; TARGET also gets the fields of the other.
 
-    TARGET runs in a process of its own; what it prints goes to the error stream.
+    TARGET runs in a process of its own; its output goes to the error stream.
 
-    Exit code: 0 right, 1 wrong or not finished, 2 the command cannot be run or its report not written, 3 right except
-    at an edge, such as eps = 0 with a singular statistic.
+    Exit code: 0 right, 1 wrong or not finished, 2 the command cannot be run or its report cannot be written, 3 right
+    except at an edge, such as eps = 0 with a singular statistic.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
@@ -190,7 +196,7 @@ def side_by_side(
     examples: int,
     json: Path | None,
 ) -> NoReturn:
-    """Compare the two, say what was found, and end."""
+    """Compare the two implementations, print the verdict, and end the command with its exit code."""
     from functools import partial
 
     from precond_ref import registry
@@ -246,7 +252,7 @@ def side_by_side(
 
 
 def limited(timeout: float, memory: float | None) -> Limits:
-    """Both, or ValueError."""
+    """Return the limits; ValueError if one is not positive and finite."""
     limits = Limits(timeout, Limits().gigabytes if memory is None else memory)
     for name, value in zip(("--timeout", "--memory"), limits, strict=True):
         if not 0 < value < math.inf:
@@ -255,7 +261,7 @@ def limited(timeout: float, memory: float | None) -> Limits:
 
 
 def written(report: Report, file: Path | None) -> str:
-    """The report as JSON in a file; the file and the reason, if that failed."""
+    """Write the report as JSON to ``file``; return the file and the reason if this failed, else ""."""
     try:
         if file is not None:
             file.write_text(json_module.dumps(report.as_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -265,7 +271,7 @@ def written(report: Report, file: Path | None) -> str:
 
 
 def printed(report: Report, verbose: bool) -> str:
-    """The report on standard output, at once: a reader of its first line does not break it; as `written`."""
+    """Write the report to standard output in one piece, so that a reader may close it early; returns as `written`."""
     from rich.console import Console
 
     if sys.stdout is None:
@@ -281,14 +287,14 @@ def printed(report: Report, verbose: bool) -> str:
         sys.stdout.write(text.getvalue().encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except OSError as error:
-        with contextlib.suppress(OSError):  # what is left goes nowhere
+        with contextlib.suppress(OSError):  # the rest of the output is dropped
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return f"standard output: {error.strerror}"
     return ""
 
 
 def with_progress(run: Any, total: int) -> Any:
-    """``run(step)`` under a bar on the error stream, if that is a terminal; ``step`` takes an id."""
+    """Return ``run(step)``, with a progress bar if the error stream is a terminal; ``step`` takes the next id."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
@@ -304,21 +310,21 @@ def with_progress(run: Any, total: int) -> Any:
 
 
 def show(report: Report, console: Console, verbose: bool = False) -> None:
-    """The report for a person."""
+    """Print the report for a person."""
     console.print(f"{report.target} against {report.method}: {report.dtype}, level {report.level}", end="\n\n")
     unexpected = {r.id for r in report.failures}
     rows = [r for r in report.results if verbose or r.id in unexpected or r.id in report.unexpected_passes or may(r)]
     if rows:
         console.print(table(rows, report), end="\n\n")
     said = [r for r in rows if verbose or r.id in unexpected]
-    few = 0 < len(said) <= 4  # then what each is for, too
+    few = 0 < len(said) <= 4  # then the purpose of each is printed, too
     messages = Counter(r.message for r in said)
     for r in said:
         if report.ended and r.id == report.results[-1].id:  # the verdict says it
             continue
-        number = messages.pop(r.message, 0)  # one that was said is not said again
+        number = messages.pop(r.message, 0)  # a message is printed once
         text = r.message and r.message + f" (in {number} cases)" * (number > 1) if number else ""
-        if few and not r.id.startswith("invariance/"):  # whose text says it all
+        if few and not r.id.startswith("invariance/"):  # the message of a law has its purpose
             text = f"{r.why} {text[:1].upper()}{text[1:]}".strip()
         if text:
             console.print(f"{r.id}: {text}", soft_wrap=True)
@@ -373,7 +379,7 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
 
 
 def seen(report: Report, cases: list[Result]) -> str:
-    """How much of the method was seen, in words."""
+    """Return in words how much of the method was seen."""
     must = [r for r in cases if r.tier == "must"]
     left = len(report.left_out("must"))
     if report.ran == len(cases):
@@ -383,18 +389,18 @@ def seen(report: Report, cases: list[Result]) -> str:
 
 
 def may(result: Result) -> bool:
-    """Whether it departs where a subject may: shown, but no failure."""
+    """Return whether the result is a failure of tier "may", which is shown and not counted."""
     return result.tier == "may" and result.status in ("failed", "error") and "/reject-" not in result.id
 
 
 def count(results: list[Result]) -> str:
-    """Numbers by status."""
+    """Return the number of results of each status, in words."""
     numbers = Counter(r.status for r in results)
     return ", ".join(f"{numbers[s]} {s}" for s in ("passed", "failed", "error", "skipped") if numbers[s]) or "none"
 
 
 def table(results: list[Result], report: Report) -> Table:
-    """One row per result."""
+    """Return a table with one row per result."""
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, header_style="bold")

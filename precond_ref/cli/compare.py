@@ -1,4 +1,4 @@
-"""``precond-ref compare``: all methods on one problem. Heavy libraries wait until used."""
+"""``precond-ref compare``: all methods on one problem. The command imports heavy libraries only when it runs."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def compare_command(
 ) -> None:
     """Train all methods that fit one problem and show who wins.
 
-    The winner has the smallest loss on the whole training set after the last step. All start from the same
-    parameters and see the same batches. Each has its own learning rate: the best of a recorded grid search that
-    was the same for all. What a method does not take (biases, mostly) goes to Adam at the same rate.
+    The winner has the smallest loss on the whole training set after the last step. All methods start from the same
+    parameters and see the same batches. Each has its own learning rate: the best of a recorded grid search, which was
+    the same for all. The parameters that a method does not take (mostly biases) go to Adam at the same rate.
 
-    Linear algebra runs on one thread unless OMP_NUM_THREADS says otherwise: the matrices are small.
+    Linear algebra runs on one thread, because the matrices are small; OMP_NUM_THREADS sets another number.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy or PyTorch is imported
     try:
@@ -106,7 +106,7 @@ def compare_command(
 
 
 def train(comparison: Comparison) -> bool:
-    """Train all with live progress; False if the user interrupted."""
+    """Train all methods with live progress; return False if the user interrupted the run."""
     count = len(comparison.planned)
     with progress() as bar:
         task = bar.add_task("", total=count * comparison.steps, loss="")
@@ -125,7 +125,7 @@ def train(comparison: Comparison) -> bool:
 
 
 def tune_rates(problem: str | None, methods: str | None, steps: int | None) -> None:
-    """Search the learning rates on one problem, or on all for which there are data and methods that fit."""
+    """Search the learning rates on one problem, or on all problems with data here and methods that fit."""
     from precond_ref.compare import UsageError
     from precond_ref.registry import parse_list
 

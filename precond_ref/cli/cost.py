@@ -1,4 +1,4 @@
-"""The command ``precond-ref cost``. Heavy libraries are imported when used."""
+"""``precond-ref cost``: what the methods need. The command imports heavy libraries only when it runs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Examples:
   precond-ref cost --shapes shapes.json --json | python -m json.tool
 
 \b
-Reading it:
-  A method that needs 8 bytes of state per parameter needs as much as Adam in float32.
-  The floor is what the memory bus or the matrix units need at the very least. Where the floor of a method is far
-  above that of Adam, renew its roots less often (every=10) or give it smaller matrices.
-  `received` is what --mesh adds to data parallelism: every matrix must come together somewhere.
+How to read the table:
+  A method with 8 bytes of state per parameter needs as much memory as Adam in float32.
+  The floor is the least time of the memory bus and the matrix units. If the floor of a method is far above the floor of
+  Adam, renew its roots less often (every=10) or give it smaller matrices.
+  `received` is the communication that --mesh adds to data parallelism: one device must hold each whole matrix.
 """
 DEFAULT = ("Adam", "AGD", "ASGO", "DASGO", "SShampoo", "RFRMSProp", "RFShampoo", "IFShampoo", "MBF", "Shampoo", "Muon")
 
@@ -37,14 +37,14 @@ def cost_command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help='JSON {"name": [sizes], ...}, or .safetensors, of which only names and shapes are read.',
+            help='JSON {"name": [sizes], ...}, or .safetensors (only names and shapes are read).',
         ),
     ] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="As in `precond-ref list`, or your own, with fields in brackets if need be: "
+            help="A name of `precond-ref list`, or your own method; fields may follow in brackets: "
             '"SShampoo(size=64, every=10)", "my_module:Mine(beta2=0.9)"; repeatable.  '
             "[default: most of them, size=256]",
         ),
@@ -52,7 +52,8 @@ def cost_command(
     dtype: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="Of the parameters: float64, float32, bfloat16, float16; states have float32 at least."
+            metavar="NAME",
+            help="Dtype of the parameters: float64, float32, bfloat16, float16; states are float32 at least.",
         ),
     ] = "float32",
     mesh: Annotated[int, typer.Option(metavar="N", help="Share the work among N devices.")] = 1,
@@ -65,10 +66,10 @@ def cost_command(
 ) -> None:
     """Count what each method needs on a model; nothing is run.
 
-    Memory, arithmetic and communication. Bytes of state are exact. Flops are those of matrix products and
-    factorizations, bytes moved are the least possible, and work done every k steps counts 1/k. The floor is the time
-    below which no step can come on a device of the given bandwidth and rate, whose defaults are those of an A100
-    (80 GB) in float32.
+    The command counts memory, arithmetic and communication. Bytes of state are exact. Flops are those of matrix
+    products and factorizations, bytes moved are the least possible, and work done every k steps counts 1/k. The floor
+    is the shortest possible time of a step on a device of the given bandwidth and rate. Their defaults are those of an
+    A100 (80 GB) in float32.
     """
     from precond_ref.cost import Device, estimate
     from precond_ref.cost.shapes import read

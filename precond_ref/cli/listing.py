@@ -1,4 +1,4 @@
-"""``precond-ref list``: the methods."""
+"""``precond-ref list``: all methods, presets and their fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from precond_ref.protocol import Method
-from precond_ref.registry import constructors, list_methods, required
+from precond_ref.registry import arguments, constructors, list_methods, required
 
 EXAMPLES = """\b
 Examples:
@@ -30,23 +30,27 @@ def list_command(
         return
     for entry in entries:
         typer.echo(f"{entry['name']}\n  {entry['about']}\n  {entry['paper']}")
-        for field in entry["fields"]:
+        known = arguments(constructors()[entry["name"]])
+        for number, field in enumerate(entry["fields"]):
+            if number == len(known):
+                typer.echo("    set by the preset:")
             head = field["name"] if field["required"] else f"{field['name']} = {field['default']!r}"
             typer.echo(f"    {head:<22} {field['meaning']}")
         typer.echo()
 
 
 def described(name: str, make: Callable[..., Method]) -> dict[str, Any]:
-    """What ``precond-ref list --json`` says of a method or a preset."""
+    """Return the entry of ``precond-ref list --json`` for a method or a preset.
+
+    Its fields are the arguments of ``make`` with their defaults, and after these, for a preset that can be made without
+    arguments, the other fields with the values that the preset sets.
+    """
     method = list_methods()[name.partition(".")[0]]
     missing = required(make)
-    if missing:  # cannot be made: what it asks for
-        fields = {p.name: None if p.name in missing else p.default for p in inspect.signature(make).parameters.values()}
-        symbols = method.symbols
-    else:
+    fields = {p.name: None if p.name in missing else p.default for p in inspect.signature(make).parameters.values()}
+    if not missing:
         made: Any = make()
-        fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
-        symbols = made.symbols
+        fields |= {f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.name not in fields}
     first_line = " ".join(inspect.cleandoc(make.__doc__ or "").partition("\n\n")[0].split())
     return {
         "name": name,
@@ -54,7 +58,8 @@ def described(name: str, make: Callable[..., Method]) -> dict[str, Any]:
         "paper": method.paper,
         "elementwise": method.elementwise,
         "fields": [
-            {"name": field, "required": field in missing, "default": value, "meaning": symbols.get(field, "")}
+            {"name": field, "required": field in missing, "default": value,
+             "meaning": method.symbols.get(field, "option of this preset alone")}
             for field, value in fields.items()
         ],
-    }
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""``precond-ref regret``: a method on an online problem, its regret and what theory allows."""
+"""``precond-ref regret``: a method on an online problem, its regret, and the bound of the theory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def regret_command(
         str,
         typer.Option(
             metavar="NAME",
-            help="As `precond-ref list` names it, or your own, with fields in brackets if need be: "
+            help="A name of `precond-ref list`, or your own method; fields may follow in brackets: "
             '"AGD(delta=0.1)", "my_module:Mine(beta2=0.9)".',
         ),
     ] = "SAdaGrad",
@@ -49,22 +49,28 @@ def regret_command(
         typer.Option(
             metavar="NAME|FILE",
             help="Logistic regression on a LIBSVM file, in file order, with an intercept. "
-            "A name is looked for in the folder PRECOND_REF_DATA, then in this one. "
-            "Labels are of two classes; the larger counts as 1, the smaller as -1.",
+            "A name is searched in the folder PRECOND_REF_DATA, then in the current folder. "
+            "There must be two labels; the larger counts as 1, the smaller as -1.",
         ),
     ] = None,
     adversary: Annotated[
-        str | None, typer.Option(metavar="KIND", help="Linear losses; one of those below.  [default: random]")
+        str | None, typer.Option(metavar="KIND", help="Linear losses: one adversary of those below.  [default: random]")
     ] = None,
     dimension: Annotated[
         int | None, typer.Option(metavar="N", help="Length of the adversary's vector.  [default: 20]")
     ] = None,
-    shape: Annotated[str | None, typer.Option(metavar="MxN", help="Shape of its matrix, instead of a vector.")] = None,
-    rounds: Annotated[int | None, typer.Option(metavar="N", help="Rounds.  [default: 1000; the whole file]")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the adversary.  [default: 0]")] = None,
+    shape: Annotated[
+        str | None, typer.Option(metavar="MxN", help="Shape of the adversary's matrix, instead of a vector.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of rounds.  [default: 1000; with --data the whole file]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the adversary.  [default: 0]")] = None,
     radius: Annotated[
         float | None,
-        typer.Option(metavar="R", help="The comparator is in the ball around 0.  [default: 1; with --data no ball]"),
+        typer.Option(
+            metavar="R", help="Radius of the ball around 0 that has the comparator.  [default: 1; with --data no ball]"
+        ),
     ] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything, as JSON.")] = None,
     output: Annotated[
@@ -76,9 +82,10 @@ def regret_command(
 ) -> None:
     """Play a method against losses: its regret beside the bound.
 
-    The regret is against the best fixed point: of a ball, for the linear losses of an adversary; of the whole space
-    (or a ball), for the data, found by SciPy. For SAdaGrad and SShampoo the escaped mass, its bound and the spectrum
-    are shown too. Nothing is projected; in the bounds D is the largest distance met between iterate and comparator.
+    The comparator of the regret is the best fixed point. For the linear losses of an adversary it is the best point of
+    a ball; for data it is the best point of the whole space (or of a ball), which SciPy finds. For SAdaGrad and
+    SShampoo the escaped mass, its bound and the spectrum are shown too. Iterates are not projected; in the bounds D is
+    the largest distance between an iterate and the comparator.
     """
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy is imported
@@ -165,7 +172,7 @@ def regret_command(
 
 
 def _method(text: str, size: int, fields: Any, lr: float) -> tuple[Method, str]:
-    """The method of that name with its fields."""
+    """Return the method that the options describe, and its name."""
     from precond_ref.compare import UsageError
     from precond_ref.registry import arguments, parse
 
@@ -187,7 +194,7 @@ def _method(text: str, size: int, fields: Any, lr: float) -> tuple[Method, str]:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    """MxN as two ints."""
+    """Return the two ints of ``"MxN"``."""
     from precond_ref.compare import UsageError
 
     parts = text.lower().split("x")

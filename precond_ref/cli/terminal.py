@@ -1,4 +1,4 @@
-"""What all commands share: how they fail, where they write, what they show meanwhile."""
+"""Functions that all commands share: errors, output files, standard output, progress."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ EXTRA = 'pip install "precond-ref[cli]"'
 
 
 def fail(message: object) -> NoReturn:
-    """One line on the error stream, exit code 2."""
+    """Print one line on the error stream and end with exit code 2."""
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(2)
 
 
 @contextmanager
 def own_method(name: Callable[[], str]) -> Iterator[None]:
-    """Fail in one line, which has the place, for what a method that is not of this package raises."""
+    """Turn an error of a method from outside this package into one line, which has the place, and exit code 2."""
     try:
         yield
     except Exception as error:
@@ -46,14 +46,14 @@ def check_files(*files: Path | None) -> None:
 
 
 def standard_output() -> Console:
-    """Standard output. Tables keep all their columns, and long lines are left to the terminal to wrap."""
+    """Return a console on standard output, in which tables keep all columns and the terminal wraps long lines."""
     from rich.console import Console
 
     return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=1000)
 
 
 def progress() -> Progress:
-    """A line on the error stream: what runs, a bar, a loss; nothing if that is not a terminal."""
+    """Return a progress line for the error stream: a name, a bar, a loss. It is empty if this is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 

@@ -24,7 +24,7 @@ Examples:
 
 
 def application() -> typer.Typer:
-    """The commands."""
+    """Return the application with the commands of ``vectors``."""
     app = typer.Typer(
         help="The conformance vectors: show, check and write them.", no_args_is_help=True, rich_markup_mode=None
     )
@@ -35,17 +35,20 @@ def application() -> typer.Typer:
 
 
 def list_command(
-    method: Annotated[str | None, typer.Option(metavar="NAME", help="Only this method's.")] = None,
-    tier: Annotated[str | None, typer.Option(metavar="must|should|may", help="Only this tier's.")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only the cases of a method, or of a preset such as ASGO.theory.")
+    ] = None,
+    tier: Annotated[str | None, typer.Option(metavar="must|should|may", help="Only the cases of this tier.")] = None,
     json: Annotated[bool, typer.Option("--json", help="The manifest's entries, on standard output.")] = False,
 ) -> None:
-    """Show the cases: id, tier, kind, what each is for."""
+    """Show the cases: id, tier, kind, purpose."""
     listed = vectors.cases()
-    for option, value, key in (("--method", method, "method"), ("--tier", tier, "tier")):
-        known = dict.fromkeys(getattr(case, key) for case in listed)
+    for option, value, keys in (("--method", method, ("method", "constructor")), ("--tier", tier, ("tier",))):
+        known = dict.fromkeys(getattr(case, key) for key in keys for case in vectors.cases() if getattr(case, key))
         if value is not None and value not in known:
             fail(f"{option} must be one of {', '.join(known)}, got {value!r}")
-    listed = vectors.cases(method, tier)
+        if value is not None:
+            listed = [case for case in listed if value in [getattr(case, key) for key in keys]]
     if json:
         ids = {case.id for case in listed}
         entries = [{k: v for k, v in e.items() if k != "folder"} for e in vectors.entries() if e["id"] in ids]
@@ -78,7 +81,7 @@ def build_command(
         bool, typer.Option("--check", help="Write nothing; exit code 1 if the files there are not these.")
     ] = False,
 ) -> None:
-    """Compute all cases anew.
+    """Compute all cases again and write them.
 
     The arithmetic has 50 digits and shares no code with the library.
     """
@@ -115,7 +118,7 @@ def build_command(
 
 
 def compared(old: Path, new: Path) -> list[str]:
-    """A line for each file that is not in both folders with the same bytes."""
+    """Return a line for each file that is not in both folders with the same bytes."""
     files = [{p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} for folder in (old, new)]
     lines = [f"gone: {name}" for name in files[0] - files[1]] + [f"new: {name}" for name in files[1] - files[0]]
     both = files[0] & files[1]

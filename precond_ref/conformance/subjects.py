@@ -597,7 +597,21 @@ class Reference:
         made = registry.made_by(self.target)
         if made is None or not made.decays:  # `step` does it
             own.pop("weight_decay", None)
-        return self.target(**arguments(self.target, own, self.fields))
+        if made is None or isinstance(self.target, type):
+            return self.target(**arguments(self.target, own, self.fields))
+        return self._of_preset(made, own)
+
+    def _of_preset(self, made: type[Method], own: Config) -> Method:
+        """Return the method of the function ``target``, a preset, with those fields replaced that it does not take."""
+        taken = {*registry.arguments(self.target), *self.fields}
+        beside = {k: v for k, v in own.items() if k in made.symbols and not {k} & (taken | own.at_default)}
+        rest = Config({k: v for k, v in own.items() if k not in beside})
+        rest.at_default = own.at_default
+        method = self.target(**arguments(self.target, rest, self.fields))
+        try:
+            return method.replace(**beside)
+        except (TypeError, ValueError) as error:
+            raise Unsupported(f"{_called(self.target)} sets other fields: {error}") from error
 
     def init(self, config: Config, params: Arrays) -> None:
         """A method with these fields."""
