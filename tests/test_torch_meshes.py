@@ -22,7 +22,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 ROUNDING = 2.0**-53 * 64
 """Of sums of at most ten terms, where one process takes two matrices by one call and their owners do not; and of a
-joined pair: one process moves it by strided parts of its direction, in two roundings, and an owner's parts arrive packed."""
+joined pair: one process moves it by strided parts of its direction, in two roundings, an owner's parts are packed."""
 FEW = ["Adam", "ASGO", "MBF, joined"]
 
 COMPACT: Jobs = [
