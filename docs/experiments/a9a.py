@@ -37,15 +37,15 @@ EXPECTED = {
     "Ada-FD": 0.35410,
     "FD-SON": 0.53912,
 }
-"""Of an independent implementation, rates below 1e-3 left out."""
+"""Results of an independent implementation, without rates below 1e-3."""
 
 
 @dataclass(frozen=True)
 class Learner:
-    """A method with its grid. ``unit`` learners scale the gradient by 1 / sqrt(lr) and the step by sqrt(lr):
+    """A method with its grid.
 
-    that is `FDSON` and `RFDSON` at any ``learning_rate``, made of one with ``learning_rate=1``, so that all rates of a
-    grid run as one stack.
+    A ``unit`` learner scales the gradient by 1 / sqrt(lr) and the step by sqrt(lr). This makes `FDSON` and `RFDSON` at
+    any ``learning_rate`` from one method with ``learning_rate=1``, so that all rates of a grid run as one stack.
     """
 
     make: Callable[[float], Any]
@@ -77,7 +77,7 @@ def one_pass(
     power: float = 0.0,
     on_rows: Callable[[int], Any] = lambda n: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean log-loss and share of errors, one per learning rate; inf where the pass diverged."""
+    """Return the mean log-loss and the share of errors, one per learning rate; inf if the pass diverged."""
     x = np.zeros((len(rates), features.shape[1]))
     state = method.init(x, stack_ndim=1)
     loss, errors = np.zeros(len(rates)), np.zeros(len(rates))
@@ -96,7 +96,7 @@ def one_pass(
 
 
 def grids(features: np.ndarray, signs: np.ndarray) -> dict[str, Any]:
-    """The best of each learner's grid."""
+    """Return the best point of each learner's grid."""
     results = {}
     total = sum(len(each.deltas) for each in LEARNERS.values()) * len(signs)
     with common.progress() as bar:
@@ -123,7 +123,7 @@ def grids(features: np.ndarray, signs: np.ndarray) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def without_rank_decision() -> Iterator[None]:
-    """Frequent Directions that take rounding for mass: s_i > 0 and e + rho > 0 as the only tests."""
+    """Patch Frequent Directions so that rounding counts as mass: s_i > 0 and e + rho > 0 are the only tests."""
     source = inspect.getsource(fd)
     for old, new in (
         ("xp.where(kept, s, 0.0)", "s"),
@@ -148,7 +148,7 @@ def without_rank_decision() -> Iterator[None]:
 
 
 def rank_decision(features: np.ndarray, signs: np.ndarray, best: dict[str, Any]) -> dict[str, Any]:
-    """The learners with a pseudo-inverse at their best settings, with and without the rank decision."""
+    """Run the learners with a pseudo-inverse at their best settings, with and without the rank decision."""
     results = {}
     for name in ("S-AdaGrad", "RFD-SON"):
         learner, lr = LEARNERS[name], np.array([best[name]["lr"]])
@@ -159,7 +159,7 @@ def rank_decision(features: np.ndarray, signs: np.ndarray, best: dict[str, Any])
 
 
 def low_rank_stream() -> dict[str, float]:
-    """S-AdaGrad of size 4 on gradients of rank 3 in six dimensions: largest distance to the full matrix's direction."""
+    """Return the largest distance of S-AdaGrad of size 4 to the full-matrix direction: rank 3 in six dimensions."""
     rng = np.random.default_rng(0)
     span = np.linalg.qr(rng.standard_normal((6, 3)))[0]
     grads = rng.standard_normal((200, 3)) @ span.T
@@ -180,7 +180,7 @@ def low_rank_stream() -> dict[str, float]:
 
 
 def sizes(features: np.ndarray, signs: np.ndarray) -> dict[str, Any]:
-    """S-AdaGrad on the first 4000 rows by size: the best of 25 rates from 1e-3, and the rate 0.1."""
+    """Run S-AdaGrad on the first 4000 rows by size, at the best of 25 rates from 1e-3 and at the rate 0.1."""
     features, signs, rates = features[:4000], signs[:4000], FINE[24:]
     methods: dict[str, Any] = {str(size): pr.SAdaGrad(size=size) for size in (1, 2, 3, 5, 10, 20, 40)}
     methods["diagonal AdaGrad"], methods["OGD"] = pr.AdaGrad(eps=0.0), pr.SGD()
@@ -202,7 +202,7 @@ def sizes(features: np.ndarray, signs: np.ndarray) -> dict[str, Any]:
 
 
 def speed(features: np.ndarray, signs: np.ndarray, rounds: int = 4000, repeats: int = 5) -> dict[str, Any]:
-    """Microseconds a round of one loop with each method, through ``method.update``, the least of the repeats."""
+    """Return the microseconds of a round with each method, through ``method.update``: the least of the repeats."""
     methods = {
         "AdaGrad": (pr.AdaGrad(eps=0.0), best_rate("AdaGrad")),
         "S-AdaGrad, svd": (pr.SAdaGrad(size=SIZE), best_rate("S-AdaGrad")),
@@ -229,12 +229,12 @@ def speed(features: np.ndarray, signs: np.ndarray, rounds: int = 4000, repeats: 
 
 
 def best_rate(name: str) -> float:
-    """The best rates that `grids` finds."""
+    """Return the best rate that `grids` finds."""
     return {"AdaGrad": 10**-0.875, "S-AdaGrad": 10**-0.375}[name]
 
 
 def figure(results: dict[str, Any], by_size: dict[str, Any]) -> Any:
-    """Loss against the learning rate, and against the sketch size."""
+    """Draw the loss against the learning rate, and against the sketch size."""
     drawing, (left, right) = common.axes(10, 4, 2, width_ratios=(1.3, 1))
     ends = []
     for colour, (name, each) in zip(common.COLOURS, results.items(), strict=False):
@@ -268,7 +268,7 @@ def figure(results: dict[str, Any], by_size: dict[str, Any]) -> Any:
 
 
 def report(folder: Path, data: dict[str, Any]) -> None:
-    """Tables and figure."""
+    """Write tables and figure."""
     results, by_size = data["grids"], data["sizes"]
 
     def edge(r: dict[str, Any], grid: np.ndarray) -> str:

@@ -40,7 +40,7 @@ def gradient(p: np.ndarray) -> np.ndarray:
 
 
 def run(method: Any, lr: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points (STEPS + 1, 2), and the share of coordinates on SGD's branch at each step (NaN: no such branch)."""
+    """Return the points (STEPS + 1, 2) and at each step the share of coordinates on SGD's branch (NaN: no branch)."""
     points, shares, state = [START], [], method.init(START)
     for _ in range(STEPS):
         direction, state = method.update(gradient(points[-1]), state, points[-1])

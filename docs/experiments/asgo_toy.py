@@ -28,7 +28,7 @@ METHODS: dict[str, Any] = {
 
 
 def problems() -> dict[str, tuple[Any, Any]]:
-    """Value and (sub)gradient, of stacks (..., 20, 30), by name."""
+    """Return value and (sub)gradient of each problem by name, as functions of stacks (..., 20, 30)."""
     rng = np.random.default_rng(0)
     q = np.linalg.qr(rng.standard_normal((M, M)))[0]
     A = q * np.geomspace(1, 1e-3, M) @ q.T
@@ -51,7 +51,7 @@ def problems() -> dict[str, tuple[Any, Any]]:
 
 
 def run(method: Any, value: Any, gradient: Any) -> np.ndarray:
-    """Loss of the mean iterate after each step over that of the start, (STEPS, rates); all rates are one stack."""
+    """Return the loss of the mean iterate after each step over the first loss, (STEPS, rates), all rates in a stack."""
     shape = (M, N) if method.ndims[1] > 1 else (M * N,)
     W, mean, out = np.zeros((len(RATES), M, N)), np.zeros((len(RATES), M, N)), []
     state = method.init(W.reshape(len(RATES), *shape), stack_ndim=1)

@@ -1,4 +1,4 @@
-"""What the experiments share: where results go, Markdown tables, the look of the figures, progress."""
+"""Code that the experiments share: the folder of the results, Markdown tables, the style of the figures, progress."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from rich.console import Console
 from rich.progress import Progress
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, without the yellow."""
+"""The colours of Okabe and Ito, without the yellow."""
 rcParams.update({"svg.hashsalt": "precond-ref", "svg.fonttype": "path", "font.size": 10})
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser that knows where the results go."""
+    """Return a parser with the option ``--output``, the folder of the results."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of the results")
     return parser
 
 
 def progress() -> Progress:
-    """A bar on the error stream."""
+    """Return a progress bar on the error stream."""
     return Progress(console=Console(stderr=True), transient=True)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
 def axes(width: float = 9.0, height: float = 3.8, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
-    """A figure and its axes, without the frame's upper and right side."""
+    """Return a figure and its axes, without the upper and right side of the frame."""
     figure = Figure(figsize=(width, height), layout="constrained")
     result = figure.subplots(1, columns, **kwargs)
     for one in [result] if columns == 1 else result:

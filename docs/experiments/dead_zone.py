@@ -1,4 +1,4 @@
-"""RF-RMSProp with its state in bfloat16: below beta2 = 2^-9 it cannot leave its start.
+"""RF-RMSProp with its state in bfloat16: up to beta2 = 2^-9 the state cannot leave its start.
 
     python docs/experiments/dead_zone.py       # some seconds; needs PyTorch for bfloat16
 
@@ -31,7 +31,7 @@ TUNED = {
 
 
 def run(beta2: float, narrow: bool) -> list[float]:
-    """s after each step."""
+    """Return s after each step."""
     param = torch.ones(1, dtype=torch.bfloat16)
     method = pr.RFRMSProp(beta2=beta2, narrow_state=narrow)
     state, out = method.init(param), [1.0]

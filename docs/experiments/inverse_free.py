@@ -2,8 +2,9 @@
 
     python docs/experiments/inverse_free.py    # under a minute; needs PyTorch for bfloat16
 
-Above: regression y = e on inputs of covariance A, 3 x 4 weights at the optimum, residuals N(0, I), batches of 8,
-beta2 = 0.005: the Fisher matrix is I x A. Below: gradients of covariance H in 8 dimensions, beta2 = 0.05.
+The first part is a regression y = e on inputs of covariance A, 3 x 4 weights at the optimum, residuals N(0, I), batches
+of 8, beta2 = 0.005: the Fisher matrix is I x A. The second part has gradients of covariance H in 8 dimensions, with
+beta2 = 0.05.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CONDITIONS = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 
 
 def fisher() -> dict[str, list[tuple[int, float]]]:
-    """Relative distance of the mean of S_C x S_K (over the second half so far) to the Fisher matrix, by step."""
+    """Return by step the relative distance of the mean of S_C x S_K, over the later half, to the Fisher matrix."""
     out = {}
     fields: dict[str, Any] = {"beta2": 0.005, "damping": 0.0, "momentum": 0.0, "batch_size": BATCH}
     for name, method in {
@@ -50,12 +51,12 @@ def fisher() -> dict[str, list[tuple[int, float]]]:
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
-    """To bfloat16, ties to even."""
+    """Round to bfloat16, ties to even."""
     return torch.as_tensor(x, dtype=torch.float64).to(torch.bfloat16).double().numpy()
 
 
 def stability(condition: float, steps: int = 1500) -> dict[str, float]:
-    """How often S kept in bfloat16 is not positive definite; eigenvalues of mean(K K^T) H from bfloat16 factors."""
+    """Return how often an S in bfloat16 is not positive definite, and the eigenvalues of mean(K K^T) H of factors."""
     rng = np.random.default_rng(0)
     h = np.logspace(0, -np.log10(condition), 8)
     q = np.linalg.qr(rng.standard_normal((8, 8)))[0]

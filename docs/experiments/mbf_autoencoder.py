@@ -5,8 +5,8 @@
 
 784-1000-500-250-30-250-500-1000-784, ReLU except at code and output, cross-entropy summed over the pixels, batches of
 1000, float32. An epoch is 60 iterations, as in the authors' log, where it is one pass over 60000 images; here the
-10000 images of MNIST's test set are the training set, so that it is six passes. A run is written as soon as it is
-done, and one that is there is not repeated.
+10000 images of MNIST's test set are the training set, so that an epoch is six passes. A run is written as soon as it is
+done, and a run that is already written is not repeated.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ METHODS: dict[str, tuple[Any, float, bool]] = {
     "Adam": (pr.Adam(eps=1e-4), 3e-4, False),
     "SGD, momentum": (pr.SGD(momentum=0.9), 3e-3, False),
 }
-"""Rates, damping and eps are the authors' (their demo). Shampoo's rate is tenfold, as theirs has a momentum of 0.9; its
-roots are of every 5th iteration, not of every 20th: with those of the first gradient for 20, it diverges."""
+"""Rates, damping and eps are those of the authors' demo. The rate of Shampoo is tenfold, because the authors' Shampoo
+has a momentum of 0.9. Its roots are renewed every 5 iterations, not every 20: with the roots of the first gradient for 20
+iterations it diverges."""
 LOG = {
     0: (543.67, 543.67), 1: (172.8, 171.6), 2: (134.6, 133.9), 3: (113.7, 113.1), 4: (95.4, 94.6), 5: (86.5, 85.9),
     6: (80.1, 79.8), 8: (71.6, 71.7), 10: (67.5, 68.1), 20: (59.7, 61.4),
@@ -41,7 +42,7 @@ LOG = {
 
 
 def gradient(params: dict[str, Any], images: np.ndarray) -> tuple[float, dict[str, Any]]:
-    """Loss and gradient."""
+    """Return loss and gradient."""
     values = [images]
     for layer in LAYERS:
         s = values[-1] @ params[f"{layer}/weight"].T + params[f"{layer}/bias"]
@@ -59,7 +60,7 @@ def gradient(params: dict[str, Any], images: np.ndarray) -> tuple[float, dict[st
 
 
 def first_parameters(seed: int) -> dict[str, np.ndarray]:
-    """PyTorch's default: uniform within 1 / sqrt(inputs)."""
+    """Return parameters by PyTorch's default: uniform within 1 / sqrt(inputs)."""
     rng, params = np.random.default_rng(seed), {}
     for layer in LAYERS:
         fan_in, fan_out = WIDTHS[layer - 1 : layer + 1]
@@ -70,7 +71,7 @@ def first_parameters(seed: int) -> dict[str, np.ndarray]:
 
 
 def train(name: str, images: np.ndarray, epochs: int, seed: int) -> dict[str, Any]:
-    """Loss over all images after each epoch."""
+    """Train and return the loss over all images after each epoch."""
     method, lr, joined = METHODS[name]
     opt = pr.Optimizer(method, lr=lr, **({"join": JOIN} if joined else {}))
     params, rng = first_parameters(seed), np.random.default_rng([seed, 1])
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="of 60 iterations")
     parser.add_argument("--methods", default=";".join(METHODS), help="separated by ;")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--draw", action="store_true", help="table and figure of the runs there are")
+    parser.add_argument("--draw", action="store_true", help="table and figure of the finished runs")
     options = parser.parse_args()
     images = (problems.load_mnist()[0].reshape(-1, 784) / 255).astype("float32") if not options.draw else None
     path = options.output / "mbf_autoencoder.json"
