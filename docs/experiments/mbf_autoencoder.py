@@ -32,8 +32,8 @@ METHODS: dict[str, tuple[Any, float, bool]] = {
     "SGD, momentum": (pr.SGD(momentum=0.9), 3e-3, False),
 }
 """Rates, damping and eps are those of the authors' demo. The rate of Shampoo is tenfold, because the authors' Shampoo
-has a momentum of 0.9. Its roots are renewed every 5 iterations, not every 20: with the roots of the first gradient for 20
-iterations it diverges."""
+has a momentum of 0.9. Its roots are renewed every 5 iterations, not every 20: with the roots of the first gradient for
+20 iterations it diverges."""
 LOG = {
     0: (543.67, 543.67), 1: (172.8, 171.6), 2: (134.6, 133.9), 3: (113.7, 113.1), 4: (95.4, 94.6), 5: (86.5, 85.9),
     6: (80.1, 79.8), 8: (71.6, 71.7), 10: (67.5, 68.1), 20: (59.7, 61.4),
