@@ -44,7 +44,11 @@ def _bounded(file: Any, most: int, start: str) -> bytes:
 
 def read_json(path: Path, most: int = MOST_TEXT) -> Any:
     """A JSON file with finite numbers, integers of 64 bits, and nesting of at most `DEEPEST`."""
-    content = read(path, most)
+    return parse_json(read(path, most), path)
+
+
+def parse_json(content: bytes, path: Path) -> Any:
+    """`read_json` of what was read from ``path``."""
     try:
         value = json.loads(content.decode(), parse_int=_integer, parse_float=_finite, parse_constant=_refuse)
         if _deeper(value, DEEPEST):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,24 +22,32 @@ class Variant:
 
     def init(self, config, params):
         self.config, self.method = config, config.method
-        self.first, self.grads = [p.copy() for p in params], []
+        self.first, self.grads, self.members = [p.copy() for p in params], [], None
 
     def step(self, grads):
         self.grads.append([g.copy() for g in grads])
-        decay = 0.0 if self.method.decays else self.config["weight_decay"]
-        out = []
-        for i, param in enumerate(self.first):
-            history = np.stack([g[i] for g in self.grads])
-            trace = variants.run(self.method, param, history, lr=self.config["lr"], decay=decay, flags=self.flags)
-            self.trace = trace
-            out.append(trace.params[-1].astype(param.dtype))
-        return out
+        if self.members is None:  # at the beginning, and after loading
+            known = variants.of(self.method)
+            fields = {f.name: getattr(self.method, f.name) for f in dataclasses.fields(self.method)}
+            decay = 0.0 if self.method.decays else self.config["weight_decay"]
+            made = [np.asarray(p, np.float64) for p in self.first]
+            self.members = [variants.Member(known, fields, p, decay, self.flags) for p in made]
+            for earlier in self.grads[:-1]:
+                self._advance(earlier)
+        return self._advance(grads)
+
+    def _advance(self, grads):
+        with np.errstate(all="ignore"):
+            moved = [
+                m.step(np.asarray(g, np.float64), self.config["lr"]) for m, g in zip(self.members, grads, strict=True)
+            ]
+        return [x.astype(p.dtype) for (_, x, _), p in zip(moved, self.first, strict=True)]
 
     def save(self):
         return list(self.grads)
 
     def load(self, saved):
-        self.grads = saved
+        self.grads, self.members = list(saved), None
 
 
 class Broken(Variant):

@@ -21,13 +21,14 @@ import array_api_strict
 import numpy as np
 import pytest
 from configs import CONFIGS, FIRST, Config
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile(
     "ci",
     derandomize=True,
     deadline=None,
     max_examples=30,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),  # not explain: planted bugs need none, and it costs most
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.register_profile("deep", parent=settings.get_profile("ci"), derandomize=False, max_examples=2000)
@@ -181,6 +182,8 @@ ELSEWHERE = ("numpy-readonly", "strict", "torch-compile", "jax", "jax-jit", "cup
 Of graphs that torch compiles, which takes it seconds, it has those of `COMPILED`.
 """
 COMPILED = ("ASGO", "Shampoo", "MBF", "AGD")
+EAGERLY = (*COMPILED, "SShampoo", "SOAP", "Muon", "IFShampoo")
+"""Methods with everything that is computed: roots, solves, sketches, QR, iterations, products; elementwise ones."""
 AGREES = "test_float64_agrees_with_numpy"
 
 
@@ -281,13 +284,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     narrow = FLOAT32 if metafunc.definition.get_closest_marker("float32") else ()
     backends = [b for b in asked or (*(EAGER if eager else BACKENDS), *narrow) if b not in FLOAT32 or b in narrow]
     if any(metafunc.definition.get_closest_marker(name) for name in ("cases", "eager_cases")):
-        # JAX compiles every single operation: eagerly the first configuration of each method, unless it was asked for
+        # JAX compiles every single operation: eagerly a configuration of each of `EAGERLY`, in the deep tests one of
+        # each method, unless it was asked for. What runs under `jit`, as all do, runs without.
         marker = metafunc.definition.get_closest_marker("cases")
         few = () if asked else ("jax", *FLOAT32, *(marker.kwargs.get("first_on", ()) if marker else ()))
         if eager:
             few = (*few, "dpnp")  # which compiles too
+        deep = () if asked else ("jax", *(marker.kwargs.get("deep_on", ()) if marker else ()))
         cases = [
-            pytest.param(backend, config, id=f"{backend}-{name}")
+            pytest.param(
+                backend,
+                config,
+                id=f"{backend}-{name}",
+                marks=[pytest.mark.deep] * (backend in deep and name.partition("-")[0] not in EAGERLY),
+            )
             for backend in backends
             for name, config in CONFIGS.items()
             if (backend not in few or name in FIRST) and not (backend in FLOAT32 and needs_float64(config))

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pytest
 from configs import CONFIGS, LOUD, Config, Decayed
+from conftest import EAGERLY
 from helpers import distance, gradients
 from mutation import mutated
 
@@ -86,6 +87,18 @@ cases = pytest.mark.parametrize(
         for n, c in CASES.items()
     ],
 )
+kinds = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            c,
+            id=n,
+            marks=() if n in REPRESENTATIVE else ENDS[c.method.name in EAGERLY and inspect.isclass(FACTORIES[n])],
+        )
+        for n, c in CASES.items()
+    ],
+)
+"""One of each kind of computation, the others in the deep tests: each is compiled, with its values, in `cases`."""
 ONE_EACH = {(case.method, case.shape): name for name, case in CASES.items()}
 
 
@@ -223,7 +236,7 @@ def listen(event: str, duration: float, **kwargs: Any) -> None:
 jax.monitoring.register_event_duration_secs_listener(listen)
 
 
-@cases
+@kinds
 def test_training(case: Case) -> None:
     check_training(case, adapter)
 
@@ -301,7 +314,7 @@ def check_multi_steps(case: Case, lib: Any) -> None:
             close(updates, jax.tree.map(lambda d, r=own or rate: -r * d, directions), ROUNDING)
 
 
-@cases
+@kinds
 def test_multi_steps_and_schedule(case: Case) -> None:
     check_multi_steps(case, adapter)
 

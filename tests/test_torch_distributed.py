@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch_adapter_cases import FSDP, ONE_EACH
+from torch_adapter_cases import FSDP, FSDP_EACH, ONE_EACH
 from torch_worker import KINDS, ways
 
 pytestmark = pytest.mark.full
@@ -62,8 +62,10 @@ def test_ddp_parameters_are_equal_to_the_bit(world: int, name: str) -> None:
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
-@worlds
-@pytest.mark.parametrize("name", FSDP)
+@pytest.mark.parametrize(
+    ("world", "name"),
+    [*(pytest.param(2, name, marks=pytest.mark.deep) for name in FSDP), *((3, name) for name in FSDP_EACH)],
+)
 def test_fsdp_updates_whole_matrices(world: int, name: str) -> None:
     assert all(seen["fsdp"][name] <= 1e-12 for seen in run(world))
 

@@ -33,6 +33,8 @@ def _takes_model(method: Method) -> bool:
 
 
 FSDP = [name for name, config in CONFIGS.items() if _takes_model(config.method)]
+FSDP_EACH = list({CONFIGS[name].method.name: name for name in reversed(FSDP)}.values())
+"""One of each method and preset."""
 
 
 def recorded(shapes: list[tuple[int, ...]], steps: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:

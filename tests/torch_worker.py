@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch_adapter_cases import FSDP, ONE_EACH, distance, feed, forced, recorded
+from torch_adapter_cases import FSDP, FSDP_EACH, ONE_EACH, distance, feed, forced, recorded
 
 import precond_ref as pr
 import precond_ref_torch as pt
@@ -412,7 +412,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (world,))
     seen: dict[str, Any] = {
         "ddp": {name: ddp_parameters(rank, name) for name in ONE_EACH},
-        "fsdp": fsdp_distances(FSDP),
+        "fsdp": fsdp_distances(FSDP if world == 2 else FSDP_EACH),
         "columns": sharded_columns_distance(mesh),
         "replicated": replicated_distance(world),
         "mixed": mixed_distance(mesh),

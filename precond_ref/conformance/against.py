@@ -125,12 +125,14 @@ class Pair:
     ) -> Difference | None:
         """The smallest inputs found on which the two differ, if there are some; needs Hypothesis."""
         import hypothesis
+        from hypothesis import Phase
         from hypothesis import strategies as st
 
         found: list[Difference] = []
 
         @hypothesis.seed(seed)
         @hypothesis.settings(max_examples=examples, deadline=None, database=None, report_multiple_bugs=False,
+                             phases=(Phase.generate, Phase.shrink),
                              suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
         @hypothesis.given(st.data())
         def attempt(data: Any) -> None:

@@ -387,14 +387,14 @@ def _search(
 
     With ``only_finite``, inputs on which a side is not finite tell nothing; ``{"tried": 0}`` if there were no others.
     """
-    from hypothesis import HealthCheck, given, settings
+    from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import strategies as st
 
     found: dict[str, Any] = {}
     tried = 0
 
     @settings(max_examples=examples, derandomize=True, deadline=None, database=None, report_multiple_bugs=False,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+              phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(st.data())
     def attempt(data: Any) -> None:
         case = data.draw(st.sampled_from(usable))

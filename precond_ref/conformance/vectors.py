@@ -14,11 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from precond_ref.files import read, read_json, shown
+from precond_ref.files import parse_json, read, read_json, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,13 +132,16 @@ def cases(
 def entries(folder: Path | None = None) -> list[dict[str, Any]]:
     """The manifests' entries, with the tier that holds, and with the version and its folder."""
     folders = [folder] if folder else [FOLDER / version for version in VERSIONS if (FOLDER / version).is_dir()]
-    manifests = [read_json(place / "manifest.json", MAX_BYTES) for place in folders]
+    manifests = [_parsed(read(file, MAX_BYTES), file) for file in (place / "manifest.json" for place in folders)]
     tiers = {id: tier for manifest in manifests for id, tier in manifest.get("tiers", {}).items()}
     return [
         entry | {"folder": place, "version": manifest["version"], "tier": tiers.get(entry["id"], entry["tier"])}
         for place, manifest in zip(folders, manifests, strict=True)
         for entry in manifest["cases"]
     ]
+
+
+_parsed = lru_cache(maxsize=len(VERSIONS))(parse_json)  # once for the same bytes; nobody changes what it gives
 
 
 def _case(entry: dict[str, Any]) -> Case:

@@ -208,7 +208,8 @@ def walk(
         raise KeyError(f"{name} has no variant {', '.join(sorted(unknown))}")
     stack, shape = param.shape[:stack_ndim], param.shape[stack_ndim:]
     members = [
-        _run_one(variants, fields, param[i], grads[:, *i], lr, decay, flags, conditioned) for i in np.ndindex(*stack)
+        _run_one(Member(variants, fields, param[i], decay, flags), grads[:, *i], lr, conditioned)
+        for i in np.ndindex(*stack)
     ]
     steps = len(grads)
     directions = np.stack([m.directions for m in members], axis=1).reshape((steps, *stack, *shape))
@@ -225,73 +226,74 @@ def walk(
     return Trace(directions, params, states, kappas, members[0].decompositions, singular)
 
 
-def _run_one(
-    variants: Variants,
-    fields: Mapping[str, Any],
-    x: Array,
-    grads: Array,
-    lr: float | Sequence[float],
-    decay: float,
-    flags: frozenset[str],
-    conditioned: bool,
-) -> Trace:
-    for flag in flags & variants.generic.keys() - GENERIC.keys():
-        taken, _, replaced = flag.partition("-for-")
-        fields = {**fields, replaced: fields[taken]}
-    fields = {**fields, "outer_decay": decay}
-    steps = _started(variants, fields, np.shape(x), flags)
-    out, seen = Trace([], [], [], [], [], []), list[tuple[Array, Array]]()
-    previous = buffer = np.zeros(np.shape(x))
-    generic = flags & GENERIC.keys()
+class Member:
+    """A parameter, followed step by step by the method with ``flags``; ``fields`` are the method's."""
+
+    def __init__(self, variants: Variants, fields: Mapping[str, Any], x: Array, decay: float, flags: frozenset[str]):
+        for flag in flags & variants.generic.keys() - GENERIC.keys():
+            taken, _, replaced = flag.partition("-for-")
+            fields = {**fields, replaced: fields[taken]}
+        self.variants, self.fields, self.x = variants, {**fields, "outer_decay": decay}, x
+        self.decay, self.flags, self.generic = decay, flags, flags & GENERIC.keys()
+        self.count, self.seen = 0, list[tuple[Array, Array]]()
+        self.previous = self.buffer = np.zeros(np.shape(x))
+        self.steps = self._started()
+
+    def _started(self, elapsed: int = 0) -> Walk:
+        """The method's generator, after so many updates that are counted and forgotten."""
+        token = _ELAPSED.set(elapsed)
+        try:
+            steps = self.variants.walk(self.fields, np.shape(self.x), self.flags)
+            next(steps)
+        finally:
+            _ELAPSED.reset(token)
+        return steps
+
+    def step(self, g: Array, rate: float) -> tuple[Array, Array, Mapping[str, Any]]:
+        """The direction, the parameter after the step, and the state."""
+        x, flags, decay, zero = self.x, self.flags, self.decay, not np.any(g)
+        shrink = 1 - decay * (1 if "decay-without-lr" in flags else rate)
+        given = g + decay * x if "decay-coupled" in flags else g, x
+        state: Mapping[str, Any] = {}
+        if "unmoved" in flags or ("zero-skipped" in flags and zero):
+            direction, shrink = np.zeros(np.shape(x)), 1.0
+        elif "zero-direction" in flags:
+            direction = np.zeros(np.shape(x))
+        elif self.generic and next(iter(self.generic)).startswith("unpreconditioned"):
+            direction, self.buffer = _plain(self.fields, g, x, self.buffer, flags)
+        elif flags & {"memoryless", "restarted"} or ("zero-forgotten" in flags and zero):
+            fresh = self._started(self.count if "memoryless" in flags else 0)
+            for earlier in self.seen if "zero-forgotten" in flags else ():
+                fresh.send(earlier)
+            direction, _ = fresh.send(given)
+        else:
+            direction, state = self.steps.send(given)
+            self.seen.append(given)
+        if "direction-late" in flags:
+            direction, self.previous = self.previous, direction
+        step = rate * direction * (-1 if "sign" in flags else 1)
+        if flags & {"decay-coupled", "decay-ignored", "decay-preconditioned"}:
+            shrink = 1.0
+        if "decay-after-moving" in flags and not np.any(direction != 0):
+            shrink = 1.0
+        after = flags & {"decay-after", "decay-after-moving"}
+        self.x = shrink * (x - step) if after else shrink * x - step
+        self.count += 1
+        return direction, self.x, {} if self.generic else {key: array(value) for key, value in state.items()}
+
+
+def _run_one(member: Member, grads: Array, lr: float | Sequence[float], conditioned: bool) -> Trace:
+    out = Trace([], [], [], [], [], [])
     with np.errstate(all="ignore"), conditioning(conditioned) as noted:  # a deviation may divide by zero
-        for t, (g, rate) in enumerate(zip(grads, lr if isinstance(lr, Sequence) else [lr] * len(grads), strict=False)):
-            zero, shrink = not np.any(g), 1 - decay * (1 if "decay-without-lr" in flags else rate)
-            given = g + decay * x if "decay-coupled" in flags else g, x
-            state: Mapping[str, Any] = {}
-            if "unmoved" in flags or ("zero-skipped" in flags and zero):
-                direction, shrink = np.zeros(np.shape(x)), 1.0
-            elif "zero-direction" in flags:
-                direction = np.zeros(np.shape(x))
-            elif generic and next(iter(generic)).startswith("unpreconditioned"):
-                direction, buffer = _plain(fields, g, x, buffer, flags)
-            elif flags & {"memoryless", "restarted"} or ("zero-forgotten" in flags and zero):
-                fresh = _started(variants, fields, np.shape(x), flags, t if "memoryless" in flags else 0)
-                for earlier in seen if "zero-forgotten" in flags else ():
-                    fresh.send(earlier)
-                direction, _ = fresh.send(given)
-            else:
-                direction, state = steps.send(given)
-                seen.append(given)
-            if "direction-late" in flags:
-                direction, previous = previous, direction
-            step = rate * direction * (-1 if "sign" in flags else 1)
-            if flags & {"decay-coupled", "decay-ignored", "decay-preconditioned"}:
-                shrink = 1.0
-            if "decay-after-moving" in flags and not np.any(direction != 0):
-                shrink = 1.0
-            after = flags & {"decay-after", "decay-after-moving"}
-            x = shrink * (x - step) if after else shrink * x - step
-            kept = {} if generic else {key: array(value) for key, value in state.items()}
+        for g, rate in zip(grads, lr if isinstance(lr, Sequence) else [lr] * len(grads), strict=False):
+            made = member.step(g, rate)
             singular, (kappa, decompositions) = noted.singular, noted.after_update()
-            for record, value in zip(out, (direction, x, kept, kappa, decompositions, singular), strict=True):
+            for record, value in zip(out, (*made, kappa, decompositions, singular), strict=True):
                 record.append(value)
     return out._replace(directions=np.stack(out.directions), params=np.stack(out.params))
 
 
 _ELAPSED: ContextVar[int] = ContextVar("elapsed", default=0)
-
-
-def _started(
-    variants: Variants, fields: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str], elapsed: int = 0
-) -> Walk:
-    """The method's generator, after so many updates that are counted and forgotten."""
-    token = _ELAPSED.set(elapsed)
-    try:
-        steps = variants.walk(fields, shape, flags)
-        next(steps)
-    finally:
-        _ELAPSED.reset(token)
-    return steps
 
 
 def times(flags: frozenset[str], first: int = 1) -> Iterator[int]:
