@@ -170,6 +170,7 @@ LOUD: dict[str, dict[str, Config]] = {
         "every": Config(pr.SShampoo(size=2, beta2=0.75, eps=0.25, every=3), (3, 5)),
         "exact": Config(pr.SShampoo(size=9, eps=0.25)),
         "gram64": Config(pr.SShampoo(size=3, eps=0.25, solver="gram64")),
+        "nystrom": Config(pr.SShampoo(size=3, beta2=0.75, eps=0.25, solver="nystrom"), (24, 23)),
         "order 1": Config(pr.SShampoo(size=3), (5,)),
         "order 3": Config(pr.SShampoo(size=2, eps=0.25), (3, 4, 2)),
         "practical": Config(

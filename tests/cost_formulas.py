@@ -78,16 +78,34 @@ def _kept(name: str, shape: Shape, every: int) -> list[Stored]:
 def _sketch(name: str, d: int, q: int, size: int, solver: str, every: int) -> Work:
     """`sketch.update` of q new rows (A), (S), (rho), and the sketch that it renews."""
     k = min(d, size)
-    fields = (("basis", (d, k)), ("eigenvalues", (k,)), ("escaped", ()))
+    fields: list[tuple[str, Shape]] = [("basis", (d, k)), ("eigenvalues", (k,)), ("escaped", ())]
+    fields += [("least", ()), ("lost", ())] if solver == "nystrom" else []
     stored = tuple(Stored(f"{name}.{field}", shape, written=every) for field, shape in fields)
     rows = k + q
-    if solver == "svd":
+    if solver == "nystrom" and 2 * (size + 8) <= min(d, rows):
+        return _nystrom(d, rows, k, size + 8, every)._replace(stored=stored)
+    if solver != "gram64":
         tall = (rows, d) if 2 * d < rows else (d, rows)
         return Work(stored, (), (Factorization("svd", 1, *tall, every),))
     if d > rows:
         products = (Product(1, rows, d, rows, every), Product(1, d, rows, k, every))
         return Work(stored, products, (Factorization("eigh", 1, rows, rows, every),))
     return Work(stored, (Product(1, d, rows, d, every),), (Factorization("eigh", 1, d, d, every),))
+
+
+def _nystrom(d: int, n: int, k: int, p: int, every: int) -> Work:
+    """`nystrom.update` of a factor (d, n): (2), (3), (6), E, (8) with 12 steps, and (9) to (11) by blocks of 64."""
+    m = min(d, n)
+    products = [(2, n, d, p), (2, d, n, p), (1, d, p, k), (1, k, p, n), (1, d, k, n), (1, m, max(d, n), m)]
+    products += [(12, m, m, 1), *((1, *shape, 1) for j in range(1, 12) for shape in ((j, m), (m, j)))]
+    products += [(1, m, m, 12), (1, 12, m, 12)]
+    factors = [("qr", 3, d, p), ("qr", 2, n, p), ("svd", 1, p, p), ("eigh", 1, 12, 12)]
+    while m:
+        b = min(64, m)
+        m -= b
+        products += [(1, m, b, b), (1, m, b, m)]
+        factors += [("eigh", 1, b, b)]
+    return Work((), tuple(Product(*x, every) for x in products), tuple(Factorization(*x, every) for x in factors))
 
 
 def _sketched(prefix: str, dims: Shape, size: int, solver: str, every: int) -> Work:

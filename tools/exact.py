@@ -138,7 +138,9 @@ FIELDS: dict[str, Callable[[random.Random], Any]] = {
     "merge": _one_of(1, 2, 4, 6, 12, 1024),
     "side": _one_of("smaller", "left", "right"),
     "root": _one_of("eigh", "svd", "polar_express", "newton_schulz", "coupled_newton", "higher_order"),
-    "solver": _one_of("svd", "gram64"),
+    "solver": _one_of(
+        "svd", "gram64"
+    ),  # what "nystrom" finds is not unique: tests/test_nystrom.py holds it to its bounds
     "graft": _one_of(None, "rmsprop", "sgd", "adagrad", "adam"),
     "exponents": lambda r: tuple(r.choice([None, 0.0, 0.25, 0.5, 1 / 6]) for _ in range(r.randint(0, 3))),
     "ignored_axes": lambda r: tuple(i for i in range(3) if r.random() < 0.2),

@@ -43,6 +43,8 @@ Conventions
     ``every=k``: the sketch sees the gradients of updates 1, 1 + k, ... only, and preconditions all; one of the others
     that is not finite makes the mass NaN.
     Every axis counts in the exponent -1/(2n), also one of size 1; the practical version merges and drops axes first.
+    ``solver="nystrom"`` (not the paper's): another Gbar and rho of the same bounds, see `precond_ref.numerics.nystrom`.
+    For the vectors of `SAdaGrad` it would always be the definition, so it is not offered.
 
 Coincides with (each a test)
     ``size >= d`` with ``beta2=1``: `FullAdaGrad`, and `Shampoo` when that holds on all axes. ``size=1``: AdaGrad-Norm;
@@ -63,10 +65,12 @@ from typing import Any, ClassVar, NamedTuple
 from array_api_compat import array_namespace
 
 from precond_ref.fields import choice, flag, integer, is_zero, real
+from precond_ref.numerics import nystrom
 from precond_ref.numerics import sketch as fd
 from precond_ref.numerics.arrays import bad_as_nan
 from precond_ref.numerics.ema import accumulate, quotient
 from precond_ref.numerics.grafting import scale_to_norm
+from precond_ref.numerics.nystrom import CertifiedSketch
 from precond_ref.numerics.refresh import renew
 from precond_ref.numerics.sketch import Sketch, SketchReport
 from precond_ref.numerics.template import zeros
@@ -130,8 +134,8 @@ class SShampooState(NamedTuple):
 
     step: Any
     """t, updates done."""
-    sketches: tuple[Sketch, ...]
-    """One per axis: (..., d_i, k_i), (..., k_i), (...)."""
+    sketches: tuple[Sketch | CertifiedSketch, ...]
+    """One per axis: (..., d_i, k_i), (..., k_i), (...); two more (...) with ``solver="nystrom"``."""
 
 
 class _Sketched(Method):
@@ -145,10 +149,28 @@ class _Sketched(Method):
     relative_eps: bool = flag("eps in units of the largest eigenvalue of the sketch with its mass", default=False)
     every: int = integer("updates from one sketched gradient to the next", default=1, ge=1)
     tail_decay: float | None = real("decay of the escaped mass; None: beta_2", default=None, ge=0, le=1, optional=True)
-    solver: str = choice("'svd' (the definition) or 'gram64' (Gram matrix in float64)", default="svd", of=fd.SOLVERS)
+    solver: str = choice(
+        "'svd' (the definition), 'gram64' (Gram matrix in float64) or 'nystrom' (products, QR and a certified mass)",
+        default="svd", of=(*fd.SOLVERS, "nystrom"),
+    )  # fmt: skip
 
     paper: ClassVar[str] = PAPER
     factorizes = True
+
+    def empty(self, dims: tuple[int, ...]) -> tuple[Sketch | CertifiedSketch, ...]:
+        """A sketch of nothing for each axis."""
+        lib: Any = nystrom if self.solver == "nystrom" else fd
+        return tuple(lib.empty(d, self.size) for d in dims)
+
+    def renewed(self, sketch: Any, rows: Array, xp: Namespace) -> Any:
+        """``sketch`` with new rows (FD)."""
+        lib: Any = nystrom.update if self.solver == "nystrom" else partial(fd.update, solver=self.solver)
+        return lib(sketch, rows, self.beta2, self.tail_decay, size=self.size, xp=xp)
+
+    def report(self, state: Any, finite: Array, xp: Namespace) -> SketchReport:
+        """Spectrum and escaped mass of each axis, merged ones if it merges; empty where only a graft applies."""
+        found = fd.report(*state.sketches, finite=finite, xp=xp)
+        return nystrom.explained(found, state.sketches, xp) if self.solver == "nystrom" else found
 
 
 class SShampoo(_Sketched):
@@ -164,7 +186,7 @@ class SShampoo(_Sketched):
     practical: ClassVar[type[SShampooPractical]]
 
     def state_of(self, shape: tuple[int, ...]) -> SShampooState:
-        return SShampooState(step=0, sketches=tuple(fd.empty(d, self.size) for d in shape))
+        return SShampooState(step=0, sketches=self.empty(shape))
 
     def stack_ndim(self, state: SShampooState) -> int:
         return state.sketches[0].escaped.ndim
@@ -173,14 +195,10 @@ class SShampoo(_Sketched):
         direction, sketches = _precondition(self, grad, state.sketches, tuple(grad.shape[now.stack :]), now)
         return direction, SShampooState(step=now.step, sketches=sketches)
 
-    def report(self, state: SShampooState, finite: Array, xp: Namespace) -> SketchReport:
-        """Spectrum and escaped mass of each axis."""
-        return fd.report(*state.sketches, finite=finite, xp=xp)
-
 
 def _precondition(
-    method: _Sketched, grad: Array, sketches: tuple[Sketch, ...], dims: tuple[int, ...], now: Now
-) -> tuple[Array, tuple[Sketch, ...]]:
+    method: _Sketched, grad: Array, sketches: tuple[Any, ...], dims: tuple[int, ...], now: Now
+) -> tuple[Array, tuple[Any, ...]]:
     """Each member of ``grad``, read as a tensor with axes ``dims``, preconditioned along all; the new sketches."""
     xp, due, stack = now.xp, now.due, tuple(grad.shape[: now.stack])
     exponent = -0.5 / len(dims)
@@ -190,13 +208,10 @@ def _precondition(
     for i, (d, old) in enumerate(zip(dims, sketches, strict=True)):
         shape = (*stack, d, math.prod(dims[:i] + dims[i + 1 :]))
         rows = xp.matrix_transpose(xp.reshape(g, shape))  # G_(i)^T; as a tensor: axes i+1, ..., n, 1, ..., i
-        compute = partial(
-            fd.update, old, rows, method.beta2, method.tail_decay, size=method.size, solver=method.solver, xp=xp
-        )
-        sketch = renew(due, compute, None if method.every == 1 else old)  # (FD)
+        sketch = renew(due, partial(method.renewed, old, rows, xp), None if method.every == 1 else old)  # (FD)
         if i == 0 and method.every > 1:  # a kept sketch knows nothing of this gradient
             sketch = sketch._replace(escaped=sketch.escaped + bad_as_nan(grad, grad.ndim - now.stack, xp))
-        u, e, rho = sketch
+        u, e, rho = sketch[:3]
         p = fd.apply_power(
             u, e, rho, exponent, xp.reshape(p, shape),
             ridge=method.eps, relative=method.relative_eps, weight=known if i == 0 else 0.0, xp=xp,
@@ -211,7 +226,7 @@ class SShampooPracticalState(NamedTuple):
 
     step: Any
     """t, updates done."""
-    sketches: tuple[Sketch, ...]
+    sketches: tuple[Sketch | CertifiedSketch, ...]
     """One per merged axis; () where only the graft applies."""
     v: Array | None
     """V_t, average (or sum) of squared gradients, the parameter's shape; None unless ``graft="rmsprop"``."""
@@ -280,7 +295,7 @@ class SShampooPractical(_Sketched, preset="SShampoo.practical"):
     def state_of(self, shape: tuple[int, ...]) -> SShampooPracticalState:
         return SShampooPracticalState(
             step=0,
-            sketches=tuple(fd.empty(d, self.size) for d in self.axes(shape)),
+            sketches=self.empty(self.axes(shape)),
             v=zeros(*shape) if self.graft == "rmsprop" else None,
             m=None if is_zero(self.momentum) else zeros(*shape),
         )
@@ -319,7 +334,3 @@ class SShampooPractical(_Sketched, preset="SShampoo.practical"):
         if self.reads_param and self.decay_after_momentum:
             u = u + self.weight_decay * param  # (W)
         return u, SShampooPracticalState(step=now.step, sketches=sketches, v=v, m=m)
-
-    def report(self, state: SShampooPracticalState, finite: Array, xp: Namespace) -> SketchReport:
-        """Spectrum and escaped mass of each merged axis; empty where only the graft applies, which is elementwise."""
-        return fd.report(*state.sketches, finite=finite, xp=xp)

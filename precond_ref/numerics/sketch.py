@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
@@ -64,6 +64,10 @@ class SketchReport(NamedTuple):
     accuracy: tuple[Array, ...]
     """Relative error that each sketch allows one update: 16 roundings times the largest eigenvalue with its mass over
     the smallest one above 0 with it, (...)."""
+    certificate: tuple[Array, ...] = ()
+    """With ``solver="nystrom"``: escaped mass over what the same statistics had to lose at least, (...); 1 at best."""
+    kappa: tuple[Array, ...] = ()
+    """With ``solver="nystrom"``: tr(G - S) / (l escaped), (...); from 1 on the mass has the bound of an exact cut."""
 
 
 def empty(d: int, size: int, escaped: Scalar = 0.0) -> Sketch:
@@ -88,18 +92,36 @@ def update(
     Errors: ValueError for a size or solver that does not fit, and for rows of another shape.
     """
     xp = array_namespace(sketch.basis, rows) if xp is None else xp
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
+    size, factor = concatenated(sketch, rows, beta2, size, xp)
+    if 0 in factor.shape:
+        return sketch
+    k = sketch.basis.shape[-1]
+    u, s, cut = decomposed(factor, size, k, solver, xp)
+    s = s[..., :k]
+    return Sketch(
+        basis=u,
+        eigenvalues=(s - cut) * (s + cut),  # (S)
+        escaped=(beta2 if tail_decay is None else tail_decay) * sketch.escaped + (cut * cut)[..., 0],  # (rho)
+    )
+
+
+def concatenated(sketch: Any, rows: Array, beta2: Scalar, size: int | None, xp: Namespace) -> tuple[int, Array]:
+    """l and the factor (..., d, k + q) of A; ValueError for a size or rows that do not fit."""
     *stack, d, k = sketch.basis.shape
     size = k if size is None else size
     if min(d, size) != k:
         raise ValueError(f"size must be {k}{' or more' if k == d else ''} for basis {(d, k)}, got {size}")
     if rows.ndim < 2 or [*rows.shape[:-2], rows.shape[-1]] != [*stack, d]:
         raise ValueError(f"rows must have shape {(*stack, 'q', d)}, got {tuple(rows.shape)}")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
     old = sketch.basis * xp.sqrt(beta2 * sketch.eigenvalues)[..., None, :]
-    factor = xp.concat([old, xp.matrix_transpose(rows)], axis=-1)  # factor factor^T = A
-    if 0 in factor.shape:
-        return sketch
+    return size, xp.concat([old, xp.matrix_transpose(rows)], axis=-1)  # factor factor^T = A
+
+
+def decomposed(factor: Array, size: int, k: int, solver: str, xp: Namespace) -> tuple[Array, Array, Array]:
+    """Of A: U_k (..., d, k), all singular values of its factor (..., min(d, n)), 0 for rounding, and s_l (..., 1)."""
+    d = factor.shape[-2]
     peak = xp.max(xp.abs(factor), axis=(-2, -1), keepdims=True)  # `largest_entry` takes twice as long on small ones
     finite = xp.isfinite(peak)
     factor = xp.where(finite, factor, 0.0)
@@ -109,13 +131,7 @@ def update(
         u, s, kept = _gram64(factor, xp.where(finite & (peak > 0), peak, 1.0), k, xp)  # (A)
     finite = finite[..., 0] & (s[..., :1] < math.inf)
     s = xp.where(kept, s, 0.0)
-    cut = xp.where(finite, s[..., size - 1 : size] if size <= d else 0.0 * s[..., :1], math.nan)
-    s = s[..., :k]
-    return Sketch(
-        basis=u,
-        eigenvalues=(s - cut) * (s + cut),  # (S)
-        escaped=(beta2 if tail_decay is None else tail_decay) * sketch.escaped + (cut * cut)[..., 0],  # (rho)
-    )
+    return u, s, xp.where(finite, s[..., size - 1 : size] if size <= d else 0.0 * s[..., :1], math.nan)  # (cut)
 
 
 def _svd(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, Array]:
