@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> str:
-        """``__version__``, looked up when it is asked for: that would take a quarter of the time of the import."""
+        """Return ``__version__``. The lookup takes a quarter of the time of the import, so it is done on request."""
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import PackageNotFoundError, version

@@ -1,4 +1,4 @@
-"""Hyperparameters declared once: default, meaning, and the rule that every value has to keep.
+"""Hyperparameters, declared once: default, meaning, and the rule that every value must keep.
 
 ::
 
@@ -6,7 +6,7 @@
         beta: float = real("beta, decay of the average", default=0.9, ge=0, lt=1)
         every: int = integer("updates between two roots", default=1, ge=1)
 
-A field without ``default`` has to be given. `Method` makes the dataclass, the checks and ``symbols`` from these.
+A field without ``default`` must be given. `Method` makes the dataclass, the checks and ``symbols`` from these fields.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from typing import Any, Protocol
 
 
 class Rule(Protocol):
-    """What the values of a field must be."""
+    """A rule for the values of a field."""
 
     def check(self, name: str, value: Any) -> None:
-        """TypeError or ValueError, naming the field, the rule and the value, for a value that breaks the rule."""
+        """Raise TypeError or ValueError for a value that breaks the rule; it names field, rule and value."""
 
     @property
     def text(self) -> str:
-        """The rule in words, such as ``"in [0, 1)"``; "" where the meaning says it."""
+        """The rule in words, such as ``"in [0, 1)"``; "" if the meaning of the field already has it."""
 
 
 def is_python_number(value: Any) -> bool:
-    """True for a Python int or float (value checks apply), False for arrays and tracers (shape checks only)."""
+    """Return True for a Python int or float, whose value is checked; False for arrays and tracers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_zero(value: Any) -> bool:
-    """True only for a Python number equal to zero: an array-valued hyperparameter is never branched on."""
+    """Return True only for a Python number equal to zero. No code may branch on the value of an array."""
     return is_python_number(value) and value == 0
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Those of ``known`` that ``name`` may be meant to be: with one slip, in names of 8 letters and more with two.
+    """Return the names in ``known`` of which ``name`` may be a misspelling, sorted.
 
-    A slip is a letter that is wrong, missing or too many, or two that are exchanged. Names of 2 letters are like none.
+    Such names differ by one slip, or by two if both have 8 letters or more. A slip is a wrong, missing or additional
+    letter, or two exchanged letters. A name of 2 letters is no misspelling of any other.
     """
 
     def alike(other: str) -> bool:
@@ -66,7 +67,7 @@ def _slips(a: str, b: str) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Real:
-    """A finite real number within the bounds, or an array or tracer without axes, whose value is not read."""
+    """Rule: a finite real number within the bounds, or an array or tracer without axes, whose value is not read."""
 
     ge: float = -math.inf
     gt: float = -math.inf
@@ -105,7 +106,7 @@ class Real:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Integer:
-    """A Python int of at least ``ge``."""
+    """Rule: a Python int of at least ``ge``."""
 
     ge: int
     optional: bool = False
@@ -125,7 +126,7 @@ class Integer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flag:
-    """True or False."""
+    """Rule: True or False."""
 
     text: str = ""
 
@@ -136,7 +137,7 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One of some strings."""
+    """Rule: one of the strings ``of``."""
 
     of: tuple[str, ...]
     optional: bool = False
@@ -152,7 +153,7 @@ class Choice:
 
 
 def declared(meaning: str, rule: Rule | None = None, *, default: Any = dataclasses.MISSING) -> Any:
-    """A field with any ``rule``; without one, `Method.rules` has to check it."""
+    """Return a field with any ``rule``. A field without a rule must be checked in `Method.rules`."""
     return dataclasses.field(default=default, metadata={"meaning": meaning, "rule": rule})
 
 
@@ -166,20 +167,20 @@ def real(
     lt: float = math.inf,
     optional: bool = False,
 ) -> Any:
-    """A field with a finite real number, or an array without axes."""
+    """Return a field for a finite real number within the bounds, or an array without axes; ``optional``: or None."""
     return declared(meaning, Real(ge=ge, gt=gt, le=le, lt=lt, optional=optional), default=default)
 
 
 def integer(meaning: str, *, default: Any = dataclasses.MISSING, ge: int, optional: bool = False) -> Any:
-    """A field with a Python int."""
+    """Return a field for a Python int of at least ``ge``; ``optional``: or None."""
     return declared(meaning, Integer(ge=ge, optional=optional), default=default)
 
 
 def flag(meaning: str, *, default: Any = dataclasses.MISSING) -> Any:
-    """A field that is True or False."""
+    """Return a field that is True or False."""
     return declared(meaning, Flag(), default=default)
 
 
 def choice(meaning: str, *, default: Any = dataclasses.MISSING, of: tuple[str, ...], optional: bool = False) -> Any:
-    """A field with one of the strings ``of``, which the meaning explains."""
+    """Return a field for one of the strings ``of``, which ``meaning`` explains; ``optional``: or None."""
     return declared(meaning, Choice(of=of, optional=optional), default=default)

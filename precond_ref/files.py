@@ -1,4 +1,4 @@
-"""Files that a user gives, read within bounds: ValueError for what is larger or deeper."""
+"""Reading files of the user within bounds: ValueError for a file that is larger or nested deeper."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MOST_BYTES = 2**28
-"""Of a data file, packed and unpacked."""
+"""Largest size of a data file, packed and unpacked."""
 MOST_TEXT = 2**24
-"""Bytes of a JSON file or a list of names."""
+"""Largest size of a JSON file or a list of names."""
 DEEPEST = 32
-"""Lists and objects of JSON in one another."""
+"""Deepest nesting of lists and objects in JSON."""
 
 
 def read(path: Path, most: int) -> bytes:
-    """Content of a file of at most ``most`` bytes."""
+    """Return the content of a file of at most ``most`` bytes."""
     with path.open("rb") as file:
         return _bounded(file, most, f"{path} has")
 
 
 def unpacked(path: Path, most: int = MOST_BYTES) -> bytes:
-    """Content of a file, unpacked if it is gzipped; each of at most ``most`` bytes."""
+    """Return the content of a file, unpacked if it is gzipped; packed and unpacked at most ``most`` bytes."""
     content = read(path, most)
     if content[:2] != b"\x1f\x8b":
         return content
@@ -43,12 +43,12 @@ def _bounded(file: Any, most: int, start: str) -> bytes:
 
 
 def read_json(path: Path, most: int = MOST_TEXT) -> Any:
-    """A JSON file with finite numbers, integers of 64 bits, and nesting of at most `DEEPEST`."""
+    """Return the content of a JSON file with finite numbers, integers of 64 bits, and nesting of at most `DEEPEST`."""
     return parse_json(read(path, most), path)
 
 
 def parse_json(content: bytes, path: Path) -> Any:
-    """`read_json` of what was read from ``path``."""
+    """Return `read_json` of ``content``, the bytes that were read from ``path``."""
     try:
         value = json.loads(content.decode(), parse_int=_integer, parse_float=_finite, parse_constant=_refuse)
         if _deeper(value, DEEPEST):
@@ -61,7 +61,7 @@ def parse_json(content: bytes, path: Path) -> Any:
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Whether lists and objects are in one another on more levels, found without recursion."""
+    """Return whether lists and objects are nested on more than ``levels`` levels, without recursion."""
     nested = [value]
     for _ in range(levels + 1):
         nested = [x for v in nested if isinstance(v, (dict, list)) for x in (v.values() if isinstance(v, dict) else v)]
@@ -84,7 +84,7 @@ def _refuse(text: str) -> NoReturn:
 
 
 def shown(text: object, most: int = 500) -> str:
-    """``text`` for a message: at most that many characters, those that do not print escaped."""
+    """Return ``text`` for a message: at most ``most`` characters, with escapes for characters that do not print."""
     whole = str(text)
     cut = whole if len(whole) <= most else whole[:most] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)

@@ -1,4 +1,4 @@
-"""The tree level: many parameters, which method each gets, learning rate, decay, stacking, bad gradients."""
+"""`Optimizer`: methods on trees of parameters, with routing, learning rate, decay, stacking and bad gradients."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Slices = tuple[Any, ...]  # of slices
 
 
 class OptimizerState(NamedTuple):
-    """State of `Optimizer`: one method state per group of parameters updated together."""
+    """State of `Optimizer`: the state of a method for each group of parameters that are updated together."""
 
     step: Any
-    """Steps done."""
+    """Number of steps done."""
     groups: tuple[Any, ...]
     """Method states, in the order of `Optimizer.describe`."""
 
@@ -39,41 +39,41 @@ class Group(NamedTuple):
 
     method: Method
     members: tuple[tuple[str, Slices | None], ...]
-    """Path of each member, and which block of it (None: the whole)."""
+    """Path of each member, and the slices of its block (None: the whole parameter)."""
     shapes: tuple[tuple[int, ...], ...]
     """Shape of each member."""
 
     @property
     def name(self) -> str:
-        """First member's path, and how many more there are."""
+        """Path of the first member, and the number of the others."""
         more = f" and {len(self.members) - 1} more" if len(self.members) > 1 else ""
         return f"{self.members[0][0]}{more}"
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Applies methods to a tree of parameters: ``params, state = opt.step(params, grads, state)``.
+    """An optimizer of a tree of parameters by methods: ``params, state = opt.step(params, grads, state)``.
 
     Each step makes ``x <- (1 - lr weight_decay) x - lr direction`` with the direction of the parameter's method.
 
     Arguments:
-        method: for all parameters that it takes; the others get `Adam` with its defaults. `MBF` takes all, each
-            with the ``kind`` for its number of axes.
-        lr: learning rate, or a callable from the number of steps done (0 at the first) to it.
+        method: the method of all parameters that it takes; the others get `Adam` with its defaults. `MBF` takes all,
+            each with the ``kind`` for its number of axes.
+        lr: the learning rate, or a callable that returns it for the number of steps done (0 at the first step).
         weight_decay: decoupled decay, a number, or a callable ``(path, array) -> number``. ValueError beside a method
             with a ``weight_decay`` of its own that is not zero.
-        route: ``(path, array) -> Method``, instead of the rule above. Paths join keys by "/".
-        on_nonfinite: what a step does when some gradient or statistic is not finite. "propagate": nothing, NaN comes
-            out (no synchronisation); "skip": parameters, states and counters stay as they are (eager: one
-            synchronisation); "raise": ValueError naming the parameters, eager only.
-        block_size: matrices and tensors are cut into blocks of at most this size on every axis, each a parameter of
-            its own to a method that is not elementwise. This changes the method.
-        fuse: update parameters of one shape as one stack, and elementwise methods on one flat buffer. Changes speed
-            only.
-        join: pairs of paths (weight, bias): each weight (O, I) and bias (O,) is one parameter (O, I + 1), called like
-            the weight, for route, decay, statistics and states.
+        route: ``(path, array) -> Method``, instead of the rule of ``method``. A path joins keys by "/".
+        on_nonfinite: the behaviour of a step in which some gradient or statistic is not finite. "propagate": the step
+            gives NaN (no synchronisation); "skip": parameters, states and counters stay as they are (eager: one
+            synchronisation); "raise": ValueError with the paths of these parameters, eager only.
+        block_size: matrices and tensors are cut into blocks of at most this size on every axis. A method that is not
+            elementwise treats each block as a parameter of its own. This changes the method.
+        fuse: update parameters of one shape as one stack, and elementwise methods on one flat buffer. This changes
+            only the speed.
+        join: pairs of paths (weight, bias). Each weight (O, I) and bias (O,) become one parameter (O, I + 1), which has
+            the path of the weight in route, decay, statistics and states.
 
-    Parameter trees are any nesting of dict, list, tuple and NamedTuple of arrays. Nothing given is changed.
+    A tree is any nesting of dict, list, tuple and NamedTuple of arrays. No argument is ever changed.
     """
 
     method: Method
@@ -112,7 +112,10 @@ class Optimizer:
     # ---- public -----------------------------------------------------------------------------------------------------
 
     def init(self, params: Tree) -> OptimizerState:
-        """State before the first step."""
+        """Return the state before the first step.
+
+        ValueError or TypeError for leaves that are no arrays of one library, or that their method refuses.
+        """
         leaves = _leaves(params, "params")
         xp = _check_fit(leaves, leaves)
         leaves = self._joined(leaves)
@@ -132,11 +135,11 @@ class Optimizer:
         refresh: Any = None,
         statistics: Mapping[str, Any] | None = None,
     ) -> tuple[Tree, OptimizerState]:
-        """New parameters and state; ``refresh`` overrules when the methods renew their roots.
+        """Return the new parameters and the new state; ``refresh`` overrules when the methods renew their roots.
 
-        ``statistics`` gives methods what their ``update(..., statistic=)`` takes, by path; parameters updated together
-        need all or none (``fuse=False`` separates them).
-        ValueError or TypeError for gradients that do not fit the parameters, with the path; nothing is changed then.
+        ``statistics`` has by path the argument ``statistic`` of the methods' ``update``. Of the parameters that are
+        updated together, either all need a statistic, or none (``fuse=False`` separates them).
+        ValueError or TypeError, with the path, for gradients that do not fit the parameters; no argument is changed.
         """
         _check_state(state)
         if not (statistics is None or isinstance(statistics, Mapping)):
@@ -189,15 +192,15 @@ class Optimizer:
         return _rebuild(params, merged), OptimizerState(step=step, groups=tuple(new_states))
 
     def describe(self, params: Tree) -> list[Group]:
-        """Which parameters are updated together, by which method."""
+        """Return the groups of parameters that are updated together, each with its method."""
         return list(self._plan(self._joined(_leaves(params, "params"))))
 
     def unstack(self, params: Tree, state: OptimizerState) -> dict[str, Any]:
-        """Method state of each parameter by path (of each block by ``path[rows, columns]``)."""
+        """Return the method's state of each parameter by path (of each block by ``path[rows, columns]``)."""
         return {key: member for key, _, member in self._members(params, state)}
 
     def diagnose(self, params: Tree, state: OptimizerState) -> dict[str, Any]:
-        """``method.diagnose`` of each parameter by path."""
+        """Return ``method.diagnose`` of each parameter by path."""
         return {key: method.diagnose(member) for key, method, member in self._members(params, state)}
 
     # ---- private ----------------------------------------------------------------------------------------------------
@@ -226,7 +229,7 @@ class Optimizer:
             )
 
     def _joined(self, leaves: dict[str, Array]) -> dict[str, Array]:
-        """``leaves`` with each pair of ``join`` as one matrix, the bias its last column."""
+        """Return ``leaves`` with each pair of ``join`` as one matrix, whose last column is the bias."""
         result = dict(leaves)
         for weight, bias in self.join:
             missing = [path for path in (weight, bias) if path not in leaves]
@@ -291,7 +294,7 @@ class Optimizer:
 
 
 def _leaves(tree: Tree, what: str) -> dict[str, Array]:
-    """Arrays by path, sorted by path: the order does not depend on that of a dict's keys."""
+    """Return the arrays by path, sorted by path, so that the order of a dict's keys has no effect."""
     found: dict[str, Array] = {}
     for path, leaf in _walk(tree, ()):
         name = "/".join(path)
@@ -323,7 +326,7 @@ def _walk(tree: Tree, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
 
 
 def _rebuild(tree: Tree, leaves: Mapping[str, Array], path: tuple[str, ...] = ()) -> Tree:
-    """``tree`` with its leaves replaced by those of the same path."""
+    """Return ``tree`` with each leaf replaced by the leaf of the same path in ``leaves``."""
     children = _children(tree)
     if children is None:
         return leaves["/".join(path)]
@@ -332,7 +335,7 @@ def _rebuild(tree: Tree, leaves: Mapping[str, Array], path: tuple[str, ...] = ()
         pairs = dict(zip(tree.keys(), new, strict=True))
         if type(tree) is dict:
             return pairs
-        if isinstance(tree, dict):  # a defaultdict's constructor takes something else
+        if isinstance(tree, dict):  # the constructor of a defaultdict takes other arguments
             copied = copy.copy(tree)
             copied.update(pairs)
             return copied
@@ -392,7 +395,7 @@ def _block(array: Array, block: Slices | None) -> Array:
 
 
 def _join(group: Group, parts: list[Array], xp: Namespace) -> Array:
-    """Members as one array: a flat buffer for elementwise methods, else a stack."""
+    """Return the members as one array: a flat buffer for elementwise methods, else a stack."""
     if len(parts) == 1:
         return parts[0]
     if group.method.elementwise:
@@ -405,7 +408,7 @@ def _gather(group: Group, leaves: Mapping[str, Array], xp: Namespace) -> Array:
 
 
 def _statistics(groups: tuple[Group, ...], given: Mapping[str, Any], xp: Namespace) -> list[dict[str, Any]]:
-    """``statistic=`` of each group's update, nothing where none is given; a stack's is stacked, array by array."""
+    """Return for each group the keyword ``statistic`` of its update, or no keyword; a stack has stacked arrays."""
     result: list[dict[str, Any]] = []
     unknown = set(given)
     for group in groups:
@@ -438,7 +441,7 @@ def _statistics(groups: tuple[Group, ...], given: Mapping[str, Any], xp: Namespa
 
 
 def _split(group: Group, array: Array, index: int) -> Array:
-    """Member ``index`` of an array joined by `_join`."""
+    """Return member ``index`` of an array joined by `_join`."""
     if len(group.members) == 1:
         return array
     if not group.method.elementwise:
@@ -459,7 +462,7 @@ def _scatter(group: Group, array: Array, leaves: dict[str, Any]) -> None:
 
 
 def _merge(value: Any, xp: Namespace) -> Array:
-    """One array from its blocks by their first indices, axis after axis from the last."""
+    """Return one array from its blocks, which are given by their first indices; joins axis by axis from the last."""
     while isinstance(value, dict):
         rows: dict[tuple[int, ...], list[Array]] = {}
         for start, part in sorted(value.items()):
@@ -488,7 +491,7 @@ def _select(finite: Array, new: Any, old: Any, xp: Namespace) -> Any:
 
 
 def _rate(name: str, rate: Any) -> Any:
-    """What a callable returned, if it is a rate."""
+    """Return ``rate``, the value of a callable; ValueError or TypeError if it is no rate."""
     if isinstance(rate, numbers.Real) and not 0 <= float(rate) < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {rate!r}")
     if not isinstance(rate, numbers.Real) and getattr(rate, "shape", None) != ():
@@ -497,12 +500,12 @@ def _rate(name: str, rate: Any) -> Any:
 
 
 def _as_scalar(value: Any, param: Array, xp: Namespace) -> Any:
-    """A Python float, or a 0-D array in the parameter's dtype."""
+    """Return ``value`` as a Python float, or as a 0-D array in the parameter's dtype."""
     return float(value) if isinstance(value, numbers.Real) else xp.astype(value, param.dtype)
 
 
 class _named:
-    """Prefixes the errors of a group's method with the parameters' paths."""
+    """Context manager that puts the paths of a group before the errors of its method."""
 
     def __init__(self, group: Group) -> None:
         self.group = group

@@ -1,7 +1,7 @@
 """What a method is, in one page: the base class of all of them.
 
 A method gives its fields (`precond_ref.fields`), the shapes of its state (`Method.state_of`), its equations
-(`Method.step`) and what one would compare or plot (`Method.report`). Everything else is here, once.
+(`Method.step`) and the values to compare or plot (`Method.report`). Everything else is here, once.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from precond_ref.numerics.template import Spec, arrays_of, leaves, stacked
 from precond_ref.typing import Array, Namespace
 
 _CLASSES: dict[str, type[Method]] = {}
-"""Every class that was defined, by its ``name``; `precond_ref.registry` reads it."""
+"""Every class of a method, by its ``name``; `precond_ref.registry` reads this dict."""
 
 
 class Now(NamedTuple):
-    """What one update is made with, beside the gradient and the state."""
+    """The arguments of one `Method.step` beside the gradient, the state and the parameter."""
 
     xp: Namespace
-    """Of the arrays."""
+    """Namespace of the arrays."""
     step: Any
-    """t, number of this update: 1, 2, ...; the new state has it."""
+    """t, number of this update: 1, 2, ...; the new state has this number."""
     k: Any
-    """What `Method.scalars` made of t."""
+    """The value of `Method.scalars` for t."""
     due: Any
-    """Whether this update renews what is kept between updates: a bool, a 0-D array or a tracer; for MBF a pair."""
+    """Whether this update renews the kept roots or bases: a bool, a 0-D array or a tracer; for MBF a pair of these."""
     stack: int
-    """Stack axes, the first of every array; 0 for elementwise methods."""
+    """Number of stack axes, which are the first axes of every array; 0 for elementwise methods."""
     statistic: Any
-    """What ``update`` was given to replace the gradient's own statistic, or None."""
+    """The argument ``statistic`` of ``update``, which replaces the gradient's own statistic, or None."""
 
 
 @dataclass_transform(
@@ -53,15 +53,15 @@ class Now(NamedTuple):
 class Method:
     """Base of every method: hyperparameters, with pure functions on ONE parameter.
 
-    ``init(param, stack_ndim=k)`` makes the state; ``update(grad, state, param)`` returns ``(direction, state)`` and
-    the caller makes ``param - lr * direction``; ``diagnose(state)`` computes what one would compare or plot.
+    ``init(param, stack_ndim=k)`` makes the state. ``update(grad, state, param)`` returns ``(direction, state)``, and
+    the caller makes ``param - lr * direction``. ``diagnose(state)`` computes the values to compare or plot.
     The first ``k`` axes of ``param`` stack independent parameters of one shape. A real field may be a 0-D array or a
     tracer; it is not cast, so it should have the parameter's dtype.
 
-    A subclass becomes a frozen, keyword-only dataclass of its fields and can be found by its `name`
-    (``preset="ASGO.theory"``: as that attribute of the class `ASGO`); one that begins with "_" is a base and cannot. It
-    gives `state_of`, `step` and `report`, where it needs them `rules`, `scalars`, `stack_ndim`, `takes`, and `due` with
-    `periods`, and the class attributes below.
+    A subclass becomes a frozen, keyword-only dataclass of its fields, and the registry finds it by its `name`. With
+    ``preset="ASGO.theory"`` it is the attribute ``theory`` of the class `ASGO`. A class whose name begins with "_" is a
+    base of others and has no entry in the registry. A subclass gives `state_of`, `step`, `report` and the class
+    attributes below. If it needs them, it gives `rules`, `scalars`, `stack_ndim`, `takes`, and `due` with `periods`.
     """
 
     paper: ClassVar[str] = ""
@@ -73,27 +73,27 @@ class Method:
     ndims: ClassVar[tuple[int, int]] = (0, 64)
     """Smallest and largest number of axes of one parameter, stack axes not counted. A property where fields decide."""
     takes_statistic: ClassVar[bool] = False
-    """True if ``update`` takes ``statistic``, which `check_statistic` examines."""
+    """True if ``update`` takes ``statistic``, which `check_statistic` checks."""
     joins_bias: ClassVar[bool] = False
     """True if the paper's method takes a layer's weight (O, I) and bias (O,) as one parameter (O, I + 1)."""
     every: Any = 1
-    """Updates between two renewals of what is kept. A field where that can be chosen."""
+    """Number of updates between two renewals of roots or bases. A field if the user may choose it."""
     refreshes: ClassVar[bool] = False
-    """True if there is something that ``refresh`` can overrule or that cannot do without; made from ``every``."""
+    """True if the method renews roots or bases, so that ``refresh`` has a meaning; made from ``every``."""
     narrow_state: Any = False
-    """True if the state stays in the parameter's dtype also below float32. A field where that can be chosen; there
-    `init` itself makes it float32 at least otherwise, elsewhere adapters do, who compute in float32."""
+    """True if the state of a parameter below float32 has the parameter's dtype. If this is a field, `init` makes the
+    state float32 at least unless the field is True. If it is no field, the adapters, which compute in float32, do."""
     weight_decay: Any = 0.0
-    """Of the direction itself. A field where that has one."""
+    """Weight decay inside the direction. A field if the method has one."""
     decays: ClassVar[bool] = False
-    """True if ``weight_decay`` is a field, so that the caller adds none of its own; made from the fields."""
+    """True if ``weight_decay`` is a field, so that the caller adds no decay of its own; made from the fields."""
 
     name: ClassVar[str] = ""
-    """Such as ``ASGO.theory``, or ``my_module:Mine`` outside of this package; made from the class."""
+    """Name of the class, such as ``ASGO.theory``, or ``my_module:Mine`` outside this package; made from the class."""
     symbols: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Meaning of each field, with the paper's symbol and the rule; made from the fields, shown by ``list``."""
     presets: ClassVar[tuple[str, ...]] = ()
-    """Attributes that make a variant: classes (made from ``preset=``), or static methods that set fields."""
+    """Names of attributes that make a variant: classes (with ``preset=``), or static methods that set fields."""
 
     def __init_subclass__(cls, preset: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -144,48 +144,54 @@ class Method:
     # ---- to be given by each method --------------------------------------------------------------------------------
 
     def state_of(self, shape: tuple[int, ...]) -> Any:
-        """The state for one parameter of ``shape``, with a `Spec` for each array: the place that knows the shapes."""
+        """Return the state of one parameter of ``shape``, with a `Spec` for each array.
+
+        This is the only function that knows the shapes of the state.
+        """
         raise NotImplementedError(f"{self.name} has no state_of(self, shape)")
 
     def step(self, grad: Array, state: Any, param: Array, now: Now) -> tuple[Array, Any]:
-        """The equations: ``(direction, new state)``. All arguments were checked; nothing given is changed."""
+        """Return ``(direction, new state)`` by the equations. All arguments were checked; none may be changed."""
         raise NotImplementedError(f"{self.name} has no step(self, grad, state, param, now)")
 
     def report(self, state: Any, finite: Array, xp: Namespace) -> Any:
-        """What `diagnose` returns; ``finite``: whether each member's state is (0-D if elementwise, None if empty)."""
+        """Return the value of `diagnose`.
+
+        ``finite`` tells for each stack member whether its state is finite (0-D if elementwise, None without a state).
+        """
         raise NotImplementedError(f"{self.name} has no report(self, state, finite, xp), which diagnose shows")
 
     # ---- to be given where a method needs it -----------------------------------------------------------------------
 
     @property
     def factorizes(self) -> bool:
-        """Whether matrices are factorised, which needs float32 or float64. A class attribute will do as well."""
+        """Whether the method factorises matrices, which needs float32 or float64. It may be a class attribute."""
         return False
 
     @property
     def reads_param(self) -> bool:
-        """Whether `step` reads the parameter, which it does not get otherwise; here: for weight decay."""
+        """Whether `step` reads the parameter; otherwise it gets None. By default only weight decay reads it."""
         return not is_zero(self.weight_decay)
 
     def rules(self) -> None:
-        """ValueError or TypeError for fields that do not fit together; each alone was checked before."""
+        """Raise ValueError or TypeError for fields that do not fit together; each field alone was checked before."""
 
     def scalars(self, step: Any, *, like: Array = None) -> Any:
-        """What depends on the update's number ``step`` (1, 2, ...) and the hyperparameters alone.
+        """Return the values that depend only on the update's number ``step`` (1, 2, ...) and the hyperparameters.
 
-        Exact Python floats for an int ``step``; for a traced one, 0-D arrays in the dtype of ``like``.
+        They are exact Python floats for an int ``step``, and 0-D arrays in the dtype of ``like`` for a traced step.
         """
         return ()
 
     @property
     def idle(self) -> frozenset[str]:
-        """Fields without effect while the others are as they are: `check` asks no implementation for them."""
+        """Fields that have no effect at the present values of the others; `check` asks no implementation for them."""
         return frozenset()
 
     def stack_ndim(self, state: Any) -> int | None:
-        """Stack axes of the arrays in ``state``; None where each entry of the parameter stands for itself.
+        """Return the number of stack axes of the arrays in ``state``; None for elementwise methods.
 
-        Has to be given by methods whose parameters may have different numbers of axes.
+        A method whose parameters may have different numbers of axes must give this function.
         """
         if self.elementwise:
             return None
@@ -193,41 +199,48 @@ class Method:
         return array.ndim - len(spec.shape)
 
     def due(self, step: Any) -> Any:
-        """Whether the update after ``step`` completed ones renews what is kept: updates 1, 1+every, 1+2 every, ..."""
+        """Return whether the update after ``step`` completed updates renews roots or bases.
+
+        By default these are the updates 1, 1 + every, 1 + 2 every, ...
+        """
         return True if self.every == 1 else step % self.every == 0
 
     @property
     def periods(self) -> Any:
-        """Updates between two renewals of each thing that `due` tells of: a whole number, or a tuple as it returns."""
+        """Number of updates between two renewals: an int, or a tuple if `due` returns a tuple."""
         return self.every
 
     def overruled(self, refresh: Any) -> Any:
-        """``refresh``, given to ``update``, in the place of `due`; TypeError or ValueError if it cannot be."""
+        """Return ``refresh``, an argument of ``update``, in the place of `due`; TypeError or ValueError if refused."""
         return check_refresh(refresh, self.every)
 
     def check_statistic(self, statistic: Any, param: Array) -> None:
-        """ValueError or TypeError for what ``update`` of ``param`` cannot take as ``statistic``; reads no values.
+        """Raise ValueError or TypeError if ``update`` of ``param`` cannot take ``statistic``; reads no values.
 
-        Methods with ``takes_statistic`` take gradients, ``(q, *param.shape)``, unless they give another rule.
+        Methods with ``takes_statistic`` take gradients of shape ``(q, *param.shape)`` unless they give another rule.
         """
         if not self.takes_statistic:
             raise ValueError(f"statistic must not be given for {self.name}, which takes none")
         check_samples(statistic, param)
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
-        """Whether the default routing gives this method a parameter of this shape and path (else: Adam)."""
+        """Return whether the default routing gives a parameter of this shape and path to this method (else to Adam)."""
         low, high = self.ndims
         return self.elementwise or max(low, 2) <= len(shape) <= high
 
     def for_shape(self, shape: tuple[int, ...], path: str = "") -> Method | None:
-        """The method that the default routing gives a parameter of this shape and path; None: Adam."""
+        """Return the method that the default routing gives to a parameter of this shape and path; None means Adam."""
         return self if self.takes(shape, path) else None
 
     # ---- the same for all -------------------------------------------------------------------------------------------
 
     @final
     def init(self, param: Array, *, stack_ndim: int = 0) -> Any:
-        """State for ``param`` before the first update."""
+        """Return the state for ``param`` before the first update.
+
+        The first ``stack_ndim`` axes stack independent parameters. ValueError or TypeError for a shape or dtype that
+        the method does not take.
+        """
         xp = _namespace("param", param)
         _check_dtype(xp, "param", param.dtype, self.factorizes, self.name)
         if not (isinstance(stack_ndim, int) and 0 <= stack_ndim <= param.ndim):
@@ -247,11 +260,12 @@ class Method:
         xp: Namespace = None,
         statistic: Any = None,
     ) -> tuple[Array, Any]:
-        """One update: ``(direction, new state)``; nothing given is changed.
+        """Return ``(direction, new state)`` of one update; no argument is changed.
 
-        ``scalars`` and ``xp`` (what `scalars` returned, the namespace) may be given by a caller that has them;
-        ``refresh`` overrules when roots are renewed, and is ignored by methods that have none; ``statistic`` replaces
-        what the gradient adds to the statistic, in methods that take one.
+        ``direction`` has the shape and dtype of ``grad``. A caller that has them may give ``scalars``, the value of
+        `scalars`, and ``xp``, the namespace. ``refresh`` overrules when roots are renewed; methods without roots ignore
+        it. ``statistic`` replaces the gradient in the statistic, in methods that take one. ValueError or TypeError for
+        arguments that do not fit, before anything is computed.
         """
         if xp is None:  # a caller that binds xp (an adapter inside a compiled graph) has made sure of these two
             xp = _namespace("grad and param", grad, param)
@@ -280,7 +294,10 @@ class Method:
 
     @final
     def diagnose(self, state: Any) -> Any:
-        """What a validator compares or a student plots; computed only on request. See `report`."""
+        """Return the values to compare or plot, by `report`; they are computed only on request.
+
+        ValueError or TypeError for a state of another structure.
+        """
         self._check_state_type(state)
         entries = {name: array for name, array in leaves(state) if name != "step"}
         for name, array in entries.items():
@@ -302,7 +319,7 @@ class Method:
             ) from error
 
     def _finite(self, state: Any, arrays: list[Array], xp: Namespace) -> Array:
-        """Whether each member's ``arrays``, those of ``state``, are finite; 0-D where there are no members."""
+        """Return whether the ``arrays`` of ``state`` are finite, for each stack member; 0-D for elementwise methods."""
         stack = self.stack_ndim(state)
         if stack is None:
             return all_finite(xp, *arrays)
@@ -312,11 +329,11 @@ class Method:
 
     @final
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again."""
+        """Return a copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
     def _template(self, param: Array, stack_ndim: int) -> Any:
-        """`state_of` the members of ``param``, stacked."""
+        """Return `state_of` one stack member of ``param``, stacked."""
         shape = tuple(param.shape)
         torch = sys.modules.get("torch")
         if torch is not None and (torch.compiler.is_compiling() or any(type(n) is not int for n in shape)):
@@ -340,7 +357,7 @@ class Method:
         return stacked(self.state_of(shape[stack_ndim:]), shape[:stack_ndim])
 
     def check_class(self) -> None:
-        """TypeError for a class that lacks what each method has to give."""
+        """Raise TypeError for a class without a part that each method must give."""
         needs = {"state_of": "state_of(self, shape)", "step": "step(self, grad, state, param, now)"}
         for function, text in needs.items():
             if getattr(type(self), function) is getattr(Method, function):
@@ -352,7 +369,7 @@ class Method:
             )
 
     def _check_template(self, template: Any) -> None:
-        """TypeError for what `state_of` cannot return."""
+        """Raise TypeError if `state_of` returned anything but a ``state_type`` with a `Spec` for each array."""
         if not isinstance(template, self.state_type):
             raise TypeError(
                 f"state_of of {self.name} must return a {self.state_type.__name__}, got {type(template).__name__}"
@@ -365,7 +382,7 @@ class Method:
                 )
 
     def _check_made(self, made: Any, grad: Array, step: Any) -> None:
-        """TypeError or ValueError for what `step` cannot return; reads no values of arrays."""
+        """Raise TypeError or ValueError if ``made``, the result of `step`, is wrong; reads no values of arrays."""
         if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], self.state_type)):
             kinds = f"({', '.join(type(m).__name__ for m in made)})" if isinstance(made, tuple) else type(made).__name__
             raise TypeError(
@@ -397,12 +414,12 @@ class Method:
             raise TypeError(f"state must be a {self.state_type.__name__}, got {type(state).__name__}")
 
     def _check_state(self, state: Any, param: Array, xp: Namespace) -> int:
-        """Refuse what is no state of this method for ``param``; returns its stack axes."""
+        """Refuse a value that is no state of this method for ``param``; return the number of its stack axes."""
         self._check_state_type(state)
         low, high = self.ndims
         try:
             found = param.ndim - low if low == high else 0 if self.elementwise else self.stack_ndim(state)
-        except (AttributeError, IndexError, TypeError):  # of a state that is none
+        except (AttributeError, IndexError, TypeError):  # the value is no state
             found = 0
         stack = param.ndim if found is None else min(max(found, 0), param.ndim)
         template = self._template(param, stack)
@@ -412,7 +429,7 @@ class Method:
         return stack
 
     def _refuse(self, what: str, value: Any, part: Any, param: Array, xp: Namespace) -> None:
-        """The error for a ``value`` in the place of ``part`` of the template, if it is one."""
+        """Raise the error for a ``value`` that does not fit ``part`` of the template, if it does not."""
         if (value is None) != (part is None):
             rule = "be None" if part is None else "not be None"
             raise ValueError(f"{what} must {rule}: the state was made with other fields than {self!r}")
@@ -441,13 +458,13 @@ class Method:
 
 
 def class_hint(value: Any) -> str:
-    """What an error about a ``value`` that should be a method says, if it is the class of one."""
+    """Return a hint for the error about a ``value`` that is the class of a method instead of a method, else ""."""
     is_class = isinstance(value, type) and issubclass(value, Method)
     return f": that is the class, an instance is {value.name}(...)" if is_class else ""
 
 
 def _by_name(init: Callable[..., None]) -> Callable[..., None]:
-    """``init`` of a class, which says how fields are given to a caller who gives them without their names."""
+    """Wrap ``init`` of a class so that fields without names raise an error, which shows how to give them."""
 
     @functools.wraps(init)
     def made(self: Method, *values: Any, **fields: Any) -> None:
@@ -460,7 +477,7 @@ def _by_name(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _refuse_slip(cls: type[Method], name: str) -> None:
-    """TypeError for an attribute that is no field and is nearly called like one that `Method` declares."""
+    """Raise TypeError for an attribute that is no field and looks like a misspelled name that `Method` declares."""
     function = inspect.isfunction(cls.__dict__.get(name))
     declared = {n for n in vars(Method) if not n.startswith("_") and (inspect.isfunction(vars(Method)[n]) == function)}
     if found := nearest(name, declared):
@@ -471,13 +488,13 @@ def _refuse_slip(cls: type[Method], name: str) -> None:
 
 
 def _symbol(field: dataclasses.Field[Any]) -> str:
-    """Meaning and rule of a field."""
+    """Return meaning and rule of a field."""
     rule = field.metadata.get("rule")
     return ", ".join(filter(None, [field.metadata.get("meaning", ""), rule.text if rule is not None else ""]))
 
 
 def _fits(values: tuple[Any, ...], parts: tuple[Any, ...], dtype: Any) -> bool:
-    """Whether ``values`` are as the template's ``parts`` say, in ``dtype``."""
+    """Return whether ``values`` have the structure and shapes of the template's ``parts``, and ``dtype``."""
     for value, part in zip(values, parts, strict=True):
         if type(part) is Spec:
             if not hasattr(value, "shape") or value.shape != part.shape or value.dtype != dtype:
@@ -491,7 +508,7 @@ def _fits(values: tuple[Any, ...], parts: tuple[Any, ...], dtype: Any) -> bool:
 
 
 def _check_step(step: Any, xp: Namespace) -> None:
-    """Refuse what is no number of updates, but for a negative value of an array, which is not read."""
+    """Refuse a ``step`` that is no number of updates. The value of an array is not read, so it may be negative."""
     dtype = getattr(step, "dtype", None)
     number = isinstance(step, numbers.Number)  # also NumPy's scalars
     if isinstance(step, bool) or (not isinstance(step, numbers.Integral) if number else dtype is None or step.ndim):

@@ -1,7 +1,7 @@
 """Methods by name, and the one way from a text to a method.
 
-A text is the name of a method or preset, in any case of letters, or the place of a class of one's own; fields that do
-not have their defaults follow in brackets::
+A text is the name of a method or preset, in upper or lower case, or the place of a class outside this package. Fields
+with other values than their defaults follow in brackets::
 
     ASGO      sshampoo.practical(size=32)      my_module:Fast      my_module:Fast(beta2=0.9, side="left")
 """
@@ -21,12 +21,12 @@ from precond_ref.protocol import _CLASSES, Method, class_hint
 
 
 def list_methods() -> Mapping[str, type[Method]]:
-    """All methods of this package by name, in the order of definition (read-only)."""
+    """Return all methods of this package by name, in the order of definition (read-only)."""
     return MappingProxyType({name: cls for name, cls in _CLASSES.items() if not {".", ":"} & set(name)})
 
 
 def constructors() -> dict[str, Callable[..., Method]]:
-    """Every method of this package, and after it its presets, such as ``ASGO.theory``."""
+    """Return every method of this package by name, each followed by its presets, such as ``ASGO.theory``."""
     found: dict[str, Callable[..., Method]] = {}
     for name, method in list_methods().items():
         found[name] = method
@@ -35,33 +35,36 @@ def constructors() -> dict[str, Callable[..., Method]]:
 
 
 def arguments(make: Callable[..., Method]) -> list[str]:
-    """Names of what ``make`` takes."""
+    """Return the names of the arguments of ``make``."""
     return list(inspect.signature(make).parameters)
 
 
 def required(make: Callable[..., Method]) -> list[str]:
-    """Arguments without a default."""
+    """Return the names of the arguments of ``make`` without a default."""
     return [p.name for p in inspect.signature(make).parameters.values() if p.default is p.empty]
 
 
 class Named(NamedTuple):
-    """What a text says; not made yet, because fields may be missing."""
+    """A parsed text. The method is not made yet, because fields may be missing."""
 
     name: str
-    """`Method.name`, or that of a preset."""
+    """`Method.name`, or the name of a preset."""
     make: Callable[..., Method]
     """The class or preset."""
     fields: Mapping[str, Any]
-    """Those in the brackets."""
+    """The fields in the brackets."""
 
     @property
     def text(self) -> str:
-        """The text, always written in the same way."""
+        """The text in its normal form."""
         fields = ", ".join(f"{field}={value!r}" for field, value in self.fields.items())
         return f"{self.name}({fields})" if fields else self.name
 
     def made(self, **missing: Any) -> Method:
-        """The method, with values from ``missing`` for what has no default and is not given; ValueError if refused."""
+        """Return the method; ValueError if it refuses the fields.
+
+        ``missing`` has values for fields that have no default and are not in the text.
+        """
         fields = {**{name: missing[name] for name in required(self.make) if name in missing}, **self.fields}
         for name in required(self.make):
             if name not in fields:
@@ -73,7 +76,7 @@ class Named(NamedTuple):
 
 
 def split(text: str) -> tuple[str, dict[str, Any]]:
-    """Name or place, and the fields in brackets; ValueError if these are not like ``(size=64, every=10)``."""
+    """Return the name or place and the fields in brackets; ValueError if these are not like ``(size=64, every=10)``."""
     place, bracket, rest = text.strip().partition("(")
     if not bracket:
         return place, {}
@@ -87,7 +90,7 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(field: str, node: ast.expr) -> Any:
-    """What is written for a field; ValueError saying how to write it."""
+    """Return the value that is written for a field; the ValueError says how to write it."""
     try:
         return ast.literal_eval(node)
     except ValueError:
@@ -96,7 +99,7 @@ def _value(field: str, node: ast.expr) -> Any:
 
 
 def parse(text: str) -> Named:
-    """What ``text`` says, such as ``"asgo(eps=1e-8)"``; ValueError or ImportError if it says nothing."""
+    """Parse ``text``, such as ``"asgo(eps=1e-8)"``; ValueError or ImportError if it names no method."""
     place, fields = split(text)
     name, make = _found(place)
     known = arguments(make)
@@ -106,7 +109,7 @@ def parse(text: str) -> Named:
 
 
 def parse_list(text: str) -> list[Named]:
-    """What a text with commas says; those within brackets separate fields."""
+    """Parse a list of methods with commas between them; commas within brackets separate fields."""
     depth, parts = 0, [""]
     for character in text:
         depth += (character in "([{") - (character in ")]}")
@@ -121,16 +124,16 @@ def parse_list(text: str) -> list[Named]:
 
 
 def made_by(make: Any) -> type[Method] | None:
-    """The class of what ``make`` makes: itself, or the one that has it among its presets; None for anything else."""
+    """Return the class of the methods that ``make``, a class or a preset, makes; None for anything else."""
     if isinstance(make, type):
         return make if issubclass(make, Method) else None
     return next((c for c in _CLASSES.values() if any(getattr(c, preset) == make for preset in c.presets)), None)
 
 
 def class_of(name: str) -> type[Method]:
-    """The class with this `Method.name`; ValueError or TypeError if none is loaded. Nothing is imported for it.
+    """Return the class with this `Method.name` without importing a module; ValueError or TypeError if none is loaded.
 
-    Also found are ``ASGOTheory`` and the like, the names of classes that older checkpoints have.
+    Older checkpoints have the names of Python classes, such as ``ASGOTheory``; these are found, too.
     """
     if not isinstance(name, str):
         raise TypeError(f"method must be a precond_ref.Method or the name of one, got {name!r}{class_hint(name)}")
@@ -148,9 +151,10 @@ def _said(error: BaseException) -> str:
 
 
 def load(target: str, said: Callable[[BaseException], str] = _said) -> Any:
-    """What is at ``module:attribute``, the current folder first; ValueError saying what is missing.
+    """Return the object at ``module:attribute``, searched in the current folder first.
 
-    ImportError if the module raises something, which ``said`` puts into words.
+    ValueError if the module or the attribute is missing. ImportError if the module raises an error, which ``said`` puts
+    into words.
     """
     module_name, colon, path = target.partition(":")
     if not (colon and module_name and path):
@@ -175,8 +179,8 @@ def load(target: str, said: Callable[[BaseException], str] = _said) -> Any:
 
 
 def _found(name: str) -> tuple[str, Callable[..., Method]]:
-    """The name of a method or preset in the one right spelling, and what makes it."""
-    if name in _CLASSES:  # which may be of a function or a notebook, that no module has
+    """Return the name of a method or preset in its normal spelling, and the class or function that makes it."""
+    if name in _CLASSES:  # also classes of a function or a notebook, which no module has
         return name, _CLASSES[name]
     if ":" not in name:
         known = {each.lower(): (each, make) for each, make in constructors().items()}

@@ -1,4 +1,4 @@
-"""Names of types that no array library shares, for signatures."""
+"""Names for types in signatures, since array libraries have no common types."""
 
 from typing import Any
 

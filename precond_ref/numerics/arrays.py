@@ -1,4 +1,4 @@
-"""New arrays beside a given one, and what all diagnoses ask of one."""
+"""New arrays beside a given one, largest entries and norms, and tests for finite entries."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from precond_ref.typing import Array, Namespace, Scalar
 
 
 def placement(array: Array) -> dict[str, Any]:
-    """Keywords that create an array with the dtype and device of ``array``.
+    """Return the keywords that create an array with the dtype and device of ``array``.
 
-    On JAX no device is named: naming it commits the new array, and ``jit`` then compiles twice.
+    On JAX no device is named: this would commit the new array, and ``jit`` would compile twice.
     """
     return {"dtype": array.dtype} if is_jax_array(array) else {"dtype": array.dtype, "device": device_of(array)}
 
 
 def zeros(xp: Namespace, shape: tuple[int, ...], like: Array) -> Array:
-    """Zeros of ``shape`` with the dtype and device of ``like``."""
+    """Return zeros of ``shape`` with the dtype and device of ``like``."""
     return xp.zeros(shape, **placement(like))
 
 
 def state_dtype(xp: Namespace, param: Array, narrow: bool) -> Any:
-    """Dtype of a method's averages: that of ``param``, but float32 at least unless ``narrow``."""
+    """Return the dtype of a method's averages: that of ``param``, but float32 at least unless ``narrow``."""
     return param.dtype if narrow or xp.finfo(param.dtype).bits >= 32 else xp.float32
 
 
 def in_float64(array: Array, xp: Namespace) -> Array | None:
-    """``array`` in float64; None where the library has that switched off, or the device lacks it."""
+    """Return ``array`` in float64; None if float64 is switched off in the library or missing on the device."""
     try:
         wide = xp.astype(array, xp.float64, copy=False)
     except (TypeError, ValueError, RuntimeError):  # libraries refuse it each in its own way
@@ -44,31 +44,32 @@ def t(matrix: Array, xp: Namespace) -> Array:
 
 
 def own(array: Array, xp: Namespace) -> Array:
-    """``array`` row by row in memory of its own."""
+    """Return a copy of ``array`` with its rows one after the other in memory."""
     return xp.reshape(xp.concat([xp.reshape(array, (-1,))]), array.shape)
 
 
 def eye_like(xp: Namespace, matrix: Array) -> Array:
-    """Identity matrices with the shape (..., n, n), dtype and device of ``matrix``."""
+    """Return identity matrices with the shape (..., n, n), dtype and device of ``matrix``."""
     return xp.tril(xp.triu(xp.ones_like(matrix)))
 
 
 def identity(xp: Namespace, matrix: Array) -> Array:
-    """One identity matrix for all of ``matrix`` (..., n, n): (n, n), or empty like it."""
+    """Return one identity matrix (n, n) for all members of ``matrix`` (..., n, n), or an array as empty as that."""
     return eye_like(xp, matrix if 0 in matrix.shape else matrix[(0,) * (matrix.ndim - 2) + (...,)])
 
 
 def largest_entry(array: Array, axes: tuple[int, ...], xp: Namespace) -> Array:
-    """Largest magnitude over ``axes``, which stay with size 1: 0 of nothing, NaN if there is one, else exact."""
+    """Return the exact largest magnitude over ``axes``, which stay with size 1; 0 of no entries, NaN with any NaN."""
     if 0 in array.shape:
         return xp.sum(array, axis=axes, keepdims=True)
     return xp.maximum(xp.max(array, axis=axes, keepdims=True), -xp.min(array, axis=axes, keepdims=True))
 
 
 def normed(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, Array, Array]:
-    """``peak``, ``unit`` and ``norm`` with ``array = peak unit`` and ``norm = ||unit||_F`` over ``axes``, which stay.
+    """Return ``peak``, ``unit`` and ``norm`` with ``array = peak unit`` and ``norm = ||unit||_F`` over ``axes``.
 
-    The largest magnitude in ``unit`` is 1, so that no square over- or underflows; zero stays zero.
+    The axes stay with size 1. The largest magnitude in ``unit`` is 1, so that no square over- or underflows; zero stays
+    zero.
     """
     peak = largest_entry(array, axes, xp)
     unit = array / xp.where(peak == 0, 1.0, peak)
@@ -77,21 +78,21 @@ def normed(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, A
 
 def clamp(array: Array, low: Scalar, high: Scalar | None = None, *, xp: Namespace) -> Array:
     """Limit the entries to ``low`` and ``high``; NaN stays. CuPy's ``clip`` would wait for the device."""
-    if hasattr(array, "clamp"):  # PyTorch, whose `maximum` of a Python number no compiler traces
+    if hasattr(array, "clamp"):  # PyTorch: compilers cannot trace its `maximum` of a Python number
         return array.clamp(low, high)
     array = xp.maximum(array, low)
     return array if high is None else xp.minimum(array, high)
 
 
 def square(array: Array, xp: Namespace) -> Array:
-    """``array * array``, but of entries so large that a sum of squares could overflow a large number less."""
+    """Return ``array * array``, with large entries limited so that a sum of the squares cannot overflow."""
     most = (float(xp.finfo(array.dtype).max) / max(math.prod(array.shape), 1)) ** 0.5
     bounded = clamp(array, -most, most, xp=xp)
     return bounded * bounded
 
 
 def all_finite(xp: Namespace, *arrays: Array) -> Array:
-    """Whether every entry of all arrays is finite: a 0-D bool array."""
+    """Return whether every entry of all arrays is finite: a 0-D bool array."""
     flags = [xp.all(xp.isfinite(a)) for a in arrays]
     result = flags[0]
     for flag in flags[1:]:
@@ -100,7 +101,7 @@ def all_finite(xp: Namespace, *arrays: Array) -> Array:
 
 
 def finite_members(xp: Namespace, *arrays: Array, core_ndims: tuple[int, ...]) -> Array:
-    """Whether each stack member is finite in all arrays, whose last ``core_ndims`` axes belong to one member."""
+    """Return whether each stack member is finite in all arrays; the last ``core_ndims`` axes belong to one member."""
     result = None
     for array, ndim in zip(arrays, core_ndims, strict=True):
         flag = xp.all(xp.isfinite(array), axis=tuple(range(-ndim, 0))) if ndim else xp.isfinite(array)
@@ -109,10 +110,10 @@ def finite_members(xp: Namespace, *arrays: Array, core_ndims: tuple[int, ...]) -
 
 
 def bad_as_nan(array: Array, core_ndim: int, xp: Namespace) -> Array:
-    """NaN for each member (...) that has an entry which is not finite, else 0: added to what is kept of it, a mark."""
+    """Return NaN for each member (...) with an entry that is not finite, else 0; added to its state, this is a mark."""
     return xp.sum(0.0 * array, axis=tuple(range(-core_ndim, 0)))
 
 
 def whole(array: Array, core_ndim: int, xp: Namespace) -> Array:
-    """``array``, NaN throughout each member that has an entry which is not finite."""
+    """Return ``array`` with NaN in every entry of each member that has an entry which is not finite."""
     return array + bad_as_nan(array, core_ndim, xp)[(..., *[None] * core_ndim)]

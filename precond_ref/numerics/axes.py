@@ -1,4 +1,4 @@
-"""One matrix per axis of a tensor: multiplying it on, and the axes that get one.
+"""Multiplication of tensors by one matrix per axis, and the statistics of one axis.
 
 Tensors are (..., d_1, ..., d_N) with ``stack`` leading axes; matrices (..., k, d_n) have the same leading axes.
 """
@@ -12,18 +12,20 @@ from precond_ref.typing import Array, Namespace
 
 
 def squeezed(shape: Sequence[int]) -> tuple[int, ...]:
-    """``shape`` without its axes of size 1; ``(1,)`` if none is left."""
+    """Return ``shape`` without its axes of size 1; ``(1,)`` if no axis is left."""
     return tuple(d for d in shape if d != 1) or (1,)
 
 
 def unfold(tensor: Array, stack: int, axis: int, xp: Namespace) -> Array:
-    """X_(n): (..., d_1, ..., d_N) -> (..., d_n, product of the others), n = ``axis`` counted from 0."""
-    moved = xp.moveaxis(tensor, stack + axis, stack) if axis else tensor  # which PyTorch cannot do under vmap
+    """Return X_(n): (..., d_1, ..., d_N) -> (..., d_n, product of the others), n = ``axis`` counted from 0."""
+    moved = (
+        xp.moveaxis(tensor, stack + axis, stack) if axis else tensor
+    )  # PyTorch cannot move an axis to itself under vmap
     return xp.reshape(moved, (*moved.shape[: stack + 1], math.prod(moved.shape[stack + 1 :])))
 
 
 def multiply(tensor: Array, matrix: Array, axis: int, xp: Namespace) -> Array:
-    """X x_n A: ``matrix`` (..., k, d_n) multiplied onto axis n = ``axis`` of ``tensor``."""
+    """Return X x_n A: ``matrix`` (..., k, d_n) multiplied onto axis n = ``axis`` of ``tensor``."""
     stack = matrix.ndim - 2
     if stack + axis == tensor.ndim - 1:  # the same without a transposition of the result
         rows = xp.reshape(tensor, (*matrix.shape[:-2], math.prod(tensor.shape[stack:-1]), tensor.shape[-1]))
@@ -35,7 +37,7 @@ def multiply(tensor: Array, matrix: Array, axis: int, xp: Namespace) -> Array:
 
 
 def check_samples(statistic: Array, grad: Array) -> None:
-    """Refuse pseudo-gradients that are not (q, ...) for a gradient (...), in its dtype."""
+    """Raise ValueError or TypeError for pseudo-gradients that are not (q, ...), in the dtype of a gradient (...)."""
     if not hasattr(statistic, "shape"):
         raise TypeError(f"statistic must be an array of shape (q, *param.shape), got {type(statistic).__name__}")
     if tuple(statistic.shape[1:]) != tuple(grad.shape) or statistic.ndim == grad.ndim or statistic.shape[0] == 0:
@@ -48,7 +50,7 @@ def check_samples(statistic: Array, grad: Array) -> None:
 
 
 def samples(grad: Array, statistic: Array | None, stack: int, dims: tuple[int, ...], xp: Namespace) -> Array:
-    """What enters the curvature, (..., d_1, ..., d_N, q): ``grad`` (q = 1), or the q pseudo-gradients ``statistic``."""
+    """Return the gradients of the curvature, (..., d_1, ..., d_N, q): ``grad`` (q = 1), or the q in ``statistic``."""
     if statistic is None:
         return xp.reshape(grad, (*grad.shape[:stack], *dims, 1))
     q = statistic.shape[0]

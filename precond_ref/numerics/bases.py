@@ -1,7 +1,7 @@
-"""Orthogonal bases that follow the eigenvectors of a matrix which changes slowly, batched over leading axes.
+"""Orthogonal bases that follow the eigenvectors of a slowly changing matrix, batched over leading axes.
 
-A basis Q (..., n, n) has its vectors as columns. `eigenbasis` is the definition, `followed` one or more rounds of
-orthogonal iteration from a basis of before. Signs of columns are those of LAPACK: nothing that is made of a basis may
+A basis Q (..., n, n) has its vectors as columns. `eigenbasis` is the definition; `followed` makes one or more rounds of
+orthogonal iteration from an earlier basis. The signs of the columns are those of LAPACK, so no result of a method may
 depend on them. A matrix with a non-finite entry has a basis of NaN.
 """
 
@@ -20,28 +20,28 @@ from precond_ref.typing import Array, Namespace
 
 
 def eigenbasis(matrix: Array, *, ascending: bool = False, xp: Namespace = None) -> Array:
-    """Eigenvectors of a symmetric matrix (..., n, n), by eigenvalues in descending order."""
+    """Return the eigenvectors of a symmetric matrix (..., n, n), by eigenvalues in descending order."""
     xp = array_namespace(matrix) if xp is None else xp
     _, q, finite = eigh(matrix, xp=xp)
     return own(xp.where(finite, q if ascending else xp.flip(q, axis=-1), float("nan")), xp)
 
 
 def rayleigh(basis: Array, product: Array, xp: Namespace) -> Array:
-    """``q_j^T A q_j`` (..., n) of the columns of Q, from ``product = A Q``; 0 below what is certain."""
+    """Return ``q_j^T A q_j`` (..., n) of the columns of Q, from ``product = A Q``; 0 if it may be rounding."""
     a = xp.sum(basis * product, axis=-2)
     return xp.where(a > _rounding(a, xp), a, 0.0)
 
 
 def _rounding(sizes: Array, xp: Namespace) -> Array:
-    """What of ``sizes`` (..., n) is rounding beside the largest, (..., 1)."""
+    """Return the threshold (..., 1) below which a size in ``sizes`` (..., n) is rounding beside the largest."""
     return CERTAIN * xp.finfo(sizes.dtype).eps * xp.max(sizes, axis=-1, keepdims=True)
 
 
 def descending(values: Array, xp: Namespace) -> Array:
-    """The permutation P (..., n, n) with which ``values @ P`` (..., n) descend; equal ones keep their order."""
+    """Return the permutation P (..., n, n) with descending ``values @ P`` (..., n); equal values keep their order."""
     mine, other = values[..., :, None], values[..., None, :]
     one = identity(xp, xp.astype(mine == other, values.dtype))
-    before = xp.triu(xp.ones_like(one)) - one  # of a column those in front
+    before = xp.triu(xp.ones_like(one)) - one  # marks the columns in front of each column
     earlier = (other > mine) | ((other == mine) & (xp.matrix_transpose(before) > 0))
     rank = xp.sum(xp.astype(earlier, values.dtype), axis=-1)
     slots = xp.sum(before, axis=-2)  # 0, 1, 2, ...
@@ -49,16 +49,16 @@ def descending(values: Array, xp: Namespace) -> Array:
 
 
 def lengths(columns: Array, xp: Namespace) -> Array:
-    """Euclidean norms (..., n) of the columns of (..., m, n)."""
+    """Return the Euclidean norms (..., n) of the columns of (..., m, n)."""
     peak, _, norm = normed(columns, (-2,), xp)
     return (peak * norm)[..., 0, :]
 
 
 def orthonormal(columns: Array, spare: Array, *, xp: Namespace = None) -> Array:
-    """Gram-Schmidt of ``columns`` (..., n, n) from left to right.
+    """Return ``columns`` (..., n, n) after Gram-Schmidt from left to right.
 
-    A column that depends on those before it, to `CERTAIN` spacings of the longest one, is replaced by that of the
-    orthogonal matrix ``spare``, made orthogonal after all the others.
+    A column may depend on the columns before it, to `CERTAIN` spacings of the longest column. It is then replaced by
+    the same column of the orthogonal matrix ``spare``, made orthogonal after all others.
     """
     xp = array_namespace(columns) if xp is None else xp
     q, r = attempt(lambda a: tuple(xp.linalg.qr(a)), columns, xp=xp)
@@ -74,14 +74,14 @@ def orthonormal(columns: Array, spare: Array, *, xp: Namespace = None) -> Array:
 
 
 def order_of(matrix: Array, basis: Array, xp: Namespace, *, ascending: bool = False) -> Array:
-    """The permutation of the columns of Q that puts ``q_j^T A q_j`` into descending, or ascending, order."""
+    """Return the permutation of the columns of Q that puts ``q_j^T A q_j`` into descending, or ascending, order."""
     matrix, basis, _ = _guarded(matrix, basis, xp)
     a = rayleigh(basis, matrix @ basis, xp)
     return descending(-a if ascending else a, xp)
 
 
 def outside(matrix: Array, basis: Array, xp: Namespace) -> Array:
-    """Frobenius norm of ``Q^T A Q`` outside its diagonal, relative to all of it, (...); 0 for A = 0."""
+    """Return the Frobenius norm of ``Q^T A Q`` outside its diagonal over the whole norm, (...); 0 for A = 0."""
     inner = xp.matrix_transpose(basis) @ matrix @ basis
     _, unit, norm = normed(inner, (-2, -1), xp)
     rest = unit - unit * identity(xp, unit)
@@ -90,7 +90,7 @@ def outside(matrix: Array, basis: Array, xp: Namespace) -> Array:
 
 
 def onto(tensor: Array, bases: Sequence[Array | None], xp: Namespace) -> Array:
-    """Coordinates of a tensor (..., d_1, ..., d_k) in a basis of each axis; None is the identity."""
+    """Return the coordinates of a tensor (..., d_1, ..., d_k) in a basis of each axis; None is the identity."""
     for axis, q in enumerate(bases):
         if q is not None:
             tensor = multiply(tensor, xp.matrix_transpose(q), axis, xp)
@@ -98,7 +98,7 @@ def onto(tensor: Array, bases: Sequence[Array | None], xp: Namespace) -> Array:
 
 
 def back(tensor: Array, bases: Sequence[Array | None], xp: Namespace) -> Array:
-    """The tensor with these coordinates."""
+    """Return the tensor whose coordinates are ``tensor``, the inverse of `onto`."""
     for axis, q in enumerate(bases):
         if q is not None:
             tensor = multiply(tensor, q, axis, xp)
@@ -106,7 +106,7 @@ def back(tensor: Array, bases: Sequence[Array | None], xp: Namespace) -> Array:
 
 
 def followed(matrix: Array, basis: Array, rounds: int, *, xp: Namespace = None) -> Array:
-    """The basis after ``rounds`` of orthogonal iteration, ``Q <- orthonormal(A Q)``."""
+    """Return the basis after ``rounds`` of orthogonal iteration, ``Q <- orthonormal(A Q)``."""
     xp = array_namespace(matrix, basis) if xp is None else xp
     matrix, basis, finite = _guarded(matrix, basis, xp)
     for _ in range(rounds):
@@ -115,7 +115,7 @@ def followed(matrix: Array, basis: Array, rounds: int, *, xp: Namespace = None) 
 
 
 def _guarded(matrix: Array, basis: Array, xp: Namespace) -> tuple[Array, Array, Array]:
-    """Both, symmetric and the identity where the member is not finite, and which members are finite."""
+    """Return the symmetric part of ``matrix`` and ``basis``, and which members are finite; the others get 0 and I."""
     finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp)) & xp.isfinite(largest_entry(basis, (-2, -1), xp))
     half, one = 0.5 * xp.where(finite, matrix, 0.0), identity(xp, matrix)
     return half + xp.matrix_transpose(half), xp.where(finite, basis, one), finite

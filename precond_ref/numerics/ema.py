@@ -1,4 +1,4 @@
-"""Averages over time, their step-dependent corrections, and the quotient that elementwise methods share."""
+"""Averages over time, their corrections by the step's number, and the quotient of elementwise methods."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from precond_ref.typing import Array, Namespace, Scalar
 
 
 def ema(old: Array, new: Array, decay: Scalar) -> Array:
-    """``decay * old + (1 - decay) * new``; on PyTorch NaN may stand where an infinite value belongs."""
+    """Return ``decay * old + (1 - decay) * new``; on PyTorch an infinite value may come out as NaN."""
     if hasattr(new, "lerp") and is_python_number(decay):  # PyTorch: one pass; its weight is at most 1/2 for all digits
         return old.lerp(new, 1 - decay) if decay >= 0.5 else new.lerp(old, decay)
     return decay * old + (1 - decay) * new
 
 
 def accumulate(old: Array, new: Array, decay: Scalar) -> Array:
-    """``decay * old + w new``: a sum, w = 1, for ``decay = 1``, else the average with w = 1 - decay."""
+    """Return ``decay * old + w new``: a sum, w = 1, for ``decay = 1``, else the average with w = 1 - decay."""
     if is_python_number(decay):
         return old + new if decay == 1 else ema(old, new, decay)
     xp = array_namespace(decay)
@@ -27,10 +27,10 @@ def accumulate(old: Array, new: Array, decay: Scalar) -> Array:
 
 
 def one_minus_power(beta: Scalar, step: Any, *, like: Array = None) -> Scalar:
-    """``1 - beta**step`` for ``0 <= beta < 1``, without cancellation.
+    """Return ``1 - beta**step`` for ``0 <= beta < 1``, without cancellation.
 
-    A Python float for Python numbers. If ``beta`` or ``step`` is an array or a tracer: a 0-D array in the dtype of
-    ``like`` (computed in float32 at least). ``step = 0`` gives 0, also for ``beta = 0``.
+    The result is a Python float for Python numbers. If ``beta`` or ``step`` is an array or a tracer, it is a 0-D array
+    in the dtype of ``like`` (computed in float32 at least). ``step = 0`` gives 0, also for ``beta = 0``.
     """
     if is_python_number(beta) and isinstance(step, int):
         if step == 0 or beta == 0:
@@ -50,7 +50,7 @@ def one_minus_power(beta: Scalar, step: Any, *, like: Array = None) -> Scalar:
 
 
 def reciprocal(value: Scalar) -> Scalar:
-    """``1 / value``, and 0 where ``value`` is 0 (the average of nothing)."""
+    """Return ``1 / value``, and 0 for ``value`` 0 (the average of no terms)."""
     if is_python_number(value):
         return 1.0 / value if value else 0.0
     xp = array_namespace(value)
@@ -58,14 +58,14 @@ def reciprocal(value: Scalar) -> Scalar:
 
 
 def sqrt(value: Scalar) -> Scalar:
-    """Square root of a Python number or a 0-D array."""
+    """Return the square root of a Python number or a 0-D array."""
     return math.sqrt(value) if is_python_number(value) else array_namespace(value).sqrt(value)
 
 
 def quotient(numerator: Array, denominator: Array, xp: Namespace, *, bound: Scalar = 0.0) -> Array:
-    """``numerator / denominator`` elementwise with 0/0 = 0; anything else over zero stays infinite, NaN stays NaN.
+    """Return ``numerator / denominator`` elementwise with 0/0 = 0; any other number over zero is infinite, NaN stays.
 
-    ``bound`` is a number that no denominator falls below: where it shows that none is 0, the division is a plain one.
+    ``bound`` is a lower bound of the denominators. If it is above 0, the division needs no test for 0/0.
     """
     if is_python_number(bound) and bound >= float(xp.finfo(denominator.dtype).smallest_normal):
         return numerator / denominator

@@ -1,4 +1,4 @@
-"""Giving a direction a prescribed size."""
+"""Scaling of a direction to a prescribed size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from precond_ref.typing import Array, Namespace, Scalar
 
 
 def scale_to_rms(update: Array, rms: Scalar, axes: tuple[int, ...], xp: Namespace) -> Array:
-    """``update`` with root mean square ``rms`` over ``axes``; zero stays zero."""
+    """Return ``update`` scaled to the root mean square ``rms`` over ``axes``; zero stays zero."""
     count = math.prod([update.shape[axis] for axis in axes])
     if count == 0:
         return update
@@ -18,12 +18,12 @@ def scale_to_rms(update: Array, rms: Scalar, axes: tuple[int, ...], xp: Namespac
 
 
 def scale_to_norm(update: Array, like: Array, axes: tuple[int, ...], xp: Namespace) -> Array:
-    """``update`` with the Frobenius norm of ``like`` over ``axes``; zero stays zero."""
+    """Return ``update`` scaled to the Frobenius norm of ``like`` over ``axes``; zero stays zero."""
     return grafted(update, like, axes, xp)[0]
 
 
 def grafted(update: Array, like: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, Array]:
-    """`scale_to_norm`, and that norm, without ``axes``."""
+    """Return `scale_to_norm`, and the norm of ``like`` without ``axes``."""
     _, unit, own = normed(update, axes, xp)
     peak, _, norm = normed(like, axes, xp)
     whole = xp.reshape(peak * norm, tuple(d for i, d in enumerate(norm.shape) if i not in axes))

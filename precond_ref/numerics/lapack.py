@@ -1,4 +1,4 @@
-"""Factorisations that may fail: NaN for the member, not an exception for the whole batch."""
+"""Factorisations that may fail: the member becomes NaN, and the whole batch raises no exception."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ Factorisation = Callable[..., tuple[Array, ...]]
 
 
 def attempt(function: Factorisation, *arrays: Array, wider: bool = False, xp: Namespace = None) -> tuple[Array, ...]:
-    """``function(*arrays)`` of arrays (..., m, n); NaN for each member on which it raises a linear-algebra error.
+    """Return ``function(*arrays)`` of arrays (..., m, n); NaN for each member that raises a linear-algebra error.
 
-    ``wider``: such a member is tried in float64 before that, where there is float64 (an eigendecomposition or SVD that
-    does not converge).
-    JAX raises none; what it cannot factorise is NaN there too.
+    With ``wider`` such a member is first tried again in float64, if there is float64; this helps an eigendecomposition
+    or SVD that does not converge. JAX raises no error; a member that it cannot factorise is NaN there too.
     """
     try:
         return function(*arrays)
@@ -43,5 +42,5 @@ def _one(function: Factorisation, arrays: list[Array], wider: bool, xp: Namespac
 
 
 def _is_failure(error: Exception) -> bool:
-    """Whether this is NumPy's, CuPy's or PyTorch's LinAlgError, which have no common base."""
+    """Return whether ``error`` is the LinAlgError of NumPy, CuPy or PyTorch, which have no common base."""
     return type(error).__name__.endswith("LinAlgError")

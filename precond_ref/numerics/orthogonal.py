@@ -60,13 +60,16 @@ SETS: dict[str, tuple[Triple, ...]] = {
     ),
     "aol4": _table("4.0098 -7.0585 2.4635 / 3.4585 -5.5479 2.5959 / 2.7573 -3.2939 1.4254 / 2.7215 -3.0494 1.3169"),
 }
-"""Named sets: what their authors run, in their digits; "dion" is ``remez(1e-3, 5, 0.02, 0.02)``."""
+"""Sets by name, with the digits of their authors' codes; "dion" is ``remez(1e-3, 5, 0.02, 0.02)``."""
 
 NORMALIZATIONS = ("frobenius", "spectral", "schatten4", "aol")
 
 
 def triples(coefficients: Any, steps: int, after_last: str = "repeat") -> tuple[Triple, ...]:
-    """``steps`` triples of a set's name, one triple, or a sequence of them, which ends with "repeat" or "cycle"."""
+    """Return ``steps`` triples. ``coefficients`` is the name of a set, one triple, or a sequence of triples.
+
+    After the last triple of a sequence, "repeat" goes on with the last one and "cycle" with the first one.
+    """
     table = SETS[coefficients] if isinstance(coefficients, str) else tuple(coefficients)
     if not isinstance(table[0], Sequence):
         table = (table,)
@@ -75,18 +78,19 @@ def triples(coefficients: Any, steps: int, after_last: str = "repeat") -> tuple[
 
 
 def image(s: Any, polynomials: Sequence[Triple]) -> Any:
-    """q(s), of numbers or arrays."""
+    """Return q(s), the composition of ``polynomials``, for numbers or arrays ``s``."""
     for a, b, c in polynomials:
         s = a * s + b * s**3 + c * s**5
     return s
 
 
 def remez(lower: float, steps: int, safety: float = 0.0, cushion: float = 0.0) -> tuple[Triple, ...]:
-    """The triples of Polar Express (Amsel et al., arXiv 2505.16932) for singular values in [``lower``, 1].
+    """Return the triples of Polar Express (Amsel et al., arXiv 2505.16932) for singular values in [``lower``, 1].
 
-    Each is the best uniform approximation of 1 on the interval that the one before has left, or on its part above
-    ``cushion`` times its upper end. All but the last are divided by (f, f^3, f^5), f = 1 + ``safety``. With
-    ``safety = cushion = 0`` they are those of CANS (Grishina et al., arXiv 2506.10935).
+    Each polynomial is the best uniform approximation of 1 on the image of the interval under the polynomials before it,
+    or on the part of this image above ``cushion`` times its upper end. All triples but the last are divided by
+    (f, f^3, f^5), f = 1 + ``safety``. With ``safety = cushion = 0`` the triples are those of CANS (Grishina et al.,
+    arXiv 2506.10935).
     """
     low, high, found = lower, 1.0, []
     for step in range(steps):
@@ -104,7 +108,7 @@ def remez(lower: float, steps: int, safety: float = 0.0, cushion: float = 0.0) -
 
 
 def _best(low: float, high: float) -> Triple:
-    """The odd quintic p with least max |1 - p| on [low, high]: 1 - p = E, -E, E, -E at low, q, r, high."""
+    """Return the odd quintic p with least max |1 - p| on [low, high]: 1 - p = E, -E, E, -E at low, q, r, high."""
     if low / high >= 1 - 5e-6:
         return 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
     q, r, error = (3 * low + high) / 4, (low + 3 * high) / 4, math.inf
@@ -135,9 +139,9 @@ def _best(low: float, high: float) -> Triple:
 def normalized(
     matrix: Array, normalization: str, factor: Scalar, eps: Scalar, eps_rule: str, flipped: bool, xp: Namespace
 ) -> Array:
-    """``N / nu`` of (..., m, n); zero stays zero. See `orthogonalized`.
+    """Return ``N / nu`` of (..., m, n); zero stays zero. See `orthogonalized`.
 
-    The largest magnitude is taken out first, so that no norm over- or underflows.
+    The matrix is first divided by its largest magnitude, so that no norm over- or underflows.
     """
     peak, unit, norm = normed(matrix, (-2, -1), xp)
     size = 1.0 if is_zero(eps) else xp.where(peak == 0, 1.0, peak)
@@ -175,12 +179,12 @@ def orthogonalized(
     compute_dtype: str | None = None,
     xp: Namespace = None,
 ) -> Array:
-    """O of a matrix (..., m, n) by ``polynomials``, one triple for each step; zero stays zero.
+    """Return O of a matrix (..., m, n) by ``polynomials``, one triple for each step; zero stays zero.
 
-    nu by ``normalization``, with f = ``factor`` and e = ``eps``: "frobenius" and "spectral" are ``f norm + e`` with
-    ``eps_rule="add"``, ``max(f norm, e)`` with "max". "schatten4" is ``sqrt(max(||N N^T||_F, e))``. "aol" divides row i
-    of the wide matrix by ``sqrt(max(sum_j |N N^T|_ij, e))``; ``flipped`` says that this is the transpose (default:
-    if m > n). ``compute_dtype="bfloat16"`` rounds ``N / nu`` and what the steps make to bfloat16.
+    ``normalization`` chooses nu, with f = ``factor`` and e = ``eps``. "frobenius" and "spectral" are ``f norm + e``
+    with ``eps_rule="add"``, ``max(f norm, e)`` with "max". "schatten4" is ``sqrt(max(||N N^T||_F, e))``. "aol" divides row i
+    of the wide matrix by ``sqrt(max(sum_j |N N^T|_ij, e))``. With ``flipped`` (default: if m > n) the steps work on the
+    transpose. ``compute_dtype="bfloat16"`` rounds ``N / nu`` and the results of the steps to bfloat16.
     """
     xp = array_namespace(matrix) if xp is None else xp
     if 0 in matrix.shape:
@@ -198,7 +202,7 @@ def orthogonalized(
 
 
 def _rounding(like: Array, compute_dtype: str | None, xp: Namespace) -> Callable[[Array], Array]:
-    """Rounding to ``compute_dtype``; where the library has no bfloat16, to its digits by Dekker's splitting."""
+    """Return a function that rounds to ``compute_dtype``; without bfloat16, Dekker's splitting keeps its digits."""
     if compute_dtype is None or xp.finfo(like.dtype).bits < 32:
         return lambda x: x
     if hasattr(xp, "bfloat16"):

@@ -1,4 +1,4 @@
-"""Doing expensive work only when it is due: the one place that knows about traced conditions."""
+"""Branches for work that is due only in some updates; only this module treats traced conditions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from precond_ref.typing import Array
 
 
 def check_refresh(refresh: Any, every: int | None = None) -> bool:
-    """``refresh``; TypeError unless it is a bool, ValueError for False where nothing is kept between updates.
+    """Return ``refresh``; TypeError unless it is a bool, ValueError for False if no root is kept between updates.
 
-    ``every=None``: of a method that always keeps something.
+    ``every=None`` is for a method that always keeps a root or basis.
     """
     if not isinstance(refresh, bool):
         raise TypeError(f"refresh must be True, False or None, got {refresh!r}")
@@ -22,28 +22,29 @@ def check_refresh(refresh: Any, every: int | None = None) -> bool:
 
 
 def is_traced(value: Any) -> bool:
-    """Whether ``value`` is a JAX tracer, whose truth cannot be asked."""
+    """Return whether ``value`` is a JAX tracer, which has no truth value."""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(value, jax.core.Tracer)
 
 
 def _has_no_value(tensor: Any) -> bool:
-    """Whether the truth of a PyTorch tensor cannot be asked: on the meta device, fake, or under `torch.func.vmap`."""
+    """Return whether a PyTorch tensor has no truth value: on the meta device, fake, or under `torch.func.vmap`."""
     functorch = sys.modules["torch"]._C._functorch
     return tensor.is_meta or hasattr(tensor, "fake_mode") or functorch.is_batchedtensor(tensor)
 
 
 def renew(due: Any, compute: Callable[[], Array], previous: Array | None) -> Array:
-    """``compute()`` if ``due`` else ``previous``, see `either`; without a ``previous`` it is always due."""
+    """Return ``compute()`` if ``due``, else ``previous``, see `either`; without a ``previous`` it is always due."""
     if previous is None:
         return compute()
-    return either(due, compute, lambda: previous.clone() if _compiles(due) else previous)  # which may be no input
+    # A compiled branch must not return one of its inputs.
+    return either(due, compute, lambda: previous.clone() if _compiles(due) else previous)
 
 
 def either(condition: Any, yes: Callable[[], Array], no: Callable[[], Array]) -> Array:
-    """``yes()`` or ``no()``; under ``jax.jit`` and ``torch.compile`` only one branch is run.
+    """Return ``yes()`` or ``no()``; also under ``jax.jit`` and ``torch.compile`` only one branch runs.
 
-    Where ``condition`` is a tensor without a value, both branches are run.
+    If ``condition`` is a tensor without a value, both branches run.
     """
     torch = sys.modules.get("torch")
     if _compiles(condition):
@@ -56,6 +57,6 @@ def either(condition: Any, yes: Callable[[], Array], no: Callable[[], Array]) ->
 
 
 def _compiles(condition: Any) -> bool:
-    """Whether ``condition`` is a tensor that ``torch.compile`` traces."""
+    """Return whether ``condition`` is a tensor that ``torch.compile`` traces."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(condition, torch.Tensor) and torch.compiler.is_compiling()

@@ -3,24 +3,25 @@
 The definition is the symmetric eigendecomposition: symmetrise, clip eigenvalues at zero, add the ridge. Without a
 ridge, powers are those of the pseudo-inverse: eigenvalues of at most ``n u max(w)`` (``u`` the spacing of the dtype
 at 1, as in matrix-rank decisions) count as zero and give zero. The iterations are named alternatives that use
-matrix products only; `solve` is the inverse times something, by LU where that is accurate.
+matrix products only. `solve` multiplies by the inverse, with LU if LU is accurate.
 
-`apply` makes ``f(A) G`` from the coordinates ``Q^T G``; a matrix ``f(A)`` that was formed would bring rounding of the
-size ``u f(0)``, which hides the rest of it where the ridge is small. An eigenvalue of at most ``t = 16 u max(w)`` is
-unknown within [0, t], and its computed eigenvector has a part of up to t / w_j in that of each other one w_j (measured:
-10 u instead of 16 u). Two decisions therefore:
+`apply` makes ``f(A) G`` from the coordinates ``Q^T G``. A formed matrix ``f(A)`` would have rounding of the size
+``u f(0)``, which hides its other part if the ridge is small. An eigenvalue of at most ``t = 16 u max(w)`` is unknown
+within [0, t], and its computed eigenvector has a part of up to t / w_j in the eigenvector of each other w_j (measured:
+10 u instead of 16 u). Therefore there are two decisions:
 
-* What G has along such eigenvectors is rounding if no entry of that is more than t times the largest of ``A^+ G``, for
-  then G is in the range of a matrix within t of ``A``. It belongs to the eigenvectors known, and gets the mean of their
-  ``f(w_j)``, weighted with ``|q_j^T g| / w_j``, which is how it is made of them. Where it is more, it is real.
-* What is real gets ``f(0)``. If ``A >= weight G G^T`` is known, the eigenvalue is not 0 but what G itself has put
-  there, ``weight ||Q_0^T G||_F^2`` (above 2 t it would be seen, and is 0 again).
+* The part of G along such eigenvectors is rounding if none of its entries is more than t times the largest entry of
+  ``A^+ G``, because G is then in the range of a matrix within t of ``A``. The rounding comes from the known
+  eigenvectors. So its factor is the mean of their ``f(w_j)``, weighted with ``|q_j^T g| / w_j``, by which they
+  contribute to it. A larger part is real.
+* A real part has the factor ``f(0)``. If ``A >= weight G G^T`` is known, the eigenvalue is not 0 but the amount that G
+  itself has added, ``weight ||Q_0^T G||_F^2``. (An amount above 2 t would be visible in A; it counts as 0.)
 
 The result is that of a matrix within a few t of ``A`` for a gradient within its rounding, whatever the ridge.
 
 A matrix with a non-finite entry never reaches LAPACK (an infinity can hang it, a NaN can give finite wrong
-eigenvalues): its result is NaN, and the other members of the batch are not touched. So is the result of a member on
-which LAPACK fails.
+eigenvalues): its result is NaN, and the other members of the batch do not change. The result is also NaN for a member
+on which LAPACK fails.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from precond_ref.numerics.template import eye, full
 from precond_ref.typing import Array, Namespace, Scalar
 
 CERTAIN = 16
-"""Spacings of the largest eigenvalue, t = CERTAIN u max(w), that rounding may put into another one."""
+"""Spacings of the largest eigenvalue, t = CERTAIN u max(w), by which rounding may change another eigenvalue."""
 
 # Polar Express (Amsel et al., 2025): odd quintics a s + b s^3 + c s^5, one per step, the last one repeated.
 POLAR_EXPRESS = (
@@ -56,15 +57,15 @@ POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 ITERATIONS = ("polar_express", "newton_schulz", "coupled_newton")
-"""Names that `inverse_sqrt` takes."""
-SAFETY = 1.01  # the first seven are divided by (1.01, 1.01^3, 1.01^5), and so is the start
+"""Names of the solvers of `inverse_sqrt`."""
+SAFETY = 1.01  # the first seven triples are divided by (1.01, 1.01^3, 1.01^5), and the start by 1.01
 
 
 def eigh(matrix: Array, *, xp: Namespace = None) -> tuple[Array, Array, Array]:
-    """Eigenvalues (..., n), ascending and clipped at zero, eigenvectors (..., n, n), and which members are finite.
+    """Return eigenvalues (..., n), ascending and clipped at zero, eigenvectors (..., n, n), and a mark (..., 1, 1).
 
-    The last, (..., 1, 1), marks the members to believe, which have finite entries (the others were replaced by zero
-    before the decomposition) and eigenvalues.
+    The mark is true for members with finite entries and finite eigenvalues. The results of other members mean nothing:
+    a member with an entry that is not finite is replaced by zero before the decomposition.
     """
     xp = array_namespace(matrix) if xp is None else xp
     finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp))
@@ -74,28 +75,28 @@ def eigh(matrix: Array, *, xp: Namespace = None) -> tuple[Array, Array, Array]:
 
 
 def eigenvalues(matrix: Array, *, xp: Namespace = None) -> Array:
-    """Eigenvalues (..., n), ascending and clipped at zero; NaN for a non-finite member."""
+    """Return the eigenvalues (..., n), ascending and clipped at zero; NaN for a non-finite member."""
     xp = array_namespace(matrix) if xp is None else xp
     w, _, finite = eigh(matrix, xp=xp)
     return xp.where(finite[..., 0], w, math.nan)
 
 
 def live(w: Array, xp: Namespace) -> Array:
-    """Which of the eigenvalues ``w`` (..., n) >= 0 are not rounding: those above ``n u max(w)``."""
+    """Return which of the eigenvalues ``w`` (..., n) >= 0 are not rounding: those above ``n u max(w)``."""
     if w.shape[-1] == 0:
         return w > 0
     return w > w.shape[-1] * xp.finfo(w.dtype).eps * xp.max(w, axis=-1, keepdims=True)
 
 
 class Law(NamedTuple):
-    """f(w) = (w + ridge)^exponent, or with ``root`` (w^{1/2} + ridge)^exponent."""
+    """A function of eigenvalues: f(w) = (w + ridge)^exponent, or with ``root`` (w^{1/2} + ridge)^exponent."""
 
     exponent: float
     ridge: Scalar
     root: bool = False
 
     def within(self, dtype: Any, xp: Namespace) -> Law:
-        """The same in ``dtype``: a ridge, given as a number, that its smallest normal number is above is none."""
+        """Return the same law for ``dtype``: a ridge that is a number below its smallest normal number becomes 0."""
         if is_python_number(self.ridge) and self.ridge < float(xp.finfo(dtype).smallest_normal):
             return self._replace(ridge=0.0)
         return self
@@ -104,7 +105,7 @@ class Law(NamedTuple):
         return ((xp.sqrt(w) if self.root else w) + self.ridge) ** self.exponent
 
     def inverse(self, f: Array, xp: Namespace) -> Array:
-        """w >= 0 with f(w) = ``f``; 0 for f = 0, NaN for NaN."""
+        """Return w >= 0 with f(w) = ``f``; 0 for f = 0, NaN for NaN."""
         w = clamp(xp.where(f == 0, math.inf, f) ** (1 / self.exponent) - self.ridge, 0.0, xp=xp)
         return w * w if self.root else w
 
@@ -115,16 +116,16 @@ class Root(NamedTuple):
     basis: Array
     """Q, orthonormal columns, (..., n, n)."""
     eigenvalues: Array
-    """f >= 0, (..., n); NaN for a member to which there is no Q."""
+    """f >= 0, (..., n); NaN for a member without a Q."""
 
 
 def identity_root(*shape: int, scale: Scalar = 1.0) -> Root:
-    """The template of ``scale I`` of ``shape`` (..., n, n)."""
+    """Return the template of ``scale I`` of ``shape`` (..., n, n)."""
     return Root(eye(*shape), full(scale, *shape[:-1]))
 
 
 def decompose(matrix: Array, law: Law, *, xp: Namespace = None) -> tuple[Root, Array]:
-    """``law`` of a symmetric matrix (..., n, n), and its eigenvalues (..., n), ascending; NaN where not finite."""
+    """Return ``law`` of a symmetric matrix (..., n, n) and its eigenvalues (..., n), ascending; NaN if not finite."""
     xp = array_namespace(matrix) if xp is None else xp
     if 0 in matrix.shape:
         nothing = xp.sum(matrix, axis=-1)
@@ -138,7 +139,7 @@ def decompose(matrix: Array, law: Law, *, xp: Namespace = None) -> tuple[Root, A
 
 
 def _known(w: Array, law: Law, xp: Namespace) -> tuple[Array, Array]:
-    """Which eigenvalues (..., n) are above t, or for no ridge the pseudo-inverse's threshold; and the largest."""
+    """Return which eigenvalues (..., n) are known, and the largest: above t, or without a ridge as in `live`."""
     largest, u = xp.max(w, axis=-1, keepdims=True), xp.finfo(w.dtype).eps
     if is_python_number(law.ridge):
         return w > (CERTAIN if law.ridge > 0 else w.shape[-1]) * u * largest, largest
@@ -146,23 +147,23 @@ def _known(w: Array, law: Law, xp: Namespace) -> tuple[Array, Array]:
 
 
 def renewed(due: Any, matrix: Array, law: Law, kept: Root | None, *, xp: Namespace = None) -> tuple[Root, Array | None]:
-    """`decompose` where ``due`` or nothing is ``kept``, else that, without the eigenvalues of its matrix."""
+    """Return `decompose` if ``due`` or without a ``kept`` root; else ``kept``, and None for the eigenvalues."""
     if kept is None:
         return decompose(matrix, law, xp=xp)
     xp = array_namespace(matrix) if xp is None else xp
 
     def root() -> Root:
         basis, eigenvalues = decompose(matrix, law, xp=xp)[0]
-        return Root(own(basis, xp), eigenvalues)  # LAPACK's memory is by columns: another layout compiles anew
+        return Root(own(basis, xp), eigenvalues)  # LAPACK's memory is by columns; a new layout would compile again
 
     return renew(due, root, kept), None
 
 
 def accuracy(w: Array, law: Law, *, xp: Namespace = None) -> Array:
-    """Relative error (...) that the conditioning allows a direction whose gradient is in the range of the matrix.
+    """Return the relative error (...) of a direction that the conditioning allows, for a gradient in the range.
 
-    ``16 u (max(w) + ridge) / (min(w) + ridge)`` with the unit roundoff u and the smallest of the eigenvalues ``w``
-    (..., n) that are known (for ``root``: the ridge squared), whatever the ridge; NaN where w is.
+    It is ``16 u (max(w) + ridge) / (min(w) + ridge)`` with the unit roundoff u and the smallest of the known
+    eigenvalues ``w`` (..., n) (for ``root``: the ridge squared), whatever the ridge; NaN for a member with NaN in w.
     """
     xp = array_namespace(w) if xp is None else xp
     unit = 8 * xp.finfo(w.dtype).eps
@@ -177,18 +178,18 @@ def accuracy(w: Array, law: Law, *, xp: Namespace = None) -> Array:
 
 
 class GramReport(NamedTuple):
-    """What ``diagnose`` of methods that keep statistics returns: one entry per statistic."""
+    """The value of ``diagnose`` of methods with several statistics: one entry per statistic."""
 
     eigenvalues: tuple[Array, ...]
-    """Of each statistic, ascending, clipped at zero, (..., d); NaN where it is not finite."""
+    """Eigenvalues of each statistic, ascending, clipped at zero, (..., d); NaN if the statistic is not finite."""
     finite: Array
     """Whether the member's state is finite and its statistics could be decomposed, (...)."""
     accuracy: tuple[Array, ...]
-    """Relative error that each statistic allows a direction, see `accuracy`, (...)."""
+    """Relative error of a direction that each statistic allows, see `accuracy`, (...)."""
 
 
 def report(matrices: Sequence[Array], finite: Array, laws: Sequence[Law], xp: Namespace) -> GramReport:
-    """Spectra of ``matrices`` (..., d, d), each with its law; ``finite`` says which members of the state are."""
+    """Return the spectra of ``matrices`` (..., d, d), each with its law; ``finite`` marks the finite members."""
     w = tuple(eigenvalues(matrix, xp=xp) for matrix in matrices)
     if w:
         finite = finite & finite_members(xp, *w, core_ndims=(1,) * len(w))
@@ -196,7 +197,7 @@ def report(matrices: Sequence[Array], finite: Array, laws: Sequence[Law], xp: Na
 
 
 def form(root: Root, *, xp: Namespace = None) -> Array:
-    """P (..., n, n)."""
+    """Return the matrix P (..., n, n)."""
     xp = array_namespace(root.basis) if xp is None else xp
     return (root.basis * root.eigenvalues[..., None, :]) @ xp.matrix_transpose(root.basis)
 
@@ -209,10 +210,10 @@ def apply(
     *,
     xp: Namespace = None,
 ) -> Array:
-    """``tensor`` (..., d_1, ..., d_k) times a `Root` by ``law`` along each of some axes, counted from 0.
+    """Return ``tensor`` (..., d_1, ..., d_k) times a `Root` by ``law`` along each axis in ``known``, counted from 0.
 
-    ``known`` has with each root the eigenvalues of its matrix, or None if they are to be recovered.
-    ``weight``: each of these matrices is at least ``weight`` times the Gram matrix of ``tensor`` along its axis.
+    ``known`` has with each root the eigenvalues of its matrix, or None: then they follow from the root.
+    Each of these matrices must be at least ``weight`` times the Gram matrix of ``tensor`` along its axis.
     """
     xp = array_namespace(tensor) if xp is None else xp
     if 0 in tensor.shape:
@@ -229,14 +230,14 @@ def apply(
 
 
 def _gain(a: Array, axis: int, f: Array, w: Array | None, law: Law, weight: Scalar, xp: Namespace) -> Array:
-    """Factors of the coordinates ``a`` along ``axis``; NaN where ``f`` is."""
+    """Return the factors of the coordinates ``a`` along ``axis``; NaN for each NaN in ``f``."""
     stack = f.ndim - 1
     core, axis = tuple(range(stack, a.ndim)), stack + axis
 
     def along(v: Array) -> Array:
         return xp.reshape(v, (*v.shape[:-1], *(v.shape[-1] if i == axis else 1 for i in core)))
 
-    if is_zero(law.ridge):  # what is unknown has 0
+    if is_zero(law.ridge):  # unknown eigenvalues have the factor 0
         return along(f)
     w = law.inverse(f, xp) if w is None else w
     known, largest = _known(w, law, xp)
@@ -256,22 +257,23 @@ def _gain(a: Array, axis: int, f: Array, w: Array | None, law: Law, weight: Scal
 
 
 def power(matrix: Array, exponent: float, ridge: Scalar = 0.0, *, xp: Namespace = None) -> Array:
-    """``(max(A, 0) + ridge I)^exponent`` for symmetric ``A`` (..., n, n); ``ridge = 0``: of the pseudo-inverse."""
+    """Return ``(max(A, 0) + ridge I)^exponent`` for symmetric ``A`` (..., n, n); ``ridge = 0``: the pseudo-inverse."""
     return form(decompose(matrix, Law(exponent, ridge), xp=xp)[0], xp=xp)
 
 
 def solve(matrix: Array, right: Array, ridge: Scalar, weight: Scalar = 0.0, *, xp: Namespace = None) -> Array:
-    """``(A + ridge I)^{-1} B`` for positive semidefinite ``A`` (..., n, n) and ``B`` (..., n, k), by LU.
+    """Return ``(A + ridge I)^{-1} B`` for positive semidefinite ``A`` (..., n, n) and ``B`` (..., n, k), by LU.
 
-    If its error, about ``u max(A + ridge I) / ridge`` also for B in the range of A, may cost more than half of the
-    digits (ridge at most ``u^{1/2}`` times the largest entry of ``A + ridge I``), or a solution is longer than any such
-    ``A`` allows (``x^T b < ridge x^T x / 2``), the member has the result of `apply` instead, as have non-finite ones.
+    The error of LU is about ``u max(A + ridge I) / ridge``, also for B in the range of A. A member has the result of
+    `apply` instead if LU may cost more than half of the digits (ridge at most ``u^{1/2}`` times the largest entry of
+    ``A + ridge I``), if a solution is longer than any such ``A`` allows (``x^T b < ridge x^T x / 2``), or if the member
+    is not finite.
     """
     xp = array_namespace(matrix, right) if xp is None else xp
     if 0 in matrix.shape or 0 in right.shape:
         return right
     one = identity(xp, matrix)
-    shift, weight = ridge * one, weight * one[0, 0]  # arrays, for a compiler's branch takes no symbolic float
+    shift, weight = ridge * one, weight * one[0, 0]  # arrays: the branch of a compiler takes no symbolic float
     damped = 0.5 * matrix + 0.5 * xp.matrix_transpose(matrix) + shift
     size = xp.max(xp.abs(right), axis=(-2, -1), keepdims=True)
     sure = by_lu(damped, ridge, xp) & (size < math.inf)
@@ -290,21 +292,21 @@ def solve(matrix: Array, right: Array, ridge: Scalar, weight: Scalar = 0.0, *, x
 
 
 def by_lu(damped: Array, ridge: Scalar, xp: Namespace) -> Array:
-    """Whether `solve` may use LU for ``A + ridge I`` (..., n, n): (..., 1, 1); NaN is not less than anything."""
+    """Return whether `solve` may use LU for ``A + ridge I`` (..., n, n): (..., 1, 1); false for NaN."""
     largest = largest_entry(damped, (-2, -1), xp)
     return float(xp.finfo(damped.dtype).eps) ** 0.5 * largest < ridge
 
 
 def inverse_shifted_sqrt(matrix: Array, shift: Scalar = 0.0, *, xp: Namespace = None) -> Array:
-    """``(A^{1/2} + shift I)^{-1}`` for symmetric ``A`` (..., n, n); ``shift = 0``: the pseudo-inverse."""
+    """Return ``(A^{1/2} + shift I)^{-1}`` for symmetric ``A`` (..., n, n); ``shift = 0``: the pseudo-inverse."""
     return form(decompose(matrix, Law(-1.0, shift, root=True), xp=xp)[0], xp=xp)
 
 
 def inverse_sqrt_newton_schulz(matrix: Array, ridge: Scalar, steps: int, *, xp: Namespace = None) -> Array:
-    """``(A + ridge I)^{-1/2}`` by ``steps`` Newton-Schulz iterations (ASGO's Algorithm 3), quadratically convergent.
+    """Return ``(A + ridge I)^{-1/2}`` by ``steps`` Newton-Schulz iterations (ASGO's Algorithm 3), of second order.
 
-    The smallest root doubles at each step until it is near 1: about ``4 + log2(kappa) / 2`` steps for condition
-    number kappa (8, 11, 18 for 1e2, 1e4, 1e8); with fewer it is silently far off.
+    The smallest root doubles at each step until it is near 1. This takes about ``4 + log2(kappa) / 2`` steps for the
+    condition number kappa (8, 11, 18 for 1e2, 1e4, 1e8); with fewer steps the result is far off, without a warning.
     """
     xp = array_namespace(matrix) if xp is None else xp
     if 0 in matrix.shape:
@@ -316,7 +318,7 @@ def inverse_sqrt_newton_schulz(matrix: Array, ridge: Scalar, steps: int, *, xp: 
 
 
 def inverse_sqrt_polar_express(matrix: Array, ridge: Scalar, steps: int, *, xp: Namespace = None) -> Array:
-    """``A^{-1/2}`` by ``steps`` Polar Express iterations; ``ridge`` enters only the norm, as in ASGO's code.
+    """Return ``A^{-1/2}`` by ``steps`` Polar Express iterations; ``ridge`` enters only the norm, as in ASGO's code.
 
     Ten steps amplify a zero eigenvalue by 2.2e4: eigenvalues below 2e-9 ||A||_F are damped, not resolved.
     """
@@ -334,12 +336,12 @@ def inverse_sqrt_polar_express(matrix: Array, ridge: Scalar, steps: int, *, xp: 
 
 
 def inverse_root_coupled_newton(matrix: Array, order: int, ridge: Scalar, steps: int, *, xp: Namespace = None) -> Array:
-    """``(A + ridge I)^{-1/order}`` by ``steps`` coupled Newton iterations (Guo and Higham, 2006)."""
+    """Return ``(A + ridge I)^{-1/order}`` by ``steps`` coupled Newton iterations (Guo and Higham, 2006)."""
     xp = array_namespace(matrix) if xp is None else xp
     if 0 in matrix.shape:
         return matrix
     identity = eye_like(xp, matrix)
-    peak, unit, norm = normed(matrix + ridge * identity, (-2, -1), xp)  # whose product may overflow
+    peak, unit, norm = normed(matrix + ridge * identity, (-2, -1), xp)  # peak * norm may overflow
     scale = (1 + order) / (2 * xp.where(norm == 0, 1.0, norm))
     m, x = unit * scale, identity * (scale / xp.where(peak == 0, 1.0, peak)) ** (1 / order)
     for _ in range(steps):
@@ -351,7 +353,10 @@ def inverse_root_coupled_newton(matrix: Array, order: int, ridge: Scalar, steps:
 def inverse_root_higher_order(
     matrix: Array, exponent: Fraction, ridge: Scalar, steps: int, *, xp: Namespace = None
 ) -> Array:
-    """``(A + ridge I)^{-q/a}`` for ``exponent = q/a``: a Newton round, then ``steps`` of third order (Lakic, 1998)."""
+    """Return ``(A + ridge I)^{-q/a}`` for ``exponent = q/a``: a Newton round, then ``steps`` rounds of third order.
+
+    The rounds are those of Lakic (1998).
+    """
     xp = array_namespace(matrix) if xp is None else xp
     if 0 in matrix.shape:
         return matrix
@@ -371,7 +376,7 @@ def inverse_root_higher_order(
 
 
 def inverse_sqrt(matrix: Array, ridge: Scalar, solver: str, steps: int, *, xp: Namespace = None) -> Array:
-    """About ``(A + ridge I)^{-1/2}``, by ``steps`` iterations of ``solver``, one of `ITERATIONS`."""
+    """Return an approximation of ``(A + ridge I)^{-1/2}`` by ``steps`` iterations of ``solver``, of `ITERATIONS`."""
     if solver == "polar_express":
         return inverse_sqrt_polar_express(matrix, ridge, steps, xp=xp)
     if solver == "newton_schulz":
@@ -380,13 +385,13 @@ def inverse_sqrt(matrix: Array, ridge: Scalar, solver: str, steps: int, *, xp: N
 
 
 def _frobenius(matrix: Array, xp: Namespace) -> Array:
-    """Frobenius norm (..., 1, 1)."""
+    """Return the Frobenius norm (..., 1, 1)."""
     peak, _, norm = normed(matrix, (-2, -1), xp)
     return peak * norm
 
 
 def _coupled_quintic(y: Array, triples: list[tuple[float, float, float]], xp: Namespace) -> Array:
-    """``Z`` with ``Z -> Y_0^{-1/2}``, both factors under the same odd quintics."""
+    """Return ``Z`` with ``Z -> Y_0^{-1/2}``; both factors go through the same odd quintics."""
     z = eye_like(xp, y)
     for a, b, c in triples:
         zy = z @ y
@@ -396,9 +401,9 @@ def _coupled_quintic(y: Array, triples: list[tuple[float, float, float]], xp: Na
 
 
 def polar(matrix: Array, *, xp: Namespace = None) -> Array:
-    """``U V^T`` for ``matrix = U diag(s) V^T`` (..., m, n); ``s <= max(m, n) u max(s)`` counts as zero.
+    """Return ``U V^T`` for ``matrix = U diag(s) V^T`` (..., m, n); ``s <= max(m, n) u max(s)`` counts as zero.
 
-    Zero for a zero matrix, NaN for a non-finite member.
+    The result is zero for a zero matrix, and NaN for a non-finite member.
     """
     xp = array_namespace(matrix) if xp is None else xp
     if 0 in matrix.shape:

@@ -5,9 +5,9 @@ only multiplied by members stays in it. A symmetric matrix X enters the class as
 
     || m + m^T - X ||_F  over the class,                                            (P)
 
-the one of smallest norm where several do. Where an entry's mirror image is in the class too (dense blocks, the
-diagonal) that is half of X; where it is not (triangular and rectangular parts) it is X itself; tied entries share
-their mean. So 2 m copies the dense parts and doubles the one-sided ones.
+the m of smallest norm if several do. If the mirror image of an entry is in the class too (dense blocks, the diagonal),
+the entry of m is half of that of X; otherwise (triangular and rectangular parts) it is that of X; tied entries have
+their mean. So 2 m copies the dense parts and doubles the one-sided parts.
 
 ========================  =========================================================================================
 ``structure``             free entries of a (d, d) matrix
@@ -42,7 +42,7 @@ STRUCTURES = (
 
 
 def parse(structure: str) -> tuple[str, tuple[int, ...]]:
-    """Name and sizes: ``"hierarchical(15,15)"`` -> ``("hierarchical", (15, 15))``; ValueError for anything else."""
+    """Return name and sizes: ``"hierarchical(15,15)"`` -> ``("hierarchical", (15, 15))``; ValueError if unknown."""
     text = structure.replace(" ", "")
     name, _, rest = text.partition("(")
     sizes = tuple(int(t) for t in rest[:-1].split(",") if t.isdecimal())
@@ -56,7 +56,7 @@ def parse(structure: str) -> tuple[str, tuple[int, ...]]:
 
 
 def mask(structure: str, like: Array, xp: Namespace) -> Array:
-    """Which entries of a (d, d) matrix are free, bool (d, d); d and device are those of ``like`` (..., d, d)."""
+    """Return which entries of a (d, d) matrix are free, bool (d, d), with the d and device of ``like`` (..., d, d)."""
     name, sizes = parse(structure)
     d = like.shape[-1]
     index = _indices(like, xp)
@@ -76,7 +76,7 @@ def mask(structure: str, like: Array, xp: Namespace) -> Array:
 
 
 def project(x: Array, structure: str, xp: Namespace) -> Array:
-    """The m of the class nearest to the symmetric ``x`` (..., d, d) in the sense of (P)."""
+    """Return the m of the class nearest to the symmetric ``x`` (..., d, d) in the sense of (P)."""
     if structure == "dense":
         return 0.5 * x
     free = xp.astype(mask(structure, x, xp), x.dtype)
@@ -89,18 +89,18 @@ def project(x: Array, structure: str, xp: Namespace) -> Array:
 
 
 def _indices(like: Array, xp: Namespace) -> Array:
-    """0, ..., d - 1 on the device of ``like`` (..., d, d), made without naming it: compilers do not trace that."""
+    """Return 0, ..., d - 1 on the device of ``like`` (..., d, d). Compilers cannot trace the name of a device."""
     zeros = xp.sum(xp.zeros_like(like, dtype=xp.int32), axis=tuple(range(like.ndim - 1)), dtype=xp.int32)
     return xp.sum(xp.tril(zeros[:, None] + zeros[None, :] + 1, k=-1), axis=-1, dtype=xp.int32)
 
 
 def _mean_diagonals(lower: Array, xp: Namespace) -> Array:
-    """Lower triangular (..., d, d) with each diagonal replaced by its mean."""
+    """Return a lower triangular (..., d, d) with each diagonal replaced by its mean."""
     d = lower.shape[-1]
     flat = (*lower.shape[:-2], d * d)
     index = _indices(lower, xp)
     row, column = index[:, None], index[None, :]
-    places = (row + column) % d * d + column  # (k, j): where entry (j + k, j) is; beyond the edge it meets a zero
+    places = (row + column) % d * d + column  # (k, j): the place of entry (j + k, j); beyond the edge a zero
     diagonals = xp.take(xp.reshape(lower, flat), xp.reshape(places, (-1,)), axis=-1)
     means = xp.sum(xp.reshape(diagonals, lower.shape), axis=-1) / xp.astype(d - index, lower.dtype)
     return xp.tril(xp.reshape(xp.take(means, xp.reshape((row - column) % d, (-1,)), axis=-1), lower.shape))

@@ -1,4 +1,4 @@
-"""The shapes of a state before there is an array: what `Method.state_of` returns.
+"""Templates of states, with shapes instead of arrays: the values of `Method.state_of`.
 
 `zeros`, `full` and `eye` take the sizes of ONE parameter's array, without stack axes::
 
@@ -18,21 +18,21 @@ from precond_ref.typing import Array, Namespace, Scalar
 
 @dataclass(frozen=True)
 class Spec:
-    """An array of a state at the start."""
+    """Description of an array of a state before the first update."""
 
     shape: tuple[int, ...]
     value: Scalar = 0.0
-    """Of every entry; with ``identity``, on the diagonal."""
+    """Value of every entry; with ``identity``, of the entries on the diagonal."""
     identity: bool = False
-    """Zero outside the diagonal of the last two axes."""
+    """True if the entries outside the diagonal of the last two axes are zero."""
 
     @property
     def size(self) -> int:
-        """Numbers in the array."""
+        """Number of entries of the array."""
         return math.prod(self.shape)
 
     def array(self, like: Array, dtype: Any, xp: Namespace) -> Array:
-        """The array, on the device of ``like``, and divided among devices as that if it has its shape."""
+        """Return the array on the device of ``like``; with the shape of ``like`` it is sharded like ``like``."""
         if self.shape == tuple(like.shape):
             made = xp.zeros_like(like, dtype=dtype)
         else:
@@ -44,27 +44,27 @@ class Spec:
 
 
 def zeros(*shape: int) -> Spec:
-    """Zeros."""
+    """Return the `Spec` of zeros of ``shape``, the sizes of one parameter's array."""
     return Spec(shape)
 
 
 def full(value: Scalar, *shape: int) -> Spec:
-    """``value`` everywhere."""
+    """Return the `Spec` of an array of ``shape`` with ``value`` in every entry."""
     return Spec(shape, value)
 
 
 def eye(*shape: int) -> Spec:
-    """Identity matrices."""
+    """Return the `Spec` of identity matrices of ``shape`` (..., n, n)."""
     return Spec(shape, 1.0, identity=True)
 
 
 def stacked(template: Any, stack: tuple[int, ...]) -> Any:
-    """``template`` with an axis more for each of ``stack``, first."""
+    """Return ``template`` with the axes ``stack`` in front of every shape."""
     return _mapped(template, lambda spec: replace(spec, shape=(*stack, *spec.shape)))
 
 
 def arrays_of(template: Any, like: Array, xp: Namespace, dtype: Any = None) -> Any:
-    """The arrays that ``template`` describes, in ``dtype`` (that of ``like``) and on the device of ``like``."""
+    """Return the arrays that ``template`` describes, on the device of ``like``, in ``dtype`` or that of ``like``."""
     return _mapped(template, lambda spec: spec.array(like, like.dtype if dtype is None else dtype, xp))
 
 
@@ -76,7 +76,7 @@ def _mapped(tree: Any, function: Callable[[Spec], Any]) -> Any:
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Name, such as ``grams.0`` or ``root.basis``, and value of each leaf of nested tuples that is not None."""
+    """Yield name, such as ``grams.0`` or ``root.basis``, and value of each leaf of nested tuples that is not None."""
     if isinstance(tree, tuple):
         names = getattr(tree, "_fields", range(len(tree)))
         for name, part in zip(names, tree, strict=True):
