@@ -4,16 +4,16 @@ Shazeer, Stern: *Adafactor: Adaptive learning rates with sublinear memory cost*,
 authors' code is that of tensor2tensor; transformers, torch, optax, timm, Big Vision and Keras have forms of their own.
 
 Symbols
-    paper                  here
+    symbol                 here
     G_t, X                 ``grad``, ``param``; (m, n) are its two factored axes
     R_t, C_t               ``state.row``, ``state.col``: averages of the row means and column means of the squares
-    V_t                    the estimated average of the squares; ``state.v`` where nothing is factored
+    V_t                    the estimated average of the squares; ``state.v`` if the parameter is not factored
     t                      ``state.step`` + 1, number of the update
     w_t = 1 - beta2_t      weight of the new square: ``decay_schedule``, ``decay_rate``, ``decay_offset``, ``beta2_cap``
     epsilon_1, epsilon_2   ``eps1``, ``eps2``
     d                      ``clip``
     beta_1                 ``beta1``, with ``momentum_of``
-    rho_t                  the caller's learning rate; `Adafactor.relative_step` is the paper's
+    rho_t                  the caller's learning rate, such as `Adafactor.relative_step`
 
 Update (t = 1, 2, ...)
     w_t = max(t - decay_offset, 1)^(-decay_rate), at least 1 - beta2_cap                     (w)
@@ -21,7 +21,7 @@ Update (t = 1, 2, ...)
     R_t = (1 - w_t) R_{t-1} + w_t (means of P over the columns)
     C_t = (1 - w_t) C_{t-1} + w_t (means of P over the rows)                                 (2)
     V_t = R_t C_t^T / mean(R_t),  for each matrix of a tensor                                (3)
-    V_t = (1 - w_t) V_{t-1} + w_t P,  where nothing is factored                              (4)
+    V_t = (1 - w_t) V_{t-1} + w_t P,  for a parameter that is not factored                   (4)
     U   = G / sqrt(V_t)                                                                      (5)
     U   = U / max(1, RMS(U) / clip),  RMS over the whole parameter                           (6)
     s_t = max(eps2, RMS(X)),  or 1 without ``parameter_scale``                               (7)
@@ -33,27 +33,27 @@ Update (t = 1, 2, ...)
 The caller makes X - rho_t direction. (3) has the row and column sums of the average of G o G.
 
 Conventions
-    The paper's R_t and C_t are sums, ours means, as in all codes: V_t is the same, but for where eps1 enters.
+    R_t and C_t are means, as in all codes; with sums V_t is the same, except for the place of eps1.
     ``decay_schedule="adam"``: w_t = (1 - decay_rate) / (1 - decay_rate^t); V_t is then Adam's corrected average.
-    ``eps_form="floor"`` is torch's: (1) without eps1, mean(R_t) at least eps1 in (3), V_t at least eps1^2 in (5);
-    ``eps1=None`` is the spacing of the dtype at 1.
-    Which axes are factored differs from code to code, see ``factored_axes``: the last two (paper, tensor2tensor,
-    transformers, torch, Keras), the largest two (optax, Big Vision), the first two of kernels (timm). Of equal sizes
-    the later axes count as larger. Vectors and scalars are not factored.
-    (6) and (7) are over the whole parameter, also of more than two axes; X is that before the update.
-    (9) averages what the learning rate multiplies. tensor2tensor, transformers and optax average rho_t s_t U, the same
-    while rho_t is constant.
-    (10) is transformers' decay: outside the momentum, with s_t. A zero row of G with ``eps1=0`` gives 0.
+    ``eps_form="floor"`` is the form of torch: (1) without eps1, mean(R_t) at least eps1 in (3), V_t at least eps1^2 in
+    (5); ``eps1=None`` is the spacing of the dtype at 1.
+    The codes factor different axes, see ``factored_axes``: the last two (tensor2tensor, transformers, torch, Keras),
+    the largest two (optax, Big Vision), the first two of kernels (timm). Of equal sizes the later axes count as larger.
+    Vectors and scalars are not factored.
+    (6) and (7) are over the whole parameter, also of more than two axes; X is the parameter before the update.
+    (9) averages the factor of the learning rate. tensor2tensor, transformers and optax average rho_t s_t U, which is
+    the same while rho_t is constant.
+    (10) is the decay of transformers: outside the momentum, with s_t. A zero row of G with ``eps1=0`` gives 0.
     Below float32 the state and the arithmetic are in float32.
 
 Coincides with (each a test)
-    `RMSProp` with decay 1 - w_t where G_t o G_t = a b^T tau_t: V_t is then exact. `Adam` with beta1 = 0, eps = 0 for
+    `RMSProp` with decay 1 - w_t if G_t o G_t = a b^T tau_t: V_t is then exact. `Adam` with beta1 = 0, eps = 0 for
     ``decay_schedule="adam"`` without factors, clip and scale, eps1 = 0. One row or one column: the form without
     factors, eps1 = 0.
 
 Hazards
-    A parameter at 0 moves by eps2 times the learning rate. Two libraries are compared on a matrix below the size that
-    one of them factors: these are two methods.
+    A parameter at 0 moves by eps2 times the learning rate. If one library factors a matrix and another does not,
+    because the matrix is too small, the two run different methods.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ class AdafactorState(NamedTuple):
     """State of `Adafactor` for a parameter (..., d_1, ..., d_k); float32 at least."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     row: Array | None
-    """R_t, the parameter's shape with size 1 in the place of the columns; None where nothing is factored."""
+    """R_t, the parameter's shape with size 1 in the place of the columns; None if the parameter is not factored."""
     col: Array | None
-    """C_t, the parameter's shape with size 1 in the place of the rows; None where nothing is factored."""
+    """C_t, the parameter's shape with size 1 in the place of the rows; None if the parameter is not factored."""
     v: Array | None
-    """V_t, the parameter's shape; None where it is factored."""
+    """V_t, the parameter's shape; None if the parameter is factored."""
     m: Array | None
     """M_t, the parameter's shape; None with ``beta1=0``."""
     rms: Array
@@ -89,7 +89,7 @@ class AdafactorState(NamedTuple):
 
 
 class AdafactorScalars(NamedTuple):
-    """What `Adafactor.update` needs of the step's number."""
+    """Values of `Adafactor.scalars`, which depend on the update's number alone."""
 
     old: Scalar
     """1 - w_t."""
@@ -98,7 +98,7 @@ class AdafactorScalars(NamedTuple):
 
 
 class AdafactorReport(NamedTuple):
-    """What `Adafactor.diagnose` returns."""
+    """The report of `Adafactor.diagnose`."""
 
     denominator: Array
     """sqrt(V_t), the parameter's shape."""
@@ -107,13 +107,13 @@ class AdafactorReport(NamedTuple):
     decay: Scalar
     """1 - w_t of the last update."""
     finite: Array
-    """Whether the member's state is finite, (...)."""
+    """True if the state of the stack member is finite, (...)."""
 
 
 class Adafactor(Method):
     """Adafactor (Shazeer and Stern, 2018) for parameters of any shape; the equations are the module's.
 
-    The defaults are the paper's; its learning rate is ``lr=Adafactor.relative_step``.
+    The defaults are those of tensor2tensor, whose learning rate is ``lr=Adafactor.relative_step``.
     Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
     """
 
@@ -164,14 +164,14 @@ class Adafactor(Method):
 
     @staticmethod
     def timm(eps1: float = 1e-30, decay_rate: float = 0.8, min_size: int = 17) -> Adafactor:
-        """timm's ``Adafactor`` with a learning rate that is given."""
+        """timm's ``Adafactor`` with a given learning rate."""
         return Adafactor(
             eps1=eps1, decay_rate=decay_rate, factored_axes="leading", min_size=min_size, parameter_scale=False
         )
 
     @staticmethod
     def big_vision(eps1: float = 1e-30, beta1: float = 0.9, beta2_cap: float = 0.999, min_size: int = 16) -> Adafactor:
-        """Big Vision's form, in float32: no clip, no scale, the update averaged."""
+        """Big Vision's form, in float32: without clip and scale, with an average of the update."""
         return Adafactor(
             eps1=eps1,
             clip=None,
@@ -185,7 +185,10 @@ class Adafactor(Method):
 
     @staticmethod
     def relative_step(step: Any, *, warmup: bool = False, most: Scalar = 1e-2) -> Scalar:
-        """The paper's learning rate after ``step`` updates: min(most, 1/sqrt(t)); warmup: min(1e-6 t, 1/sqrt(t))."""
+        """Return the learning rate of tensor2tensor and transformers after ``step`` updates, t = ``step`` + 1.
+
+        It is min(most, 1/sqrt(t)), and with ``warmup`` min(1e-6 t, 1/sqrt(t)).
+        """
         if isinstance(step, int):
             return min(1e-6 * (step + 1) if warmup else most, 1 / math.sqrt(step + 1))
         xp = array_namespace(step)
@@ -201,11 +204,11 @@ class Adafactor(Method):
         return self.parameter_scale or not is_zero(self.weight_decay)
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
-        """Anything."""
+        """Return True: the method takes every parameter."""
         return True
 
     def factored(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
-        """The two axes that are factored, of a parameter of ``shape``; None: none are."""
+        """Return the two factored axes of a parameter of ``shape``; None if it is not factored."""
         n = len(shape)
         pairs = [(n - 2, n - 1)]
         if self.factored_axes == "largest":
@@ -290,13 +293,13 @@ class Adafactor(Method):
         return float(xp.finfo(dtype).eps) if self.eps1 is None else self.eps1
 
     def _axes(self, state: AdafactorState, stack: int) -> tuple[int, int]:
-        """The factored axes of the arrays, rows and columns."""
+        """Return the factored axes of the arrays, rows and columns."""
         row, col = state.row.shape[stack:], state.col.shape[stack:]  # type: ignore[union-attr]
         axes: Any = self.factored(tuple(n if m == 1 else m for m, n in zip(row, col, strict=True)))
         return axes[0] + stack, axes[1] + stack
 
     def _divided(self, g: Array, state: AdafactorState, stack: int, xp: Namespace) -> Array:
-        """``g`` / sqrt(V_t)."""
+        """Return ``g`` / sqrt(V_t)."""
         if state.v is None and self.eps_form == "square":
             over = xp.sqrt(xp.mean(state.row, axis=self._axes(state, stack)[0], keepdims=True))
             row, col = xp.sqrt(state.row), xp.sqrt(state.col)  # no product of squares underflows
@@ -304,11 +307,11 @@ class Adafactor(Method):
         return quotient(g, self._denominator(state, stack, xp), xp, bound=self._least(g.dtype, xp))
 
     def _least(self, dtype: Any, xp: Namespace) -> Scalar:
-        """What sqrt(V_t) does not fall below, if it is not factored with the form 'square'."""
+        """Return a lower bound of sqrt(V_t), for all parameters but factored ones with the form 'square'."""
         return self._eps1(dtype, xp) if self.eps_form == "floor" else sqrt(self._eps1(dtype, xp))
 
     def _denominator(self, state: AdafactorState, stack: int, xp: Namespace) -> Array:
-        """sqrt(V_t)."""
+        """Return sqrt(V_t)."""
         if state.v is not None:
             root = xp.sqrt(state.v)
         else:
@@ -319,7 +322,7 @@ class Adafactor(Method):
         return clamp(root, self._eps1(root.dtype, xp), xp=xp) if self.eps_form == "floor" else root
 
     def report(self, state: AdafactorState, finite: Array, xp: Namespace) -> AdafactorReport:
-        """The denominator, and how large U was."""
+        """Return the denominator, and the size of U."""
         denominator: Any = state.v if state.row is None else state.row * state.col
         if 0 not in denominator.shape:
             denominator = self._denominator(state, state.rms.ndim, xp)
@@ -327,7 +330,7 @@ class Adafactor(Method):
 
 
 def _counted(step: Any, offset: int, like: Array) -> tuple[Any, Any]:
-    """max(step - offset, 1) and its logarithm: Python floats, or in the dtype of ``like``, but float32 at least."""
+    """Return max(step - offset, 1) and its logarithm: Python floats, or in the dtype of ``like``, float32 at least."""
     if isinstance(step, int):
         t = float(max(step - offset, 1))
         return t, math.log(t)
@@ -337,7 +340,7 @@ def _counted(step: Any, offset: int, like: Array) -> tuple[Any, Any]:
 
 
 def _rms(array: Array, stack: int, xp: Namespace) -> Array:
-    """Root mean square of each member, (..., 1, ..., 1)."""
+    """Return the root mean square of each member, (..., 1, ..., 1)."""
     flat = xp.reshape(array, (*array.shape[:stack], -1))
     peak, _, norm = normed(flat, (-1,), xp)
     return xp.reshape(peak * (norm / math.sqrt(flat.shape[-1])), (*array.shape[:stack], *(1,) * (array.ndim - stack)))

@@ -24,8 +24,8 @@ Coordinate i takes the adaptive step where sqrt(b_t / (1 - beta2^t)) > delta, an
 bias-corrected averaged momentum at rate lr / delta: the switch.
 
 Conventions
-    No epsilon anywhere; ``delta = 0`` with a zero gradient history gives 0 (the authors' code: NaN), and any other
-    m_t over b_t = 0 an infinity.
+    There is no epsilon. ``delta = 0`` with a zero gradient history gives 0 (the authors' code: NaN), and any other
+    m_t over b_t = 0 gives an infinity.
     ``amsgrad``: running maximum of the raw b_t, then the maximum with the threshold (the authors' code).
     ``clip`` bounds m_t / max(...) *before* the factor sqrt(1 - beta2^t) / (1 - beta1^t) (the authors' code).
     Step-dependent factors are exact (the authors' code since 2024: float32, off by up to 2e-5).
@@ -58,7 +58,7 @@ class AGDState(NamedTuple):
     """State of `AGD`; every array has the parameter's shape."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     m: Array
     """m_t, average of gradients."""
     b: Array
@@ -68,7 +68,7 @@ class AGDState(NamedTuple):
 
 
 class AGDScalars(NamedTuple):
-    """What `AGD.update` needs of the step's number."""
+    """Values of `AGD.scalars`, which depend on the update's number alone."""
 
     inverse_c1: Scalar
     """1 / (1 - beta1^t)."""
@@ -79,7 +79,7 @@ class AGDScalars(NamedTuple):
 
 
 class AGDReport(NamedTuple):
-    """What `AGD.diagnose` returns; arrays have the parameter's shape unless noted."""
+    """The report of `AGD.diagnose`; arrays have the parameter's shape unless noted."""
 
     corrected_m: Array
     """m_t / (1 - beta1^t)."""
@@ -90,7 +90,7 @@ class AGDReport(NamedTuple):
     sgd_share: Array
     """Share of such coordinates, 0-D; 0 of none."""
     finite: Array
-    """Whether the whole state is finite, 0-D."""
+    """True if the whole state is finite, 0-D."""
 
 
 class AGD(Method):

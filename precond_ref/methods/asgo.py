@@ -23,7 +23,7 @@ tau         ``every``                     updates between two roots
     U_t = P_t M_t   or   M_t P_t                                  (U)
     direction = rms sqrt(m n) U_t / ||U_t||_F                     (W)
 
-`ASGO.theory`, Algorithm 1 (the one with theorems), V_0 = 0::
+`ASGO.theory`, Algorithm 1 (the form with theorems), V_0 = 0::
 
     V_t = V_{t-1} + G_t G_t^T                                     (1)
     Lambda_t = V_t^{1/2} + eps I                                  (2)
@@ -74,28 +74,28 @@ class ASGOState(NamedTuple):
     """State of `ASGO` for a parameter (..., m, n); k is the preconditioned side."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     m: Array
     """M_t, (..., m, n)."""
     gram: Array
     """V_t, (..., k, k); with ``heads=h`` (..., h, m/h, m/h)."""
     root: Root | Array | None
-    """P of the last refresh, not formed: (..., k, k) and (..., k); formed if by an iteration; None when ``every=1``."""
+    """P of the last renewal, not formed: (..., k, k) and (..., k); with an iteration P itself; None if ``every=1``."""
 
 
 class ASGOReport(NamedTuple):
-    """What the ASGO methods' ``diagnose`` returns."""
+    """The report of ``diagnose`` of `ASGO` and `ASGO.theory`."""
 
     eigenvalues: Array
-    """Of V_t, ascending, clipped at zero, (..., k); NaN where V_t is not finite."""
+    """Eigenvalues of V_t, ascending, clipped at zero, (..., k); NaN if V_t is not finite."""
     root_trace: Array
     """tr V_t^{1/2}, the S of the regret bound for the theory form, (...)."""
     rank: Array
-    """Eigenvalues above k u max, (...)."""
+    """Number of eigenvalues above k u max(w), (...)."""
     finite: Array
-    """Whether the member's state is finite and V_t could be decomposed, (...)."""
+    """True if the state of the stack member is finite and V_t could be decomposed, (...)."""
     accuracy: Array
-    """Relative error that V_t allows a direction by "eigh", see `precond_ref.numerics.roots.accuracy`, (...)."""
+    """Relative error of a direction by "eigh" that V_t allows, see `precond_ref.numerics.roots.accuracy`, (...)."""
 
 
 def _gram_report(gram: Array, finite: Array, law: roots.Law, xp: Namespace) -> ASGOReport:
@@ -110,13 +110,13 @@ def _gram_report(gram: Array, finite: Array, law: roots.Law, xp: Namespace) -> A
 
 
 class _ASGO(Method):
-    """What the four share: matrices."""
+    """Base of the four methods, which take matrices."""
 
     paper: ClassVar[str] = PAPER
     ndims: ClassVar[tuple[int, int]] = (2, 2)
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
-        """Matrices that are not embeddings (in the authors' code: a name containing "emb")."""
+        """Return True for matrices that are not embeddings (by the authors' code: "emb" is in the name)."""
         return len(shape) == 2 and "emb" not in path.lower()
 
 
@@ -159,7 +159,7 @@ class ASGO(_ASGO):
         return self.heads is not None or self.side == "left" or (self.side == "smaller" and m < n)
 
     def _blocks(self, matrix: Array, xp: Namespace) -> Array:
-        """Rows cut into heads: (..., m, n) -> (..., h, m/h, n)."""
+        """Return the rows cut into heads: (..., m, n) -> (..., h, m/h, n)."""
         *stack, m, n = matrix.shape
         return matrix if self.heads is None else xp.reshape(matrix, (*stack, self.heads, m // self.heads, n))
 
@@ -179,7 +179,7 @@ class ASGO(_ASGO):
         u, law = self._blocks(m, xp), roots.Law(-0.5, self.eps)
         if self.root == "eigh":
             root, w = roots.renewed(due, gram, law, state.root, xp=xp)  # (P)
-            weight = (1 - self.beta2) * due if self.every > 1 else 1 - self.beta2  # a kept root's V knows nothing of G
+            weight = (1 - self.beta2) * due if self.every > 1 else 1 - self.beta2  # the V of a kept root is without G
             u = roots.apply(u, {0 if left else 1: (root, w)}, law, weight, xp=xp)  # (U)
         else:
             inverse = partial(roots.inverse_sqrt, gram, self.eps, self.root, self.root_steps, xp=xp)
@@ -193,7 +193,7 @@ class ASGO(_ASGO):
         return u, ASGOState(step=now.step, m=m, gram=gram, root=None if self.every == 1 else root)
 
     def report(self, state: ASGOState, finite: Array, xp: Namespace) -> ASGOReport:
-        """Spectrum of V_t (of each head's, with ``heads``)."""
+        """Return the spectrum of V_t (with ``heads``: of the V_t of each head)."""
         return _gram_report(state.gram, finite, roots.Law(-0.5, self.eps), xp)
 
 
@@ -201,7 +201,7 @@ class ASGOTheoryState(NamedTuple):
     """State of `ASGO.theory` for a parameter (..., m, n)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     gram: Array
     """V_t, (..., m, m) left or (..., n, n) right."""
 
@@ -209,7 +209,8 @@ class ASGOTheoryState(NamedTuple):
 class ASGOTheory(_ASGO, preset="ASGO.theory"):
     """ASGO as analysed, Algorithm 1 of the paper: plain sum, no momentum, eps outside the root, no rms.
 
-    Takes (..., m, n) with ``stack_ndim`` leading axes.
+    Takes (..., m, n) with ``stack_ndim`` leading axes. The directions are (1) to (3) of the module.
+    Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
     """
 
     eps: float = real("epsilon, added to V^{1/2} (0: pseudo-inverse)", default=0.0, ge=0)
@@ -232,7 +233,7 @@ class ASGOTheory(_ASGO, preset="ASGO.theory"):
         return direction, ASGOTheoryState(step=now.step, gram=gram)
 
     def report(self, state: ASGOTheoryState, finite: Array, xp: Namespace) -> ASGOReport:
-        """Spectrum of V_t."""
+        """Return the spectrum of V_t."""
         return _gram_report(state.gram, finite, roots.Law(-1.0, self.eps, root=True), xp)
 
 
@@ -240,7 +241,7 @@ class DASGOState(NamedTuple):
     """State of `DASGO` for a parameter (..., m, n)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     m: Array
     """M_t, (..., m, n)."""
     v: Array
@@ -248,12 +249,12 @@ class DASGOState(NamedTuple):
 
 
 class DASGOReport(NamedTuple):
-    """What the DASGO methods' ``diagnose`` returns."""
+    """The report of ``diagnose`` of `DASGO` and `DASGO.theory`."""
 
     scale: Array
     """sqrt(v_t) per column, (..., n); theory form: sqrt(d_t) per row, (..., m)."""
     finite: Array
-    """Whether the member's state is finite, (...)."""
+    """True if the state of the stack member is finite, (...)."""
 
 
 class DASGO(_ASGO):
@@ -290,7 +291,7 @@ class DASGO(_ASGO):
         return u, DASGOState(step=now.step, m=m, v=v)
 
     def report(self, state: DASGOState, finite: Array, xp: Namespace) -> DASGOReport:
-        """Column scales."""
+        """Return the scales of the columns."""
         return DASGOReport(scale=xp.sqrt(state.v), finite=finite)
 
 
@@ -298,7 +299,7 @@ class DASGOTheoryState(NamedTuple):
     """State of `DASGO.theory` for a parameter (..., m, n)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     d: Array
     """d_t, summed squared norm of each row, (..., m)."""
 
@@ -326,10 +327,10 @@ class DASGOTheory(_ASGO, preset="DASGO.theory"):
         return direction, DASGOTheoryState(step=now.step, d=d)
 
     def report(self, state: DASGOTheoryState, finite: Array, xp: Namespace) -> DASGOReport:
-        """Row scales."""
+        """Return the scales of the rows."""
         return DASGOReport(scale=xp.sqrt(state.d), finite=finite)
 
 
 def _infinite_if_zero(diagonal: Array, xp: Namespace) -> Array:
-    """The pseudo-inverse of a ``diagonal`` (..., n) is division by this; NaN throughout where one is not finite."""
+    """Return the divisor of the pseudo-inverse of a ``diagonal`` (..., n); all NaN if an entry is not finite."""
     return xp.where(diagonal == 0, math.inf, diagonal) + bad_as_nan(diagonal, 1, xp)[..., None]

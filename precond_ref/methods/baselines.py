@@ -1,14 +1,12 @@
 r"""Yardsticks: known optimizers, for comparison and as limiting cases of the others.
 
-Elementwise, eps outside the root, 0/0 = 0, and momentum is the heavy ball b_t = momentum b_{t-1} + (new term):
+All but `FullAdaGrad` are elementwise. eps is outside the root, 0/0 = 0, and momentum is the heavy ball
+b_t = momentum b_{t-1} + (new term):
 
 * `SGD`: Polyak 1964; Nesterov's form as in Sutskever et al. 2013.
 * `AdaGrad`: Duchi, Hazan, Singer, JMLR 2011 (diagonal). `FullAdaGrad`: the same paper's full-matrix form.
 * `RMSProp`: Tieleman and Hinton 2012, momentum on the preconditioned gradient.
 * `Adam`: Kingma and Ba, arXiv 1412.6980, Algorithm 1.
-
-Matrices:
-
 """
 
 from __future__ import annotations
@@ -29,25 +27,28 @@ from precond_ref.typing import Array, Namespace, Scalar
 
 
 class ElementwiseReport(NamedTuple):
-    """What the elementwise yardsticks' ``diagnose`` returns."""
+    """The report of ``diagnose`` of the elementwise yardsticks."""
 
     denominator: Array | None
-    """What the (averaged) gradient was divided by at the last update, the parameter's shape; None for `SGD`."""
+    """Divisor of the (averaged) gradient at the last update, the parameter's shape; None for `SGD`."""
     finite: Array
-    """Whether the whole state is finite, 0-D."""
+    """True if the whole state is finite, 0-D."""
 
 
 class SGDState(NamedTuple):
     """State of `SGD`."""
 
     step: Any
-    """Updates done."""
+    """Number of updates done."""
     buffer: Array | None
     """b_t, the parameter's shape; None with ``momentum=0``."""
 
 
 class SGD(Method):
-    """Gradient descent with heavy-ball momentum, elementwise; the direction is ``b_t``, or ``g + momentum b_t``."""
+    """Gradient descent with heavy-ball momentum, elementwise; the direction is ``b_t``, or ``g + momentum b_t``.
+
+    ``b_t = momentum b_{t-1} + g`` (Polyak, 1964); the second direction is Nesterov's form (Sutskever et al., 2013).
+    """
 
     momentum: float = real("mu", default=0.0, ge=0, lt=1)
     nesterov: bool = flag("direction g + mu b instead of b; needs momentum", default=False)
@@ -71,12 +72,12 @@ class SGD(Method):
         return direction, SGDState(step=now.step, buffer=buffer)
 
     def report(self, state: SGDState, finite: Array, xp: Namespace) -> ElementwiseReport:
-        """Whether the momentum is finite; None without momentum."""
+        """Return whether the momentum is finite; None without momentum."""
         return ElementwiseReport(denominator=None, finite=finite)
 
 
 def _root(square: Array, eps: Scalar, form: str, xp: Namespace) -> Array:
-    """sqrt(square) + eps ('outside'), or sqrt(square + eps)."""
+    """Return sqrt(square) + eps ('outside'), or sqrt(square + eps) ('inside')."""
     return xp.sqrt(square + eps) if form == "inside" else xp.sqrt(square) + eps
 
 
@@ -84,7 +85,7 @@ class AdaGradState(NamedTuple):
     """State of `AdaGrad`."""
 
     step: Any
-    """Updates done."""
+    """Number of updates done."""
     total: Array
     """Sum of squared gradients, the parameter's shape."""
 
@@ -92,7 +93,7 @@ class AdaGradState(NamedTuple):
 class AdaGrad(Method):
     """Diagonal AdaGrad (Duchi et al., 2011): ``g / (sqrt(initial + sum g^2) + eps)``, elementwise.
 
-    ``eps_form="inside"`` is ``g / sqrt(sum + eps)``: that of optax and Keras, with eps 1e-7 and initial 0.1.
+    ``eps_form="inside"`` is ``g / sqrt(sum + eps)``, the form of optax and Keras, with eps 1e-7 and initial 0.1.
     """
 
     eps: float = real("delta, added to the root", default=1e-10, ge=0)
@@ -113,7 +114,7 @@ class AdaGrad(Method):
         return direction, AdaGradState(step=now.step, total=total)
 
     def report(self, state: AdaGradState, finite: Array, xp: Namespace) -> ElementwiseReport:
-        """The denominator."""
+        """Return the denominator."""
         return ElementwiseReport(self._denominator(state.total, xp), finite)
 
     def _denominator(self, total: Array, xp: Namespace) -> Array:
@@ -124,7 +125,7 @@ class FullAdaGradState(NamedTuple):
     """State of `FullAdaGrad` for a parameter of d entries."""
 
     step: Any
-    """Updates done."""
+    """Number of updates done."""
     gram: Array
     """Sum of g g^T, (..., d, d)."""
 
@@ -132,7 +133,7 @@ class FullAdaGradState(NamedTuple):
 class FullAdaGrad(Method):
     """Full-matrix AdaGrad (Duchi et al., 2011): ``((sum g g^T)^{1/2} + eps I)^{-1} g`` on the flattened parameter.
 
-    ``eps=0`` is the pseudo-inverse. Costs d^2 memory and d^3 time for d entries.
+    ``eps=0`` is the pseudo-inverse. The method needs d^2 memory and d^3 time for d entries.
     """
 
     eps: float = real("delta, added to the root (0: pseudo-inverse)", default=0.0, ge=0)
@@ -143,7 +144,7 @@ class FullAdaGrad(Method):
     factorizes = True
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
-        """Anything of at most 1024 entries."""
+        """Return True for parameters of one axis or more and at most 1024 entries."""
         return len(shape) >= 1 and math.prod(shape) <= 1024
 
     def state_of(self, shape: tuple[int, ...]) -> FullAdaGradState:
@@ -162,7 +163,7 @@ class FullAdaGrad(Method):
         return xp.reshape(direction, grad.shape), FullAdaGradState(step=now.step, gram=gram)
 
     def report(self, state: FullAdaGradState, finite: Array, xp: Namespace) -> GramReport:
-        """Spectrum of the sum of outer products."""
+        """Return the spectrum of the sum of outer products."""
         return roots.report((state.gram,), finite, [roots.Law(-1.0, self.eps, root=True)], xp)
 
 
@@ -170,7 +171,7 @@ class RMSPropState(NamedTuple):
     """State of `RMSProp`; arrays have the parameter's shape."""
 
     step: Any
-    """Updates done."""
+    """Number of updates done."""
     v: Array
     """Average of squared gradients."""
     buffer: Array | None
@@ -180,7 +181,7 @@ class RMSPropState(NamedTuple):
 
 
 class RMSPropScalars(NamedTuple):
-    """What `RMSProp.update` needs of the step's number."""
+    """Values of `RMSProp.scalars`, which depend on the update's number alone."""
 
     correction: Scalar
     """1 / (1 - beta2^t) with ``bias_correction``, else 1."""
@@ -191,8 +192,8 @@ class RMSProp(Method):
 
     ``eps_form="inside"`` is ``g / sqrt(v + eps)``. ``centered`` subtracts the square of the averaged gradient from v,
     at least 0. ``bias_correction`` divides both averages by 1 - beta2^t. With ``nesterov`` the direction is the
-    preconditioned gradient plus momentum times the new buffer. The learning rate is outside of the momentum, as in
-    torch; optax and Keras have it inside, which is the same while it is constant.
+    preconditioned gradient plus momentum times the new buffer. The learning rate is outside the momentum, as in torch.
+    In optax and Keras it is inside; the steps are the same while the rate is constant.
     """
 
     beta2: float = real("decay of the averaged squares", default=0.99, ge=0, lt=1)
@@ -234,7 +235,7 @@ class RMSProp(Method):
         return direction, RMSPropState(step=now.step, v=v, buffer=buffer, mean=mean)
 
     def report(self, state: RMSPropState, finite: Array, xp: Namespace) -> ElementwiseReport:
-        """The denominator."""
+        """Return the denominator."""
         k = self.scalars(state.step, like=state.v)
         return ElementwiseReport(self._denominator(state.v, state.mean, k, xp), finite)
 
@@ -249,7 +250,7 @@ class AdamState(NamedTuple):
     """State of `Adam`; arrays have the parameter's shape."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     m: Array
     """m_t, average of gradients, not bias-corrected."""
     v: Array
@@ -259,18 +260,18 @@ class AdamState(NamedTuple):
 
 
 class AdamScalars(NamedTuple):
-    """What `Adam.update` needs of the step's number."""
+    """Values of `Adam.scalars`, which depend on the update's number alone."""
 
     inverse_c1: Scalar
-    """Factor of m_t: 1 / (1 - beta1^t), or that of NAdam."""
+    """Factor of m_t: 1 / (1 - beta1^t), or the factor of NAdam."""
     inverse_sqrt_c2: Scalar
     """1 / sqrt(1 - beta2^t)."""
     gradient: Scalar = 0.0
-    """Factor of g_t: 0, or that of NAdam."""
+    """Factor of g_t: 0, or the factor of NAdam."""
     rectified: Scalar = 1.0
-    """Factor of the direction; 0 where RAdam does not divide."""
+    """Factor of the direction; 0 in updates in which RAdam does not divide."""
     plain: Scalar = 0.0
-    """1 where RAdam does not divide, else 0."""
+    """1 in updates in which RAdam does not divide, else 0."""
 
 
 class Adam(Method):
@@ -387,16 +388,16 @@ class Adam(Method):
         return root + (self.eps * k.inverse_sqrt_c2 if self.eps_form == "uncorrected" else self.eps)
 
     def report(self, state: AdamState, finite: Array, xp: Namespace) -> ElementwiseReport:
-        """The denominator."""
+        """Return the denominator."""
         k = self.scalars(state.step, like=state.v)
         return ElementwiseReport(self._denominator(state.v, state.v_max, k, xp), finite)
 
 
 def _scheduled(beta1: Scalar, psi: Scalar, step: Any, like: Array, product: bool = True) -> tuple[Scalar, Scalar]:
-    """mu_t and P_t = mu_1 ... mu_t.
+    """Return mu_t and P_t = mu_1 ... mu_t.
 
-    log(P_t / beta1^t) is the sum of log(1 - q^i / 2), q = 0.96^psi; its series in 1/2 is a geometric sum in q for each
-    power, of which 60 are below float64's rounding. Up to 64 factors are multiplied as they are.
+    log(P_t / beta1^t) is the sum of log(1 - q^i / 2), q = 0.96^psi. Each power of its series in 1/2 has a geometric sum
+    in q; the terms after 60 powers are below the rounding of float64. Up to 64 factors are multiplied one by one.
     """
     few = isinstance(step, int) and step <= 64
     t = step if isinstance(step, int) else _real(step, like)
@@ -413,7 +414,7 @@ def _scheduled(beta1: Scalar, psi: Scalar, step: Any, like: Array, product: bool
 
 
 def _rectification(beta2: Scalar, step: Any, c2: Scalar, like: Array) -> tuple[Scalar, Scalar]:
-    """RAdam's factor, 0 where it does not apply, and 1 there."""
+    """Return the factor of RAdam (0 for rho <= 5), and the factor of the plain direction (1 there, else 0)."""
     t = step if isinstance(step, int) else _real(step, like)
     limit = 2 / (1 - beta2) - 1
     rho = limit - 2 * t * (1 - c2) * reciprocal(c2)
@@ -429,7 +430,7 @@ def _rectification(beta2: Scalar, step: Any, c2: Scalar, like: Array) -> tuple[S
 
 
 def _real(step: Any, like: Array) -> Array:
-    """A traced number in the dtype of ``like``, but float32 at least."""
+    """Return a traced number in the dtype of ``like``, but float32 at least."""
     xp = array_namespace(step)
     return xp.astype(step, like.dtype if xp.finfo(like.dtype).bits >= 32 else xp.float32)
 
@@ -439,5 +440,5 @@ def _expm1(value: Scalar) -> Scalar:
 
 
 def _power(value: Scalar) -> Scalar:
-    """e to this power."""
+    """Return e to the power ``value``."""
     return math.exp(value) if is_python_number(value) else array_namespace(value).exp(value)

@@ -8,7 +8,7 @@ paper              here                       shape               meaning
 =================  =========================  ==================  ====================================================
 G                  ``grad``                   (d_1, ..., d_N)     gradient of the mini-batch mean loss
 B                  ``batch_size``                                 number of independent terms whose mean the loss is
-C, K; K_n          ``factors``                (d_n, d_n)          one per axis of size d_n > 1; S_n^-1 = K_n K_n^T
+C, K; K_n          ``factors``                (d_n, d_n)          a factor per axis of size d_n > 1; S_n^-1 = K_n K_n^T
 m_C, m_K; m_n      ``momenta``                (d_n, d_n)          Riemannian momentum
 beta_2             ``beta2``                                      weight of the *new* term (step size of K_n)
 lambda             ``damping``                                    added to the curvature
@@ -18,7 +18,7 @@ kappa              ``weight_decay``                               added to the p
 T                  ``every``                                      updates between two renewals of the factors
 =================  =========================  ==================  ====================================================
 
-K_n = I, m_n = 0 at the start, D = d_1 ... d_N; at updates 1, 1 + T, ..., all from the old factors::
+K_n = I, m_n = 0 at the start, D = d_1 ... d_N; at updates 1, 1 + T, ..., with the old factors on every right side::
 
     P   = G x_1 K_1^T ... x_N K_N^T                                                           (1)
     H_n = (d_n / D) [B P_(n) P_(n)^T + lambda prod_{j != n} tr(K_j^T K_j) K_n^T K_n]          (2)
@@ -33,15 +33,15 @@ and at every update::
 project(X) is the member m of the structure for which m + m^T is nearest to X (`precond_ref.numerics.structured`):
 X / 2 for dense factors. (4) is the first-order truncation of K_n Expm(-beta2 m_n).
 
-Order of evaluation, the same in exact arithmetic, chosen for half precision (the authors' code): (1) and (2) are
-computed from K_n / sqrt(d_n), sqrt(B) G and average traces, (5) from K_n / r_n with r_n^2 = max(1, max |K_n|), and the
-product of all r_n^2 is multiplied on at the end.
+The order of evaluation is that of the authors' code, for half precision; in exact arithmetic it changes nothing. (1)
+and (2) are computed from K_n / sqrt(d_n), sqrt(B) G and average traces. (5) is computed from K_n / r_n with r_n^2 =
+max(1, max |K_n|), and multiplied by the product of all r_n^2 at the end.
 
 Conventions
     K_n stands left of m_n, and K_n^T, not K_n, contracts the gradient: K_n is not symmetric, also when dense.
     m_n is an average, weight 1 - alpha2 on the new term (the code; an early version and SINGD: heavy ball).
-    The clip in (4) bounds the norm of m_n (the code): then every singular value of K_n shrinks by at most the factor
-    1 - beta2, so K_n stays invertible for every gradient whose squares are finite. ``clip=False`` leaves it out.
+    The clip in (4) bounds the norm of m_n (the code). Every singular value of K_n is then multiplied by at least
+    1 - beta2, so K_n stays invertible for every gradient whose squares are finite. ``clip=False`` leaves the clip out.
     The factors are renewed with the current gradient before they are used.
     Below float32 the state is kept in float32: see ``narrow_state``. bfloat16 works, float16 can overflow.
     Factors are stored as full (d_n, d_n) arrays in every structure.
@@ -55,11 +55,11 @@ Coincides with (each a test)
 
 Hazards
     The overall scale is stable for N beta2 < 2 only.
-    The clip is not unbiased: where single noisy gradients give ||m_n|| > 1 the factors settle at too small an S.
+    The clip has a bias: if single noisy gradients give ||m_n|| > 1, the factors settle at too small an S.
     With ``damping=0`` and gradients that vanish together, K_n grows without bound.
 
 Not here
-    Joining weight and bias, or flattening; the loss's batch size is not detected.
+    Joining weight and bias; flattening; detection of the batch size.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class IFShampooState(NamedTuple):
     """
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     factors: Arrays
     """K_n, (..., d_n, d_n)."""
     momenta: Arrays | None
@@ -96,21 +96,21 @@ class IFShampooState(NamedTuple):
 
 
 class IFShampooReport(NamedTuple):
-    """What `IFShampoo.diagnose` returns, in float32 at least."""
+    """The report of `IFShampoo.diagnose`, in float32 at least."""
 
     inverses: Arrays
     """K_n K_n^T = S_n^-1, (..., d_n, d_n)."""
     eigenvalues: Arrays
-    """Of K_n K_n^T, ascending, clipped at zero, (..., d_n)."""
+    """Eigenvalues of K_n K_n^T, ascending, clipped at zero, (..., d_n)."""
     finite: Array
-    """Whether the member's state is finite, (...)."""
+    """True if the state of the stack member is finite, (...)."""
 
 
 class IFShampoo(Method):
     """IF-Shampoo, any tensor order; ``beta2`` is the weight of the *new* term, about 0.01 (Lin et al., 2024, (1)-(6)).
 
-    One factor per axis of size other than 1. ``structure`` is one for all of them or a tuple with one each:
-    ``"dense"``, ``"diagonal"``, ``"block-diagonal(30)"``, ``"tril"``, ``"triu"``, ``"tril-toeplitz"``,
+    Each axis of size other than 1 has a factor. ``structure`` is one name for all axes, or a tuple with one name for
+    each: ``"dense"``, ``"diagonal"``, ``"block-diagonal(30)"``, ``"tril"``, ``"triu"``, ``"tril-toeplitz"``,
     ``"triu-toeplitz"``, ``"hierarchical(15,15)"``. ``batch_size`` is the number of independent terms whose mean is
     the loss.
     Errors: ValueError or TypeError for a field out of range and for arrays that do not fit together.
@@ -170,7 +170,7 @@ class IFShampoo(Method):
         return state.factors[0].ndim - 2
 
     def step(self, grad: Array, state: IFShampooState, param: Array, now: Now) -> tuple[Array, IFShampooState]:
-        """``statistic``, shape (q, ...): in (2) the mean over these q gradients replaces ``grad``."""
+        """Make (1) to (6). In (2) the mean over the q gradients ``statistic`` (q, ...) replaces ``grad``."""
         xp, stack, statistic, dtype = now.xp, now.stack, now.statistic, state.factors[0].dtype
         if 0 in grad.shape:
             return xp.zeros_like(grad), state._replace(step=now.step)
@@ -179,7 +179,7 @@ class IFShampoo(Method):
         curvature = xp.astype(samples(grad, statistic, stack, dims, xp), dtype, copy=False)
         old = state.factors, state.momenta
         factors, momenta = renew(now.due, lambda: self._renewed(curvature, *old, structures, xp), old)
-        if self.every > 1 or statistic is not None:  # the factors may know nothing of this gradient
+        if self.every > 1 or statistic is not None:  # the factors may be without this gradient
             bad = xp.astype(bad_as_nan(grad, grad.ndim - stack, xp), dtype, copy=False)
             factors = (factors[0] + bad[..., None, None], *factors[1:])
         u = self._precondition(xp.astype(grad, dtype, copy=False), factors, dims, xp)
@@ -192,7 +192,7 @@ class IFShampoo(Method):
     def _renewed(
         self, g: Array, factors: Arrays, momenta: Arrays | None, structures: tuple[str, ...], xp: Namespace
     ) -> tuple[Arrays, Arrays | None]:
-        """K_n and m_n after (2)-(4), from pseudo-gradients (..., d_1, ..., d_N, q)."""
+        """Return K_n and m_n after (2)-(4), from pseudo-gradients (..., d_1, ..., d_N, q)."""
         stack, dims = factors[0].ndim - 2, g.shape[factors[0].ndim - 2 : -1]
         scaled = [k * (1 / math.sqrt(d)) for k, d in zip(factors, dims, strict=True)]
         grams = [t(k, xp) @ k for k in scaled]
@@ -218,7 +218,7 @@ class IFShampoo(Method):
         return tuple(new_factors), None if momenta is None else tuple(new_momenta)
 
     def _precondition(self, grad: Array, factors: Arrays, dims: tuple[int, ...], xp: Namespace) -> Array:
-        """G x_1 K_1 K_1^T ... x_N K_N K_N^T, in the parameter's shape."""
+        """Return G x_1 K_1 K_1^T ... x_N K_N K_N^T, in the parameter's shape."""
         stack = tuple(factors[0].shape[:-2])
         u, scale = xp.reshape(grad, (*stack, *dims)), 1.0
         for n, k in enumerate(factors):
@@ -229,7 +229,7 @@ class IFShampoo(Method):
         return xp.reshape(u * xp.reshape(scale, (*stack, *(1 for _ in dims))), grad.shape)
 
     def report(self, state: IFShampooState, finite: Array, xp: Namespace) -> IFShampooReport:
-        """The inverses of the factors S_n, and their spectra."""
+        """Return the inverses of the factors S_n, and the spectra of these inverses."""
         wide = [xp.astype(k, state_dtype(xp, k, False), copy=False) for k in state.factors]
         inverses = tuple(k @ t(k, xp) for k in wide)
         return IFShampooReport(

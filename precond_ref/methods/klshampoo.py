@@ -15,21 +15,21 @@ Symbols
     c_n                    max(10, min(d_n, ``clamp``)): bound of r_n
 
 Idea
-    Among all S_1 (x) ... (x) S_N take that which makes KL(N(0, E[g g^T]) || N(0, S_1 (x) ... (x) S_N)) least. For a
-    matrix: S_a = E[G S_b^-1 G^T] / d_b, S_b = E[G^T S_a^-1 G] / d_a. Both become averages, of the old factors. Each
-    axis has the exponent -1/2, for any N.
+    Choose S_1 (x) ... (x) S_N so that KL(N(0, E[g g^T]) || N(0, S_1 (x) ... (x) S_N)) is least. For a matrix:
+    S_a = E[G S_b^-1 G^T] / d_b, S_b = E[G^T S_a^-1 G] / d_a. Both become averages over time, which use the old factors.
+    Each axis has the exponent -1/2, for any N.
 
 Update 1
     S_n = (1 - b3) (d_n/D) G_(n) G_(n)^T;  Q_n = its eigenvectors, the largest eigenvalue first                 (1)
     direction = 0; nothing else changes
 
-Update t = 2, 3, ..., all from the old Q_n and l_n
+Update t = 2, 3, ..., with the old Q_n and l_n on every right side
     M = b1 M + (1 - b1) G;  M' = M x_n Q_n^T (all n)                                                            (2)
     direction = [M' / (prod_n sqrt(l_n) + eps)] x_n Q_n                                                         (3)
     G' = G x_n Q_n^T (all n);  Y_n = G' times r_j on each axis j != n                                           (4)
     S_n = b3 S_n + (1 - b3) (d_n/D) (Q_n Y_n(n)) (Q_n Y_n(n))^T                                                 (5)
     a_n = means of Y_n o Y_n over the other axes + delta prod_{j != n} mean(r_j^2)                              (6)
-    l_n = b3 l_n + (1 - b3) a_n;  at least c_n^-2 where it is positive                                          (7)
+    l_n = b3 l_n + (1 - b3) a_n;  at least c_n^-2 if it is positive                                             (7)
     Q_n = Q-factor of S_n Q_n, at updates 1 + f, 1 + 2f, ...                                                    (8)
     ``inner="adam"`` (KL-SOAP), instead of (3):
     V = b2 V + (1 - b2) G' o G';  direction = [M' / (sqrt(V) + eps)] x_n Q_n                                    (9)
@@ -41,27 +41,28 @@ Update t = 2, 3, ..., all from the old Q_n and l_n
 
 Conventions
     l_n is not the spectrum of S_n: S_n only turns the basis. After (8) the l_n stay with their columns.
-    (1) takes the other factors as I, though l_n = l0: the first gradient's weight in S_n is of another scale.
-    No bias correction, as in the authors' code. ``normalize`` scales the direction to root mean square 1.
-    Weight decay is the caller's: (1 - lr wd) X - lr direction. The authors decay after the step, and not at update 1.
-    Where axes are three, the authors' code takes some of the new r_n, here all are old, as theirs for two axes.
-    (8): R has a positive diagonal. Where rounding leaves nothing of a column (d u times the longest, after projection
-    on those before), the column of Q_n takes its place.
-    ``start="identity"``: Q_n = I at update 1. A first gradient whose S_n has a null space of two or more dimensions
-    leaves the basis there to the eigensolver, and with it the later steps.
+    (1) takes the other factors as I, though l_n = l0: the weight of the first gradient in S_n has another scale.
+    There is no bias correction, as in the authors' code. ``normalize`` scales the direction to root mean square 1.
+    Weight decay belongs to the caller: (1 - lr wd) X - lr direction. The authors decay after the step, and not at
+    update 1.
+    With three axes the authors' code takes some of the new r_n. Here all r_n are old, as in their code for two axes.
+    (8): R has a positive diagonal. If only rounding is left of a column (at most d u times the longest column, after
+    projection on the columns before it), the column of Q_n takes its place.
+    ``start="identity"``: Q_n = I at update 1. If the S_n of the first gradient has a null space of two or more
+    dimensions, the eigensolver chooses the basis there, and later steps depend on this choice.
     `KLShampooExact` renews before use and skips no update. ``divide=False`` has no d_n/D; ``bias_correction`` divides
-    S_n in (11) by 1 - b3^t and M in (12) by 1 - b1^t. Meta's form is ``KLShampoo.meta``: its default exponent 1/(2N) is
-    not the paper's, for the other factor then enters as its root.
+    S_n in (11) by 1 - b3^t and M in (12) by 1 - b1^t. ``KLShampoo.meta`` is Meta's form. Its default exponent 1/(2N) is
+    not the paper's, because the other factor then enters as its root.
 
 Coincides with (each a test)
-    KL-SOAP after a first gradient of zero, without renewals: `Adam` without bias corrections. KL-Shampoo there with
-    squares of rank one: the same second moment in the limit, and `Adafactor`'s. `KLShampooExact` with l0 = 1, eps = 0:
-    its S_n are the factors of `RFShampoo` with beta2 -> 1 - b3 and damping 0.
+    KL-SOAP after a first gradient of zero, without renewals: `Adam` without bias corrections. KL-Shampoo in the same
+    case, with squares of rank one: in the limit the second moment of `Adam` and of `Adafactor`. `KLShampooExact` with
+    l0 = 1, eps = 0: its S_n are the factors of `RFShampoo` with beta2 -> 1 - b3 and damping 0.
 
 Hazards
     Constant or rank-deficient gradients of a matrix that is not square: one factor grows, the other shrinks.
-    Where S_n has a low rank at a renewal (a vector of many entries, small b3), columns beyond it are of rounding.
-    The size of the loss matters: gradients well below l0 are seen after 1/(1 - b3) updates only.
+    If S_n has a low rank at a renewal (a vector of many entries, small b3), the columns beyond it are rounding.
+    The size of the loss matters: gradients well below l0 have an effect only after 1/(1 - b3) updates.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class KLShampooState(NamedTuple):
     """State of `KLShampoo`; d_n runs over the parameter's axes of size other than 1 (all 1: one axis, d_1 = 1)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     grams: tuple[Array, ...]
     """S_n, (..., d_n, d_n)."""
     factors: tuple[Root, ...]
@@ -103,25 +104,25 @@ class KLShampooState(NamedTuple):
 
 
 class KLShampooScalars(NamedTuple):
-    """What `KLShampoo.update` needs of the step's number."""
+    """Values of `KLShampoo.scalars`, which depend on the update's number alone."""
 
     first: Scalar
     """1 at the first update, 0 later."""
 
 
 class KLShampooReport(NamedTuple):
-    """What `KLShampoo.diagnose` returns, one entry per axis."""
+    """The report of `KLShampoo.diagnose`, one entry per axis."""
 
     eigenvalues: tuple[Array, ...]
     """l_n, (..., d_n), in the order of the columns."""
     diagonal: tuple[Array, ...]
-    """Of Q_n^T S_n Q_n, (..., d_n), in the same order."""
+    """Diagonal of Q_n^T S_n Q_n, (..., d_n), in the same order."""
     staleness: tuple[Array, ...]
-    """What is outside that diagonal, relative to S_n, in the Frobenius norm, (...)."""
+    """Frobenius norm of Q_n^T S_n Q_n outside its diagonal over the norm of S_n, (...)."""
     floored: tuple[Array, ...]
-    """How many of l_n are at the floor of (7), (...)."""
+    """Number of the l_n at the floor of (7), (...)."""
     finite: Array
-    """Whether the member's state is finite, (...)."""
+    """True if the state of the stack member is finite, (...)."""
 
 
 class KLShampoo(Method):
@@ -229,7 +230,7 @@ class KLShampoo(Method):
         return direction, KLShampooState(now.step, tuple(grams), tuple(factors), m, v)
 
     def _turned(self, now: Now, gram: Array, basis: Array) -> Array:
-        """Q_n for the next update: (1) or (8) where it is due."""
+        """Return Q_n for the next update: (1) or (8) if it is due."""
         xp = now.xp
 
         def begin() -> Array:
@@ -246,7 +247,7 @@ class KLShampoo(Method):
         return renew(now.due, turn, basis)
 
     def report(self, state: KLShampooState, finite: Array, xp: Namespace) -> KLShampooReport:
-        """The tracked eigenvalues beside what the statistics say."""
+        """Return the tracked eigenvalues beside the diagonals of the statistics in the bases."""
         diagonal, staleness, floored = [], [], []
         for gram, (basis, w) in zip(state.grams, state.factors, strict=True):
             diagonal.append(xp.sum(basis * (gram @ basis), axis=-2))
@@ -262,7 +263,7 @@ class KLShampooExactState(NamedTuple):
     """State of `KLShampooExact`; d_n runs over the parameter's axes of size other than 1."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     grams: tuple[Array, ...]
     """S_n, (..., d_n, d_n)."""
     roots: tuple[Root, ...]
@@ -272,7 +273,7 @@ class KLShampooExactState(NamedTuple):
 
 
 class KLShampooExactScalars(NamedTuple):
-    """What `KLShampooExact.update` needs of the step's number; both 1 without ``bias_correction``."""
+    """Values of `KLShampooExact.scalars`, of the update's number alone; both are 1 without ``bias_correction``."""
 
     inverse_c1: Scalar
     """1 / (1 - b1^t)."""
@@ -281,14 +282,14 @@ class KLShampooExactScalars(NamedTuple):
 
 
 class KLShampooExactReport(NamedTuple):
-    """What `KLShampooExact.diagnose` returns."""
+    """The report of `KLShampooExact.diagnose`."""
 
     eigenvalues: tuple[Array, ...]
-    """Of each S_n, ascending, clipped at zero, (..., d_n); NaN where it is not finite."""
+    """Eigenvalues of each S_n, ascending, clipped at zero, (..., d_n); NaN if it is not finite."""
     finite: Array
-    """Whether the member's state is finite and could be decomposed, (...)."""
+    """True if the state of the stack member is finite and could be decomposed, (...)."""
     accuracy: tuple[Array, ...]
-    """Relative error that each S_n allows a direction, see `precond_ref.numerics.roots.accuracy`, (...)."""
+    """Relative error of a direction that each S_n allows, see `precond_ref.numerics.roots.accuracy`, (...)."""
 
 
 class KLShampooExact(Method, preset="KLShampoo.exact"):
@@ -356,7 +357,7 @@ class KLShampooExact(Method, preset="KLShampoo.exact"):
         return xp.reshape(direction, grad.shape), KLShampooExactState(now.step, tuple(grams), new, m)
 
     def report(self, state: KLShampooExactState, finite: Array, xp: Namespace) -> KLShampooExactReport:
-        """Spectra of the statistics."""
+        """Return the spectra of the statistics."""
         w = tuple(roots.eigenvalues(gram, xp=xp) for gram in state.grams)
         finite = finite & finite_members(xp, *w, core_ndims=(1,) * len(w))
         law = self._law(len(w))
@@ -364,26 +365,29 @@ class KLShampooExact(Method, preset="KLShampoo.exact"):
 
 
 def _choose(first: Scalar, one: Array, other: Array, xp: Namespace) -> Array:
-    """``one`` at the first update, ``other`` later."""
+    """Return ``one`` at the first update, ``other`` later."""
     if is_python_number(first):
         return one if first else other
     return xp.where(first * xp.ones_like(other) > 0, one, other)  # the number may be on another device
 
 
 def _along(vector: Array, axis: int, order: int, xp: Namespace) -> Array:
-    """``vector`` (..., d) with size 1 on all but one of ``order`` axes."""
+    """Return ``vector`` (..., d) reshaped to ``order`` axes, all of size 1 but ``axis``."""
     return xp.reshape(vector, (*vector.shape[:-1], *(vector.shape[-1] if i == axis else 1 for i in range(order))))
 
 
 def _rotated(tensor: Array, bases: list[Array], xp: Namespace) -> Array:
-    """Coordinates of ``tensor`` in the bases."""
+    """Return the coordinates of ``tensor`` in the bases."""
     for n, basis in enumerate(bases):
         tensor = multiply(tensor, xp.matrix_transpose(basis), n, xp)
     return tensor
 
 
 def _orthogonal(columns: Array, basis: Array, xp: Namespace) -> Array:
-    """Q-factor of ``columns`` (..., d, d), R's diagonal positive; where a column has nothing new, that of ``basis``."""
+    """Return the Q-factor of ``columns`` (..., d, d), with R's diagonal positive.
+
+    A column that depends on the columns before it is replaced by the column of ``basis``.
+    """
     finite = xp.isfinite(largest_entry(columns, (-2, -1), xp)) & xp.isfinite(largest_entry(basis, (-2, -1), xp))
     columns, basis = (xp.where(finite, x, eye_like(xp, x)) for x in (columns, basis))
     q, diagonal = _qr(columns, xp)
@@ -397,7 +401,7 @@ def _orthogonal(columns: Array, basis: Array, xp: Namespace) -> Array:
 
 
 def _qr(matrix: Array, xp: Namespace) -> tuple[Array, Array]:
-    """Q (..., d, d) with R's diagonal (..., d) positive, and that diagonal."""
+    """Return Q (..., d, d) for which R's diagonal (..., d) is positive, and this diagonal."""
     q, r = attempt(lambda x: tuple(xp.linalg.qr(x)), matrix, xp=xp)
     diagonal = xp.sum(r * eye_like(xp, r), axis=-1)
     return q * xp.where(diagonal < 0, -xp.ones_like(diagonal), 1.0)[..., None, :], diagonal

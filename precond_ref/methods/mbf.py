@@ -1,7 +1,7 @@
 r"""MBF: a mini-block Fisher method for deep neural networks.
 
-A. Bahamou, D. Goldfarb, Y. Ren, AISTATS 2023 (PMLR 206), arXiv 2202.04124v4. Read were the abstract and the authors'
-code (``achrafba96/mbf`` at commit b0ace6e), which the equations below follow; not the paper's full text.
+A. Bahamou, D. Goldfarb, Y. Ren, AISTATS 2023 (PMLR 206), arXiv 2202.04124v4. The abstract was read and the authors'
+code (``achrafba96/mbf`` at commit b0ace6e), which the equations below follow. The paper's full text was not read.
 
 ==========  ====================  =================  ==============================================================
 symbol      here                  shape              meaning
@@ -46,14 +46,16 @@ kind          parameter          mini-blocks
 
 Conventions
     F is made of the batch-mean gradient (rank one per update) and is not multiplied by the batch size, so lambda and
-    the learning rate do not transfer between batch sizes. ``update(..., statistic=)`` takes something else instead:
-    per-sample gradients (`MBFSamples`), inputs and back-signals of a linear layer (`MBFFactors`), or F itself
-    (`MBFBlocks`).
-    No bias correction of F, no scaling of lambda, momentum before the inverse: the current P meets all of M.
-    A P that is kept comes from the symmetric eigendecomposition, eigenvalues clipped at 0 (the authors' code: LU
-    inverse), so that 0 < P <= I / lambda also under rounding; ``damping=0`` is the pseudo-inverse. With T2 = 1 none is
-    kept: P_b M_b is an LU solution, or made from such a P where rounding may hide lambda beside F_b.
-    The default is ``per_output``, averaged, with T1 = T2 = 1; `MBF.authors_code` is ``contiguous`` with theirs.
+    the learning rate do not transfer between batch sizes. ``update(..., statistic=)`` replaces this gradient by
+    per-sample gradients (`MBFSamples`), by inputs and back-signals of a linear layer (`MBFFactors`), or replaces
+    g_b g_b^T itself (`MBFBlocks`).
+    F has no bias correction, lambda is not scaled, and the momentum is before the inverse: the current P multiplies all
+    of M.
+    A kept P comes from the symmetric eigendecomposition, eigenvalues clipped at 0 (the authors' code: LU inverse), so
+    that 0 < P <= I / lambda also under rounding; ``damping=0`` is the pseudo-inverse. With T2 = 1 no P is kept: P_b M_b
+    is an LU solution, or made from such a P if rounding may hide lambda beside F_b.
+    The default is ``per_output``, averaged, with T1 = T2 = 1; `MBF.authors_code` is ``contiguous`` with the authors'
+    T1 and T2.
     Weight decay is decoupled, of every parameter, and belongs to the optimizer.
 
 Coincides with (each a test)
@@ -91,18 +93,18 @@ class MBFState(NamedTuple):
     """State of `MBF` for a parameter (..., O, J), (..., O, I, kh, kw), or, ``diagonal``, of any shape."""
 
     step: Any
-    """i, updates done."""
+    """i, number of updates done."""
     m: Array
     """M, shaped like the parameter; ``diagonal``: n."""
     statistic: Array
     """F: (..., s, s) averaged, (..., B, s, s) not averaged, (..., O, I, s, s) ``conv``; ``diagonal``: v."""
     inverse: Root | None
-    """P of the last renewal, not formed, shaped like F and (..., s); I / lambda before the first. None with
+    """P of the last renewal, not formed, shaped like F and (..., s); I / lambda before the first renewal. None with
     ``inverse_every=1``."""
 
 
 class MBFScalars(NamedTuple):
-    """What the diagonal rule needs of the step's number."""
+    """Values of `MBF.scalars` for the diagonal rule, which depend on the update's number alone."""
 
     inverse_sqrt_c: Scalar
     """1 / sqrt(1 - 0.999^t)."""
@@ -125,26 +127,26 @@ class MBFFactors(NamedTuple):
 
 
 class MBFBlocks(NamedTuple):
-    """The statistic itself, ready-made: what (F) has in the place of g_b g_b^T."""
+    """A ready-made statistic, which replaces g_b g_b^T in (F)."""
 
     statistic: Array
     """Shaped like ``state.statistic``, symmetric positive semidefinite."""
 
 
 class MBFReport(NamedTuple):
-    """What `MBF.diagnose` returns."""
+    """The report of `MBF.diagnose`."""
 
     eigenvalues: Array | None
-    """Of F, ascending, clipped at zero, (..., s), (..., B, s) or (..., O, I, s); None for ``diagonal``."""
+    """Eigenvalues of F, ascending, clipped at zero, (..., s), (..., B, s) or (..., O, I, s); None for ``diagonal``."""
     condition: Array | None
-    """Condition number of F + lambda I, one per block, NaN where F is not finite; None for ``diagonal``."""
+    """Condition number of F + lambda I, one per block, NaN if F is not finite; None for ``diagonal``."""
     denominator: Array | None
     """``diagonal``: 1e-8 + sqrt(v / (1 - 0.999^t)), else None."""
     finite: Array
-    """Whether the member's state is finite and F could be decomposed, (...); ``diagonal``: all of the state, 0-D."""
+    """True if the member's state is finite and F could be decomposed, (...); ``diagonal``: if the state is, 0-D."""
     accuracy: Array | None
-    """Relative error that F allows a direction, one per block, see `precond_ref.numerics.roots.accuracy`; where P_b M_b
-    is an LU solution 16 roundings times ``condition``. None for ``diagonal``."""
+    """Relative error of a direction that F allows, one per block, see `precond_ref.numerics.roots.accuracy`. If P_b M_b
+    is an LU solution, it is 16 roundings times ``condition``. None for ``diagonal``."""
 
 
 class MBF(Method):
@@ -195,9 +197,10 @@ class MBF(Method):
 
     @staticmethod
     def authors_code(network: str = "autoencoder") -> MBF:
-        """What the authors ran: ``contiguous``, averaged, T1, T2 = 2, 25 ("autoencoder") or 10, 100 ("cnn").
+        """The authors' settings: ``contiguous``, averaged, T1, T2 = 2, 25 ("autoencoder") or 10, 100 ("cnn").
 
         ``damping`` is that of their MNIST autoencoder (with lr 1e-5), or of their VGG16 on CIFAR-100 (lr 3e-5).
+        ValueError for another ``network``.
         """
         if network not in ("autoencoder", "cnn"):
             raise ValueError(f"network must be 'autoencoder' or 'cnn', got {network!r}")
@@ -205,7 +208,10 @@ class MBF(Method):
         return MBF(layout="contiguous", damping=damping, statistics_every=t1, inverse_every=t2)
 
     def for_shape(self, shape: tuple[int, ...], path: str = "") -> MBF:
-        """Default routing: ``conv`` for 4 axes, ``fc`` for 2, ``diagonal`` for the rest (all if this is diagonal)."""
+        """Return the method with the ``kind`` for ``shape``: ``conv`` for 4 axes, ``fc`` for 2, else ``diagonal``.
+
+        A method of kind ``diagonal`` keeps this kind for every shape.
+        """
         if self.kind == "diagonal":
             return self
         return self.replace(kind={4: "conv", 2: "fc"}.get(len(shape), "diagonal"))
@@ -213,7 +219,7 @@ class MBF(Method):
     # ---- mini-blocks ------------------------------------------------------------------------------------------------
 
     def to_blocks(self, array: Array, *, xp: Namespace) -> Array:
-        """Mini-blocks of parameters, (..., O, J) -> (..., B, s) or (..., O, I, kh, kw) -> (..., O, I, s)."""
+        """Return the mini-blocks of parameters, (..., O, J) -> (..., B, s) or (..., O, I, kh, kw) -> (..., O, I, s)."""
         *lead, d1, d2 = array.shape
         if self.kind == "conv":
             return xp.reshape(array, (*lead, d1 * d2))
@@ -222,7 +228,7 @@ class MBF(Method):
         return array if self.layout == "per_output" else xp.matrix_transpose(array)
 
     def from_blocks(self, blocks: Array, shape: tuple[int, ...], *, xp: Namespace) -> Array:
-        """Inverse of `to_blocks`; ``shape`` is that of the parameters."""
+        """Return parameters of ``shape`` from mini-blocks, the inverse of `to_blocks`."""
         if self.kind == "fc" and self.layout == "per_input":
             return xp.matrix_transpose(blocks)
         return xp.reshape(blocks, shape)
@@ -246,7 +252,7 @@ class MBF(Method):
         return (*stack, s, s) if self.average else (*stack, count, s, s)
 
     def _mean_outer(self, grads: Array, xp: Namespace) -> Array:
-        """Mean over the samples (and blocks, if averaged) of g_nb g_nb^T for ``grads`` (..., n, *parameter)."""
+        """Return the mean of g_nb g_nb^T over samples (and blocks, if averaged) of ``grads`` (..., n, *parameter)."""
         blocks = self.to_blocks(grads, xp=xp)
         if self._averaged:
             *lead, n, count, s = blocks.shape
@@ -258,7 +264,7 @@ class MBF(Method):
         return xp.matrix_transpose(rows) @ rows / max(rows.shape[-2], 1)
 
     def _mean_outer_of_factors(self, inputs: Array, signals: Array, xp: Namespace) -> Array:
-        """The same for per-sample gradients signals_n inputs_n^T; averaged by rows or columns, without forming them."""
+        """Return `_mean_outer` of signals_n inputs_n^T; averaged by rows or columns, this product is not formed."""
         if not self.average or self.layout == "contiguous":
             return self._mean_outer(signals[..., :, None] * inputs[..., None, :], xp)
         kept, other = (inputs, signals) if self.layout == "per_output" else (signals, inputs)
@@ -267,7 +273,10 @@ class MBF(Method):
         return xp.matrix_transpose(kept) @ (weight * kept) / count
 
     def blocks(self, statistic: MBFSamples | MBFFactors | MBFBlocks, *, xp: Namespace = None) -> MBFBlocks:
-        """``statistic`` made ready, as (F) has it in the place of g_b g_b^T; for ``fc`` and ``conv``."""
+        """Return the ready-made ``statistic``, which replaces g_b g_b^T in (F); for ``fc`` and ``conv``.
+
+        ValueError or TypeError for arrays that do not fit together.
+        """
         if isinstance(statistic, MBFBlocks):
             return statistic
         xp = xp or array_namespace(*statistic)
@@ -283,11 +292,11 @@ class MBF(Method):
         return MBFState(step=0, m=zeros(*shape), statistic=zeros(*side), inverse=inverse)
 
     def warm_start(self, state: MBFState, grads: Array) -> MBFState:
-        """``state`` of ``init`` with F = mean of g_b g_b^T over batch gradients ``grads``, batches on a new first axis.
+        """Return ``state`` of ``init`` with F = mean of g_b g_b^T over the gradients ``grads`` (batches, *parameter).
 
-        The authors make them at the initial parameters with labels drawn from the model's own predictions, once
-        through the training set. ``diagonal`` is left alone. ValueError or TypeError for a state that was updated
-        already, and for arrays that do not fit.
+        The authors compute these gradients at the initial parameters, in one pass through the training set, with labels
+        drawn from the model's own predictions. A state of kind ``diagonal`` does not change. ValueError or TypeError
+        for a state after an update, and for arrays that do not fit.
         """
         self._check_state_type(state)
         if isinstance(state.step, int) and state.step > 0:
@@ -299,7 +308,7 @@ class MBF(Method):
         return state._replace(statistic=self._mean_outer(xp.moveaxis(grads, 0, -1 - self.ndims[0]), xp))
 
     def due(self, step: Any) -> tuple[Any, Any]:
-        """Whether the update after ``step`` completed ones renews (statistics, inverse)."""
+        """Return whether the update after ``step`` completed updates renews (statistics, inverse)."""
         statistics, t2 = step % self.statistics_every == 0, self.inverse_every
         return statistics, ((step <= t2) & statistics) | (step % t2 == 0)
 
@@ -313,7 +322,7 @@ class MBF(Method):
         return MBFScalars(reciprocal(sqrt(one_minus_power(DIAGONAL_SQUARE_DECAY, step, like=like))))
 
     def step(self, grad: Array, state: MBFState, param: Array, now: Now) -> tuple[Array, MBFState]:
-        """``statistic`` replaces g_b g_b^T in (F), when that is due."""
+        """Make (M) to (p), or (n) to (d); ``statistic`` replaces g_b g_b^T in (F) when (F) is due."""
         xp, k, statistic, (statistics_due, inverse_due) = now.xp, now.k, now.statistic, now.due
         if self.kind == "diagonal":
             n = ema(state.m, grad, DIAGONAL_DECAY)  # (n)
@@ -333,9 +342,9 @@ class MBF(Method):
         law = roots.Law(-1.0, self.damping)
         own = (1 - self.decay) * (1 - self.momentum) ** 2 / max(columns.shape[-1], 1)  # F >= own M M^T if g stays
         if statistic is not None:
-            own = 0.0  # F knows nothing of g
+            own = 0.0  # F is without g
         elif self.statistics_every > 1 or self.inverse_every > 1:
-            own = own * (statistics_due & inverse_due)  # nor then
+            own = own * (statistics_due & inverse_due)  # otherwise F or P is without g
         if state.inverse is None:
             inverse, columns = None, roots.solve(f, columns, self.damping, own, xp=xp)  # (P), (p)
         else:
@@ -344,7 +353,7 @@ class MBF(Method):
         blocks = xp.matrix_transpose(columns) if self._averaged else columns[..., 0]
         direction = self.from_blocks(blocks, grad.shape, xp=xp)
         fresh = self.statistics_every == self.inverse_every == 1 and statistic is None
-        if not (self._averaged and fresh):  # else a bad gradient has made all of P NaN
+        if not (self._averaged and fresh):  # otherwise a non-finite gradient has made all of P NaN
             direction = whole(direction, self.ndims[0], xp)
         return direction, MBFState(step=now.step, m=m, statistic=f, inverse=inverse)
 
@@ -376,7 +385,7 @@ class MBF(Method):
         _check_array("statistic.signals", statistic.signals, (*stack, statistic.inputs.shape[-2], shape[0]), param)
 
     def report(self, state: MBFState, finite: Array, xp: Namespace) -> MBFReport:
-        """Spectrum of F and condition of what is inverted; ``diagonal``: the denominator."""
+        """Return the spectrum of F and the condition number of F + lambda I; ``diagonal``: the denominator."""
         if self.kind == "diagonal":
             k = self.scalars(state.step, like=state.m)
             denominator = xp.sqrt(state.statistic) * k.inverse_sqrt_c + DIAGONAL_EPS
@@ -396,7 +405,7 @@ class MBF(Method):
 
 
 def _check_array(name: str, array: Array, shape: tuple[int | None, ...], like: Array) -> None:
-    """Refuse an array without this shape (None: any length of at least 1) or without the dtype of ``like``."""
+    """Raise an error for an array without ``shape`` (None: any length of at least 1) or the dtype of ``like``."""
     if not hasattr(array, "shape"):
         raise TypeError(f"{name} must be an array, got {type(array).__name__}")
     got = tuple(array.shape)

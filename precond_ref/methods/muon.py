@@ -1,6 +1,6 @@
-r"""Muon: the polar factor of the averaged gradient; and NorMuon and AdaMuon, which rescale it by a second moment.
+r"""Muon, the polar factor of the averaged gradient, and NorMuon and AdaMuon, which rescale it by a second moment.
 
-K. Jordan et al., 2024 (a blog post and code; no paper). Codes of this name differ in nine choices, each a field here.
+K. Jordan et al., 2024 (a blog post and code; no paper). The codes of this name differ in nine choices; each is a field.
 NorMuon: Li et al., arXiv 2510.05491. AdaMuon: Si et al., arXiv 2507.11005.
 
 ==========  =======================  ============  =============================================================
@@ -9,14 +9,14 @@ symbol      here                     shape         meaning
 G_t         ``grad``                 (m, n)        gradient, m outputs and n inputs
 B_t         ``m``                    (m, n)        average or sum of gradients, B_0 = 0
 mu          ``momentum``                           decay of B
-N_t                                  (m, n)        B_t, or what Nesterov's form makes of it
+N_t                                  (m, n)        B_t, or Nesterov's form of it
 O_t                                  (m, n)        orthogonalised N_t
 nu                                                 N_t is divided by it before the iteration
 c           ``scale``, ``rms``                     factor from the matrix's shape
 v, V        ``v``                    (m,), (m, n)  second moment of O, of each row or entry (NorMuon, AdaMuon)
 ==========  =======================  ============  =============================================================
 
-The update, for each block of outputs by itself from (3) on::
+The update; (3) and the later lines are for each block of outputs by itself::
 
     B_t = mu B_{t-1} + (1 - mu) G_t   or   mu B_{t-1} + G_t                        momentum_form average, sum  (1)
     N_t = B_t                                                                      nesterov=False              (2)
@@ -26,7 +26,7 @@ The update, for each block of outputs by itself from (3) on::
     O_t = ortho(N_t)                                                                                           (3)
     direction = c O_t   or   c <N_t, O_t> O_t                                      dual_norm                   (4)
 
-`NorMuon` has in the place of (4), for rows i (``statistic="short"``: for the longer side)::
+`NorMuon` replaces (4) by, for rows i (``statistic="short"``: for the longer side)::
 
     v_i = beta2 v_i + (1 - beta2) mean_j O_ij^2                                                                (5)
     U_ij = O_ij / (sqrt(v_i) + eps2)                                                                           (6)
@@ -34,26 +34,28 @@ The update, for each block of outputs by itself from (3) on::
                 rms sqrt(m n) U / (||U||_F + eps2)                                 rescale="rms"
                 c U                                                                rescale="none"
 
-`AdaMuon` orthogonalises sign(N_t), sign(0) = 0, and has one v for each entry in (5) and (6); then (7).
+`AdaMuon` orthogonalises sign(N_t), sign(0) = 0, and has one v for each entry in (5) and (6). (7) is the same.
 
 Orthogonalisation (3)
     ``root="svd"``: the polar factor U V^T over the singular values that are not rounding. ``root="newton_schulz"``:
     ``root_steps`` odd quintics on N / nu, see `precond_ref.numerics.orthogonal`, which has the sets of ``coefficients``
-    and nu for each ``normalization``. "jordan" does not converge: singular values stay in about [0.68, 1.14].
+    and nu for each ``normalization``. "jordan", (3.4445, -4.7750, 2.0315), does not converge: singular values stay in
+    about [0.68, 1.14].
 
-Factor c, for the matrix that is orthogonalised, with r outputs and k inputs
+Factor c, for the orthogonalised matrix, with r outputs and k inputs
     ``scale="max"``: rms sqrt(max(r, k)), and 1 for ``rms=None``. "jordan": sqrt(max(1, r / k)). "ratio": sqrt(r / k).
 
 Matrices
-    ``outputs="columns"``: the last axis has the outputs (kernels of JAX); only c, ``blocks`` and (5) see it.
+    ``outputs="columns"``: the last axis has the outputs (kernels of JAX); this changes only c, ``blocks`` and (5).
     ``layout="flatten"``: (d_0, d_1 d_2 ...), for kernels out x in x h x w. "batch": the last two axes are matrices.
     ``(inputs, outputs)``, two tuples of axes, each flattened in the order given; other axes stack matrices.
-    ``blocks``: heads, or the outputs of each block, such as those of a fused query-key-value matrix.
+    ``blocks``: heads, or the outputs of each block, such as the blocks of a fused query-key-value matrix.
 
 Conventions
-    Zero has the direction zero, also with eps = 0. The momentum is one of the whole parameter; nu, O, c, v and the
-    norms in (7) are each block's. Weight decay is the caller's, before the step and without c. No bias correction of v
-    unless ``v_bias_correction`` (AdaMuon): (7) cancels it but for eps2. ``compute_dtype`` is that of the steps in (3).
+    Zero has the direction zero, also with eps = 0. The whole parameter has one momentum; each block has its own nu, O,
+    c, v and norms in (7). Weight decay belongs to the caller, before the step and without c. v has no bias correction
+    unless ``v_bias_correction`` (AdaMuon): (7) cancels it but for eps2. ``compute_dtype`` is the dtype of the steps in
+    (3).
 
 Coincides with (each a test)
     ``Muon(momentum=0, nesterov=False, root="svd", rms=None)``: `ASGO` with beta1 = beta2 = 0, eps = 0, no rms.
@@ -82,22 +84,22 @@ class MuonState(NamedTuple):
     """State of `Muon` for a parameter (..., m, n)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     m: Array
-    """B_t, (..., m, n), with a layout the matrices that it makes."""
+    """B_t, (..., m, n); with a layout, the matrices of the layout."""
 
 
 class MuonReport(NamedTuple):
-    """What ``diagnose`` of `Muon`, `NorMuon` and `AdaMuon` returns."""
+    """The report of ``diagnose`` of `Muon`, `NorMuon` and `AdaMuon`."""
 
     singular_values: Array
-    """Of B_t, descending, (..., min(m, n)); NaN where B_t is not finite."""
+    """Singular values of B_t, descending, (..., min(m, n)); NaN if B_t is not finite."""
     finite: Array
-    """Whether the member's state is finite and could be decomposed, (...)."""
+    """True if the state of the stack member is finite and could be decomposed, (...)."""
 
 
 class MuonScalars(NamedTuple):
-    """What `Muon.update` needs of the step's number."""
+    """Values of `Muon.scalars`, which depend on the update's number alone."""
 
     gradient: Scalar
     """1 / (1 - momentum^t)."""
@@ -108,7 +110,7 @@ class MuonScalars(NamedTuple):
 
 
 class _Orthogonalized(Method):
-    """(1) to (3), for `Muon`, `NorMuon` and `AdaMuon`."""
+    """Base of `Muon`, `NorMuon` and `AdaMuon`: (1) to (3)."""
 
     momentum: float = real("mu, decay of the averaged gradient", default=0.95, ge=0, lt=1)
     nesterov: bool = flag("average once more with the current gradient", default=True)
@@ -165,26 +167,26 @@ class _Orthogonalized(Method):
 
     @property
     def ndims(self) -> tuple[int, int]:  # type: ignore[override]
-        """Two axes, or with a layout as many as it needs."""
+        """Two axes, or the number of axes of the layout."""
         if self._axes is not None:
             return max(2, 1 + max(sum(self._axes, ()))), 64
         return (2, 2) if self.layout == "matrix" else (2, 64)
 
     @property
     def _axes(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Those of inputs and outputs, if given."""
+        """The axes of inputs and outputs, if ``layout`` has them, else None."""
         return None if isinstance(self.layout, str) else (tuple(self.layout[0]), tuple(self.layout[1]))
 
     @property
     def _core(self) -> int:
-        """Axes of the momentum, without those of a stack."""
+        """Number of axes of the momentum, without stack axes."""
         return 2 if self.layout in ("matrix", "flatten") else 3
 
     def rules(self) -> None:
         self._check_fields()
 
     def _check_fields(self) -> None:
-        """As deep below the constructor for each class, so that a warning names the caller's line."""
+        """Check the fields; each class calls this at the same depth, so that a warning names the caller's line."""
         _check_coefficients(self.coefficients)
         _check_layout(self.layout)
         _check_blocks(self.blocks)
@@ -198,7 +200,7 @@ class _Orthogonalized(Method):
         if self.root == "newton_schulz" and is_python_number(self.normalization_factor):
             try:
                 at_one = orthogonal.image(1 / self.normalization_factor, self._polynomials)
-            except OverflowError:  # many steps, of numbers that grow
+            except OverflowError:  # many steps, in which the numbers grow
                 at_one = math.inf
             if at_one < 0:
                 warnings.warn(
@@ -213,14 +215,14 @@ class _Orthogonalized(Method):
         return orthogonal.triples(self.coefficients, self.root_steps, self.after_last)
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
-        """Matrices that are not embeddings; with a layout, anything that it makes matrices of."""
+        """Return True for matrices that are not embeddings; with a layout, for every shape of the layout."""
         low, high = self.ndims
         return low <= len(shape) <= high and "emb" not in path.lower()
 
     # ---- matrices of a parameter ------------------------------------------------------------------------------------
 
     def _stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the momentum of a parameter of ``shape``; ValueError where the fields do not fit it."""
+        """Return the shape of the momentum of a parameter of ``shape``; ValueError if the fields do not fit it."""
         if self._axes is not None:
             stored = tuple(math.prod([shape[axis] for axis in group]) for group in self._groups(len(shape)))
         elif self.layout == "flatten":
@@ -237,13 +239,13 @@ class _Orthogonalized(Method):
         return stored
 
     def _groups(self, ndim: int) -> tuple[tuple[int, ...], ...]:
-        """Axes that stack matrices, those of the outputs, and those of the inputs."""
+        """Return the axes that stack matrices, the axes of the outputs, and the axes of the inputs."""
         assert self._axes is not None
         inputs, outputs = self._axes
         return tuple(axis for axis in range(ndim) if axis not in inputs + outputs), outputs, inputs
 
     def _matrices(self, param: Array, stack: int, xp: Namespace) -> Array:
-        """A parameter as the momentum is stored."""
+        """Return a parameter in the shape of the momentum."""
         if self.layout == "matrix":
             return param
         shape = tuple(param.shape[stack:])
@@ -253,7 +255,7 @@ class _Orthogonalized(Method):
         return xp.reshape(param, (*param.shape[:stack], *self._stored(shape)))
 
     def _parameter(self, matrices: Array, shape: tuple[int, ...], stack: int, xp: Namespace) -> Array:
-        """Back to ``shape``, stack axes included; NaN throughout if one matrix or block is not finite."""
+        """Return the array in ``shape``, stack axes included; all NaN if one matrix or block is not finite."""
         if self._core == 3 or self.blocks is not None:
             matrices = whole(matrices, self._core, xp)
         if self._axes is None:
@@ -264,11 +266,11 @@ class _Orthogonalized(Method):
         return xp.permute_dims(moved, (*range(stack), *(stack + i for i in back)))
 
     def _turned(self, matrices: Array, xp: Namespace) -> Array:
-        """Outputs as rows, or back."""
+        """Return the matrices with the outputs as rows, or from such rows the matrices."""
         return xp.matrix_transpose(matrices) if self.outputs == "columns" else matrices
 
     def _pieces(self, rows: Array, xp: Namespace) -> list[Array]:
-        """Blocks of (..., r, k): one array of equal ones (..., h, r/h, k), or one array each."""
+        """Return the blocks of (..., r, k): equal blocks as one array (..., h, r/h, k), others as one array each."""
         if self.blocks is None:
             return [rows]
         *lead, r, k = rows.shape
@@ -277,7 +279,7 @@ class _Orthogonalized(Method):
         return [rows[..., start : start + size, :] for start, size in _cuts(self.blocks)]
 
     def _joined(self, pieces: list[Array], shape: tuple[int, ...], xp: Namespace) -> Array:
-        """Back to (..., r, k) of ``shape``."""
+        """Return the array (..., r, k) of ``shape`` from its blocks."""
         if self.blocks is None:
             return pieces[0]
         return xp.reshape(pieces[0], shape) if len(pieces) == 1 else xp.concat(pieces, axis=-2)
@@ -315,7 +317,7 @@ class _Orthogonalized(Method):
         )  # fmt: skip
 
     def _factor(self, r: int, k: int) -> Scalar:
-        """c of (4)."""
+        """Return c of (4)."""
         if self.scale == "max":
             return 1.0 if self.rms is None else self.rms * math.sqrt(max(r, k))
         ratio = r / max(k, 1)
@@ -325,7 +327,7 @@ class _Orthogonalized(Method):
         return state.m.ndim - self._core
 
     def report(self, state: Any, finite: Array, xp: Namespace) -> MuonReport:
-        """Singular values of the average."""
+        """Return the singular values of the average."""
         inside = (..., *[None] * self._core)
         m = xp.where(finite[inside], state.m, 0.0)
         (values,) = attempt(lambda x: (xp.linalg.svdvals(x),), m, wider=True, xp=xp)
@@ -413,12 +415,12 @@ class Muon(_Orthogonalized):
 
     @staticmethod
     def exact(momentum: float = 0.95, nesterov: bool = True) -> Muon:
-        """The definition: the polar factor itself, without a factor."""
+        """The definition: the polar factor itself, without a factor c."""
         return Muon(momentum=momentum, nesterov=nesterov, root="svd", rms=None)
 
     @staticmethod
     def jordan(momentum: float = 0.95, compute_dtype: str | None = "bfloat16") -> Muon:
-        """KellerJordan/Muon."""
+        """The code KellerJordan/Muon."""
         return Muon(momentum=momentum, scale="jordan", eps=1e-7, compute_dtype=compute_dtype)
 
     @staticmethod
@@ -467,7 +469,7 @@ class Muon(_Orthogonalized):
 
     @staticmethod
     def heavyball(momentum: float = 0.9, heavyball_momentum: bool = False) -> Muon:
-        """``heavyball.Muon``: the gradient added to the average, or with ``heavyball_momentum`` Nesterov's on a sum."""
+        """``heavyball.Muon``: gradient plus average; with ``heavyball_momentum``, Nesterov's form of a sum."""
         form: dict[str, Any] = {"momentum_form": "sum"} if heavyball_momentum else {"nesterov_form": "added"}
         return Muon(
             momentum=momentum, **form, coefficients="quintic5", eps=1e-7, eps_rule="max", scale="jordan",
@@ -479,7 +481,7 @@ class Muon(_Orthogonalized):
         momentum: float = 0.95, nesterov: bool = False, coefficients: Any = "quintic5", root_steps: int = 5,
         rms: float | None = 1.0,
     ) -> Muon:  # fmt: skip
-        """NVIDIA's Emerging-Optimizers: plain momentum, sqrt(max(m, n)); triples are taken in turn."""
+        """NVIDIA's Emerging-Optimizers: plain momentum, sqrt(max(m, n)); the triples follow in turn."""
         return Muon(
             momentum=momentum, nesterov=nesterov, coefficients=coefficients, after_last="cycle", root_steps=root_steps,
             eps=1e-15, eps_rule="max", rms=rms,
@@ -496,7 +498,7 @@ class Muon(_Orthogonalized):
 
 
 def _jordan_or(rms: float | None) -> dict[str, Any]:
-    """Jordan's factor, or that for a root mean square."""
+    """Return the fields of Jordan's factor, or of the factor for a root mean square."""
     return {"scale": "jordan"} if rms is None else {"rms": rms}
 
 
@@ -504,15 +506,15 @@ class NorMuonState(NamedTuple):
     """State of `NorMuon` for a parameter (..., m, n)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     m: Array
     """B_t, (..., m, n)."""
     v: Array
-    """v_t, (..., m), with "short" (..., max(m, n)); those of ``blocks=h`` in an axis of their own, before the last."""
+    """v_t, (..., m), with "short" (..., max(m, n)); with ``blocks=h`` the blocks have an axis before the last."""
 
 
 class _Rescaled(_Orthogonalized):
-    """(6) and (7)."""
+    """Base of `NorMuon` and `AdaMuon`: (6) and (7)."""
 
     beta2: float = real("beta_2, decay of v", default=0.95, ge=0, lt=1)
     eps2: float = real("added to sqrt(v) and to the norm of U", default=1e-10, ge=0)
@@ -526,7 +528,7 @@ class _Rescaled(_Orthogonalized):
             raise ValueError("rescale='rms' needs rms, got rms=None")
 
     def _rescaled(self, o: Array, root: Array, xp: Namespace) -> Array:
-        """(6) and (7) of a piece (..., r, k), ``root`` = sqrt(v)."""
+        """Return (7) of a block (..., r, k), with ``root`` = sqrt(v)."""
         u = quotient(o, root + self.eps2, xp, bound=self.eps2)  # (6)
         r, k = o.shape[-2:]
         if self.rescale == "none":
@@ -586,7 +588,7 @@ class NorMuon(_Rescaled):
 
     @staticmethod
     def article(momentum: float = 0.95, beta2: float = 0.95, rms: float = 0.2) -> NorMuon:
-        """The paper's algorithm: plain momentum, and the root mean square ``rms``."""
+        """The form of the paper by secondary sources: plain momentum, and the root mean square ``rms``."""
         return NorMuon(momentum=momentum, beta2=beta2, nesterov=False, rms=rms, rescale="rms")
 
     @staticmethod
@@ -610,7 +612,7 @@ class NorMuon(_Rescaled):
 
     @staticmethod
     def dion(momentum: float = 0.95, beta2: float = 0.95, compute_dtype: str | None = "bfloat16") -> NorMuon:
-        """microsoft/dion."""
+        """The code microsoft/dion."""
         return NorMuon(
             momentum=momentum, beta2=beta2, momentum_form="sum", nesterov=False, coefficients="dion",
             normalization_factor=1.02, eps=1e-8, eps2=1e-8, scale="ratio", compute_dtype=compute_dtype,
@@ -621,11 +623,11 @@ class AdaMuonState(NamedTuple):
     """State of `AdaMuon` for a parameter (..., m, n)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     m: Array
     """B_t, (..., m, n)."""
     v: Array
-    """V_t, as B_t."""
+    """V_t, the shape of B_t."""
 
 
 class AdaMuon(_Rescaled):

@@ -1,4 +1,4 @@
-r"""Yardsticks of the online experiments: other uses of a Frequent Directions sketch (vectors).
+r"""Yardsticks of the online experiments: other uses of a Frequent Directions sketch, for vectors.
 
 With S_t the sketch and rho_{1:t} the escaped mass of `precond_ref.numerics.sketch`, both plain sums::
 
@@ -15,10 +15,10 @@ With S_t the sketch and rho_{1:t} the escaped mass of `precond_ref.numerics.sket
 The updates are those of the authors' code of Sketchy (arXiv 2302.03764), whose online experiments compare them.
 
 Conventions
-    ``learning_rate`` scales what is sketched, and the published step has no other rate: the direction is divided by it,
-    so that a caller with the same ``lr`` makes that step.
-    Where an inverse would be that of zero, the result is zero: with ``delta=0``, `AdaFD` and `FDSON` give zero on the
-    complement of the sketch (the authors' code: a zero or undefined step).
+    ``learning_rate`` scales the sketched gradient, and the published step has no other rate. The direction is divided
+    by it, so that a caller with the same ``lr`` makes the published step.
+    The inverse of zero counts as zero: with ``delta=0``, `AdaFD` and `FDSON` give zero on the complement of the sketch
+    (the authors' code: a zero or undefined step).
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ class OnlineSketchState(NamedTuple):
     """State of `AdaFD`, `FDSON` and `RFDSON` for a parameter (..., d)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     sketch: Sketch
     """S_t and rho_{1:t}: (..., d, k), (..., k), (...)."""
 
 
 class OnlineSketchScalars(NamedTuple):
-    """What `FDSON` and `RFDSON` need of the step's number."""
+    """Values of ``scalars`` of `FDSON` and `RFDSON`, which depend on the update's number alone."""
 
     weight: Scalar
     """Factor of the gradient in the sketch."""
 
 
 class _OnlineSketch(Method):
-    """What the three share: vectors, and a sketch of ``size`` rows."""
+    """Base of the three methods: vectors, and a sketch of ``size`` rows."""
 
     size: int = integer("sketch size; the sketch has rank size - 1", ge=1)
 
@@ -61,26 +61,26 @@ class _OnlineSketch(Method):
     refreshes: ClassVar[bool] = True
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
-        """Vectors."""
+        """Return True for vectors."""
         return len(shape) == 1
 
     def state_of(self, shape: tuple[int, ...]) -> OnlineSketchState:
         return OnlineSketchState(step=0, sketch=fd.empty(shape[0], self.size))
 
     def _sketch(self, grad: Array, state: OnlineSketchState, now: Now) -> tuple[Sketch, Scalar]:
-        """The sketch after the weighted gradient, and the square of the weight."""
+        """Return the sketch after the weighted gradient, and the square of the weight."""
         weight = now.k.weight if now.k else 1.0
         return fd.update(state.sketch, grad[..., None, :] * weight, size=self.size, xp=now.xp), weight * weight
 
     def _apply(
         self, grad: Array, sketch: Sketch, shift: Array, weight: Scalar, xp: Namespace, root: bool = False
     ) -> Array:
-        """``(U diag(e) U^T + shift I)^{-1} grad``, or with ``root`` its e^{1/2}."""
+        """Return ``(U diag(e) U^T + shift I)^{-1} grad``; with ``root`` e^{1/2} is in the place of e."""
         u, e, _ = sketch
         return fd.apply_power(u, e, shift, -1.0, grad[..., None], root=root, weight=weight, xp=xp)[..., 0]
 
     def report(self, state: OnlineSketchState, finite: Array, xp: Namespace) -> SketchReport:
-        """Spectrum and escaped mass of the sketch."""
+        """Return spectrum and escaped mass of the sketch."""
         return fd.report(state.sketch, finite=finite, xp=xp)
 
 
@@ -135,5 +135,5 @@ class RFDSON(_OnlineSketch):
 
 
 def _real(step: Any, like: Array) -> Scalar:
-    """``step`` as a float, or a 0-D array in the dtype of ``like``."""
+    """Return ``step`` as a float, or as a 0-D array in the dtype of ``like``."""
     return float(step) if isinstance(step, int) else array_namespace(step).astype(step, like.dtype)

@@ -29,24 +29,24 @@ T              ``every``                            updates between two renewals
     s_t = beta2 s_{t-1} + (1 - beta2) B g^2                                  (5)
     direction = m_t / (s_t + lambda)                                         (6)
 
-`RFShampoo`, S_n = I at the start, D = d_1 ... d_N, at updates 1, 1 + T, ..., all from the old factors::
+`RFShampoo`, S_n = I at the start, D = d_1 ... d_N, at updates 1, 1 + T, ..., the old factors on every right side::
 
     H_n = (d_n / D) [B G_(n) (kron_{j != n} S_j^-1) G_(n)^T + lambda prod_{j != n} tr(S_j^-1) I]   (7)
     S_n <- (1 - beta2) S_n + beta2 H_n                                       (8)
     u = G x_1 S_1^-1 ... x_N S_N^-1 + kappa W, then (3)                      (9)
 
 There is no square root, so the learning rate has the scale of Newton's method: u(c g) = u(g) / c once the start is
-forgotten, and a step of 1 is the full one where S is the Hessian.
+forgotten, and if S is the Hessian, the step at rate 1 is Newton's step.
 
 Conventions
     S is renewed with the current gradient before it is used (the authors' code; KL-Shampoo uses first).
     S starts at 1 or I, not at 0: with s_0 = 0 the first direction is g / (beta2 B g^2 + lambda).
     lambda is outside the average in (2), inside the curvature in (7): the limits agree, the transients do not.
     ``bias_correction`` (off in the authors' code) divides the gradients' part of s_t by 1 - beta2^t and leaves out
-    s_0; the code's own correction divides all of s_t and so inflates s_0.
-    Factors are inverted by Cholesky. Where rounding has made S_n indefinite the result is NaN, for that stack member. A
+    s_0; the correction of the code divides all of s_t and so inflates s_0.
+    Factors are inverted by Cholesky. If rounding has made S_n indefinite, the result of its stack member is NaN. A
     non-finite S_n is never factorised and gives NaN.
-    Axes of size 1 have no factor; a parameter of one entry, a scalar too, has one factor, 1 x 1.
+    Axes of size 1 have no factor; a parameter of one entry, also a scalar, has one factor, 1 x 1.
     Below float32 the averages are kept in float32: see ``narrow_state``. RF-Shampoo takes float32 and float64 only.
     ``update(..., statistic=)`` takes q pseudo-gradients (q, ...), whose mean outer product replaces that of ``grad``
     as the curvature.
@@ -84,19 +84,19 @@ PAPER = "Lin, Dangel, Eschenhagen, Bae, Turner, Makhzani: root-free adaptive met
 
 
 class RFReport(NamedTuple):
-    """What the elementwise root-free methods' ``diagnose`` returns."""
+    """The report of ``diagnose`` of `RFRMSProp` and `RFAdamW`."""
 
     denominator: Array
-    """S + lambda, what the gradient is divided by; the parameter's shape."""
+    """S + lambda, the divisor of the gradient; the parameter's shape."""
     finite: Array
-    """Whether the whole state is finite, 0-D."""
+    """True if the whole state is finite, 0-D."""
 
 
 class RFRMSPropState(NamedTuple):
     """State of `RFRMSProp`; arrays have the parameter's shape, and float32 at least (see ``narrow_state``)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     s: Array
     """s_t, averaged curvature."""
     buffer: Array | None
@@ -106,7 +106,7 @@ class RFRMSPropState(NamedTuple):
 class RFRMSProp(Method):
     """RF-RMSProp, elementwise; ``beta2`` is the weight of the *new* term, about 0.01 (Lin et al., 2024, (1)-(3)).
 
-    Any shape. ``batch_size`` is the number of independent terms whose mean is the loss.
+    It takes any shape. ``batch_size`` is the number of independent terms whose mean is the loss.
     Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
     Warns: UserWarning for ``beta2 > 0.5``, which looks like a decay.
     """
@@ -134,7 +134,7 @@ class RFRMSProp(Method):
         return RFRMSPropState(step=0, s=full(self.initial, *shape), buffer=buffer)
 
     def step(self, grad: Array, state: RFRMSPropState, param: Array, now: Now) -> tuple[Array, RFRMSPropState]:
-        """``statistic``, shape (q, ...): in (1) the mean of its q squares replaces g^2."""
+        """Make (1) to (3); in (1) the mean of the q squares of ``statistic`` (q, ...) replaces g^2."""
         xp, statistic, dtype = now.xp, now.statistic, state.s.dtype
         g = xp.astype(grad, dtype, copy=False)
         square = g * g if statistic is None else xp.mean(xp.astype(statistic, dtype, copy=False) ** 2, axis=0)
@@ -147,7 +147,7 @@ class RFRMSProp(Method):
         return direction, RFRMSPropState(step=now.step, s=s, buffer=buffer)
 
     def report(self, state: RFRMSPropState, finite: Array, xp: Namespace) -> RFReport:
-        """The denominator."""
+        """Return the denominator."""
         return RFReport(denominator=state.s + self.damping, finite=finite)
 
 
@@ -155,7 +155,7 @@ class RFAdamWState(NamedTuple):
     """State of `RFAdamW`; arrays have the parameter's shape, and float32 at least (see ``narrow_state``)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     m: Array
     """m_t, average of gradients."""
     s: Array
@@ -163,7 +163,7 @@ class RFAdamWState(NamedTuple):
 
 
 class RFAdamWScalars(NamedTuple):
-    """What `RFAdamW.update` needs of the step's number; both 1 without ``bias_correction``."""
+    """Values of `RFAdamW.scalars`, which depend on the update's number alone; both 1 without ``bias_correction``."""
 
     inverse_c1: Scalar
     """1 / (1 - beta1^t)."""
@@ -174,8 +174,8 @@ class RFAdamWScalars(NamedTuple):
 class RFAdamW(Method):
     """RF-AdamW, elementwise; ``beta1``, ``beta2`` are *decays*, weights of the old term (Lin et al., code of 2024).
 
-    Any shape. ``bias_correction`` divides m_t by 1 - beta1^t and s_t - beta2^t s_0 by 1 - beta2^t: then ``initial``
-    has no effect. Decoupled weight decay is the optimizer's.
+    It takes any shape. ``bias_correction`` divides m_t by 1 - beta1^t and s_t - beta2^t s_0 by 1 - beta2^t: then
+    ``initial`` has no effect. Decoupled weight decay belongs to the optimizer.
     Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
     """
 
@@ -213,7 +213,7 @@ class RFAdamW(Method):
         return xp.astype(direction, grad.dtype, copy=False), RFAdamWState(step=now.step, m=m, s=s)
 
     def report(self, state: RFAdamWState, finite: Array, xp: Namespace) -> RFReport:
-        """The denominator."""
+        """Return the denominator."""
         k = self.scalars(state.step, like=state.s)
         return RFReport(denominator=state.s * k.inverse_c2 + self.damping, finite=finite)
 
@@ -222,7 +222,7 @@ class RFShampooState(NamedTuple):
     """State of `RFShampoo`; d_n runs over the parameter's axes of size other than 1 (all 1: one axis, d_1 = 1)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     factors: Arrays
     """S_n, (..., d_n, d_n)."""
     inverses: Arrays
@@ -232,21 +232,23 @@ class RFShampooState(NamedTuple):
 
 
 class RFShampooReport(NamedTuple):
-    """What `RFShampoo.diagnose` returns."""
+    """The report of `RFShampoo.diagnose`."""
 
     eigenvalues: Arrays
-    """Of each S_n, ascending, clipped at zero, (..., d_n); their extremes tell how far Cholesky is from failing."""
+    """Eigenvalues of each S_n, ascending, clipped at zero, (..., d_n). A small quotient of smallest and largest means
+    that Cholesky may soon fail."""
     finite: Array
-    """Whether the member's state is finite, (...)."""
+    """True if the state of the stack member is finite, (...)."""
 
 
 class RFShampoo(Method):
     """RF-Shampoo, any tensor order; ``beta2`` is the weight of the *new* term, about 0.01 (Lin et al., 2024, (7)-(9)).
 
-    One factor per axis of size other than 1. ``batch_size`` is the number of independent terms whose mean is the loss.
+    Each axis of size other than 1 has a factor. ``batch_size`` is the number of independent terms whose mean is the
+    loss. The overall scale is stable only for N beta2 < 2.
     Errors: ValueError or TypeError for a field out of range, for arrays that do not fit together, and for dtypes
     below float32.
-    Warns: UserWarning for ``beta2 > 0.5``, which looks like a decay; the overall scale is stable for N beta2 < 2 only.
+    Warns: UserWarning for ``beta2 > 0.5``, which looks like a decay.
     """
 
     beta2: float = real("beta_2, weight of the NEW term in the factors (1 - decay)", default=0.01, gt=0, le=1)
@@ -275,7 +277,7 @@ class RFShampoo(Method):
         return state.factors[0].ndim - 2
 
     def step(self, grad: Array, state: RFShampooState, param: Array, now: Now) -> tuple[Array, RFShampooState]:
-        """``statistic``, shape (q, ...): in (7) the mean over these q gradients replaces ``grad``."""
+        """Make (7) to (9), (3); in (7) the mean over the q gradients ``statistic`` (q, ...) replaces ``grad``."""
         xp, stack, statistic = now.xp, now.stack, now.statistic
         if 0 in grad.shape:
             return xp.zeros_like(grad), state._replace(step=now.step)
@@ -283,7 +285,7 @@ class RFShampoo(Method):
         curvature = samples(grad, statistic, stack, dims, xp)
         old = state.factors, state.inverses
         factors, inverses = renew(now.due, lambda: self._renewed(curvature, *old, xp), old)
-        if self.every > 1 or statistic is not None:  # the factors may know nothing of this gradient
+        if self.every > 1 or statistic is not None:  # the factors may be without this gradient
             bad = bad_as_nan(grad, grad.ndim - stack, xp)[..., None, None]
             factors, inverses = ((first + bad, *others) for first, *others in (factors, inverses))
         u = xp.reshape(grad, (*grad.shape[:stack], *dims))
@@ -298,7 +300,7 @@ class RFShampoo(Method):
         return 1.0 * buffer, RFShampooState(now.step, factors, inverses, buffer)
 
     def _renewed(self, g: Array, factors: Arrays, inverses: Arrays, xp: Namespace) -> tuple[Arrays, Arrays]:
-        """S_n and S_n^-1 after (7) and (8), from pseudo-gradients (..., d_1, ..., d_N, q)."""
+        """Return S_n and S_n^-1 after (7) and (8), from pseudo-gradients (..., d_1, ..., d_N, q)."""
         stack = factors[0].ndim - 2
         traces = [xp.linalg.trace(inverse)[..., None, None] for inverse in inverses]
         dims = g.shape[stack:-1]
@@ -314,12 +316,12 @@ class RFShampoo(Method):
         return tuple(new), tuple(_inverse(s, xp) for s in new)
 
     def report(self, state: RFShampooState, finite: Array, xp: Namespace) -> RFShampooReport:
-        """Spectra of the factors."""
+        """Return the spectra of the factors."""
         return RFShampooReport(eigenvalues=tuple(roots.eigenvalues(s, xp=xp) for s in state.factors), finite=finite)
 
 
 def _inverse(matrix: Array, xp: Namespace) -> Array:
-    """Of symmetric positive definite (..., d, d), by Cholesky; NaN for a member that is not definite or not finite."""
+    """Return the inverse of a symmetric ``matrix`` (..., d, d) by Cholesky; NaN if it is not definite or not finite."""
     finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp))
     identity = eye_like(xp, matrix)
     (half,) = attempt(

@@ -45,26 +45,27 @@ N             ``norms``           ()                 grafted step; its norm is k
     P = [ (F x_i Q_i^T) / ((D / (1 - beta2^t))^p + eps) ] x_i Q_i   p = ``exponent``                  (E3)
 
 Conventions
-    ``beta2`` is a decay; 1 is the sum. Every axis counts in the exponent, also one of size 1, but for merged ones.
-    eps joins the eigenvalues under the root, after the bias correction and ``trace_scaling`` (tau); in (E3) it is added
-    outside of the power. ``eps=0``: pseudo-inverse with a relative rank decision.
-    Statistics and v see the gradient, not F; the graft scales F. The corrections of L, D and F are switched by
-    ``bias_correction``, that of the graft "adam" is always there and those of the others never.
+    ``beta2`` is a decay; 1 is the sum. Every axis counts in the exponent, also an axis of size 1; merged axes count as
+    one.
+    eps is added to the eigenvalues under the root, after the bias correction and ``trace_scaling`` (tau); in (E3) it is
+    added outside the power. ``eps=0``: pseudo-inverse with a relative rank decision.
+    Statistics and v are made of the gradient, not of F; the graft scales F. ``bias_correction`` switches the
+    corrections of L, D and F. The graft "adam" is always corrected, the other grafts never.
     ``beta1=0``: F = G, whatever ``beta3``. ``beta3=None``: beta1.
     ``start=None``: f. A ``start`` below f is refused. Before t_0, without a graft, R = I: the update is F itself.
-    ``exponents=(p_1, ..., p_k)``: None, and what is left out, is 1/(2k), k counted after merging; 0: no L_i, no R_i.
-    Axes are merged from the right while there are more than ``target`` and the product is at most ``max_dim``, size 1
-    goes (``target=None``: no merging). Then each axis is cut into pieces of ``max_dim``, the last one shorter; each
-    block has statistics and a graft norm of its own.
-    The norm in (P2) is divided by as it is (the code: plus 1e-16); P = 0 stays 0.
-    ``weight_decay`` is a factor of W in the direction. The code's "independent" decay is ``weight_decay / lr_0`` there;
-    its "corrected" one follows a schedule, which only the caller knows.
+    ``exponents=(p_1, ..., p_k)``: None, or a missing entry, is 1/(2k), k counted after merging; 0: no L_i, no R_i.
+    Axes are merged from the right while there are more than ``target`` and the product is at most ``max_dim``; axes of
+    size 1 are dropped (``target=None``: no merging). Then each axis is cut into pieces of ``max_dim``, the last one
+    shorter; each block has statistics and a graft norm of its own.
+    The divisor in (P2) is the norm itself (the code: plus 1e-16); P = 0 stays 0.
+    ``weight_decay`` is a factor of W in the direction. The "independent" decay of the code is ``weight_decay / lr_0``
+    here; its "corrected" decay follows a schedule, which only the caller knows.
     ``root="coupled_newton"`` (1/p_i whole) and ``"higher_order"`` run ``root_steps`` times (the code: until a
     tolerance is met), both with eps as ridge (the code's higher order: a ridge of its own).
     ``basis="eigh"``: eigenvectors by ascending eigenvalues; "qr": ``iterations`` rounds of orthogonal iteration of
     columns in descending order, with which D is permuted; "qr_meta": rounds of ``Q <- Gram-Schmidt of (A + eps I) Q``
     while the part outside the diagonal of Q^T (A + eps I) Q is above ``tolerance``, then the columns in ascending
-    order, D as it is (the code; its next round starts from the smallest eigenvector and loses what was found).
+    order, D as it is (the code; its next round starts from the smallest eigenvector and loses the order found).
     With "eigh" and "qr" an axis whose Q^T (A + eps I) Q has at most ``tolerance`` outside its diagonal, relatively to
     all of it, keeps its Q and its slots of D.
 
@@ -75,11 +76,11 @@ Coincides with (each a test)
     `EShampoo` at t = 1, f = 1, beta1 = 0: U diag(s / (s + eps)) V^T.
 
 What is determined
-    Roots are functions of L: an eigenvalue met twice does no harm. In `EShampoo` it does, as in `SOAP`: within its
-    eigenspace the run depends on the eigensolver.
+    Roots are functions of L: a multiple eigenvalue does no harm. In `EShampoo`, as in `SOAP`, the run depends within
+    its eigenspace on the eigensolver.
 
 Not here
-    The code's ``kl``; a failed root's fallback to the last one (NaN here); state in another dtype.
+    The code's ``kl``; the fallback of a failed root to the last root (here NaN); a state in another dtype.
 """
 
 from __future__ import annotations
@@ -109,15 +110,15 @@ class ShampooState(NamedTuple):
     """State of `Shampoo` for a parameter (..., d_1, ..., d_k)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     grams: tuple[Array, ...]
     """One per axis, (..., d_i, d_i)."""
     roots: tuple[Root, ...] | None
-    """Of the last refresh, one per axis, not formed: (..., d_i, d_i), (..., d_i); None when ``every=1``."""
+    """Roots of the last refresh, one per axis, not formed: (..., d_i, d_i), (..., d_i); None if ``every=1``."""
 
 
 class ShampooScalars(NamedTuple):
-    """What `Shampoo.update` needs of the step's number."""
+    """Values of `Shampoo.scalars`, which depend on the update's number alone."""
 
     correction: Scalar
     """1 / (1 - beta2^t) with ``bias_correction``, else 1."""
@@ -129,8 +130,9 @@ class Shampoo(Method):
         L_i = beta2 L_i + w G_(i) G_(i)^T,  w = 1 if beta2 = 1 else 1 - beta2     for each axis i
         direction = G x_1 (L_1 + eps I)^{-1/(2k)} ... x_k (L_k + eps I)^{-1/(2k)}
 
-    ``beta2`` is a decay; 1 is the sum. Every axis counts in the exponent, also one of size 1. ``bias_correction``
-    divides an average by 1 - beta2^t. One axis: full-matrix AdaGrad with eps under the root.
+    ``beta2`` is a decay; 1 is the sum. Every axis counts in the exponent, also an axis of size 1. ``bias_correction``
+    divides an average by 1 - beta2^t. With one axis this is full-matrix AdaGrad with eps under the root.
+    Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
     """
 
     beta2: float = real("decay of the statistics; 1 is the sum", default=1.0, ge=0, le=1)
@@ -172,12 +174,12 @@ class Shampoo(Method):
             corrected = gram * k.correction if self.bias_correction else gram
             kept = None if state.roots is None else state.roots[i]
             root, w = roots.renewed(due, corrected, law, kept, xp=xp)  # (L_i + eps I)^{-1/(2k)}
-            if i == 0 and self.every > 1:  # a kept root knows nothing of this gradient
+            if i == 0 and self.every > 1:  # a kept root is without this gradient
                 root = root._replace(eigenvalues=root.eigenvalues + 0.0 * xp.linalg.trace(gram)[..., None])  # NaN
             known[i] = root, w
             grams.append(gram)
         weight = k.correction * accumulate(0.0, 1.0, self.beta2)  # of the new term
-        weight = weight * due if self.every > 1 else weight  # of which a kept root knows nothing
+        weight = weight * due if self.every > 1 else weight  # a kept root is without the new term
         direction = roots.apply(grad, known, law, weight, xp=xp)  # x_i
         new = None if state.roots is None else tuple(root for root, _ in known.values())
         return direction, ShampooState(now.step, tuple(grams), new)
@@ -193,10 +195,10 @@ FLAT: Blocks = ((),)
 
 
 class _ProductionScalars(NamedTuple):
-    """What the production forms need of the step's number t."""
+    """Values of ``scalars`` of the production forms, which depend on the update's number t alone."""
 
     preconditioned: Scalar
-    """1 from t_0 on or without a graft, else 0."""
+    """1 from update t_0 on, and without a graft; else 0."""
     correction: Scalar
     """1 / (1 - beta2^t), or 1."""
     inverse_filter: Scalar
@@ -206,7 +208,7 @@ class _ProductionScalars(NamedTuple):
 
 
 class _Production(Method):
-    """What `Shampoo.production` and `EShampoo` share: all but the preconditioning of one block."""
+    """Base of `Shampoo.production` and `EShampoo`: everything but the preconditioning of one block."""
 
     beta1: float = real("beta_1, decay of the filtered gradient; 0: none", default=0.9, ge=0, lt=1)
     beta3: float | None = real("beta_3, decay of its look-ahead; None: beta_1", default=None, ge=0, lt=1, optional=True)
@@ -242,7 +244,7 @@ class _Production(Method):
             raise ValueError("nesterov=True needs momentum > 0, got momentum=0")
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
-        """Everything."""
+        """Return True: the method takes every parameter."""
         return True
 
     @property
@@ -257,26 +259,26 @@ class _Production(Method):
 
     @property
     def _keeps(self) -> bool:
-        """Whether what is renewed is kept between updates."""
+        """Whether roots or bases are kept between updates."""
         return self._first > 1
 
     def due(self, step: Any) -> Any:
-        """Whether the update after ``step`` completed ones refreshes: t_0, then multiples of ``every`` above."""
+        """Return whether the update after ``step`` completed updates refreshes: t_0, then multiples of ``every``."""
         if not self._keeps:
             return True
         t = step + 1
         return (t == self._first) | ((t > self._first) & (t % self.every == 0))
 
     def overruled(self, refresh: Any) -> Any:
-        """Any bool, unless every update refreshes and nothing is kept."""
+        """Return ``refresh``, any bool; ValueError for False if no root or basis is kept."""
         return check_refresh(refresh, None if self._keeps else 1)
 
     def axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """d_1, ..., d_k of a parameter of ``shape``, before it is cut into blocks."""
+        """Return d_1, ..., d_k of a parameter of ``shape``, before it is cut into blocks."""
         return self._layout(shape)[0]
 
     def _layout(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Blocks]:
-        """The axes after merging, and the blocks; as it is, in one, where there is nothing to precondition."""
+        """Return the axes after merging, and the blocks; one block of the whole shape if no axis is preconditioned."""
         if 0 in shape or not shape:
             return shape, FLAT
         dims = shape if self.target is None else _merged_from_the_right(shape, self.max_dim, self.target)
@@ -286,11 +288,11 @@ class _Production(Method):
         return dims, tuple(itertools.product(*pieces))
 
     def _sides(self, dims: tuple[int, ...]) -> tuple[bool, ...]:
-        """Which of the axes ``dims`` have a statistic."""
+        """Return which of the axes ``dims`` have a statistic."""
         raise NotImplementedError
 
     def _of_blocks(self, shape: tuple[int, ...], make: Any) -> tuple[Any, ...]:
-        """``make(d)`` for each axis with a statistic, else None, for each block."""
+        """Return for each block ``make(d)`` for each axis with a statistic, and None for the others."""
         dims, blocks = self._layout(shape)
         if blocks is FLAT:
             return ()
@@ -299,7 +301,7 @@ class _Production(Method):
         return tuple(tuple(make(d) if has else None for d, has in zip(block, sides, strict=True)) for block in sizes)
 
     def _shared(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """Of the state."""
+        """Return the fields of the state that both forms have."""
         blocks = self._layout(shape)[1]
         return {
             "step": 0,
@@ -367,7 +369,7 @@ class _Production(Method):
         return p, self.state_type(step=now.step, m=m, v=v, buffer=buffer, norms=norms, **new)
 
     def _marked(self, grad: Array, state: Any, xp: Namespace) -> Array:
-        """``grad``, NaN for a member whose statistics have seen what is not finite: a kept root knows nothing of it."""
+        """Return ``grad``, NaN for a member with a statistic that is not finite, which a kept root does not show."""
         firsts = [next((gram for gram in block if gram is not None), None) for block in state.grams]
         for gram in firsts if self._keeps else ():
             if gram is not None:
@@ -376,7 +378,7 @@ class _Production(Method):
         return grad
 
     def _grafts(self, grad: Array, f: Array, v: Array | None, k: Any, xp: Namespace) -> tuple[Array, Array | None]:
-        """N, and the new v."""
+        """Return N, and the new v."""
         if v is None:
             return f, None
         square = grad * grad
@@ -385,17 +387,17 @@ class _Production(Method):
         return quotient(f, root + self.graft_eps, xp, bound=self.graft_eps), v
 
     def _flat(self, grad: Array, f: Array, n: Array, state: Any, now: Now) -> tuple[Array, dict[str, Any], Any]:
-        """The step where nothing has an axis of its own."""
+        """Return the step of a parameter without a preconditioned axis, and its fields of the state."""
         raise NotImplementedError
 
     def _block(self, g: Array, f: Array, kept: dict[str, Any], now: Now) -> tuple[Array, dict[str, Any]]:
-        """P of a block, and what it keeps."""
+        """Return P of a block, and its fields of the state."""
         raise NotImplementedError
 
     def _cut(
         self, grad: Array, f: Array, n: Array, state: Any, now: Now, dims: tuple[int, ...], blocks: Blocks
     ) -> tuple[Array, dict[str, Any], tuple[Array, ...] | None]:
-        """The step made of its blocks."""
+        """Return the step, joined from the steps of its blocks, its fields of the state, and the graft norms."""
         xp, stack = now.xp, tuple(grad.shape[: now.stack])
         shaped = [x if dims == x.shape[now.stack :] else xp.reshape(x, (*stack, *dims)) for x in (grad, f, n)]
         names = [name for name in state._fields if name in ("grams", "roots", "bases", "d")]
@@ -428,11 +430,11 @@ class ShampooProductionState(NamedTuple):
     """State of `Shampoo.production`; grams, roots and norms have an entry for each block."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     grams: tuple[tuple[Array | None, ...], ...]
-    """L_i, one per axis, (..., d_i, d_i); None where p_i = 0; () where no axis has one and there is no graft."""
+    """L_i, one per axis, (..., d_i, d_i); None if p_i = 0; () if no axis has a statistic and there is no graft."""
     roots: tuple[tuple[Root | Array | None, ...], ...] | None
-    """R_i of the last refresh, not formed; formed if by an iteration; None where every update refreshes."""
+    """R_i of the last refresh, not formed; by an iteration R_i itself; None if every update refreshes."""
     m: Array | None
     """Filtered gradient, the parameter's shape; None with ``beta1=0``."""
     v: Array | None
@@ -444,14 +446,14 @@ class ShampooProductionState(NamedTuple):
 
 
 class ShampooProductionReport(NamedTuple):
-    """What `Shampoo.production.diagnose` returns; one entry for each axis of each block."""
+    """The report of `Shampoo.production.diagnose`; one entry for each axis of each block."""
 
     eigenvalues: tuple[Array, ...]
-    """Of A_i, ascending, clipped at zero, (..., d_i); NaN where it is not finite."""
+    """Eigenvalues of A_i, ascending, clipped at zero, (..., d_i); NaN if A_i is not finite."""
     finite: Array
-    """Whether the member's state is finite and its statistics could be decomposed, (...)."""
+    """True if the state of the stack member is finite and its statistics could be decomposed, (...)."""
     accuracy: tuple[Array, ...]
-    """Relative error that each statistic allows a direction, see `precond_ref.numerics.roots.accuracy`, (...)."""
+    """Relative error of a direction that each statistic allows, see `precond_ref.numerics.roots.accuracy`, (...)."""
     norms: tuple[Array, ...] | None
     """||N||_F of the last update, one per block, (...)."""
 
@@ -492,7 +494,7 @@ class ShampooProduction(_Production, preset="Shampoo.production"):
             raise ValueError(f"root={self.root!r} needs eps > 0: an iteration makes no decision on rank, got eps=0")
 
     def _exponents(self, order: int) -> tuple[Fraction, ...]:
-        """p_i of each of ``order`` axes."""
+        """Return p_i of each of ``order`` axes."""
         given = (*self.exponents[:order], *(None for _ in range(order - len(self.exponents))))
         return tuple(Fraction(1, 2 * order) if p is None else _fraction(p) for p in given)
 
@@ -530,8 +532,8 @@ class ShampooProduction(_Production, preset="Shampoo.production"):
         return f, {"grams": tuple(grams), "roots": None if kept["roots"] is None else tuple(made)}
 
     def _applied(self, f: Array, known: dict[int, Any], powers: tuple[Fraction, ...], now: Now) -> Array:
-        """F x_i R_i, the axes of one exponent together."""
-        weight: Scalar = 0.0  # of G in A_i, where F is G
+        """Return F x_i R_i; axes of the same exponent are applied together."""
+        weight: Scalar = 0.0  # weight of G in A_i, if F is G
         if is_zero(self.beta1) and is_zero(self.trace_scaling):
             weight = now.k.correction * (1.0 if self.drop_weight else accumulate(0.0, 1.0, self.beta2))
             weight = weight * now.due if self._keeps else weight
@@ -555,7 +557,7 @@ class ShampooProduction(_Production, preset="Shampoo.production"):
         return roots.inverse_root_higher_order(a, p, self.eps, self.root_steps, xp=xp)
 
     def report(self, state: ShampooProductionState, finite: Array, xp: Namespace) -> ShampooProductionReport:
-        """Spectra of the statistics as the roots see them, and the grafts' norms."""
+        """Return the spectra of the A_i, and the norms of the grafts."""
         k = self.scalars(state.step + (state.step == 0), like=next((a for _, a in leaves(state[1:])), None))
         a, laws = [], []
         for block in state.grams:
@@ -571,13 +573,13 @@ class EShampooState(NamedTuple):
     """State of `EShampoo`; grams, bases, d and norms have an entry for each block."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     grams: tuple[tuple[Array | None, ...], ...]
-    """L_i, one per axis, (..., d_i, d_i); None for ignored axes; () where all are and there is no graft."""
+    """L_i, one per axis, (..., d_i, d_i); None for ignored axes; () if all axes are ignored and there is no graft."""
     bases: tuple[tuple[Array | None, ...], ...]
     """Q_i, the same shapes."""
     d: tuple[Array, ...] | Array
-    """D, (..., d_1, ..., d_k), of each block; the parameter's shape where there are no blocks."""
+    """D, (..., d_1, ..., d_k), of each block; the parameter's shape if there are no blocks."""
     m: Array | None
     """Filtered gradient, the parameter's shape; None with ``beta1=0``."""
     v: Array | None
@@ -589,14 +591,14 @@ class EShampooState(NamedTuple):
 
 
 class EShampooReport(NamedTuple):
-    """What `EShampoo.diagnose` returns; ``off_diagonal`` has an entry for each axis of each block."""
+    """The report of `EShampoo.diagnose`; ``off_diagonal`` has an entry for each axis of each block."""
 
     off_diagonal: tuple[Array, ...]
-    """Frobenius norm of Q^T L Q outside its diagonal, relative to that of L, (...): 0 for the eigenbasis."""
+    """Frobenius norm of Q^T L Q outside its diagonal over the norm of L, (...): 0 for the eigenbasis."""
     denominators: tuple[Array, ...]
     """(D / (1 - beta2^t))^p + eps, one per block."""
     finite: Array
-    """Whether the member's state is finite, (...); 0-D where there are no blocks."""
+    """True if the state of the stack member is finite, (...); 0-D if there are no blocks."""
     norms: tuple[Array, ...] | None
     """||N||_F of the last update, one per block, (...)."""
 
@@ -624,7 +626,7 @@ class EShampoo(_Production):
 
     @staticmethod
     def meta_soap() -> EShampoo:
-        """What the code calls its default SOAP: one round of QR in a refresh."""
+        """The default SOAP of the code: one round of QR in a refresh."""
         return EShampoo(basis="qr_meta")
 
     def rules(self) -> None:
@@ -640,7 +642,7 @@ class EShampoo(_Production):
         return True
 
     def due(self, step: Any) -> Any:
-        """Whether the update after ``step`` completed ones refreshes: t_0, then multiples of ``every`` above."""
+        """Return whether the update after ``step`` completed updates refreshes: t_0, then multiples of ``every``."""
         return True if self._first == 1 else super().due(step)
 
     def _sides(self, dims: tuple[int, ...]) -> tuple[bool, ...]:
@@ -684,7 +686,7 @@ class EShampoo(_Production):
         return orthogonal.back(p, bases, xp), {"grams": tuple(grams), "bases": bases, "d": d}  # (E3)
 
     def _refreshed(self, gram: Array, old: Array, d: Array, axis: int, now: Now) -> tuple[Array, Array]:
-        """The new basis of an axis, and D in its slots."""
+        """Return the new basis of an axis, and D in the order of its columns."""
         xp = now.xp
         a = gram * now.k.correction
         a = a + self.eps * identity(xp, a)
@@ -703,7 +705,7 @@ class EShampoo(_Production):
         return q, multiply(d, xp.matrix_transpose(order), axis, xp)
 
     def report(self, state: EShampooState, finite: Array, xp: Namespace) -> EShampooReport:
-        """How near the bases are to eigenvectors, the denominators, and the grafts' norms."""
+        """Return how near the bases are to eigenvectors, the denominators, and the norms of the grafts."""
         pairs = zip(itertools.chain(*state.grams), itertools.chain(*state.bases), strict=True)
         outside = tuple(orthogonal.outside(gram, q, xp) for gram, q in pairs if gram is not None)
         parts = state.d if isinstance(state.d, tuple) else (state.d,)
@@ -716,7 +718,7 @@ def _is_one(value: Scalar) -> bool:
 
 
 def _unless_zero(switch: Scalar, value: Scalar) -> Scalar:
-    """``value``, and 0 where ``switch`` is 0."""
+    """Return ``value``, and 0 if ``switch`` is 0."""
     if is_python_number(switch):
         return value if switch else 0.0
     return value * array_namespace(switch).astype(switch != 0, switch.dtype)
@@ -727,12 +729,12 @@ def _law(p: Fraction, eps: Scalar) -> roots.Law:
 
 
 def _fraction(p: float) -> Fraction:
-    """The fraction that was meant: 1/6 for 0.16666666666666666."""
+    """Return the fraction that a float stands for: 1/6 for 0.16666666666666666."""
     return Fraction(p).limit_denominator(1000)
 
 
 def _merged_from_the_right(shape: tuple[int, ...], bound: int, target: int) -> tuple[int, ...]:
-    """Axes merged while there are more than ``target`` and their product is at most ``bound``; without size 1."""
+    """Return the axes other than 1, merged while there are more than ``target`` and the product is within ``bound``."""
     *left, product = squeezed(shape)
     count, found = len(left) + 1, []
     for d in reversed(left):
@@ -745,14 +747,14 @@ def _merged_from_the_right(shape: tuple[int, ...], bound: int, target: int) -> t
 
 
 def _mixed(share: Scalar, x: Array, y: Array) -> Array:
-    """``share x + (1 - share) y``, without arithmetic for 0 and 1."""
+    """Return ``share x + (1 - share) y``, without arithmetic for 0 and 1."""
     if is_python_number(share):
         return x if share else 1.0 * y
     return share * x + (1.0 - share) * y
 
 
 def _joined(parts: list[Array], counts: list[int], axis: int, xp: Namespace) -> Array:
-    """Blocks in row-major order, ``counts`` along each axis from ``axis`` on, as one array."""
+    """Return blocks in row-major order, ``counts`` along each axis from ``axis`` on, as one array."""
     if not counts:
         return parts[0]
     size = len(parts) // counts[0]

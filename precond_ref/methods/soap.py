@@ -3,7 +3,7 @@ r"""SOAP: Adam in the eigenbasis of Shampoo's statistics.
 N. Vyas, D. Morwani, R. Zhao, M. Kwun, I. Shapira, D. Brandfonbrener, L. Janson, S. Kakade, arXiv 2409.11321.
 
 =========  ==============  ==================  ======================================================================
-paper      here            shape               meaning
+symbol     here            shape               meaning
 =========  ==============  ==================  ======================================================================
 G_t        ``grad``        (d_1, ..., d_k)     gradient; G_(i) its unfolding of axis i, d_i x rest; X x_i A: A on axis i
 L_i        ``grams``       (d_i, d_i)          average of G_(i) G_(i)^T
@@ -29,35 +29,35 @@ s          ``step - 1``                        updates of M and V, this one incl
 refresh, ``basis="qr"``: one round of orthogonal iteration, for each axis by itself, with q_j the columns of Q_i::
 
     a_j = q_j^T L q_j                                                    (R1)
-    pi sorts a in descending order; equal ones keep theirs               (R2)
+    pi sorts a in descending order; equal entries keep their order       (R2)
     V[..., j, ...] = V[..., pi(j), ...] along axis i                     (R3)
     Z = L [q_pi(1), ..., q_pi(d)],  Q_i = Gram-Schmidt of Z              (R4), (R5)
 
-At t = 1 the basis is made of eigenvectors, by eigenvalues in descending order; so it is always with ``basis="eigh"``,
-and V is sorted by (R1) to (R3) before.
+At t = 1 the basis consists of eigenvectors, by eigenvalues in descending order. With ``basis="eigh"`` this is so at
+every refresh, and V is sorted by (R1) to (R3) before.
 
 Conventions
     eps is added to the root of V before its bias correction (``eps_position="uncorrected"``); "corrected": to
-    sqrt(V / (1 - beta2^s)); "max": the larger of the two.
+    sqrt(V / (1 - beta2^s)); "max": the larger of root and eps.
     M is kept in the parameter's coordinates (the authors' code keeps M' and rotates it: the same for orthogonal Q).
-    V is relabelled with the columns, never rotated (``second_moment="rotate"`` does; "keep": not even relabelled).
-    ``order="update_first"``: (L) and (R), then (P) to (C) in the same update; none is skipped, and s = t.
+    V is permuted with the columns and not rotated. ``second_moment="rotate"`` rotates it; "keep" does not permute it.
+    ``order="update_first"``: (L) and (R), then (P) to (C) in the same update; no update is skipped, and s = t.
     ``sort="after"``: the columns are sorted after the QR instead of before it.
     ``iterations=k``: (R4), (R5) k times; sorted once.
     ``nesterov``: beta1 M' / (1 - beta1^(s+1)) + (1 - beta1) G' / (1 - beta1^s) in the place of M' / (1 - beta1^s).
-    A column of Z that depends on those before it, to 16 roundings of the longest, is replaced by that of before,
-    made orthogonal after all the others; L = 0 keeps Q and V. Such an a_j counts as 0. (LAPACK: any completion.)
-    An axis longer than ``max_dim`` has no basis; a vector has one with ``vectors=True`` only.
-    ``merge``: axes are merged from left to right while their product is at most ``max_dim``; size 1 goes.
+    A column of Z may depend on the columns before it, to 16 roundings of the longest. It is then replaced by the old
+    column, made orthogonal after all others; L = 0 keeps Q and V. Such an a_j counts as 0. (LAPACK: any completion.)
+    An axis longer than ``max_dim`` has no basis; a vector has a basis only with ``vectors=True``.
+    ``merge``: axes are merged from left to right while their product is at most ``max_dim``, without axes of size 1.
     ``refresh=True`` renews the bases, by eigenvectors at the first update; ``refresh=False`` keeps them.
 
 What is determined
     Signs and order of columns change no direction. Within an eigenspace of dimension above 1, however, another basis
-    gives another run, for V is no tensor. The longer side of a matrix m x n with ``|m - n| >= 2`` has a null space of
-    dimension ``|m - n|`` at t = 1, so that its run depends on the eigensolver. That is no error of either.
+    gives another run, because V is no tensor. The longer side of a matrix m x n with ``|m - n| >= 2`` has a null space
+    of dimension ``|m - n|`` at t = 1, so its run depends on the eigensolver. Two such runs are both right.
 
 Coincides with (each a test)
-    No axis with a basis, or ``refresh=False`` from the first update on: `Adam`, fed G_2, G_3, ...
+    No axis with a basis, or ``refresh=False`` from the first update on: `Adam` with the gradients G_2, G_3, ...
     ``update_first``, "corrected", t = 1: U diag(s / (s + eps)) V^T of G = U diag(s) V^T; `Muon`'s polar factor for eps
     to 0.
     Rotations of the axes with a basis rotate the directions.
@@ -86,13 +86,13 @@ class SOAPState(NamedTuple):
     """State of `SOAP`; d_1, ..., d_k are the parameter's axes after merging."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     m: Array
     """M_t, the parameter's shape."""
     v: Array
     """V_t, (..., d_1, ..., d_k)."""
     grams: Bases
-    """L_i, (..., d_i, d_i), one per axis; None for an axis without a basis, () where none has one."""
+    """L_i, (..., d_i, d_i), one per axis; None for an axis without a basis, () if no axis has a basis."""
     bases: Bases
     """Q_i, the same shapes."""
     rms: Array | None
@@ -100,7 +100,7 @@ class SOAPState(NamedTuple):
 
 
 class SOAPScalars(NamedTuple):
-    """What `SOAP.update` needs of the step's number t; s is t - 1, or t with ``order="update_first"``."""
+    """Values of `SOAP.scalars`, of the update's number t alone; s is t - 1, or t with ``order="update_first"``."""
 
     first: Scalar
     """1 at t = 1, else 0."""
@@ -115,25 +115,26 @@ class SOAPScalars(NamedTuple):
 
 
 class SOAPReport(NamedTuple):
-    """What `SOAP.diagnose` returns; the tuples have an entry for each axis with a basis."""
+    """The report of `SOAP.diagnose`; the tuples have an entry for each axis with a basis."""
 
     rayleigh: tuple[Array, ...]
     """q_j^T L q_j, (..., d_i)."""
     off_diagonal: tuple[Array, ...]
-    """Frobenius norm of Q^T L Q outside its diagonal, relative to that of L, (...): 0 for the eigenbasis."""
+    """Frobenius norm of Q^T L Q outside its diagonal over the norm of L, (...): 0 for the eigenbasis."""
     orthogonality: tuple[Array, ...]
     """Frobenius norm of Q^T Q - I, (...)."""
     denominator: Array
-    """What M' was divided by at the last update, (..., d_1, ..., d_k)."""
+    """Divisor of M' at the last update, (..., d_1, ..., d_k)."""
     finite: Array
-    """Whether the member's state is finite, (...); 0-D where no axis has a basis."""
+    """True if the state of the stack member is finite, (...); 0-D if no axis has a basis."""
 
 
 class SOAP(Method):
     """SOAP (Vyas et al., 2024, arXiv 2409.11321, and the authors' code) for parameters of any shape.
 
-    ``beta1``, ``beta2``, ``shampoo_beta`` are decays (weights of the *old* term). The authors' weight decay comes after
-    the step; that of `Optimizer` before it.
+    ``beta1``, ``beta2``, ``shampoo_beta`` are decays (weights of the *old* term). The authors apply weight decay after
+    the step, `Optimizer` applies it before the step.
+    Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
     """
 
     beta1: float = real("beta_1, decay of the averaged gradient", default=0.95, ge=0, lt=1)
@@ -172,7 +173,7 @@ class SOAP(Method):
 
     @staticmethod
     def nvidia() -> SOAP:
-        """The form of NVIDIA's Emerging-Optimizers (legacy ``SOAP``), whose V stays when columns move."""
+        """The form of NVIDIA's Emerging-Optimizers (legacy ``SOAP``), which does not permute V with the columns."""
         return SOAP(
             beta1=0.9, eps_position="corrected", every=1, order="update_first", sort="after", second_moment="keep"
         )
@@ -182,19 +183,22 @@ class SOAP(Method):
             raise ValueError("channels_last=True needs merge=True: without merging the order of axes changes nothing")
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
-        """What has two axes or more, with ``vectors`` also what has one."""
+        """Return True for parameters of two axes or more; with ``vectors`` also for vectors."""
         return len(shape) >= (1 if self.vectors else 2)
 
     def overruled(self, refresh: Any) -> Any:
-        """Any bool: the bases are always kept."""
+        """Return ``refresh``, any bool: the bases are always kept."""
         return check_refresh(refresh)
 
     def axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """d_1, ..., d_k of a parameter of ``shape``."""
+        """Return d_1, ..., d_k of a parameter of ``shape``."""
         return self._layout(shape)[1]
 
     def _layout(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
-        """The shape with its axes in order, and merged; whether each axis has a basis. If none has: as it is, ()."""
+        """Return the shape with its axes in order, the merged shape, and for each axis whether it has a basis.
+
+        If no axis has a basis, the shape does not change and the last value is ().
+        """
         moved = dims = shape
         if self.merge:
             if self.channels_last and len(shape) == 4:
@@ -281,7 +285,7 @@ class SOAP(Method):
         return clamp(corrected, self.eps, xp=xp) if is_python_number(self.eps) else xp.maximum(corrected, self.eps)
 
     def _renewed(self, g: Array, grams: Bases, bases: Bases, v: Array, now: Now) -> tuple[Bases, Bases, Array]:
-        """New statistics; new bases and V where due."""
+        """Return the new statistics, and the bases and V, which are new if a refresh is due."""
         xp, decay = now.xp, self.beta2 if self.shampoo_beta is None else self.shampoo_beta
         grams = tuple(gram if gram is None else self._statistic(gram, g, i, decay, now) for i, gram in enumerate(grams))
 
@@ -301,7 +305,7 @@ class SOAP(Method):
         return ema(gram, unfolded @ now.xp.matrix_transpose(unfolded), decay)  # (L)
 
     def _refreshed(self, gram: Array, old: Array, now: Now) -> tuple[Array, Array | None]:
-        """The new basis, and the permutation of the slots; None if they stay."""
+        """Return the new basis, and the permutation of the columns; None if they keep their order."""
         xp, presorted, order = now.xp, self.sort == "before", None
         start = old
         if presorted:
@@ -320,7 +324,7 @@ class SOAP(Method):
         return new, order
 
     def _relabelled(self, v: Array, axis: int, old: Array, new: Array, order: Array | None, xp: Namespace) -> Array:
-        """V in the slots of the new columns."""
+        """Return V in the order of the new columns, or rotated."""
         if self.second_moment == "rotate":
             turn = xp.matrix_transpose(new) @ old
             return multiply(v, turn * turn, axis, xp)
@@ -329,7 +333,7 @@ class SOAP(Method):
         return multiply(v, xp.matrix_transpose(order), axis, xp)  # (R3)
 
     def _arranged(self, x: Array, stack: int, xp: Namespace) -> Array:
-        """A parameter's array with the axes of V."""
+        """Return an array of the parameter's shape with the axes of V."""
         shape = tuple(x.shape[stack:])
         moved, dims, _ = self._layout(shape)
         if moved != shape:
@@ -337,7 +341,7 @@ class SOAP(Method):
         return x if dims == moved else xp.reshape(x, (*x.shape[:stack], *dims))
 
     def _restored(self, x: Array, like: Array, stack: int, xp: Namespace) -> Array:
-        """The opposite of `_arranged`."""
+        """Return an array with the axes of V in the parameter's shape, the inverse of `_arranged`."""
         shape = tuple(like.shape[stack:])
         moved, dims, _ = self._layout(shape)
         if dims != moved:
@@ -345,7 +349,7 @@ class SOAP(Method):
         return x if moved == shape else xp.moveaxis(x, stack + 1, stack + 3)
 
     def report(self, state: SOAPState, finite: Array, xp: Namespace) -> SOAPReport:
-        """How near the bases are to eigenvectors and to orthogonality; the denominator."""
+        """Return how near the bases are to eigenvectors and to orthogonality, and the denominator."""
         pairs = [(gram, q) for gram, q in zip(state.grams, state.bases, strict=True) if gram is not None]
         rayleigh = tuple(xp.sum(q * (gram @ q), axis=-2) for gram, q in pairs)
         outside = tuple(orthogonal.outside(gram, q, xp) for gram, q in pairs)
@@ -357,7 +361,7 @@ class SOAP(Method):
 
 
 def _merged(shape: tuple[int, ...], bound: int) -> tuple[int, ...]:
-    """Axes merged from left to right while their product is at most ``bound``."""
+    """Return the axes, merged from left to right while their product is at most ``bound``."""
     found, product = [], 1
     for d in shape:
         if product * d <= bound:
@@ -371,5 +375,5 @@ def _merged(shape: tuple[int, ...], bound: int) -> tuple[int, ...]:
 
 
 def _scaled(factor: Scalar, x: Array) -> Array:
-    """``factor x``, without a multiplication by 1."""
+    """Return ``factor x``, without a multiplication by 1."""
     return x if is_python_number(factor) and factor == 1 else factor * x

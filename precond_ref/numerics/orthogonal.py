@@ -182,9 +182,9 @@ def orthogonalized(
     """Return O of a matrix (..., m, n) by ``polynomials``, one triple for each step; zero stays zero.
 
     ``normalization`` chooses nu, with f = ``factor`` and e = ``eps``. "frobenius" and "spectral" are ``f norm + e``
-    with ``eps_rule="add"``, ``max(f norm, e)`` with "max". "schatten4" is ``sqrt(max(||N N^T||_F, e))``. "aol" divides row i
-    of the wide matrix by ``sqrt(max(sum_j |N N^T|_ij, e))``. With ``flipped`` (default: if m > n) the steps work on the
-    transpose. ``compute_dtype="bfloat16"`` rounds ``N / nu`` and the results of the steps to bfloat16.
+    with ``eps_rule="add"``, ``max(f norm, e)`` with "max". "schatten4" is ``sqrt(max(||N N^T||_F, e))``. "aol" divides
+    row i of the wide matrix by ``sqrt(max(sum_j |N N^T|_ij, e))``. With ``flipped`` (default: if m > n) the steps work
+    on the transpose. ``compute_dtype="bfloat16"`` rounds ``N / nu`` and the results of the steps to bfloat16.
     """
     xp = array_namespace(matrix) if xp is None else xp
     if 0 in matrix.shape:
