@@ -1,6 +1,6 @@
-"""Checking other implementations against this one: vectors of inputs and results, and what runs them.
+"""Checks of other implementations: vectors of inputs and results, and the code that runs them.
 
-``precond-ref check`` is the command; `check` the function. Needs NumPy and safetensors, the extra ``cli``.
+``precond-ref check`` is the command, `check` the function. They need NumPy and safetensors, the extra ``cli``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Two implementations against each other, where there are no vectors: on inputs that are made up.
+"""Comparison of two implementations on generated inputs, without vectors.
 
 Parameters and gradients are small whole numbers times a power of two. The changes of the parameter over all steps must
-agree to the relative error sqrt(u), 1e-8 in float64, beside the rounding of the parameter: an error of u in a statistic
-of condition number 1 / sqrt(u) makes as much. A method that decides which eigenvalues are zero (eps = 0) may need more.
+agree to the relative error sqrt(u), 1e-8 in float64, beside the rounding of the parameter. An error of u in a statistic
+of condition number 1 / sqrt(u) has this effect. A method that decides which eigenvalues are zero (eps = 0) may need a
+larger error.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from precond_ref.conformance.invariance import Broken
 from precond_ref.conformance.subjects import RAISED, Changed, Config, Subject, named, said
 
 SHAPES: tuple[tuple[int, ...], ...] = ((2, 2), (3, 2), (2, 4), (1, 3), (3,), (1,), (), (2, 3, 2))
-"""Of the parameter; those are tried that both take."""
+"""Shapes of the parameter; those that both implementations take are tried."""
 SCALES = (1.0, 2.0**-6, 2.0**6)
-"""Of the gradients."""
+"""Scales of the gradients."""
 MOST_STEPS = 6
 LR = 0.5
 
@@ -32,22 +33,22 @@ Start = Callable[[str], Subject]
 
 
 class Difference(NamedTuple):
-    """Inputs on which the two differ, as small as they were found, and what came of them."""
+    """The smallest inputs found on which the two differ, with their results."""
 
     param: np.ndarray
     grads: np.ndarray
     ratio: float
-    """Norm of the difference over what is allowed."""
+    """Norm of the difference over the tolerance."""
     got: Any
-    """Changes of the parameter by the first, (steps, *shape); text if it raised something."""
+    """Changes of the parameter by the first, (steps, *shape); the text of the error if it raised one."""
     want: Any
 
 
 class Pair:
-    """Two implementations, each a place such as ``mine:Fast(beta2=0.9)``; the second says what is right.
+    """Two implementations, each a place such as ``mine:Fast(beta2=0.9)``; the second one counts as right.
 
-    Both get the second's fields, the first also those in its own brackets. ``start(place)`` makes a subject of each; by
-    default in this process.
+    Both get the fields of the second, and the first also the fields in its own brackets. ``starts`` are two functions
+    that make a subject of a place, by default in this process. ValueError or ImportError for a place without a target.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Pair:
         self.subjects = made[0](place), made[1](truth)
 
     def updates(self, which: int, param: np.ndarray, grads: np.ndarray) -> np.ndarray:
-        """Changes of the parameter by one of the two, (steps, *shape)."""
+        """Return the changes of the parameter by one of the two, (steps, *shape)."""
         subject, x = self.subjects[which], np.array(param, self.dtype)
         subject.init(self.configs[which], [x.copy()])
         seen = [x.astype(np.float64)]
@@ -81,7 +82,7 @@ class Pair:
         return np.stack([a - b for a, b in itertools.pairwise(seen)])
 
     def distance(self, param: Any, grads: Any) -> tuple[float, Any, np.ndarray]:
-        """The norm of the difference over what is allowed, and the updates of both."""
+        """Return the norm of the difference over the tolerance, and the updates of both."""
         param, grads = np.asarray(param, np.float64), np.asarray(grads, np.float64)
         with np.errstate(all="ignore"):
             want = self.updates(1, param, grads)
@@ -97,9 +98,9 @@ class Pair:
         return (ratio if math.isfinite(ratio) else math.inf), got, want
 
     def shapes(self) -> tuple[list[tuple[int, ...]], dict[tuple[int, ...], str]]:
-        """Those of `SHAPES` that both take, and for those that the second alone takes, what the first says of it.
+        """Return the shapes of `SHAPES` that both take, and the error of the first for each that only the second takes.
 
-        ValueError if there are none of either.
+        ValueError if there is no shape of either kind.
         """
         usable, refused, reason = [], {}, ""
         for shape in SHAPES:
@@ -123,7 +124,7 @@ class Pair:
     def difference(
         self, shapes: list[tuple[int, ...]], *, seed: int = 0, examples: int = 100, on_input: Callable[[], Any] = int
     ) -> Difference | None:
-        """The smallest inputs found on which the two differ, if there are some; needs Hypothesis."""
+        """Return the smallest inputs found on which the two differ, or None; needs Hypothesis."""
         import hypothesis
         from hypothesis import Phase
         from hypothesis import strategies as st
@@ -152,7 +153,7 @@ class Pair:
         return found[-1] if found else None
 
     def script(self, found: Difference) -> str:
-        """A program that shows the difference."""
+        """Return a program that shows the difference."""
         options = f', dtype="{self.dtype}"' + (f', backend="{self.backend}"' if self.backend else "")
         options += f", names={self.names!r}" if self.names else ""
         return f"""from precond_ref.conformance.against import Pair
@@ -168,9 +169,9 @@ print({self.first!r}, got, {self.second!r}, want, f"{{ratio:.3g}} times the tole
 def configured(
     place: str, fields: Mapping[str, Any], own: Mapping[str, Any], *, same: bool = False
 ) -> tuple[Config, Config]:
-    """What the first and the second are given: all ``fields`` of the second, and the first ``own`` in addition.
+    """Return the configs of the first and the second: all ``fields`` of the second, and for the first also ``own``.
 
-    The ``same`` preset twice is given the same arguments: one of its arguments need not be the field of that name.
+    If both are the ``same`` preset, both get the same arguments, which need not be fields.
     """
     truth = registry.load(place, said)
     known: dict[str, Any] = dict(fields)
@@ -178,7 +179,7 @@ def configured(
         made = registry.Named(place, truth, fields).made()
         known = {name: getattr(made, name) for name in made.symbols}
     first, second = Config({**known, "lr": LR, **own}), Config({**fields, "lr": LR})
-    first.at_default = frozenset(known.keys() - fields.keys() - own.keys())  # what it may lack
+    first.at_default = frozenset(known.keys() - fields.keys() - own.keys())  # the fields that it may lack
     return first, second
 
 

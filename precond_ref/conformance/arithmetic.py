@@ -1,8 +1,8 @@
-"""What NumPy has for float64 but not for object arrays of mpmath numbers: one text then computes in both.
+"""Functions that NumPy has for float64 but not for object arrays of mpmath numbers, so that one text computes in both.
 
-Each function looks at its argument: mpmath computes object arrays and mpmath numbers, with the digits that are set
-(`DIGITS` for the vectors), NumPy anything else, in float64. The rest (``+ - * / @``, `where`, `stack`, `tensordot`,
-`maximum`, ...) NumPy does on both by itself. Numbers that float64 does not have exactly are written with `real`.
+Each function looks at its argument. mpmath computes object arrays and mpmath numbers, with the digits that are set
+(`DIGITS` for the vectors). NumPy computes anything else in float64. NumPy's other functions (``+ - * / @``, `where`,
+`stack`, `tensordot`, `maximum`, ...) work on both. Numbers that float64 does not have exactly are written with `real`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ Array = Any  # float64, or objects that are mpmath numbers
 
 DIGITS = 50
 TINY = 1e-40
-"""What is below this in 50 digits, relative to the largest of its kind, is zero blurred by rounding."""
+"""A number below this in 50 digits, relative to the largest of its kind, is a zero with rounding errors."""
 BITS = 130
-"""What is the same to so many, is the same: fewer than those digits have, far more than float64 has."""
+"""Numbers that are equal to so many bits count as equal: 50 digits have more bits, float64 has far fewer."""
 
 
 def is_exact(value: Any) -> bool:
-    """Whether a value is computed by mpmath."""
+    """Return whether a value is computed by mpmath."""
     return getattr(getattr(value, "dtype", None), "kind", "") == "O" or hasattr(value, "_mpf_")
 
 
 def number(value: Any) -> Any:
-    """The mpmath number with exactly this value; a `Fraction` with the digits that are set."""
+    """Return the mpmath number with exactly this value; a `Fraction` has the digits that are set."""
     import mpmath as mp
 
     if isinstance(value, Fraction):
@@ -36,7 +36,7 @@ def number(value: Any) -> Any:
 
 
 def exact(values: Any) -> Array:
-    """Object array of mpmath numbers with exactly these values."""
+    """Return an object array of mpmath numbers with exactly these values."""
     values = np.asarray(values)
     out = np.empty(values.shape, dtype=object)
     out.reshape(-1)[:] = [number(v) for v in values.reshape(-1)]
@@ -44,13 +44,13 @@ def exact(values: Any) -> Array:
 
 
 def array(value: Any) -> Array:
-    """A copy: float64, or exact if ``value`` is."""
+    """Return a copy of ``value``: float64, or exact if ``value`` is exact."""
     value = np.asarray(value)
     return exact(value) if value.dtype == object else np.array(value, np.float64)
 
 
 def rounded(values: Array) -> np.ndarray:
-    """float64, each entry rounded once; what only inexact arithmetic keeps from being zero, or from a tie, is that."""
+    """Return float64, each entry rounded once; a zero or a tie up to the rounding of the 50 digits becomes exact."""
     import mpmath as mp
 
     flat = exact(values).reshape(-1)
@@ -60,12 +60,12 @@ def rounded(values: Array) -> np.ndarray:
 
 
 def real(value: float | Fraction, like: Any) -> Any:
-    """A number in the arithmetic of ``like``: a float with its exact value, a `Fraction` with all digits."""
+    """Return a number in the arithmetic of ``like``: a float with its exact value, a `Fraction` with all digits."""
     return number(value) if is_exact(like) else float(value)
 
 
 def sqrt(x: Any) -> Any:
-    """Square root of each entry."""
+    """Return the square root of each entry."""
     if not is_exact(x):
         return np.sqrt(x)
     import mpmath as mp
@@ -74,29 +74,29 @@ def sqrt(x: Any) -> Any:
 
 
 def power(x: Any, exponent: float | Fraction) -> Any:
-    """``x ** exponent`` for each entry."""
+    """Return ``x ** exponent`` for each entry."""
     return x ** real(exponent, x)
 
 
 def norm(x: Array, order: Any = None) -> Any:
-    """Frobenius norm; ``order=2``: the largest singular value."""
+    """Return the Frobenius norm; ``order=2``: the largest singular value."""
     if not is_exact(x):
         return np.linalg.norm(x, order)
     return svd(x)[1][0] if order == 2 else sqrt(np.sum(x * x))
 
 
 def all_finite(x: Array) -> bool:
-    """Whether all entries are finite; mpmath's always are, for it refuses to divide by zero."""
+    """Return whether all entries are finite. Those of mpmath always are, because it refuses to divide by zero."""
     return is_exact(x) or bool(np.all(np.isfinite(x)))
 
 
 def spacing(x: Array) -> float:
-    """Of the arithmetic at 1: what a decision on rank multiplies."""
+    """Return the spacing of the arithmetic at 1, the unit of decisions on rank."""
     return TINY if is_exact(x) else float(np.finfo(float).eps)
 
 
 def eigh(matrix: Array) -> tuple[Array, Array]:
-    """Eigenvalues (d,), ascending, and eigenvectors (d, d), as columns, of a symmetric matrix."""
+    """Return eigenvalues (d,), ascending, and eigenvectors (d, d), as columns, of a symmetric matrix."""
     if not is_exact(matrix):
         w, q = np.linalg.eigh(matrix)
         return w, q
@@ -108,7 +108,7 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
 
 
 def svd(matrix: Array) -> tuple[Array, Array, Array]:
-    """Thin singular value decomposition: U (m, k), s (k,) descending, V^T (k, n), with k = min(m, n)."""
+    """Return the thin singular value decomposition: U (m, k), s (k,) descending, V^T (k, n), with k = min(m, n)."""
     if not is_exact(matrix):
         u, s, vt = np.linalg.svd(matrix, full_matrices=False)
         return u, s, vt

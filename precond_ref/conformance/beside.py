@@ -1,11 +1,11 @@
-"""The reference beside a subject, on inputs that are made up: what a few small cases cannot show.
+"""The reference beside a subject on generated inputs, for mistakes that a few small cases cannot show.
 
-Truth is the method itself in float64. What rounding may do is measured twice: the method in float32 departs from it by
-an error that is in proportion to the unit roundoff, so that error times the quotient of the unit roundoffs is about
-what another order of the same operations does in the precision of the run; and a decomposition errs like gradients
-that are shaken by a unit roundoff of their size, which also shows what nothing determines (the basis of an eigenvalue
-that occurs twice). `FACTOR` times the larger is allowed, beside ``u ** DIGITS`` of the step. Steps for which this is
-more than `WORST` are left out: they cannot judge.
+The truth is the method itself in float64. The effect of rounding is measured in two ways. The error of the method in
+float32 is in proportion to the unit roundoff. So this error times the quotient of the unit roundoffs is about the
+effect of another order of the same operations in the precision of the run. And the error of a decomposition is like the
+effect of gradients that are shaken by a unit roundoff of their size. This also shows results that are not determined
+(the basis of an eigenvalue that occurs twice). `FACTOR` times the larger of the two is allowed, beside ``u ** DIGITS``
+of the step. Steps for which this is more than `WORST` cannot be judged, and are left out.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ if TYPE_CHECKING:
     from precond_ref.conformance.vectors import Case
 
 FACTOR = 256.0
-"""Times the error of another precision, scaled, is allowed."""
+"""The tolerance is this factor times the scaled error of another precision."""
 DIGITS = 0.7
-"""Share of the digits that are compared of steps that are well-conditioned by their making."""
+"""Share of the digits that are compared, for steps that are well-conditioned by construction."""
 FEW_DIGITS = 0.43
-"""Of others."""
+"""Share of the digits that are compared, for other steps."""
 WORST = 1e-2
-"""Of a step's length: what no input may be allowed."""
+"""Largest tolerance of any input, as a share of the length of the step."""
 STEEP = 1e4
-"""Condition number of a case, of those whose hyperparameters are tried."""
+"""Largest condition number of a case whose hyperparameters are tried."""
 LARGEST = 1e6
-"""Of a parameter's entries: a run that diverges is not followed further."""
+"""Largest entry of a parameter: a run that diverges further is not followed."""
 STEPS = {False: 150, True: 2000}
-"""Of a long run, by whether the check is deep."""
+"""Number of steps of a long run, for a plain and a deep check."""
 CONFIGS = {False: 5, True: 20}
-"""Configurations that are tried."""
+"""Number of configurations that are tried, for a plain and a deep check."""
 MOST_STATE, LONGEST = 1_000_000, 600
-"""Numbers in the state of a shape that is tried; and its longest side, which a subject may decompose whole."""
+"""Largest size of the state of a shape that is tried, and its longest side, which a subject may decompose whole."""
 SHAPES: tuple[tuple[int, ...], ...] = (
     (), (40,), (4500,), (40, 5), (5, 40), (24, 24), (70, 64), (9, 10, 3), (3, 2, 5, 2), (17, 2, 3, 2),
 )  # fmt: skip
 LARGER: tuple[tuple[int, ...], ...] = ((300, 20), (20, 300), (130, 140), (35, 4, 40), (2, 1, 2, 3, 2))
-"""Tried too if the check is deep."""
+"""Shapes that only a deep check tries."""
 BASE: Mapping[int, tuple[tuple[int, ...], ...]] = {0: ((),), 1: ((6,),), 2: ((6, 4), (4, 6)), 3: ((3, 4, 2),)}
 """Shapes for gradients of special sizes, by their number of axes."""
 VALUES = (0.8125, 0.90625, 0.6875, 0.59375, 0.78125, 0.71875)
-"""For fields from 0.5 to 1: all different, none of them 1 - x = x, exact in every precision."""
+"""Values of fields from 0.5 to 1: all different, none of them 1/2, exact in every precision."""
 
 
 class Nothing(Exception):
-    """There is nothing to try: no result."""
+    """Raised if there is nothing to try; the check then has no result."""
 
 
 @dataclass
@@ -74,21 +74,21 @@ class Plan:
     grads: list[list[np.ndarray | None]]
     """One list per parameter, with None where it has no gradient."""
     likely: str = ""
-    """The mistake to look for."""
+    """The mistake to look for, in words."""
     changes: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    """What is given to ``change`` before a step, counted from 0: factors of lr and weight_decay, and a group."""
+    """Arguments of ``change`` before a step, counted from 0: factors of lr and weight_decay, and a group."""
     group: Sequence[int] = ()
     """The group of each parameter."""
     other: Config | None = None
-    """Of the second group, if it is not ``config``."""
+    """Config of the second group, if it is not ``config``."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Given to the subject's ``init``."""
+    """Options of the subject's ``init``."""
     digits: float = DIGITS
     """Share of the digits that are compared."""
 
 
 def config_with(case: Case, **changed: Any) -> Config:
-    """What a subject is given for a case, with some fields changed; ValueError or TypeError if the method refuses."""
+    """Return the config of a case with some fields changed; ValueError or TypeError if the method refuses it."""
     config = results.config_of(case)
     config.update(changed)
     fields = {name: value for name, value in changed.items() if name in case.make().symbols}
@@ -107,7 +107,7 @@ def _changed(case: Case, fields: Mapping[str, Any]) -> Method:
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
-    """Normal numbers."""
+    """Return normal numbers."""
     return np.random.default_rng(seed).standard_normal(shape)
 
 
@@ -115,22 +115,22 @@ def random(seed: int, *shape: int) -> np.ndarray:
 
 
 class Path(NamedTuple):
-    """What determines the reference's path of one parameter: equal ones are followed once."""
+    """Everything that determines the path of one parameter under the reference: equal paths are followed once."""
 
     method: Method
     rates: tuple[tuple[float, float], ...]
     """Learning rate and weight decay of each step."""
     dtype: str
-    """The method computes in it; the parameter is kept in float64."""
+    """Dtype of the method's arithmetic; the parameter is kept in float64."""
     shaken: tuple[float, ...]
-    """Shares of their size that gradients are shaken by: one member of a stack for each."""
+    """Shares of their size by which gradients are shaken: one stack member for each."""
     shape: tuple[int, ...]
     start: bytes
     grads: tuple[bytes | None, ...]
 
 
 def path(plan: Plan, i: int, dtype: str, applied: Sequence[str], *shaken: float) -> Path:
-    """Path of parameter ``i`` of the plan, where changes of the values ``applied`` have an effect."""
+    """Return the path of parameter ``i`` of the plan, in which changes of the values ``applied`` have an effect."""
     config = plan.other if plan.other and plan.group[i] else plan.config
     method, lr = config.method, config["lr"]
     decay, rates = method.weight_decay if method.decays else config.get("weight_decay", 0.0), []
@@ -147,7 +147,7 @@ def path(plan: Plan, i: int, dtype: str, applied: Sequence[str], *shaken: float)
 
 @functools.lru_cache(maxsize=4096)
 def followed(path: Path) -> np.ndarray:
-    """Changes of the parameter at each step, (members, steps, *shape)."""
+    """Return the changes of the parameter at each step, (members, steps, *shape)."""
     method, shape = path.method, path.shape
     exact = np.stack([np.frombuffer(path.start).reshape(shape)] * len(path.shaken))
     state, out = method.init(exact.astype(path.dtype), stack_ndim=1), np.zeros((len(path.grads), *exact.shape))
@@ -167,7 +167,7 @@ def followed(path: Path) -> np.ndarray:
 
 
 def compare(trial: Trial, plan: Plan) -> str:
-    """Where the subject departs from the reference; `Nothing` if the input cannot judge."""
+    """Return in words where the subject departs from the reference, or ""; `Nothing` if the input cannot be judged."""
     dtype, u, subject = trial.dtype, tolerance.UNIT_ROUNDOFF, trial.subject
     plan.params = [np.array(p, dtype).astype(np.float64) for p in plan.params]
     plan.grads = [[None if g is None else np.array(g, dtype).astype(np.float64) for g in gs] for gs in plan.grads]
@@ -214,7 +214,7 @@ def compare(trial: Trial, plan: Plan) -> str:
 
 
 def first_fault(trial: Trial, plans: Iterator[Plan]) -> str:
-    """The first departure; `Nothing` if no plan could be tried, and notes for those that were refused."""
+    """Return the first departure, or ""; `Nothing` if no plan could be tried. Refused plans become notes."""
     tried, refused = False, ""
     for plan in plans:
         if time.monotonic() > trial.deadline:
@@ -228,7 +228,7 @@ def first_fault(trial: Trial, plans: Iterator[Plan]) -> str:
             continue
         except NotImplementedError as error:
             refused = refused or words(error)
-        except RAISED as error:  # loud; what the method asks for is among the cases
+        except RAISED as error:  # a loud refusal; the cases already ask for all that the method needs
             trial.report.notes.append(f"{plan.what}: {said(error)}")
             tried = True
     if not tried:
@@ -242,7 +242,7 @@ def first_fault(trial: Trial, plans: Iterator[Plan]) -> str:
 
 
 def chosen(trial: Trial) -> list[Case]:
-    """Cases that the subject has right, of different hyperparameters: those first that bring most values not seen."""
+    """Return cases that the subject has right, first those with the most values of hyperparameters not seen before."""
     firm = [c for c in trial.right if c.tier != "may"] or trial.right  # "may" has iterations that need not converge
     different = {repr((c.config, c.lr, c.decay)): c for c in reversed(firm)}
     left = [*reversed(different.values())]
@@ -263,9 +263,9 @@ def chosen(trial: Trial) -> list[Case]:
 
 
 def _regular(case: Case) -> bool:
-    """Whether it has every ridge, and these are meant for gradients of about the size of those that are made here.
+    """Return whether the case has every ridge, of a size for the gradients that are generated here.
 
-    Not if a centred average is corrected: the root of a variance that is zero at the first step, but for rounding.
+    False if a centred average is corrected: its variance is zero at the first step, up to rounding.
     """
     method = case.make()
     ridges = [getattr(method, name, 1) for name in ("eps", "damping", "delta", "graft_eps")]
@@ -274,7 +274,7 @@ def _regular(case: Case) -> bool:
 
 
 def _takes(method: Method, shape: tuple[int, ...]) -> bool:
-    """Whether the method has a state of a bearable size for the shape."""
+    """Return whether the method takes the shape with a state that is not too large."""
     low, high = method.ndims
     if not low <= len(shape) <= high or (not method.elementwise and max(shape, default=0) > LONGEST):
         return False
@@ -286,7 +286,7 @@ def _takes(method: Method, shape: tuple[int, ...]) -> bool:
 
 
 def _shapes(trial: Trial, case: Case, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Those with as many axes as some right case has; any, if each entry stands for itself."""
+    """Return the shapes with as many axes as some right case; all shapes for an elementwise method."""
     method, known = case.make(), {len(c.shape) for c in trial.right}
     axes = {len(case.shape)} if type(method).name.startswith("MBF") else known
     return [s for s in shapes if (method.elementwise or len(s) in axes) and _takes(method, s)]
@@ -297,7 +297,7 @@ def _plan(what: str, config: Config, shape: tuple[int, ...], grads: np.ndarray, 
 
 
 def inputs(trial: Trial) -> str:
-    """Ordinary gradients, not exact in single precision as those of the cases."""
+    """Try ordinary gradients, which are not exact in single precision, unlike those of the cases."""
 
     def plans() -> Iterator[Plan]:
         for k, case in enumerate(chosen(trial) * trial.seeds):
@@ -309,7 +309,7 @@ def inputs(trial: Trial) -> str:
 
 
 def _at_defaults(trial: Trial) -> Iterator[tuple[Case, Config]]:
-    """A right case with the method's own defaults in the place of its hyperparameters, but for those of its shape."""
+    """Yield a right case with the method's defaults instead of its hyperparameters, except those of its shape."""
     for case in trial.right:
         given = results.config_of(case)
         own = {k: v for k, v in results.defaults(case.constructor).items() if k in given and k not in given.at_default}
@@ -323,7 +323,7 @@ def _at_defaults(trial: Trial) -> Iterator[tuple[Case, Config]]:
 
 
 def long_run(trial: Trial) -> str:
-    """Hundreds of small steps."""
+    """Try hundreds of small steps."""
 
     def plans() -> Iterator[Plan]:
         for case, config in _at_defaults(trial):
@@ -345,7 +345,7 @@ def long_run(trial: Trial) -> str:
 
 
 def shapes(trial: Trial) -> str:
-    """Larger parameters than those of the cases, long and flat ones, and ones of more axes."""
+    """Try parameters that are larger than those of the cases, long, flat, or of more axes."""
 
     def plans() -> Iterator[Plan]:
         for k, case in enumerate(chosen(trial)[: 1 if trial.slow else None if trial.deep else 3]):
@@ -360,11 +360,11 @@ def shapes(trial: Trial) -> str:
 
 
 AXES: tuple[tuple[int, ...], ...] = ((), (5,), (4, 3), (3, 4), (3, 2, 2), (2, 1, 3, 2))
-"""Shapes with which every configuration is tried."""
+"""Shapes for every configuration."""
 
 
 def axes(trial: Trial) -> str:
-    """Every configuration with parameters of several shapes at once, where it has one with weight decay."""
+    """Try every configuration on parameters of several shapes at once, with weight decay if it has weight decay."""
     decays = "weight_decay" in trial.fields or any(case.decay for case in trial.right)
     different = {repr((c.config, c.lr, c.decay)): c for c in reversed(trial.right) if c.tier != "may" and _regular(c)}
 
@@ -389,7 +389,7 @@ def axes(trial: Trial) -> str:
 
 
 def _spread(g: np.ndarray) -> np.ndarray:
-    """The gradient with singular values from 1 to 1e-4 in its first unfolding; entries of these sizes without one."""
+    """Return the gradient with singular values from 1 to 1e-4 in its first unfolding; a vector has such entries."""
     if g.ndim < 2:
         return g * 10.0 ** -np.linspace(0, 4, g.size).reshape(g.shape)
     u, s, vt = np.linalg.svd(g.reshape(g.shape[0], -1), full_matrices=False)
@@ -418,7 +418,7 @@ KINDS: Mapping[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
 
 
 def sizes(trial: Trial) -> str:
-    """Gradients that are tiny, large, sparse, or of entries or singular values of many sizes."""
+    """Try gradients that are tiny, large, sparse, or have entries or singular values of many sizes."""
 
     def plans() -> Iterator[Plan]:
         for k, case in enumerate(chosen(trial) * trial.seeds):
@@ -436,7 +436,7 @@ def sizes(trial: Trial) -> str:
 
 
 def _others(case: Case, names: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Other values of fields, one at a time, and of all real ones at once."""
+    """Yield other values of fields, one at a time, and of all real fields at once."""
     method = case.make()
     given = {name: case.config.get(name, getattr(method, name)) for name in method.symbols}
     real: dict[str, Any] = {}
@@ -459,7 +459,7 @@ def _others(case: Case, names: set[str]) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def values(trial: Trial) -> str:
-    """Other values of the hyperparameters that the subject takes than those of the cases."""
+    """Try values of the subject's hyperparameters that the cases do not have."""
     varied: dict[str, set[str]] = {}
     for case in trial.right:
         for name, value in {**case.config, "lr": case.lr, "weight_decay": case.decay}.items():
@@ -482,7 +482,7 @@ def values(trial: Trial) -> str:
 
 
 def many(trial: Trial) -> str:
-    """Fourteen parameters, of several shapes where the method takes them."""
+    """Try fourteen parameters, of several shapes if the method takes them."""
 
     def plans() -> Iterator[Plan]:
         case = chosen(trial)[0]
@@ -499,7 +499,7 @@ def many(trial: Trial) -> str:
 
 
 def _decaying(trial: Trial) -> list[Case]:
-    """Right cases, first one with weight decay."""
+    """Return right cases, one with weight decay first."""
     picked = chosen(trial)
     wanted = [c for c in trial.right if c.decay or c.config.get("weight_decay")]
     if not wanted and "weight_decay" in trial.fields:
@@ -508,13 +508,13 @@ def _decaying(trial: Trial) -> list[Case]:
 
 
 def _stale(trial: Trial) -> list[Case]:
-    """A right case that renews something now and then."""
+    """Return a right case that does not renew its roots at every update, if there is one."""
     found = (c for c in trial.right if c.tier != "may" and _regular(c) and (c.config.get("every") or 1) > 1)
     return [*itertools.islice(found, 1)]
 
 
 def schedule(trial: Trial) -> str:
-    """The learning rate and the weight decay change during the run."""
+    """Try a learning rate and a weight decay that change during the run."""
     if not hasattr(trial.subject, "change"):
         raise Nothing
 
@@ -531,7 +531,7 @@ def schedule(trial: Trial) -> str:
 
 
 def group_values(trial: Trial) -> str:
-    """Two groups, the second with another learning rate, weight decay, or other value."""
+    """Try two groups, the second with another learning rate, weight decay or other value."""
 
     def plans() -> Iterator[Plan]:
         for k, case in enumerate(_decaying(trial)[:2]):
@@ -563,7 +563,7 @@ def group_values(trial: Trial) -> str:
 
 
 def sometimes(trial: Trial, **options: Any) -> str:
-    """Three parameters: one is frozen for some steps, one has no gradient every other step."""
+    """Try three parameters: one is frozen for some steps, one has no gradient at every other step."""
 
     def plans() -> Iterator[Plan]:
         for k, case in enumerate([*_decaying(trial)[:2], *_stale(trial)]):
@@ -586,7 +586,7 @@ def sometimes(trial: Trial, **options: Any) -> str:
 
 
 def habit(trial: Trial, names: Sequence[str], likely: str) -> str:
-    """The same steps in another way of using a torch optimizer, one of `habits.HABITS`."""
+    """Try the same steps in other ways of using a torch optimizer, ``names`` of `habits.HABITS`."""
     case, messages = _decaying(trial)[0], []
     shapes = [case.shape, case.shape, *_shapes(trial, case, [(3, 2, 4)])]
     for name in names:
@@ -611,7 +611,7 @@ def habit(trial: Trial, names: Sequence[str], likely: str) -> str:
 
 
 def engine(trial: Trial, what: str, **options: Any) -> str:
-    """The same steps by another engine."""
+    """Try the same steps with an option of the subject that chooses another engine."""
 
     def plans() -> Iterator[Plan]:
         case = _decaying(trial)[0]

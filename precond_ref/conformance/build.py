@@ -1,4 +1,4 @@
-"""Writes the conformance vectors: the cases' results by the second implementation (`variants`) with 50 digits."""
+"""Builder of the conformance vectors: results of the cases by the second implementation (`variants`) with 50 digits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from precond_ref.conformance.variants import root_free, sketchy
 
 EXPONENTS = {"ASGO": 0.5, "KLShampoo": 0.5, "FullAdaGrad": 0.5, "Muon": 0.5, "NorMuon": 0.5, "AdaMuon": 0.5,
              "Shampoo": 0.5, "SAdaGrad": 0.5, "SShampoo": 0.5, "AdaFD": 1.0, "FDSON": 1.0, "RFDSON": 1.0}  # fmt: skip
-"""Total exponent p of the root by method, as in L^-1/4 G R^-1/4: 0.5; `exponent` knows the others."""
+"""Total exponent p of the root by method, such as 0.5 for L^-1/4 G R^-1/4; `exponent` has the others."""
 
 
 def build(folder: Path, on_case: Callable[[str, int, int], Any] = lambda name, done, total: None) -> None:
@@ -44,7 +44,7 @@ def build(folder: Path, on_case: Callable[[str, int, int], Any] = lambda name, d
 
 
 def manifest(version: int, entries: list[dict[str, Any]]) -> str:
-    """Of one version; from the second on with a line for each case."""
+    """Return the manifest of one version; from version 2 on it has a line for each case."""
     if version == 1:
         return json.dumps({"version": 1, "cases": entries}, indent=1, sort_keys=True, allow_nan=False) + "\n"
     lines = [json.dumps(entry, sort_keys=True, allow_nan=False, separators=(",", ":")) for entry in entries]
@@ -53,7 +53,7 @@ def manifest(version: int, entries: list[dict[str, Any]]) -> str:
 
 
 def described(case: Case) -> tuple[dict[str, Any], bytes]:
-    """Manifest entry and file content of a case."""
+    """Return the manifest entry and the file content of a case."""
     identifier = f"{case.method}/{case.name}"
     entry: dict[str, Any] = {
         "id": identifier,
@@ -109,12 +109,12 @@ def described(case: Case) -> tuple[dict[str, Any], bytes]:
 
 
 def precise(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with its floats as mpmath numbers."""
+    """Return the config with its floats as mpmath numbers."""
     return {name: number(value) if isinstance(value, float) else value for name, value in config.items()}
 
 
 def run(case: Case) -> variants.Trace:
-    """What the method does on a trace."""
+    """Run the method on a trace with 50 digits."""
     constructor = case.constructor or case.method
     return variants.walk(
         constructor.partition(".")[0] if case.fields else constructor,  # MBF.authors_code makes an MBF of these fields
@@ -129,7 +129,7 @@ def run(case: Case) -> variants.Trace:
 
 
 def exponent(case: Case) -> float:
-    """Total exponent of the root, 0 for none: each factor of a root-free method counts 1."""
+    """Return the total exponent of the root, 0 without a root; each factor of a root-free method counts 1."""
     if case.method in ("RFShampoo", "IFShampoo"):
         return float(len(root_free.factor_dims(case.shape[case.stack_ndim :], frozenset())))
     if case.method == "MBF":
@@ -138,7 +138,7 @@ def exponent(case: Case) -> float:
 
 
 def stale(case: Case) -> bool:
-    """Whether a root may be older than the statistic."""
+    """Return whether a root may be older than the statistic."""
     config = case.fields or case.config
     if case.method in ("SOAP", "EShampoo") or case.constructor == "Shampoo.production":  # of another gradient
         return True

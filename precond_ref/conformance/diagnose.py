@@ -16,46 +16,46 @@ if TYPE_CHECKING:
     from precond_ref.conformance.results import Report, Run
 
 SLACK = 30.0
-"""A variant agrees with the subject up to this many tolerances, for it may be worse conditioned than the method."""
+"""A variant agrees with the subject up to this many tolerances, because it may be worse conditioned than the method."""
 RIDGES = ("eps", "delta", "damping", "graft_eps")
 """Fields that keep a singular statistic away from 0/0."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """A variant, and how well it explains what was seen. NaN explains nothing."""
+    """A variant, and how well it explains the runs. A variant that gives NaN explains no case."""
 
     flags: tuple[str, ...]
     """Names of the deviations; empty for the method itself."""
     text: str
-    """The same as a sentence."""
+    """The deviations as a sentence."""
     error: float
-    """Largest normwise error over all steps of all cases it agrees with; NaN if it was not computed."""
+    """Largest normwise error over all steps of all cases that agree; NaN if it was not computed."""
     explained: int
-    """Cases that fail and that it explains, to `SLACK` tolerances."""
+    """Number of failed cases that it explains, to `SLACK` tolerances."""
     unexplained: tuple[str, ...] = ()
-    """Ids of the others that fail."""
+    """Ids of the failed cases that it does not explain."""
     contradicted: tuple[str, ...] = ()
-    """Ids of cases that pass, though it would fail them."""
+    """Ids of cases that passed, and would fail with this variant."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found."""
+    """The result of `diagnose`."""
 
     method: str
     cases: int
-    """Cases that ran."""
+    """Number of cases that ran."""
     matches: tuple[Match, ...]
-    """Variants that explain every case, the smallest error first; those of fewest flags only."""
+    """Variants that explain every case, with the fewest flags, the smallest error first."""
     nearest: Match | None = None
-    """If none does: the one that explains most cases, and at least half of those that fail."""
+    """Without such a variant: the one that explains most cases, if it explains at least half of the failed cases."""
     hints: tuple[str, ...] = ()
-    """What can be said without a match: the first quantity that departs, a constant factor."""
+    """Hints without a match: the first quantity that departs, a constant factor."""
     single: bool = False
-    """Whether the matches agree as far as single precision allows, and no further."""
+    """True if the matches agree only as far as single precision allows."""
     edges: str = ""
-    """Where alone it is wrong, if that is where the right step jumps: ``eps = 0``."""
+    """The edge, such as ``eps = 0``, if the subject is wrong only there; else ""."""
 
     def lines(self) -> list[str]:
         """Sentences for a person."""
@@ -152,19 +152,19 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
 
 
 MOST_SECONDS = 10.0
-"""Of processor time for pairs of mistakes, and then for the nearest: a mistake alone is found in less."""
+"""Limit of processor time for pairs of mistakes, and again for the nearest; a single mistake takes less."""
 MOST = 0.75
-"""Share of the cases in which single precision shows, where it is claimed: few results are exact in it."""
+"""Least share of the cases with errors for a verdict of single precision, in which few results are exact."""
 SINGLE = "What is left is of the size of single precision's rounding, in every case: something is computed in it."
 
 
 def _finite(run: Run) -> bool:
-    """Whether an update can be compared with anything."""
+    """Return whether some update of the run can be compared."""
     return bool((np.isfinite(run.params[1:]) & np.isfinite(run.params[:-1])).any())
 
 
 def _derived(runs: Sequence[Run], failing: frozenset[str], edges: str, dtype: str) -> Match | None:
-    """A mistake that no variant plays: later parameters treated differently, powers of eigenvalues below zero."""
+    """Return a mistake that no variant has: other treatment of later parameters, powers of eigenvalues below zero."""
     wrong = [run for run in runs if run.case.id in failing]
     method = {run.case.id: _members(run, dtype) for run in wrong}
     if wrong and all(len(ratios) > 1 and ratios[0] <= 1 for ratios in method.values()):
@@ -180,7 +180,7 @@ def _derived(runs: Sequence[Run], failing: frozenset[str], edges: str, dtype: st
 
 
 def _nan_of_zeros(run: Run) -> bool:
-    """Whether the first step that is not finite is one of gradients that were all zero so far."""
+    """Return whether all gradients up to the first step that is not finite were zero."""
     bad = next((t for t, params in enumerate(run.params[1:]) if not np.isfinite(params).all()), None)
     return bad is not None and not run.tensors["grads"][: bad + 1].any()
 
@@ -190,14 +190,14 @@ def _all_finite(run: Run) -> bool:
 
 
 def _members(run: Run, dtype: str) -> list[float]:
-    """Largest ratio of each parameter of a stack to the tolerance, against the method itself."""
+    """Return for each parameter of a stack its largest error over the tolerance, against the method itself."""
     want = _trace(run, frozenset(), run.case.steps)
     members = [slice(i, i + 1) for i in range(want.shape[1])]
     return [_distance(replace(run, params=run.params[:, one]), want[:, one], dtype)[1] for one in members]
 
 
 def edges(report: Report) -> str:
-    """The edges at which a subject fails that is right elsewhere; empty if it fails elsewhere too."""
+    """Return the edges at which alone a subject fails; "" if it fails elsewhere too."""
     failures, runs = report.failures, {run.case.id: run for run in report.runs}
     others = sum(r.status == "passed" and r.id in runs for r in report.results)
     if not failures or report.ended or report.unexpected_passes or report.unknown_xfails:
@@ -218,10 +218,10 @@ def edges(report: Report) -> str:
 
 
 def _at_edge(run: Run, step: int) -> bool:
-    """Whether a step is at an edge: of a singular statistic the zeros are left out, or the right step jumps.
+    """Return whether a step is at an edge: the zeros of a singular statistic are left out, or the right step jumps.
 
-    That is, a gradient changed by a millionth, each entry of an elementwise method's, changes its step by more than a
-    hundredth of the longest one.
+    A step jumps if a gradient changed by a millionth changes the step by more than a hundredth of the longest step. For
+    an elementwise method each entry is changed.
     """
     case, given = run.case, run.tensors["grads"][:step]
 
@@ -248,7 +248,7 @@ def _at_edge(run: Run, step: int) -> bool:
 def _search(
     runs: Sequence[Run], failing: frozenset[str], known: variants.Variants, dtype: str, size: int
 ) -> tuple[Match, ...]:
-    """Variants of so many flags that explain all runs to ``dtype``'s tolerance."""
+    """Return the variants of ``size`` flags that explain all runs to the tolerance of ``dtype``."""
     plain, found = max(error for error, _ in _explain(runs, frozenset(), dtype)), []
     end = time.process_time() + MOST_SECONDS
     enough = (0.5 if any(run.case.narrow for run in runs) else 0.1) * plain
@@ -266,9 +266,9 @@ def _search(
 
 
 def _greedy(runs: Sequence[Run], failing: frozenset[str], known: variants.Variants, dtype: str, pairs: bool) -> Match:
-    """The flag or pair that agrees with most cases, then the flag that does so together with it, and so on.
+    """Return the flag or pair that agrees with most cases, extended by the flag that adds most cases, and so on.
 
-    No flag at all if the method itself agrees with as many.
+    The result has no flag if the method itself agrees with as many cases.
     """
     best = _explained(runs, failing, known, frozenset(), dtype)
     assert best is not None
@@ -299,7 +299,7 @@ def _explained(
     dtype: str,
     beat: int = -1,
 ) -> Match | None:
-    """Which cases these flags agree with, in numbers; None if not with more than ``beat``."""
+    """Return the match of these flags with the cases; None if they agree with at most ``beat`` cases."""
     good, rest = [0.0], []
     for run in runs:
         error, ratio = _replayed(run, flags, dtype, 1)  # most variants end here
@@ -319,10 +319,10 @@ def _explained(
 
 
 def _single(runs: Sequence[Run], flags: frozenset[str]) -> float:
-    """Share of the cases with errors, if these are single precision's: of its size in all cases, and of either sign.
+    """Return the share of the cases with errors if these are the rounding of single precision, else 0.
 
-    In no case is one beyond its tolerance, or smaller than rounding makes it. And its steps are too long and too short:
-    a number added, however small, errs to one side. Else 0.
+    Then no error is above the tolerance of single precision, or smaller than its rounding. And some steps are too long
+    and some too short, because a constant, however small, would change all of them in one direction.
     """
     wrong, signs = 0, list[bool]()
     for run in runs:
@@ -346,7 +346,7 @@ def _single(runs: Sequence[Run], flags: frozenset[str]) -> float:
 
 
 def _explain(runs: Sequence[Run], flags: frozenset[str], dtype: str, stop: bool = False) -> list[tuple[float, float]]:
-    """For each run, the largest error of the variant and its ratio to the tolerance; with ``stop``, up to a failure."""
+    """Return for each run the variant's largest error and its ratio to the tolerance; ``stop``: up to a failure."""
     out = []
     if stop and not (first := _replayed(runs[0], flags, dtype, 1))[1] <= SLACK:  # most variants end here
         return [first]
@@ -358,7 +358,7 @@ def _explain(runs: Sequence[Run], flags: frozenset[str], dtype: str, stop: bool 
 
 
 def _trace(run: Run, flags: frozenset[str], steps: int) -> np.ndarray:
-    """Parameters (steps, members, *shape) of a variant on the first ``steps`` gradients of a run."""
+    """Return the parameters (steps, members, *shape) of a variant on the first ``steps`` gradients of a run."""
     case, grads = run.case, run.tensors["grads"][:steps]
     trace = variants.run(
         case.make(),
@@ -373,13 +373,13 @@ def _trace(run: Run, flags: frozenset[str], steps: int) -> np.ndarray:
 
 
 def _replayed(run: Run, flags: frozenset[str], dtype: str, steps: int) -> tuple[float, float]:
-    """`_distance` of a run from a variant on the first ``steps`` gradients."""
+    """Return `_distance` of a run from a variant on the first ``steps`` gradients."""
     return _distance(run, _trace(run, flags, steps), dtype)
 
 
 @np.errstate(over="ignore")  # a mistake may grow without bound
 def _distance(run: Run, params: np.ndarray, dtype: str) -> tuple[float, float]:
-    """Largest normwise error of the updates, and its largest ratio to the tolerance; NaN agrees with NaN."""
+    """Return the largest normwise error of the updates and its largest ratio to the tolerance; NaN agrees with NaN."""
     worst, worst_ratio = 0.0, 0.0
     want = np.concatenate([run.params[:1], params])
     for t in range(1, len(want)):
@@ -401,7 +401,7 @@ def _distance(run: Run, params: np.ndarray, dtype: str) -> tuple[float, float]:
 
 
 def _hints(report: Report) -> list[str]:
-    """The first departure, and what the lengths of the steps say."""
+    """Return the first departure, and a hint if only the lengths of the steps are wrong."""
     failed = [r for r in report.results if r.status == "failed" and r.gap]
     if not failed:
         return []

@@ -1,6 +1,6 @@
-"""Inputs that are not stored: dyadic numbers of splitmix64 (Steele, Lea, Flood, 2014), from a few words of a manifest.
+"""Inputs that are generated instead of stored: dyadic numbers of splitmix64 (Steele, Lea, Flood, 2014).
 
-*Vector format* in the documentation has the same in formulas, for other languages.
+*Vector format* in the documentation has the formulas, for other languages.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from precond_ref.conformance.arithmetic import norm
 
 GAMMA = 0x9E3779B97F4A7C15
 LOW = 11
-"""Bits that at most 53 leave for the exponent."""
+"""Number of bits for the exponent, beside at most 53 bits of the number."""
 
 
 def splitmix64(seed: int, count: int) -> np.ndarray:
-    """The first ``count`` outputs of the generator, uint64."""
+    """Return the first ``count`` outputs of the generator, uint64."""
     z = np.uint64(seed) + np.uint64(GAMMA) * np.arange(1, count + 1, dtype=np.uint64)  # all modulo 2^64
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -33,10 +33,10 @@ def tensor(
     exponents: Sequence[int] = (0, 0),
     factors: Mapping[str, Sequence[float]] | None = None,
 ) -> np.ndarray:
-    """Numbers of ``bits`` significant bits, none of them zero, in (-1, 1) times 2^e times a factor for each axis.
+    """Return numbers of ``bits`` significant bits, none of them zero, in (-1, 1) times 2^e times factors of the axes.
 
-    e is drawn from ``exponents[0]`` to ``exponents[1]``; ``factors`` has for an axis, named by its number, one for
-    each index along it.
+    e is drawn from ``exponents[0]`` to ``exponents[1]``. ``factors`` has for an axis, by its number, one factor for
+    each index along the axis.
     """
     z = splitmix64(seed, math.prod(shape))
     odd = 2 * (z >> np.uint64(64 - bits)).astype(np.int64) + 1 - 2**bits
@@ -49,10 +49,11 @@ def tensor(
 
 
 def folded(array: np.ndarray, fold: int) -> np.ndarray:
-    """``fold`` sums, each of the entries whose place (row-major) is the same modulo it, and the norm; (fold + 1).
+    """Return ``fold`` sums and the norm of the array, (fold + 1).
 
-    An array of at most ``fold`` entries is returned as it is, and so is any with ``fold=0``. An error of norm r has at
-    most the norm ``spread(...) * r`` here.
+    Each sum is over the entries whose row-major place is the same modulo ``fold``. An array of at most ``fold``
+    entries, and any array with ``fold=0``, is returned as it is. An error of norm r has at most the norm
+    ``spread(...) * r`` in the result.
     """
     if not folds(array.shape, fold):
         return array
@@ -62,10 +63,10 @@ def folded(array: np.ndarray, fold: int) -> np.ndarray:
 
 
 def folds(shape: tuple[int, ...], fold: int) -> bool:
-    """Whether a result of this shape is folded."""
+    """Return whether a result of this shape is folded."""
     return 0 < fold < math.prod(shape)
 
 
 def spread(shape: tuple[int, ...], fold: int) -> float:
-    """Largest factor by which `folded` makes an error longer."""
+    """Return the largest factor by which `folded` makes an error longer."""
     return math.sqrt(math.ceil(math.prod(shape) / fold) + 1) if folds(shape, fold) else 1.0

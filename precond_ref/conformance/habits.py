@@ -1,4 +1,4 @@
-"""Ways in which training loops use a torch optimizer. Whatever the way, the steps are the same."""
+"""Ways in which training loops use a torch optimizer; each must give the same steps."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Grads = Sequence[torch.Tensor | None]
 
 
 class Unfit(RuntimeError):
-    """What a training loop cannot work with."""
+    """Raised for an optimizer that a training loop cannot work with."""
 
 
 def assigned(optimizer: Any, params: list[Any], grads: Grads) -> None:
-    """Each gradient is a new tensor."""
+    """Make a step in which each gradient is a new tensor."""
     for p, g in zip(params, grads, strict=True):
         p.grad = g
     optimizer.step()
 
 
 def buffered(optimizer: Any, params: list[Any], grads: Grads) -> None:
-    """One tensor per parameter is the gradient in all steps, set to zero in between."""
+    """Make a step in which each parameter keeps one gradient tensor, which is set to zero between steps."""
     optimizer.zero_grad(set_to_none=False)
     for p, g in zip(params, grads, strict=True):
         if g is None or p.grad is None:
@@ -35,12 +35,12 @@ def buffered(optimizer: Any, params: list[Any], grads: Grads) -> None:
 
 
 def loss_of(params: list[Any], grads: Grads, share: float = 1.0) -> Any:
-    """A loss with these gradients."""
+    """Return a loss with these gradients, times ``share``."""
     return sum((share * p * g).sum() for p, g in zip(params, grads, strict=True) if g is not None)
 
 
 def accumulated(optimizer: Any, params: list[Any], grads: Grads) -> None:
-    """The gradient is the sum over two micro-batches."""
+    """Make a step whose gradient is the sum over two micro-batches."""
     optimizer.zero_grad()
     for share in (0.25, 0.75):
         loss_of(params, grads, share).backward()
@@ -48,7 +48,7 @@ def accumulated(optimizer: Any, params: list[Any], grads: Grads) -> None:
 
 
 def closed(optimizer: Any, params: list[Any], grads: Grads) -> None:
-    """``step(closure)``, in which the loss is computed."""
+    """Make a step by ``step(closure)``; the closure computes the loss."""
     calls = []
 
     def closure() -> Any:
@@ -68,7 +68,7 @@ def closed(optimizer: Any, params: list[Any], grads: Grads) -> None:
 
 
 def closed_under_no_grad(optimizer: Any, params: list[Any], grads: Grads) -> None:
-    """The same, called under ``torch.no_grad()``."""
+    """Make a step by ``step(closure)`` under ``torch.no_grad()``."""
     with torch.no_grad():
         closed(optimizer, params, grads)
         if torch.is_grad_enabled():
@@ -76,7 +76,7 @@ def closed_under_no_grad(optimizer: Any, params: list[Any], grads: Grads) -> Non
 
 
 def scaled(optimizer: Any, params: list[Any], grads: Grads) -> None:
-    """With a ``GradScaler``; before the step one that is skipped, for its gradient is infinite."""
+    """Make a step with a ``GradScaler``, after one that the scaler skips because its gradient is infinite."""
     for factor in (math.inf, 1.0):
         optimizer.zero_grad()
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -86,7 +86,7 @@ def scaled(optimizer: Any, params: list[Any], grads: Grads) -> None:
 
 
 def transposed(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in the opposite order of memory; with gaps, if there is one axis."""
+    """Return the same values in the opposite order of memory; a vector gets gaps in memory."""
     if tensor.ndim < 2:
         return torch.stack([tensor, tensor], -1)[..., 0]
     axes = tuple(reversed(range(tensor.ndim)))
@@ -94,7 +94,7 @@ def transposed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def strided(optimizer: Any, params: list[Any], grads: Grads) -> None:
-    """Gradients that are not contiguous."""
+    """Make a step with gradients that are not contiguous."""
     assigned(optimizer, params, [None if g is None else transposed(g) for g in grads])
 
 
@@ -108,7 +108,7 @@ HABITS: Mapping[str, Callable[[Any, list[Any], Grads], None]] = {
     "gradients that are not contiguous": strided,
     "parameters that are not contiguous": strided,
 }
-"""Functions that give the gradients and make one step, by what is said of them."""
+"""Functions that set the gradients and make one step, by their description in messages."""
 
 
 class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,9 +1,9 @@
-"""Laws that a method obeys on any input, tried on a subject with gradients that Hypothesis makes up and then shrinks.
+"""Laws that a method obeys on any input, tried on a subject with gradients that Hypothesis generates and then shrinks.
 
 A law is a function of ``run(param, grads, lr=..., **changed fields) -> updates`` (the subject's changes of the
 parameter, one per gradient), of the method, and of inputs. It returns two arrays that must agree to half of the digits
-of the precision: a broken law is off by far more, and gradients that are made up may be ill-conditioned. Truth is
-the law, or a closed form by singular values: no reference values are involved.
+of the precision: a broken law differs by far more, and generated gradients may be ill-conditioned. The truth is the
+law itself, or a closed form by singular values, without values of the reference.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from precond_ref.protocol import Method
 Run = Callable[..., np.ndarray]
 STEPS = 3
 LARGEST = 32
-"""Entries of a parameter that laws are tried on."""
+"""Largest number of entries of a parameter on which laws are tried."""
 
 
 class Law(NamedTuple):
     """A property of some methods."""
 
     text: str
-    """What the law says."""
+    """The law in words."""
     applies: Callable[[Any], bool]
-    """Whether a method obeys it, with its hyperparameters."""
+    """Tells whether a method with its hyperparameters obeys the law."""
     sides: Callable[[Run, Any, np.ndarray, np.ndarray, float, np.random.Generator], tuple[np.ndarray, np.ndarray]]
-    """(run, method, param, grads (STEPS, *shape), lr, draws) -> what must agree."""
+    """(run, method, param, grads (STEPS, *shape), lr, draws) -> the two arrays that must agree."""
 
 
 class Broken(Exception):
-    """A law does not hold; Hypothesis looks for a smaller input that breaks it too."""
+    """Raised if a law does not hold; Hypothesis then looks for a smaller input that breaks it too."""
 
 
 # ---- what the laws hold for -----------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ class Broken(Exception):
 VECTORS = ("SAdaGrad", "AdaFD", "FDSON", "RFDSON")
 MATRICES = ("ASGO.theory", "Shampoo", "SShampoo", "FullAdaGrad", "RFShampoo")
 SCALES: Mapping[str, tuple[Mapping[str, int], int]] = {
-    # by name: powers of c by which fields change when gradients are multiplied by c, and the power by which steps do
+    # by name, for gradients multiplied by c: the powers of c that multiply fields, and the power that multiplies steps
     "SGD": ({}, 1),
     "AdaGrad": ({"eps": 1, "initial": 2}, 0),
     "FullAdaGrad": ({"eps": 1}, 0),
@@ -70,13 +70,13 @@ SCALES: Mapping[str, tuple[Mapping[str, int], int]] = {
 
 
 def decays(method: Any) -> bool:
-    """Whether steps depend on the parameter."""
+    """Return whether steps depend on the parameter."""
     return bool(method.reads_param)
 
 
 def regular(method: Any) -> bool:
-    """Whether no rank is decided: something positive is added to every eigenvalue."""
-    if method.name == "Muon":  # whose eps bounds a norm
+    """Return whether a positive number is added to every eigenvalue, so that the method decides no rank."""
+    if method.name == "Muon":  # its eps bounds a norm
         return method.root == "newton_schulz"
     return all(getattr(method, field, 1) > 0 for field in ("eps", "damping", "delta", "graft_eps"))
 
@@ -86,17 +86,17 @@ CLASSIC = {
     "RMSProp": ("beta2", "eps", "momentum"),
     "AdaGrad": ("eps", "initial"),
 }
-"""Fields of the forms of which `SCALES` and `FIRST` speak; all others have their defaults there."""
+"""Fields that may have any value in `SCALES` and `FIRST`; all other fields must have their defaults."""
 
 
 def classic(method: Any) -> bool:
-    """Whether this is the form of which `SCALES` and `FIRST` speak."""
+    """Return whether the method has the form of `SCALES` and `FIRST`."""
     fields = CLASSIC.get(method.name)
     return fields is None or method == type(method)(**{name: getattr(method, name) for name in fields})
 
 
 def plain_muon(method: Any) -> bool:
-    """Whether it has one matrix, one nu for all of it, and the precision of the gradients."""
+    """Return whether the method has one matrix, one nu for the whole matrix, and the precision of the gradients."""
     return (
         method.normalization in ("frobenius", "spectral")
         and method.blocks is None
@@ -107,7 +107,7 @@ def plain_muon(method: Any) -> bool:
 
 
 def per_axis(method: Any, name: str) -> bool:
-    """Whether each axis is treated as a whole, and without preferred directions."""
+    """Return whether the method treats each axis as a whole, without preferred directions."""
     if not regular(method):
         return False
     return (
@@ -121,7 +121,7 @@ def per_axis(method: Any, name: str) -> bool:
 
 
 def permutable(method: Any) -> bool:
-    """Whether the order of an axis' entries does not matter."""
+    """Return whether the order of the entries along an axis has no effect."""
     name = method.name
     if method.elementwise or name in ("Adafactor", "DASGO", "DASGO.theory"):
         return True
@@ -129,7 +129,7 @@ def permutable(method: Any) -> bool:
 
 
 def adds_up(method: Any) -> bool:
-    """Whether the statistic is a plain sum, and the step depends on nothing else of the past."""
+    """Return whether the statistic is a plain sum, and the step depends on no other state."""
     name = method.name
     sums = ("ASGO.theory", "DASGO.theory", "AdaGrad", "FullAdaGrad")
     return (
@@ -280,7 +280,7 @@ def _changed(case: Case, changed: Mapping[str, Any]) -> Method:
 def updates(
     subject: Subject, case: Case, dtype: str, param: Any, grads: Any, lr: float = 0.5, **changed: Any
 ) -> np.ndarray:
-    """Changes of one parameter, (steps, *shape), under the case's hyperparameters (without decoupled decay)."""
+    """Return the changes of one parameter, (steps, *shape), with the case's hyperparameters and no decoupled decay."""
     config = results.config_of(case)
     config |= {"lr": lr, **changed}
     if not case.make().decays:
@@ -298,7 +298,7 @@ def updates(
 def distance(
     subject: Subject, law: str, case: Case, dtype: str, param: Any, grads: Any, draws: int = 0
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """The two sides of a law, and the norm of their difference over what is allowed."""
+    """Return the norm of the difference of the two sides of a law over the tolerance, and the two sides."""
 
     def run(x: Any, g: Any, lr: float = 0.5, **changed: Any) -> np.ndarray:
         return updates(subject, case, dtype, x, g, lr, **changed)
@@ -322,9 +322,9 @@ def try_laws(
     laws: Iterable[str] = tuple(LAWS),
     on_case: Callable[[str], None] | None = None,
 ) -> Iterator[results.Result]:
-    """One result per law of ``method``; a broken one's message is a script with the smallest input that breaks it.
+    """Yield one result per law of ``method``; the message of a broken law is a script with the smallest input found.
 
-    Steps that are not finite break every law. The first one says so; the others are tried where steps are finite.
+    Steps that are not finite break every law. The first law reports them; the others are tried on finite steps only.
     """
     spoilt = ""
     candidates = [
@@ -383,9 +383,9 @@ def _both_finite(got: Any, want: Any) -> bool:
 def _search(
     subject: Subject, law: str, usable: list[Case], dtype: str, examples: int, only_finite: bool
 ) -> dict[str, Any]:
-    """The smallest input that breaks the law; empty if none was found.
+    """Return the smallest input found that breaks the law; an empty dict if there is none.
 
-    With ``only_finite``, inputs on which a side is not finite tell nothing; ``{"tried": 0}`` if there were no others.
+    With ``only_finite``, inputs on which a side is not finite do not count; ``{"tried": 0}`` if there were no others.
     """
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import strategies as st
@@ -418,7 +418,7 @@ def _search(
 
 
 def script(subject: Subject, law: str, found: Mapping[str, Any], dtype: str, target: str) -> str:
-    """A program that shows the two sides of a law."""
+    """Return a program that shows the two sides of a law."""
     case, names = found["case"], getattr(subject, "names", {})
     options = f'dtype="{dtype}"' + (f", names={names!r}" if names else "")
     if isinstance(subject, Command):

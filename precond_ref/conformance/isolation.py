@@ -1,7 +1,7 @@
-"""A Python subject in a process of its own: what it does to its process ends there, and is seen.
+"""A Python subject in a process of its own, so that its effects on the process are seen and do no harm.
 
-The parent judges; the child imports the subject and makes its steps, a request a line and a reply a line, pickled.
-Only arrays of numbers, numbers and text go to the parent. What the subject prints goes to the error stream.
+The parent judges. The child imports the subject and makes its steps; each request and each reply is one pickled line.
+Only arrays of numbers, numbers and text go to the parent. The output of the subject goes to the error stream.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ OPTIONAL = ("state", "save", "load", "primitive", "change", "options", "ran", "l
 
 
 class Isolated:
-    """``wrap(load_target(target), ...)`` in a process of its own. ``close`` ends it.
+    """``wrap(load_target(target), ...)`` in a process of its own; ``close`` ends the process.
 
-    ValueError if there is no such target; `Ended` if importing it fails in another way.
+    ValueError if there is no such target; `Ended` if its import fails in another way.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Isolated:
             raise
 
     def init(self, config: Config, params: Arrays, **options: Any) -> None:
-        """The subject's."""
+        """Call ``init`` of the subject."""
         self.steps = 0
         self._ask("init", config, params, **options)
 
     def step(self, grads: Sequence[np.ndarray | None]) -> Arrays:
-        """The subject's, with what it did to the gradients."""
+        """Call ``step`` of the subject, and change ``grads`` as the subject did."""
         self.steps += 1
         params, changed = self._ask("step", grads)
         for i, after in changed.items():
@@ -72,7 +72,7 @@ class Isolated:
         return params
 
     def surroundings(self) -> dict[str, str]:
-        """`subjects.surroundings` of the process."""
+        """Return `subjects.surroundings` of the process."""
         return self._ask("surroundings")
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class Isolated:
 
 
 def serve() -> NoReturn:
-    """Answer requests until there are none."""
+    """Answer requests until the input ends."""
     _end_with_parent()
     requests, replies, own = os.fdopen(os.dup(0), "rb"), os.dup(1), os.getpid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -120,7 +120,7 @@ def _answer(requests: BinaryIO, replies: int, own: int) -> None:
             reply = False, plain(getattr(host, what)(*arguments, **options))
         except BaseException as error:
             reply = True, _described(error)
-        if os.getpid() != own:  # the subject forked, and this is the other one
+        if os.getpid() != own:  # the subject forked, and this is the new process
             return
         left = base64.b64encode(pickle.dumps(reply)) + b"\n"
         while left:
@@ -136,7 +136,7 @@ def _end_with_parent() -> None:
 
 
 class _Host:
-    """What can be asked of the child."""
+    """The requests that the child answers."""
 
     def begin(self, target: str, backend: str | None, dtype: str, names: Mapping[str, str]) -> Any:
         found = subjects.load_target(target)
@@ -164,7 +164,7 @@ class _Host:
 
 
 def plain(value: Any) -> Any:
-    """``value`` of nothing but what any Python with NumPy can read."""
+    """Return ``value`` made only of types that any Python with NumPy can read; TypeError for others."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):
@@ -178,7 +178,7 @@ def plain(value: Any) -> Any:
 
 
 def _described(error: BaseException) -> dict[str, Any]:
-    """What `Raised` is made of."""
+    """Return the arguments of `Raised` for an error."""
     kind = "raised"
     if isinstance(error, NotImplementedError):
         kind = "unsupported"

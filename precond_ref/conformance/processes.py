@@ -1,4 +1,4 @@
-"""A program under test in a process of its own: a line in, a line out, within limits of time and memory."""
+"""A program under test in a process of its own, which answers each line by a line, within limits of time and memory."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 LONGEST = 2**26
-"""Bytes of a reply: a step of the largest case has less than a thousandth."""
+"""Largest size of a reply in bytes; a step of the largest case needs less than a thousandth of it."""
 WATCH = 0.1
-"""Seconds between two looks at the memory."""
+"""Seconds between two measurements of the memory."""
 GRACE = 2.0
 """Seconds for a program to end by itself."""
 
 
 class Limits(NamedTuple):
-    """What a subject may take."""
+    """Limits of a subject."""
 
     seconds: float = 120.0
-    """For one answer: to be imported, to begin, to make one step."""
+    """Seconds for one answer: the import, the beginning of a case, or one step."""
     gigabytes: float = 4.0
-    """Of 2^30 bytes, of the program and those it starts, together. Linux only."""
+    """Memory of the program and its children together, in units of 2^30 bytes. Linux only."""
 
 
 class Ended(BaseException):
-    """Nothing more can be asked of the subject.
+    """Raised if the subject can answer no more.
 
-    It is no `Exception`: what a step raises is a result, and the next case is tried; this ends the check.
+    It is no `Exception`: an error that a step raises is a result, and the next case is tried. This one ends the check.
     """
 
 
 class Exited(Ended):
-    """The program ended by itself; another one may be started."""
+    """Raised if the program ended by itself; another one may be started."""
 
 
 class Program:
@@ -47,7 +47,7 @@ class Program:
 
     def __init__(self, command: Sequence[str], name: str, limits: Limits):
         self.name, self.limits = name, limits
-        errors: int | None = None  # where ours go
+        errors: int | None = None  # the error stream of this process
         try:
             os.fstat(2)
         except OSError:  # nowhere
@@ -63,7 +63,7 @@ class Program:
         self.thread.start()
 
     def ask(self, line: bytes, what: str) -> bytes:
-        """The reply to a line, without its end; `Ended` if there is none within the limits."""
+        """Return the reply to a line, without its line end; `Ended` if there is none within the limits."""
         self.requests.put(line + b"\n")
         self.waiting, deadline, reply = True, time.monotonic() + self.limits.seconds, None
         while reply is None:
@@ -99,7 +99,7 @@ class Program:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(patience)
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if hasattr(os, "killpg"):  # what it started, too
+            if hasattr(os, "killpg"):  # also its children
                 os.killpg(self.process.pid, signal.SIGKILL)
             else:
                 self.process.kill()
@@ -147,7 +147,7 @@ class Program:
 
 
 def memory(group: int) -> int:
-    """Bytes that the processes of a group have for themselves; 0 where the system does not say (all but Linux)."""
+    """Return the bytes that the processes of a group do not share; 0 on systems other than Linux."""
     return sum(_own(group))
 
 

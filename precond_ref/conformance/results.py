@@ -1,4 +1,4 @@
-"""What checking gives: results, gaps and the report; and the cases that a method is checked on."""
+"""Results of a check: gaps, results of cases, and the report; and the cases of a method."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from precond_ref.files import MOST_TEXT, read
 TIERS = ("must", "should")
 FAILED, PASSED, SKIPPED, ERROR = "failed", "passed", "skipped", "error"
 LEAST = 1e-3
-"""Of a case's largest gradient, for its hyperparameters to be tried with gradients of about 1."""
+"""Least size of a case's largest gradient, if its hyperparameters are to be tried with gradients of about 1."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far one quantity is from the truth at one step."""
+    """The distance of one quantity from the truth at one step."""
 
     step: int
     quantity: str
@@ -38,13 +38,13 @@ class Gap:
     error: float
     """Norm of the difference over the norm of the truth."""
     tolerance: float
-    """What ``error`` may be."""
+    """Largest ``error`` that rounding can explain."""
     ratio: float
     """``error / tolerance``: above 1 it fails."""
     cosine: float
-    """Of the angle between the two; NaN where one is zero."""
+    """Cosine of the angle between the two; NaN if one is zero."""
     norm_ratio: float
-    """Norm of the subject's over the norm of the truth."""
+    """Norm of the subject's quantity over the norm of the truth."""
 
     def __str__(self) -> str:
         return (
@@ -55,27 +55,27 @@ class Gap:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one case or contract check."""
+    """The result of one case or contract check."""
 
     id: str
     tier: str
     status: str
     """``passed``, ``failed``, ``skipped`` (the subject does not have the configuration) or ``error`` (it raised)."""
     why: str = ""
-    """What the case is for."""
+    """Purpose of the case."""
     gap: Gap | None = None
     """The first step that fails, or the worst if none does."""
     message: str = ""
 
     @property
     def bad(self) -> bool:
-        """Whether it speaks against the subject; a case of tier "may" does not."""
+        """Whether the result is a failure that counts; one of tier "may" does not count."""
         return self.status in (FAILED, ERROR) and self.tier != "may"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a subject did on one trace: parameters (T + 1, members, *shape), with the first ones, and states."""
+    """The run of a subject on one trace: parameters (T + 1, members, *shape), from the first ones on, and states."""
 
     case: Case
     tensors: Mapping[str, np.ndarray]
@@ -85,7 +85,7 @@ class Run:
 
 @dataclass
 class Report:
-    """Everything `check` found; ``ok`` is the verdict."""
+    """The report of `check`; ``ok`` is the verdict."""
 
     method: str
     target: str
@@ -96,15 +96,15 @@ class Report:
     xfails: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     require: str = ""
-    """"must": a case of this tier that was skipped speaks against the subject; "should": of either of the two."""
+    """"must": a skipped case of this tier is a failure; "should": a skipped case of either of the two tiers."""
     ended: str = ""
-    """Why the check could not go on: the subject's process ended, hung or took too much memory."""
+    """The reason if the check could not go on: the subject's process ended, hung or took too much memory."""
     diagnosis: Any = None
-    """What `diagnose.diagnose` said, or None."""
+    """The result of `diagnose.diagnose`, or None."""
 
     @property
     def failures(self) -> list[Result]:
-        """Results that speak against the subject and were not expected."""
+        """Failures that count and were not expected."""
         return [r for r in self.results if r.bad and r.id not in self.xfails]
 
     @property
@@ -114,16 +114,16 @@ class Report:
 
     @property
     def unknown_xfails(self) -> list[str]:
-        """Expected failures that match no case or check, if all were tried."""
+        """Expected failures that match no case or check; empty if not all were tried."""
         return [] if self.ended else sorted(set(self.xfails) - {r.id for r in self.results})
 
     @property
     def ran(self) -> int:
-        """Traces that ran to their end."""
+        """Number of traces that ran to their end."""
         return len(self.runs)
 
     def left_out(self, *tiers: str) -> list[str]:
-        """Cases of these tiers that were skipped and not expected to fail."""
+        """Return the ids of cases of these tiers that were skipped and not expected to fail."""
         found = [
             r for r in self.results if r.status == SKIPPED and r.tier in tiers and not r.id.startswith("contract/")
         ]
@@ -131,24 +131,24 @@ class Report:
 
     @property
     def missing(self) -> list[str]:
-        """Cases that were required and skipped."""
+        """Ids of cases that were required and skipped."""
         return self.left_out(*TIERS[: TIERS.index(self.require) + 1]) if self.require else []
 
     @property
     def ok(self) -> bool:
-        """At least one case ran, nothing failed or passed unexpectedly, expected failures exist, none is missing."""
+        """True if a case ran, no result is unexpected, expected failures exist, and no required case was skipped."""
         wrong = self.ended or self.failures or self.unexpected_passes or self.unknown_xfails or self.missing
         return bool(self.ran) and not wrong
 
     @cached_property
     def edges(self) -> str:
-        """Where alone it is wrong, if that is where the right step jumps: ``eps = 0``; else empty."""
+        """The edge, such as ``eps = 0``, if the subject is wrong only there; else ""."""
         from precond_ref.conformance.diagnose import edges
 
         return edges(self)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the arrays, with None for what is not finite."""
+        """Return the report without its arrays, with None for numbers that are not finite."""
         keys = ("method", "target", "dtype", "level", "ok", "edges", "failures", "unexpected_passes", "unknown_xfails",
                 "missing", "notes", "ended")  # fmt: skip
         out = {key: getattr(self, key) for key in keys} | {"results": [asdict(r) for r in self.results]}
@@ -166,12 +166,15 @@ def _finite(value: Any) -> Any:
 
 
 def cases(method: str, deep: bool = False) -> list[Case]:
-    """Traces of a method (``"ASGO"``, ``"asgo.theory"``, any case), for `run_case`; with ``deep`` the long ones too."""
+    """Return the traces of a method for `run_case`; with ``deep`` also the long ones.
+
+    ``method`` is a name such as ``"ASGO"`` or ``"asgo.theory"``, in upper or lower case; ValueError for other names.
+    """
     return [case for case in listed(method, deep) if case.kind == "trace"]
 
 
 def listed(method: str, deep: bool = False) -> list[Case]:
-    """Traces and rejects of a method, by its constructor; ValueError for what can have none."""
+    """Return traces and rejects of a method, by its constructor; ValueError for a method that can have none."""
     named = registry.parse(method)
     if named.text not in registry.constructors():
         raise ValueError(
@@ -182,12 +185,12 @@ def listed(method: str, deep: bool = False) -> list[Case]:
 
 
 def of_about_one(case: Case) -> bool:
-    """Whether its hyperparameters can be tried with gradients of about 1: its own are not far smaller."""
+    """Return whether the gradients of a case are not far below 1, so that gradients of about 1 suit its fields."""
     return float(np.abs(vectors.load(case)["grads"]).max(initial=0.0)) > LEAST
 
 
 def config_of(case: Case) -> Config:
-    """What a subject is given for a case."""
+    """Return the config that a subject gets for a case."""
     make = operator.attrgetter(case.constructor)(precond_ref)
     signature = inspect.signature(make).parameters
     config = Config(vectors.tuples(case.config))
@@ -211,13 +214,13 @@ def config_of(case: Case) -> Config:
 
 
 def defaults(method: str) -> dict[str, Any]:
-    """Defaults of a method's fields that have one."""
+    """Return the defaults of a method's fields that have one."""
     signature = inspect.signature(operator.attrgetter(registry.parse(method).name)(precond_ref)).parameters
     return {name: p.default for name, p in signature.items() if p.default is not inspect.Parameter.empty}
 
 
 def gap(step: int, quantity: str, got: np.ndarray, want: np.ndarray, limit: float) -> Gap:
-    """``got`` against ``want``, whose difference may have the norm ``limit``."""
+    """Return the gap of ``got`` from ``want``, whose difference may have the norm ``limit``."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape:
         raise ValueError(f"{quantity} must have shape {want.shape}, got {got.shape}")
@@ -236,6 +239,6 @@ def gap(step: int, quantity: str, got: np.ndarray, want: np.ndarray, limit: floa
 
 
 def read_xfails(file: Path) -> tuple[str, ...]:
-    """Ids in a file of expected failures."""
+    """Return the ids in a file of expected failures; the text after # on a line is a comment."""
     lines = (line.partition("#")[0].strip() for line in read(file, MOST_TEXT).decode().splitlines())
     return tuple(line for line in lines if line)

@@ -1,4 +1,4 @@
-"""What is under test: anything with ``init(config, params)`` and ``step(grads) -> params``, and wrappers that make one.
+"""Subjects, the implementations under test: objects with ``init(config, params)`` and ``step(grads) -> params``.
 
 The interface is `Subject`, a job of ten lines. `wrap` makes one of
 
@@ -51,17 +51,17 @@ class Unsupported(NotImplementedError):
 
 
 class Changed(ValueError):
-    """Raised for a subject that changed in place what it was given."""
+    """Raised for a subject that changed one of its arguments in place."""
 
 
 RAISED = (Exception, SystemExit)
 """What a subject may raise instead of doing something; nobody else ends the program by an exception."""
 MOST = 500
-"""Characters of a message that are shown, and a little."""
+"""Number of characters of a message that are shown, up to a few more."""
 
 
 class Raised(Exception):
-    """What a subject raised in a process of its own."""
+    """An error that a subject raised in a process of its own."""
 
     def __init__(self, *, name: str, message: str, text: str, usage: bool):
         super().__init__(text)
@@ -69,16 +69,16 @@ class Raised(Exception):
 
 
 class Refused(Raised, ValueError):
-    """The same, of a ValueError or TypeError."""
+    """A ValueError or TypeError that a subject raised in a process of its own."""
 
 
 def named(error: BaseException) -> str:
-    """The name of an exception."""
+    """Return the name of an exception."""
     return error.name if isinstance(error, Raised) else type(error).__name__
 
 
 def words(error: BaseException) -> str:
-    """The message of an exception, also of one that cannot be printed; cut where it is long."""
+    """Return the message of an exception, cut if it is long; a note instead if it cannot be printed."""
     try:
         text = str(error).encode("utf-8", "backslashreplace").decode()
     except BaseException:
@@ -87,7 +87,7 @@ def words(error: BaseException) -> str:
 
 
 def said(error: BaseException) -> str:
-    """The exception, and the line of the subject's code it came from; without one if this package raised it."""
+    """Return the exception in words, with the line of the subject's code that raised it, if it was that code."""
     if isinstance(error, Raised):
         return str(error)
     text = f"{named(error)}: {words(error)}".removesuffix(": ")
@@ -104,8 +104,8 @@ def said(error: BaseException) -> str:
 class Config(dict[str, Any]):
     """Hyperparameters of a case: all fields of the method, ``lr``, and ``weight_decay`` (decoupled, unless a field).
 
-    ``method`` is the reference method they make; ``at_default`` names those that have the reference's default;
-    ``forms`` has the strings of each field that is one of several forms, or none of them.
+    ``method`` is the reference method that they make. ``at_default`` has the names of the fields with the reference's
+    default. ``forms`` has, for each field that is one of several forms or none, the names of the forms.
     """
 
     make: Callable[[], Method]
@@ -122,29 +122,29 @@ class Config(dict[str, Any]):
 class Subject(Protocol):
     """An implementation under test. Arrays are NumPy's, in the dtype of the run; lists have one entry per parameter.
 
-    Beyond these two, a subject may have ``state() -> list of dicts of arrays`` (level 1), ``primitive(name, config,
-    tensors) -> dict`` (level 2), and ``save() -> anything`` with ``load(saved)``, called on a fresh one after ``init``.
+    A subject may also have ``state() -> list of dicts of arrays`` (level 1), ``primitive(name, config, tensors) ->
+    dict`` (level 2), and ``save() -> anything`` with ``load(saved)``, which is called on a new subject after ``init``.
     """
 
     def init(self, config: Config, params: Arrays) -> None:
-        """Start afresh; `Unsupported` or NotImplementedError for a configuration it does not have."""
+        """Begin a new run; `Unsupported` or NotImplementedError for a configuration that the subject does not have."""
 
     def step(self, grads: Arrays) -> Arrays:
-        """Parameters after one more step."""
+        """Return the parameters after one more step."""
 
 
 def load_target(target: str) -> Any:
-    """``module:attribute``, the current folder first; ValueError saying what is missing."""
+    """Return the object at ``module:attribute``, searched in the current folder first; errors as `registry.load`."""
     return registry.load(target, said)
 
 
 def wrap(
     target: Any, *, backend: str | None = None, dtype: str = "float64", names: Mapping[str, str] | None = None
 ) -> Subject:
-    """A subject made of ``target``, one of the kinds above.
+    """Return a subject made of ``target``, which is of one of the kinds above; TypeError for others.
 
-    ``names`` maps our names to the target's: of hyperparameters (``{"beta1": "betas.0"}`` for the first of a tuple
-    ``betas``) and of states (``{"state.gram": "precond"}``). TypeError for what is none of the kinds.
+    ``names`` maps our names to the names of the target, for hyperparameters (``{"beta1": "betas.0"}`` for the first
+    entry of a tuple ``betas``) and for states (``{"state.gram": "precond"}``).
     """
     names = dict(names or {})
     if registry.made_by(target):
@@ -166,12 +166,12 @@ def wrap(
 
 
 def arguments(target: Callable[..., Any], config: Config, names: Mapping[str, str]) -> dict[str, Any]:
-    """Keyword arguments for ``target``: the config under its names.
+    """Return the keyword arguments of ``target``: the config under the names of the target.
 
-    A field that ``target`` does not have is left out where it has the reference's default, and `Unsupported` else.
-    Without a mapping, ``beta1`` and ``beta2`` go to ``betas`` or ``b1`` and ``b2``, and ``lr`` to ``learning_rate``,
-    where only those exist. Where a field is one of several forms or none, and ``target`` has a bool, True is the first
-    form, and `Unsupported` any other: ``amsgrad=True`` of torch, ``nesterov=True`` of optax.
+    A field that ``target`` does not have is left out if it has the reference's default; otherwise it is `Unsupported`.
+    Without a mapping, ``beta1`` and ``beta2`` go to ``betas`` or ``b1`` and ``b2``, and ``lr`` to ``learning_rate``, if
+    the target has only these. If a field is one of several forms or none, and the argument of ``target`` is a bool,
+    True is the first form and every other form is `Unsupported`: ``amsgrad=True`` of torch, ``nesterov=True`` of optax.
     """
     signature = _signature(target)
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.values())
@@ -199,7 +199,7 @@ def arguments(target: Callable[..., Any], config: Config, names: Mapping[str, st
 
 
 def _argument(field: str, signature: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, str, str]:
-    """Where a field of ours goes: the argument's name, and "." and an index if it is part of a tuple."""
+    """Return the argument for one of our fields: its name, and "." and an index if it is part of a tuple."""
     guesses = {"beta1": ("betas.0", "b1"), "beta2": ("betas.1", "b2"), "lr": ("learning_rate",)}
     name = names.get(field, field)
     if field not in names and field not in signature:
@@ -211,13 +211,13 @@ class Options(NamedTuple):
     """The arguments of a target."""
 
     defaults: dict[str, Any]
-    """Its defaults, by our names, of our fields that it has; None of what has no default, and of no number or text."""
+    """Defaults of the arguments that are our fields, by our names; None unless the default is a number or text."""
     own: dict[str, Any]
-    """Its defaults of arguments that are none of ours, by its names."""
+    """Defaults of its other arguments, by its names."""
 
 
 def options_of(target: Callable[..., Any], fields: Sequence[str], names: Mapping[str, str]) -> Options:
-    """What ``target`` takes, of our ``fields`` and beside them."""
+    """Return the arguments of ``target``: those of our ``fields``, and the others."""
     signature = _signature(target)
     defaults: dict[str, Any] = {}
     own = {n: p.default for n, p in signature.items() if p.default is not inspect.Parameter.empty}
@@ -235,7 +235,7 @@ def options_of(target: Callable[..., Any], fields: Sequence[str], names: Mapping
 
 
 def _known(target: Callable[..., Any], names: Mapping[str, str]) -> Mapping[str, str]:
-    """``names`` of fields; ValueError for one that is mapped to what is no argument of ``target``."""
+    """Return the ``names`` of fields; ValueError for a field that is mapped to no argument of ``target``."""
     fields = {field: name for field, name in names.items() if not field.startswith("state.")}
     signature = _signature(target) if fields else {}
     for field, name in fields.items():
@@ -282,11 +282,11 @@ class Torch:
         other: Config | None = None,
         **own: Any,
     ) -> None:
-        """New parameters and a new optimizer, with the parameters in groups of these sizes if there are any.
+        """Make new parameters and a new optimizer, with the parameters in groups of the sizes ``groups``, if given.
 
-        The last group has the values of ``other``. In a ``frozen`` run what gets no gradient requires none, either.
+        The last group has the values of ``other``. In a ``frozen`` run a parameter without a gradient requires none.
         ``habit`` is one of `habits.HABITS`, ``narrow`` makes the parameters bfloat16, ``watched`` keeps the names
-        of the kernels that run, ``own`` are options of the target that are none of ours.
+        of the kernels that run, and ``own`` are options that only the target has.
         """
         from precond_ref.conformance import habits
 
@@ -332,7 +332,7 @@ class Torch:
         return options_of(_without_first(self.make), fields, self.fields)
 
     def change(self, group: int | None = None, **factors: float) -> list[str]:
-        """Multiply ``lr`` or ``weight_decay`` of a group, or of all; which of them the groups have."""
+        """Multiply ``lr`` or ``weight_decay`` of a group, or of all; return the names that the groups have."""
         names = {ours: self.fields.get(ours, ours) for ours in factors}
         groups = self.optimizer.param_groups if group is None else [self.optimizer.param_groups[group]]
         found = [ours for ours in factors if all(names[ours] in g for g in groups)]
@@ -342,7 +342,7 @@ class Torch:
         return found
 
     def step(self, grads: Sequence[np.ndarray | None]) -> Arrays:
-        """One ``optimizer.step()``; the gradients must come back as they were. None: no gradient."""
+        """Make one ``optimizer.step()``; a gradient may be None. The gradients must not change."""
         given = [
             None if g is None else self.torch.tensor(g, dtype=p.dtype) for p, g in zip(self.params, grads, strict=True)
         ]
@@ -354,18 +354,18 @@ class Torch:
             if g is None:
                 continue
             if p.grad is None:
-                g[...] = np.nan  # the caller sees that its gradient is gone
+                g[...] = np.nan  # shows the caller that its gradient is gone
             else:
                 g[...] = p.grad.detach().double().cpu().numpy()
         host = [p.detach().cpu() for p in self.params]
         return [(p.float() if p.dtype == self.torch.bfloat16 else p).numpy().copy() for p in host]
 
     def ran(self) -> list[str]:
-        """Names of the kernels that ran, if they were watched."""
+        """Return the names of the kernels that ran, if they were watched."""
         return sorted(getattr(self.kernels, "names", ()))
 
     def _dtypes(self) -> list[dict[str, str]]:
-        """Of the tensors in the state of each parameter."""
+        """Return the dtypes of the tensors in the state of each parameter, by name."""
         state = self.optimizer.state
         return [
             {str(k): str(v.dtype) for k, v in state[p].items() if isinstance(v, self.torch.Tensor)}
@@ -375,22 +375,22 @@ class Torch:
         ]
 
     def lost(self) -> list[str]:
-        """Tensors of the state that came back from `load` with another precision than `save` gave."""
+        """Return the tensors of the state that have another precision after `load` than before `save`, in words."""
         pairs = zip(self.before, self._dtypes(), strict=True)
         return sorted(
             {f"{k} was {d} and is {now[k]}" for old, now in pairs for k, d in old.items() if now.get(k, d) != d}
         )
 
     def state(self) -> list[dict[str, np.ndarray]]:
-        """``optimizer.state`` of each parameter, under our names."""
+        """Return ``optimizer.state`` of each parameter, under our names."""
         return [_renamed(_flat(self.optimizer.state[p]), self.names) for p in self.params]
 
     def save(self) -> Any:
-        """``state_dict()`` and the parameters, pickled."""
+        """Return ``state_dict()`` and the parameters, pickled."""
         return pickle.dumps((self.optimizer.state_dict(), [p.detach() for p in self.params], self._dtypes()))
 
     def load(self, saved: Any) -> None:
-        """Into a fresh optimizer."""
+        """Load ``saved`` into a new optimizer."""
         state, params, self.before = pickle.loads(saved)
         with self.torch.no_grad():
             for mine, theirs in zip(self.params, params, strict=True):
@@ -399,7 +399,10 @@ class Torch:
 
 
 def _without_first(make: Callable[..., Any]) -> Callable[..., Any]:
-    """``make`` without its first argument, the parameters; of a class with ``**kwargs``, with those of its bases."""
+    """Return a function like ``make`` without its first argument, the parameters.
+
+    A class with ``**kwargs`` also has the arguments of its bases.
+    """
     parameters = [*_signature(make).values()][1:]
     if isinstance(make, type):
         for base in make.__mro__[1:]:
@@ -435,7 +438,7 @@ class Optax:
         self.fields = _known(make, self.names)
 
     def init(self, config: Config, params: Arrays, compiled: bool = False) -> None:
-        """A new transformation and its state; ``compiled``: its update under ``jax.jit``."""
+        """Make a new transformation and its state; ``compiled``: its update under ``jax.jit``."""
         self.transformation: Any = self.make(**arguments(self.make, config, self.fields))
         if not all(hasattr(self.transformation, name) for name in ("init", "update")):
             raise TypeError(
@@ -452,7 +455,7 @@ class Optax:
         return options_of(self.make, fields, self.fields)
 
     def step(self, grads: Arrays) -> Arrays:
-        """``update``, then the updates added."""
+        """Call ``update``, and add the updates to the parameters."""
         given = [self.jax.numpy.asarray(g, dtype=self.dtype) for g in grads]
         updates, self.opt_state = self.update(given, self.opt_state, self.params)
         self.steps += 1
@@ -460,7 +463,7 @@ class Optax:
         return [np.array(p) for p in self.params]
 
     def change(self, group: int | None = None, **factors: float) -> list[str]:
-        """Multiply ``lr`` from the next step on, by a schedule: whether the function takes one shows before a run."""
+        """Multiply ``lr`` from the next step on, by a schedule, if the function takes a schedule."""
         if group is not None or "lr" not in factors or (self.steps and not self.scheduled):
             return []
         self.rates.append((self.steps, self.rates[-1][1] * factors["lr"]))
@@ -471,7 +474,7 @@ class Optax:
             rate = np.asarray(points[0][1], self.dtype)
             for start, value in points:
                 rate = np.where(count >= start, np.asarray(value, self.dtype), rate)
-            return np.where(count > self.steps, np.nan, rate)  # what comes later is not asked for
+            return np.where(count > self.steps, np.nan, rate)  # a later rate must not be read
 
         config = copy.copy(self.config)
         config["lr"], config.at_default = schedule, self.config.at_default - {"lr"}
@@ -487,7 +490,7 @@ class Optax:
         return ["lr"]
 
     def state(self) -> list[dict[str, np.ndarray]]:
-        """Leaves of the optax state by the names on the way to them; of several, the one at the parameter's index."""
+        """Return the leaves of the optax state by their paths; of several leaves, the one at the parameter's index."""
         found: list[dict[str, np.ndarray]] = [{} for _ in self.params]
         for path, leaf in self.jax.tree_util.tree_flatten_with_path(self.opt_state)[0]:
             steps = [getattr(k, "name", getattr(k, "key", getattr(k, "idx", None))) for k in path]
@@ -499,11 +502,11 @@ class Optax:
         return [_renamed(_by_last_name(entries), self.names) for entries in found]
 
     def save(self) -> Any:
-        """State and parameters as NumPy arrays, pickled."""
+        """Return state and parameters as NumPy arrays, pickled."""
         return pickle.dumps(self.jax.tree_util.tree_map(np.asarray, (self.opt_state, self.params)))
 
     def load(self, saved: Any) -> None:
-        """Back as JAX arrays."""
+        """Load ``saved`` as JAX arrays."""
         self.opt_state, self.params = self.jax.tree_util.tree_map(self.jax.numpy.asarray, pickle.loads(saved))
 
 
@@ -523,7 +526,7 @@ class Function:
         self.fields = _known(step, self.names)
 
     def init(self, config: Config, params: Arrays, single: bool = False) -> None:
-        """No state yet; ``single``: in float32."""
+        """Begin without a state; ``single``: in float32."""
         self.arrays = ArrayLibrary(self.arrays.backend, "float32" if single else self.dtype)
         self.config = copy.copy(config)
         self.given = arguments(self.function, config, self.fields)
@@ -531,7 +534,7 @@ class Function:
         self.states: list[Any] = [None] * len(params)
 
     def step(self, grads: Arrays) -> Arrays:
-        """One call per parameter; the gradients must come back as they were."""
+        """Make one call per parameter. The gradients must not change."""
         for i, g in enumerate(grads):
             given = self.arrays.of(g)
             got = self.function(self.params[i], given, self.states[i], **self.given)
@@ -545,11 +548,11 @@ class Function:
         return [self.arrays.host(p) for p in self.params]
 
     def options(self, fields: Sequence[str]) -> Options:
-        """`options_of` the target, without its first three arguments."""
+        """Return `options_of` the target, without its first three arguments."""
         return options_of(self.function, fields, self.fields)
 
     def change(self, group: int | None = None, **factors: float) -> list[str]:
-        """Multiply ``lr`` or ``weight_decay``; which of them the function takes."""
+        """Multiply ``lr`` or ``weight_decay``; return the names that the function takes."""
         named = options_of(self.function, [*factors], self.fields).defaults
         for name in named:
             self.config[name] = self.config[name] * factors[name]
@@ -557,22 +560,22 @@ class Function:
         return [*named]
 
     def state(self) -> list[dict[str, np.ndarray]]:
-        """Entries of the states, if they are dicts or named tuples."""
+        """Return the entries of the states, if these are dicts or named tuples."""
         return [_renamed(_flat(s), self.names) for s in self.states]
 
     def save(self) -> Any:
-        """Parameters and states, pickled."""
+        """Return parameters and states, pickled."""
         return pickle.dumps((self.params, self.states))
 
     def load(self, saved: Any) -> None:
-        """The same."""
+        """Load ``saved``, the value of `save`."""
         self.params, self.states = pickle.loads(saved)
 
 
 class Reference:
-    """A method on one of the array libraries; parameters of one shape are run as a stack.
+    """A method on one of the array libraries; parameters of one shape run as a stack.
 
-    ``target`` is its class or preset, the config's own method if None.
+    ``target`` is its class or preset; None is the method of the config.
     """
 
     def __init__(
@@ -586,7 +589,7 @@ class Reference:
         self.fields = {} if target is None else _known(target, self.names)
 
     def _method(self, config: Config) -> Method:
-        """What the config makes of the target."""
+        """Return the method that the target makes of the config."""
         method = config.method if hasattr(config, "make") else None
         if method is not None and self.target in (None, type(method)):
             return method
@@ -602,7 +605,7 @@ class Reference:
         return self._of_preset(made, own)
 
     def _of_preset(self, made: type[Method], own: Config) -> Method:
-        """Return the method of the function ``target``, a preset, with those fields replaced that it does not take."""
+        """Return the method of the preset ``target``, a function, and replace the fields that it does not take."""
         taken = {*registry.arguments(self.target), *self.fields}
         beside = {k: v for k, v in own.items() if k in made.symbols and not {k} & (taken | own.at_default)}
         rest = Config({k: v for k, v in own.items() if k not in beside})
@@ -614,7 +617,7 @@ class Reference:
             raise Unsupported(f"{_called(self.target)} sets other fields: {error}") from error
 
     def init(self, config: Config, params: Arrays) -> None:
-        """A method with these fields."""
+        """Make a method with these fields, and its states."""
         self.method, self.lr = self._method(config), config["lr"]
         self.decay = 0.0 if self.method.decays else config.get("weight_decay", 0.0)
         alike: dict[tuple[int, ...], list[int]] = {}
@@ -639,7 +642,7 @@ class Reference:
         return self.arrays.of(np.stack([arrays[i] for i in stack]) if len(stack) > 1 else arrays[stack[0]])
 
     def step(self, grads: Arrays) -> Arrays:
-        """``x <- (1 - lr decay) x - lr direction``."""
+        """Make ``x <- (1 - lr decay) x - lr direction``."""
         out: dict[int, np.ndarray] = {}
         for k, stack in enumerate(self.stacks):
             state = {f"state.{name}": a for name, a in leaves(self.states[k]) if hasattr(a, "shape")}
@@ -655,7 +658,7 @@ class Reference:
         return [out[i] for i in sorted(out)]
 
     def state(self) -> list[dict[str, np.ndarray]]:
-        """Fields of the state; a sketch as its product."""
+        """Return the fields of the state; a sketch as its product."""
         out = {}
         for stack, state in zip(self.stacks, self.states, strict=True):
             flat = {key: self.arrays.host(value) for key, value in _flat(state, keep=True).items()}
@@ -664,7 +667,7 @@ class Reference:
         return [out[i] for i in sorted(out)]
 
     def primitive(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """`precond_ref.numerics.roots.power`, and `precond_ref.numerics.sketch.update` on batches of rows."""
+        """Run `precond_ref.numerics.roots.power`, or `precond_ref.numerics.sketch.update` on batches of rows."""
         from precond_ref.numerics import roots, sketch
         from precond_ref.numerics.template import arrays_of
 
@@ -685,11 +688,11 @@ class Reference:
         return {name: np.stack([step[key] for step in steps]) for name, key in names.items()}
 
     def save(self) -> Any:
-        """Parameters and states (they are never changed in place)."""
+        """Return parameters and states, which are never changed in place."""
         return list(self.params), list(self.states)
 
     def load(self, saved: Any) -> None:
-        """The same."""
+        """Load ``saved``, the value of `save`."""
         self.params, self.states = map(list, saved)
 
 
@@ -711,25 +714,25 @@ class Command:
         self.reply: dict[str, Any] = {}
 
     def init(self, config: Config, params: Arrays) -> None:
-        """Sends ``{"op": "init", ...}``."""
+        """Send ``{"op": "init", ...}``."""
         fields = {self.names.get(k, k): v for k, v in config.items()}
         self._ask({"op": "init", "config": fields, "dtype": self.dtype, "params": [_encode(p) for p in params]})
 
     def step(self, grads: Arrays) -> Arrays:
-        """Sends ``{"op": "step", "grads": ...}``."""
+        """Send ``{"op": "step", "grads": ...}``."""
         self.reply = self._ask({"op": "step", "grads": [_encode(g) for g in grads]})
         return [_decode(p, self.dtype) for p in self.reply["params"]]
 
     def state(self) -> list[dict[str, np.ndarray]]:
-        """What the last reply gave as ``"state"``."""
+        """Return ``"state"`` of the last reply."""
         states = self.reply.get("state", [])
         return [_renamed({k: _decode(v, "float64") for k, v in s.items()}, self.names) for s in states]
 
     def surroundings(self) -> None:
-        """The program's are its own."""
+        """Return None: the settings of a program are not compared."""
 
     def close(self) -> None:
-        """End the program by closing its input; by force if that does not do."""
+        """End the program by closing its input, or by force if it does not end."""
         if self.program is not None:
             self.program.close(patience=GRACE)
         self.program = None
@@ -763,7 +766,7 @@ def _encode(array: np.ndarray) -> dict[str, Any]:
 
 
 def _decode(entry: Mapping[str, Any], dtype: str) -> np.ndarray:
-    if any(x is None for x in entry["data"]):  # what JSON.stringify makes of NaN and of infinities
+    if any(x is None for x in entry["data"]):  # JSON.stringify writes null for NaN and infinities
         raise ValueError('an entry of "data" is null: write what is not finite as "nan", "inf" or "-inf"')
     return np.array([float(x) for x in entry["data"]], dtype=dtype).reshape(entry["shape"])
 
@@ -776,17 +779,17 @@ class ArrayLibrary:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         self.backend, self.dtype = backend, dtype
         self.xp: Any = importlib.import_module({"strict": "array_api_strict", "jax": "jax.numpy"}.get(backend, backend))
-        if backend == "jax":  # for float32 too: gram64 computes in float64
+        if backend == "jax":  # also for float32, because gram64 computes in float64
             importlib.import_module("jax").config.update("jax_enable_x64", True)
         if backend == "torch":
             self.xp.set_num_threads(1)
 
     def of(self, array: np.ndarray) -> Any:
-        """An array of the library with these values; never a view."""
+        """Return an array of the library with these values; never a view."""
         return self.xp.asarray(np.array(array), dtype=getattr(self.xp, self.dtype))
 
     def host(self, array: Any) -> np.ndarray:
-        """A NumPy array with these values."""
+        """Return a NumPy array with these values."""
         if self.backend == "cupy":
             return array.get()
         if self.backend == "torch":
@@ -795,7 +798,7 @@ class ArrayLibrary:
 
 
 def _flat(state: Any, keep: bool = False, prefix: str = "") -> dict[str, Any]:
-    """Arrays of nested dicts and tuples by dotted names; a sketch or root (basis, eigenvalues) as its product."""
+    """Return arrays of nested dicts and tuples by dotted names; a sketch or root as its product."""
     if hasattr(state, "_asdict"):
         state = state._asdict()
     if isinstance(state, Mapping) and {"basis", "eigenvalues"} <= state.keys():
@@ -817,19 +820,19 @@ def _flat(state: Any, keep: bool = False, prefix: str = "") -> dict[str, Any]:
 
 
 def _by_last_name(entries: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """``0.mu`` as ``mu`` where no other ends so."""
+    """Return the entries with short names: ``mu`` for ``0.mu``, if no other name ends in ``mu``."""
     short = [key.rpartition(".")[2] for key in entries]
     return {s if short.count(s) == 1 else key: v for (key, v), s in zip(entries.items(), short, strict=True)}
 
 
 def _renamed(state: Mapping[str, np.ndarray], names: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """The state with what ``names`` maps under our names too."""
+    """Return the state; arrays that ``names`` maps also have our names."""
     ours = {k.removeprefix("state."): v for k, v in names.items() if k.startswith("state.")}
     return {**state, **{mine: state[theirs] for mine, theirs in ours.items() if theirs in state}}
 
 
 def surroundings() -> dict[str, str]:
-    """What a subject shares with the rest of its process and has to leave alone, by name."""
+    """Return by name the settings of the process, which a subject must not change."""
     found = {f"os.environ[{key!r}]": value for key, value in os.environ.items()}
     found |= {f"the handler of {s.name}": str(signal.getsignal(s)) for s in signal.Signals}
     found |= {f"NumPy's errstate {key}": str(value) for key, value in np.geterr().items()}
@@ -839,7 +842,7 @@ def surroundings() -> dict[str, str]:
     with contextlib.suppress(OSError):
         found["the current folder"] = os.getcwd()
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
-    with contextlib.suppress(AttributeError):  # while it is imported
+    with contextlib.suppress(AttributeError):  # the module is still being imported
         if torch is not None:
             found["torch's default dtype"] = str(torch.get_default_dtype())
             found["torch's default device"] = str(torch.get_default_device())
@@ -850,7 +853,7 @@ def surroundings() -> dict[str, str]:
 
 
 def parse_map(entries: list[str]) -> dict[str, str]:
-    """``OURS=THEIRS`` as a dict."""
+    """Return entries ``OURS=THEIRS`` as a dict; ValueError for other entries."""
     pairs = [entry.partition("=") for entry in entries]
     wrong = [entry for entry, (ours, _, theirs) in zip(entries, pairs, strict=True) if not (ours and theirs)]
     if wrong:

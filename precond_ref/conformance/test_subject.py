@@ -14,13 +14,13 @@ from precond_ref.conformance.subjects import parse_map
 
 
 def option(config: pytest.Config, name: str) -> Any:
-    """``--precond-name``."""
+    """Return the value of the option ``--precond-NAME``."""
     return config.getoption(f"precond_{name}", default=None)
 
 
 @pytest.fixture(scope="session")
 def report(pytestconfig: pytest.Config) -> Any:
-    """The whole check, run once."""
+    """Run the whole check once."""
     dtype = option(pytestconfig, "dtype")
     names = parse_map(option(pytestconfig, "map"))
     command = option(pytestconfig, "command")
@@ -46,7 +46,7 @@ def report(pytestconfig: pytest.Config) -> Any:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test per id; an expected failure that is no id is a usage error."""
+    """Make one test per id; an expected failure that is no id is a usage error."""
     if "name" not in metafunc.fixturenames:
         return
     config = metafunc.config
@@ -68,7 +68,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_subject(report: results.Report, name: str) -> None:
-    """One case or contract check; a case of tier "may" that fails is skipped."""
+    """Judge one case or contract check; a failed case of tier "may" is skipped."""
     found = [r for r in report.results if r.id == name]
     if not found:
         pytest.skip("nothing ran that this could be seen in")
@@ -82,5 +82,5 @@ def test_subject(report: results.Report, name: str) -> None:
 
 
 def test_something_ran(report: results.Report) -> None:
-    """A subject that has no configuration of any case is not checked."""
+    """Fail if the subject has no configuration of any case, because it was then not checked."""
     assert report.ran, "no case ran to its end"

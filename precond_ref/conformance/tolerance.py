@@ -1,23 +1,23 @@
-"""How far two correct implementations may differ: derived from the precision and the problem, never chosen.
+"""The largest difference of two correct implementations, derived from the precision and the problem.
 
 A correct step computes ``A^{-p} G`` from a statistic ``A`` that carries relative errors of some unit roundoffs ``u``.
 To first order an eigenvalue ``w`` of ``A`` is off by ``u ||A||``, which changes ``w^{-p}`` by the relative amount
-``p u ||A|| / w``: at the smallest eigenvalue ``p u kappa``, for the condition number ``kappa`` of ``A``. What that
-does to the result depends on ``G``:
+``p u ||A|| / w``: at the smallest eigenvalue ``p u kappa``, for the condition number ``kappa`` of ``A``. The effect on
+the result depends on ``G``:
 
-* fresh, when ``G`` is part of ``A`` (``||A^{-1/2} G|| <= 1``): normwise ``C u kappa^(p + 1/2)``;
-* stale or bare, when it is not: ``C u kappa`` relative to ``||A^{-p}|| ||G||``;
+* fresh, if ``G`` is part of ``A`` (``||A^{-1/2} G|| <= 1``): normwise ``C u kappa^(p + 1/2)``;
+* stale or bare, if ``G`` is not part of ``A``: ``C u kappa`` relative to ``||A^{-p}|| ||G||``;
 * elementwise methods have ``kappa = 1``: ``C u``.
 
-Muon's iteration in bfloat16 (``compute_dtype``) rounds at each step what it adds up, and the steps after it multiply
-that at most by the largest divided difference of their polynomial at the singular values: ``kappa`` is the sum of
-these, relative to the result, and the limit ``C u kappa`` with a C of its own.
+Muon's iteration in bfloat16 (``compute_dtype``) rounds the terms that it adds at each step. The later steps multiply
+this error at most by the largest divided difference of their polynomial at the singular values. ``kappa`` is the sum of
+these errors, relative to the result, and the limit is ``C u kappa`` with a C of its own.
 
-A sketch is made of the one before by a decomposition, so that the errors of all decompositions so far are in it: their
-number is one more factor. So are those of all bases in a second moment that is kept in their coordinates.
+A sketch is made from the sketch before it by a decomposition, and has the errors of all decompositions so far: their
+number is one more factor. A second moment in the coordinates of bases has the errors of all bases in the same way.
 
 ``benchmarks/tolerance.py`` measures ``C``; *Tolerance* in the documentation has its result. Comparisons are normwise,
-without an absolute part: the one addition is the rounding of the parameter that the step is subtracted from.
+without an absolute part. The only addition is the rounding of the parameter, from which the step is subtracted.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ if TYPE_CHECKING:
 
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24}
 CONSTANT = 16.0
-"""C above."""
+"""The C of the module's docstring."""
 BFLOAT16, PRODUCTS = 2.0**-8, 0.25
-"""Unit roundoff, and C for products in it: roundings of many signs, of which ``kappa`` adds the sizes."""
+"""Unit roundoff, and C for products in bfloat16: their roundings have both signs, and ``kappa`` adds their sizes."""
 
 
 def relative(
     dtype: str, kappa: float = 1.0, exponent: float = 0.0, stale: bool = False, decompositions: int = 1
 ) -> float:
-    """Largest relative normwise error of a direction: condition number, total exponent p, and whether it is stale.
+    """Return the largest relative normwise error of a direction, for condition number, total exponent p and ``stale``.
 
-    ``decompositions``: how many of them the statistic went through, one after the other.
+    ``decompositions`` is the number of decompositions that the statistic went through, one after the other. ValueError
+    for an unknown dtype.
     """
     if dtype not in UNIT_ROUNDOFF:
         raise ValueError(f"dtype must be one of {', '.join(UNIT_ROUNDOFF)}, got {dtype!r}")
@@ -49,7 +50,7 @@ def relative(
 
 
 def of_case(case: Case, dtype: str, step: int) -> float:
-    """`relative` for a step of a trace, counted from 1, or for a primitive, which has one."""
+    """Return `relative` for a step of a trace, counted from 1, or for a primitive, which has one step."""
     about = case.conditioning
     if case.narrow:
         return PRODUCTS * BFLOAT16 * float(about["kappa"][step - 1])
@@ -58,10 +59,10 @@ def of_case(case: Case, dtype: str, step: int) -> float:
 
 
 def of_update(relative_tolerance: float, dtype: str, before: np.ndarray, after: np.ndarray) -> float:
-    """Largest norm of the error of ``before - after``: the direction's, and the rounding of both parameters."""
+    """Return the largest norm of the error of ``before - after``: that of the direction, and the rounding of both."""
     return of_lengths(relative_tolerance, dtype, *(float(np.linalg.norm(x)) for x in (before - after, before, after)))
 
 
 def of_lengths(relative_tolerance: float, dtype: str, step: float, before: float, after: float) -> float:
-    """The same from the norms of the step and of both parameters."""
+    """Return `of_update` from the norms of the step and of both parameters."""
     return relative_tolerance * step + 2 * UNIT_ROUNDOFF[dtype] * (before + after)

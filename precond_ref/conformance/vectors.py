@@ -1,7 +1,7 @@
 """The conformance vectors: inputs and 50-digit results, one file per case; *Vector format* in the documentation.
 
-``cases()`` lists them, ``load(case)`` gives the arrays, ``verify()`` says what is wrong with a folder of them.
-Loading needs NumPy and safetensors, verifying jsonschema too: the extra ``cli``.
+``cases()`` lists them, ``load(case)`` returns the arrays, ``verify()`` returns the faults of a folder of vectors.
+Loading needs NumPy and safetensors, verifying needs jsonschema too: the extra ``cli``.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "vectors"
 VERSIONS = ("v1", "v2")
-"""Folders in ``FOLDER``, each with a manifest; a case of any is a case."""
+"""Folders in ``FOLDER``, each with a manifest; the cases of all of them count."""
 SCHEMA = Path(__file__).parent / "schema.json"
 ID = re.compile(r"[A-Za-z]+(\.[A-Za-z]+)*/[a-z0-9-]+")
 MAX_BYTES = 5_000_000
-MAX_FAULTS = 20  # shown of a manifest that does not fit the schema
+MAX_FAULTS = 20  # number of faults shown of a manifest that does not fit the schema
 MUST_KAPPA = 1e3
 INPUT_BITS, FIELD_BITS = {1: 8, 2: 53}, 24  # significant bits: of bfloat16 in version 1, of float64 in 2; of float32
 LARGEST = {1: 8.0, 2: 2.0**14}
-"""Magnitude of an input by version."""
+"""Largest magnitude of an input, by version."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """An entry of the manifest; *Vector format* in the documentation says what the fields mean."""
+    """An entry of the manifest; *Vector format* in the documentation explains the fields."""
 
     id: str
     method: str
@@ -55,29 +55,29 @@ class Case:
     catches: tuple[str, ...]
     steps: int = 0
     lr: float | tuple[float, ...] = 0.0
-    """A tuple has one for each step."""
+    """Learning rate; a tuple has one rate for each step."""
     decay: float = 0.0
     checkpoints: tuple[int, ...] = ()
-    """Steps, counted from 1, whose results there are; () is all."""
+    """Steps, counted from 1, that have results; () means all steps."""
     fold: int = 0
     """Results of more entries are folded, `precond_ref.conformance.generated.folded`."""
     generated: Mapping[str, Any] = field(default_factory=dict)
     """Inputs that are in no file: arguments of `precond_ref.conformance.generated.tensor`."""
     deep: bool = False
-    """Whether it is left out unless asked for."""
+    """True if only a deep check runs the case."""
     inputs: tuple[str, ...] = ()
     conditioning: Mapping[str, Any] = field(default_factory=dict)
     argument: str = ""
     file: str = ""
     sha256: str = ""
     folder: Path = field(default=FOLDER, repr=False, compare=False)
-    """Where the manifest is."""
+    """Folder of the manifest."""
     version: int = field(default=1, compare=False)
-    """Of the manifest."""
+    """Version of the manifest."""
 
     @property
     def narrow(self) -> bool:
-        """Whether its products are in bfloat16: the tolerance is that of these, without any slack."""
+        """Whether the products of the case are in bfloat16, whose tolerance then holds without any slack."""
         return self.config.get("compute_dtype") is not None
 
     @property
@@ -87,7 +87,7 @@ class Case:
 
     @property
     def stored(self) -> tuple[int, ...]:
-        """Steps whose results there are, counted from 1."""
+        """Steps that have results, counted from 1."""
         return self.checkpoints or tuple(range(1, self.steps + 1))
 
     @property
@@ -96,7 +96,7 @@ class Case:
         return self.lr if isinstance(self.lr, tuple) else (self.lr,) * self.steps
 
     def make(self) -> Method:
-        """The method of this library that a trace or a reject is about, from its constructor and config."""
+        """Return the method of a trace or a reject, from constructor and config; ValueError or TypeError if refused."""
         import precond_ref
 
         name, _, preset = self.constructor.partition(".")
@@ -107,7 +107,7 @@ class Case:
 
 
 def tuples(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with tuples in the place of JSON's lists."""
+    """Return a config with tuples in the place of JSON's lists."""
 
     def made(value: Any) -> Any:
         return tuple(map(made, value)) if isinstance(value, list) else value
@@ -118,9 +118,9 @@ def tuples(config: Mapping[str, Any]) -> dict[str, Any]:
 def cases(
     method: str | None = None, tier: str | None = None, kind: str | None = None, *, folder: Path | None = None
 ) -> list[Case]:
-    """The cases in the manifests' order, or only those of a method, tier or kind; ``folder``: of a copy of a version.
+    """Return the cases in the order of the manifests, or only the cases of a method, tier or kind.
 
-    A later version may have another tier for a case of an earlier one.
+    ``folder`` is a copy of one version. A later version may have another tier for a case of an earlier one.
     """
     found = [_case(entry) for entry in entries(folder)]
     wanted = {"method": method, "tier": tier, "kind": kind}
@@ -130,7 +130,7 @@ def cases(
 
 
 def entries(folder: Path | None = None) -> list[dict[str, Any]]:
-    """The manifests' entries, with the tier that holds, and with the version and its folder."""
+    """Return the entries of the manifests, each with its present tier, its version and its folder."""
     folders = [folder] if folder else [FOLDER / version for version in VERSIONS if (FOLDER / version).is_dir()]
     manifests = [_parsed(read(file, MAX_BYTES), file) for file in (place / "manifest.json" for place in folders)]
     tiers = {id: tier for manifest in manifests for id, tier in manifest.get("tiers", {}).items()}
@@ -141,7 +141,7 @@ def entries(folder: Path | None = None) -> list[dict[str, Any]]:
     ]
 
 
-_parsed = lru_cache(maxsize=len(VERSIONS))(parse_json)  # once for the same bytes; nobody changes what it gives
+_parsed = lru_cache(maxsize=len(VERSIONS))(parse_json)  # once for the same bytes; no caller changes the result
 
 
 def _case(entry: dict[str, Any]) -> Case:
@@ -150,9 +150,9 @@ def _case(entry: dict[str, Any]) -> Case:
 
 
 def load(case: Case) -> dict[str, np.ndarray]:
-    """The tensors of a case by name, float64, inputs that are generated included; empty for a reject.
+    """Return the tensors of a case by name, float64, with the generated inputs; empty for a reject.
 
-    ValueError if the file is not the one recorded, is not in the manifest's folder, or is too large.
+    ValueError if the file is not the recorded one, is not in the manifest's folder, or is too large.
     """
     from precond_ref.conformance import generated
 
@@ -181,10 +181,9 @@ def _stored(case: Case) -> dict[str, np.ndarray]:
 
 
 def verify(folder: Path | None = None) -> list[str]:
-    """What is wrong with the vectors shipped or those of a version in ``folder``, one sentence per fault; empty if
-    nothing is.
+    """Return the faults of the installed vectors, or of the version in ``folder``, one sentence per fault.
 
-    Nothing outside the folder is read, and nothing in it beyond `MAX_BYTES`.
+    Only files inside the folder are read, and at most `MAX_BYTES` of them.
     """
     if folder:
         return [shown(fault) for fault in _all_faults(folder)]
@@ -224,7 +223,7 @@ def _all_faults(folder: Path) -> Iterator[str]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """Path of a regular file that no link leads to; installers may make links of our own files."""
+    """Return the path of a regular file that no link leads to; installers may make links of our own files."""
     path = folder / name
     if folder.parent != FOLDER and path.resolve() != folder.resolve() / name:
         raise ValueError(f"{name} must not be behind a link")
@@ -300,5 +299,5 @@ def _trace_faults(case: Case, tensors: Mapping[str, np.ndarray]) -> Iterator[str
 
 
 def _has_bits(values: Iterable[float], bits: int) -> bool:
-    """Whether each value has at most that many significant bits (and an exponent every format has)."""
+    """Return whether each value has at most ``bits`` significant bits, and an exponent that every format has."""
     return all(x == 0 or ((math.frexp(x)[0] * 2**bits).is_integer() and 2**-100 < abs(x) < 2**100) for x in values)

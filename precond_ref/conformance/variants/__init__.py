@@ -1,7 +1,7 @@
-"""The methods once more, in plain NumPy, each with its plausible mistakes as named flags.
+"""The second implementation of the methods, in plain NumPy, each with its plausible mistakes as named flags.
 
 A family module exports ``VARIANTS``, a `Variants` per `Method.name`. Its ``walk(config, shape, flags)`` is a generator
-that runs ONE parameter: it is sent ``(gradient, parameter)`` and yields ``(direction, state)``::
+that runs ONE parameter: it gets ``(gradient, parameter)`` by ``send`` and yields ``(direction, state)``::
 
     def sgd(config, shape, flags):
         buffer, out = np.zeros(shape), None
@@ -10,13 +10,13 @@ that runs ONE parameter: it is sent ``(gradient, parameter)`` and yields ``(dire
             buffer = config["momentum"] * buffer + g
             out = buffer.copy(), {"buffer": buffer}
 
-``config`` holds every field of the method; ``state`` the arrays by the names of our state's fields (``grams.0`` for the
-parts of a tuple; a sketch as its product). Every deviation is one ``if "name" in flags``. A flag's text continues
-"it is ASGO ...", so that ``with eps outside the root`` makes a sentence. `run` adds the flags of `COMMON` and those of
+``config`` has every field of the method, and ``state`` has the arrays by the names of our state's fields (``grams.0``
+for the parts of a tuple; a sketch as its product). Every deviation is one ``if "name" in flags``. The text of a flag
+continues "it is ASGO ...", so that ``with eps outside the root`` makes a sentence. `run` adds the flags of `COMMON` and
 `GENERIC`, which any method can have.
 
-The same text computes in float64 and, given mpmath numbers, with 50 digits (`arithmetic`): without flags it is what the
-conformance vectors are built from. It shares nothing with `precond_ref.methods` and `precond_ref.numerics`.
+The same text computes in float64 and, for mpmath numbers, with 50 digits (`arithmetic`). Without flags it makes the
+conformance vectors. It shares no code with `precond_ref.methods` and `precond_ref.numerics`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ COMMON: Mapping[str, str] = MappingProxyType(
         "decay-ignored": "without weight decay",
     }
 )
-"""Flags that `run` itself knows."""
+"""Flags that `run` itself treats."""
 GENERIC: Mapping[str, str] = MappingProxyType(
     {
         "unmoved": "without any step: the parameter does not move",
@@ -71,9 +71,9 @@ GENERIC: Mapping[str, str] = MappingProxyType(
         "zero-forgotten": "with a state that a gradient of zeros does not change, though the parameter makes its step",
     }
 )
-"""The same, of mistakes that leave no method in what remains: one of them is on alone."""
+"""Flags that `run` itself treats, of mistakes that replace the method; such a flag is on alone."""
 RATES = ("beta1", "beta2", "momentum", "riemannian_momentum", "graft_beta2", "decay")
-"""Fields of which one may be taken for another: ``beta1-for-beta2`` is a flag of `GENERIC`'s kind."""
+"""Fields that a mistake may exchange: ``beta1-for-beta2`` is a flag like those of `GENERIC`."""
 
 
 @dataclass(frozen=True)
@@ -84,23 +84,26 @@ class Variants:
     flags: Mapping[str, str]
     exclusive: tuple[frozenset[str], ...] = ()
     rates: tuple[str, ...] = ()
-    """Those of `RATES` that the method has; `of` says it."""
+    """The fields of `RATES` that the method has; `of` sets them."""
 
     @property
     def generic(self) -> dict[str, str]:
-        """`GENERIC`, and one rate in the place of another."""
+        """The flags of `GENERIC`, and those of one rate in the place of another."""
         exchanged = {f"{a}-for-{b}": f"with {a} in the place of {b}" for a, b in permutations(self.rates, 2)}
         return {**GENERIC, **exchanged}
 
     @property
     def texts(self) -> dict[str, str]:
-        """All flags that the method can have."""
+        """All flags that the method can have, with their texts."""
         return {**self.flags, **COMMON, **self.generic}
 
 
 class Trace(NamedTuple):
-    """What a run leaves: arrays (T, *shape), stack axes included, and after each update the state and, where asked for,
-    the condition number, the decompositions whose errors are in a statistic, and whether zeros of one were left out."""
+    """The results of a run: arrays (T, *shape), stack axes included, and after each update the state.
+
+    If asked for, also the condition number, the number of decompositions with errors in a statistic, and whether zeros
+    of a statistic were left out.
+    """
 
     directions: Array
     params: Array
@@ -112,7 +115,7 @@ class Trace(NamedTuple):
 
 @cache
 def registry() -> dict[str, Variants]:
-    """Variants by `Method.name`."""
+    """Return the variants by `Method.name`."""
     found: dict[str, Variants] = {}
     for family in FAMILIES:
         found |= importlib.import_module(f"{__name__}.{family}").VARIANTS
@@ -120,14 +123,14 @@ def registry() -> dict[str, Variants]:
 
 
 def of(method: Method) -> Variants:
-    """Variants of a method; KeyError where there are none."""
+    """Return the variants of a method; KeyError if there are none."""
     fields = {f.name for f in dataclasses.fields(method)}  # type: ignore[arg-type]
     rates = tuple(rate for rate in RATES if rate in fields)
     return dataclasses.replace(registry()[method.name], rates=rates)
 
 
 def compatible(variants: Variants, flags: frozenset[str]) -> bool:
-    """Whether the flags can be on together."""
+    """Return whether the flags can be on together."""
     if len(flags) > 1 and flags & variants.generic.keys():
         return False
     exclusive = (*variants.exclusive, frozenset(f for f in {*COMMON, *variants.flags} if f.startswith("decay-")))
@@ -135,19 +138,19 @@ def compatible(variants: Variants, flags: frozenset[str]) -> bool:
 
 
 def choices(variants: Variants, size: int) -> list[frozenset[str]]:
-    """Sets of ``size`` flags that can be on together: the method's own, the common ones, and alone the generic ones."""
+    """Return sets of ``size`` flags that can be on together: own and common flags; a generic flag is on alone."""
     known = variants.texts if size == 1 else {**variants.flags, **COMMON}
     sets = map(frozenset, combinations(known, size))
     return [flags for flags in sets if compatible(variants, flags)]
 
 
 def rivals(these: Iterable[str], those: Iterable[str]) -> tuple[frozenset[str], ...]:
-    """Groups for `Variants.exclusive`: none of ``these`` with any of ``those``."""
+    """Return groups for `Variants.exclusive`: no flag of ``these`` with any flag of ``those``."""
     return tuple(frozenset(pair) for pair in product(these, those))
 
 
 def effective(cases: Iterable[Case]) -> frozenset[str]:
-    """Flags that change a parameter of one of the (trace) cases, which are of one constructor, by more than 1e-9."""
+    """Return the flags that change a parameter of a trace among ``cases``, of one constructor, by more than 1e-9."""
     seen: set[str] = set()
     for case in cases:
         method, tensors = case.make(), load(case)
@@ -162,7 +165,7 @@ def effective(cases: Iterable[Case]) -> frozenset[str]:
 
 
 def describe(variants: Variants, flags: frozenset[str]) -> str:
-    """The flags' texts, joined."""
+    """Return the texts of the flags, joined."""
     return ", and ".join(text for flag, text in variants.texts.items() if flag in flags)
 
 
@@ -179,7 +182,7 @@ def run(
 ) -> Trace:
     """Run ``method`` with ``flags`` on given gradients (T, *shape); the first ``stack_ndim`` axes are looped over.
 
-    ``lr`` may have one for each step, and for more. Raises KeyError for a flag that is not the method's.
+    ``lr`` may be a sequence with a rate for each step or more. KeyError for a flag that the method does not have.
     """
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
     arrays = np.asarray(param, np.float64), np.asarray(grads, np.float64)
@@ -199,7 +202,7 @@ def walk(
     flags: frozenset[str] = frozenset(),
     conditioned: bool = False,
 ) -> Trace:
-    """`run` for the class ``name`` with these fields, in the arithmetic of what is given.
+    """Do `run` for the method ``name`` with these fields, in the arithmetic of the arguments.
 
     ``conditioned``: with the trace's condition numbers and counts of decompositions.
     """
@@ -227,7 +230,7 @@ def walk(
 
 
 class Member:
-    """A parameter, followed step by step by the method with ``flags``; ``fields`` are the method's."""
+    """A parameter that the method with ``flags`` updates step by step; ``fields`` are those of the method."""
 
     def __init__(self, variants: Variants, fields: Mapping[str, Any], x: Array, decay: float, flags: frozenset[str]):
         for flag in flags & variants.generic.keys() - GENERIC.keys():
@@ -240,7 +243,7 @@ class Member:
         self.steps = self._started()
 
     def _started(self, elapsed: int = 0) -> Walk:
-        """The method's generator, after so many updates that are counted and forgotten."""
+        """Return the method's generator after ``elapsed`` updates, of which only the number counts."""
         token = _ELAPSED.set(elapsed)
         try:
             steps = self.variants.walk(self.fields, np.shape(self.x), self.flags)
@@ -250,7 +253,7 @@ class Member:
         return steps
 
     def step(self, g: Array, rate: float) -> tuple[Array, Array, Mapping[str, Any]]:
-        """The direction, the parameter after the step, and the state."""
+        """Return the direction, the parameter after the step, and the state."""
         x, flags, decay, zero = self.x, self.flags, self.decay, not np.any(g)
         shrink = 1 - decay * (1 if "decay-without-lr" in flags else rate)
         given = g + decay * x if "decay-coupled" in flags else g, x
@@ -297,13 +300,13 @@ _ELAPSED: ContextVar[int] = ContextVar("elapsed", default=0)
 
 
 def times(flags: frozenset[str], first: int = 1) -> Iterator[int]:
-    """Numbers of the updates: 1, 2, ..."""
+    """Yield the numbers of the updates: 1, 2, ..."""
     first += _ELAPSED.get()
     return repeat(first) if "counter-stuck" in flags else count(first)
 
 
 def _plain(fields: Mapping[str, Any], g: Array, x: Array, buffer: Array, flags: frozenset[str]) -> tuple[Array, Array]:
-    """The gradient, with decay that is the method's own, or an average of it; and the new buffer."""
+    """Return the gradient (with a decay inside the method) or an average of it, and the new buffer."""
     entering = g + fields.get("weight_decay", 0.0) * x
     if "unpreconditioned" in flags:
         return entering, buffer
@@ -313,7 +316,7 @@ def _plain(fields: Mapping[str, Any], g: Array, x: Array, buffer: Array, flags: 
 
 
 def decayed(config: Mapping[str, Any], flags: frozenset[str], u: Array, x: Array) -> Array:
-    """What is preconditioned: with the weight decay in it under the flag of `PRECONDITIONED`, no statistic of it."""
+    """Return the preconditioned array: under the flag of `PRECONDITIONED` with weight decay, but not in a statistic."""
     return u + config["outer_decay"] * x if "decay-preconditioned" in flags else u
 
 
@@ -323,7 +326,7 @@ PRECONDITIONED = {
 
 
 class Conditioning:
-    """Condition numbers that a walk notes for the manifest."""
+    """The condition numbers that a walk notes for the manifest."""
 
     def __init__(self) -> None:
         self.of_update: list[Any] = []
@@ -332,9 +335,9 @@ class Conditioning:
         self.sketches, self.sketched, self.singular = 0, False, False
 
     def after_update(self) -> tuple[Any, int]:
-        """Of the update just made: the condition number, and how many decompositions' errors are in a statistic.
+        """Return the condition number of the last update, and the number of decompositions with errors in a statistic.
 
-        The first is the last one noted, if a root was kept, and nothing below that of any sketch update so far.
+        If a root was kept, the condition number is the last one noted. It is at least that of every update of a sketch.
         """
         self.last = max(self.of_update, default=self.last)
         self.sketches += self.sketched
@@ -347,7 +350,7 @@ _CONDITIONING: ContextVar[Conditioning | None] = ContextVar("conditioning", defa
 
 @contextmanager
 def conditioning(wanted: bool = True) -> Iterator[Conditioning]:
-    """Collect what is noted inside, if it is ``wanted``."""
+    """Collect the notes made inside, if they are ``wanted``."""
     noted = Conditioning()
     token = _CONDITIONING.set(noted if wanted else None)
     try:
@@ -357,7 +360,7 @@ def conditioning(wanted: bool = True) -> Iterator[Conditioning]:
 
 
 def note(compute: Callable[..., Any], *arguments: Any, stays: bool = False) -> None:
-    """Record the condition number ``compute(*arguments)`` if anyone wants it; ``stays``: of a sketch."""
+    """Record the condition number ``compute(*arguments)`` if notes are collected; ``stays`` is for a sketch."""
     if (noted := _CONDITIONING.get()) is None:
         return
     if stays:
@@ -367,7 +370,7 @@ def note(compute: Callable[..., Any], *arguments: Any, stays: bool = False) -> N
 
 
 def note_singular(live: Array) -> None:
-    """Record that zeros, if there are any, were left out of a power."""
+    """Record that a power left out zeros, if there are any."""
     if (noted := _CONDITIONING.get()) is not None:
         noted.singular |= not np.all(live)
 
@@ -376,19 +379,19 @@ def note_singular(live: Array) -> None:
 
 
 def ema(old: Any, new: Any, decay: float) -> Any:
-    """``decay * old + (1 - decay) * new``."""
+    """Return ``decay * old + (1 - decay) * new``."""
     return decay * old + (1 - decay) * new
 
 
 def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``a / b`` elementwise with 0/0 = 0."""
+    """Return ``a / b`` elementwise with 0/0 = 0."""
     return np.where((a == 0) & (b == 0), 0.0, a / np.where((a == 0) & (b == 0), 1.0, b))
 
 
 def spectral(matrix: Array, function: Callable[[Array], Array], keep_zeros: bool, exponent: float | Fraction) -> Array:
-    """``Q f(w) Q^T``; without ``keep_zeros`` eigenvalues that are rounding (at most n u max) give zero.
+    """Return ``Q f(w) Q^T``; without ``keep_zeros`` eigenvalues that are rounding (at most n u max) give zero.
 
-    f is a power of about this ``exponent``, which says how its values tell the condition number.
+    f is a power of about ``exponent``, from which its values give the condition number.
     """
     if not all_finite(matrix):
         return np.full(matrix.shape, np.nan)
@@ -403,38 +406,38 @@ def spectral(matrix: Array, function: Callable[[Array], Array], keep_zeros: bool
 
 
 def power(matrix: Array, exponent: float | Fraction, ridge: float = 0.0) -> Array:
-    """``(A + ridge I)^exponent``; ``ridge = 0``: of the pseudo-inverse."""
+    """Return ``(A + ridge I)^exponent``; ``ridge = 0``: the power of the pseudo-inverse."""
     return spectral(matrix, lambda w: arithmetic.power(w + ridge, exponent), ridge > 0, exponent)
 
 
 def outside(matrix: Array, exponent: float | Fraction, shift: float = 0.0) -> Array:
-    """``(A^{-exponent} + shift I)^{-1}``; ``shift = 0``: of the pseudo-inverse."""
+    """Return ``(A^{-exponent} + shift I)^{-1}``; ``shift = 0``: the pseudo-inverse."""
     return spectral(matrix, lambda w: 1 / (arithmetic.power(w, -exponent) + shift), shift > 0, exponent)
 
 
 def spread(values: Array) -> Any:
-    """Largest over smallest; 1 of nothing."""
+    """Return the largest value over the smallest; 1 without values."""
     return max(values) / min(values) if len(values) else 1.0
 
 
 def isolation(w: Array) -> Any:
-    """Largest eigenvalue over the smallest distance of two: a basis is off by a unit roundoff times this."""
+    """Return the largest eigenvalue over the smallest distance of two: a basis is off by this times a unit roundoff."""
     gaps = [b - a for a, b in pairwise(w)]
     return max(w) / min(gaps) if gaps and min(gaps) > spacing(w) * max(w) else 1
 
 
 def unfold(tensor: np.ndarray, axis: int) -> np.ndarray:
-    """(d_1, ..., d_k) -> (d_axis, product of the others)."""
+    """Return the unfolding (d_1, ..., d_k) -> (d_axis, product of the others)."""
     return np.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1)
 
 
 def multiply(tensor: np.ndarray, matrix: np.ndarray, axis: int) -> np.ndarray:
-    """``matrix`` multiplied onto one axis of ``tensor``."""
+    """Return ``tensor`` with ``matrix`` multiplied onto one axis."""
     return np.moveaxis(np.tensordot(matrix, tensor, axes=(1, axis)), 0, axis)
 
 
 def due(t: int, every: int, flags: frozenset[str]) -> bool:
-    """Whether update ``t`` = 1, 2, ... renews roots; flags of `EVERY`."""
+    """Return whether update ``t`` = 1, 2, ... renews roots, with the flags of `EVERY`."""
     if "every-ignored" in flags:
         return True
     if "every-late" in flags:
@@ -455,7 +458,7 @@ EVERY = {
 
 
 def stale(t: int, flags: frozenset[str]) -> bool:
-    """Whether update ``t`` uses the statistic before its gradient, always or from the second update on (`LATE`)."""
+    """Return whether update ``t`` uses the statistic without its gradient: always, or from update 2 on (`LATE`)."""
     return "statistic-after" in flags or ("statistic-late" in flags and t > 1)
 
 
