@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch_adapter_cases import ONE_EACH, by_core, distance, feed, forced, parameters, recorded
 
 import precond_ref_torch as pt
-from precond_ref_torch import buckets
+from precond_ref_torch import passes
 
 torch.set_num_threads(1)
 BACKEND = "eager"  # the same graph, run as it is; "aot_eager" also takes out the writing in place
@@ -71,18 +71,14 @@ def test_all_compiled_updates(name: str) -> None:
     check_compiled(CONFIGS[name], "aot_eager")
 
 
-def _numbers_in_graph(
-    self: Any, grad: Any, param: Any, step: int, scalars: Any, given: Any, backend: Any, kernels: Any
-) -> Any:
+def _numbers_in_graph(self: Any, task: Any) -> Any:
     """The mistake of handing the step's scalars over as Python numbers."""
-    kernel = kernels.setdefault(self.kernel_key, buckets._kernel(self.method, backend))
-    state = buckets.states.fill(self.template, iter(self.arrays), 0)
-    return kernel(grad, state, param, scalars, self.method.due(step), given)
+    return self.compiled, task._replace(scalars=type(task.scalars)(*map(float, task.scalars)))
 
 
 @pytest.mark.parametrize("name", ["AGD-default", "Adam-default"])
 def test_check_catches_numbers_in_the_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buckets.Bucket, "_compiled", _numbers_in_graph)
+    monkeypatch.setattr(passes.Graph, "ready", _numbers_in_graph)
     # either graph after graph, or none: Dynamo refuses a bound of clip that changes from call to call
     with pytest.raises((AssertionError, torch._dynamo.exc.Unsupported), match="compiled again|assert [23] == 1|isnan"):
         check_compiled(CONFIGS[name])
@@ -107,7 +103,7 @@ def test_more_shapes_than_graphs_of_one_function() -> None:
 
 
 def test_missing_gradients_compile_once_more() -> None:
-    """Buffers of other sizes: one more graph, for any size."""
+    """Buffers of other sizes: one graph for any size, and one for a parameter alone."""
     method = ONE_EACH["AGD"].method
     start, grads = recorded([(4, 3)] * 5, 8)
     for step in (2, 3, 5):

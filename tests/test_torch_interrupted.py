@@ -19,7 +19,7 @@ from torch_adapter_cases import ONE_EACH, distance, feed, forced, parameters, re
 
 import precond_ref as pr
 import precond_ref_torch as pt
-from precond_ref_torch import buckets, interrupts, optimizer
+from precond_ref_torch import buckets, interrupts, optimizer, passes
 
 torch.set_num_threads(1)
 OWN = str(pt.__path__[0])
@@ -223,7 +223,8 @@ def _spread(count: int, most: int | None) -> list[int]:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buckets, "CHUNK_BYTES", 16 * 8)
+    for size in ("CHUNK_BYTES", "FLAT_BYTES"):
+        monkeypatch.setattr(buckets, size, 16 * 8)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -394,17 +395,19 @@ def test_other_threads_leave_the_signals_alone() -> None:
 
 
 def _interrupted(original: Any) -> Any:
-    def kernel(method: Any, backend: Any) -> Any:
-        inner = original(method, backend)
+    """The maker of what computes, interrupted at the end of what it made."""
+
+    def make(*given: Any) -> Any:
+        made = original(*given)
 
         def call(*given: Any) -> Any:
-            result = inner(*given)
+            result = made(*given)
             signal.raise_signal(signal.SIGINT)
             return result
 
         return call
 
-    return kernel
+    return make
 
 
 def check_ctrl_c(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,6 +418,7 @@ def check_ctrl_c(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     feed(pt.Optimizer(expected, **forced(config.method, lr=0.125)), expected, grads)
     opt = pt.Optimizer(params, **forced(config.method, lr=0.125, compile="eager"))
     monkeypatch.setattr(buckets, "_kernel", _interrupted(buckets._kernel))
+    monkeypatch.setattr(passes, "lookup", lambda backend: _interrupted(lambda module, inputs: module))
     with pytest.raises(KeyboardInterrupt) as caught:
         feed(opt, params, grads)
     counts = {int(opt.state[p]["step"]) for p in params}

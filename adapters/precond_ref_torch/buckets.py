@@ -17,10 +17,12 @@ from torch import Tensor
 from precond_ref import Method
 from precond_ref_torch import distributed as sharding
 from precond_ref_torch import states
+from precond_ref_torch.passes import XP, Graph, Tape, Task, record
 
-XP = array_namespace(torch.empty(0))
 CHUNK_BYTES = 2**18
-"""Flat buffers and stacks on a CPU go through the method in pieces whose temporaries stay in its cache."""
+"""Stacks on a CPU go through the method in pieces whose temporaries stay in its cache."""
+FLAT_BYTES = 2**20
+"""Flat buffers do, in larger ones: they need three or four arrays of this size, and each piece costs a dozen calls."""
 Foreign = tuple[Any, Callable[[Tensor], Any], Callable[[Any], Tensor], Callable[[], Any]]
 EVERY = slice(None)
 Pairs = list[tuple[Tensor, Tensor]]
@@ -122,7 +124,8 @@ class Bucket:
 
         self.steps = torch.stack([entry["step"] for entry in entries])
         self.counted = states.has_value(self.steps)
-        self.fake_step = 0
+        self.now = int(self.steps[0]) if self.counted else 0
+        """Updates done; of fake parameters, by this bucket."""
         self.arrays: list[Tensor] = []
         columns: list[Any] = [self.steps.unbind()]
         names = ["step", *(states.to_dict(self.template) if self.mine else ())]
@@ -144,10 +147,18 @@ class Bucket:
         self.large = any(piece.part is not None for piece in self.pieces)
         self.one = torch.ones((), dtype=self.dtype, device=self.device)
         self.zeros: list[Tensor] = []
+        self.spans: dict[Any, list[Tensor]] = {}
+        """The states of each piece, by where it is."""
+        self.room: tuple[Any, ...] = (None,)
+        """Memory of the optimizer in which gradients are joined; of it: as much as is needed, stacked, and in parts."""
+        self.compiled: tuple[Any, ...] = (None,)
+        """A name of a compiler, and the graph that it made."""
+        self.called: tuple[Any, ...] = (None,)
+        """Where a lone parameter was, the graph that moved it, its arguments, and where those that change are."""
 
     def _pieces(self) -> Iterator[Piece]:
         """Neighbours that fit in a CPU's cache together, and parts of this size of larger units."""
-        size = max(CHUNK_BYTES // self.dtype.itemsize, 1)
+        size = max((FLAT_BYTES if self.flat else CHUNK_BYTES) // self.dtype.itemsize, 1)
         first, start, end = 0, 0, 0
         for index, shape in enumerate([*self.shapes, (size + 1,)]):
             if end + math.prod(shape) > start + size and index > first:
@@ -183,21 +194,18 @@ class Bucket:
             self.kept = found  # a wrapper changed what it keeps beside them
         return True
 
-    def step(self) -> int:
-        """Updates done; of fake parameters, by this bucket."""
-        return int(self.steps[0]) if self.counted else self.fake_step
-
     def count(self, units: int, step: int) -> None:
         """Set the counters of the first ``units``."""
         (self.steps if units == len(self) else self.steps[:units]).fill_(step)
-        self.fake_step = step
+        self.now = step
 
     def in_step(self) -> bool:
-        """Whether the members' counters agree: someone may have set one."""
-        if not self.counted:
-            return True
-        counts = self.steps.tolist()
-        return bool(counts.count(counts[0]) == len(counts))
+        """Whether the members' counters agree, which someone may have set, so that ``now`` is that of all."""
+        if self.counted:
+            counts = self.steps.tolist()
+            self.now = counts[0]
+            return bool(counts.count(self.now) == len(counts))
+        return True
 
     def release(self) -> None:
         """Give each entry tensors of its own."""
@@ -275,7 +283,7 @@ class Bucket:
     ) -> Iterator[tuple[Piece, list[Tensor], Pairs]]:
         """Directions of one piece after the other, in the dtype of the arithmetic, and what their states become.
 
-        Nothing is changed yet, except the states of an elementwise method that is compiled.
+        Nothing is changed yet; the next piece may overwrite both.
         """
         given = {} if statistic is None else {"statistic": statistic}
         members: slice | None = None
@@ -295,18 +303,36 @@ class Bucket:
             elif options["engine"] == "cupy":
                 found, pairs = self._foreign(grad, param, step, scalars, given, cupy_engine(self.device))
             else:
-                found, pairs = self._eager(grad, param, step, scalars, given, piece.span)
+                tape = None if given else self._tape(kernels)
+                found, pairs = self._eager(grad, param, step, scalars, given, piece.span, tape)
             if found.shape != grad.shape:
                 raise ValueError(f"update returned a direction of shape {list(found.shape)} for {list(grad.shape)}")
             yield piece, self._split(found, members) if piece.part is None else [found], pairs
 
+    def _tape(self, kernels: dict[Any, Any]) -> Tape | None:
+        """The recorded update of pieces on a CPU, if there is one."""
+        if not (self.flat and self.pieces and self.counted):
+            return None
+        key = "tape", self.method, self.dtype
+        if key not in kernels:
+            kernels[key] = record(self.method, self.template, self.dtype, self.device)
+        found: Tape | None = kernels[key]
+        return found
+
     def _eager(
-        self, grad: Tensor, param: Tensor, step: int, scalars: Any, given: Any, span: slice
+        self, grad: Tensor, param: Tensor, step: int, scalars: Any, given: Any, span: slice, tape: Tape | None
     ) -> tuple[Tensor, Pairs]:
-        arrays = self.arrays if span is EVERY else [array[span] for array in self.arrays]
+        arrays = self.arrays
+        if span is not EVERY:
+            if span.start not in self.spans:
+                self.spans[span.start] = [array[span] for array in self.arrays]
+            arrays = self.spans[span.start]
+        if tape is not None and grad.numel() <= FLAT_BYTES // self.dtype.itemsize:
+            direction, *new = tape(grad, arrays, param, scalars)
+            return direction, _changed(arrays, new)
         state = states.fill(self.template, iter(arrays), step)
-        direction, new = self.method.update(grad, state, param, scalars=scalars, xp=XP, **given)
-        return direction, _changed(arrays, states.tensors(new))
+        direction, made = self.method.update(grad, state, param, scalars=scalars, xp=XP, **given)
+        return direction, _changed(arrays, states.tensors(made))
 
     def _foreign(
         self, grad: Tensor, param: Tensor, step: int, scalars: Any, given: Any, engine: Foreign
@@ -324,11 +350,63 @@ class Bucket:
         key = (*self.kernel_key, backend)
         if key not in kernels:
             kernels[key] = _kernel(self.method, backend)
-        if scalars:
-            scalars = type(scalars)(*(torch.as_tensor(value, dtype=self.dtype, device="cpu") for value in scalars))
         state = states.fill(self.template, iter(self.arrays), 0)
+        scalars = in_tensors(scalars, self.dtype)
         direction, new = kernels[key](grad, state, param, scalars, self.method.due(step), given)
-        return direction, _changed(self.arrays, new) if new else []
+        return direction, _changed(self.arrays, new)
+
+    def graph(self, backend: bool | str, kernels: dict[Any, Any]) -> Graph:
+        """The compiled update of an elementwise method, which writes its states."""
+        if self.compiled[0] != backend:
+            key = (*self.kernel_key, backend)
+            if key not in kernels:
+                kernels[key] = Graph(self.method, self.template, self.dtype, backend)
+            self.compiled = backend, kernels[key]
+        made: Graph = self.compiled[1]
+        return made
+
+    def lone(self, grads: list[Tensor], common: Any) -> Any:
+        """Graph and arguments that move the only parameter, if it lies entry by entry in memory; else None.
+
+        What the last step has found is used again while the parameter is where it was.
+        """
+        if len(self.params) > 1:
+            return None
+        param = sharding.local(self.params[0]) if self.sharded else self.params[0]
+        if not param.is_contiguous():
+            return None
+        grad = grads[0].detach().reshape(-1)
+        _, scalars, rates, *constants = common
+        place = (param.data_ptr(), len(rates), *constants) if self.counted else None
+        if place is not None and place == self.called[0]:
+            _, graph, arguments, changing = self.called
+            for slot, value in zip(changing, (grad, *scalars, *rates), strict=True):
+                if slot is not None:
+                    arguments[slot] = value
+            return graph, arguments
+        graph, arguments = common[0].ready(Task(grad, self.arrays, param.detach().view(-1), True, *common[1:]))
+        if isinstance(arguments, list):  # a list has none but tensors and sizes
+            where = {id(value): slot for slot, value in enumerate(arguments)}
+            self.called = place, graph, arguments, [where.get(id(value)) for value in (grad, *scalars, *rates)]
+        return graph, arguments
+
+    def gathered(
+        self, grads: list[Tensor], params: list[Tensor], kernels: dict[Any, Any]
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Gradients, in memory that is kept for the next bucket too, and ``params``, flat; the former also in parts."""
+        key, count = ("room", self.dtype, self.device), sum(map(math.prod, self.shapes))
+        if key not in kernels or kernels[key].numel() < count:
+            kernels[key] = torch.empty(count, dtype=self.dtype, device=self.device)
+        if self.room[0] is not kernels[key]:
+            flat = kernels[key][:count]
+            whole = flat.view(len(self), *self.shapes[0]) if self.uniform else None
+            self.room = kernels[key], flat, whole, self._split(flat)
+        _, flat, whole, parts = self.room
+        if whole is not None and all(g.dtype == self.dtype for g in grads):
+            torch.stack(grads, out=whole)
+        else:
+            torch._foreach_copy_(parts, grads)
+        return flat, self._join(params).detach() if params else None, parts
 
     def statistic(self, given: Mapping[Any, Any]) -> Any:
         """What the method's ``update`` gets as ``statistic``, joined like the gradients; None if there is none."""
@@ -383,6 +461,11 @@ class Bucket:
         return [sharding.shard_of(d.contiguous(), p) for d, p in zip(parts, self.all_params, strict=True)]
 
 
+def in_tensors(numbers: Any, dtype: torch.dtype) -> Any:
+    """A NamedTuple of numbers as one of 0-D tensors on the CPU, which a graph does not take for constants."""
+    return type(numbers)(*(torch.as_tensor(n, dtype=dtype, device="cpu") for n in numbers)) if numbers else numbers
+
+
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
     """``function`` of an array, or of each array of a NamedTuple."""
     return type(value)(*map(function, value)) if isinstance(value, tuple) else function(value)
@@ -403,29 +486,31 @@ def write(pairs: Pairs) -> None:
 
 
 def _kernel(method: Method, backend: bool | str) -> Callable[..., Any]:
-    """One compiled update; if the method is elementwise, it writes the new state into the given one."""
-    in_place = method.elementwise
+    """One compiled update of a method that is not elementwise."""
 
     def kernel(grad: Tensor, state: Any, param: Tensor, scalars: Any, refresh: Any, given: Any) -> Any:
         direction, new = method.update(grad, state, param, scalars=scalars, refresh=refresh, xp=XP, **given)
-        if not in_place:
-            return direction, states.tensors(new)
-        for old, fresh in zip(states.tensors(state), states.tensors(new), strict=True):
-            old.copy_(fresh)
-        return direction, []
+        return direction, states.tensors(new)
 
     kernel.__code__ = kernel.__code__.replace()  # graphs are cached, and their number limited, per code object
     return torch.compile(kernel, fullgraph=True, backend="inductor" if backend is True else str(backend))
 
 
-def partition(labels: Iterator[tuple[Any, int, Any]], limit: int) -> list[list[Any]]:
-    """Members with equal labels together, in order, cut where their sizes add up to more than ``limit``."""
+def partition(labels: Iterator[tuple[Any, int, Any]], limit: int, alone: int) -> list[list[Any]]:
+    """Members with equal labels together, in order, cut where their sizes add up to more than ``limit``.
+
+    Those larger than ``alone`` are alone.
+    """
     groups: dict[Any, list[list[Any]]] = {}
     sizes: dict[Any, int] = {}
+    large = []
     for label, size, member in labels:
+        if size > alone:
+            large.append([member])
+            continue
         if label not in groups or sizes[label] + size > limit:
             groups.setdefault(label, []).append([])
             sizes[label] = 0
         groups[label][-1].append(member)
         sizes[label] += size
-    return [members for parts in groups.values() for members in parts]
+    return [members for parts in groups.values() for members in parts] + large

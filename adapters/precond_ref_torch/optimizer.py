@@ -7,7 +7,9 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import lru_cache
+from itertools import groupby
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -28,14 +30,18 @@ from precond_ref_torch.buckets import (
     Piece,
     Unit,
     check_engine,
+    in_tensors,
     partition,
     shape_of,
     write,
 )
 from precond_ref_torch.interrupts import interrupts_deferred
+from precond_ref_torch.passes import Task
 
 LARGEST_BUFFER = {"cpu": 2**19, "other": 2**22}
-"""Entries in one flat buffer of several parameters, by device; a larger parameter is updated where it is."""
+"""Entries in one flat buffer of several parameters, by device."""
+LARGEST_MEMBER = {"cpu": 2**16, "other": 2**19}
+"""Entries of the largest parameter in one; a larger one is updated where it is: to copy it takes longer than a call."""
 OPTIONS = (
     "lr", "weight_decay", "maximize", "fallback", "compile", "engine", "join", "method", "params", "param_names",
 )  # fmt: skip
@@ -316,14 +322,16 @@ class Optimizer(torch.optim.Optimizer):
         try:
             found, given = self._checked(statistics)
             self._runs = [Run(group, bucket, s) for (group, bucket), s in zip(found, given, strict=True)]
-            scalars: dict[Any, Any] = {}
-            for run in self._runs:
-                bucket = run.bucket
-                key = (bucket.method, run.step, bucket.dtype, bucket.device)
-                if key not in scalars:
-                    like = torch.empty((), dtype=bucket.dtype, device=bucket.device)  # for fields that are tensors
-                    scalars[key] = bucket.method.scalars(run.step + 1, like=like)
-                run.advance(scalars[key], self._kernels)
+            numbers: dict[Any, Any] = {}
+            for in_place, some in groupby(self._runs, attrgetter("in_place")):
+                runs = list(some)
+                with interrupts_deferred() if in_place else nullcontext():
+                    for run in runs:
+                        run.prepare(numbers, self._kernels)
+                    for run in runs:  # nothing but this: what a large parameter drives out of the cache is slow
+                        run.advance()
+                    for run in runs:
+                        run.count()
             for run in self._runs:
                 run.exchange()
             self._runs = []
@@ -394,7 +402,8 @@ class Optimizer(torch.optim.Optimizer):
         for bucket in old.buckets if old else ():
             bucket.release()
         device = active[0].device.type if active else "other"
-        cut = partition(self._labels(group), LARGEST_BUFFER.get(device, LARGEST_BUFFER["other"]))
+        limits = (sizes.get(device, sizes["other"]) for sizes in (LARGEST_BUFFER, LARGEST_MEMBER))
+        cut = partition(self._labels(group), *limits)
         before = old.buckets if old else []
         kept = {unit[0]: views.keys() for b in before for unit, views in zip(b.units, b.views, strict=True)}
         buckets = []
@@ -680,33 +689,76 @@ class Run:
     def __init__(self, group: Mapping[str, Any], bucket: Bucket, statistic: Any) -> None:
         self.group, self.bucket, self.statistic = group, bucket, statistic
         self.grads, self.params = bucket.gather()
-        self.step = bucket.step()
+        self.step = bucket.now
         self.pieces = bucket.cut(group, statistic)
         self.computed: tuple[list[Tensor], Pairs] = [], []
         """Directions and states of an owner, until the directions are exchanged."""
         self.done: tuple[int, tuple[Pairs, list[Tensor], list[Tensor]] | None] = 0, None
         """How many pieces are written, and what of the next one is being written."""
+        self.in_place = bool(group["compile"]) and bucket.method.elementwise
+        """Whether a compiled update writes by itself."""
         self.in_graph = False
-        """Whether a compiled update is writing the states by itself."""
+        """Whether it is doing so."""
+        self.lone: Any = None
+        """The graph that moves the only parameter, with its arguments."""
 
-    def advance(self, scalars: Any, kernels: dict[Any, Any]) -> None:
-        """Compute and write piece after piece; compute all, if the directions are to be exchanged."""
+    def _numbers(self, found: dict[Any, Any]) -> Any:
+        """What depends on the step alone: the method's numbers, and what of a `Task` does. ``found`` keeps it."""
+        group, bucket = self.group, self.bucket
+        key = id(group), id(bucket.method), self.step, bucket.dtype, bucket.device
+        if key not in found:
+            like = torch.empty((), dtype=bucket.dtype, device=bucket.device)  # for fields that are tensors
+            scalars, rates = bucket.method.scalars(self.step + 1, like=like), []
+            if self.in_place:
+                scalars = in_tensors(scalars, bucket.dtype)
+                decay = 0.0 if bucket.method.decays else float(group["weight_decay"])
+                wide = torch.promote_types(bucket.dtype, torch.float32)
+                given = (float(group["lr"]), decay) if decay else (float(group["lr"]),)
+                rates = [torch.tensor(rate, dtype=wide, device="cpu") for rate in given]
+            found[key] = scalars, (scalars, tuple(rates), group["maximize"], bucket.method.due(self.step))
+        return found[key]
+
+    def prepare(self, found: dict[Any, Any], kernels: dict[Any, Any]) -> None:
+        """Have everything at hand. ``found`` keeps what the buckets of a step have in common."""
+        scalars, common = self._numbers(found)
         self.given = self.grads, self.params, self.step, scalars, self.group, kernels, self.statistic
-        if self.bucket.owner is not None:
+        if self.in_place:
+            graph = self.bucket.graph(self.group["compile"], kernels)
+            self.common: Any = graph, *common, {} if self.statistic is None else {"statistic": self.statistic}
+            self.lone = self.bucket.lone(self.grads, self.common)
+
+    def advance(self) -> None:
+        """Compute and write piece after piece; compute all, if the directions are to be exchanged."""
+        if self.in_place:
+            self._compute()
+        elif self.bucket.owner is None:
+            self._write(self.pieces)
+        else:
             if self.bucket.mine:
                 for _, some, pairs in self.bucket.directions(*self.given, self.pieces):
                     self.computed[0].extend(some)
                     self.computed[1].extend(pairs)
             self.pieces = [WHOLE]
-            return
-        if self.group["compile"] and self.bucket.method.elementwise:
-            with interrupts_deferred():
-                self.in_graph = True
-                self._write(self.pieces)
-                self.in_graph = False
+
+    def _compute(self) -> None:
+        """The compiled update, which moves a parameter that is alone, and else gives directions."""
+        self.in_graph = True
+        if self.lone is not None:
+            graph, arguments = self.lone
+            graph(*arguments)
+            self.done = 1, None
         else:
-            self._write(self.pieces)
-        self.bucket.count(len(self.bucket), self.step + 1)
+            grad, param, directions = self.bucket.gathered(self.grads, self.params, self.given[5])
+            graph, *common = self.common
+            graph, arguments = graph.ready(Task(grad, self.bucket.arrays, param, False, *common))
+            graph(*arguments)
+            self._commit(WHOLE, directions, [])
+        self.in_graph = False
+
+    def count(self) -> None:
+        """Count the step, unless directions are still to be exchanged."""
+        if self.bucket.owner is None:
+            self.bucket.count(len(self.bucket), self.step + 1)
 
     def exchange(self) -> None:
         """Write what the owner computed; a collective."""
@@ -728,7 +780,7 @@ class Run:
             done += 1
             self.done = done, None
         if done == 0:
-            unknown = "of unknown state (that of a compiled graph; load a checkpoint), value as before"
+            unknown = "of unknown state and value (those of a compiled graph; load a checkpoint)"
             return dict.fromkeys(bucket.all_params, unknown) if self.in_graph else {}
         last = self.pieces[done - 1].members
         units = bucket.units[: last.stop]
@@ -767,8 +819,7 @@ def _apply(group: Mapping[str, Any], bucket: Bucket, params: list[Tensor], direc
             wide, directions, [], weight_decay=decay, lr=lr, momentum=0.0, dampening=0.0, nesterov=False,
             maximize=False, is_first_step=False,
         )  # fmt: skip
-        for param in wide:
-            torch.autograd.graph.increment_version(param)  # which the fused kernel leaves to its caller
+        torch.autograd.graph.increment_version(wide)  # which the fused kernel leaves to its caller
     else:
         wide = list(torch._foreach_mul(wide, 1 - lr * decay))
         torch._foreach_add_(wide, directions, alpha=-lr)

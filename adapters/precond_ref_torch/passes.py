@@ -1,0 +1,320 @@
+"""Elementwise updates with few passes over memory: one compiled graph that writes in place, or a recorded eager one.
+
+Both are made from the method's own ``update``; neither knows its mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from array_api_compat import array_namespace
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from precond_ref import Method
+from precond_ref_torch import states
+
+XP = array_namespace(torch.empty(0))
+LAYOUT = attrgetter("shape", "dtype", "device")
+
+
+def lookup(backend: bool | str) -> Callable[..., Any]:
+    """The compiler that an optimizer's ``compile`` names."""
+    from torch._dynamo import lookup_backend
+
+    return lookup_backend("inductor" if backend is True else str(backend))
+
+
+# ---- compiled -------------------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """One compiled update of flat arrays of n entries; all tensors are of shape (n,) unless noted."""
+
+    grad: Tensor
+    """Read; without ``moves`` the direction is written into it, then in the arithmetic's dtype."""
+    arrays: list[Tensor]
+    """State, written in place."""
+    param: Tensor | None
+    """The parameter: moved with ``moves``, else only read; None if neither."""
+    moves: bool
+    """Whether the parameter is moved by the graph."""
+    scalars: Any
+    """What `Method.scalars` returned, as 0-D tensors."""
+    rates: tuple[Tensor, ...]
+    """Learning rate, and weight decay if there is one, as 0-D tensors."""
+    maximize: bool
+    """Whether to climb."""
+    due: Any
+    """What `Method.due` returned."""
+    given: dict[str, Any]
+    """``statistic``, or nothing."""
+
+
+class Graph:
+    """A method's compiled update. ``x <- x - lr (direction + weight_decay x)`` is part of it.
+
+    A new number of entries, or a new constant, goes through Dynamo with all its guards; the graph that they choose is
+    called directly from then on, which takes a quarter of the time of a small call.
+    """
+
+    def __init__(self, method: Method, template: Any, dtype: torch.dtype, backend: bool | str) -> None:
+        self.compiler = lookup(backend)
+        self.seen: Any = None
+        """The compiled graph and its arguments, of a call through Dynamo."""
+        self.chosen: dict[Any, tuple[Callable[..., Any], list[int | None]]] = {}
+        """By entries and constants: the graph, and which of the tensors each argument is (None: the entries)."""
+
+        def kernel(
+            grad: Tensor,
+            arrays: Any,
+            param: Any,
+            moves: Any,
+            scalars: Any,
+            rates: Any,
+            maximize: Any,
+            due: Any,
+            given: Any,
+        ) -> None:
+            g = -grad.to(dtype) if maximize else grad.to(dtype)
+            x = g if param is None else param.to(dtype)  # a method that does not read the parameter gets others
+            state = states.fill(template, iter(arrays), 0)
+            direction, new = method.update(g, state, x, scalars=scalars, refresh=due, xp=XP, **given)
+            direction = direction.reshape(grad.shape)
+            for old, fresh in zip(arrays, states.tensors(new), strict=True):
+                old.copy_(fresh)
+            if moves:
+                param.copy_(x - rates[0] * (direction + rates[1] * x if len(rates) > 1 else direction))
+            else:
+                grad.copy_(direction)
+
+        kernel.__code__ = kernel.__code__.replace()  # graphs are cached, and their number limited, per code object
+        self.compiled = torch.compile(kernel, fullgraph=True, backend=self._backend)
+
+    def _backend(self, module: Any, inputs: Any) -> Callable[..., Any]:
+        compiled = self.compiler(module, inputs)
+
+        def graph(*given: Any) -> Any:
+            self.seen = compiled, given
+            return compiled(*given)
+
+        return graph
+
+    def ready(self, task: Task) -> tuple[Callable[..., Any], Any]:
+        """What to call for ``task``, and with which arguments."""
+        n = task.grad.shape[0]
+        tensors = [task.grad, *task.arrays, *task.scalars, *task.rates]
+        if task.param is not None:
+            tensors.append(task.param)
+        constants = (n, task.moves, task.param is None, len(task.rates), task.maximize, task.due)
+        if not task.given and constants in self.chosen:
+            graph, order = self.chosen[constants]
+            return graph, [n if index is None else tensors[index] for index in order]
+        return self._guarded, (task, constants, tensors)
+
+    def _guarded(self, task: Task, constants: Any, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            if tensor.ndim:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        try:
+            self.compiled(*task)
+            if not task.given and self.seen is not None:
+                self._choose(constants, task.grad.shape[0], tensors)
+        finally:
+            self.seen = None
+
+    def _choose(self, constants: Any, n: int, tensors: list[Tensor]) -> None:
+        """Remember the graph that was called, if its arguments are these tensors and their entries alone."""
+        graph, given = self.seen
+        index = {id(tensor): i for i, tensor in enumerate(tensors)}
+        entries = n if all(tensor.storage_offset() != n for tensor in tensors) else None
+        order = [None if type(value) is int and value == entries else index.get(id(value), -1) for value in given]
+        if -1 not in order:
+            self.chosen[constants] = graph, order
+
+
+# ---- eager ----------------------------------------------------------------------------------------------------------
+
+
+POINTWISE = {
+    *(
+        "abs",
+        "add",
+        "addcdiv",
+        "addcmul",
+        "bitwise_and",
+        "bitwise_not",
+        "bitwise_or",
+        "clamp",
+        "div",
+        "eq",
+        "exp",
+        "ge",
+    ),
+    *("gt", "le", "lerp", "log", "logical_and", "logical_not", "logical_or", "lt", "maximum", "minimum", "mul", "ne"),
+    *("neg", "pow", "reciprocal", "rsqrt", "sign", "sqrt", "square", "sub", "where"),
+}
+"""What a tape repeats: each entry of the result depends on the same entry of the arguments, and ``out`` may be one."""
+SAMPLE = 3
+"""Entries of the arrays that a tape is recorded with."""
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes each operation with its arguments and result."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+
+class Call(NamedTuple):
+    """One call of a tape."""
+
+    function: Callable[..., Tensor]
+    slots: list[int]
+    """Where its arguments are."""
+    options: dict[str, Any]
+    slot: int
+    """Where its result goes."""
+
+
+class Tape:
+    """The operations of one eager update, recorded once and repeated without any of the Python between them.
+
+    Results lie in memory that is kept, as many arrays as are in use at a time, until the next call; what is given is
+    not changed. Numbers that depend on the step are 0-D float64 tensors, which round like Python's.
+    """
+
+    def __init__(self, method: Method, template: Any, dtype: torch.dtype, device: torch.device) -> None:
+        def sample(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.full(shape, 0.5, dtype=dtype, device=device)  # a random one would move the user's generator
+
+        self.dtype, self.device = dtype, device
+        inputs = [sample((SAMPLE,), dtype) for _ in range(2 + len(states.tensors(template)))]
+        made = method.scalars(2)
+        numbers = [sample((), torch.float64) for _ in made]
+        with _Recorder() as recorder:
+            state = states.fill(template, iter(inputs[1:-1]), 1)
+            scalars = type(made)(*numbers) if numbers else made
+            direction, new = method.update(inputs[0], state, inputs[-1], scalars=scalars, xp=XP)
+        self.scalars: Any = None
+        self.fixed: list[Any] = []
+        """What follows the inputs: the step's numbers, what is made of them, and constants."""
+        self.places = len(numbers)
+        self.once: list[Call] = []
+        """Calls on the step's numbers alone."""
+        self.each: list[Call] = []
+        self.kinds: list[torch.dtype] = []
+        """Of the arrays that are kept."""
+        self.kept: dict[int, list[Tensor]] = {}
+        """They, by the number of entries that are used of them."""
+        self._allocate(inputs, numbers, recorder.calls, [direction, *states.tensors(new)])
+
+    def _allocate(self, inputs: list[Tensor], numbers: list[Tensor], calls: list[Any], results: list[Tensor]) -> None:
+        """Give every argument and result a place; ValueError for what a tape cannot repeat."""
+        places: dict[int, Any] = {id(tensor): ("input", i) for i, tensor in enumerate(inputs)}
+        places |= {id(tensor): ("fixed", i) for i, tensor in enumerate(numbers)}
+        self.fixed = list(numbers)
+        same: dict[int, int] = {}  # of a copy: nothing is written but what is kept, so that the original will do
+        last: dict[int, int] = {}
+        for at, (func, args, _, result) in enumerate(calls):
+            last.update({same.get(id(value), id(value)): at for value in args if isinstance(value, Tensor)})
+            if func.overloadpacket.__name__ == "_to_copy" and LAYOUT(args[0]) == LAYOUT(result):
+                same[id(result)] = same.get(id(args[0]), id(args[0]))
+        last.update({same.get(id(result), id(result)): len(calls) for result in results})
+        free: list[int] = []
+
+        def place(value: Any, function: str) -> Any:
+            if isinstance(value, Tensor):
+                if same.get(id(value), id(value)) not in places:
+                    raise ValueError("a tensor from elsewhere")
+                return places[same.get(id(value), id(value))]
+            if function in ("add", "div", "mul", "sub") and isinstance(value, (int, float)):
+                value = torch.tensor(float(value), dtype=torch.float64, device=self.device)  # half the time of a number
+            self.fixed.append(value)
+            return "fixed", len(self.fixed) - 1
+
+        found = []
+        for at, (func, args, kwargs, result) in enumerate(calls):
+            name = func.overloadpacket.__name__
+            if not any(isinstance(value, Tensor) for value in args) and result.shape == ():  # a constant
+                self.fixed.append(result)
+                places[id(result)] = "fixed", len(self.fixed) - 1
+                continue
+            if id(result) in same:
+                continue
+            if func.namespace != "aten" or name not in POINTWISE or not isinstance(result, Tensor):
+                raise ValueError(f"{func} is no operation on each entry")
+            if any(isinstance(value, Tensor) for value in kwargs.values()):
+                raise ValueError(f"{func} has a tensor by name")
+            arguments = [place(value, name) for value in args]
+            vector = result.shape == (SAMPLE,)
+            if vector:
+                for value in dict.fromkeys(same.get(id(v), id(v)) for v in args if isinstance(v, Tensor)):
+                    if places[value][0] == "kept" and last[value] == at:
+                        free.append(places[value][1])
+                slot = next((i for i in free if self.kinds[i] == result.dtype), None)
+                if slot is None:
+                    slot = len(self.kinds)
+                    self.kinds.append(result.dtype)
+                else:
+                    free.remove(slot)
+                places[id(result)] = "kept", slot
+            else:
+                self.fixed.append(None)
+                places[id(result)] = "fixed", len(self.fixed) - 1
+            found.append((getattr(torch, name), arguments, kwargs, places[id(result)], vector))
+        first = {"input": 0, "fixed": len(inputs), "kept": len(inputs) + len(self.fixed)}
+        self.inputs = len(inputs)
+        for function, arguments, kwargs, (kind, index), vector in found:
+            call = Call(function, [first[k] + i for k, i in arguments], kwargs, first[kind] + index)
+            (self.each if vector else self.once).append(call)
+        self.results = [first[k] + i for k, i in (place(result, "") for result in results)]
+
+    def __call__(self, grad: Tensor, arrays: list[Tensor], param: Tensor, scalars: Any) -> list[Tensor]:
+        """The direction, and the tensors of the new state."""
+        if scalars is not self.scalars:
+            self._renew(scalars)
+        n = grad.shape[0]
+        kept = self.kept.get(n)
+        if kept is None:
+            kept = self._room(n)
+        values: list[Any] = [grad, *arrays, param, *self.fixed, *kept]
+        for function, slots, options, slot in self.each:
+            function(*[values[i] for i in slots], out=values[slot], **options)
+        return [values[i] for i in self.results]
+
+    def _renew(self, scalars: Any) -> None:
+        """The numbers of another step."""
+        for i, value in enumerate(scalars):
+            self.fixed[i] = torch.tensor(value, dtype=torch.float64, device=self.device)
+        for function, slots, options, slot in self.once:
+            self.fixed[slot - self.inputs] = function(*[self.fixed[i - self.inputs] for i in slots], **options)
+        self.scalars = scalars
+
+    def _room(self, n: int) -> list[Tensor]:
+        whole = self.kept.get(max(self.kept, default=0))
+        if whole is None or max(self.kept) < n:
+            self.kept = {n: [torch.empty(n, dtype=kind, device=self.device) for kind in self.kinds]}
+        else:
+            self.kept[n] = [array[:n] for array in whole]
+        return self.kept[n]
+
+
+def record(method: Method, template: Any, dtype: torch.dtype, device: torch.device) -> Tape | None:
+    """The tape of ``method``; None if it does more than operations on each entry, or has another ``update``."""
+    tensors = any(isinstance(value, Tensor) for value in vars(method).values())
+    if tensors or type(method).update is not Method.update or dtype not in (torch.float32, torch.float64):
+        return None
+    try:
+        return Tape(method, template, dtype, device)
+    except (ValueError, TypeError):
+        return None
