@@ -571,7 +571,7 @@ def test_a_planted_bug_in_the_diagnosis_is_caught(
     changes: list[tuple[str, str]], test: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = mutated(diagnose, *changes)
-    for name in ("diagnose", "edges", "_single", "_at_edge", "Match", "Diagnosis"):
+    for name in ("diagnose", "edges", "_single", "at_edge", "Match", "Diagnosis"):
         monkeypatch.setattr(diagnose, name, getattr(copy, name))
     with pytest.raises(AssertionError):
         test()

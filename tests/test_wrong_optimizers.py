@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conformance_subjects import Here, optax_target, torch_target
 from typer.testing import CliRunner
@@ -97,6 +98,52 @@ def test_a_step_that_widens_single_precision_is_noted() -> None:
         report = check(wrap(found["Target"]), "Adam", diagnose=False)
         assert report.ok
         assert (said in report.notes) == noted
+
+
+MUON = """
+import numpy as np
+
+def Target(param, grad, state, *, lr, momentum=0.95, nesterov=False, rms=None, weight_decay=0.0):
+    m = momentum * (0 if state is None else state) + (1 - momentum) * grad
+    u, s, vt = np.linalg.svd((1 - momentum) * grad + momentum * m if nesterov else m, full_matrices=False)
+    o = (u * (s > CUT * s.max())) @ vt
+    return (1 - lr * weight_decay) * param - lr * o * (1 if rms is None else rms * max(o.shape) ** 0.5), m
+"""
+
+
+def test_singular_values_far_below_the_largest_count() -> None:
+    for cut in ("1e-13", "1e-4"):
+        found: dict[str, Any] = {}
+        exec(MUON.replace("CUT", cut), found)
+        report = check(wrap(found["Target"]), "Muon.exact", diagnose=False)
+        assert [r.id for r in report.failures] == ["contract/sizes"] * (cut == "1e-4")
+
+
+def test_what_is_wrong_at_an_edge_is_looked_at_elsewhere() -> None:
+    """A 0/0 in a case of tier must is no reason not to see a clamp."""
+    text = source("numpy Adam")[0].replace("np.where(root == 0, 1, root)", "root")
+    for clamp, failing in (("", []), ("grad = grad.clip(-1e6, 1e6); ", ["contract/sizes"])):
+        found: dict[str, Any] = {}
+        exec(text.replace("t, m, v = t + 1,", f"{clamp}t, m, v = t + 1,"), found)
+        with np.errstate(all="ignore"):
+            report = check(wrap(found["Target"]), "Adam", diagnose=False)
+        assert [r.id for r in report.failures if r.id.startswith("contract/")] == failing
+        assert any(not r.id.startswith("contract/") for r in report.failures)
+        assert bool(report.edges) == (not failing)
+
+
+def test_what_a_nan_does_is_noted() -> None:
+    text, skip = source("numpy Adam")[0], "if not np.isfinite(grad).all(): return param, "
+    for policy, noted in (
+        ("", "comes out as NaN"),
+        (f"{skip}state", "skips the step of its parameter"),
+        (f"{skip}(t, m * np.nan, v)", "skips the step of its parameter, which is NaN in a later step"),
+    ):
+        found: dict[str, Any] = {}
+        exec(text.replace("    t, m, v = t + 1,", f"    {policy}\n    t, m, v = t + 1,"), found)
+        report = check(wrap(found["Target"]), "Adam", diagnose=False)
+        assert report.ok
+        assert [n for n in report.notes if "NaN" in n] == [f"a NaN in the gradient {noted}"]
 
 
 def test_messages_say_where_and_what_to_look_for() -> None:

@@ -2,9 +2,10 @@
 
 A mutant is the library with one small edit in a line that updates run through: another operator, constant or
 comparison, a term, call, argument or statement left out, arguments or operands exchanged, one field in the place of
-another. It runs in a process of its own, with limits of time and memory, as the subject of ``check`` (NumPy, float64,
-level 0) of every method that runs through that line, until one of them fails. What passes all of them is then compared
-with the library on other inputs: fields, shapes and gradients drawn anew.
+another. It is imported beside the library, in a process of its own with limits of time and memory, and is the subject
+of ``check`` (NumPy, float64, level 0) of every method that runs through that line: first on the vectors of all of them,
+then in the contract, until something fails. What no vector fails is compared with the library on other inputs: fields,
+shapes and gradients drawn anew; without a difference there, or in a case of tier may, the contract is not asked.
 
   killed      a check failed: a case, the contract, an exception, or a limit
   edge        killed, but only at an edge: see `precond_ref.conformance.results.Report.edges`
@@ -14,7 +15,7 @@ with the library on other inputs: fields, shapes and gradients drawn anew.
               or shows a hole of the vectors
 
 python tools/mutate.py                               # 2000 mutants; the table, and the survivors
-python tools/mutate.py --sample 0 --json all.json    # every mutant
+python tools/mutate.py --sample 0 --json all.jsonl   # every mutant; begun again, it goes on where it ended
 python tools/mutate.py --sample 100 --diagnose       # what the diagnosis says about those that a case kills
 python tools/mutate.py --sample 20 --tests           # the quick tests in the place of the check
 """
@@ -28,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import ast
 import contextlib
-import dataclasses
+import functools
 import importlib
 import importlib.machinery
 import json
@@ -44,13 +45,20 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from precond_ref.conformance import beside, check, results, runner, vectors
+from precond_ref.conformance import diagnose as explain
+from precond_ref.conformance.results import Report
+from precond_ref.conformance.subjects import Config, Reference
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("methods", "numerics")
@@ -59,7 +67,6 @@ SAME = 1e-6
 INPUTS = 40
 """Drawn per method for what no check kills."""
 FORK = get_context("fork")
-sys.path.insert(0, str(ROOT))
 
 
 # ---- mutants --------------------------------------------------------------------------------------------------------
@@ -247,38 +254,91 @@ def modules() -> list[str]:
     return [f"precond_ref.{f}.{p.stem}" for f in FOLDERS for p in sorted((ROOT / "precond_ref" / f).glob("[a-z]*.py"))]
 
 
-# ---- in a process of its own: nothing of the library is imported before ----------------------------------------------
+# ---- in a process of its own -----------------------------------------------------------------------------------------
+
+WORLD: dict[str, Any] = {}
+"""Modules of the library with the mutant in it; the checks are those of the library itself."""
+
+
+def ours() -> dict[str, Any]:
+    """Modules of the library by name, as they are imported now."""
+    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "precond_ref"}
+
+
+def exchange(modules: dict[str, Any]) -> dict[str, Any]:
+    """Have these modules of the library in the place of those that there are, which are returned."""
+    kept = ours()
+    for name in kept:
+        del sys.modules[name]
+    sys.modules.update(modules)
+    return kept
+
+
+@contextlib.contextmanager
+def other_world() -> Iterator[None]:
+    """In it the library is the mutant."""
+    kept = exchange(WORLD or ours())
+    try:
+        yield
+    finally:
+        exchange(kept)
 
 
 def plant(mutant: Mutant | None) -> None:
-    """Have the import system give the mutant in the place of its module."""
-    if mutant is None:
-        return
-    original = importlib.machinery.SourceFileLoader.get_code
-    code = compile(
-        applied(mutant, path_of(mutant.module).read_text(encoding="utf-8")), str(path_of(mutant.module)), "exec"
-    )
+    """Import the library a second time, with the mutant in the place of its module."""
+    original, codes = importlib.machinery.SourceFileLoader.get_code, {}
+    if mutant is not None:
+        text = applied(mutant, path_of(mutant.module).read_text(encoding="utf-8"))
+        codes[mutant.module] = compile(text, str(path_of(mutant.module)), "exec")
 
     def get_code(self: Any, name: str) -> Any:
-        return code if name == mutant.module else original(self, name)
+        return codes[name] if name in codes else original(self, name)
 
-    importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[assignment]
+    kept = exchange({})
+    importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[assignment,method-assign]
+    try:
+        importlib.import_module("precond_ref").list_methods()
+        WORLD.update(ours())
+    finally:
+        importlib.machinery.SourceFileLoader.get_code = original  # type: ignore[method-assign]
+        exchange(kept)
 
 
-def drawn(constructor: str) -> Iterator[tuple[Any, Any, Any]]:
+class Mutated(Reference):
+    """The mutant's methods."""
+
+    def _method(self, config: Config) -> Any:
+        with other_world():
+            return super()._method(config)
+
+
+def prepare() -> None:
+    """Make once what all processes need."""
+    loaded: dict[str, Any] = {}
+
+    def load(case: Any, read: Callable[[Any], Any] = vectors.load) -> Any:
+        if case.id not in loaded:
+            loaded[case.id] = read(case)
+        return dict(loaded[case.id])
+
+    vectors.load = load
+    listed = functools.cache(results.listed)
+    for module in (results, runner):
+        vars(module)["listed"] = listed
+    vars(beside)["followed"] = functools.cache(beside.followed.__wrapped__)
+
+
+def drawn(constructor: str) -> list[tuple[Any, Any, Any]]:
     """Methods, parameters and gradients: a case's fields with other numbers, on other shapes; the same every time."""
-    import numpy as np
-
-    from precond_ref.conformance import results
-
+    found: list[tuple[Any, Any, Any]] = []
     cases = [case for case in results.cases(constructor) if not case.stack_ndim]
     for seed in range(INPUTS):
         draws = random.Random(f"{constructor} {seed}")
         case = cases[seed % len(cases)]
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError), other_world():
             method: Any = case.make()
             changes: dict[str, Any] = {}
-            for field in dataclasses.fields(method):
+            for field in fields(method):
                 value = getattr(method, field.name)
                 if isinstance(value, bool):
                     changes[field.name] = value ^ (draws.random() < 0.2)
@@ -297,13 +357,12 @@ def drawn(constructor: str) -> Iterator[tuple[Any, Any, Any]]:
             if draws.random() < 0.3:
                 grads[draws.randrange(6)] = 0
             method.init(np.zeros(shape))
-            yield method, numbers.normal(size=shape), grads
+            found.append((method, numbers.normal(size=shape), grads))
+    return found
 
 
 def steps(constructor: str) -> list[Any]:
     """Directions on the drawn inputs; None where the method raises."""
-    import numpy as np
-
     out: list[Any] = []
     for method, param, grads in drawn(constructor):
         try:
@@ -320,8 +379,6 @@ def steps(constructor: str) -> list[Any]:
 
 def apart(these: list[Any], those: list[Any]) -> float:
     """Largest difference of a step over the longer of the two."""
-    import numpy as np
-
     if len(these) != len(those):
         return math.inf
     worst = 0.0
@@ -338,23 +395,38 @@ def apart(these: list[Any], those: list[Any]) -> float:
     return worst
 
 
-def checked(constructor: str, diagnose: bool = False) -> Any:
-    """The report of `check`."""
-    from precond_ref.conformance import check
-    from precond_ref.conformance.subjects import Reference
+class Enough(Exception):
+    """A mutant is killed."""
 
-    return check(Reference("numpy", "float64"), constructor, diagnose=diagnose)
+
+def checked(constructor: str, part: str = "", diagnose: bool = False) -> Report:
+    """The report of `check`, up to the first failure that is not at an edge; ``part`` "vectors": without contract."""
+    if diagnose:
+        return check(Mutated(), constructor)
+    report, edge = Report(constructor, "mutant", "float64", 0), set[str]()
+
+    def at(id: str) -> None:
+        runs = {run.case.id: run for run in report.runs}
+        for result in report.failures:
+            run, gap = runs.get(result.id), result.gap
+            if result.id not in edge and run and gap and gap.quantity == "update" and explain.at_edge(run, gap.step):
+                edge.add(result.id)
+        if len(report.failures) > len(edge) or (part == "vectors" and id.startswith("contract/")):
+            raise Enough
+
+    with contextlib.suppress(Enough):
+        runner.judge(Mutated(), report, at, False, False)
+        at("the end")
+    return report
 
 
 def constructors() -> list[str]:
     """Those with vectors."""
-    from precond_ref.conformance import vectors
-
     return list(dict.fromkeys(case.constructor for case in vectors.cases(kind="trace")))
 
 
-def reached(mutated: list[str]) -> dict[str, Any]:
-    """By constructor the lines (module, line) that its check and its drawn inputs run, and its steps; all imports."""
+def reached(mutated: list[str]) -> dict[str, tuple[set[tuple[str, int]], list[Any]]]:
+    """By constructor the lines (module, line) that its vectors and its drawn inputs run, and its steps."""
     names = {str(path_of(m)): m for m in mutated}
     lines: set[tuple[str, int]] = set()
 
@@ -371,40 +443,43 @@ def reached(mutated: list[str]) -> dict[str, Any]:
         lines.clear()
         sys.settrace(trace)
         try:
-            ok = checked(constructor).ok
+            checked(constructor, "vectors")
             truth = steps(constructor)
         finally:
             sys.settrace(None)
-        if not ok:
-            raise SystemExit(f"{constructor} fails its own check")
+        if (report := checked(constructor)).failures:
+            raise SystemExit(f"{constructor} fails its own check: {report.failures[0]}")
         found[constructor] = (set(lines), truth)
-    return {"found": found, "imported": [m for m in sys.modules if not m.startswith(("precond_ref", "__"))]}
+    return found
 
 
-def judged(mutant: Mutant, subjects: list[str], truth: dict[str, list[Any]], diagnose: bool) -> dict[str, Any]:
+def judged(mutant: Mutant | None, subjects: list[str], truth: dict[str, list[Any]], diagnose: bool) -> dict[str, Any]:
     """The fate of a mutant."""
     plant(mutant)
     edge: dict[str, Any] = {}
     may: list[str] = []
-    for constructor in subjects:
-        report = checked(constructor, diagnose)
-        may += [r.id for r in report.results if r.tier == "may" and r.status in ("failed", "error") and r.gap]
-        may += [r.id for r in report.results if r.tier == "may" and r.status == "error" and "/reject-" not in r.id]
-        if not report.ok:
-            first = next(iter(report.failures), None)
-            found = {"fate": "killed", "by": first.id if first else constructor}
-            if diagnose:
-                found["report"] = [f"{r.id} {r.status} {r.gap or r.message}" for r in report.failures][:6]
-                found["failures"] = len(report.failures)
-                found["said"] = [] if report.diagnosis is None else report.diagnosis.lines()
-            if not report.edges:
-                return found
-            edge = edge or {**found, "fate": "edge"}
+    gaps: dict[str, float] = {}
+    for part in ("",) if diagnose else ("vectors", "contract"):
+        for constructor in subjects:
+            if part == "contract" and not (gaps[constructor] or may):
+                continue
+            report = checked(constructor, part, diagnose)
+            may += [r.id for r in report.results if r.tier == "may" and r.status in ("failed", "error") and r.gap]
+            may += [r.id for r in report.results if r.tier == "may" and r.status == "error" and "/reject-" not in r.id]
+            if report.failures:
+                found: dict[str, Any] = {"fate": "killed", "by": report.failures[0].id}
+                if diagnose:
+                    found["report"] = [f"{r.id} {r.status} {r.gap or r.message}" for r in report.failures][:6]
+                    found["failures"] = len(report.failures)
+                    found["said"] = [] if report.diagnosis is None else report.diagnosis.lines()
+                if not report.edges:
+                    return found
+                edge = edge or {**found, "fate": "edge"}
+        gaps = gaps or {c: apart(steps(c), truth[c]) for c in subjects}
     if edge:
         return edge
     if may:
         return {"fate": "may", "by": may[0]}
-    gaps = {c: apart(steps(c), truth[c]) for c in subjects}
     worst = max(gaps, key=lambda c: gaps[c], default="")
     if not worst or gaps[worst] <= SAME:
         return {"fate": "equivalent", "gap": gaps.get(worst, 0.0)}
@@ -502,27 +577,33 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def written(file: Path) -> dict[Mutant, dict[str, Any]]:
+    """What a report says of each mutant."""
+    names, out = [f.name for f in fields(Mutant)], {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        out[Mutant(**{name: row.pop(name) for name in names})] = row
+    return out
+
+
 def main() -> None:
     """Print the table and the survivors."""
     given, console = arguments(), Console(stderr=True)
     chosen = [m for m in modules() if any(part in m for part in given.modules.split(","))]
-    ((_, base),) = in_processes(1, [("", reached, (modules(),))], 600)
-    if "found" not in base:
-        raise SystemExit(base["by"])
-    for name in base["imported"]:  # once, not in each process
-        with contextlib.suppress(Exception):
-            importlib.import_module(name)
+    prepare()
+    with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
+        base = reached(modules())
     lines: dict[tuple[str, int], list[str]] = {}
-    for constructor, (seen, _) in base["found"].items():
+    for constructor, (seen, _) in base.items():
         for line in seen:
             lines.setdefault(line, []).append(constructor)
-    truth = {c: t for c, (_, t) in base["found"].items()}
+    truth = {c: t for c, (_, t) in base.items()}
     every = [m for module in chosen for m in mutants(module)]
     run = [m for m in every if (m.module, m.line) in lines]
     if given.only:
-        rows = json.loads(given.only.read_text(encoding="utf-8"))["mutants"]
-        kept = {(m["module"], m["line"], m["old"], m["new"]) for m in rows if m["fate"] == "survivor"}
-        run = [m for m in run if (m.module, m.line, m.old, m.new) in kept]
+        fates = {m: f["fate"] for m, f in written(given.only).items()}
+        kept = {(m.module, m.kind, m.old, m.new) for m, f in fates.items() if f in ("survivor", "edge", "may")}
+        run = [m for m in run if (m.module, m.kind, m.old, m.new) in kept]  # lines may have moved
     if given.sample and given.sample < len(run):
         run = sorted(random.Random(given.seed).sample(run, given.sample), key=lambda m: (m.module, m.start))
     in_updates = sum((m.module, m.line) in lines for m in every)
@@ -536,18 +617,19 @@ def main() -> None:
         if (unedited := tested(None, given.tests))["fate"] == "killed":
             raise SystemExit(f"the tests fail without an edit: {unedited['by']}")
         work = [(m, tested, (m, given.tests)) for m in run]
-    fates: dict[Mutant, dict[str, Any]] = {}
+    done = written(given.json) if given.json and given.json.exists() else {}
+    work = [(m, *rest) for m, *rest in work if m not in done]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     seconds = given.seconds or (SECONDS if given.tests is None else 1800)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("mutants", total=len(work))
         for mutant, fate in in_processes(given.jobs, work, seconds):
-            fates[mutant] = fate
+            done[mutant] = fate
+            if given.json:
+                with given.json.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**asdict(mutant), **fate}) + "\n")
             bar.advance(task)
-    ordered = {m: fates[m] for m in run}
-    if given.json:
-        rows = [{**asdict(m), **f} for m, f in ordered.items()]
-        given.json.write_text(json.dumps({"seed": given.seed, "mutants": rows}, indent=1) + "\n", encoding="utf-8")
+    ordered = {m: done[m] for m in run}
     for mutant, fate in ordered.items():
         if fate["fate"] == "survivor":
             print(f"{mutant}   [{fate['by']}, {fate.get('gap', math.nan):.1e}]")

@@ -389,11 +389,11 @@ def axes(trial: Trial) -> str:
 
 
 def _spread(g: np.ndarray) -> np.ndarray:
-    """Return the gradient with singular values from 1 to 1e-4 in its first unfolding; a vector has such entries."""
+    """Return the gradient with singular values from 1 to 1e-5 in its first unfolding; a vector has such entries."""
     if g.ndim < 2:
-        return g * 10.0 ** -np.linspace(0, 4, g.size).reshape(g.shape)
+        return g * 10.0 ** -np.linspace(0, 5, g.size).reshape(g.shape)
     u, s, vt = np.linalg.svd(g.reshape(g.shape[0], -1), full_matrices=False)
-    return ((u * 10.0 ** -np.linspace(0, 4, len(s))) @ vt).reshape(g.shape)
+    return ((u * 10.0 ** -np.linspace(0, 5, len(s))) @ vt).reshape(g.shape)
 
 
 def _mixed(g: np.ndarray) -> np.ndarray:
@@ -412,7 +412,7 @@ KINDS: Mapping[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
     "minute gradients (1e-14)": (lambda g: 1e-14 * g, "a threshold below which gradients or norms count as zero"),
     "large gradients": (lambda g: 1e3 * g, "a clamp, or a norm above which gradients are scaled"),
     "gradients of entries from 1e-7 to 1e2": (_mixed, "a threshold below which entries count as zero"),
-    "gradients of singular values from 1 to 1e-4": (_spread, "eigenvalues that are dropped where they are small"),
+    "gradients of singular values from 1 to 1e-5": (_spread, "eigenvalues that are dropped where they are small"),
     "sparse gradients": (_sparse, "entries or rows of zeros that are treated apart"),
 }  # fmt: skip
 

@@ -318,10 +318,11 @@ def nonfinite(trial: Trial) -> str:
         return ""
     if any(not p.gap(s, trial.dtype) <= 1 for p, s in zip(parts[::2], seen[::2], strict=True)):
         return "a NaN in one parameter's gradient changes another parameter"
-    before, after = seen[1][1:3]
+    (before, after), last = seen[1][1:3], seen[1][-1]
     policy = (
         "comes out as NaN" if np.isnan(after).all()
-        else "skips the step of its parameter" if np.array_equal(before, after)
+        else "skips the step of its parameter" + ", which is NaN in a later step" * bool(np.isnan(last).any())
+        if np.array_equal(before, after)
         else "makes part of its parameter NaN" if np.isnan(after).any()
         else ""
     )  # fmt: skip
@@ -523,7 +524,7 @@ class Check(NamedTuple):
     needs: str = ""
     """What the subject must have among its ``features``; `subjects.Torch` has all but "compiled"."""
     right: bool = False
-    """Whether it is tried only where no case of tier "must" failed."""
+    """Whether it is tried only where no case of tier "must" failed, but at an edge."""
 
 
 CHECKS: Mapping[str, Check] = {
@@ -616,8 +617,11 @@ def keep(
     deep: bool = False,
 ) -> Iterator[Result]:
     """One result per check that can be tried; ``before`` is what `look` gave, ``at`` is told each id before."""
+    from precond_ref.conformance.diagnose import edges
+
     trial, broken = Trial(subject, report, touched, before, deep), set()
-    wrong = any(r.tier == "must" and r.bad for r in report.results) or not trial.right
+    wrong = any(r.tier == "must" and r.bad for r in report.results) and not edges(report)
+    wrong = wrong or not trial.right
     for name, check in CHECKS.items():
         if not trial.parts or trial.longest.case.steps < check.steps:
             continue

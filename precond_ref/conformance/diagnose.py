@@ -207,7 +207,7 @@ def edges(report: Report) -> str:
     found = []
     for result in failures:
         run, gap = runs.get(result.id), result.gap
-        if run is None or gap is None or gap.quantity != "update" or not _at_edge(run, gap.step):
+        if run is None or gap is None or gap.quantity != "update" or not at_edge(run, gap.step):
             return ""
         zeros = [name for name in RIDGES if run.case.config.get(name) == 0]
         still = not run.tensors["grads"][gap.step - 1].any()
@@ -217,7 +217,7 @@ def edges(report: Report) -> str:
     return " and ".join(dict.fromkeys(found))
 
 
-def _at_edge(run: Run, step: int) -> bool:
+def at_edge(run: Run, step: int) -> bool:
     """Return whether a step is at an edge: the zeros of a singular statistic are left out, or the right step jumps.
 
     A step jumps if a gradient changed by a millionth changes the step by more than a hundredth of the longest step. For

@@ -72,7 +72,7 @@ def check(
             on_case(id)
 
     try:
-        _judge(subject, report, at, invariances, deep)
+        judge(subject, report, at, invariances, deep)
     except Ended as end:
         report.ended = f"{end} in {place}"
         report.results.append(Result(place, "must", ERROR, message=str(end)))
@@ -83,7 +83,7 @@ def check(
     return report
 
 
-def _judge(subject: Subject, report: Report, at: Callable[[str], None], invariances: bool, deep: bool) -> None:
+def judge(subject: Subject, report: Report, at: Callable[[str], None], invariances: bool, deep: bool) -> None:
     """Fill the report; ``at`` is told each id before it is tried."""
     constructor, dtype, level = report.method, report.dtype, report.level
     touched: list[str] = []

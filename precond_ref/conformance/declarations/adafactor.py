@@ -121,6 +121,14 @@ CASES = [
         change={"factored_axes": "leading", "min_size": 3},
     ),
     case(
+        "leading-both",
+        "The first two and the last two axes are large enough: the first two.",
+        "axes-last",
+        shape=(3, 2, 4),
+        seed=433,
+        change={"factored_axes": "leading", "min_size": 2},
+    ),
+    case(
         "leading-last",
         "The first two are too small, the last two are not.",
         "one-mean",

@@ -108,6 +108,7 @@ SALTS = {
     "Muon/pytorch-optimizer-plain": 52, "Muon/emerging-seven-steps": 56, "Muon/dion-tall": 52,
     "Muon/dion-nesterov": 41, "Muon/dion-float64": 6, "NorMuon/pytorch-optimizer-tall": 22, "NorMuon/dion-tall": 26,
     "NorMuon/dion-float64": 58, "AdaMuon/emerging-plain": 12, "AdaMuon/emerging-nesterov": 28,
+    "NorMuon/dion-float64-decay": 1, "AdaMuon/pytorch-optimizer-float64-decay": 1,
 }  # fmt: skip
 """Where the gradients of salt 0 are badly conditioned, another one."""
 
@@ -467,6 +468,15 @@ OF_PRESETS = [
     preset("AdaMuon.emerging", "plain", "No sign, no norm restored", "sign-always rescale-always"),
     preset("AdaMuon.emerging", "nesterov", "With Nesterov's form", "nesterov-ignored", beta2=29 / 32, nesterov=True,
            momentum=25 / 32),
+    *(preset(f"Muon.{name}", "float64-decay", "Weight decay without bfloat16", DECAY, compute_dtype=None,
+             given={"decay": KAPPA}) for name in ("jordan", "moonlight", "pytorch_optimizer", "dion")),
+    *(preset(f"Muon.{name}", "decay", "Weight decay", DECAY, given={"decay": KAPPA})
+      for name in ("exact", "heavyball", "emerging")),
+    *(preset(name, "decay", "Weight decay", DECAY, given={"decay": KAPPA}, beta2=29 / 32)
+      for name in ("NorMuon.article", "NorMuon.emerging", "AdaMuon.emerging")),
+    *(preset(name, "float64-decay", "Weight decay without bfloat16", DECAY, given={"decay": KAPPA}, beta2=29 / 32,
+             compute_dtype=None)
+      for name in ("NorMuon.pytorch_optimizer", "NorMuon.dion", "AdaMuon.pytorch_optimizer")),
 ]  # fmt: skip
 
 CASES = [*FIRST, *OF_MUON, *OF_NORMUON, *OF_ADAMUON, *OF_PRESETS]

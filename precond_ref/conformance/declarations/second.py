@@ -16,6 +16,7 @@ from precond_ref.conformance import generated
 from precond_ref.conformance.beside import LONGEST  # a side that an implementation may decompose whole
 from precond_ref.conformance.declarations import adafactor, klshampoo, muon, production, soap
 from precond_ref.conformance.declarations.base import DECAY, Case
+from precond_ref.conformance.declarations.sketchy import NARROW
 
 LR, KAPPA = 11 / 32, 13 / 32
 RATES = tuple(LR * factor for factor in (1, 1 / 2, 2, 1 / 4, 1, 1 / 8))
@@ -334,6 +335,9 @@ CASES = [
     _case("SShampoo", "no-eps-every", (4, 3), "A stale sketch without eps", "every-ignored", eps=0.0, every=2, size=2,
           tier="should"),
     _case("SShampoo.practical", "no-eps", (4, 3), "eps = 0", eps=0.0, size=2, tier="should"),
+    _case("SShampoo.practical", "outside-no-eps", (4, 3),
+          "A gradient outside a stale sketch that has lost nothing: eps = 0", "identity-outside",
+          eps=0.0, size=6, every=2, graft="sgd", grads=NARROW, tier="should"),
     _case("SShampoo.practical", "ema-nesterov", (4, 3), "The update enters the momentum times 1 - momentum",
           "ema-ignored ema-inside", momentum_ema=True),
     _case("SShampoo.practical", "ema-heavy-ball", (4, 3), "The same without Nesterov", "nesterov-always",

@@ -29,7 +29,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from itertools import combinations, count, pairwise, permutations, product, repeat
+from itertools import chain, combinations, count, pairwise, permutations, product, repeat
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -69,6 +69,9 @@ GENERIC: Mapping[str, str] = MappingProxyType(
         "counter-stuck": "with a counter that stays at the first update",
         "zero-skipped": "with a gradient of zeros skipped: neither the parameter nor the state changes",
         "zero-forgotten": "with a state that a gradient of zeros does not change, though the parameter makes its step",
+        "zero-skipped-counted": "with a gradient of zeros that is counted, but changes no parameter and no average",
+        "zero-forgotten-counted": "with averages that a gradient of zeros does not change, though it is counted and "
+        "the parameter makes its step",
     }
 )
 """Flags that `run` itself treats, of mistakes that replace the method; such a flag is on alone."""
@@ -238,18 +241,21 @@ class Member:
             fields = {**fields, replaced: fields[taken]}
         self.variants, self.fields, self.x = variants, {**fields, "outer_decay": decay}, x
         self.decay, self.flags, self.generic = decay, flags, flags & GENERIC.keys()
-        self.count, self.seen = 0, list[tuple[Array, Array]]()
+        self.count, self.seen = 0, list[tuple[int, tuple[Array, Array]]]()
+        self.counted = any(flag.endswith("-counted") for flag in flags)
         self.previous = self.buffer = np.zeros(np.shape(x))
         self.steps = self._started()
 
-    def _started(self, elapsed: int = 0) -> Walk:
-        """Return the method's generator after ``elapsed`` updates, of which only the number counts."""
-        token = _ELAPSED.set(elapsed)
+    def _started(self, number: int = 0) -> Walk:
+        """Return the method's generator after what is remembered, before the update of this number (from 0)."""
+        token = _NUMBERS.set((*(n for n, _ in self.seen), number))
         try:
             steps = self.variants.walk(self.fields, np.shape(self.x), self.flags)
             next(steps)
         finally:
-            _ELAPSED.reset(token)
+            _NUMBERS.reset(token)
+        for _, earlier in self.seen:
+            steps.send(earlier)
         return steps
 
     def step(self, g: Array, rate: float) -> tuple[Array, Array, Mapping[str, Any]]:
@@ -258,20 +264,20 @@ class Member:
         shrink = 1 - decay * (1 if "decay-without-lr" in flags else rate)
         given = g + decay * x if "decay-coupled" in flags else g, x
         state: Mapping[str, Any] = {}
-        if "unmoved" in flags or ("zero-skipped" in flags and zero):
+        number = self.count if self.counted or "memoryless" in flags else len(self.seen)
+        if "unmoved" in flags or (flags & {"zero-skipped", "zero-skipped-counted"} and zero):
             direction, shrink = np.zeros(np.shape(x)), 1.0
         elif "zero-direction" in flags:
             direction = np.zeros(np.shape(x))
         elif self.generic and next(iter(self.generic)).startswith("unpreconditioned"):
             direction, self.buffer = _plain(self.fields, g, x, self.buffer, flags)
-        elif flags & {"memoryless", "restarted"} or ("zero-forgotten" in flags and zero):
-            fresh = self._started(self.count if "memoryless" in flags else 0)
-            for earlier in self.seen if "zero-forgotten" in flags else ():
-                fresh.send(earlier)
-            direction, _ = fresh.send(given)
+        elif flags & {"memoryless", "restarted"} or (flags & {"zero-forgotten", "zero-forgotten-counted"} and zero):
+            direction, _ = self._started(number).send(given)
         else:
+            if self.counted and number != (self.seen[-1][0] + 1 if self.seen else 0):
+                self.steps = self._started(number)
             direction, state = self.steps.send(given)
-            self.seen.append(given)
+            self.seen.append((number, given))
         if "direction-late" in flags:
             direction, self.previous = self.previous, direction
         step = rate * direction * (-1 if "sign" in flags else 1)
@@ -296,13 +302,13 @@ def _run_one(member: Member, grads: Array, lr: float | Sequence[float], conditio
     return out._replace(directions=np.stack(out.directions), params=np.stack(out.params))
 
 
-_ELAPSED: ContextVar[int] = ContextVar("elapsed", default=0)
+_NUMBERS: ContextVar[tuple[int, ...]] = ContextVar("numbers", default=(0,))
 
 
 def times(flags: frozenset[str], first: int = 1) -> Iterator[int]:
     """Yield the numbers of the updates: 1, 2, ..."""
-    first += _ELAPSED.get()
-    return repeat(first) if "counter-stuck" in flags else count(first)
+    *seen, last = (first + n for n in _NUMBERS.get())
+    return repeat(last) if "counter-stuck" in flags else chain(seen, count(last))
 
 
 def _plain(fields: Mapping[str, Any], g: Array, x: Array, buffer: Array, flags: frozenset[str]) -> tuple[Array, Array]:

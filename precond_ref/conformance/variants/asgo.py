@@ -168,6 +168,7 @@ DASGO_FLAGS = {
     "rows": "with one scale per row instead of per column",
     "mean": "with means instead of sums of the squares of a column",
     "elementwise": "with one scale per entry instead of per column",
+    "amsgrad": "with the running maximum of v, as in AMSGrad",
     **AVERAGES,
 }
 
@@ -183,8 +184,13 @@ def dasgo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[st
         total = np.sum(x * x, axis=axis, keepdims=True)
         return total / shape[axis] if "mean" in flags else total
 
+    largest = 0 * product(np.zeros(shape))
+
     def precondition(t: int, v: np.ndarray, x: np.ndarray) -> np.ndarray:
-        return x / _infinite_if_zero(_scale(v, eps, "eps-outside" not in flags, flags))
+        nonlocal largest
+        largest = np.maximum(largest, v)
+        used = largest if "amsgrad" in flags else v
+        return x / _infinite_if_zero(_scale(used, eps, "eps-outside" not in flags, flags))
 
     return _averaged(config, shape, flags, 0 * product(np.zeros(shape)), product, precondition, lambda v: {"v": v[0]})
 

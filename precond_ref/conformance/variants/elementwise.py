@@ -24,12 +24,15 @@ from precond_ref.conformance.variants import (
     times,
 )
 
+LAZY = "with entries of zero gradient left alone: neither they nor their averages change, as in lazy updates"
+
 SGD_FLAGS = {
     "momentum-ema": "with an average, momentum b + (1 - momentum) g, instead of the heavy ball",
     "momentum-ema-first": "with an average instead of the heavy ball after a first buffer equal to the gradient",
     "momentum-ignored": "without momentum",
     "nesterov-ignored": "without Nesterov's form",
     "nesterov-always": "with Nesterov's form, asked for or not",
+    "lazy": LAZY,
 }
 
 
@@ -43,8 +46,9 @@ def sgd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
         weight = 1.0
         if "momentum-ema" in flags or ("momentum-ema-first" in flags and t > 1):
             weight = 1 - mu
-        buffer = mu * buffer + weight * g
-        direction = g + mu * buffer if nesterov else buffer
+        old, buffer = buffer, mu * buffer + weight * g
+        buffer = _lazy(flags, g, buffer, old)
+        direction = _lazy(flags, g, g + mu * buffer if nesterov else buffer)
         out = direction, {"buffer": buffer} if config["momentum"] else {}
 
 
@@ -54,6 +58,7 @@ ADAGRAD_FLAGS = {
     "eps-ignored": "without eps",
     "initial-ignored": "with the sum of squares started at 0 instead of at initial",
     "initial-squared": "with the sum of squares started at initial^2",
+    "initial-again": "with initial added to the sum of squares at every update",
     "statistic-after": "with the sum before this gradient in the denominator",
     "no-root": "with the sum instead of its square root in the denominator",
     "mean": "with the mean of the squared gradients instead of their sum",
@@ -70,7 +75,7 @@ def adagrad(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[
     out = None
     for t in times(flags):
         g, x = yield out
-        old, total = total, total + g * g
+        old, total = total, total + g * g + (initial if "initial-again" in flags and t > 1 else 0.0)
         square = old if "statistic-after" in flags else total
         denominator = _denominator(square / (t if "mean" in flags else 1), eps, _form(config, flags))
         out = _divided(decayed(config, flags, g, x), denominator, flags), {"total": total}
@@ -92,6 +97,7 @@ RMSPROP_FLAGS = {
     "weights-swapped": "with beta2 the weight of the new term",
     "corrected": "with the average divided by 1 - beta2^t",
     "started-whole": "with the average started at the first squared gradient, not weighted by 1 - beta2",
+    "lazy": LAZY,
     "centered": "with the square of the averaged gradient subtracted from the average of squares",
     "momentum-ignored": "without momentum",
     "momentum-on-gradient": "with momentum on the gradient, before the division",
@@ -118,7 +124,7 @@ def rmsprop(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[
         old, v = v, beta2 * v + g * g if "weight-missing" in flags else ema(v, g * g, beta2)
         if t == 1 and "started-whole" in flags:
             v = g * g
-        mean = ema(mean, g, beta2)
+        v, mean = _lazy(flags, g, v, old), _lazy(flags, g, ema(mean, g, beta2), mean)
         square = old if "statistic-after" in flags else v
         average = mean
         if corrected:
@@ -132,8 +138,8 @@ def rmsprop(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[
             direction = _divided(decayed(config, flags, buffer, x), denominator, flags)
         else:
             new = _divided(decayed(config, flags, g, x), denominator, flags)
-            buffer = mu * buffer + weight * new
-            direction = new + mu * buffer if nesterov else buffer
+            buffer = _lazy(flags, g, mu * buffer + weight * new, buffer)
+            direction = _lazy(flags, g, new + mu * buffer if nesterov else buffer)
         state = {"v": v} | ({"buffer": buffer} if config["momentum"] else {})
         out = direction, state | ({"mean": mean} if config.get("centered") else {})
 
@@ -155,6 +161,8 @@ ADAM_FLAGS = {
     "square-of-residual": "with v the average of (g_t - m_t)^2, as in AdaBelief",
     "amsgrad": "with the running maximum of v, as in AMSGrad",
     "amsgrad-ignored": "without AMSGrad's maximum",
+    "amsgrad-late": "with AMSGrad's maximum of the updates before, which this update's square enters after its use",
+    "lazy": LAZY,
     "amsgrad-exchanged": "with AMSGrad's maximum of the other squares, corrected or not",
     "eps-root-ignored": "without eps_root",
     "eps-root-before-correction": "with eps_root added to the square before its bias correction",
@@ -205,15 +213,17 @@ def adam(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
         c1, c2 = 1 if correction != "both" else c1, 1 if correction == "none" else c2
         if "float32-correction" in flags:
             c1, c2 = (float(np.float32(1) - np.float32(beta) ** np.float32(k)) for beta in (beta1, beta2))
-        m = beta1 * m + g if "heavy-ball" in flags else ema(m, g, beta1)
+        m = _lazy(flags, g, beta1 * m + g if "heavy-ball" in flags else ema(m, g, beta1), m)
         new = m if "square-of-average" in flags else g - m if "square-of-residual" in flags else g
         old, v = v, beta2 * v + new * new if "weight-missing" in flags else ema(v, new * new, beta2)
+        v = _lazy(flags, g, v, old)
         square = old if "statistic-after" in flags else v
         if "no-correction-2" in flags:
             c2 = 1.0
-        v_max = np.maximum(v_max, square / c2 if form == "corrected" else square)
+        before, v_max = v_max, np.maximum(v_max, square / c2 if form == "corrected" else square)
         if form:
-            square = v_max * c2 if form == "corrected" else v_max
+            largest = before if "amsgrad-late" in flags and t > 1 else v_max
+            square = largest * c2 if form == "corrected" else largest
         root_eps = 0.0 if "eps-root-ignored" in flags else eps_root
         if "eps-root-before-correction" in flags:
             square, root_eps = square + root_eps, 0.0
@@ -246,7 +256,7 @@ def adam(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
             m_step if factor is None else factor * _divided(decayed(config, flags, m_step, x), denominator, flags)
         )
         state = {"m": m, "v": v} | ({"v_max": v_max} if ever else {})
-        out = direction, state
+        out = _lazy(flags, g, direction), state
 
 
 FULL_FLAGS = {
@@ -291,6 +301,11 @@ def _form(config: Mapping[str, Any], flags: frozenset[str]) -> frozenset[str]:
     return flags | {"eps-inside"} if inside else flags
 
 
+def _lazy(flags: frozenset[str], g: np.ndarray, new: np.ndarray, old: Any = 0) -> np.ndarray:
+    """``new``, under "lazy" but where the gradient is zero: there ``old``."""
+    return np.where(g != 0, new, old) if "lazy" in flags else new
+
+
 def _denominator(square: np.ndarray, eps: float, flags: frozenset[str]) -> np.ndarray:
     if "no-root" in flags:
         return square + eps
@@ -317,7 +332,7 @@ VARIANTS = {
         ADAGRAD_FLAGS,
         (
             EPS | {"eps-outside"},
-            frozenset({"initial-ignored", "initial-squared"}),
+            frozenset({"initial-ignored", "initial-squared", "initial-again"}),
             frozenset({"no-root", "eps-inside"}),
             frozenset({"no-root", "eps-outside"}),
         ),
@@ -343,7 +358,7 @@ VARIANTS = {
         ADAM_FLAGS,
         (
             EPS | {"eps-before-correction", "eps-form-ignored"},
-            frozenset({"amsgrad", "amsgrad-ignored", "amsgrad-exchanged"}),
+            frozenset({"amsgrad", "amsgrad-ignored", "amsgrad-exchanged", "amsgrad-late"}),
             frozenset({"eps-root-ignored", "eps-root-before-correction"}),
             frozenset({"nadam-ignored", "nadam-constant", "nadam-late"}),
             frozenset({"nadam-ignored", "nadam-next"}),

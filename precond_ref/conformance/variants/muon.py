@@ -135,6 +135,7 @@ MUON_FLAGS = {
     **SHAPED,
     "dual-ignored": "without the factor <N, O>",
     "dual-always": "with the factor <N, O>, asked for or not",
+    "decay-scaled": "with weight decay multiplied by the factor of the step's shape too",
 }
 RESCALED = {
     "v-ignored": "without the second moment",
@@ -426,10 +427,10 @@ def muon(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
     config = {**DEFAULTS, **config}
     layout = Layout(config, shape, flags)
 
-    def direct(x: Array) -> Array:
-        return layout.each(x, lambda rows: _by_blocks(rows, config, flags, one))
+    def direct(x: Array, param: Array) -> Array:
+        return layout.each(x, lambda rows, p: _by_blocks(rows, config, flags, one, p), param)
 
-    def one(x: Array, whole: tuple[int, int]) -> Array:
+    def one(x: Array, p: Array, whole: tuple[int, int]) -> Array:
         o = x if "momentum-of-orthogonal" in flags else orthogonal(x, config, flags)
         note(lambda: condition(x, config))
         c = factor(config, whole if "blocks-whole-scale" in flags else x.shape, flags, x)
@@ -437,15 +438,15 @@ def muon(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
             c = config["rms"] * sqrt(real(o.size, o)) / (norm(o) or 1.0)
         if (config["dual_norm"] or "dual-always" in flags) and "dual-ignored" not in flags:
             c = c * np.sum(x * o)
-        return c * o
+        return c * o + (c - 1) * config["outer_decay"] * p if "decay-scaled" in flags else c * o
 
     steps = averages(config, layout, flags)
     next(steps)
     out = None
     while True:
-        g, _ = yield out
+        g, p = yield out
         n, m, _ = steps.send(layout.store(g))
-        out = layout.restore(direct(n)), {"m": m}
+        out = layout.restore(direct(n, layout.store(p))), {"m": m}
 
 
 def _ortho(rows: Array, config: Mapping[str, Any], flags: frozenset[str]) -> Array:
@@ -569,6 +570,7 @@ EXCLUSIVE = (
     frozenset({"correction-ignored", "correction-same"}),
     frozenset({"rms-ignored", "rms-jordan", "rms-exact", "rms-min", "rms-rows", "rms-columns", "rms-one"}),
     frozenset({"scale-ignored", "scale-max", "scale-inverted"}),
+    frozenset({"scale-ignored", "decay-scaled"}),
     frozenset({"scale-ignored", "scale-max", "floor-ignored", "floor-always"}),
     frozenset({"exact", "newton-schulz"}),
     frozenset({"cubic", "jordan", "coefficients-reversed", "first-triple", "last-triples"}),
