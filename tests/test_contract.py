@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from configs import CONFIGS, FIRST, LOUD, Config
-from conftest import Backend, make_backend
+from conftest import EAGERLY, Backend, make_backend
 from helpers import distance, gradients, leaves, run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,6 +29,11 @@ from precond_ref.protocol import Method
 
 ids = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 FAMILY = pytest.mark.parametrize("name", FIRST)
+
+
+def eagerly(name: str) -> pytest.MarkDecorator:
+    """The tier of a configuration on JAX without ``jit``."""
+    return pytest.mark.full if name in FIRST and name.partition("-")[0] in EAGERLY else pytest.mark.deep
 
 
 def numpy_noise() -> np.errstate:
@@ -445,8 +450,11 @@ def test_bfloat16_numpy_is_refused(name: str) -> None:
         method.init(array)
 
 
-@ids
-@pytest.mark.parametrize("library", ["torch", "jax"])
+@pytest.mark.parametrize(
+    ("library", "config"),
+    [pytest.param(lib, c, id=f"{lib}-{n}", marks=() if lib == "torch" else eagerly(n)) for lib in ("torch", "jax")
+     for n, c in CONFIGS.items()],
+)  # fmt: skip
 def test_bfloat16_where_the_library_has_it(library: str, config: Config) -> None:
     backend = make_backend(library)
     param = backend.xp.astype(backend.asarray(np.full(config.shape, 0.5)), backend.xp.bfloat16)
@@ -859,8 +867,9 @@ def check_numpy_scalars(library: str, config: Config) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:beta2 of")
-@pytest.mark.parametrize("library", ["torch", pytest.param("jax", marks=pytest.mark.full)])
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize(
+    ("library", "name"), [*(("torch", n) for n in FIRST), *(pytest.param("jax", n, marks=eagerly(n)) for n in FIRST)]
+)
 def test_numpy_scalars_are_numbers_with_every_library(library: str, name: str) -> None:
     check_numpy_scalars(library, CONFIGS[name])
 

@@ -85,12 +85,12 @@ class _Base(Half):
     pass
 
 
-class Asgo2(precond_ref.ASGO):
-    """Twice ASGO's step, which is wrong."""
+class Against(precond_ref.ASGO):
+    """ASGO's step in the other direction, which is wrong, and named at once."""
 
     def step(self, grad, state, param, now):
         u, state = super().step(grad, state, param, now)
-        return 2 * u, state
+        return -u, state
 
 
 def helper():
@@ -551,7 +551,7 @@ def test_check_says_which_fields_the_other_side_gave() -> None:
 @pytest.mark.full
 def test_check_runs_the_class_itself_and_has_no_vectors_for_it() -> None:
     """A class made from ASGO that does something else is not taken for ASGO."""
-    ran = program("check", "theirs:Asgo2", "--method", "asgo")
+    ran = program("check", "theirs:Against", "--method", "asgo")
     assert ran.returncode == 1
     assert "WRONG: " in ran.stdout
     ran = program("check", "precond_ref:ASGO", "--method", "theirs:Half")

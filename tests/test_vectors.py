@@ -376,7 +376,7 @@ def test_load_refuses_another_file(folder):
 # ---- the builder and the commands -----------------------------------------------------------------------------------
 
 
-PARTS = 6
+PARTS = 12
 
 
 @pytest.mark.full
@@ -392,7 +392,7 @@ def test_building_changes_nothing(part, tmp_path, monkeypatch):
         build.build(tmp_path)
     lines = vectors_command.compared(vectors.FOLDER, tmp_path)
     assert [line for line in lines if not line.startswith("gone: ") and "manifest.json" not in line] == []
-    assert sum(file.suffix == ".safetensors" for file in tmp_path.rglob("*")) > 100
+    assert sum(file.suffix == ".safetensors" for file in tmp_path.rglob("*")) > 50
     for version in ("v1", "v2"):
         built, kept = (
             json.loads((place / version / "manifest.json").read_text()) for place in (tmp_path, vectors.FOLDER)

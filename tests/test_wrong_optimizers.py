@@ -154,6 +154,7 @@ def test_messages_say_where_and_what_to_look_for() -> None:
     assert said["foreach ignored"] == "foreach=True is ignored: no kernel ran whose name begins with _foreach_"
 
 
+@pytest.mark.usefixtures("first_version")
 @pytest.mark.full
 def test_the_process_of_its_own_tells_as_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
