@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import array_api_strict
 import mpmath
 import numpy as np
 import pytest
+import torch
 from conftest import Backend, make_backend
 from helpers import distance
 from hypothesis import given
 from hypothesis import strategies as st
+from mutation import mutated
 
 import precond_ref
+from precond_ref.numerics import refresh
 from precond_ref.numerics.arrays import largest_entry, normed
 from precond_ref.numerics.ema import accumulate, ema, one_minus_power, quotient, reciprocal, sqrt
 from precond_ref.numerics.grafting import scale_to_rms
@@ -80,6 +86,54 @@ def test_reciprocal_and_sqrt_of_numbers_and_arrays() -> None:
 def test_ema() -> None:
     assert ema(2.0, 10.0, 0.75) == 4.0
     assert ema(2.0, 10.0, 0.0) == 10.0
+
+
+def check_surely(surely: Any, xp: Any, knows: bool) -> None:
+    """All or nothing, and nothing where a device would be waited for."""
+    for values in ([True, True], [True, False], [False, False], []):
+        assert surely(xp.asarray(values, dtype=xp.bool)) is (knows and all(values))
+
+
+class Elsewhere(torch.Tensor):
+    """On a GPU, as far as can be seen without reading."""
+
+    @staticmethod
+    def __new__(cls) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, (2,), dtype=torch.bool, device="cuda")
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any) -> Any:
+        raise AssertionError("a value was read")
+
+
+def check_surely_reads_no_tensor_without_a_value(surely: Any) -> None:
+    assert not surely(Elsewhere())
+    assert not surely(torch.ones(2, dtype=torch.bool, device="meta"))
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(surely(x > 0)), x)[1])(torch.ones(2, 3))
+    assert seen == [False]
+
+
+@pytest.mark.eager
+def test_surely(backend: Backend) -> None:
+    on_device = SimpleNamespace(bool=backend.xp.bool, asarray=partial(backend.xp.asarray, device=backend.device))
+    check_surely(refresh.surely, on_device, backend.name in ("numpy", "torch"))
+    check_surely_reads_no_tensor_without_a_value(refresh.surely)
+
+
+@pytest.mark.parametrize(
+    ("check", "change"),
+    [
+        (partial(check_surely, xp=np, knows=True), ("condition.all()", "condition.any()")),
+        (partial(check_surely, xp=np, knows=True), ("return bool(", "return not bool(")),
+        (partial(check_surely, xp=array_api_strict, knows=False), ("elif not is_numpy_array(condition)", "elif False")),
+        (check_surely_reads_no_tensor_without_a_value, (' or condition.device.type != "cpu" or', " or")),
+        (check_surely_reads_no_tensor_without_a_value, (" or _has_no_value(condition)", "")),
+    ],
+)
+def test_planted_bugs_in_surely(check: Any, change: tuple[str, str]) -> None:
+    with pytest.raises((AssertionError, AttributeError, RuntimeError)):
+        check(mutated(refresh.surely, change))
 
 
 @pytest.mark.eager

@@ -645,15 +645,15 @@ SOLVE_CHECKS = {
     )
 }
 SOLVE_BUGS = {
-    "ridge forgotten": ("weight = ridge * one,", "weight = 0.0 * one,", "solve_in_fifty_digits"),
+    "ridge forgotten": ("shift = ridge * one", "shift = 0.0 * one", "solve_in_fifty_digits"),
     "not symmetrised": ("0.5 * matrix + 0.5 * xp.matrix_transpose(matrix) +", "matrix +", "solve_has_no_scale"),
     "LU whatever the ridge": ("0.5 * largest < ridge", "0.5 * largest < math.inf", "hidden_ridge"),
-    "ridge doubled where hidden": ("-1.0, shift[0, 0]", "-1.0, 2 * shift[0, 0]", "hidden_ridge"),
+    "ridge doubled where hidden": ("law = Law(-1.0, ridge)", "law = Law(-1.0, 2 * ridge)", "hidden_ridge"),
     "solutions of any length": ("sure = sure & xp.all(", "sure = sure | xp.all(", "hidden_ridge"),
     "squares overflow": ("y = ridge * x / size", "y = ridge * x", "solve_has_no_scale"),
     "bad right sides to LAPACK": (" & (size < math.inf)", "", "solve_keeps_members_apart"),
     "bad matrices to LAPACK": ("xp.where(sure, damped, one)", "damped", "solve_keeps_members_apart"),
-    "all or nothing": ("return xp.where(sure, x, apply(", "return (apply(", "solve_keeps_members_apart"),
+    "all or nothing": ("xp.where(sure, x, definition(*given))", "definition(*given)", "solve_keeps_members_apart"),
 }  # fmt: skip
 
 

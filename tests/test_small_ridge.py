@@ -504,6 +504,8 @@ BUGS: dict[str, tuple[Callable[[], None], Any, str, Any]] = {
         check_real_part_of_methods, roots, "_gain", (" & (put <= 2 * unit * along(largest))", "")
     ),
     "eigenvalues that are rounding": (check_real_part, roots, "decompose", ("xp.where(known, w, 0.0)", "w")),
+    "one eigenvalue known, all decomposed": (check_real_part, roots, "decompose", ("surely(known)", "known.any()")),
+    "one eigenvalue known, all believed": (check_real_part, roots, "_gain", ("surely(known)", "known.any()")),
     "accuracy by what is rounding": (check_accuracy, roots, "accuracy", ("xp.where(known, w, largest)", "w")),
     "accuracy without the condition": (check_accuracy, roots, "accuracy", ("least + ridge)", "largest + ridge)")),
     "all of a sketch's complement is rounding": (check_sketch, fd, "apply_power", (REAL_SKETCH, " > math.inf * most")),

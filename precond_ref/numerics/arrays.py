@@ -62,7 +62,7 @@ def largest_entry(array: Array, axes: tuple[int, ...], xp: Namespace) -> Array:
     """Return the exact largest magnitude over ``axes``, which stay with size 1; 0 of no entries, NaN with any NaN."""
     if 0 in array.shape:
         return xp.sum(array, axis=axes, keepdims=True)
-    return xp.maximum(xp.max(array, axis=axes, keepdims=True), -xp.min(array, axis=axes, keepdims=True))
+    return xp.max(xp.abs(array), axis=axes, keepdims=True)
 
 
 def normed(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, Array, Array]:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from array_api_compat import is_numpy_array
+
 from precond_ref.typing import Array
 
 
@@ -31,6 +33,20 @@ def _has_no_value(tensor: Any) -> bool:
     """Return whether a PyTorch tensor has no truth value: on the meta device, fake, or under `torch.func.vmap`."""
     functorch = sys.modules["torch"]._C._functorch
     return tensor.is_meta or hasattr(tensor, "fake_mode") or functorch.is_batchedtensor(tensor)
+
+
+def surely(condition: Array) -> bool:
+    """Return whether all of ``condition`` is true, if this costs nothing to know: with NumPy, and PyTorch on the CPU.
+
+    Return False where a device would have to be waited for, and in what is traced or compiled.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(condition, torch.Tensor):
+        if torch.compiler.is_compiling() or condition.device.type != "cpu" or _has_no_value(condition):
+            return False
+    elif not is_numpy_array(condition):
+        return False
+    return bool(condition.all())
 
 
 def renew(due: Any, compute: Callable[[], Array], previous: Array | None) -> Array:

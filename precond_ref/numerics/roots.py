@@ -38,7 +38,7 @@ from precond_ref.fields import is_python_number, is_zero
 from precond_ref.numerics.arrays import clamp, eye_like, finite_members, identity, largest_entry, normed, own, square
 from precond_ref.numerics.axes import multiply
 from precond_ref.numerics.lapack import attempt
-from precond_ref.numerics.refresh import renew
+from precond_ref.numerics.refresh import renew, surely
 from precond_ref.numerics.template import eye, full
 from precond_ref.typing import Array, Namespace, Scalar
 
@@ -133,6 +133,8 @@ def decompose(matrix: Array, law: Law, *, xp: Namespace = None) -> tuple[Root, A
     w, q, finite = eigh(matrix, xp=xp)
     law = law.within(w.dtype, xp)
     known, _ = _known(w, law, xp)
+    if surely(known):  # and finite
+        return Root(q, law(w, xp)), w
     keep = known | (law.ridge > 0)
     f = xp.where(keep, law(xp.where(keep, xp.where(known, w, 0.0), 1.0), xp), 0.0)
     return Root(q, xp.where(finite[..., 0], f, math.nan)), xp.where(finite[..., 0], w, math.nan)
@@ -241,6 +243,8 @@ def _gain(a: Array, axis: int, f: Array, w: Array | None, law: Law, weight: Scal
         return along(f)
     w = law.inverse(f, xp) if w is None else w
     known, largest = _known(w, law, xp)
+    if surely(known):
+        return along(f)
     unit, finite = CERTAIN * xp.finfo(w.dtype).eps, along(xp.where(known, f, 0.0))
     ratio, known, f, size = along(largest / xp.where(known, w, math.inf)), along(known), along(f), xp.abs(a)
     most = float(xp.finfo(a.dtype).max) * xp.finfo(a.dtype).eps  # so that no share, nor their sum, overflows
@@ -253,7 +257,9 @@ def _gain(a: Array, axis: int, f: Array, w: Array | None, law: Law, weight: Scal
         put = weight * xp.sum(xp.where(real, square(outside, xp), 0.0), axis=core, keepdims=True)
         fresh = (put > 0) & (put <= 2 * unit * along(largest))
         beyond = xp.where(fresh, law(xp.where(fresh, put, 1.0), xp), f)
-    return xp.where(known | (f == 0), f, xp.where(real, beyond, mean))  # 0: no ridge
+    if not is_python_number(law.ridge):
+        known = known | (f == 0)  # there is no ridge
+    return xp.where(known, f, xp.where(real, beyond, mean))
 
 
 def power(matrix: Array, exponent: float, ridge: Scalar = 0.0, *, xp: Namespace = None) -> Array:
@@ -272,23 +278,27 @@ def solve(matrix: Array, right: Array, ridge: Scalar, weight: Scalar = 0.0, *, x
     xp = array_namespace(matrix, right) if xp is None else xp
     if 0 in matrix.shape or 0 in right.shape:
         return right
+
+    def definition(ridge: Scalar, weight: Scalar) -> Array:
+        law = Law(-1.0, ridge)
+        return apply(right, {0: decompose(matrix, law, xp=xp)}, law, weight, xp=xp)
+
     one = identity(xp, matrix)
-    shift, weight = ridge * one, weight * one[0, 0]  # arrays: the branch of a compiler takes no symbolic float
+    shift = ridge * one
     damped = 0.5 * matrix + 0.5 * xp.matrix_transpose(matrix) + shift
-    size = xp.max(xp.abs(right), axis=(-2, -1), keepdims=True)
-    sure = by_lu(damped, ridge, xp) & (size < math.inf)
+    sure = by_lu(damped, ridge, xp)
+    if surely(~sure):
+        return definition(ridge, weight)
+    size = largest_entry(right, (-2, -1), xp)
+    sure = sure & (size < math.inf)
     b = xp.where(sure, right, 0.0)
     (x,) = attempt(lambda a, b: (xp.linalg.solve(a, b),), xp.where(sure, damped, one), b, xp=xp)
     size = xp.where(sure & (size > 0), size, 1.0)
     y = ridge * x / size  # its squares do not overflow
     least = 0.5 * size * xp.sum(y * y, axis=-2, keepdims=True)
     sure = sure & xp.all(xp.sum(y * b, axis=-2, keepdims=True) >= least, axis=-1, keepdims=True)
-
-    def definition() -> Array:
-        law = Law(-1.0, shift[0, 0])
-        return xp.where(sure, x, apply(right, {0: decompose(matrix, law, xp=xp)}, law, weight, xp=xp))
-
-    return renew(~xp.all(sure), definition, x)
+    given = shift[0, 0], weight * one[0, 0]  # arrays: the branch of a compiler takes no symbolic float
+    return renew(~xp.all(sure), lambda: xp.where(sure, x, definition(*given)), x)
 
 
 def by_lu(damped: Array, ridge: Scalar, xp: Namespace) -> Array:
