@@ -1,1 +1,1 @@
-"""How fast the methods are, beside their peers and their floors: `precond-ref bench`."""
+"""Times of the methods beside their peers and their floors: the job of ``precond-ref bench``."""

@@ -1,4 +1,4 @@
-"""What is timed in this environment: the adapters, the frameworks' own optimizers, and bare costs as floors.
+"""Contenders of this environment: the adapters, the frameworks' own optimizers, and bare costs as floors.
 
 Each entry of `OURS` makes a function that does one step on a workload.
 """
@@ -27,7 +27,7 @@ def _torch(name: str, compiled: bool = False, preset: str | None = None, **field
 
 
 def adapter(method: str) -> Callable[[Shapes], Step]:
-    """``method``, written like "SShampoo(size=64)", through the PyTorch adapter."""
+    """Return a step of ``method``, written like "SShampoo(size=64)", through the PyTorch adapter."""
 
     def make(shapes: Shapes) -> Step:
         import precond_ref_torch
@@ -78,7 +78,7 @@ def _optax(name: str) -> Callable[[Shapes], Step]:
 
 
 def _stacks(shapes: Shapes) -> list[list[Any]]:
-    """For each shape of matrices, GRADIENTS stacks of them."""
+    """Return for each shape of matrices GRADIENTS stacks of them."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -147,7 +147,7 @@ def _if_shampoo(g: Any, statistics: list[Any]) -> None:
 
 
 def _root(function: str, *arguments: Any, dtype: str = "float32") -> Callable[[Shapes], Step]:
-    """A function of `precond_ref.numerics.roots`, or "eigh" alone, on Gram matrices of the smaller sides."""
+    """Return a step of a function of `precond_ref.numerics.roots`, or of "eigh" alone, on the smaller Gram matrices."""
 
     def make(shapes: Shapes) -> Step:
         import torch
@@ -173,7 +173,7 @@ def _root(function: str, *arguments: Any, dtype: str = "float32") -> Callable[[S
 
 
 def _sketch(solver: str | None, size: int = 32) -> Callable[[Shapes], Step]:
-    """Frequent Directions on the left side of every matrix; without a solver the bare decomposition it rests on."""
+    """Return a step of Frequent Directions on the left side of every matrix; without a solver, of its bare SVD."""
 
     def make(shapes: Shapes) -> Step:
         import torch
@@ -207,7 +207,7 @@ def _sketch(solver: str | None, size: int = 32) -> Callable[[Shapes], Step]:
 
 
 def _training(make: Callable[[Any], list[Any]]) -> Callable[[Shapes], Step]:
-    """Forward, backward and update of a ResNet-20 on batches of 64 images of 32 x 32."""
+    """Return a step of forward, backward and update of a ResNet-20 on batches of 64 images of 32 x 32."""
 
     def build(shapes: Shapes) -> Step:
         import torch

@@ -17,17 +17,17 @@ from precond_ref.bench import worker
 from precond_ref.bench.peers import PEERS
 
 ROUND_SECONDS = 0.05
-"""A measurement has as many steps as take about this long, but at least one period of the contender."""
+"""Approximate duration of a measurement, which has at least one period of the contender."""
 
 
 class Race(NamedTuple):
-    """Contenders for one comparison on one workload; the first is what the others are divided by."""
+    """Contenders of one comparison on one workload; times are divided by the time of the first."""
 
     title: str
     workload: str
     contenders: tuple[str, ...]
     periods: dict[str, int] = {}  # noqa: RUF012
-    """Steps timed together, by contender: k where work is due every k steps, so that each value has it once."""
+    """Number of steps timed together, by contender: k if work is due every k steps, so that each value has it once."""
 
 
 class Sweep(NamedTuple):
@@ -40,16 +40,16 @@ class Sweep(NamedTuple):
     points: dict[int, tuple[str, dict[str, tuple[int, ...]]]]
     """Method and parameters for each value of x."""
     base: int | None = None
-    """The value of x whose time is taken off the others before the fit."""
+    """The value of x whose time is subtracted from the others before the fit."""
 
 
 @dataclass
 class Result:
-    """What a contender of a race gave."""
+    """The times of a contender of a race."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
-    """Per step, one value for each round."""
+    """Seconds per step, one value for each round."""
     first: float | None = None
     """Seconds of the very first step, compilation included."""
     error: str | None = None
@@ -85,7 +85,7 @@ class Worker:
         )
 
     def ask(self, **order: Any) -> dict[str, Any]:
-        """The answer to one order; ``error`` in it if the process died."""
+        """Return the answer to one order; it has ``error`` if the process died."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -109,7 +109,7 @@ class Worker:
 
 
 def interpreter(environment: str, peers: Path | None) -> Path | None:
-    """Python of an environment of peers; None if it is not there."""
+    """Return the Python of an environment of peers; None if it is missing."""
     python = peers / environment / "bin" / "python" if peers is not None else None
     return python if python is not None and python.is_file() else None
 
@@ -134,7 +134,7 @@ def _workers(threads: int, peers: Path | None) -> Iterator[Callable[[str], Worke
 
 
 class Contender(NamedTuple):
-    """Whom to make, for a worker, and how many steps belong together."""
+    """A contender: the order that makes it in a worker, and the number of steps that belong together."""
 
     name: str
     order: dict[str, Any]
@@ -214,5 +214,5 @@ def timed(
 
 
 def ratios(result: Result, base: Result) -> list[float]:
-    """Time over that of ``base`` in the same round."""
+    """Return for each round the time over that of ``base``."""
     return [a / b for a, b in zip(result.seconds, base.seconds, strict=False)]

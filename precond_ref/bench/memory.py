@@ -1,4 +1,4 @@
-"""Bytes of state, measured and from the formulas, and the peak of what one step allocates."""
+"""Bytes of state, measured and by the count of `precond_ref.cost`, and the peak memory of one step."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Memory(NamedTuple):
     method: str
     parameters: int
     measured: int
-    """Of the arrays in the state, after two steps of the PyTorch adapter."""
+    """Bytes of the arrays in the state, after two steps of the PyTorch adapter."""
     formula: int
-    """`precond_ref.cost`."""
+    """Bytes by the count of `precond_ref.cost`."""
     torch_peak: int | None
-    """Most that the third step of the adapter has allocated at a time, beside parameters, gradients and state."""
+    """Peak memory of the third step of the PyTorch adapter, beside parameters, gradients and state."""
     numpy_peak: int | None
     """The same for `precond_ref.Optimizer` on NumPy."""
     jax_peak: int | None
@@ -44,7 +44,7 @@ class Memory(NamedTuple):
 
 
 def measure(workload: str, method: str, *, smoke: bool) -> Memory:
-    """All columns of one row."""
+    """Return all columns of one row."""
     found = workload_shapes(workload, smoke)
     state, torch_peak = _torch(method, found)
     return Memory(

@@ -1,4 +1,4 @@
-"""Optimizers of other packages. Runs in their environments, where precond_ref is not: `benchmarks/peers.sh`.
+"""Optimizers of other packages. This module runs in their environments, without precond_ref: `benchmarks/peers.sh`.
 
 Each entry of `PEERS` makes a function that does one step on a workload.
 """
@@ -20,11 +20,11 @@ except ModuleNotFoundError:  # run as a script
 
 Step = Callable[[], None]
 GRADIENTS = 4
-"""Sets of gradients that are used in turn."""
+"""Number of sets of gradients, which are used in turn."""
 
 
 def torch_parameters(shapes: Shapes) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Parameters, and a function that gives them the next gradients."""
+    """Return parameters, and a function that gives them the next gradients."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +44,7 @@ def torch_parameters(shapes: Shapes) -> tuple[dict[str, Any], Callable[[], None]
 
 
 def torch_step(make: Callable[[dict[str, Any]], list[Any]], shapes: Shapes) -> Step:
-    """One step of all optimizers that ``make`` returns for named parameters."""
+    """Return one step of all optimizers that ``make`` returns for named parameters."""
     params, renew = torch_parameters(shapes)
     optimizers = make(params)
 
@@ -57,7 +57,7 @@ def torch_step(make: Callable[[dict[str, Any]], list[Any]], shapes: Shapes) -> S
 
 
 def jax_step(optimizer: Any, shapes: Shapes) -> Step:
-    """One jitted step of an optax optimizer with donated parameters and state."""
+    """Return one jitted step of an optax optimizer with donated parameters and state."""
     jax: Any = importlib.import_module("jax")
 
     def draw(seed: int) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def jax_step(optimizer: Any, shapes: Shapes) -> Step:
 
 
 def with_adam(make: Callable[[list[Any]], Any]) -> Callable[[dict[str, Any]], list[Any]]:
-    """``make`` for matrices and tensors; `torch.optim.Adam` for the rest, as precond_ref routes them."""
+    """Return ``make`` for matrices and tensors, and `torch.optim.Adam` for the rest, the routing of precond_ref."""
 
     def both(params: dict[str, Any]) -> list[Any]:
         import torch
@@ -101,7 +101,7 @@ def _atorch_agd(shapes: Shapes) -> Step:
     ]
     if not found:
         raise ModuleNotFoundError("atorch", name="atorch")
-    spec: Any = importlib.util.spec_from_file_location("atorch_agd", found[0])  # the package wants a framework
+    spec: Any = importlib.util.spec_from_file_location("atorch_agd", found[0])  # the whole package needs a framework
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return torch_step(lambda params: [module.AGD(list(params.values()), lr=1e-4, weight_decay=1e-2)], shapes)
@@ -177,4 +177,4 @@ PEERS: dict[str, tuple[str, Callable[[Shapes], Step]]] = {
     "sirfshampoo": ("torch", _sirf_shampoo),
     "precondition_opt FD": ("jax", _precondition_fd(32)),
 }
-"""Peers by name: the environment they need and how a step is made."""
+"""Peers by name: their environment, and the function that makes a step."""

@@ -1,4 +1,4 @@
-"""What ``precond-ref bench`` shows: tables, JSON, and a pyperf suite."""
+"""Reports of ``precond-ref bench``: tables, JSON, and a pyperf suite."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _table(*titles: str) -> Table:
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
+    """Return lower quartile, median, upper quartile."""
     if len(values) < 2:
         return (values[0],) * 3
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -36,7 +36,7 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def race_table(race: Race, results: list[Result]) -> Table:
-    """A row for each contender, the base first."""
+    """Return a table with a row for each contender, the base first."""
     table = _table(f"{race.title}, {race.workload}", "median", "quartiles", "ratio", "its quartiles", "first step")
     for result in results:
         if result.error is not None or not result.seconds:
@@ -53,7 +53,7 @@ def race_table(race: Race, results: list[Result]) -> Table:
 
 
 def sweep_table(sweep: Sweep, results: dict[int, Result]) -> Table:
-    """A column for each point, and the exponents."""
+    """Return a table with a column for each point, and the exponents."""
     shown = [("never" if x == sweep.base else f"{x}", result) for x, result in results.items()]
     table = _table(sweep.title, *(x for x, _ in shown), "exponent", "theory")
     bad = [result.error for _, result in shown if result.error]
@@ -71,7 +71,7 @@ MEMORY_NOTES = (
 
 
 def memory_table(rows: list[Memory]) -> Table:
-    """A row for each method and workload."""
+    """Return a table with a row for each method and workload."""
     table = _table("state and peak of a step", "parameters", "state", "formula", "torch", "NumPy", "JAX")
     for row in rows:
         peaks = [
@@ -83,7 +83,7 @@ def memory_table(rows: list[Memory]) -> Table:
 
 
 def race_json(race: Race, results: list[Result]) -> dict[str, Any]:
-    """Everything of a race."""
+    """Return a race with all its times."""
     return {"title": race.title, "workload": race.workload, "contenders": [_json(r, results[0]) for r in results]}
 
 
@@ -102,7 +102,7 @@ def _json(result: Result, base: Result | None = None) -> dict[str, Any]:
 
 
 def sweep_json(sweep: Sweep, results: dict[int, Result]) -> dict[str, Any]:
-    """Everything of a sweep."""
+    """Return a sweep with all its times."""
     complete = all(result.seconds for result in results.values())
     return {
         "title": sweep.title,
@@ -114,7 +114,7 @@ def sweep_json(sweep: Sweep, results: dict[int, Result]) -> dict[str, Any]:
 
 
 def suite(entries: list[tuple[str, Result]], threads: int, clock: str) -> pyperf.BenchmarkSuite | None:
-    """All times as a pyperf suite, for `pyperf stats`, `hist` and `compare_to`; None if there are none."""
+    """Return all times as a pyperf suite, for `pyperf stats`, `hist` and `compare_to`; None if there are no times."""
     benchmarks = []
     for title, result in entries:
         if result.seconds:
@@ -128,14 +128,14 @@ def suite(entries: list[tuple[str, Result]], threads: int, clock: str) -> pyperf
 
 
 def machine() -> dict[str, Any]:
-    """What pyperf says of the machine."""
+    """Return the description of the machine by pyperf."""
     metadata = pyperf.Run([1.0], collect_metadata=True).get_metadata()
     wanted = ("cpu_model_name", "cpu_count", "load_avg_1min", "platform", "python_version", "date")
     return {name: metadata[name] for name in wanted if name in metadata} | versions()
 
 
 def versions() -> dict[str, str]:
-    """Of the array libraries that are installed."""
+    """Return the versions of the installed array libraries."""
     found = {}
     for package in ("numpy", "torch", "jax", "optax"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -144,6 +144,6 @@ def versions() -> dict[str, str]:
 
 
 def heading(suite: str, threads: int, clock: str) -> str:
-    """What runs where."""
+    """Return a line with the suite, its settings and the machine."""
     facts = ", ".join(f"{name} {value}" for name, value in machine().items() if name not in ("platform", "date"))
     return f"{suite}, {threads} thread{'s' * (threads > 1)}, float32, {clock} time; {facts}"

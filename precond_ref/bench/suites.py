@@ -58,7 +58,7 @@ RACES = {"steps": STEPS, "roots": ROOTS, "sketch": SKETCH}
 
 
 def sweeps(smoke: bool) -> list[Sweep]:
-    """How step times grow; the exponent of theory is that of the leading term in `precond_ref.cost`."""
+    """Return the sweeps of step times; the exponent of theory is that of the leading term in `precond_ref.cost`."""
 
     def sizes(full: tuple[int, ...], small: tuple[int, ...]) -> tuple[int, ...]:
         return small if smoke else full
@@ -90,7 +90,7 @@ NEVER = 10**9
 
 
 def exponent(sweep: Sweep, results: dict[int, Result]) -> float:
-    """Slope of log time over log x by least squares, the time of ``sweep.base`` taken off first."""
+    """Return the slope of log time over log x by least squares, after subtracting the time of ``sweep.base``."""
 
     off = statistics.median(results[sweep.base].seconds) if sweep.base is not None else 0.0
     points = [

@@ -3,7 +3,7 @@
 ``{"make": name, "workload": w, "smoke": b, "warmup": n}`` makes a contender and answers with the seconds of the first
 step, n more are done; with ``"method": m, "shapes": {...}`` it is that method, through the PyTorch adapter, on these
 parameters. ``{"run": name, "repeat": n, "clock": c}`` answers with the seconds of n steps by the clock "wall" or "cpu".
-Runs in the environments of peers too.
+This module also runs in the environments of peers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def make(order: dict[str, Any]) -> Callable[[], None]:
-    """The step that an order names."""
+    """Return the step that an order names."""
     name = order["make"]
     if name in PEERS:
         return PEERS[name][1](shapes(order["workload"], order["smoke"]))
@@ -39,8 +39,8 @@ def make(order: dict[str, Any]) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Serve until standard input ends; an error of a contender is an answer, not an end."""
-    answers = os.fdopen(os.dup(1), "w")  # what packages print goes to the error stream
+    """Serve until standard input ends; an error of a contender is an answer and does not end the process."""
+    answers = os.fdopen(os.dup(1), "w")  # the output of packages goes to the error stream
     os.dup2(2, 1)
     threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     steps: dict[str, Callable[[], None]] = {}

@@ -1,4 +1,4 @@
-"""What is optimized: parameters by name and shape. No imports beyond the standard library: peers run this too."""
+"""Workloads: parameters by name and shape. This module imports only the standard library, because peers run it too."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def matrices(count: int = 100, size: int = 64) -> Shapes:
-    """Equal square matrices."""
+    """Return equal square matrices."""
     return {f"layer{i}.weight": (size, size) for i in range(count)}
 
 
 def transformer(layers: int = 6, width: int = 384) -> Shapes:
-    """The blocks of a transformer, (output, input): 10.6 million parameters, with norms and biases."""
+    """Return the blocks of a transformer, (output, input): 10.6 million parameters, with norms and biases."""
     shapes: Shapes = {}
     linear = {
         "attention": (3 * width, width),
@@ -27,7 +27,7 @@ def transformer(layers: int = 6, width: int = 384) -> Shapes:
 
 
 def convolutions(blocks: int = 3, width: int = 16, classes: int = 10) -> Shapes:
-    """ResNet-20 (He et al., 2016, for CIFAR): three stages of 3 x 3 convolutions, norms, and a classifier."""
+    """Return ResNet-20 (He et al., 2016, for CIFAR): three stages of 3 x 3 convolutions, norms, and a classifier."""
     shapes: Shapes = {"stem.weight": (width, 3, 3, 3), "stem_norm.weight": (width,), "stem_norm.bias": (width,)}
     inputs = width
     for stage in range(3):
@@ -42,22 +42,22 @@ def convolutions(blocks: int = 3, width: int = 16, classes: int = 10) -> Shapes:
 
 
 def large(rows: int = 4096, columns: int = 1024) -> Shapes:
-    """One matrix."""
+    """Return one matrix."""
     return {"layer.weight": (rows, columns)}
 
 
 def few() -> Shapes:
-    """Ten of the hundred matrices: some peers take many minutes to compile the hundred."""
+    """Return ten of the hundred matrices: some peers take many minutes to compile the hundred."""
     return matrices(10)
 
 
 def squares() -> Shapes:
-    """Two matrices of the transformer's width."""
+    """Return two matrices of the transformer's width."""
     return matrices(2, 384)
 
 
 def contraction() -> Shapes:
-    """One matrix of the transformer that is four times as long as wide."""
+    """Return one matrix of the transformer that is four times as long as wide."""
     return large(384, 1536)
 
 
@@ -79,14 +79,14 @@ SMOKE: dict[str, Shapes] = {
     "convolutions": convolutions(1, 2),
     "large": large(16, 8),
 }
-"""The same in small: whether everything runs."""
+"""Small versions of the workloads, which only show whether everything runs."""
 
 
 def shapes(workload: str, smoke: bool) -> Shapes:
-    """Parameters of a workload."""
+    """Return the parameters of a workload."""
     return SMOKE[workload] if smoke else WORKLOADS[workload]()
 
 
 def split(shapes: Shapes) -> tuple[Shapes, Shapes]:
-    """Matrices and tensors, and the rest."""
+    """Return matrices and tensors, and the rest."""
     return {k: v for k, v in shapes.items() if len(v) > 1}, {k: v for k, v in shapes.items() if len(v) < 2}

@@ -1,11 +1,11 @@
-"""Every method that fits, on one problem, side by side: what ``precond-ref compare`` runs.
+"""Training of every method that fits on one problem, side by side: the job of ``precond-ref compare``.
 
     comparison = compare.prepare("digits-mlp", methods="ASGO,Adam", steps=100)
     comparison.train()
     best = comparison.ranked[0]
 
-All start from the same parameters and see the same batches in the same order. A parameter that a method does not
-take is updated by `Adam` at the method's learning rate.
+All methods start from the same parameters and see the same batches in the same order. `Adam` updates a parameter that
+a method does not take, at the method's learning rate.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ __all__ = ["Comparison", "Run", "UsageError", "prepare", "tune"]
 
 @dataclass(kw_only=True)
 class Comparison:
-    """A problem, its runs, and how they are made."""
+    """A problem and its runs, with their settings."""
 
     problem: Problem
     backend: str
     steps: int
     planned: list[Run]
-    """In the order of training, with learning rates, not yet trained."""
+    """Runs with their learning rates, in the order of training, before they are trained."""
     left_out: Mapping[str, str]
-    """Why a method does not take part, by name."""
+    """Reasons for which methods do not take part, by name."""
     finished: list[Run] = field(default_factory=list)
-    """Runs done, in the order of training."""
+    """Finished runs, in the order of training."""
 
     def train(self, on_run: Callable[[Run], Any] | None = None, on_step: Callable[[float], Any] | None = None) -> None:
-        """Train all; ``on_run`` is called before each run, ``on_step`` with each batch loss."""
+        """Train all methods; ``on_run`` is called before each run, ``on_step`` with each batch loss."""
         trainer = Trainer(self.problem, self.backend)
         for run in self.planned:
             if on_run is not None:
@@ -46,7 +46,7 @@ class Comparison:
 
     @property
     def ranked(self) -> list[Run]:
-        """Runs done, smallest final training loss first, diverged ones last."""
+        """Finished runs, the smallest final training loss first, diverged runs last."""
         return sorted(self.finished, key=lambda run: (run.diverged, 0.0 if run.diverged else run.final_loss))
 
 
@@ -60,7 +60,7 @@ def prepare(
     dtype: str = "float32",
     lr: Sequence[str] = (),
 ) -> Comparison:
-    """A comparison ready to train; arguments as on the command line, UsageError if they cannot be met."""
+    """Return a comparison that is ready to train; arguments as on the command line. UsageError if one is wrong."""
     try:
         names = None if methods is None else [named.text for named in parse_list(methods)]
     except (ValueError, ImportError) as error:

@@ -1,8 +1,8 @@
-"""Learning rates: one grid search for every method, recorded in a file that says all it saw.
+"""Learning rates: one grid search for every method, recorded in a file with all its results.
 
-The search is the same for all: each method trains at each rate of `GRID` from each of `SEEDS`; a rate is worth
-the mean over the seeds of the *end loss*, the mean of the last tenth of the batch losses; if the best rate is
-the smallest or largest tried, the grid goes on by half decades until it is not.
+The search is the same for all methods: each trains at each rate of `GRID` from each of `SEEDS`. The value of a rate is
+the mean over the seeds of the *end loss*, the mean of the last tenth of the batch losses. If the best rate is the
+smallest or largest rate tried, the grid goes on by half decades until it is not.
 """
 
 from __future__ import annotations
@@ -18,34 +18,37 @@ from precond_ref.compare.runs import Entrant, Run, Trainer, UsageError, choose, 
 from precond_ref.registry import constructors
 
 FILE = Path(problems.__file__).with_name("learning_rates.json")
-"""What `record` reads and `tune` writes."""
+"""The file that `record` reads and `tune` writes."""
 
 FALLBACK = 0.01
-"""Rate of a method for which none is recorded."""
+"""Rate of a method without a recorded rate."""
 
 GRID = range(-8, 2)
 """Half decades that every method tries: 1e-4 to 3.162."""
 LIMITS = (-16, 10)
-"""Where widening ends: 1e-8 and 1e5."""
+"""Ends of the wider grid: 1e-8 and 1e5."""
 SEEDS = (101, 102)
 """Seeds of the search."""
 MOST_STEPS = 300
-"""Steps of a search where none is recorded: the problem's default, at most this."""
+"""Most steps of a search without a record; otherwise the problem's default number."""
 
 
 def rate(half_decades: int) -> float:
-    """10^(half_decades / 2) with four digits."""
+    """Return 10^(half_decades / 2) with four digits."""
     return float(f"{10 ** (half_decades / 2):.4g}")
 
 
 def record(file: Path | None = None) -> dict[str, Any]:
-    """All searches by problem; empty if there is no file."""
+    """Return all searches by problem; an empty dict if there is no file."""
     file = FILE if file is None else file
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def parse_rates(texts: Sequence[str], entrants: Sequence[Entrant]) -> dict[str, float]:
-    """Learning rates from ``METHOD=VALUE``, by the entrant's name; without brackets, those of all with that name."""
+    """Return learning rates from texts ``METHOD=VALUE``, by the entrant's name.
+
+    A METHOD without brackets is for all entrants of this name. UsageError for a text that is wrong.
+    """
     rates = {}
     for text in texts:
         name, _, value = text.rpartition("=")
@@ -64,12 +67,12 @@ def parse_rates(texts: Sequence[str], entrants: Sequence[Entrant]) -> dict[str, 
 
 
 def _key(name: str) -> str:
-    """The name as it is compared: without spaces, in small letters."""
+    """Return the name for comparisons: without spaces, in lower case."""
     return "".join(name.lower().split())
 
 
 def planned(problem: str, entrants: Sequence[Entrant], given: Mapping[str, float]) -> list[Run]:
-    """A run for each entrant, not yet trained, at the rate given, else recorded for its name, else `FALLBACK`."""
+    """Return an untrained run for each entrant, at the given rate, or the rate recorded for its name, or `FALLBACK`."""
     methods = record().get(problem, {}).get("methods", {})
     runs = []
     for entrant in entrants:
@@ -85,14 +88,14 @@ def planned(problem: str, entrants: Sequence[Entrant], given: Mapping[str, float
 
 
 def end_loss(losses: Sequence[float]) -> float:
-    """Mean of the last tenth of the batch losses; infinite for a run that ended in a loss that is not finite."""
+    """Return the mean of the last tenth of the batch losses; infinite for a run that ended in a non-finite loss."""
     tail = losses[-max(1, len(losses) // 10) :]
     mean = sum(tail) / len(tail)
     return mean if math.isfinite(mean) else math.inf
 
 
 def search(measure: Callable[[float], list[float]]) -> dict[str, Any]:
-    """The best rate for ``measure``, which gives one end loss per seed, and all that was seen."""
+    """Return the best rate for ``measure``, which returns one end loss per seed, and all rates with their losses."""
     seen = {k: measure(rate(k)) for k in GRID}
     while True:
         best = min(seen, key=lambda k: sum(seen[k]))
@@ -120,10 +123,10 @@ def tune(
 ) -> dict[str, Any]:
     """Search the rates of the methods (default: all that fit) on ``problem`` and write each into `FILE` when found.
 
-    These are of this package, with their default fields: UsageError for others.
+    The methods are those of this package, with their default fields: UsageError for others.
 
-    ``steps`` is by default what the recorded search took. ``on_method`` gets name, number and count at each
-    method's start, ``on_rate`` each rate and its mean end loss. Returns the problem's part of the record.
+    The default of ``steps`` is the number of steps of the recorded search. ``on_method`` gets name, number and count at
+    the start of each method, ``on_rate`` each rate and its mean end loss. Returns the problem's part of the record.
     """
     trainers = [Trainer(load_problem(problem, "numpy", "float32", seed), "numpy") for seed in SEEDS]
     first = trainers[0].problem
@@ -172,4 +175,4 @@ def write(content: Mapping[str, Any]) -> None:
         parts.append(f" {json.dumps(problem)}: {{\n" + ",\n".join(lines) + "\n }")
     new = FILE.with_suffix(".new")
     new.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    new.replace(FILE)  # at once: an interruption leaves the old file or the new one
+    new.replace(FILE)  # in one step: after an interruption there is the old file or the new one

@@ -1,4 +1,4 @@
-"""What a comparison shows: a table and notes, a figure, and everything as JSON."""
+"""Reports of a comparison: a table and notes, a figure, and JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours without the yellow, which is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 BEST = 5
-"""How many runs have a colour in the figure; the others are grey."""
+"""Number of runs with a colour in the figure; the others are grey."""
 GREY, GREY_TEXT = "#B0B0B0", "#666666"
 
 
@@ -32,7 +32,7 @@ GREY, GREY_TEXT = "#B0B0B0", "#666666"
 
 
 def heading(comparison: Comparison) -> str:
-    """What is run, in two lines."""
+    """Return a description of the comparison in two lines."""
     problem = comparison.problem
     batch = "no batches" if problem.batch_size is None else f"batches of {problem.batch_size}"
     entries = sum(math.prod(value.shape) for value in problem.initial.values())
@@ -44,7 +44,7 @@ def heading(comparison: Comparison) -> str:
 
 
 def table(comparison: Comparison) -> Table:
-    """A row for each run, the winner first."""
+    """Return a table with a row for each run, the winner first."""
     from rich.table import Table
 
     result = Table(box=None, pad_edge=False, header_style="bold")
@@ -69,7 +69,7 @@ def table(comparison: Comparison) -> Table:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Who wins, and what one must know to read the table."""
+    """Return the winner, and notes on the columns of the table."""
     lines = [_verdict(comparison), ""]
     problem = comparison.problem
     source: dict[str, list[str]] = {"recorded": [], "default fields": [], "given": [], "fallback": []}
@@ -128,7 +128,7 @@ def _verdict(comparison: Comparison) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Settings, versions, results (the winner first) and curves; what is not finite is null."""
+    """Return settings, versions, results (the winner first) and curves; numbers that are not finite are null."""
     problem = comparison.problem
     return {
         "problem": problem.name,
@@ -186,7 +186,7 @@ def _version(backend: str) -> str:
 
 
 def check_output(path: Path) -> None:
-    """UsageError unless a figure can be written there."""
+    """Raise UsageError unless a figure can be written to ``path``."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -197,7 +197,7 @@ def check_output(path: Path) -> None:
 
 
 def figure(comparison: Comparison) -> Figure:
-    """Training loss and test metric against the steps: the best in colours, the others grey, all labelled by rank."""
+    """Draw training loss and test metric against the steps, the best in colours, all labelled by rank."""
     from matplotlib.figure import Figure
 
     problem, runs = comparison.problem, comparison.ranked
@@ -229,7 +229,7 @@ def figure(comparison: Comparison) -> Figure:
 
 
 def _limit(axes: Axes, curves: list[list[float]], *, log: bool) -> None:
-    """Room for the curves but not for what goes up far beyond the start, nor for the very first steps."""
+    """Set the limits of an axis: curves that rise far above the start are cut, and so are the very first steps."""
     finite = [x for curve in curves for x in curve if math.isfinite(x) and (x > 0 or not log)]
     if log:
         low, high = min(finite), max(curve[0] for curve in curves)
@@ -245,7 +245,7 @@ def _limit(axes: Axes, curves: list[list[float]], *, log: bool) -> None:
 
 
 def _label(axes: Axes, comparison: Comparison) -> None:
-    """Names at the right edge in the order of the final losses, the winner lowest, each tied to its curve's end."""
+    """Write the names at the right edge by final loss, the winner lowest, each with a line to the end of its curve."""
     runs = comparison.ranked
     low, high = axes.get_ylim()
     for rank, (run, line) in enumerate(zip(runs, axes.lines, strict=True)):

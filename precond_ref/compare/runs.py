@@ -1,4 +1,4 @@
-"""Training runs: which methods take part in a comparison, and what is measured of each."""
+"""Training runs: the choice of the methods of a comparison, and the measurements of each."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ BACKENDS = {"numpy": "cli", "cupy": "cuda12", "torch": "torch", "jax": "jax"}
 """Array libraries by name, with the extra that installs each."""
 
 SMALLEST_SHARE = 0.1
-"""Least share of the entries for a method to take part without being named: below it, the run would be Adam's."""
+"""Least share of the entries of a method that takes part without being named: below it, the run is mostly Adam's."""
 
 LARGEST_STATE = 100
-"""Largest state, in numbers per entry, for a method to take part without being named: larger ones take minutes."""
+"""Largest state, in numbers per entry, of a method that takes part without being named: larger ones take minutes."""
 
 SKETCH_SIZE = 16
 """Value of a field ``size`` that has no default."""
 
 CURVE_POINTS = 40
-"""Steps between the first and the last at which the whole training and test sets are looked at, about."""
+"""Approximate number of points of a curve, at which the losses of the whole training and test sets are computed."""
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be done; the message is one line that says what can."""
+    """Raised for a request that cannot be met; the message is one line and says which requests can be met."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +40,14 @@ class Entrant:
     """A method that takes part."""
 
     name: str
-    """As in ``--methods``, in its right spelling."""
+    """Name as in ``--methods``, in its normal spelling."""
     method: Method
     chosen: dict[str, Any]
     """Fields that the comparison sets, see `fields_for`."""
     to_adam: tuple[str, ...]
     """Paths of the parameters that the method does not take and `Adam` updates."""
     share: float
-    """Entries in the parameters that the method takes, of all entries."""
+    """Share of the entries that are in parameters which the method takes."""
     state_bytes_per_parameter: float
     """Bytes of the arrays in the optimizer's state, per entry of the parameters."""
     join: tuple[tuple[str, str], ...] = ()
@@ -61,12 +61,12 @@ class Entrant:
 
 @dataclass(kw_only=True)
 class Run:
-    """What one training run gave; losses and metrics are NaN or infinite where they were."""
+    """The results of one training run; losses and metrics may be NaN or infinite."""
 
     entrant: Entrant
     lr: float
     lr_source: str
-    """"given", "recorded", "default fields" (recorded for these, of which some have another value) or "fallback"."""
+    """"given", "recorded", "default fields" (recorded for the default fields, of which some differ) or "fallback"."""
     batch_losses: list[float] = field(default_factory=list)
     """Loss of each step's batch, before the step."""
     steps: list[int] = field(default_factory=list)
@@ -76,21 +76,21 @@ class Run:
     metrics: list[float] = field(default_factory=list)
     """The problem's metric."""
     step_ms: list[float] = field(default_factory=list)
-    """Time of each of the optimizer's steps alone; the first, which may compile, only if there is no other."""
+    """Time of each step of the optimizer alone; the first step, which may compile, counts only if it is alone."""
 
     @property
     def final_loss(self) -> float:
-        """Loss on the whole training set after the last step done."""
+        """Loss on the whole training set after the last step."""
         return self.train_losses[-1]
 
     @property
     def final_metric(self) -> float:
-        """The problem's metric after the last step done."""
+        """The problem's metric after the last step."""
         return self.metrics[-1]
 
     @property
     def diverged(self) -> bool:
-        """Whether a loss was not finite: the run ended there."""
+        """True if a loss was not finite; the run ended there."""
         return not (math.isfinite(self.final_loss) and all(map(math.isfinite, self.batch_losses)))
 
     @property
@@ -104,9 +104,9 @@ class Run:
 
 
 def fields_for(make: Callable[..., Method], samples: int | None) -> dict[str, Any]:
-    """What a comparison calls ``make`` with: a ``size`` if it has no default, and the ``batch_size``.
+    """Return the fields with which a comparison calls ``make``: a ``size`` without a default, and the ``batch_size``.
 
-    The batch size is the problem's, not the method's to choose: the number of samples whose mean the loss is.
+    The batch size belongs to the problem: it is the number of samples whose mean is the loss.
     """
     chosen: dict[str, Any] = {"size": SKETCH_SIZE} if "size" in required(make) else {}
     if samples is not None and "batch_size" in arguments(make):
@@ -115,10 +115,10 @@ def fields_for(make: Callable[..., Method], samples: int | None) -> dict[str, An
 
 
 def choose(problem: Problem, names: Sequence[str] | None = None) -> tuple[list[Entrant], dict[str, str]]:
-    """Methods that take part in ``problem``, and why the others do not, by name.
+    """Return the methods that take part in ``problem``, and by name the reasons for which the others do not.
 
-    With ``names``, of those. A method must take at least one of the parameters; without ``names``, it must also keep
-    to `SMALLEST_SHARE` and `LARGEST_STATE`.
+    With ``names`` only these are considered. A method must take at least one of the parameters. Without ``names`` it
+    must also keep to `SMALLEST_SHARE` and `LARGEST_STATE`.
     """
     params = problem.init()
     sizes = {path: math.prod(array.shape) for path, array in params.items()}
@@ -168,13 +168,13 @@ def choose(problem: Problem, names: Sequence[str] | None = None) -> tuple[list[E
 
 
 def biases(params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Paths of the weights with two axes and of their biases."""
+    """Return the paths of the weights with two axes and of their biases."""
     pairs = ((path, f"{path.removesuffix('weight')}bias") for path, array in params.items() if array.ndim == 2)
     return tuple((weight, bias) for weight, bias in pairs if weight.endswith("/weight") and bias in params)
 
 
 def array_bytes(tree: Any) -> int:
-    """Bytes of all arrays in nested tuples."""
+    """Return the bytes of all arrays in nested tuples."""
     if isinstance(tree, tuple):
         return sum(map(array_bytes, tree))
     return int(getattr(tree, "nbytes", 0))
@@ -184,7 +184,7 @@ def array_bytes(tree: Any) -> int:
 
 
 def load_problem(name: str, backend: str, dtype: str, seed: int) -> Problem:
-    """The problem with its arrays in the library ``backend``; UsageError if one of the four is not to be had."""
+    """Return the problem with its arrays in the library ``backend``; UsageError if an argument cannot be met."""
     if backend not in BACKENDS:
         raise UsageError(f"no backend is called {backend}; there are {', '.join(BACKENDS)}")
     try:

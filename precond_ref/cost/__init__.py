@@ -1,6 +1,6 @@
-"""What training with a method costs: bytes of state, flops and bytes moved per step, communication, a time floor.
+"""The cost of training with a method: bytes of state, flops and bytes moved per step, communication, a time floor.
 
-`estimate` needs the parameters' shapes alone and allocates nothing.
+`estimate` needs only the shapes of the parameters, and allocates no array.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Device(NamedTuple):
-    """What the time floor is measured by."""
+    """The device of the time floor."""
 
     bandwidth: float = 2039e9
-    """Bytes per second between memory and processor; the default is that of NVIDIA's data sheet for A100 80GB SXM."""
+    """Bytes per second between memory and processor; the default is from NVIDIA's data sheet for A100 80GB SXM."""
     matmul_rate: float = 19.5e12
-    """Flops per second of matrix products in the dtype of the arithmetic; the default: the same, float32."""
+    """Flops per second of matrix products in the dtype of the arithmetic; the default is for float32, same sheet."""
 
 
 class Load(NamedTuple):
-    """One parameter: the method that it is routed to, and what that costs per step."""
+    """One parameter: its method, and the cost of the method per step."""
 
     name: str
     shape: Shape
@@ -37,7 +37,7 @@ class Load(NamedTuple):
     state_bytes: int
     flops: float
     moved: float
-    """Bytes."""
+    """Bytes moved."""
 
 
 class Split(NamedTuple):
@@ -47,20 +47,20 @@ class Split(NamedTuple):
     """"owner": one device updates each matrix, "stack": the matrices of each shape are dealt out evenly."""
     devices: int
     state_bytes: int
-    """On the device with the most; what elementwise methods keep is cut evenly."""
+    """Bytes of state on the device with the most; the state of elementwise methods is cut evenly."""
     received: float
-    """Bytes per step: gradients and directions. "owner": every device gathers every gradient, as PyTorch's DTensor."""
+    """Bytes received per step: gradients and directions. "owner": all devices gather each gradient, as in DTensor."""
     least: float
-    """The same if only the device that needs it gathers a gradient, and each gets but its part of the directions."""
+    """Bytes received per step if each device gathers only the gradients that it needs, and its part of directions."""
     balance: float
-    """Flops of the busiest device over the mean: 1 is even, ``devices`` is all on one."""
+    """Flops of the busiest device over the mean: 1 is even, ``devices`` means that one device does all."""
     seconds: float
     """Time floor of the slowest device, communication not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a method costs on a model; per step, with what is done every k steps counted as 1/k of it."""
+    """The cost of a method on a model per step; work done every k steps counts 1/k."""
 
     name: str
     method: Method
@@ -72,7 +72,7 @@ class Estimate:
 
     @property
     def entries(self) -> int:
-        """Numbers in the parameters."""
+        """Number of entries of all parameters."""
         return sum(math.prod(load.shape) for load in self.loads)
 
     @property
@@ -83,12 +83,12 @@ class Estimate:
 
     @property
     def state_bytes(self) -> int:
-        """Exact."""
+        """Bytes of state, exact."""
         return sum(load.state_bytes for load in self.loads)
 
     @property
     def flops(self) -> float:
-        """Of matrix products (exact) and factorizations (leading terms); elementwise arithmetic is not counted."""
+        """Flops of matrix products (exact) and factorizations (leading terms), without elementwise arithmetic."""
         return sum(load.flops for load in self.loads)
 
     @property
@@ -98,21 +98,21 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """No step on the device can be shorter than this on average: the larger of moving and computing."""
+        """Shortest possible mean time of a step on the device: the larger of moving and computing."""
         return _floor(self.moved, self.flops, self.device)
 
     @property
     def calls(self) -> tuple[int, int]:
-        """Updates per step: one per parameter, and with equal shapes stacked and elementwise methods on one buffer."""
+        """Updates per step: one by one, and with equal shapes stacked and elementwise methods on one buffer."""
         return len(self.loads), len({_group(load) for load in self.loads})
 
 
 def estimate(
     name: str, method: Method, shapes: Shapes, *, dtype: str = "float32", mesh: int = 1, device: Device | None = None
 ) -> Estimate:
-    """The cost of ``method`` on parameters of ``shapes``, routed as `precond_ref.Optimizer` does.
+    """Return the cost of ``method`` on parameters of ``shapes``, routed as in `precond_ref.Optimizer`.
 
-    ``dtype`` is the parameters'; state and arithmetic have float32 at least (but for ``narrow_state``).
+    ``dtype`` is that of the parameters; state and arithmetic have float32 at least, except for ``narrow_state``.
     Errors: ValueError for a dtype or mesh out of range, a shape that the method refuses, a step that cannot be counted.
     """
     if dtype not in ITEMSIZE:
@@ -155,7 +155,7 @@ def _is_fallback(load: Load, method: Method) -> bool:
 
 
 def _group(load: Load) -> tuple[Method, Shape | None]:
-    """Parameters of equal label are updated by one call."""
+    """Return a label; parameters of the same label are updated by one call."""
     return load.method, None if load.method.elementwise else load.shape
 
 
@@ -163,9 +163,9 @@ def _group(load: Load) -> tuple[Method, Shape | None]:
 
 
 def owners(shapes: list[Shape], devices: int) -> list[int]:
-    """Which device updates each matrix: the next-largest goes to the least loaded, by entries times sum of sizes.
+    """Return the device of each matrix: the next-largest goes to the least loaded, by entries times sum of sizes.
 
-    The rule of ``precond_ref_torch`` for one group of parameters.
+    This is the rule of ``precond_ref_torch`` for one group of parameters.
     """
     costs = [math.prod(shape) * sum(shape) for shape in shapes]
     loads, result = [0] * devices, [0] * len(shapes)

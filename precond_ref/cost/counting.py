@@ -1,13 +1,12 @@
-"""What a method keeps and computes for ONE parameter, found by running its step on shapes: nothing is allocated.
+"""State and work of a method for ONE parameter, counted by running its step on shapes, without allocating arrays.
 
 `Counting` is an array-API namespace whose arrays, `Shaped`, have a shape and a dtype and no entries. It records matrix
-products and factorizations; every other function makes the shape of its result. Three rules:
+products and factorizations; every other function makes the shape of its result. There are three rules:
 
-* A condition on entries is false: what `renew` makes for hard values only, as the fallback of `roots.solve`, is not
-  counted.
-* An array of the state is read by an update that computes with it, before or after renewing it; it is written by one
-  that returns another array in its place. Reshaping, transposing and indexing are no computing.
-* Adding ``0.0 * x``, which marks what is not finite, reads and writes nothing.
+* A condition on entries is false: work for rare values only, such as the fallback of `roots.solve`, is not counted.
+* An update reads an array of the state if it computes with the array, before or after renewing it. It writes the array
+  if it returns another one in its place. Reshaping, transposing and indexing do not count as computing.
+* Adding ``0.0 * x``, which marks values that are not finite, reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Stored(NamedTuple):
     """Path in the state, such as ``grams.0``."""
     shape: Shape
     read: Fraction
-    """Share of the updates that do."""
+    """Share of the updates that read the array."""
     written: Fraction
 
 
@@ -75,13 +74,13 @@ class Work(NamedTuple):
 
     stored: tuple[Stored, ...]
     done: dict[Operation, Fraction]
-    """How often each operation is done per update."""
+    """Number of times that each operation is done per update."""
 
 
 def count(method: Method, shape: Shape) -> Work:
-    """State, products and factorizations of ``method`` on a parameter of ``shape``.
+    """Return state, products and factorizations of ``method`` on a parameter of ``shape``.
 
-    ValueError for a shape that the method refuses, and for a step that asks for what `Counting` lacks.
+    ValueError for a shape that the method refuses, and for a step that uses a function that `Counting` lacks.
     """
     done: dict[Operation, Fraction] = {}
     stored: dict[str, Stored] = {}
@@ -96,11 +95,11 @@ def count(method: Method, shape: Shape) -> Work:
 
 
 def count_one(method: Method, shape: Shape, due: Any) -> tuple[Counter[Operation], list[tuple[str, Shape, bool, bool]]]:
-    """Operations of one update; of each array of the state name, shape, and whether it is read and written."""
+    """Return the operations of one update, and for each array of the state name, shape, and if it is read, written."""
     xp = Counting()
     grad, param = xp.zeros(shape), xp.zeros(shape)
     try:
-        state = method.init(param)._replace(step=10**9)  # late, that is in the long run
+        state = method.init(param)._replace(step=10**9)  # a late step: the count is for the long run
         _, after = method.update(grad, state, param, refresh=due, xp=xp)
     except (AttributeError, TypeError) as error:
         raise ValueError(f"the step of {type(method).__name__} cannot be counted: {error}") from error
@@ -111,7 +110,7 @@ def count_one(method: Method, shape: Shape, due: Any) -> tuple[Counter[Operation
 
 @cache
 def schedule(periods: int | tuple[int, ...]) -> tuple[tuple[Any, Fraction], ...]:
-    """What `Method.due` may answer, each with its share of the updates: t renews what has a period that divides t."""
+    """Return the possible values of `Method.due` with their shares of the updates: t renews if the period divides t."""
     each, found = periods if isinstance(periods, tuple) else (periods,), []
     for due in product((True, False), repeat=len(each)):
         renewed, kept = ([k for k, d in zip(each, due, strict=True) if d is wanted] for wanted in (True, False))
@@ -132,14 +131,14 @@ class Shaped:
     """An array without entries, or a view of one."""
 
     __slots__ = ("dtype", "mark", "shape", "used", "whole", "xp")
-    __array_ufunc__ = None  # NumPy's numbers leave the operators to it
+    __array_ufunc__ = None  # NumPy's numbers then leave the operators to this class
     device = None
 
     def __init__(self, xp: Counting, shape: Shape, dtype: DType, of: Shaped | None = None):
         self.xp, self.shape, self.dtype = xp, shape, dtype
         self.whole: Shaped = self if of is None else of.whole
-        self.mark: bool = of is not None and of.mark  # 0 where everything is finite
-        self.used = False  # of the whole
+        self.mark: bool = of is not None and of.mark  # true for 0.0 * x, which only marks non-finite values
+        self.used = False  # true if a computation has read it
 
     ndim = property(lambda self: len(self.shape))
     size = property(lambda self: math.prod(self.shape))
@@ -185,7 +184,7 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 
 
 def broadcast(*shapes: Shape) -> Shape:
-    """The common shape; ValueError if there is none."""
+    """Return the common shape; ValueError if there is none."""
     if all(shape == shapes[0] or not shape for shape in shapes):
         return shapes[0]
     columns = zip_longest(*(shape[::-1] for shape in shapes), fillvalue=1)
@@ -224,7 +223,7 @@ VIEWS: dict[str, Callable[..., Shape]] = {
     "broadcast_to": lambda s, shape: tuple(shape),
     "diagonal": lambda s: (*s[:-2], min(s[-2:])),
 }
-"""Shapes of views, from that of the array."""
+"""Functions from the shape of an array to the shape of its view."""
 SUMS = "sum prod mean max min var std vector_norm all any argmax argmin"
 REDUCTIONS: dict[str, Callable[..., Shape]] = dict.fromkeys(SUMS.split(), _reduced)
 REDUCTIONS["trace"] = lambda s: s[:-2]
@@ -237,7 +236,7 @@ FACTORS: dict[str, tuple[Callable[..., Any], Callable[..., tuple[Shape, ...]]]] 
     "qr": (namedtuple("QR", "Q R"), lambda m, n: ((m, min(m, n)), (min(m, n), n))),
     "cholesky": (lambda lower: lower, lambda m, n: ((m, n),)),
 }
-"""What a factorization of (m, n) matrices makes, and the shapes of its parts."""
+"""The result type of a factorization of (m, n) matrices, and the shapes of its parts."""
 ENTRIES = """abs exp expm1 log log1p log2 sqrt square sign sin cos tanh round floor ceil negative reciprocal tril triu
 flip roll add subtract multiply divide pow floor_divide remainder maximum minimum clip copysign hypot"""
 TRUTHS = """isfinite isinf isnan signbit equal not_equal less less_equal greater greater_equal logical_and logical_or
@@ -257,7 +256,7 @@ for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
 
 
 class Counting:
-    """The namespace of `Shaped`. Functions of ``linalg`` are its own."""
+    """The namespace of `Shaped`; it also has the functions of ``linalg``."""
 
     __name__ = __name__
     bool, int32, int64, float32, float64 = DType
@@ -277,7 +276,7 @@ class Counting:
         raise AttributeError(f"the count lacks the array function {name}")
 
     def made(self, *operands: Any, shape: Any = None, dtype: Any = None, mark: Any = False) -> Shaped:
-        """A new array computed from all ``operands``; of their common shape and dtype if none is given."""
+        """Return a new array computed from all ``operands``, by default of their common shape and dtype."""
         arrays = [x for x in operands if isinstance(x, Shaped)]
         for x in arrays:
             x.whole.used = True

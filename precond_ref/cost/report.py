@@ -1,4 +1,4 @@
-"""What ``precond-ref cost`` shows: a table and notes, a figure, and everything as JSON."""
+"""Reports of ``precond-ref cost``: a table and notes, a figure, and JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZE = 256
 
 
 def quantity(value: float, unit: str) -> str:
-    """Three digits with a decimal prefix: ``1.5e9, "B"`` -> ``1.50 GB``."""
+    """Return three digits with a decimal prefix: ``1.5e9, "B"`` -> ``1.50 GB``."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if abs(value) < 999.5 or prefix == "P":
             break
@@ -26,7 +26,7 @@ def quantity(value: float, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Three digits with a unit."""
+    """Return three digits with a unit."""
     if seconds >= 600:
         return f"{seconds / 60:.3g} min" if seconds < 36000 else f"{seconds / 3600:,.3g} h"
     for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
@@ -36,7 +36,7 @@ def duration(seconds: float) -> str:
 
 
 def table(estimates: list[Estimate]) -> Table:
-    """A row for each method."""
+    """Return a table with a row for each method."""
     result = _table("method", "state", "B/param", "flops/step", "moved/step", "floor", "calls", "own")
     for e in estimates:
         result.add_row(
@@ -53,7 +53,7 @@ def table(estimates: list[Estimate]) -> Table:
 
 
 def mesh_table(estimates: list[Estimate]) -> Table:
-    """Two rows for each method: one owner per matrix, and stacks dealt out."""
+    """Return a table with two rows for each method: one owner per matrix, and stacks dealt out."""
     result = _table("method", "", "state", "received", "least", "balance", "floor")
     for e in estimates:
         for split in e.mesh or ():
@@ -79,13 +79,13 @@ def _table(*titles: str) -> Table:
 
 
 def heading(source: str, estimates: list[Estimate]) -> str:
-    """What is estimated, in one line."""
+    """Return a line that describes the model."""
     first = estimates[0]
     return f"{source}: {first.entries:,} parameters in {len(first.loads)} arrays, {first.dtype}"
 
 
 def notes(estimates: list[Estimate]) -> list[str]:
-    """What one must know to read the table."""
+    """Return notes on the columns of the table."""
     device = estimates[0].device
     lines = [
         "state: bytes of the optimizer's arrays, exact. B/param: the same per parameter.",
@@ -100,7 +100,7 @@ def notes(estimates: list[Estimate]) -> list[str]:
 
 
 def mesh_notes() -> list[str]:
-    """What one must know to read the second table."""
+    """Return notes on the columns of the second table."""
     return [
         "owner: one device updates each matrix. stack: the matrices of each shape are dealt out evenly.",
         "state: of the device with the most. Parameters of elementwise methods are cut evenly in both.",
@@ -111,7 +111,7 @@ def mesh_notes() -> list[str]:
 
 
 def figure(source: str, estimates: list[Estimate]) -> Figure:
-    """State per parameter, and the time floor with its two parts, for each method."""
+    """Draw the state per parameter, and the time floor with its two parts, for each method."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -155,7 +155,7 @@ BESIDE: dict[str, Any] = {
 
 
 def as_json(source: str, estimates: list[Estimate]) -> dict[str, Any]:
-    """Everything, with the parameters one by one."""
+    """Return the estimates, with the parameters one by one."""
     device: Device = estimates[0].device
     return {
         "source": source,

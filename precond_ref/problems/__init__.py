@@ -1,4 +1,4 @@
-"""What optimizers are run on: losses with hand-derived gradients in array API, and loaders for real data.
+"""Problems for optimizers: losses with hand-derived gradients in the array API, and loaders for real data.
 
     problem = precond_ref.problems.load("digits-mlp", dtype="float64")
     params = problem.init()
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class Entry(NamedTuple):
-    """A line of the registry."""
+    """An entry of the registry."""
 
     description: str
     make: Callable[..., Problem]
@@ -81,7 +81,7 @@ _PROBLEMS: dict[str, Entry] = {
 
 
 def list_problems() -> dict[str, str]:
-    """One line about each problem, by name; reads no data and imports no array library."""
+    """Return one line about each problem, by name; reads no data and imports no array library."""
     return {name: entry.description for name, entry in _PROBLEMS.items()}
 
 
@@ -93,11 +93,13 @@ def load(
     seed: int = 0,
     **options: Any,
 ) -> Problem:
-    """The problem of that name, its arrays in the namespace ``xp`` (default NumPy).
+    """Return the problem called ``name``, with its arrays in the namespace ``xp`` (default NumPy).
 
     ``dtype`` is "float32" or "float64". ``seed`` decides the first parameters, the order of the batches, and
     drawn data (never the split of real data). ``options`` are the problem's own, such as ``condition``,
-    ``hidden`` or ``batch_size``; a wrong one raises TypeError with those there are.
+    ``hidden`` or ``batch_size``.
+    Errors: ValueError for an unknown name or dtype, or a value out of range; TypeError, with the known options, for an
+    unknown option; FileNotFoundError if the data are missing.
     """
     if name not in _PROBLEMS:
         raise ValueError(f"no problem is called {name!r}; there are {', '.join(_PROBLEMS)}")

@@ -1,4 +1,4 @@
-"""What a problem is: where its arrays live, first parameters, batches, and the checks all problems share."""
+"""The base of all problems: library and device of the arrays, first parameters, batches, and common checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = ("float32", "float64")
 
 
 def import_numpy() -> ModuleType:
-    """NumPy, which reads the data and draws the random numbers for every array library."""
+    """Return NumPy, which reads the data and draws the random numbers for every array library."""
     try:
         import numpy
     except ImportError as error:
@@ -35,7 +35,7 @@ def import_numpy() -> ModuleType:
 
 
 def generator(*key: int | str) -> np.random.Generator:
-    """A random generator of its own for each ``key``, such as (seed, "init")."""
+    """Return a random generator for ``key``, such as (seed, "init"); each key has its own."""
     words = [int.from_bytes(k.encode(), "big") if isinstance(k, str) else k for k in key]
     random = import_numpy().random
     return random.Generator(random.PCG64(words))
@@ -43,14 +43,14 @@ def generator(*key: int | str) -> np.random.Generator:
 
 @functools.lru_cache(maxsize=4)
 def permutation(size: int, *key: int | str) -> np.ndarray:
-    """A random order of 0, ..., size - 1, the same in every NumPy version (raw bits are fixed)."""
+    """Return a random order of 0, ..., size - 1, the same in every NumPy version (raw bits are fixed)."""
     order = import_numpy().argsort(generator(*key).bit_generator.random_raw(size), kind="stable")
     order.flags.writeable = False
     return order
 
 
 def check_int(name: str, value: Any, *, ge: int) -> int:
-    """``value`` as an int of at least ``ge``."""
+    """Return ``value`` as an int of at least ``ge``; TypeError or ValueError for others."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -63,7 +63,7 @@ def check_int(name: str, value: Any, *, ge: int) -> int:
 
 
 def check_real(name: str, value: Any, *, ge: float) -> float:
-    """``value`` as a finite float of at least ``ge``."""
+    """Return ``value`` as a finite float of at least ``ge``; TypeError or ValueError for others."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -75,7 +75,7 @@ def check_real(name: str, value: Any, *, ge: float) -> float:
 
 @dataclass(frozen=True)
 class Space:
-    """Where a problem's arrays live: namespace, name of the floating dtype, device (None: the default)."""
+    """The place of a problem's arrays: namespace, name of the floating dtype, device (None: the default)."""
 
     xp: Any
     dtype: str = "float32"
@@ -83,7 +83,7 @@ class Space:
 
     @classmethod
     def make(cls, xp: Any = None, dtype: str = "float32", device: Any = None) -> Space:
-        """A checked space; ``xp`` may be a bare library (``torch``) and defaults to NumPy."""
+        """Return a checked space; ``xp`` may be a bare library (``torch``) and defaults to NumPy."""
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
         if xp is None:
@@ -102,15 +102,15 @@ class Space:
 
     @property
     def real_dtype(self) -> Any:
-        """The namespace's own dtype object."""
+        """The dtype object of the namespace."""
         return getattr(self.xp, self.dtype)
 
     def real(self, host: Any) -> Array:
-        """A copy of ``host`` (NumPy) in this space's floating dtype."""
+        """Return a copy of ``host`` (NumPy) in this space's floating dtype."""
         return self.xp.asarray(host.astype(self.dtype), device=self.device)
 
     def integer(self, host: Any) -> Array:
-        """A copy of ``host`` (NumPy) as int32, which every library indexes with."""
+        """Return a copy of ``host`` (NumPy) as int32, with which every library can index."""
         return self.xp.asarray(host.astype("int32"), device=self.device)
 
 
@@ -118,16 +118,16 @@ class Space:
 class Problem(ABC):
     """Base of every problem: parameters, batches, loss, gradient and metric, all as arrays of ``space``.
 
-    ``loss``, ``loss_and_grad`` and ``metric`` change nothing that they are given, depend on nothing else, and
-    may be compiled. Subclasses give ``_loss``, ``_loss_and_grad`` and ``_metric``.
+    ``loss``, ``loss_and_grad`` and ``metric`` change no argument, depend only on their arguments, and may be compiled.
+    Subclasses give ``_loss``, ``_loss_and_grad`` and ``_metric``.
     """
 
     name: str
-    """The name it was loaded by."""
+    """Name by which the problem was loaded."""
     space: Space
     """Namespace, dtype and device of every array."""
     seed: int
-    """Where the first parameters, the order of the batches, and drawn data come from."""
+    """Seed of the first parameters, the order of the batches, and drawn data."""
     batch_size: int | None
     """Samples per batch; None: every step sees the whole training set."""
     default_steps: int
@@ -135,12 +135,12 @@ class Problem(ABC):
     initial: Mapping[str, np.ndarray] = field(repr=False)
     """First parameters, float64 on the host."""
     train: Batch = field(repr=False)
-    """Training set, samples on the first axis: what ``batch=None`` means. Empty if there is no data."""
+    """Training set, samples on the first axis; ``batch=None`` means this set. Empty if there is no data."""
 
     metric_name: ClassVar[str]
-    """What ``metric`` measures."""
+    """Name of the quantity that ``metric`` measures."""
     higher_is_better: ClassVar[bool]
-    """Direction of ``metric``."""
+    """True if a larger ``metric`` is better."""
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.train:
@@ -165,11 +165,11 @@ class Problem(ABC):
     # ---- shared ------------------------------------------------------------------------------------------
 
     def init(self) -> Params:
-        """First parameters, new arrays at each call."""
+        """Return the first parameters, new arrays at each call."""
         return {name: self.space.real(value) for name, value in self.initial.items()}
 
     def batch(self, step: int) -> Batch | None:
-        """Arrays of step 0, 1, ...: (batch_size, ...) each; None if every step sees everything.
+        """Return the arrays of step 0, 1, ..., (batch_size, ...) each; None if every step uses the whole training set.
 
         Each epoch goes once through the training set in an order of its own and drops the last, short batch.
         """
@@ -184,17 +184,17 @@ class Problem(ABC):
         return tuple(self.space.xp.take(array, index, axis=0) for array in self.train)
 
     def loss(self, params: Params, batch: Batch | None = None) -> Array:
-        """Objective on ``batch`` (None: the whole training set), 0-D."""
+        """Return the objective on ``batch`` (None: the whole training set), 0-D."""
         self._check(params)
         return self._loss(params, self.train if batch is None else batch)
 
     def loss_and_grad(self, params: Params, batch: Batch | None = None) -> tuple[Array, Params]:
-        """Objective as in `loss`, 0-D, and its gradient, with the keys and shapes of ``params``."""
+        """Return the objective of `loss`, 0-D, and its gradient, with the keys and shapes of ``params``."""
         self._check(params)
         return self._loss_and_grad(params, self.train if batch is None else batch)
 
     def metric(self, params: Params) -> Array:
-        """What ``metric_name`` says, on the test set, 0-D."""
+        """Return the quantity ``metric_name`` on the test set, 0-D."""
         self._check(params)
         return self._metric(params)
 

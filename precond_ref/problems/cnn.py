@@ -42,7 +42,7 @@ class ConvClassifier(Classifier):
     """H_0, pixels along a side of the images."""
 
     def activations(self, params: Params, inputs: Array) -> list[Array]:
-        """U_1, phi(s_1), ..., U_L, phi(s_L), logits."""
+        """Return U_1, phi(s_1), ..., U_L, phi(s_L), logits."""
         xp, n, side = self.space.xp, inputs.shape[0], self.side
         phi, _ = ACTIVATIONS[self.activation]
         images = xp.reshape(inputs, (n, 1, side, side))
@@ -58,7 +58,7 @@ class ConvClassifier(Classifier):
         return [*values, vectors @ params["fc1/weight"].T + params["fc1/bias"]]  # (3)
 
     def signals(self, params: Params, values: list[Array], delta: Array) -> list[Array]:
-        """delta_1, ..., delta_L, delta from ``values`` (what `activations` gave) and ``delta`` (n, classes)."""
+        """Return delta_1, ..., delta_L, delta from ``values`` (of `activations`) and ``delta`` (n, classes)."""
         xp, n = self.space.xp, delta.shape[0]
         _, slope = ACTIVATIONS[self.activation]
         a = values[-2]
@@ -72,7 +72,7 @@ class ConvClassifier(Classifier):
         return found[::-1]
 
     def backward(self, params: Params, values: list[Array], delta: Array) -> Params:
-        """Gradients from ``values`` (what `activations` gave) and ``delta`` = d loss / d logits (n, classes)."""
+        """Return the gradients from ``values`` (of `activations`) and ``delta`` = d loss / d logits (n, classes)."""
         xp = self.space.xp
         grads: Params = {}
         *signals, _ = self.signals(params, values, delta)
@@ -85,11 +85,11 @@ class ConvClassifier(Classifier):
         return {**grads, "fc1/weight": delta.T @ vectors, "fc1/bias": xp.sum(delta, axis=0)}  # (4)
 
     def statistics(self, params: Params, batch: Batch | None = None) -> dict[str, MBFSamples | MBFFactors]:
-        """For ``Optimizer(MBF(), join=(("fc1/weight", "fc1/bias"),)).step(..., statistics=)``.
+        """Return statistics for ``Optimizer(MBF(), join=(("fc1/weight", "fc1/bias"),)).step(..., statistics=)``.
 
-        Of each sample's own loss the gradients of the convolutions, and inputs (with the constant 1) and back-signals
-        of the fully connected layer. The batch's labels make the empirical Fisher, labels drawn from the model's
-        softmax the Fisher.
+        They are, of each sample's own loss, the gradients of the convolutions, and inputs (with the constant 1) and
+        back-signals of the fully connected layer. The labels of the batch make the empirical Fisher matrix, labels
+        drawn from the model's softmax make the Fisher matrix.
         """
         self._check(params)
         xp, batch = self.space.xp, self.train if batch is None else batch
@@ -107,7 +107,7 @@ class ConvClassifier(Classifier):
 
 
 def patches(xp: Any, images: Array, stride: int) -> Array:
-    """The 3 x 3 patches of zero-padded images (n, C, H, H), as columns: (n, 9 C, (H / stride)^2)."""
+    """Return the 3 x 3 patches of zero-padded images (n, C, H, H), as columns: (n, 9 C, (H / stride)^2)."""
     n, channels, side, _ = images.shape
     row = xp.zeros_like(images[:, :, :1, :])
     padded = xp.concat([row, images, row], axis=2)
@@ -118,14 +118,14 @@ def patches(xp: Any, images: Array, stride: int) -> Array:
 
 
 def spread(xp: Any, images: Array) -> Array:
-    """Images (n, C, H, H) with a row and a column of zeros after each of their own: (n, C, 2 H, 2 H)."""
+    """Return images (n, C, H, H) with a row and a column of zeros after each of their own: (n, C, 2 H, 2 H)."""
     n, channels, side, _ = images.shape
     rows = xp.stack([images, xp.zeros_like(images)], axis=3)
     return xp.reshape(xp.stack([rows, xp.zeros_like(rows)], axis=5), (n, channels, 2 * side, 2 * side))
 
 
 def glorot(channels: Sequence[int], features: int, classes: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Weights uniform within sqrt(6 / (fan in + fan out)), a kernel's fans being 9 times its channels; zero biases."""
+    """Return weights uniform within sqrt(6 / (fan in + fan out)) and zero biases; a fan is 9 times the channels."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer, (fan_in, fan_out) in enumerate(zip((1, *channels), channels, strict=False), start=1):
         shapes[f"conv{layer}"] = (fan_out, fan_in, 3, 3)
@@ -139,7 +139,7 @@ def glorot(channels: Sequence[int], features: int, classes: int, rng: np.random.
 
 
 def check_channels(channels: Any, side: int) -> tuple[int, ...]:
-    """Channels of the layers, each at least 1, at most as often as ``side`` can be halved."""
+    """Return the channels of the layers, each at least 1, of at most as many layers as ``side`` can be halved."""
     if isinstance(channels, str) or not isinstance(channels, Sequence):
         raise TypeError(f"channels must be a sequence of ints, got {channels!r}")
     if not channels or side % 2 ** len(channels):
@@ -158,7 +158,7 @@ def conv_classifier(
     activation: str = "relu",
     batch_size: int | None = 100,
 ) -> ConvClassifier:
-    """A `ConvClassifier` on ``data`` with layers of these channels."""
+    """Return a `ConvClassifier` on ``data`` with layers of these channels."""
     split = data()
     side = round(split.train_inputs.shape[1] ** 0.5)
     channels = check_channels(channels, side)

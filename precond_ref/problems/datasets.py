@@ -1,7 +1,7 @@
 """Real data: the embedded digits, and MNIST, LIBSVM and text files found through ``PRECOND_REF_DATA``.
 
-A *name* (a str without a folder part) is looked for in the folder that the environment variable names, then in the
-current one; anything else (``"./a9a"``, a ``pathlib.Path``) is a path. Files may be gzipped whatever their suffix.
+A *name* (a str without a folder part) is searched in the folder that the environment variable names, then in the
+current folder; anything else (``"./a9a"``, a ``pathlib.Path``) is a path. A file with any suffix may be gzipped.
 Missing files raise FileNotFoundError with all places tried, damaged ones ValueError, and so do files of more than
 256 MiB, packed or unpacked, and LIBSVM files of more than 2^28 dense entries (2 GiB).
 """
@@ -27,7 +27,7 @@ VARIABLE = "PRECOND_REF_DATA"
 IDX_UINT8 = 0x0800
 """First two bytes zero, the third 8 for unsigned bytes; the fourth is the number of axes."""
 MOST_ENTRIES = 2**28
-"""Of the dense features of a LIBSVM file."""
+"""Largest number of dense features of a LIBSVM file."""
 
 
 class Split(NamedTuple):
@@ -45,7 +45,7 @@ class Split(NamedTuple):
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """The UCI optical digits, test part: images (1797, 8, 8) of values 0..16 and labels (1797,), both uint8.
+    """Return the UCI optical digits, test part: images (1797, 8, 8) of values 0..16 and labels (1797,), both uint8.
 
     They come with this package; source and licence are in ``data/digits-licence.txt``.
     """
@@ -56,9 +56,10 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_mnist(split: str = "t10k") -> tuple[np.ndarray, np.ndarray]:
-    """MNIST from its idx files: images (n, 28, 28) of values 0..255 and labels (n,), both uint8.
+    """Return MNIST from its idx files: images (n, 28, 28) of values 0..255 and labels (n,), both uint8.
 
-    ``split`` is "t10k" (n = 10000) or "train" (n = 60000).
+    ``split`` is "t10k" (n = 10000) or "train" (n = 60000). FileNotFoundError without the files, ValueError for damaged
+    files or another ``split``.
     """
     if split not in ("t10k", "train"):
         raise ValueError(f"split must be 't10k' or 'train', got {split!r}")
@@ -77,10 +78,10 @@ def load_mnist(split: str = "t10k") -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_libsvm(name_or_path: str | Path, n_features: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """A LIBSVM file, lines ``label index:value ...``: dense features (n, d) and labels (n,), both float64.
+    """Return a LIBSVM file of lines ``label index:value ...``: dense features (n, d) and labels (n,), both float64.
 
     Indices start at 1 and increase within a line; d is ``n_features`` or, if None, the largest index. Blank
-    lines and what follows a ``#`` are skipped.
+    lines and the text after a ``#`` are skipped. FileNotFoundError without the file, ValueError for other content.
     """
     np = import_numpy()
     limit = math.inf if n_features is None else check_int("n_features", n_features, ge=1)
@@ -122,7 +123,7 @@ def load_libsvm(name_or_path: str | Path, n_features: int | None = None) -> tupl
 
 
 def load_text(name_or_path: str | Path) -> str:
-    """A UTF-8 text, line ends as they are."""
+    """Return a UTF-8 text, with its line ends; FileNotFoundError without the file, ValueError for other content."""
     path = find(name_or_path, ("", ".txt", ".gz", ".txt.gz"))
     text = read_text(path)
     if not text:
@@ -131,17 +132,17 @@ def load_text(name_or_path: str | Path) -> str:
 
 
 def digits_split() -> Split:
-    """`load_digits`, 1437 images to train on and 360 to test on."""
+    """Return `load_digits` as 1437 training and 360 test images."""
     return split_four_fifths(*load_digits(), scale=16.0)
 
 
 def mnist_split() -> Split:
-    """`load_mnist` ("t10k": MNIST's own test set), 8000 images to train on and 2000 to test on."""
+    """Return `load_mnist` ("t10k": MNIST's own test set) as 8000 training and 2000 test images."""
     return split_four_fifths(*load_mnist("t10k"), scale=255.0)
 
 
 def split_four_fifths(images: np.ndarray, labels: np.ndarray, scale: float) -> Split:
-    """Images (n, height, width) divided by ``scale``; the first four fifths of a fixed random order train."""
+    """Return images (n, height, width) divided by ``scale``; four fifths of a fixed random order are for training."""
     order = permutation(len(images), 0, "split")
     train, test = order[: len(images) * 4 // 5], order[len(images) * 4 // 5 :]
     inputs = images.reshape(len(images), -1) / scale
@@ -149,7 +150,7 @@ def split_four_fifths(images: np.ndarray, labels: np.ndarray, scale: float) -> S
 
 
 def find(name_or_path: str | Path, suffixes: tuple[str, ...]) -> Path:
-    """The first file there is, of the path itself, or of the name with each suffix in the two folders."""
+    """Return the first existing file: the path itself, or the name with one of the suffixes in the two folders."""
     if not isinstance(name_or_path, str) or Path(name_or_path).name != name_or_path:
         path = Path(name_or_path)
         if not path.is_file():
@@ -168,7 +169,7 @@ def find(name_or_path: str | Path, suffixes: tuple[str, ...]) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Content of a UTF-8 file."""
+    """Return the content of a UTF-8 file."""
     try:
         return unpacked(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -176,7 +177,7 @@ def read_text(path: Path) -> str:
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
-    """An idx file of unsigned bytes with ``ndim`` axes: magic number, lengths (big-endian uint32), bytes."""
+    """Return an idx file of unsigned bytes with ``ndim`` axes: magic number, lengths (big-endian uint32), bytes."""
     content = unpacked(path)
     header = 4 * (1 + ndim)
     if len(content) < header:
@@ -192,7 +193,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
 
 
 def finite(text: str) -> float:
-    """``text`` as a finite float."""
+    """Return ``text`` as a finite float; ValueError for others."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text} is not finite")

@@ -10,7 +10,7 @@ Array = Any
 
 
 def cross_entropy(xp: Any, logits: Array, one_hot: Array) -> tuple[Array, Array]:
-    """Mean over the samples of -log softmax(logits)[label], and its gradient in the logits, (n, classes).
+    """Return the mean over the samples of -log softmax(logits)[label], and its gradient in the logits, (n, classes).
 
     ``logits`` and ``one_hot`` are (n, classes). The largest logit is subtracted first, so nothing overflows.
     """
@@ -21,10 +21,10 @@ def cross_entropy(xp: Any, logits: Array, one_hot: Array) -> tuple[Array, Array]
 
 
 def binary_cross_entropy(xp: Any, logits: Array, targets: Array) -> tuple[Array, Array]:
-    """Mean over the samples of sum_pixels -x log p - (1 - x) log(1 - p), p = sigmoid(z), and its gradient.
+    """Return the mean over the samples of sum_pixels -x log p - (1 - x) log(1 - p), p = sigmoid(z), and its gradient.
 
-    ``logits`` z, ``targets`` x in [0, 1] and the gradient in z are (n, pixels). Written, so that nothing
-    overflows, as max(z, 0) - z x + log(1 + exp(-abs(z))).
+    ``logits`` z, ``targets`` x in [0, 1] and the gradient in z are (n, pixels). The loss is computed as
+    max(z, 0) - z x + log(1 + exp(-abs(z))), so that nothing overflows.
     """
     n = logits.shape[0]
     value = xp.sum(clamp(logits, 0.0, xp=xp) - logits * targets + xp.log1p(xp.exp(-xp.abs(logits)))) / n
@@ -32,6 +32,6 @@ def binary_cross_entropy(xp: Any, logits: Array, targets: Array) -> tuple[Array,
 
 
 def sigmoid(xp: Any, logits: Array) -> Array:
-    """1 / (1 + exp(-z)), of full relative accuracy on both sides, elementwise."""
+    """Return 1 / (1 + exp(-z)) elementwise, with full relative accuracy for both signs of z."""
     small = xp.exp(-xp.abs(logits))
     return xp.where(logits >= 0.0, xp.ones_like(small), small) / (1.0 + small)

@@ -40,7 +40,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Any, Array], Array], Callable[[Any, Array
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Network(Problem):
-    """Layers (1) to (5); what the logits are compared with is the subclass's."""
+    """Layers (1) to (5); the subclass has the targets of the logits."""
 
     activation: str
     """phi: "tanh" or "relu"."""
@@ -53,7 +53,7 @@ class Network(Problem):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
 
     def activations(self, params: Params, inputs: Array) -> list[Array]:
-        """Inputs a_0 (n, I_1), hidden activations a_1, ..., a_{L-1}, logits s_L (n, O_L)."""
+        """Return inputs a_0 (n, I_1), hidden activations a_1, ..., a_{L-1}, logits s_L (n, O_L)."""
         phi, _ = ACTIVATIONS[self.activation]
         depth = len(params) // 2
         values = [inputs]
@@ -63,7 +63,7 @@ class Network(Problem):
         return values
 
     def backward(self, params: Params, values: list[Array], delta: Array) -> Params:
-        """Gradients from ``values`` (what `activations` gave) and ``delta`` = d loss / d logits (n, O_L)."""
+        """Return the gradients from ``values`` (of `activations`) and ``delta`` = d loss / d logits (n, O_L)."""
         xp = self.space.xp
         _, slope = ACTIVATIONS[self.activation]
         grads: Params = {}
@@ -76,7 +76,7 @@ class Network(Problem):
 
     @abstractmethod
     def _head(self, logits: Array, batch: Batch) -> tuple[Array, Array]:
-        """Loss, 0-D, and d loss / d logits (n, O_L)."""
+        """Return the loss, 0-D, and d loss / d logits (n, O_L)."""
 
     def _loss(self, params: Params, batch: Batch) -> Array:
         return self._head(self.activations(params, batch[0])[-1], batch)[0]
@@ -130,7 +130,7 @@ class Autoencoder(Network):
 
 
 def glorot(widths: Sequence[int], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Weights (O, I) uniform within sqrt(6 / (I + O)) and zero biases (O,) for consecutive ``widths``."""
+    """Return weights (O, I) uniform within sqrt(6 / (I + O)) and zero biases (O,) for consecutive ``widths``."""
     params = {}
     for layer, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
         bound = (6.0 / (fan_in + fan_out)) ** 0.5
@@ -140,7 +140,7 @@ def glorot(widths: Sequence[int], rng: np.random.Generator) -> dict[str, np.ndar
 
 
 def check_widths(hidden: Any) -> tuple[int, ...]:
-    """Widths of the hidden layers, each at least 1."""
+    """Return the widths of the hidden layers, each at least 1."""
     if isinstance(hidden, str) or not isinstance(hidden, Sequence):
         raise TypeError(f"hidden must be a sequence of layer widths, got {hidden!r}")
     return tuple(check_int("hidden width", width, ge=1) for width in hidden)
@@ -157,7 +157,7 @@ def classifier(
     activation: str = "tanh",
     batch_size: int | None = 100,
 ) -> Classifier:
-    """A `Classifier` on ``data`` with hidden layers of these widths (none: softmax regression)."""
+    """Return a `Classifier` on ``data`` with hidden layers of these widths (none: softmax regression)."""
     hidden, split = check_widths(hidden), data()
     widths = (split.train_inputs.shape[1], *hidden, split.classes)
     return Classifier(
@@ -183,7 +183,7 @@ def softmax_regression(
     *,
     batch_size: int | None = 100,
 ) -> Classifier:
-    """A `Classifier` without hidden layers: convex."""
+    """Return a `Classifier` without hidden layers, whose loss is convex."""
     return classifier(data, default_steps, name, space, seed, hidden=(), batch_size=batch_size)
 
 
@@ -198,7 +198,7 @@ def autoencoder(
     activation: str = "tanh",
     batch_size: int | None = 100,
 ) -> Autoencoder:
-    """An `Autoencoder` on ``data`` with hidden layers of these widths, the code among them."""
+    """Return an `Autoencoder` on ``data`` with hidden layers of these widths, the code among them."""
     hidden, split = check_widths(hidden), data()
     pixels = split.train_inputs.shape[1]
     return Autoencoder(

@@ -1,4 +1,4 @@
-"""The cases of the conformance vectors: inputs, configurations and what each is for; `build` adds the results."""
+"""The cases of the conformance vectors: inputs, configurations and purposes; `build` adds the results."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ not.
 
 
 def declared() -> list[Case]:
-    """All cases, in the manifest's order."""
+    """Return all cases, in the order of the manifest."""
     modules = [importlib.import_module(f"{__name__}.{family}") for family in FAMILIES]
     return sorted((case for module in modules for case in module.CASES), key=lambda c: f"{c.method}/{c.name}")

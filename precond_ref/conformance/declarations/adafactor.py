@@ -30,7 +30,7 @@ CLIP = "clip-ignored clip-inverted clip-of-step clip-by-norm"
 
 
 def growing(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Five gradients, each about twice as large as that before, so that the clip is active."""
+    """Return five gradients, each about twice as large as the one before, so that the clip is active."""
     grads: np.ndarray = integers(seed, (5, *shape), 1, 3) * 2.0 ** np.arange(-2, 3).reshape(5, *(1,) * len(shape))
     return grads
 
@@ -44,7 +44,7 @@ def case(*args: Any, **kwargs: Any) -> Case:
 
 
 def reject(*args: Any, **kwargs: Any) -> Case:
-    """What must be refused."""
+    """Return a config that must be refused."""
     return _reject(*args, version=2, **kwargs)
 
 

@@ -12,7 +12,7 @@ DEPENDENT = np.array([[1, 0], [0, 1], [1, 1]])  # three rows out of two
 
 
 def practical(case: Callable[..., Case], seed: int) -> list[Case]:
-    """What both practical methods are asked."""
+    """Return the cases of both practical methods."""
     return [
         case(
             "zero-first",

@@ -1,4 +1,4 @@
-"""What a case is, and what the families make cases with: float64 arrays of small integers times powers of 2."""
+"""The class of a case, and functions that make cases: float64 arrays of small integers times powers of 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 class Case:
     """One case; the fields are those of its manifest entry, ``method/name`` its id.
 
-    ``config`` names every argument of the constructor, so that a vector does not depend on anyone's defaults.
+    ``config`` has every argument of the constructor, so that a vector does not depend on defaults.
     """
 
     method: str
@@ -22,39 +22,39 @@ class Case:
     config: Mapping[str, Any]
     shape: tuple[int, ...]
     constructor: str = ""
-    """``method`` if empty."""
+    """The constructor of the method; empty means ``method``."""
     kind: str = "trace"
     tier: str = "must"
     catches: tuple[str, ...] = ()
     param: Any = None
-    """Of ``shape``: first parameter of a trace."""
+    """First parameter of a trace, of ``shape``."""
     grads: Any = None
-    """(T, *shape) of a trace."""
+    """Gradients of a trace, (T, *shape)."""
     inputs: Mapping[str, Any] = field(default_factory=dict)
     """Tensors given to a primitive."""
     lr: float | tuple[float, ...] = 0.5
-    """A tuple has one for each step."""
+    """Learning rate; a tuple has one rate for each step."""
     decay: float = 0.0
-    """Decoupled: x <- (1 - lr decay) x - lr direction."""
+    """Decoupled weight decay: x <- (1 - lr decay) x - lr direction."""
     stack_ndim: int = 0
     argument: str = ""
-    """Of a reject: what is refused, a field of ``config``, or "param" for its shape."""
+    """For a reject, the refused field of ``config``, or "param" for the shape."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """What the constructor makes of ``config``, where that is something else."""
+    """Fields that the constructor makes of ``config``, if they differ from ``config``."""
     version: int = 1
-    """Of the vectors; the fields below are version 2's."""
+    """Version of the vectors; only version 2 has the fields below."""
     generated: Mapping[str, Any] = field(default_factory=dict)
     """Inputs that are not stored: arguments of `precond_ref.conformance.generated.tensor` without the shape."""
     checkpoints: tuple[int, ...] = ()
-    """Steps, counted from 1, whose results are stored; () is all."""
+    """Steps, counted from 1, whose results are stored; () means all steps."""
     fold: int = 0
-    """Results of more entries are folded."""
+    """Results with more entries than this are folded."""
     deep: bool = False
-    """Whether it is left out unless asked for."""
+    """True if only a deep check runs the case."""
 
 
 def integers(seed: int, shape: tuple[int, ...], low: int = -3, high: int = 3) -> np.ndarray:
-    """Integers from ``low`` to ``high``, the same on every machine: a linear congruential generator (Knuth's MMIX)."""
+    """Return integers from ``low`` to ``high``, the same on every machine, by Knuth's MMIX linear congruences."""
     out = np.empty(shape)
     state, flat = (seed + 1) * 0x9E3779B97F4A7C15 % 2**64, out.reshape(-1)
     for i in range(flat.size):
@@ -64,7 +64,7 @@ def integers(seed: int, shape: tuple[int, ...], low: int = -3, high: int = 3) ->
 
 
 def with_zeros(seed: int, shape: tuple[int, ...], *at: int) -> np.ndarray:
-    """Five integer gradients, zero at the steps ``at``, counted from 0."""
+    """Return five integer gradients, zero at the steps ``at``, counted from 0."""
     grads = integers(seed, (5, *shape))
     grads[list(at)] = 0
     return grads
@@ -76,7 +76,7 @@ DECAY = "decay-coupled decay-without-lr decay-after decay-ignored"
 def maker(
     method: str, config: Mapping[str, Any], shape: tuple[int, ...], constructor: str = ""
 ) -> tuple[Callable[..., Case], Callable[..., Case]]:
-    """Makers of a method's traces and rejects from a complete ``config``, of which each names what it changes."""
+    """Makers of a method's traces and rejects from a complete ``config``; a case names the fields that it changes."""
 
     def trace(
         name: str,
@@ -91,7 +91,7 @@ def maker(
         change: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> Case:
-        """On ``grads``, else on integers of ``seed`` times ``scale``; ``catches`` are words."""
+        """Return a trace on ``grads``, or on integers of ``seed`` times ``scale``; ``catches`` is a text of words."""
         given = integers(seed, (steps, *shape)) * scale if grads is None else grads
         full = {**config, **(change or {})}
         return Case(

@@ -11,7 +11,7 @@ from precond_ref.conformance.declarations.base import DECAY, Case, integers, mak
 
 
 def elementwise(case: Callable[..., Case], seed: int) -> list[Case]:
-    """What every elementwise method is asked."""
+    """Return the cases of every elementwise method."""
     return [
         case("zero-first", "A zero gradient at the first step.", seed=seed, grads=with_zeros(seed, (2, 3), 0)),
         case(
@@ -35,7 +35,7 @@ def elementwise(case: Callable[..., Case], seed: int) -> list[Case]:
 
 
 def no_eps(case: Callable[..., Case], **change: Any) -> Case:
-    """An entry whose gradient is always zero."""
+    """Return a case with an entry whose gradient is always zero."""
     return case(
         "no-eps",
         "No epsilon: 0/0 gives 0 where the gradient is always zero.",

@@ -49,7 +49,7 @@ def exact(*args: Any, **kwargs: Any) -> Case:
 
 
 def reject(*args: Any, **kwargs: Any) -> Case:
-    """What must be refused."""
+    """Return a config that must be refused."""
     return _reject(*args, version=2, **kwargs)
 
 

@@ -20,7 +20,7 @@ PRESETS = {
     "autoencoder": {"layout": "contiguous", "damping": 3e-4, "statistics_every": 2, "inverse_every": 25},
     "cnn": {"layout": "contiguous", "damping": 3e-3, "statistics_every": 10, "inverse_every": 100},
 }
-"""What the authors ran, by kind of network."""
+"""The authors' settings, by kind of network."""
 
 
 def _case(name: str, shape: tuple[int, ...], why: str, *, seed: int, steps: int = 5, catches: str = "", zero: Any = (),

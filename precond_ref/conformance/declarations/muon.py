@@ -1,7 +1,7 @@
 """Muon, NorMuon and AdaMuon: version 1, then version 2.
 
-In version 2 hyperparameters of one configuration are all different and none is 1/2. What a preset makes is written down
-here again, from the codes of its name.
+In version 2 hyperparameters of one configuration are all different and none is 1/2. The fields of a preset are written
+here a second time, from the code of its name.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ SALTS = {
     "NorMuon/dion-float64": 58, "AdaMuon/emerging-plain": 12, "AdaMuon/emerging-nesterov": 28,
     "NorMuon/dion-float64-decay": 1, "AdaMuon/pytorch-optimizer-float64-decay": 1,
 }  # fmt: skip
-"""Where the gradients of salt 0 are badly conditioned, another one."""
+"""Another salt for cases whose gradients of salt 0 are badly conditioned."""
 
 
 def second(method: str, base: Mapping[str, Any]) -> Any:
@@ -321,7 +321,7 @@ NOR = {**{k: v for k, v in NS.items() if k != "dual_norm"}, "beta2": 0.95, "eps2
 ADA = {**{k: v for k, v in NOR.items() if k != "statistic"}, "scale": "max", "eps2": 1e-8, "rescale": "rms",
        "sign": True, "v_bias_correction": False}  # fmt: skip
 PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    # what it takes besides momentum, with the defaults; what the class has without them
+    # the arguments besides momentum with their defaults, and the fields of the class without them
     "Muon.exact": ({"nesterov": True}, {**MUON, "root": "svd", "rms": None, "root_steps": 5}),
     "Muon.jordan": ({"compute_dtype": "bfloat16"}, {**NS, "eps": 1e-7, "scale": "jordan"}),
     "Muon.torch": (
@@ -372,7 +372,7 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def preset(constructor: str, name: str, why: str, catches: str = "", *, shape: tuple[int, ...] = (4, 3),
            given: Mapping[str, Any] | None = None, **change: Any) -> Case:  # fmt: skip
-    """A trace of a preset; what the configuration makes of the class is put together here."""
+    """Return a trace of a preset, with the fields of the class that its configuration makes."""
     taken, base = PRESETS[constructor]
     config = {"momentum": 23 / 32, **taken, **{k: float(np.float32(v)) for k, v in taken.items() if type(v) is float},
               **change}  # fmt: skip

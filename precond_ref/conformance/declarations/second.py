@@ -1,7 +1,7 @@
-"""Version 2: every method over many steps, shapes and magnitudes, and what version 1 leaves open.
+"""Version 2: every method over many steps, shapes and magnitudes, and the options that version 1 leaves open.
 
-Inputs are made by a generator (`precond_ref.conformance.generated`). Hyperparameters of one configuration are all
-different, none is 1/2, and none is 1 minus another, so that each is seen in its own place.
+A generator makes the inputs (`precond_ref.conformance.generated`). Hyperparameters of one configuration are all
+different, none is 1/2, and none is 1 minus another, so that an exchange of two of them changes the results.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 NETWORK = {"kind": "fc", "layout": "contiguous", "average": True, "damping": 3e-3, "decay": 0.9, "momentum": 0.9,
            "statistics_every": 10, "inverse_every": 100}  # fmt: skip
-"""What `MBF.authors_code(network="cnn")` makes."""
+"""The fields of `MBF.authors_code(network="cnn")`."""
 
 
 def _case(
@@ -134,7 +134,7 @@ def _case(
 
 def _common(constructor: str, shape: tuple[int, ...], many: tuple[int, ...], tiny: Any = None, huge: Any = None,
             much: float = 1.0, **changes: Any) -> list[Case]:  # fmt: skip
-    """What every method is asked; ``tiny`` and ``huge`` are the configurations for gradients of such a size.
+    """Return the cases of every method; ``tiny`` and ``huge`` are the configurations for gradients of such a size.
 
     ``much``: factor of the gradients of many entries; ``changes`` of the configuration of many steps.
     """
@@ -156,7 +156,7 @@ def _common(constructor: str, shape: tuple[int, ...], many: tuple[int, ...], tin
 
 
 def _elementwise(constructor: str, tiny: Any = None, huge: Any = None, **changes: Any) -> list[Case]:
-    """The above, and entries from 1e-8 to 1e4 in one gradient."""
+    """Return the cases of every method, and one with entries from 1e-8 to 1e4 in one gradient."""
     return [
         *_common(constructor, (3, 2), (41, 101), tiny, huge, **changes),
         _case(constructor, "mixed-entries", (3, 2, 1, 2), "Four axes; entries from 1e-8 to 1e4 beside each other",
@@ -166,7 +166,7 @@ def _elementwise(constructor: str, tiny: Any = None, huge: Any = None, **changes
 
 def _matrix(constructor: str, many: tuple[int, ...], tiny: Any = None, huge: Any = None, ill: Any = None,
             small: tuple[int, int] = (4, 3), singular: Any = None, **changes: Any) -> list[Case]:  # fmt: skip
-    """The above for matrices, two long ones, and one that is close to singular.
+    """Return the cases of every method for matrices, two for long ones, and one that is close to singular.
 
     ``singular``: the configuration for forty rows, whose statistic on the left is singular.
     """
@@ -188,7 +188,7 @@ def _matrix(constructor: str, many: tuple[int, ...], tiny: Any = None, huge: Any
 
 
 def _vector(constructor: str, tiny: Any, huge: Any, ill: Any = None, **changes: Any) -> list[Case]:
-    """The above for vectors with a sketch."""
+    """Return the cases of every method for vectors with a sketch."""
     return [
         *_common(constructor, (5,), (4100,), tiny, huge, 2.0**-6, **changes),
         _case(constructor, "forty-entries", (40,), "Forty entries", steps=8, size=5, fold=FOLD),
@@ -200,18 +200,18 @@ def _vector(constructor: str, tiny: Any, huge: Any, ill: Any = None, **changes: 
 
 
 def squared(name: str, *others: str) -> tuple[dict[str, float], dict[str, float]]:
-    """The field and those in the ratio of 1, 3, ... to it, for gradients of `TINY` and of `HUGE`, as their squares."""
+    """Return fields in the ratios 1, 3, ... that scale like the squares of gradients of `TINY` and of `HUGE`."""
     return linear(name, *others, power=2)
 
 
 def linear(name: str, *others: str, power: int = 1) -> tuple[dict[str, float], dict[str, float]]:
-    """The same, as the gradients themselves."""
+    """Return fields in the ratios 1, 3, ... that scale like gradients of `TINY` and of `HUGE`."""
     sizes = {name: EPS} | {other: (2 * i + 1) / 64 for i, other in enumerate(others, 1)}
     small, large = ({field: size * scale**power for field, size in sizes.items()} for scale in (TINY, HUGE))
     return small, large
 
 
-# Rank two, later also outside that plane: a root kept from before has never seen the rest.
+# Rank two, later also outside this plane: a kept root has no statistic of the later part.
 OUTSIDE = np.array(
     [
         [[1, 2, 0], [2, 1, 0], [0, 0, 0]],

@@ -96,13 +96,13 @@ def _reject(constructor: str, argument: str, value: Any, why: str, shape: tuple[
     )
 
 
-# In the plane that e_1 + e_2 and e_3 - e_4 span, so that nothing is ever cut off at size 3.
+# Gradients in the plane of e_1 + e_2 and e_3 - e_4, so that no eigenvalue is cut off at size 3.
 PLANE = [[1, 1, 2, -2, 0], [2, 2, -1, 1, 0], [-1, -1, 0, 0, 0], [3, 3, 1, -1, 0]]
 # Unit vectors in turn, all size of them: every eigenvalue ties, and all mass escapes.
 CYCLE = np.eye(4)[[0, 1, 2, 0, 1, 2]]
 # A matrix of two equal singular values, then others.
 TIED = [[[2, 0], [0, 2], [0, 0]], [[0, 0], [1, 0], [0, -1]], [[1, 2], [-2, 1], [0, 0]], [[1, 0], [3, -1], [0, 2]]]
-# Of rank one, then with a part outside what the first was in.
+# A gradient of rank one, then one with a part outside the range of the first.
 NARROW = [[[1, 2, 0], [-1, -2, 0], [0, 0, 0], [2, 4, 0]], [[0, 1, 1], [2, 0, -1], [1, 1, 0], [3, 0, 1]],
           [[1, 0, 0], [0, 2, 0], [0, 0, -1], [1, 1, 1]], [[2, -1, 0], [0, 1, 1], [1, 0, 0], [-1, 0, 2]]]  # fmt: skip
 

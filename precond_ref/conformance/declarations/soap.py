@@ -1,4 +1,4 @@
-"""SOAP. Shapes and gradients are such that no eigenvalue of a statistic is met twice: a run is then determined.
+"""SOAP. Shapes and gradients are such that no statistic has a multiple eigenvalue, so that a run is determined.
 
 An m x n matrix has simple eigenvalues at the first update for ``|m - n| <= 1`` only. Within the null space of a longer
 axis each eigensolver has a basis of its own.

@@ -116,14 +116,14 @@ def adafactor(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozense
 
 
 def _shrunk(u: Any, averages: list[tuple[Any, Any]]) -> Any:
-    """Squared, what an error of u in the old average's weight, the difference 1 - w_t, does to U."""
+    """Return the square of the error of U for an error of u in the old average's weight, the difference 1 - w_t."""
     size = norm(u)
     errors = [norm(u * quotient(old, new)) / size for new, old in averages] if size else []
     return max([1, *errors]) ** 2
 
 
 def _axes(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]) -> tuple[int, int] | None:
-    """Axes of the rows and of the columns."""
+    """Return the axes of the rows and of the columns."""
     rule, n = config["factored_axes"], len(shape)
     if n < 2 or rule is None:
         return None
@@ -138,7 +138,7 @@ def _axes(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[st
 
 
 def _weight(config: Mapping[str, Any], t: int, flags: frozenset[str]) -> Any:
-    """w_t."""
+    """Return w_t."""
     rate, offset = config["decay_rate"], 0 if "offset-ignored" in flags else config["decay_offset"]
     if "decay-constant" in flags:
         return 0.001
@@ -153,7 +153,7 @@ def _weight(config: Mapping[str, Any], t: int, flags: frozenset[str]) -> Any:
 
 
 def _clipped(u: Any, d: Any, scale: Any, axes: tuple[int, int] | None, entries: int, flags: frozenset[str]) -> Any:
-    """U of (6)."""
+    """Return U of (6)."""
     if "clip-per-matrix" in flags and axes is not None:
         count = real(u.shape[axes[0]] * u.shape[axes[1]], u)
         size = sqrt(np.sum(u * u, axis=axes, keepdims=True) / count)

@@ -133,7 +133,7 @@ def asgo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
 
 
 def _iterated(solver: str, gram: np.ndarray, eps: float, steps: int) -> np.ndarray:
-    """``(V + eps I)^{-1/2}`` by a coupled iteration; in Polar Express eps enters only the norm."""
+    """Return ``(V + eps I)^{-1/2}`` by a coupled iteration; in Polar Express eps enters only the norm."""
     identity = np.eye(len(gram))
     damped = gram + eps * identity
     note(lambda: spread([w for w in eigh(gram if solver == "polar_express" else damped)[0] if w > 0]))
@@ -204,7 +204,7 @@ def _averaged(
     precondition: Callable[[int, np.ndarray, np.ndarray], np.ndarray],
     state: Callable[[np.ndarray], dict[str, np.ndarray]],
 ) -> Walk:
-    """Averages, momentum and scaling around ``product`` (what V accumulates) and ``precondition``."""
+    """Averages, momentum and scaling around ``product`` (the new term of V) and ``precondition``."""
     beta1, beta2, rms = config["beta1"], config["beta2"], config["rms"]
     if "betas-swapped" in flags:
         beta1, beta2 = beta2, beta1

@@ -37,7 +37,7 @@ SGD_FLAGS = {
 
 
 def sgd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]) -> Walk:
-    """Heavy ball, or Nesterov's form of it."""
+    """SGD with the heavy ball, or with Nesterov's form of it."""
     mu = 0.0 if "momentum-ignored" in flags else config["momentum"]
     nesterov = (config["nesterov"] or "nesterov-always" in flags) and "nesterov-ignored" not in flags
     buffer, out = np.zeros(shape), None
@@ -291,12 +291,12 @@ def full_adagrad(config: Mapping[str, Any], shape: tuple[int, ...], flags: froze
 
 
 def _momentum(beta1: Any, psi: Any, t: int, like: Any) -> Any:
-    """mu_t of NAdam."""
+    """Return mu_t of NAdam."""
     return beta1 * (1 - arithmetic.power(real(0.96, like), t * real(psi, like)) / 2)
 
 
 def _form(config: Mapping[str, Any], flags: frozenset[str]) -> frozenset[str]:
-    """The flags, with that for eps under the root where it belongs there."""
+    """Return the flags, with the flag of eps under the root if the form has it there."""
     inside = config.get("eps_form") == "inside" and not flags & {"eps-outside", "no-root"}
     return flags | {"eps-inside"} if inside else flags
 

@@ -53,7 +53,7 @@ FLAGS = {
 
 
 def _members(structure: str, d: int) -> tuple[np.ndarray, bool]:
-    """Which entries are free, and whether diagonals are constant."""
+    """Return which entries are free, and whether diagonals are constant."""
     name, _, rest = structure.partition("(")
     sizes = [int(s) for s in rest.rstrip(")").split(",") if s]
     i, j = np.indices((d, d))
@@ -92,7 +92,7 @@ def _length(m: np.ndarray, k: np.ndarray, constant: bool, flags: frozenset[str])
 
 
 def _exponential(x: np.ndarray) -> np.ndarray:
-    """By its series; ``x`` is of size 1 at most."""
+    """Return the matrix exponential of ``x``, of norm 1 at most, by its series."""
     total = term = np.eye(len(x))
     for k in range(1, 30):
         term = term @ x / k

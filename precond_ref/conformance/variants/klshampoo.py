@@ -149,7 +149,7 @@ def kl_shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
 
 
 def _inverse(w: Any, exponent: Fraction) -> Any:
-    """``w ** -exponent``, 0 where w is 0."""
+    """Return ``w ** -exponent``, and 0 for w = 0."""
     root = sqrt(w) if exponent == Fraction(1, 2) else np.where(w == 0, 1.0, w) ** real(exponent, w)
     return quotient(np.where(w == 0, 0.0, 1.0), root)
 
@@ -159,7 +159,7 @@ def _along(vector: Any, axis: int, order: int) -> Any:
 
 
 def _orthogonal(columns: Any, basis: Any) -> Any:
-    """By Gram and Schmidt, twice."""
+    """Return the Q-factor by the method of Gram and Schmidt, done twice."""
     q: list[Any] = []
     longest = max(norm(column) for column in columns.T)
     residuals = []
@@ -199,7 +199,7 @@ EXACT_FLAGS = {
 
 
 def exact_form(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]) -> Walk:
-    """The idealised form and Meta's."""
+    """The idealised form, and Meta's form of it."""
     dims = [d for d in shape if d != 1] or [1]
     order, entries = len(dims), int(np.prod(dims))
     b1, b3, eps = config["beta1"], config["beta2"], 0.0 if "eps-ignored" in flags else config["eps"]

@@ -58,7 +58,7 @@ FLAGS = {
 
 
 def _blocks(x: np.ndarray, layout: str) -> np.ndarray:
-    """Mini-blocks as rows, (B, s)."""
+    """Return the mini-blocks as rows, (B, s)."""
     if layout == "per-pair":
         return x.reshape(x.shape[0] * x.shape[1], -1)
     if layout in ("per-output", "per_output"):

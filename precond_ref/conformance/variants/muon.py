@@ -175,7 +175,7 @@ ADAMUON_FLAGS = {
 
 
 def polynomials(config: Mapping[str, Any], flags: frozenset[str], like: Any) -> list[tuple[Any, Any, Any]]:
-    """The triple of each step."""
+    """Return the triple of each step."""
     chosen = "jordan" if "jordan" in flags else config["coefficients"]
     if chosen == "polar_express":
         f = real(SAFETY, like)
@@ -241,12 +241,12 @@ def sensitivity(s: Array, triples: list[Any]) -> Any:
 
 
 def live(s: Array, shape: tuple[int, ...]) -> Array:
-    """Which singular values are not rounding."""
+    """Return which singular values are not rounding."""
     return s > max(shape) * spacing(s) * s[0]
 
 
 def condition(x: Array, config: Mapping[str, Any]) -> Any:
-    """How much `orthogonal` enlarges relative errors of N and those of its products.
+    """Return the factor by which `orthogonal` enlarges relative errors of N and of its products.
 
     What the first cases, which do not name ``compute_dtype``, record of it is that of the polar factor.
     """
@@ -260,7 +260,7 @@ def condition(x: Array, config: Mapping[str, Any]) -> Any:
 
 
 def orthogonal(x: Array, config: Mapping[str, Any], flags: frozenset[str]) -> Array:
-    """``ortho`` of one matrix."""
+    """Return ``ortho`` of one matrix."""
     if not x.any():
         return x
     if not ((config["root"] == "newton_schulz" or "newton-schulz" in flags) and "exact" not in flags):
@@ -277,7 +277,7 @@ def orthogonal(x: Array, config: Mapping[str, Any], flags: frozenset[str]) -> Ar
 
 
 def _started(x: Array, config: Mapping[str, Any], flags: frozenset[str]) -> Array:
-    """N / nu."""
+    """Return N / nu."""
     kind, eps = config["normalization"], 0.0 if "eps-ignored" in flags else config["eps"]
     if kind == "frobenius" and "spectral-start" in flags:
         kind = "spectral"
@@ -302,7 +302,7 @@ def _started(x: Array, config: Mapping[str, Any], flags: frozenset[str]) -> Arra
 
 
 def factor(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str], like: Array) -> Any:
-    """c of an (r, k) matrix."""
+    """Return c of an (r, k) matrix."""
     r, k = shape
     rms = 1.0 if "rms-one" in flags else config["rms"]
     kind = config["scale"]
@@ -343,16 +343,16 @@ class Layout:
         self.flags = flags
 
     def store(self, x: Array) -> Array:
-        """As the momentum has it."""
+        """Return an array of the parameter's shape in the shape of the momentum."""
         return np.transpose(x, self.order).reshape(self.stored)
 
     def restore(self, x: Array) -> Array:
-        """Back."""
+        """Return an array of the momentum's shape in the shape of the parameter."""
         moved = x.reshape([self.shape[axis] for axis in self.order])
         return np.transpose(moved, np.argsort(self.order))
 
     def each(self, x: Array, function: Callable[..., Array], *more: Array) -> Array:
-        """``function`` of every matrix of a stored ``x``, outputs as rows, and of those of ``more``."""
+        """Apply ``function`` to every matrix of a stored ``x``, with outputs as rows, and to those of ``more``."""
         if self.kernel and self.flags & {"flatten-inputs", "flatten-ignored"}:
             return self._otherwise(x, function, *more)
         arrays = [a.reshape(-1, *self.stored[-2:]) for a in (x, *more)]
@@ -364,7 +364,7 @@ class Layout:
         return np.stack(made).reshape(self.stored)
 
     def _otherwise(self, x: Array, function: Callable[..., Array], *more: Array) -> Array:
-        """With a kernel's matrices made in a wrong way."""
+        """Return the stored ``x`` if the matrices of a kernel are made in a wrong way."""
         whole = [a.reshape(self.shape) for a in (x, *more)]
         if "flatten-inputs" in self.flags:
             moved = [np.moveaxis(a, 1, 0) for a in whole]
@@ -375,7 +375,7 @@ class Layout:
 
 
 def cuts(blocks: Any, rows: int, flags: frozenset[str]) -> list[slice]:
-    """The rows of each block."""
+    """Return the rows of each block."""
     if blocks is None or "blocks-ignored" in flags:
         return [slice(0, rows)]
     sizes = [rows // blocks] * blocks if isinstance(blocks, int) else list(blocks)
@@ -386,7 +386,7 @@ def cuts(blocks: Any, rows: int, flags: frozenset[str]) -> list[slice]:
 
 
 def averages(config: Mapping[str, Any], layout: Layout, flags: frozenset[str]) -> Generator[Any, Array, None]:
-    """(1) and (2): is sent gradients as stored; yields N_t, B_t and t."""
+    """(1) and (2): gets gradients in the stored shape by ``send``, and yields N_t, B_t and t."""
     mu = 0.0 if "momentum-ignored" in flags else config["momentum"]
     nesterov = (config["nesterov"] or "nesterov-always" in flags) and "nesterov-ignored" not in flags
     added = (config["nesterov_form"] == "added" or "nesterov-added" in flags) and "nesterov-weighted" not in flags
@@ -418,7 +418,7 @@ def averages(config: Mapping[str, Any], layout: Layout, flags: frozenset[str]) -
 
 
 def signs(x: Array) -> Array:
-    """-1, 0 or 1."""
+    """Return -1, 0 or 1 for each entry."""
     return np.where(x > 0, 1, np.where(x < 0, -1, 0)) * (x * 0 + 1)
 
 
@@ -462,7 +462,7 @@ def _by_blocks(
 
 
 def rescaled(u: Array, o: Array, config: Mapping[str, Any], whole: Any, flags: frozenset[str]) -> Array:
-    """(7)."""
+    """Return (7)."""
     kind = config["rescale"]
     if kind == "norm" and "rescale-rms" in flags:
         kind = "rms"
@@ -481,7 +481,7 @@ def rescaled(u: Array, o: Array, config: Mapping[str, Any], whole: Any, flags: f
 def second_moment(
     config: Mapping[str, Any], flags: frozenset[str], old: Array, square: Array, o: Array, n: Array, t: int
 ) -> tuple[Array, Array]:
-    """(5) and (6) for O = ortho(N): v and U; ``square`` and v have a shape that broadcasts with O's."""
+    """Return v and U of (5) and (6) for O = ortho(N); the shape of ``square`` and v broadcasts with that of O."""
     beta2, eps2 = config["beta2"], 0.0 if "eps2-ignored" in flags else config["eps2"]
     v = beta2 * old + square if "v-weight-missing" in flags else ema(old, square, beta2)
     if "v-ignored" in flags:

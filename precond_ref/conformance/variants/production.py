@@ -111,7 +111,7 @@ def eshampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset
 
 
 def walk(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str], corrected: bool) -> Walk:
-    """Either for one parameter; ``corrected``: the eigenvalues."""
+    """Either method for one parameter; ``corrected`` is `EShampoo`, with corrected eigenvalues."""
     beta1, beta2 = config["beta1"], config["beta2"]
     beta3 = beta1 if config["beta3"] is None or "beta3-ignored" in flags else config["beta3"]
     drop = config["drop_weight"] and "drop-weight-ignored" not in flags
@@ -233,7 +233,7 @@ def grafted_step(
     unbiased: bool,
     flags: frozenset[str],
 ) -> tuple[Array, Array]:
-    """N, and the new v."""
+    """Return N, and the new v."""
     if graft in (None, "sgd"):
         return f, v
     decay, eps = config["graft_beta2"], config["graft_eps"]
@@ -246,7 +246,7 @@ def grafted_step(
 
 
 def root(config: Mapping[str, Any], gram: Array, c2: Any, p: Fraction, flags: frozenset[str]) -> Array:
-    """R of a statistic."""
+    """Return R of a statistic."""
     eps = 0 if "eps-ignored" in flags else config["eps"]
     tau = 0 if "trace-ignored" in flags else config["trace_scaling"]
     one = np.eye(len(gram))
@@ -266,7 +266,7 @@ def root(config: Mapping[str, Any], gram: Array, c2: Any, p: Fraction, flags: fr
 
 
 def coupled_newton(a: Array, r: int, steps: int) -> Array:
-    """``a^(-1/r)`` by coupled Newton iterations."""
+    """Return ``a^(-1/r)`` by coupled Newton iterations."""
     one = np.eye(len(a))
     z = (r + 1) / (2 * norm(a))
     x, m = raised(z, Fraction(1, r)) * one, z * a
@@ -277,7 +277,7 @@ def coupled_newton(a: Array, r: int, steps: int) -> Array:
 
 
 def higher_order(a: Array, p: Fraction, steps: int) -> Array:
-    """``a^(-p)`` by a round of Newton's iteration and ``steps`` of third order."""
+    """Return ``a^(-p)`` by a round of Newton's iteration and ``steps`` rounds of third order."""
     r, one = p.denominator, np.eye(len(a))
     z = 1 / np.trace(a)
     x, m = raised(z, Fraction(1, r)) * one, z * a
@@ -303,7 +303,7 @@ def rescaled(
     weight: Any,
     flags: frozenset[str],
 ) -> tuple[Array, Array]:
-    """`EShampoo`: the new D of a block, and its step; renews the bases in ``kept``."""
+    """Return the new D of a block of `EShampoo`, and its step; renews the bases in ``kept``."""
     eps, beta2 = config["eps"], config["beta2"]
 
     def onto(x: Array) -> Array:
@@ -339,7 +339,7 @@ def rescaled(
 
 
 def followed(config: Mapping[str, Any], a: Array, old: Array, flags: frozenset[str]) -> tuple[Array, list[int]]:
-    """The new basis, and from which columns its slots come."""
+    """Return the new basis, and the order of its columns."""
     stay = list(range(len(a)))
     if not (all_finite(a) and all_finite(old)):
         return np.full(old.shape, np.nan), stay
@@ -377,13 +377,13 @@ def followed(config: Mapping[str, Any], a: Array, old: Array, flags: frozenset[s
 
 
 def ascending(a: Array, q: Array) -> list[int]:
-    """Columns by ``q^T A q``, the smallest first; equal ones keep their order."""
+    """Return the order of the columns by ``q^T A q``, the smallest first; equal ones keep their order."""
     values = [column @ a @ column for column in q.T]
     return sorted(range(len(values)), key=lambda j: values[j])
 
 
 def merged(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]) -> tuple[int, ...]:
-    """The axes after merging."""
+    """Return the axes after merging."""
     if config["target"] is None or "merge-ignored" in flags:
         return shape
     target = 1 if "target-ignored" in flags else config["target"]
@@ -403,7 +403,7 @@ def merged(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[s
 def sides(
     config: Mapping[str, Any], shape: tuple[int, ...], dims: tuple[int, ...], flags: frozenset[str], corrected: bool
 ) -> list[Fraction]:
-    """The exponent of each axis, 0 for those that are left alone."""
+    """Return the exponent of each axis, 0 for axes that are not preconditioned."""
     k = max(len(shape if "exponent-unmerged" in flags else dims), 1)
     if corrected:
         return [Fraction(i not in config["ignored_axes"] or "ignored-used" in flags) for i in range(len(dims))]
@@ -421,7 +421,7 @@ def sides(
 
 
 def cut(dims: tuple[int, ...], size: int) -> Iterator[Piece]:
-    """Blocks of at most ``size`` on every axis, in row-major order."""
+    """Return the blocks of at most ``size`` on every axis, in row-major order."""
     return product(*([slice(at, min(at + size, d)) for at in range(0, d, size)] for d in dims))
 
 

@@ -53,18 +53,18 @@ class HeavyBall:
         self.weight = 1 - self.mu if "momentum-ema" in flags else 1.0
 
     def gradient(self, g: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """What is to be preconditioned; it enters the statistics too if weight decay is coupled."""
+        """Return the gradient, with coupled weight decay; the statistics have it too."""
         return g + self.kappa * x if "kappa-coupled" in self.flags else g
 
     def averaged(self, g: np.ndarray) -> np.ndarray:
-        """The gradient to precondition, if the momentum is on it."""
+        """Return the gradient to precondition: with momentum, if the momentum is on the gradient."""
         if "momentum-on-gradient" not in self.flags:
             return g
         self.buffer = self.mu * self.buffer + g
         return self.buffer
 
     def direction(self, u: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """From the preconditioned gradient."""
+        """Return the direction for the preconditioned gradient."""
         flags = self.flags
         decay = 0.0 if "kappa-coupled" in flags else self.kappa * x
         if "momentum-on-gradient" in flags:
@@ -75,12 +75,12 @@ class HeavyBall:
         return (u + self.mu * self.buffer if "nesterov" in flags else self.buffer) + decay
 
     def state(self) -> dict[str, Any]:
-        """The buffer, if there is one."""
+        """Return the buffer by name, if there is one."""
         return {"buffer": self.buffer} if self.kept else {}
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
-    """Rounded to the nearest bfloat16, ties to even."""
+    """Round to the nearest bfloat16, ties to even."""
     bits = np.asarray(x, np.float32).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     return (rounded & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
@@ -121,14 +121,14 @@ class Square:
         self.s = self.old = np.zeros(shape) + self.initial
 
     def update(self, g: np.ndarray) -> None:
-        """s after a gradient."""
+        """Return s after a gradient."""
         square = self.batch * g * g + (self.damping if "damping-inside" in self.flags else 0.0)
         self.old, self.s = self.s, (1 - self.new) * self.s + self.new * square
         if "bfloat16-state" in self.flags:
             self.s = bfloat16(self.s)
 
     def divide(self, x: np.ndarray, correction: float = 1.0) -> np.ndarray:
-        """``x / (s / correction + lambda)``."""
+        """Return ``x / (s / correction + lambda)``."""
         s = (self.old if "statistic-after" in self.flags else self.s) / correction
         damping = 0.0 if self.flags & {"damping-ignored", "damping-inside"} else self.damping
         denominator = (sqrt(s) if "root" in self.flags else s) + damping
@@ -242,12 +242,12 @@ FACTOR_EXCLUSIVE = (
 
 
 def in_order(axes: Iterable[T], flags: frozenset[str]) -> list[T]:
-    """The axes as they are, or the last first."""
+    """Return the axes in their order, or with the last one first."""
     return list(axes)[:: -1 if "gauss-seidel-back" in flags else 1]
 
 
 def factor_dims(shape: tuple[int, ...], flags: frozenset[str]) -> tuple[int, ...]:
-    """The axes that have a factor."""
+    """Return the axes that have a factor."""
     if "matrix" in flags and len(shape) > 2:
         return shape[0], math.prod(shape[1:])
     return (shape if "unit-axes-kept" in flags else tuple(d for d in shape if d > 1)) or (1,)

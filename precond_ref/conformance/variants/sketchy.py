@@ -67,12 +67,12 @@ EXCLUSIVE = (
 
 
 def empty(d: int, mass: float = 0.0) -> Sketch:
-    """The sketch of nothing."""
+    """Return the sketch before the first row."""
     return Sketch(np.zeros((d, 1)), np.zeros(1), mass)
 
 
 def state(name: str, sketch: Sketch) -> dict[str, Any]:
-    """What is unique in a sketch."""
+    """Return the unique arrays of a sketch: its product and its mass."""
     if len(sketch.basis) > STORED:
         return {}
     return {name: (sketch.basis * sketch.e) @ sketch.basis.T, f"{name}.escaped": sketch.mass}
@@ -153,7 +153,7 @@ def apply(
     eps: float = 0.0,
     relative: bool = False,
 ) -> np.ndarray:
-    """``(S + (mass + eps) I)^exponent x``, zero where S + mass I is zero."""
+    """Return ``(S + (mass + eps) I)^exponent x``, zero on the null space of S + mass I."""
     u, e, mass = sketch
     total = np.append(e, 0.0) + (0.0 if "mass-ignored" in flags else mass)
     if "mass-complement" in flags:
@@ -247,7 +247,7 @@ class _Axes:
         self.seen = False
 
     def precondition(self, t: int, g: np.ndarray, learn: bool = True) -> np.ndarray:
-        """``g`` preconditioned along all axes, after its statistics have entered the sketches if ``learn``."""
+        """Return ``g`` preconditioned along all axes; with ``learn`` its statistics enter the sketches before."""
         c, flags, x = self.config, self.flags, np.reshape(g, self.dims)
         renewed = due(t, c["every"], flags)
         self.pending.append(x)
@@ -279,7 +279,7 @@ class _Axes:
         return sketched(s, columns, len(columns) + 2 if whole else c["size"], c["beta2"], c["tail_decay"], self.flags)
 
     def state(self) -> dict[str, Any]:
-        """Of all axes."""
+        """Return the state of all axes."""
         return {k: v for i, s in enumerate(self.sketches) for k, v in state(f"sketches.{i}", s).items()}
 
 

@@ -184,14 +184,14 @@ def soap(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
 
 
 def positive_spread(values: Array) -> Any:
-    """Largest over smallest of those above 0."""
+    """Return the largest value over the smallest one above 0."""
     return spread([x for x in np.ravel(values) if x > 0])
 
 
 def layout(
     config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
 ) -> tuple[tuple[int, ...], tuple[int, ...], list[int]]:
-    """The shape with its axes in order, the axes after merging, and which of these have a basis."""
+    """Return the shape with its axes in order, the axes after merging, and which of these have a basis."""
     bound = config["max_dim"]
     vectors = (config["vectors"] or "vectors-preconditioned" in flags) and "vectors-ignored" not in flags
     plain: tuple[Any, ...] = (shape, shape, [])
@@ -228,7 +228,7 @@ def renewed(
     first: bool,
     flags: frozenset[str],
 ) -> tuple[Array, Array]:
-    """The new basis, and V in its slots."""
+    """Return the new basis, and V in the order of its columns."""
     if not (all_finite(gram) and all_finite(old)):
         return np.full(old.shape, np.nan), v
     gram = (gram + gram.T) / 2
@@ -259,14 +259,14 @@ def renewed(
 
 
 def descending(gram: Array, basis: Array) -> list[int]:
-    """Columns by ``q^T L q``, the largest first; what is rounding counts as 0, and equal ones keep their order."""
+    """Return the order of columns by ``q^T L q``, the largest first; rounding is 0, equal ones keep their order."""
     a = [q @ gram @ q for q in basis.T]
     least = CERTAIN * spacing(gram) * max(a)
     return sorted(range(len(a)), key=lambda j: -a[j] if a[j] > least else 0)
 
 
 def gram_schmidt(columns: Array, spare: Array) -> Array:
-    """From left to right; columns that depend on those before are replaced by those of ``spare``, after all others."""
+    """Return the columns after Gram-Schmidt from left to right; ``spare`` replaces dependent ones, after all others."""
     d = len(columns)
     least = CERTAIN * spacing(columns) * max(norm(z) for z in columns.T)
     found: dict[int, Array] = {}
