@@ -579,7 +579,56 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     },
 }
 
-S = "((1 - self.beta1) * k.inverse_c1) * (grad - k.previous_inverse_c1 * state.m)"
+
+# ---- the difference, from the old average or from the new one -------------------------------------------------------
+
+
+def difference_within_bound(cls: Any, beta1: float, t: int, dtype: str) -> float:
+    """Largest error of s_t over what the docstring of `AGD._difference` allows; gradients near the average too."""
+    rng, u = np.random.default_rng(t), float(np.finfo(dtype).eps) / 2
+    k = cls(beta1=beta1).scalars(t)
+    c = one_minus_powers(beta1, t)[max(t - 2, 0), 0]
+    average = rng.standard_normal(400).astype(dtype)
+    grad = rng.standard_normal(400).astype(dtype)
+    grad[:200] = average[:200] / c * (1 + 10.0 ** rng.uniform(-9, 0, 200))
+    old = np.zeros_like(average) if t == 1 else average
+    method = cls(beta1=beta1)
+    new = (beta1 * old + (1 - beta1) * grad).astype(dtype)
+    got = method._difference(grad, old, new, k)
+    with mpmath.workdps(50):
+        b = mpmath.mpf(beta1)
+        w, before = (1 - b) / (1 - b**t), 1 - b ** (t - 1)
+        worst = mpmath.mpf(0)
+        for g, m, s in zip(grad.tolist(), old.tolist(), got.tolist(), strict=True):
+            part = mpmath.mpf(m) / before if t > 1 else mpmath.mpf(0)
+            bound = u * w * (abs(mpmath.mpf(g)) + abs(part)) * (6 + 16 / b if beta1 >= 0.5 else 11)
+            worst = max(worst, abs(mpmath.mpf(s) - w * (mpmath.mpf(g) - part)) / bound)
+    return float(worst)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("t", [1, 2, 3, 10, 1000])
+@pytest.mark.parametrize("beta1", [0.01, 0.3, 0.5, 0.9, 0.999])
+def test_difference(beta1: float, t: int, dtype: str) -> None:
+    assert difference_within_bound(AGD, beta1, t, dtype) <= 1
+
+
+def test_differences_from_a_small_beta1_would_not_do() -> None:
+    """The form with the new average loses 1 / beta1: it is not taken below 1/2."""
+    copy = mutated(agd_module, ("self.beta1 >= 0.5", "self.beta1 > 0")).AGD
+    assert difference_within_bound(copy, 0.01, 2, "float64") > 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [("(1 - self.beta1) * x)) * grad", "x)) * grad"), ("(w * x) * new", "(w * x) * old"), ("1 / self.beta1", "1")],
+)
+def test_difference_check_catches(wrong: tuple[str, str]) -> None:
+    copy = mutated(agd_module, wrong).AGD
+    assert difference_within_bound(copy, 0.9, 3, "float64") > 1
+
+
+S = "self._difference(grad, state.m, m, k)"
 ROOT, FLOOR = "xp.sqrt(b_max if self.amsgrad else b)", "clamp(root, self.delta * k.sqrt_c2, xp=xp)"
 CLIP = "u = clamp(u, -self.clip, self.clip, xp=xp)\n        direction = (k.sqrt_c2 * k.inverse_c1) * u"
 QUOTIENT = "quotient(m, clamp(root, self.delta * k.sqrt_c2, xp=xp), xp, bound=least)"

@@ -141,7 +141,7 @@ def test_core_refuses(case):
 
 
 PLANTED = [
-    (agd, "(grad - k.previous_inverse_c1 * state.m)", "(grad - state.m)", "AGD/plain"),
+    (agd, "self._difference(grad, state.m, m, k)", "(grad - state.m)", "AGD/plain"),
     (agd, "self.delta * k.sqrt_c2, xp=xp)", "self.delta, xp=xp)", "AGD/switch"),
     (agd, "xp.maximum(state.b_max, b)", "b", "AGD/amsgrad"),
     (agd, "(k.sqrt_c2 * k.inverse_c1) * u", "k.sqrt_c2 * u", "AGD/first-step"),

@@ -46,7 +46,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar, NamedTuple
 
-from precond_ref.fields import flag, real
+from precond_ref.fields import flag, is_python_number, real
 from precond_ref.numerics.arrays import clamp
 from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal, sqrt
 from precond_ref.numerics.template import zeros
@@ -125,7 +125,7 @@ class AGD(Method):
     def step(self, grad: Array, state: AGDState, param: Array, now: Now) -> tuple[Array, AGDState]:
         xp, k = now.xp, now.k
         m = ema(state.m, grad, self.beta1)  # (m)
-        s = ((1 - self.beta1) * k.inverse_c1) * (grad - k.previous_inverse_c1 * state.m)  # (s), without cancellation
+        s = self._difference(grad, state.m, m, k)  # (s)
         b = ema(state.b, s * s, self.beta2)  # (b)
         b_max = xp.maximum(state.b_max, b) if self.amsgrad else None
         root = xp.sqrt(b_max if self.amsgrad else b)
@@ -135,6 +135,26 @@ class AGD(Method):
             u = clamp(u, -self.clip, self.clip, xp=xp)
         direction = (k.sqrt_c2 * k.inverse_c1) * u  # (x)
         return direction, AGDState(step=now.step, m=m, b=b, b_max=b_max)
+
+    def _difference(self, grad: Array, old: Array, new: Array, k: AGDScalars) -> Array:
+        r"""(s), without the cancellation of large averages: with w = (1 - beta1) / (1 - beta1^t), c = 1 - beta1^{t-1},
+
+            s_t = w (g_t - m_{t-1} / c) = w ((1 + (1 - beta1) / (beta1 c)) g_t - m_t / (beta1 c)).
+
+        The second form, where m_{t-1} = (m_t - (1 - beta1) g_t) / beta1, does not read the old average, which the new
+        one may then overwrite: XLA copies it otherwise. Let u be the unit of rounding. (m) is off by at most
+        4u (|m_{t-1}| + (1 - beta1) |g_t|), each factor by 4u of itself, each product and the difference by u, and
+        (1 - beta1) / c <= 1. To first order in u s_t is then off by at most ::
+
+            (6 + 16 / beta1) u w (|g_t| + |m_{t-1}| / c)
+
+        and by 11 in the place of 6 + 16 / beta1 in the first form. The second is taken where beta1 >= 1/2: at most 38.
+        """
+        w = (1 - self.beta1) * k.inverse_c1
+        if not (is_python_number(self.beta1) and self.beta1 >= 0.5):
+            return w * (grad - k.previous_inverse_c1 * old)
+        x = k.previous_inverse_c1 * (1 / self.beta1)
+        return (w * (1 + (1 - self.beta1) * x)) * grad - (w * x) * new
 
     def report(self, state: AGDState, finite: Array, xp: Namespace) -> AGDReport:
         """Bias-corrected averages and the switch; before the first update all averages are zero."""
