@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -49,6 +50,8 @@ Examples:
   precond-ref check precond_ref:SShampoo --method SShampoo --backend jax --dtype float32
   precond-ref check my_module:Fast --against my_module:Reference
   precond-ref check my_module:fast_step --against "precond_ref:ASGO(every=3)"
+  precond-ref check my_package.optim:MyASGO --world 2,4 --mesh hsdp
+  precond-ref check "torch.optim:SGD(momentum=0.5)" --world 3
 """
 
 
@@ -88,6 +91,13 @@ def check_command(
     deep: Annotated[
         bool, typer.Option("--deep", help="Generate more inputs, for minutes instead of seconds of processor time.")
     ] = False,
+    world: Annotated[
+        str,
+        typer.Option(metavar="N,N", help="Instead of --method: on so many ranks it must step as in one process."),
+    ] = "",
+    mesh: Annotated[
+        str, typer.Option(metavar="NAME", help="With --world: fsdp, hsdp, tp, fsdp-tp or ddp (JAX: the first three).")
+    ] = "fsdp",
     require: Annotated[
         str, typer.Option(metavar="must|should", help="Fail if a case of this tier is skipped; `should` includes must.")
     ] = "",
@@ -116,6 +126,11 @@ def check_command(
     With --against there are no vectors: two implementations run side by side, and a difference is shrunk to a small
     program. Both take fields in brackets; TARGET also gets the fields of the other.
 
+    With --world there are none either: TARGET runs on processes that are spread over a mesh, and in one process, and
+    must make the same steps. It is a torch optimizer, a function of (model, ...) or (params, ...) that makes one, or an
+    optax transformation, with arguments in brackets. A difference is reported with the step, the parameter, the ranks
+    and the name of the mistake.
+
     TARGET runs in a process of its own; its output goes to the error stream.
 
     Exit code: 0 right, 1 wrong or not finished, 2 the command cannot be run or its report cannot be written, 3 right
@@ -138,6 +153,13 @@ def check_command(
             )
         check_files(json)
         side_by_side(target, against, dtype, backend, names or [], timeout, memory, seed, examples, json)
+    if world:
+        if target is None or method or command or level or names or invariances or xfails or deep or require or backend:
+            fail("--world goes with TARGET, --mesh, --dtype, --json, -v and the limits only")
+        check_files(json)
+        on_ranks(target, world, mesh, dtype, timeout, memory, json, verbose)
+    if mesh != "fsdp":
+        fail("--mesh goes with --world")
     if not method:
         fail("--method NAME must say which method it should be; `precond-ref list` names them")
     if (target is None) == (command is None):
@@ -251,6 +273,72 @@ def side_by_side(
     raise typer.Exit(0 if ok else 1)
 
 
+def on_ranks(
+    target: str, world: str, mesh: str, dtype: str, timeout: float, memory: float | None, json: Path | None,
+    verbose: bool,
+) -> NoReturn:  # fmt: skip
+    """Compare ranks with one process, say what was found, and end."""
+    from precond_ref.conformance import worlds
+
+    try:
+        if not re.fullmatch(r"\d+(,\d+)*", world):
+            raise ValueError(f"--world takes numbers of ranks, such as 2,4, got {world!r}")
+        numbers = tuple(map(int, world.split(",")))
+        limits = limited(timeout, memory)
+        report = with_progress(
+            lambda step: worlds.check(target, numbers, mesh=mesh, dtype=dtype, limits=limits, on_run=step),
+            2 + len(numbers),
+        )
+    except Ended as end:
+        report = worlds.Report(target, dtype, mesh, numbers, ended=str(end))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        fail(error)
+    missing = [f for f in (written(report, json), printed(report, verbose, show_ranks)) if f]
+    if missing:
+        fail(f"the report cannot be written to {', '.join(missing)}")
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def show_ranks(report: Any, console: Console, verbose: bool = False) -> None:
+    """A report of `worlds.check` for a person."""
+    on = f"{' and '.join(map(str, report.worlds))} ranks ({report.mesh})"
+    console.print(f"{report.target} on {on}: {report.dtype}", end="\n\n")
+    rows = [r for r in report.results if verbose or r.status != "passed"]
+    if rows:
+        console.print(table(rows, report), end="\n\n")
+    same: dict[str, list[str]] = {}
+    for r in rows:
+        if r.message:
+            same.setdefault(r.message, []).append(r.id)
+    for message, ids in same.items():
+        console.print(f"{', '.join(ids)}: {message}", soft_wrap=True)
+    console.print(f"runs: {count(report.results)}")
+    for note in report.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    types = sorted(set(report.narrow.values()))
+    if types:
+        told = f"it computes in {' and '.join(types)}, for gradients changed by less give the same bits"
+        console.print(
+            f"note: {told}; it is compared to its own noise, {report.noise:.1e} of the movement", soft_wrap=True
+        )
+    console.print()
+    if report.ended:
+        verdict = f"NOT CHECKED: {report.ended}"
+    elif report.failures:
+        verdict = f"WRONG: {len(report.failures)} of {len(report.results)} runs are not those of one process"
+    elif report.refused:
+        verdict = (
+            f"REFUSES: it raises in {', '.join(r.id for r in report.refused)}, and is right in {report.ran} other runs"
+        )
+    elif not report.ran:
+        verdict = "NOT CHECKED: nothing ran to its end"
+    else:
+        part = " IN PART" if any(r.status == "skipped" for r in report.results) else ""
+        verdict = f"OK{part}: {report.target} makes the steps of one process on {on}"
+        verdict += ", to the noise of its arithmetic" if types else ""
+    console.print(verdict, soft_wrap=True)
+
+
 def limited(timeout: float, memory: float | None) -> Limits:
     """Return the limits; ValueError if one is not positive and finite."""
     limits = Limits(timeout, Limits().gigabytes if memory is None else memory)
@@ -260,8 +348,12 @@ def limited(timeout: float, memory: float | None) -> Limits:
     return limits
 
 
-def written(report: Report, file: Path | None) -> str:
-    """Write the report as JSON to ``file``; return the file and the reason if this failed, else ""."""
+    With --world there are none either: TARGET runs on processes that are spread over a mesh, and in one process, and
+    must make the same steps. It is a torch optimizer, a function of (model, ...) or (params, ...) that makes one, or an
+    optax transformation, with arguments in brackets. A difference is reported with the step, the parameter, the ranks
+    and the name of the mistake.
+
+    TARGET runs in a process of its own; its output goes to the error stream.
     try:
         if file is not None:
             file.write_text(json_module.dumps(report.as_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -270,8 +362,12 @@ def written(report: Report, file: Path | None) -> str:
     return ""
 
 
-def printed(report: Report, verbose: bool) -> str:
-    """Write the report to standard output in one piece, so that a reader may close it early; returns as `written`."""
+    With --world there are none either: TARGET runs on processes that are spread over a mesh, and in one process, and
+    must make the same steps. It is a torch optimizer, a function of (model, ...) or (params, ...) that makes one, or an
+    optax transformation, with arguments in brackets. A difference is reported with the step, the parameter, the ranks
+    and the name of the mistake.
+
+    TARGET runs in a process of its own; its output goes to the error stream.
     from rich.console import Console
 
     if sys.stdout is None:
@@ -281,7 +377,7 @@ def printed(report: Report, verbose: bool) -> str:
         file=text, force_terminal=real.is_terminal, width=real.width if real.is_terminal else 140, highlight=False,
         markup=False, emoji=False,
     )  # fmt: skip
-    show(report, console, verbose)
+    (show or show_report)(report, console, verbose)
     encoding = sys.stdout.encoding or "utf-8"
     try:
         sys.stdout.write(text.getvalue().encode(encoding, "backslashreplace").decode(encoding))
@@ -309,8 +405,12 @@ def with_progress(run: Any, total: int) -> Any:
         return run(step)
 
 
-def show(report: Report, console: Console, verbose: bool = False) -> None:
-    """Print the report for a person."""
+    With --world there are none either: TARGET runs on processes that are spread over a mesh, and in one process, and
+    must make the same steps. It is a torch optimizer, a function of (model, ...) or (params, ...) that makes one, or an
+    optax transformation, with arguments in brackets. A difference is reported with the step, the parameter, the ranks
+    and the name of the mistake.
+
+    TARGET runs in a process of its own; its output goes to the error stream.
     console.print(f"{report.target} against {report.method}: {report.dtype}, level {report.level}", end="\n\n")
     unexpected = {r.id for r in report.failures}
     rows = [r for r in report.results if verbose or r.id in unexpected or r.id in report.unexpected_passes or may(r)]
@@ -399,8 +499,12 @@ def count(results: list[Result]) -> str:
     return ", ".join(f"{numbers[s]} {s}" for s in ("passed", "failed", "error", "skipped") if numbers[s]) or "none"
 
 
-def table(results: list[Result], report: Report) -> Table:
-    """Return a table with one row per result."""
+    With --world there are none either: TARGET runs on processes that are spread over a mesh, and in one process, and
+    must make the same steps. It is a torch optimizer, a function of (model, ...) or (params, ...) that makes one, or an
+    optax transformation, with arguments in brackets. A difference is reported with the step, the parameter, the ranks
+    and the name of the mistake.
+
+    TARGET runs in a process of its own; its output goes to the error stream.
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, header_style="bold")

@@ -1,0 +1,674 @@
+"""Whether an optimizer makes the same steps on the ranks of a mesh as in one process, and if not, which mistake it has.
+
+The truth is the subject itself in one process, on whole matrices. `ranks` runs it on a mesh; here its parts are
+compared with those of the truth, rank by rank, and what departs is compared with what known mistakes would give: these,
+too, are runs in one process, on the parts of one rank, with other gradients, or with a state that was spoiled.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import pickle
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from precond_ref import registry
+from precond_ref.conformance.processes import Ended, Limits, Program
+from precond_ref.conformance.ranks import MESHES, Named, Outcome, Run, Trace, shares
+from precond_ref.conformance.results import ERROR, FAILED, PASSED, SKIPPED, Gap, Result, _finite
+
+SHAPES = {
+    "torch": {"wide.weight": (12, 8), "wide.bias": (12,), "uneven.weight": (7, 5), "small.weight": (3, 9),
+              "square.weight": (8, 8)},
+    "jax": {"wide.weight": (12, 8), "wide.bias": (12,), "uneven.weight": (6, 4), "small.weight": (4, 10),
+            "square.weight": (8, 8)},
+}  # fmt: skip
+"""JAX puts no uneven parts on devices."""
+STEPS, FEW, HALF, MICROS = 12, 6, 3, 3
+"""Of the longest run, of the others, before a checkpoint; micro-batches of a step."""
+LATE = "square.weight"
+"""The parameter without a gradient in one step."""
+UNITS = {"float64": 36, "float32": 12}
+"""Entries of gradients are multiples of 2 to minus this."""
+MOST_NOISE = 0.25
+"""What a tolerance may be: a subject that is noisier than this cannot be judged."""
+NARROW = {"float32": (2.0**-40, 2.0**-22), "bfloat16": (2.0**-20, 2.0**-9)}
+"""A change of the gradients that arithmetic of this type swallows, and one of the size of its rounding."""
+NEAR = 0.1
+"""Share of a departure up to which a mistake explains it."""
+
+
+@dataclass
+class Report:
+    """Everything `check` found."""
+
+    target: str
+    dtype: str
+    mesh: str
+    worlds: tuple[int, ...]
+    results: list[Result] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    noise: float = 0.0
+    """Largest answer of one process to gradients that are changed by their rounding, over the movement."""
+    narrow: dict[str, str] = field(default_factory=dict)
+    """Parameters whose steps are computed in a type narrower than theirs, with that type."""
+    ended: str = ""
+    """Why nothing could be compared."""
+    xfails: tuple[str, ...] = ()
+
+    @property
+    def failures(self) -> list[Result]:
+        """Runs that depart, hang or die."""
+        return [r for r in self.results if r.status == FAILED]
+
+    @property
+    def refused(self) -> list[Result]:
+        """Runs in which the subject raised."""
+        return [r for r in self.results if r.status == ERROR]
+
+    @property
+    def ran(self) -> int:
+        """Runs that came to their end."""
+        return sum(r.gap is not None for r in self.results)
+
+    @property
+    def ok(self) -> bool:
+        """Whether something ran, and nothing departs or is refused."""
+        return bool(self.ran) and not (self.ended or self.failures or self.refused)
+
+    def as_json(self) -> dict[str, Any]:
+        """With None for what is not finite."""
+        keys = ("target", "dtype", "mesh", "worlds", "ok", "noise", "narrow", "notes", "ended")
+        out = {key: getattr(self, key) for key in keys} | {"results": [asdict(r) for r in self.results]}
+        out |= {key: [r.id for r in getattr(self, key)] for key in ("failures", "refused")}
+        return _finite(out)
+
+
+class Saved(NamedTuple):
+    """A checkpoint."""
+
+    world: int
+    folder: str
+    names: tuple[str, ...]
+    types: dict[str, str]
+    """Of the tensors of the state, by ``parameter: key``."""
+
+
+class Departure(NamedTuple):
+    """The part of one rank that is not the truth's."""
+
+    step: int
+    name: str
+    rank: int
+    error: float
+    """Norm of the difference over that of the whole parameter's movement."""
+    limit: float
+
+
+@dataclass
+class Truth:
+    """One process on whole parameters."""
+
+    values: list[Named]
+    limits: list[dict[str, float]]
+    """By step: what `Departure.error` may be."""
+    keys: list[str]
+
+    def departures(self, traces: Sequence[Trace], start: int = 0) -> tuple[list[Departure], Departure]:
+        """Those of the first step that has any; and the worst comparison of all, if none does. Values begin at
+        ``start``."""
+        worst = Departure(start, next(iter(traces[0].index)), 0, 0.0, 0.0)
+        for t in range(len(traces[0].values)):
+            found = []
+            for rank, trace in enumerate(traces):
+                for name, index in trace.index.items():
+                    error = self.error(start + t, name, trace.values[t].get(name), index)
+                    one = Departure(start + t, name, rank, error, self.limits[start + t][name])
+                    if not error <= one.limit:
+                        found.append(one)
+                    if error * worst.limit >= worst.error * one.limit:
+                        worst = one
+            if found:
+                return found, worst
+        return [], worst
+
+    def error(self, t: int, name: str, part: np.ndarray | None, index: np.ndarray) -> float:
+        """Of a part of a parameter after step t."""
+        if part is None or part.shape != index.shape:
+            return math.inf
+        difference = float(np.linalg.norm(part - self.values[t][name].ravel()[index]))
+        if not math.isfinite(difference):
+            return math.inf
+        moved = float(np.linalg.norm(self.values[t][name] - self.values[0][name]))
+        return difference / moved if moved else math.inf if difference else 0.0
+
+
+Mistakes = dict[str, list[list[Named] | None]]
+"""By name and rank: the values that a mistake gives to what the rank has, from the start on; None: not this rank's."""
+
+
+def check(
+    target: str,
+    worlds: Sequence[int] = (2, 4),
+    *,
+    mesh: str = "fsdp",
+    dtype: str = "float64",
+    limits: Limits | None = None,
+    on_run: Callable[[str], None] = lambda name: None,
+) -> Report:
+    """Run ``module:attribute`` (fields in brackets) on these numbers of ranks, and compare with one process.
+
+    ValueError for what is no target, or has no such mesh. ``on_run`` is told of each number of ranks.
+    """
+    worlds = tuple(worlds)
+    if not worlds or any(not isinstance(n, int) or not 2 <= n <= 16 for n in worlds) or len({*worlds}) < len(worlds):
+        raise ValueError(f"worlds must be different numbers of ranks from 2 to 16, got {', '.join(map(str, worlds))}")
+    if mesh not in MESHES["torch"]:
+        raise ValueError(f"mesh must be one of {', '.join(MESHES['torch'])}, got {mesh}")
+    least = {"hsdp": 2, "fsdp-tp": 4}.get(mesh, 1)
+    if wrong := [n for n in worlds if n < least or (least > 1 and n % 2)]:
+        raise ValueError(f"the mesh {mesh} needs an even number of at least {least} ranks, got {wrong[0]}")
+    report = Report(target, dtype, mesh, worlds)
+    fleet = Fleet(target, max(worlds), limits or Limits())
+    try:
+        if mesh not in MESHES[fleet.kind]:
+            raise ValueError(f"with {fleet.kind} mesh must be one of {', '.join(MESHES[fleet.kind])}, got {mesh}")
+        with tempfile.TemporaryDirectory(prefix="precond-ref-") as folder:
+            Checking(fleet, report, Path(folder)).all(on_run)
+    except Ended as end:
+        report.ended = str(end)
+    finally:
+        fleet.close()
+    return report
+
+
+class Fleet:
+    """The process of `ranks.serve`; ValueError if there is no such target, `Ended` if importing it fails."""
+
+    def __init__(self, target: str, devices: int, limits: Limits):
+        self.target, self.seconds = target, limits.seconds
+        registry.split(target)
+        path = [entry for entry in sys.path if entry]
+        start = f"import sys; sys.path[:] = {path!r}; from precond_ref.conformance import ranks; ranks.serve()"
+        self.program = Program(
+            [sys.executable, "-P", "-c", start], target, limits._replace(seconds=60 + limits.seconds)
+        )
+        try:
+            self.kind, text = self._ask("kind", target, devices)
+            if self.kind == "error":
+                raise ValueError(text)
+        except BaseException:
+            self.close()
+            raise
+        self.program.limits = limits._replace(seconds=math.inf)  # each run has its own
+
+    def session(self, world: int, mesh: str, runs: Sequence[Run]) -> list[Outcome]:
+        """The runs on this mesh; fewer outcomes than runs after one that did not come to its end."""
+        return self._ask("session", self.kind, self.target, world, mesh, runs, self.seconds)
+
+    def close(self) -> None:
+        """End it, with the ranks."""
+        self.program.close()
+
+    def _ask(self, what: str, *arguments: Any) -> Any:
+        line = base64.b64encode(pickle.dumps((what, arguments)))
+        return pickle.loads(base64.b64decode(self.program.ask(line, "'import'" if what == "kind" else repr(what))))
+
+
+class Checking:
+    """One check."""
+
+    def __init__(self, fleet: Fleet, report: Report, folder: Path):
+        self.fleet, self.report, self.folder = fleet, report, folder
+        self.shapes: dict[str, tuple[int, ...]] = dict(SHAPES[fleet.kind])
+        self.plain = "one" if fleet.kind == "torch" else "fsdp"
+        self.truths: dict[Any, Truth] = {}
+        self.explained: dict[Any, str] = {}
+        self.eps = float(np.finfo(report.dtype).eps)
+
+    def all(self, on_run: Callable[[str], None]) -> None:
+        """Every world; a checkpoint goes from one process to the first, to the next, ..., and back."""
+        on_run("one process")
+        if not self._begin():
+            return
+        names = tuple(self.shapes)
+        saved = self._control(names)
+        resumes = saved is not None
+        for world in self.report.worlds:
+            on_run(f"{world} ranks")
+            saved = self._world(world, names, saved) or saved
+        if resumes and saved is not None and saved.world > 1:
+            on_run("one process")
+            run = self._rest(saved.names, saved)
+            (outcome,) = self.fleet.session(1, self.plain, [run])
+            self._judge(f"one/resume-from-{saved.world}", 1, outcome, run, saved=saved)
+
+    def run(self, names: Sequence[str], steps: int, *, absent: bool = False, micros: int = 1, **more: Any) -> Run:
+        """The inputs of a run."""
+        random, unit = np.random.default_rng(7), 2.0 ** -UNITS[self.report.dtype]
+
+        def drawn(shape: tuple[int, ...]) -> np.ndarray:  # sums of some of them are exact, and none is a float32
+            return np.rint(random.uniform(-2, 2, shape) / unit) * unit
+
+        params = {n: drawn(s) for n, s in self.shapes.items()}
+        grads: list[list[Named]] = []
+        for t in range(steps):
+            whole = {n: drawn(s) for n, s in self.shapes.items()}
+            whole = {n: g + 4 * np.eye(len(g)) if n == "square.weight" else g for n, g in whole.items()}
+            parts = [{n: drawn(g.shape) for n, g in whole.items()} for _ in range(MICROS - 1)]
+            rest = {n: g - np.sum([part[n] for part in parts], 0) for n, g in whole.items()}
+            row = [*parts, rest] if micros > 1 else [whole]
+            grads.append([{n: g for n, g in part.items() if not (absent and t == 1 and n == LATE)} for part in row])
+        kept = [[{n: g[n] for n in names if n in g} for g in row] for row in grads]
+        return Run({n: params[n] for n in names}, kept, self.report.dtype, **more)
+
+    def _begin(self) -> bool:
+        """Which parameters the subject takes, in one process; whether any."""
+        without = [n for n in self.shapes if not n.endswith("bias")]
+        for mesh in dict.fromkeys((self.plain, "fsdp")):
+            said = []
+            for names in ([*self.shapes], without):
+                (outcome,) = self.fleet.session(1, mesh, [self.run(names, 2)])
+                if outcome.traces:
+                    break
+                said.append(outcome.said())
+            if outcome.traces:
+                if said:
+                    self.report.notes.append(f"it is given no bias, for it says: {said[0]}")
+                if mesh != self.plain:
+                    self.report.notes.append("one process has parameters that are DTensors: it does not take others")
+                self.plain, self.shapes = mesh, {n: self.shapes[n] for n in names}
+                return True
+        self.report.ended = f"it does not run in one process: {said[-1]}"
+        return False
+
+    def truth(self, names: Sequence[str], absent: bool = False) -> Truth:
+        """One process, and how much it is moved by rounding."""
+        key = (*names, absent)
+        if key in self.truths:
+            return self.truths[key]
+        steps = FEW if absent else STEPS
+        run = self.run(names, steps, absent=absent)
+        first = replace(run, grads=run.grads[:HALF])
+        levels = {k: v for k, v in NARROW.items() if np.dtype(self.report.dtype).itemsize == 8 or k == "bfloat16"}
+        runs = [run, *(_shaken(run, 4 * self.eps, seed) for seed in (1, 2))]
+        for swallowed, rounding in levels.values():
+            runs += [_shaken(first, swallowed, 3), *(_shaken(run, rounding, seed) for seed in (4, 5))]
+        found = self._traces(1, self.plain, runs)
+        if found is None:
+            raise Ended(f"{self.report.target} does not make the same steps twice in one process")
+        values = found[0].values
+        if not all(np.isfinite(v).all() for row in values for v in row.values()):
+            raise Ended(f"{self.report.target} gives parameters that are not finite in one process")
+        limits: list[dict[str, float]] = [dict.fromkeys(names, 0.0)]
+        made = Truth(values, [], found[0].keys)
+        for name in names:
+            index = np.arange(values[0][name].size).reshape(values[0][name].shape)
+            shaken = found[1:3]
+            for k, type_ in enumerate(levels):
+                probe, *rough = found[3 + 3 * k : 6 + 3 * k]
+                moved = not np.array_equal(values[1][name], values[0][name])
+                if moved and np.array_equal(probe.values[1][name], values[1][name]):
+                    small, large = (made.error(HALF, name, r.values[HALF][name], index) for r in (probe, rough[0]))
+                    share = levels[type_][0] / levels[type_][1]
+                    if large and not 0.1 * share * large < small < 10 * share * large:  # else it is a first sign
+                        shaken, self.report.narrow[name] = rough, type_
+            noise = 0.0
+            for t in range(1, steps + 1):
+                noise = max(noise, *(made.error(t, name, s.values[t][name], index) for s in shaken))
+                size = float(np.linalg.norm(values[t][name]))
+                moved_by = float(np.linalg.norm(values[t][name] - values[0][name]))
+                rounding = 4 * self.eps * t * size / moved_by if moved_by else 0.0
+                if t == len(limits):
+                    limits.append({})
+                limits[t][name] = min(max(64 * self.eps, 8 * noise), MOST_NOISE) + rounding
+            if 8 * noise > MOST_NOISE:
+                self.note(f"{name} is hardly judged: rounding of the gradients changes its steps by {noise:.1g}")
+            if np.array_equal(values[-1][name], values[0][name]):
+                self.note(f"{name} does not move")
+            self.report.noise = max(self.report.noise, noise)
+        made.limits = limits
+        self.truths[key] = made
+        return made
+
+    def note(self, text: str) -> None:
+        """Say it once."""
+        if text not in self.report.notes:
+            self.report.notes.append(text)
+
+    def _traces(self, world: int, mesh: str, runs: Sequence[Run]) -> list[Trace] | None:
+        """Of runs in one process; None if one did not come to its end."""
+        outcomes = self.fleet.session(world, mesh, runs)
+        return (
+            [o.traces[0] for o in outcomes] if len(outcomes) == len(runs) and all(o.traces for o in outcomes) else None
+        )
+
+    def _control(self, names: tuple[str, ...]) -> Saved | None:
+        """A checkpoint of one process, if one process goes on from it as without."""
+        saving = self.run(names, HALF, save=str(self.folder / "from-1"))
+        saved = Saved(1, saving.save, names, {})
+        loading = self._rest(names, saved)
+        outcomes = self._each(1, self.plain, [saving, loading])
+        if failed := next((o for o in outcomes if not o.traces), None):
+            text = f"no checkpoint by torch.distributed.checkpoint, in one process either: {failed.said()}"
+            self.report.results.append(Result("resume", "must", SKIPPED, message=text))
+            return None
+        saved = saved._replace(types=_types(outcomes[0]))
+        before = len(self.report.results)
+        self._judge("one/resume", 1, outcomes[1], loading, saved=saved)
+        if self.report.results[-1].status == FAILED:
+            return None
+        del self.report.results[before:]  # the same is seen on the way back
+        return saved
+
+    def _rest(self, names: Sequence[str], saved: Saved) -> Run:
+        run = self.run([n for n in names if n in saved.names], FEW, load=saved.folder)
+        return replace(run, grads=run.grads[HALF:])
+
+    def _world(self, world: int, names: tuple[str, ...], origin: Saved | None) -> Saved | None:
+        """All runs on one number of ranks; its checkpoint."""
+        label = f"{self.report.mesh}-{world}"
+        plan = {"steps": self.run(names, STEPS)}
+        if self.fleet.kind == "torch":  # else it does not see micro-batches
+            plan["accumulation"] = self.run(names, FEW, micros=MICROS)
+        if self.report.mesh != "ddp" and self.fleet.kind == "torch":
+            plan["no-gradient"] = self.run(names, FEW, absent=True)
+        if origin is not None:
+            plan["save"] = self.run(names, HALF, save=str(self.folder / f"from-{world}"))
+            plan[f"resume-from-{origin.world}"] = self._rest(names, origin)
+        outcomes = self.fleet.session(world, self.report.mesh, [*plan.values()])
+        kept = tuple(n for n in names if min(self.shapes[n]) >= world)
+        if not outcomes[0].traces:
+            self._judge(f"{label}/steps", world, outcomes[0], plan["steps"])
+            if kept == names:
+                self.note(f"{label}: nothing else is tried")
+                return None
+            self.note(f"{label}: then without {', '.join(n for n in names if n not in kept)}, of fewer rows than ranks")
+            return self._world(world, kept, origin)
+        outcomes += self._each(world, self.report.mesh, [*plan.values()][len(outcomes) :])
+        saved, before = None, len(self.report.results)
+        for (what, run), outcome in zip(plan.items(), outcomes, strict=True):
+            if what == "save" and outcome.traces:
+                saved = Saved(world, run.save, names, _types(outcome))
+            else:
+                self._judge(f"{label}/{what}", world, outcome, run, saved=origin if run.load else None)
+        return saved if self.report.results[before].status == PASSED else None
+
+    def _each(self, world: int, mesh: str, runs: Sequence[Run]) -> list[Outcome]:
+        """Outcomes of all runs: after one that did not come to its end the others have ranks of their own."""
+        outcomes: list[Outcome] = []
+        while len(outcomes) < len(runs):
+            outcomes += self.fleet.session(world, mesh, runs[len(outcomes) :])
+        return outcomes
+
+    def _judge(self, id: str, world: int, outcome: Outcome, run: Run, saved: Saved | None = None) -> None:
+        """One more result."""
+        if not outcome.traces:
+            status = ERROR if outcome.raised else FAILED
+            self.report.results.append(Result(id, "must", status, message=outcome.said()))
+            return
+        truth = self.truth(tuple(run.params), absent=any(len(g) < len(run.params) for r in run.grads for g in r))
+        start = HALF if saved else 0
+        found, worst = truth.departures(outcome.traces, start)
+        message = ""
+        if found:
+            worst = max(found, key=lambda d: d.error)
+            message = self._named(found, outcome.traces, truth, run, world, start)
+        elif saved:
+            message = _changed(saved.types, _types(outcome, loaded=True))
+        status = FAILED if message else PASSED
+        gap = _gap(worst, outcome.traces, truth, start)
+        self.report.results.append(Result(id, "must", status, gap=gap, message=message))
+
+    # ---- what departs -----------------------------------------------------------------------------------------------
+
+    def _named(
+        self, found: list[Departure], traces: list[Trace], truth: Truth, run: Run, world: int, start: int
+    ) -> str:
+        """Which ranks and parameters depart, and by which mistake."""
+        t, before = found[0].step - start, self.run(tuple(run.params), HALF) if start else None
+        seen = (world, t, start, *((d, traces[d.rank].values[t].get(d.name, np.empty(0)).tobytes()) for d in found))
+        if seen in self.explained:  # other runs begin with the same step
+            return self.explained[seen]
+        cut = replace(run, grads=run.grads[:t], load="", save="")
+        mistakes: Mistakes = {}
+        whole = [(text, r) for text, r in self._wrong_runs(cut, world, before, truth)]
+        parts = [self._part(cut, trace, before) for trace in traces] if world > 1 else []
+        runs = [*(r for _, r in whole), *(p for p in parts if p is not None)]
+        outcomes = self._each(1, self.plain, runs) if runs else []
+        rest = iter(outcomes[len(whole) :])
+        alone = [next(rest) if p is not None else Outcome() for p in parts]
+        for (text, _), outcome in zip(whole, outcomes, strict=False):
+            if outcome.traces:
+                rows = outcome.traces[0].values
+                mistakes[text] = [
+                    [{n: row[n].ravel()[i] for n, i in tr.index.items()} for row in rows] for tr in traces
+                ]
+        mistakes[SHARD] = [outcome.traces[0].values if outcome.traces else None for outcome in alone]
+        labels = {one: self._mistake(one, traces, truth, t, start, mistakes) for one in found}
+        lengths = sorted({label for label in labels.values() if re.fullmatch(r"x[0-9.]+", label)})
+        by: dict[str, list[Departure]] = {}
+        for one, label in labels.items():
+            if len(lengths) > 1 and label in lengths:
+                label = f"another length on each rank, {lengths[0]} to {lengths[-1]}: a norm is taken of the shard"
+            by.setdefault(label, []).append(one)
+        texts = []
+        for label, ones in by.items():
+            label += self._blocks(ones, cut, traces, truth, start) if label == SHARD else ""
+            texts.append(f"{label or 'no known mistake'}: {_places(ones, traces)}")
+        self.explained[seen] = "; ".join(texts) + _agreeing(found, traces)
+        return self.explained[seen]
+
+    def _mistake(
+        self, one: Departure, traces: list[Trace], truth: Truth, t: int, start: int, mistakes: Mistakes
+    ) -> str:
+        """The name of what explains one departure; "" if nothing does."""
+        trace, name = traces[one.rank], one.name
+        now, index = trace.values[t].get(name), trace.index[name]
+        if now is None or now.shape != index.shape:
+            return f"its part has another shape after the step ({None if now is None else now.shape} for {index.shape})"
+        twins = [r for r, other in enumerate(traces) if np.array_equal(other.index[name], index)]
+        differ = any(not np.array_equal(traces[r].values[t][name], now) for r in twins)
+        suffix = ", so replicas differ" if differ else ""
+        if not np.isfinite(now).all():
+            return "its part is not finite" + suffix
+        last = trace.values[t - 1][name] if t else None
+        if last is not None and np.array_equal(now, last):
+            return STILL + suffix
+        moved = float(np.linalg.norm(truth.values[one.step][name] - truth.values[0][name])) or 1.0
+        distances = []
+        for text, ranks in mistakes.items():
+            values = ranks[one.rank] if one.rank < len(ranks) else None
+            part = values[t].get(name) if values is not None and t < len(values) else None
+            if part is not None and part.shape == now.shape:
+                distances.append((float(np.linalg.norm(now - part)) / moved, text))
+        distance, text = min(distances, default=(math.inf, ""))
+        if distance <= max(one.limit if one.limit < MOST_NOISE else 0.0, NEAR * NEAR * one.error):
+            return text + suffix
+        if last is not None and one.step:
+            steps = [truth.values[k][name] - truth.values[k - 1][name] for k in (one.step, one.step - 1) if k]
+            if factor := _factor(now - last, steps[0].ravel()[index], last):
+                return f"{_times(factor)}{suffix}"
+            lone = mistakes[SHARD][one.rank] if mistakes[SHARD] else None
+            if lone and name in lone[t] and _factor(now - last, lone[t][name] - lone[t - 1][name], last):
+                return LENGTH + suffix
+            if len(steps) > 1 and _once(now - last, steps[1].ravel()[index], last):
+                return "the step before, once more: it is one step late" + suffix
+            for rank, other in enumerate(traces):
+                theirs = other.index.get(name)
+                if theirs is None or np.array_equal(theirs, index):
+                    continue
+                if _once(now - last, steps[0].ravel()[theirs], last):
+                    return f"the step of the part that rank {rank} has" + suffix
+        return text + suffix if distance <= NEAR * one.error else suffix.removeprefix(", so ")
+
+    def _part(self, run: Run, trace: Trace, before: Run | None) -> Run | None:
+        """The run of one rank's parts, as if they were whole parameters; None if it has none."""
+        index = {n: i for n, i in trace.index.items() if i.size}
+        index = {n: i for n, i in index.items() if n.endswith("weight") or n.replace("bias", "weight") in index}
+        index = {n: i for n, i in index.items() if i.ndim == 2 or len(i) == len(index[n.replace("bias", "weight")])}
+
+        def of(rows: Iterable[Sequence[Named]]) -> list[list[Named]]:
+            return [[{n: g[n].ravel()[i] for n, i in index.items() if n in g} for g in row] for row in rows]
+
+        if not index:
+            return None
+        params = {n: run.params[n].ravel()[i] for n, i in index.items()}
+        more: dict[str, Any] = {"before": of(before.grads), "spoil": ("nothing", "")} if before is not None else {}
+        return replace(run, params=params, grads=of(run.grads), **more)
+
+    def _wrong_runs(self, run: Run, world: int, before: Run | None, truth: Truth) -> list[tuple[str, Run]]:
+        """Known mistakes that are a run in one process."""
+        found: list[tuple[str, Run]] = []
+        right, (row, *_) = run.grads[:-1], run.grads[-1:] or [[]]
+        if before is not None:
+            spoiled = [
+                ("its state is lost on loading (an owner without state), as if begun anew", ("new", "")),
+                ("the tensors of its state are lost on loading (an owner without state)", ("tensors", "")),
+                ("the numbers of its state, such as the count of steps, are lost on loading", ("numbers", "")),
+                *((f"{key!r} of its state is lost on loading", ("key", key)) for key in truth.keys),
+                ("its state is cast to float32 on loading", ("cast", "float32")),
+                ("its state is cast to bfloat16 on loading", ("cast", "bfloat16")),
+            ]
+            run = replace(run, before=before.grads, spoil=("nothing", ""))
+            found = [(text, replace(run, spoil=spoil)) for text, spoil in spoiled] if self.fleet.kind == "torch" else []
+
+        def summed(*weights: float) -> Run:  # of the micro-batches of the last step: the others are right
+            last = {n: np.sum([w * g[n] for w, g in zip(weights, row, strict=True)], 0) for n in row[0]}
+            return replace(run, grads=[*right, [last]])
+
+        if not row:
+            return found
+        micros = len(row)
+        ones = [1.0] * micros
+        if micros > 1:
+            found += [
+                ("a step after each micro-batch", replace(run, each="partial")),
+                ("a step after each micro-batch, with its gradient alone", replace(run, each="alone")),
+                ("the gradient of the last micro-batch alone", summed(*[0.0] * (micros - 1), 1.0)),
+                ("the gradient of the first micro-batch alone", summed(1.0, *[0.0] * (micros - 1))),
+                ("double accumulation: running sums of the micro-batches are added",
+                 summed(*(float(micros - k) for k in range(micros)))),
+                ("double accumulation: the last micro-batch counts twice", summed(*ones[:-1], 2.0)),
+                ("the mean of the micro-batches for their sum", summed(*[1 / micros] * micros)),
+            ]  # fmt: skip
+        twice = f"counted twice{', or summed over the 2 ranks, not averaged' if world == 2 else ''}"
+        twice = f"double accumulation: {twice}" if micros > 1 else twice
+        factors = {2.0: f"x2: {twice}"}
+        if world > 1:
+            factors |= {float(world): f"x{world}: summed over the ranks, not averaged"} if world > 2 else {}
+            factors |= {1.0 / world: f"x1/{world}: averaged twice"}
+        found += [(f"as if the gradient were {text}", summed(*[c * x for x in ones])) for c, text in factors.items()]
+        found += [
+            ("without weight decay", replace(run, fields={"weight_decay": 0.0})),
+            ("with weight decay twice", replace(run, fields={"weight_decay": 2.0**-2})),
+        ]
+        if self.report.mesh == "ddp" and world > 1 and micros == 1:
+            for rank in range(world):
+                own = shares(row[0], world, 97 * len(right))[rank]
+                text = f"the gradient of the data of rank {rank} alone"
+                found.append((text, replace(run, grads=[*right, [own]])))
+        return found
+
+    def _blocks(self, ones: list[Departure], run: Run, traces: list[Trace], truth: Truth, start: int) -> str:
+        """What to add where one process treats blocks of rows by themselves: the ranks have cut their own rows."""
+        name = ones[0].name
+        rows = self.shapes[name][0]
+        if start or not run.grads or len(self.shapes[name]) < 2:
+            return ""
+        changed = {**run.grads[0][0], name: run.grads[0][0][name].copy()}
+        changed[name][0] *= 0.5
+        pair = self._traces(1, self.plain, [replace(run, grads=[[g]]) for g in (run.grads[0][0], changed)])
+        if pair is None:
+            return ""
+        steps = [trace.values[1][name] for trace in pair]
+        reached = int((np.linalg.norm(steps[0] - steps[1], axis=1) > 64 * self.eps).sum())
+        if not 1 < reached < rows:
+            return ""
+        return f" (split by local rows: one process has blocks of {reached} rows, the ranks cut their own)"
+
+
+SHARD = "each shard is updated by itself"
+LENGTH = "a local Gram: each shard goes in the direction that it has by itself, with another length"
+STILL = "did not step"
+
+
+def _shaken(run: Run, size: float, seed: int) -> Run:
+    """Gradients changed by this share of themselves."""
+    random = np.random.default_rng(seed)
+    grads = [[{n: g * (1 + size * random.choice([-1.0, 1.0], g.shape)) for n, g in row.items()} for row in r]
+             for r in run.grads]  # fmt: skip
+    return replace(run, grads=grads)
+
+
+def _factor(step: np.ndarray, right: np.ndarray, param: np.ndarray) -> float:
+    """Which multiple of the right one a step is, whatever the weight decay; 0 if of none, or of few entries."""
+    if step.shape != right.shape or step.size < 5 or not np.linalg.norm(right):
+        return 0.0
+    columns = np.stack([right.ravel(), param.ravel()], 1)
+    found = np.linalg.lstsq(columns, step.ravel(), rcond=None)[0]
+    rest = float(np.linalg.norm(step.ravel() - columns @ found))
+    return float(found[0]) if rest <= 1e-3 * float(np.linalg.norm(step)) else 0.0
+
+
+def _once(step: np.ndarray, right: np.ndarray, param: np.ndarray) -> bool:
+    return abs(_factor(step, right, param) - 1) < 1e-3
+
+
+def _times(factor: float) -> str:
+    """In words."""
+    words = {2.0: ": twice", 0.5: ": half", -1.0: ": the wrong sign", 4.0: ": four times", 0.25: ": a quarter"}
+    known = next((text for value, text in words.items() if abs(factor - value) < 0.01 * abs(value)), "")
+    return f"x{factor:.2f}{known}" if abs(factor - 1) > 0.01 else f"x{factor:.6g}"
+
+
+def _gap(worst: Departure, traces: list[Trace], truth: Truth, start: int) -> Gap:
+    """The departure in the table: of the movement since the first step."""
+    part = traces[worst.rank].values[worst.step - start].get(worst.name)
+    index = traces[worst.rank].index[worst.name]
+    cosine = norms = math.nan
+    if part is not None and part.shape == index.shape:
+        begin = truth.values[0][worst.name].ravel()[index]
+        own, right = part - begin, truth.values[worst.step][worst.name].ravel()[index] - begin
+        a, b = float(np.linalg.norm(own)), float(np.linalg.norm(right))
+        if a and b:
+            cosine, norms = float(np.vdot(own, right)) / (a * b), a / b
+    ratio = worst.error / worst.limit if worst.limit else 0.0 if not worst.error else math.inf
+    return Gap(worst.step, f"{worst.name}, rank {worst.rank}", worst.error, worst.limit, ratio, cosine, norms)
+
+
+def _types(outcome: Outcome, loaded: bool = False) -> dict[str, str]:
+    """Of the tensors of the state, over all ranks: before saving or after loading."""
+    return {k: v for trace in outcome.traces for k, v in (trace.loaded if loaded else trace.saved).items()}
+
+
+def _changed(before: dict[str, str], after: dict[str, str]) -> str:
+    """Types of states that saving and loading changed."""
+    lost = [f"{k} was {v} and is {after[k]}" for k, v in sorted(before.items()) if after.get(k, v) != v]
+    return f"loading changes the precision of its state: {'; '.join(lost[:3])}" if lost else ""
+
+
+def _places(ones: list[Departure], traces: list[Trace]) -> str:
+    """Parameters and ranks, in words."""
+    ranks = sorted({d.rank for d in ones})
+    names = list(dict.fromkeys(d.name for d in ones))
+    owned = {(n, r) for r in ranks for n, i in traces[r].index.items() if i.size}
+    here = {(d.name, d.rank) for d in ones}
+    everywhere = ranks == [r for r, t in enumerate(traces) if any(t.index[n].size for n in names)]
+    on = "" if everywhere and len(traces) > 1 else f" on ranks {ranks}" if len(traces) > 1 else ""
+    if here == owned and len(names) > 1:
+        return ("every parameter" + on) if on else "everywhere"
+    return ", ".join(names) + (on or (" on every rank" if len(traces) > 1 else ""))
+
+
+def _agreeing(found: list[Departure], traces: list[Trace]) -> str:
+    names = [n for n in traces[0].index if n not in {d.name for d in found}]
+    return f" (right: {', '.join(names)})" if names else ""
