@@ -348,12 +348,8 @@ def limited(timeout: float, memory: float | None) -> Limits:
     return limits
 
 
-    With --world there are none either: TARGET runs on processes that are spread over a mesh, and in one process, and
-    must make the same steps. It is a torch optimizer, a function of (model, ...) or (params, ...) that makes one, or an
-    optax transformation, with arguments in brackets. A difference is reported with the step, the parameter, the ranks
-    and the name of the mistake.
-
-    TARGET runs in a process of its own; its output goes to the error stream.
+def written(report: Any, file: Path | None) -> str:
+    """Write the report as JSON to ``file``; return the file and the reason if this failed, else ""."""
     try:
         if file is not None:
             file.write_text(json_module.dumps(report.as_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -362,12 +358,8 @@ def limited(timeout: float, memory: float | None) -> Limits:
     return ""
 
 
-    With --world there are none either: TARGET runs on processes that are spread over a mesh, and in one process, and
-    must make the same steps. It is a torch optimizer, a function of (model, ...) or (params, ...) that makes one, or an
-    optax transformation, with arguments in brackets. A difference is reported with the step, the parameter, the ranks
-    and the name of the mistake.
-
-    TARGET runs in a process of its own; its output goes to the error stream.
+def printed(report: Any, verbose: bool, show: Callable[..., None] | None = None) -> str:
+    """Write the report to standard output in one piece, so that a reader may close it early; returns as `written`."""
     from rich.console import Console
 
     if sys.stdout is None:
@@ -405,12 +397,8 @@ def with_progress(run: Any, total: int) -> Any:
         return run(step)
 
 
-    With --world there are none either: TARGET runs on processes that are spread over a mesh, and in one process, and
-    must make the same steps. It is a torch optimizer, a function of (model, ...) or (params, ...) that makes one, or an
-    optax transformation, with arguments in brackets. A difference is reported with the step, the parameter, the ranks
-    and the name of the mistake.
-
-    TARGET runs in a process of its own; its output goes to the error stream.
+def show_report(report: Report, console: Console, verbose: bool = False) -> None:
+    """Print the report for a person."""
     console.print(f"{report.target} against {report.method}: {report.dtype}, level {report.level}", end="\n\n")
     unexpected = {r.id for r in report.failures}
     rows = [r for r in report.results if verbose or r.id in unexpected or r.id in report.unexpected_passes or may(r)]
@@ -499,12 +487,8 @@ def count(results: list[Result]) -> str:
     return ", ".join(f"{numbers[s]} {s}" for s in ("passed", "failed", "error", "skipped") if numbers[s]) or "none"
 
 
-    With --world there are none either: TARGET runs on processes that are spread over a mesh, and in one process, and
-    must make the same steps. It is a torch optimizer, a function of (model, ...) or (params, ...) that makes one, or an
-    optax transformation, with arguments in brackets. A difference is reported with the step, the parameter, the ranks
-    and the name of the mistake.
-
-    TARGET runs in a process of its own; its output goes to the error stream.
+def table(results: list[Result], report: Any) -> Table:
+    """Return a table with one row per result."""
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, header_style="bold")
