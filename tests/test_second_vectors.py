@@ -208,8 +208,8 @@ HOLES = {
                            "self.learning_rate, OnlineSketchState(now.step, sketch)")],
         "FDSON/no-delta"),
     "tail_decay ignored where size = d": (
-        sketchy, [("rows, method.beta2, method.tail_decay,",
-                   "rows, method.beta2, None if method.size == d else method.tail_decay,")],
+        sketchy, [("self.tail_decay, size=self.size",
+                   "None if self.size == rows.shape[-1] else self.tail_decay, size=self.size")],
         "SShampoo/size-is-dimension"),
     "the exponent of at most three axes": (
         shampoo, [("law = roots.Law(-0.5 / len(state.grams), self.eps)\n        grams",
