@@ -192,6 +192,21 @@ def needs_float64(config: Config) -> bool:
     return getattr(config.method, "solver", None) == "gram64"
 
 
+def is_deep(backend: str, name: str, config: Config) -> bool:
+    """Whether only the deep tests have the configuration on the backend, as others prove as much in less time.
+
+    Eagerly on JAX, and under torch.compile: all but `EAGERLY`, for what runs under `jit`, as all do, runs without, and the
+    adapter's tests compile each method. Under `jit`: where the step's number decides nothing, as `test_device_traffic`
+    sees on all that no value is read.
+    """
+    if backend in ("jax", "torch-compile"):
+        return name.partition("-")[0] not in EAGERLY
+    periods = config.method.periods
+    return (
+        backend == "jax-jit" and name not in FIRST and set(periods if isinstance(periods, tuple) else (periods,)) == {1}
+    )
+
+
 PARTS = {
     "test_conformance": 8,
     "test_diagnose": 4,
@@ -284,19 +299,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     narrow = FLOAT32 if metafunc.definition.get_closest_marker("float32") else ()
     backends = [b for b in asked or (*(EAGER if eager else BACKENDS), *narrow) if b not in FLOAT32 or b in narrow]
     if any(metafunc.definition.get_closest_marker(name) for name in ("cases", "eager_cases")):
-        # JAX compiles every single operation: eagerly a configuration of each of `EAGERLY`, in the deep tests one of
-        # each method, unless it was asked for. What runs under `jit`, as all do, runs without.
+        # JAX compiles every single operation: eagerly one configuration of a method, unless it was asked for
         marker = metafunc.definition.get_closest_marker("cases")
         few = () if asked else ("jax", *FLOAT32, *(marker.kwargs.get("first_on", ()) if marker else ()))
         if eager:
             few = (*few, "dpnp")  # which compiles too
-        deep = () if asked else ("jax", *(marker.kwargs.get("deep_on", ()) if marker else ()))
         cases = [
             pytest.param(
                 backend,
                 config,
                 id=f"{backend}-{name}",
-                marks=[pytest.mark.deep] * (backend in deep and name.partition("-")[0] not in EAGERLY),
+                marks=[pytest.mark.deep] * (not asked and is_deep(backend, name, config)),
             )
             for backend in backends
             for name, config in CONFIGS.items()
