@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from precond_ref import theory
 from precond_ref.methods import agd, asgo, baselines, inverse_free, mbf, root_free, sketchy
+from precond_ref.numerics import nystrom
 from precond_ref.numerics import sketch as fd
 from precond_ref.problems import online
 from precond_ref.problems.base import generator
@@ -33,6 +34,7 @@ REAL = SimpleNamespace(
     fd=fd,
     inverse_free=inverse_free,
     mbf=mbf,
+    nystrom=nystrom,
     root_free=root_free,
     sketchy=sketchy,
 )
@@ -64,6 +66,7 @@ EXAMPLES = {
     "sadagrad_online": 21_000,
     "sshampoo_online": 30_000,
     "sketch_stream": 22_000,
+    "nystrom_online": 17_500,
     "factors_at_rest": 14_000,
     "mbf_network": 13_000,
     "asgo_online": 17_000,
@@ -351,6 +354,26 @@ def sketch_stream(lib: Any, case: Case) -> list[Check]:
 
 
 @family(
+    "nystrom.lower", "nystrom.error", "nystrom.growth", "nystrom.least", "nystrom.weyl", "nystrom.trace",
+    "nystrom.mass", "nystrom.root-trace",
+    kind=online.ROWS, d=Ints(8, 14), count=Ints(8, 14), size=Ints(1, 4), spare=Ints(1, 3), rounds=Ints(1, 8),
+    beta2=(1.0, 0.9, 0.5),
+)  # fmt: skip
+def nystrom_stream(lib: Any, case: Case) -> list[Check]:
+    """Certified sketches on a stream of rows, some of them by the exact decomposition."""
+    rows = online.rows(case["kind"], case["count"], case["d"], case["rounds"], case["seed"])
+    t = theory.sketchy
+    s = t.record_certified(rows, case["size"], case["beta2"], spare=case["spare"], lib=lib.nystrom)
+    return [
+        each(s)
+        for each in (
+            t.certified_lower, t.certified_error, t.certified_growth, t.certified_least, t.weyl, t.certified_trace,
+            t.certified_mass, t.certified_root_trace,
+        )
+    ]  # fmt: skip
+
+
+@family(
     "sadagrad.quadratic", "sadagrad.regret-by-sketch", "sadagrad.regret", "sadagrad.theorem-3", "sadagrad.corollary-4",
     kind=tuple(online.ADVERSARIES), ball=(True, False), d=Ints(1, 6), size=Ints(1, 7), rounds=Ints(1, 30),
     eta=Floats(-2, 2), length=Floats(-2, 2), tuned=(True, True, True, False),
@@ -384,6 +407,26 @@ def sadagrad_online(lib: Any, case: Case) -> list[Check]:
 )  # fmt: skip
 def sshampoo_online(lib: Any, case: Case) -> list[Check]:
     """Gradients of rank at most r, free; ``tuned``: the comparator has distance eta sqrt(2 r)."""
+    t = theory.sketchy
+    return sshampoo_checks(
+        lib, case, "svd", (t.sshampoo_quadratic, t.sshampoo_root_trace, t.sshampoo_regret, t.theorem_5)
+    )
+
+
+@family(
+    "nystrom.quadratic", "nystrom.regret", "nystrom.theorem-5",
+    kind=tuple(k for k in online.ADVERSARIES if "preconditioned" not in k), m=Ints(20, 22), n=Ints(20, 22),
+    rank=Ints(1, 3),
+    size=Ints(1, 2), eps=(0.0, 1e-3, 1.0), rounds=Ints(1, 24), eta=Floats(-2, 2), length=Floats(-2, 2), tuned=(True,),
+)  # fmt: skip
+def nystrom_online(lib: Any, case: Case) -> list[Check]:
+    """The same with certified sketches, on matrices so large that these are not exact."""
+    t = theory.sketchy
+    return sshampoo_checks(lib, case, "nystrom", (t.certified_quadratic, t.certified_regret, t.certified_theorem_5))
+
+
+def sshampoo_checks(lib: Any, case: Case, solver: str, statements: tuple[Any, ...]) -> list[Check]:
+    """Of a run of S-Shampoo."""
     m, n, t = case["m"], case["n"], theory.sketchy
     rank, size = min(case["rank"], m, n), min(case["size"], max(m, n) + 1)
     narrow = online.adversary(
@@ -397,16 +440,13 @@ def sshampoo_online(lib: Any, case: Case) -> list[Check]:
         gradient=lambda i, x, s: narrow.gradient(i, x @ frame.T, s) @ frame,
     )
     eta = 2.0 ** case["eta"]
-    run = theory.record(lib.sketchy.SShampoo(size=size, eps=case["eps"]), stream, eta)
+    run = theory.record(lib.sketchy.SShampoo(size=size, eps=case["eps"], solver=solver), stream, eta)
     total = np.sum(run.gradients, axis=0)
     comparator = -(2.0 ** case["length"]) * total / max(float(np.linalg.norm(total)), 1e-300)
     if case["tuned"]:
         found = t.comparator_at_distance(run, eta * math.sqrt(2 * rank))
         comparator = comparator if found is None else found
-    return [
-        s(run, comparator, rank)
-        for s in (t.sshampoo_quadratic, t.sshampoo_root_trace, t.sshampoo_regret, t.theorem_5)
-    ]  # fmt: skip
+    return [s(run, comparator, rank) for s in statements]
 
 
 # ---- root-free methods ----------------------------------------------------------------------------------------------

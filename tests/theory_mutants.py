@@ -98,6 +98,21 @@ MUTANTS: dict[str, Mutant] = {
     "sketch: mass left out of sum": Mutant(
         "fd", "escaped=(beta2 if tail_decay is None else tail_decay) * sketch.escaped + ", "escaped="
     ),
+    # certified sketches
+    "nystrom: s_l^2 for the mass": Mutant("nystrom", "xp.sqrt(bound)[..., None], 0.0", "cut, 0.0"),
+    "nystrom: mass forgets": Mutant("nystrom", "escaped=tail_decay * sketch.escaped", "escaped=0 * sketch.escaped"),
+    "nystrom: W not orthonormal": Mutant("nystrom", "w = qr(bt @ qr(x))", "w = bt @ qr(x)"),
+    "nystrom: old sketch not decayed": Mutant(
+        "nystrom", "fd.concatenated(sketch, rows, beta2, size", "fd.concatenated(sketch, rows, 1.0, size"
+    ),
+    "nystrom: s_l^2 added back": Mutant(
+        "nystrom", "(h * unit) * (total * unit),", "(h * unit) * (total * unit) + (cut * unit) ** 2,"
+    ),
+    "nystrom: cut one later": Mutant("nystrom", "s[..., size - 1 : size]\n    h", "s[..., size : size + 1]\n    h"),
+    "nystrom: largest for the least": Mutant(
+        "nystrom", "for part in (cut, mass, lost)", "for part in (s[..., :1], mass, lost)"
+    ),
+    "nystrom: lost trace doubled": Mutant("nystrom", "+ lost * lost", "+ 2 * lost * lost"),
     # root-free
     "rf: old s": Mutant(
         "root_free",
@@ -145,6 +160,7 @@ SUBJECTS = {
     "sgd": ("baselines",),
     "agd": ("agd",),
     "sketch": ("fd",),
+    "nystrom": ("nystrom", "fd"),
     "sadagrad": ("fd",),
     "sshampoo": ("fd",),
     "rf": ("root_free", "inverse_free"),
@@ -158,9 +174,9 @@ def library(module: str, *changes: tuple[str, str]) -> Any:
     """The modules, a copy of one of them with changes; `sketchy` is made anew on a copied sketch."""
     names = dict(vars(theory_cases.REAL))
     names[module] = mutated(names[module], *changes)
-    if module == "fd":
+    if module in ("fd", "nystrom"):
         names["sketchy"] = mutated(names["sketchy"])
-        names["sketchy"].fd = names["fd"]
+        vars(names["sketchy"])[module] = names[module]
     return SimpleNamespace(**names)
 
 
@@ -214,6 +230,17 @@ CAUGHT: dict[str, dict[str, int]] = {
     "sketch.exact": {"sketch: decayed by beta2 in the root": 1, "sketch: new rows doubled": 1},
     "sketch.low-rank": {"sketch: eps onto the stored eigenvalues": 36},
     "sketch.root-trace": {"sketch: new rows doubled": 1, "sketch: eps onto the stored eigenvalues": 1},
+    "nystrom.lower": {"nystrom: W not orthonormal": 1, "nystrom: old sketch not decayed": 1},
+    "nystrom.error": {"nystrom: s_l^2 for the mass": 0, "nystrom: mass forgets": 0},
+    "nystrom.growth": {"nystrom: s_l^2 for the mass": 0, "nystrom: mass forgets": 0},
+    "nystrom.least": {"nystrom: W not orthonormal": 0, "nystrom: largest for the least": 1},
+    "nystrom.weyl": {"nystrom: s_l^2 for the mass": 0, "nystrom: cut one later": 0},
+    "nystrom.trace": {"nystrom: s_l^2 added back": 0, "nystrom: lost trace doubled": 0},
+    "nystrom.mass": {"nystrom: s_l^2 added back": 0, "nystrom: lost trace doubled": 0},
+    "nystrom.root-trace": {"nystrom: old sketch not decayed": 1, "nystrom: lost trace doubled": 2},
+    "nystrom.quadratic": {"sketch: mass not added back": 4, "nystrom: mass forgets": 30},
+    "nystrom.regret": {"sketch: a hundredth": 446},
+    "nystrom.theorem-5": {"sketch: a hundredth": 446},
     "sadagrad.quadratic": {"sketch: mass halved": 0, "sketch: mass forgets": 0, "sketch: mass left out of sum": 0},
     "sadagrad.regret-by-sketch": {"sketch: mass not added back": 0, "sketch: ascent": 5, "sketch: a hundredth": 11},
     "sadagrad.regret": {"sketch: ascent": 5, "sketch: a hundredth": 11, "sketch: fourfold": 13},

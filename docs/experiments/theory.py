@@ -13,8 +13,8 @@ import common
 from precond_ref import theory
 
 RECORD = Path(__file__).parents[2] / "tests" / "theory_worst.json"
-GROUPS = {"asgo": "#0072B2", "sgd": "#000000", "agd": "#D55E00", "sketch": "#009E73", "sadagrad": "#CC79A7",
-          "sshampoo": "#E69F00", "rf": "#56B4E9", "if": "#56B4E9", "mbf": "#7A5195"}  # fmt: skip
+GROUPS = {"asgo": "#0072B2", "sgd": "#000000", "agd": "#D55E00", "sketch": "#009E73", "nystrom": "#009E73",
+          "sadagrad": "#CC79A7", "sshampoo": "#E69F00", "rf": "#56B4E9", "if": "#56B4E9", "mbf": "#7A5195"}  # fmt: skip
 
 
 def main() -> None:

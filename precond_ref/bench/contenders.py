@@ -40,6 +40,29 @@ def adapter(method: str) -> Callable[[Shapes], Step]:
     return make
 
 
+def _numpy(name: str, **fields: Any) -> Callable[[Shapes], Step]:
+    def make(shapes: Shapes) -> Step:
+        import numpy as np
+
+        import precond_ref
+
+        rng = np.random.default_rng(0)
+
+        def draw() -> dict[str, Any]:
+            return {path: rng.standard_normal(shape).astype("float32") for path, shape in shapes.items()}
+
+        optimizer = precond_ref.Optimizer(getattr(precond_ref, name)(**fields), lr=LR)
+        params, turn = draw(), itertools.cycle([draw() for _ in range(GRADIENTS)])
+        carried: list[Any] = [params, optimizer.init(params)]
+
+        def step() -> None:
+            carried[:] = optimizer.step(carried[0], next(turn), carried[1])
+
+        return step
+
+    return make
+
+
 def _torch_own(name: str, **options: Any) -> Callable[[Shapes], Step]:
     def make(shapes: Shapes) -> Step:
         import torch
@@ -179,15 +202,17 @@ def _sketch(solver: str | None, size: int = 32) -> Callable[[Shapes], Step]:
         import torch
         from array_api_compat import array_namespace
 
-        from precond_ref.numerics import sketch
+        from precond_ref.numerics import nystrom, sketch
         from precond_ref.numerics.template import arrays_of, stacked
 
+        lib: Any = nystrom if solver == "nystrom" else sketch
+        options = {} if solver in (None, "nystrom") else {"solver": solver}
         xp = array_namespace(torch.empty(0))
         work: list[list[Any]] = []
         for stack in _stacks(shapes):
             count, d, _ = stack[0].shape
-            empty = arrays_of(stacked(sketch.empty(d, size), (count,)), stack[0], xp)
-            work.append([itertools.cycle(stack), sketch.update(empty, stack[0].mT, 0.99, size=size, xp=xp)])
+            empty = arrays_of(stacked(lib.empty(d, size), (count,)), stack[0], xp)
+            work.append([itertools.cycle(stack), lib.update(empty, stack[0].mT, 0.99, size=size, xp=xp)])
 
         def step() -> None:
             for item in work:
@@ -196,7 +221,35 @@ def _sketch(solver: str | None, size: int = 32) -> Callable[[Shapes], Step]:
                     factor = torch.cat([item[1].basis, rows.mT], dim=-1)
                     torch.linalg.svd(factor, full_matrices=False)
                 else:
-                    item[1] = sketch.update(item[1], rows, 0.99, size=size, solver=solver, xp=xp)
+                    item[1] = lib.update(item[1], rows, 0.99, size=size, xp=xp, **options)
+
+        return step
+
+    return make
+
+
+def _bare_nystrom(size: int) -> Callable[[Shapes], Step]:
+    """The products, QR factorizations and small SVD of a certified sketch, and the Gram matrix of what is left."""
+
+    def make(shapes: Shapes) -> Step:
+        import torch
+
+        def qr(matrix: Any) -> Any:
+            return torch.linalg.qr(matrix)[0]
+
+        turns = [itertools.cycle(stack) for stack in _stacks(shapes)]
+
+        def step() -> None:
+            for turn in turns:
+                g = next(turn)
+                b = torch.cat([g[..., :size], g], dim=-1)
+                x = b[..., : size + 8]
+                x = b @ qr(b.mT @ qr(x))
+                w = qr(b.mT @ qr(x))
+                f, triangle = torch.linalg.qr(b @ w)
+                u, s, vt = torch.linalg.svd(triangle)
+                r = b - (f @ u[..., :size]) @ ((s[..., :size, None] * vt[..., :size, :]) @ w.mT)
+                _ = r @ r.mT
 
         return step
 
@@ -296,6 +349,13 @@ OURS: dict[str, Callable[[Shapes], Step]] = {
     "RFRMSProp": _torch("RFRMSProp"),
     "MBF": _torch("MBF"),
     "SShampoo": _torch("SShampoo", size=32),
+    "SShampoo, nystrom": _torch("SShampoo", size=32, solver="nystrom"),
+    "SShampoo, size 128": _torch("SShampoo", size=128),
+    "SShampoo, size 128, nystrom": _torch("SShampoo", size=128, solver="nystrom"),
+    "SShampoo, NumPy": _numpy("SShampoo", size=32),
+    "SShampoo, NumPy, nystrom": _numpy("SShampoo", size=32, solver="nystrom"),
+    "SShampoo, NumPy, size 128": _numpy("SShampoo", size=128),
+    "SShampoo, NumPy, size 128, nystrom": _numpy("SShampoo", size=128, solver="nystrom"),
     "SShampoo, gram64": _torch("SShampoo", size=32, solver="gram64"),
     "eigh alone": _root("eigh"),
     "power -1/2": _root("power", -0.5, 1e-6),
@@ -306,6 +366,11 @@ OURS: dict[str, Callable[[Shapes], Step]] = {
     "svd alone": _sketch(None),
     "sketch, svd": _sketch("svd"),
     "sketch, gram64": _sketch("gram64"),
+    "sketch, size 128, svd": _sketch("svd", 128),
+    "sketch, nystrom": _sketch("nystrom"),
+    "sketch, size 128, nystrom": _sketch("nystrom", 128),
+    "sketch, nystrom, bare": _bare_nystrom(32),
+    "sketch, size 128, nystrom, bare": _bare_nystrom(128),
     "training with Adam": _training(_adam_training),
     "training with MBF, authors_code('cnn')": _training(_mbf_training(True)),
     "training with MBF": _training(_mbf_training(False)),
@@ -316,6 +381,9 @@ OURS: dict[str, Callable[[Shapes], Step]] = {
     "if_shampoo": _jax("if_shampoo"),
     "mbf": _jax("mbf"),
     "s_shampoo": _jax("s_shampoo", size=32),
+    "s_shampoo, nystrom": _jax("s_shampoo", size=32, solver="nystrom"),
+    "s_shampoo, size 128": _jax("s_shampoo", size=128),
+    "s_shampoo, size 128, nystrom": _jax("s_shampoo", size=128, solver="nystrom"),
     "s_shampoo, practical": _jax("s_shampoo_practical", size=32, merge=1),
 }
 """Steps by name; capitals are the PyTorch adapter, small letters the JAX adapter."""

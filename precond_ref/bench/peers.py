@@ -176,5 +176,6 @@ PEERS: dict[str, tuple[str, Callable[[Shapes], Step]]] = {
     "pytorch_optimizer SOAP, every step": ("torch", _pytorch_optimizer("SOAP", precondition_frequency=1)),
     "sirfshampoo": ("torch", _sirf_shampoo),
     "precondition_opt FD": ("jax", _precondition_fd(32)),
+    "precondition_opt FD, size 128": ("jax", _precondition_fd(128)),
 }
 """Peers by name: their environment, and the function that makes a step."""

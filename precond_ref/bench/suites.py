@@ -39,6 +39,23 @@ STEPS = (
     Race("IF-Shampoo, torch", "transformer", ("IFShampoo", "IFShampoo, bare", "sirfshampoo")),
     Race("S-Shampoo", "few", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
     Race("S-Shampoo", "squares", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
+    *(
+        Race(
+            f"certified S-Shampoo of size {size}",
+            workload,
+            (
+                f"SShampoo{part}",
+                f"SShampoo{part}, nystrom",
+                f"s_shampoo{part}",
+                f"s_shampoo{part}, nystrom",
+                f"SShampoo, NumPy{part}",
+                f"SShampoo, NumPy{part}, nystrom",
+                f"precondition_opt FD{part}",
+            ),
+        )
+        for size, part in ((32, ""), (128, ", size 128"))
+        for workload in ("squares", "square")
+    ),
     Race("S-Shampoo", "contraction", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
     Race("S-Shampoo", "matrices", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
     Race(
@@ -50,9 +67,20 @@ STEPS = (
 )
 
 ROOTS = tuple(Race("roots", workload, ROOTS_OF) for workload in ("matrices", "transformer"))
-SKETCH = tuple(
-    Race("sketch of rank 31", workload, ("svd alone", "sketch, svd", "sketch, gram64"))
-    for workload in ("matrices", "large")
+SKETCH = (
+    *(
+        Race("sketch of rank 31", workload, ("svd alone", "sketch, svd", "sketch, gram64"))
+        for workload in ("matrices", "large")
+    ),
+    *(
+        Race(
+            f"certified sketch of size {size}",
+            workload,
+            (f"sketch{part}, svd", f"sketch{part}, nystrom", f"sketch{part}, nystrom, bare"),
+        )
+        for size, part in ((32, ""), (128, ", size 128"))
+        for workload in ("squares", "square")
+    ),
 )
 RACES = {"steps": STEPS, "roots": ROOTS, "sketch": SKETCH}
 

@@ -56,6 +56,11 @@ def squares() -> Shapes:
     return matrices(2, 384)
 
 
+def square() -> Shapes:
+    """One matrix of 1024 x 1024."""
+    return matrices(1, 1024)
+
+
 def contraction() -> Shapes:
     """Return one matrix of the transformer that is four times as long as wide."""
     return large(384, 1536)
@@ -65,6 +70,7 @@ WORKLOADS = {
     "matrices": matrices,
     "few": few,
     "squares": squares,
+    "square": square,
     "contraction": contraction,
     "transformer": transformer,
     "convolutions": convolutions,
@@ -74,6 +80,7 @@ SMOKE: dict[str, Shapes] = {
     "matrices": matrices(3, 8),
     "few": matrices(2, 8),
     "squares": matrices(2, 16),
+    "square": matrices(1, 24),
     "contraction": large(8, 32),
     "transformer": transformer(1, 8),
     "convolutions": convolutions(1, 2),

@@ -3,14 +3,18 @@
 G_t = sum_s beta2^(t-s) M_s, Gbar_t its sketch of size l, rho_{1:t} the escaped mass, Gtil_t = Gbar_t + rho_{1:t} I, and
 Omega = min_{k<l} (sum_{i>k} lambda_i) / (l - k). ``A <= B`` between matrices is written as
 ``lambda_1(B) + lambda_1(A - B) <= lambda_1(B)``, at the round where it is tightest.
+
+Of a certified sketch (`precond_ref.numerics.nystrom`) kappa_t = tr(G_t - Gbar_t) / (l rho_{1:t}) takes l to kappa_t l
+in what bounds rho_{1:t}; kappa_t is known only afterwards.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from precond_ref.numerics import nystrom
 from precond_ref.numerics import sketch as fd
 from precond_ref.theory.base import Array, Run, Sides, Source, about, np, pseudo_power, statement, trace_power
 
@@ -35,6 +39,10 @@ class Sketched:
     size: int
     """l."""
     beta2: float
+    least: Array = None
+    """Of a certified sketch, (T,): the decayed sum of s_l^2."""
+    lost: Array = None
+    """Of a certified sketch, (T,): tr(G_t - Gbar_t), as it was summed."""
 
     @functools.cached_property
     def news(self) -> Array:
@@ -100,10 +108,36 @@ def record_sketch(
     return Sketched(rows=rows, basis=basis, eigenvalues=eigenvalues, escaped=escaped, size=size, beta2=beta2)
 
 
-def omega(spectrum: Array, size: int) -> Array:
-    """min over k < l of (sum of the eigenvalues after the k-th) / (l - k); ``spectrum`` (..., d) is descending."""
-    d = spectrum.shape[-1]
-    return np.min([spectrum[..., k:].sum(axis=-1) / (size - k) for k in range(min(size, d + 1))], axis=0)
+def record_certified(
+    rows: Array, size: int, beta2: float = 1.0, *, spare: int = nystrom.SPARE, lib: Any = nystrom
+) -> Sketched:
+    """The same with certified masses; ``lib`` stands for `precond_ref.numerics.nystrom`."""
+    d = rows.shape[-1]
+    k = min(d, size)
+    sketch = lib.CertifiedSketch(np.zeros((d, k)), np.zeros(k), *(np.zeros(()) for _ in range(3)))
+    out = []
+    for new in rows:
+        sketch = lib.update(sketch, new, beta2, size=size, spare=spare)
+        out.append(sketch)
+    basis, eigenvalues, escaped, least, lost = (np.stack(part) for part in zip(*out, strict=True))
+    return Sketched(
+        rows=rows, basis=basis, eigenvalues=eigenvalues, escaped=escaped, size=size, beta2=beta2, least=least, lost=lost
+    )
+
+
+def omega(spectrum: Array, size: Any) -> Array:
+    """min over k < l of (sum of the eigenvalues after the k-th) / (l - k); ``spectrum`` (..., d) is descending.
+
+    ``size`` may be any positive number, or one for each spectrum; where l - k is below 1e-9, it may be rounding.
+    """
+    left = np.asarray(size)[..., None] - np.arange(spectrum.shape[-1] + 1)
+    tails = np.concatenate([spectrum[..., ::-1].cumsum(axis=-1)[..., ::-1], 0 * spectrum[..., :1]], axis=-1)
+    return np.min(np.where(left > 1e-9, tails, np.inf) / np.where(left > 1e-9, left, 1.0), axis=-1)
+
+
+def effective(size: int, lost: Any, escaped: Any) -> Any:
+    """kappa l of a certified sketch; l where nothing has escaped."""
+    return np.where(escaped > 0, lost / np.where(escaped > 0, escaped, 1.0), size)
 
 
 def _order(s: Sketched, smaller: Array, larger: Array) -> Sides:
@@ -242,6 +276,79 @@ def root_trace(s: Sketched) -> Sides:
     return Sides(left=left[t], right=right[t], rounding=4 * d * 2.0**-26 * right[t], symbols=_symbols(s, t))
 
 
+# ---- certified sketches ---------------------------------------------------------------------------------------------
+
+
+@statement("nystrom.lower", "Gbar_t <= G_t, certified sketch", Source.PROVED, PAGE)
+def certified_lower(s: Sketched) -> Sides:
+    """(i), left half, whatever was found of the leading eigenvectors."""
+    return _order(s, s.low, s.gram)
+
+
+@statement("nystrom.error", "|G_t - Gbar_t| <= rho_{1:t}, certified", Source.PROVED, PAGE)
+def certified_error(s: Sketched) -> Sides:
+    """(i), right half."""
+    return _worst(s, np.linalg.norm(s.gram - s.low, 2, axis=(1, 2)), s.escaped)
+
+
+@statement("nystrom.growth", "beta2 Gtil_{t-1} + M_t <= Gtil_t, certified", Source.PROVED, PAGE)
+def certified_growth(s: Sketched) -> Sides:
+    """(iii)."""
+    return _order(s, s.beta2 * s.before(s.bound) + s.news, s.bound)
+
+
+def _cuts(s: Sketched) -> Array:
+    """Decayed sum of lambda_l(A_s), (T,)."""
+    total, out = 0.0, []
+    for cut in np.maximum(s.candidates[:, s.size - 1], 0.0):
+        total = s.beta2 * total + cut
+        out.append(total)
+    return np.array(out)
+
+
+@statement("nystrom.least", "sum_s beta2^(t-s) s_l^2 <= sum_s beta2^(t-s) lambda_l(A_s), l <= d", Source.PROVED, PAGE)
+def certified_least(s: Sketched) -> Sides:
+    """What ``diagnose`` divides the mass by."""
+    return _worst(s, s.least, _cuts(s))
+
+
+@statement("nystrom.weyl", "sum_s beta2^(t-s) lambda_l(A_s) <= rho_{1:t}, certified, l <= d", Source.PROVED, PAGE)
+def weyl(s: Sketched) -> Sides:
+    """No mass could be smaller."""
+    return _worst(s, _cuts(s), s.escaped)
+
+
+@statement("nystrom.trace", "tr Gbar_t = tr G_t - sum_s beta2^(t-s) |R_s|_F^2", Source.PROVED, PAGE, identity=True)
+def certified_trace(s: Sketched) -> Sides:
+    """At the round where it is worst."""
+    unit = np.maximum(s.spectrum[:, 0], 1e-300)
+    left = np.trace(s.low, axis1=1, axis2=2) / unit
+    right = (np.trace(s.gram, axis1=1, axis2=2) - s.lost) / unit
+    t = int(np.argmax(abs(left - right)))
+    return Sides(left=left[t], right=right[t], rounding=TOLERANCE, symbols=_symbols(s, t))
+
+
+@statement(
+    "nystrom.mass", "rho_{1:t} <= Omega_{kappa l}(G_t), kappa l = tr(G_t - Gbar_t) / rho_{1:t}", Source.PROVED, PAGE
+)
+def certified_mass(s: Sketched) -> Sides:
+    """(ii) with the kappa that was measured; kappa >= 1 gives the exact sketch's bound."""
+    return _worst(s, s.escaped, omega(s.spectrum, effective(s.size, s.lost, s.escaped)))
+
+
+@statement(
+    "nystrom.root-trace", "tr Gtil_t^{1/2} <= tr G_t^{1/2} + sqrt(d (d - kappa l) rho_{1:t})", Source.PROVED, PAGE
+)
+def certified_root_trace(s: Sketched) -> Sides:
+    """(vii)."""
+    d = s.dimension
+    spare = np.maximum(d - effective(s.size, s.lost, s.escaped), 0)
+    left = trace_power(s.bound, 0.5)
+    right = np.sum(np.sqrt(s.spectrum), axis=1) + np.sqrt(d * spare * s.escaped)
+    t = int(np.argmax(left / np.maximum(right, 1e-300)))
+    return Sides(left=left[t], right=right[t], rounding=4 * d * 2.0**-26 * right[t], symbols=_symbols(s, t))
+
+
 # ---- S-AdaGrad ------------------------------------------------------------------------------------------------------
 
 
@@ -360,16 +467,18 @@ class SShampooForm:
             raise ValueError(f"the parameter must be a matrix, got shape {G.shape[1:]}")
         self.eta, self.r, self.size, self.shape = run.rate, rank, run.method.size, G.shape[1:]
         self.D = float(np.max(np.linalg.norm(run.points[:-1] - comparator, axis=(1, 2))))
-        self.own, self.omegas, self.masses, self.roots = [], [], [], []
+        self.own, self.omegas, self.masses, self.roots, certified = [], [], [], [], []
         for turned, sketch, d in zip((G, np.swapaxes(G, 1, 2)), run.states[-1].sketches, self.shape, strict=True):
             spectrum = np.linalg.svd(np.concatenate(list(turned), axis=-1), compute_uv=False) ** 2
             spectrum = np.concatenate([spectrum, np.zeros(max(d - len(spectrum), 0))])
             bound = (sketch.basis * sketch.eigenvalues) @ sketch.basis.T + (sketch.escaped + eps) * np.eye(d)
             self.own.append(float(np.sum((spectrum + eps) ** 0.25)))
-            self.omegas.append(float(omega(spectrum, self.size)))
+            certified.append(hasattr(sketch, "lost"))
+            size = effective(self.size, sketch.lost, sketch.escaped) if certified[-1] else self.size
+            self.omegas.append(float(omega(spectrum, size)))
             self.masses.append(float(sketch.escaped))
             self.roots.append(float(trace_live(bound, 0.25)))
-        self.regret = run.regret(comparator)
+        self.regret, self.certified = run.regret(comparator), all(certified)
         self.symbols = {
             "D": self.D, "eta": self.eta, "r": rank, "l": self.size, "eps": eps, "T": len(G),
             "tr L^1/4": self.own[0], "tr R^1/4": self.own[1], "rho_L": self.masses[0], "rho_R": self.masses[1],
@@ -440,6 +549,12 @@ def sshampoo_regret(run: Run, comparator: Array, rank: int) -> Sides:
 )
 def theorem_5(run: Run, comparator: Array, rank: int) -> Sides:
     """The paper's Theorem 5."""
+    sides = _theorem_5(run, comparator, rank)
+    exact = not run.form(SShampooForm, comparator, rank).certified
+    return replace(sides, assumptions={**sides.assumptions, "exact cuts": exact})
+
+
+def _theorem_5(run: Run, comparator: Array, rank: int) -> Sides:
     form: SShampooForm = run.form(SShampooForm, comparator, rank)
     right = np.sqrt(2 * rank) * form.D
     for own, d, tail in zip(form.own, form.shape, form.omegas, strict=True):
@@ -451,6 +566,44 @@ def theorem_5(run: Run, comparator: Array, rank: int) -> Sides:
         symbols=form.symbols,
         assumptions={**form.assumptions, "eta = D / sqrt(2 r)": tuned},
     )
+
+
+@sshampoo(
+    "nystrom.regret",
+    "R_T <= D^2/(2 eta) tr Ltil_T^{1/4} tr Rtil_T^{1/4} + eta r tr L_T^{1/4} tr R_T^{1/4}, certified",
+    Source.PROVED,
+    PAGE,
+)
+def certified_regret(run: Run, comparator: Array, rank: int) -> Sides:
+    """Any rate, with the masses that were reported."""
+    return _certified(sshampoo_regret.function(run, comparator, rank), run, comparator, rank)
+
+
+def _certified(sides: Sides, run: Run, comparator: Array, rank: int) -> Sides:
+    certified = run.form(SShampooForm, comparator, rank).certified
+    return replace(sides, assumptions={**sides.assumptions, "certified": certified})
+
+
+@sshampoo(
+    "nystrom.quadratic",
+    "sum <G_t, Ltil_t^{-1/4} G_t Rtil_t^{-1/4}> <= 2 r tr L_T^{1/4} tr R_T^{1/4}, certified",
+    Source.PROVED,
+    PAGE,
+)
+def certified_quadratic(run: Run, comparator: Array, rank: int) -> Sides:
+    """Shampoo's lemma."""
+    return _certified(sshampoo_quadratic.function(run, comparator, rank), run, comparator, rank)
+
+
+@sshampoo(
+    "nystrom.theorem-5",
+    "R_T <= sqrt(2 r) D (tr L_T^{1/4} + m Omega_{L, kappa l}^{1/4}) (tr R_T^{1/4} + n Omega_{R, kappa l}^{1/4})",
+    Source.PROVED,
+    PAGE,
+)
+def certified_theorem_5(run: Run, comparator: Array, rank: int) -> Sides:
+    """Theorem 5 with the kappa of each side as measured, eta = D / sqrt(2 r)."""
+    return _certified(_theorem_5(run, comparator, rank), run, comparator, rank)
 
 
 def comparator_at_distance(run: Run, distance: float) -> Array | None:
