@@ -196,8 +196,8 @@ def is_deep(backend: str, name: str, config: Config) -> bool:
     """Whether only the deep tests have the configuration on the backend, as others prove as much in less time.
 
     Eagerly on JAX, and under torch.compile: all but `EAGERLY`, for what runs under `jit`, as all do, runs without, and
-    the adapter's tests compile each method. Under `jit`: where the step's number decides nothing, as `test_device_traffic`
-    sees on all that no value is read.
+    the adapter's tests compile each method. Under `jit`: where the step's number decides nothing, for
+    `test_device_traffic` sees on all that no value is read.
     """
     if backend in ("jax", "torch-compile"):
         return name.partition("-")[0] not in EAGERLY
