@@ -133,9 +133,7 @@ class ASGO(_ASGO):
     eps: float = real("epsilon, added to the eigenvalues of V under the root (0: pseudo-inverse)", default=1e-10, ge=0)
     side: str = choice("'left', 'right' or 'smaller' (left if m < n, else right)", default="smaller", of=SIDES)
     rms: float | None = real("root mean square of the direction; None: the raw one", default=0.2, gt=0, optional=True)
-    root: str = choice(
-        "'eigh' (the definition), 'polar_express', 'newton_schulz' or 'coupled_newton'", default="eigh", of=SOLVERS
-    )
+    root: str = choice("'eigh' (the definition), or the iteration that makes P", default="eigh", of=SOLVERS)
     root_steps: int = integer("iterations of the roots other than 'eigh'", default=10, ge=1)
     every: int = integer("tau, updates between two roots", default=1, ge=1)
     heads: int | None = integer("blocks of rows with a left V each", default=None, ge=1, optional=True)
