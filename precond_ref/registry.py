@@ -17,12 +17,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from precond_ref.methods import MODULES
 from precond_ref.protocol import _CLASSES, Method, class_hint
 
 
 def list_methods() -> Mapping[str, type[Method]]:
-    """Return all methods of this package by name, in the order of definition (read-only)."""
-    return MappingProxyType({name: cls for name, cls in _CLASSES.items() if not {".", ":"} & set(name)})
+    """Return all methods of this package by name (read-only)."""
+    return MappingProxyType({name: cls for name, cls in _classes().items() if not {".", ":"} & set(name)})
+
+
+def _classes() -> dict[str, type[Method]]:
+    """Return every class by name, those of this package first and always in the same order."""
+    for module in dict.fromkeys(MODULES.values()):
+        importlib.import_module(f"precond_ref.methods.{module}")
+    order = {name: place for place, name in enumerate(MODULES)}
+    return dict(sorted(_CLASSES.items(), key=lambda entry: order.get(entry[0].partition(".")[0], len(order))))
 
 
 def constructors() -> dict[str, Callable[..., Method]]:
@@ -127,11 +136,11 @@ def made_by(make: Any) -> type[Method] | None:
     """Return the class of the methods that ``make``, a class or a preset, makes; None for anything else."""
     if isinstance(make, type):
         return make if issubclass(make, Method) else None
-    return next((c for c in _CLASSES.values() if any(getattr(c, preset) == make for preset in c.presets)), None)
+    return next((c for c in _classes().values() if any(getattr(c, preset) == make for preset in c.presets)), None)
 
 
 def class_of(name: str) -> type[Method]:
-    """Return the class with this `Method.name` without importing a module; ValueError or TypeError if none is loaded.
+    """Return the class with this `Method.name`; ValueError or TypeError if there is none in this package or loaded.
 
     Older checkpoints have the names of Python classes, such as ``ASGOTheory``; these are found, too.
     """
@@ -139,7 +148,10 @@ def class_of(name: str) -> type[Method]:
         raise TypeError(f"method must be a precond_ref.Method or the name of one, got {name!r}{class_hint(name)}")
     if name in _CLASSES:
         return _CLASSES[name]
-    for cls in _CLASSES.values():
+    classes = _classes()
+    if name in classes:
+        return classes[name]
+    for cls in classes.values():
         if cls.__name__ == name and ":" not in cls.name:
             return cls
     hint = f"; import {name.partition(':')[0]} first" if ":" in name else ""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import precond_ref
+from precond_ref.methods import MODULES
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS_AND_TOOLS = {"numpy", "torch", "jax", "cupy", "scipy", "matplotlib", "typer"}
@@ -33,6 +34,21 @@ def loaded_by(statement, cwd):
 
 def test_import_loads_no_backend(tmp_path):
     assert loaded_by("import precond_ref", tmp_path) == set()
+
+
+def test_import_loads_no_method(tmp_path):
+    """Each is imported when it is named: all of them take three times as long as one."""
+    code = "import precond_ref, sys; {}print(*sorted(n for n in sys.modules if n.startswith('precond_ref.methods.')))"
+    assert run_python(code.format(""), tmp_path) == ""
+    assert run_python(code.format("precond_ref.AGD; "), tmp_path) == "precond_ref.methods.agd"
+
+
+def test_every_method_has_its_place():
+    found = {name: cls.__module__.rpartition(".")[2] for name, cls in precond_ref.list_methods().items()}
+    assert list(found.items()) == list(MODULES.items())
+    assert set(found) < set(precond_ref.__all__) < set(dir(precond_ref))
+    folder = Path(precond_ref.__file__).parent / "methods"
+    assert {file.stem for file in folder.glob("*.py")} == {"__init__", *MODULES.values()}
 
 
 def test_import_check_sees_a_backend(tmp_path):

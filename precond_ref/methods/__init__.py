@@ -1,1 +1,31 @@
 """The methods: one module reads like one paper."""
+
+MODULES = {
+    "Adafactor": "adafactor",
+    "AGD": "agd",
+    "ASGO": "asgo",
+    "DASGO": "asgo",
+    "SGD": "baselines",
+    "AdaGrad": "baselines",
+    "FullAdaGrad": "baselines",
+    "RMSProp": "baselines",
+    "Adam": "baselines",
+    "IFShampoo": "inverse_free",
+    "KLShampoo": "klshampoo",
+    "MBF": "mbf",
+    "Muon": "muon",
+    "NorMuon": "muon",
+    "AdaMuon": "muon",
+    "AdaFD": "online_sketches",
+    "FDSON": "online_sketches",
+    "RFDSON": "online_sketches",
+    "RFRMSProp": "root_free",
+    "RFAdamW": "root_free",
+    "RFShampoo": "root_free",
+    "Shampoo": "shampoo",
+    "EShampoo": "shampoo",
+    "SAdaGrad": "sketchy",
+    "SShampoo": "sketchy",
+    "SOAP": "soap",
+}
+"""Where each method is, in the order in which they are listed; a module is imported when it is needed."""
