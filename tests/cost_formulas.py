@@ -97,8 +97,7 @@ def _nystrom(d: int, n: int, k: int, p: int, every: int) -> Work:
     """`nystrom.update` of a factor (d, n): (2), (3), (6), E, (8) with 12 steps, and (9) to (11) by blocks of 64."""
     m = min(d, n)
     products = [(2, n, d, p), (2, d, n, p), (1, d, p, k), (1, k, p, n), (1, d, k, n), (1, m, max(d, n), m)]
-    products += [(12, m, m, 1), *((1, *shape, 1) for j in range(1, 12) for shape in ((j, m), (m, j)))]
-    products += [(1, m, m, 12), (1, 12, m, 12)]
+    products += [(13, 1, m, m), *((1, 1, *shape) for j in range(1, 12) for shape in ((m, j), (j, m))), (1, 12, m, 12)]
     factors = [("qr", 3, d, p), ("qr", 2, n, p), ("svd", 1, p, p), ("eigh", 1, 12, 12)]
     while m:
         b = min(64, m)

@@ -375,7 +375,7 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "one step": ("certificate", (("STEPS = 12", "STEPS = 1"),)),
     "directions of rounding found twice": (
         "certificate",
-        (("unit(x - found @ (t(found) @ x), rounding)", "unit(x - found @ (t(found) @ x), 0.0 * rounding)"),),
+        (("@ found, rounding)", "@ found, 0.0 * rounding)"),),
     ),
     "not the smaller Gram matrix": (
         "certificate",
