@@ -337,6 +337,14 @@ def first_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def vectors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check runs the vectors and none of the contract, from which no diagnosis is made."""
+    from precond_ref.conformance import contract
+
+    monkeypatch.setattr(contract, "CHECKS", {})
+
+
+@pytest.fixture
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty record in the folder of the test."""
     from precond_ref.compare import rates

@@ -163,6 +163,7 @@ def plant(constructor: str, flags: list[str]) -> None:
 
 
 @pytest.mark.parametrize("constructor", [mainly(c) for c in CONSTRUCTORS])
+@pytest.mark.usefixtures("vectors_alone")
 def test_a_mistake_is_caught_and_named(constructor: str) -> None:
     effective = sorted(variants.effective(results.cases(constructor)))
     plant(constructor, random.Random(0).sample(effective, 2))
@@ -170,12 +171,14 @@ def test_a_mistake_is_caught_and_named(constructor: str) -> None:
 
 @pytest.mark.deep
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
+@pytest.mark.usefixtures("vectors_alone")
 def test_every_single_mistake_is_caught_and_named(constructor: str) -> None:
     plant(constructor, sorted(variants.effective(results.cases(constructor))))
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
+@pytest.mark.usefixtures("vectors_alone")
 def test_pairs_of_mistakes_are_named(constructor: str) -> None:
     """A sample; ``benchmarks/diagnose.py`` measures all of them."""
     effective = variants.effective(results.cases(constructor))
@@ -186,6 +189,7 @@ def test_pairs_of_mistakes_are_named(constructor: str) -> None:
         assert [set(m.flags) for m in diagnosis.matches] == [set(flags)]
 
 
+@pytest.mark.usefixtures("vectors_alone")
 def test_three_mistakes_are_found_one_after_the_other() -> None:
     flags = {"eps-outside", "always-right", "rms-max"}
     diagnosis = check(Variant(flags), "ASGO").diagnosis
@@ -193,6 +197,7 @@ def test_three_mistakes_are_found_one_after_the_other() -> None:
     assert [set(m.flags) for m in diagnosis.matches] == [flags]
 
 
+@pytest.mark.usefixtures("vectors_alone")
 def test_the_shampoo_of_torch_optimizer_is_named() -> None:
     """Its two mistakes, from the outside: exponent -1/order, and statistics of what is already preconditioned."""
 
@@ -215,6 +220,7 @@ def test_the_shampoo_of_torch_optimizer_is_named() -> None:
     assert "exponent -1/k" in report.diagnosis.lines()[0]
 
 
+@pytest.mark.usefixtures("vectors_alone")
 def test_mistakes_are_named_behind_single_precision() -> None:
     """As in pytorch_optimizer 3.10.0: a wrong exponent, and roots in float32."""
 
@@ -262,6 +268,7 @@ def text(target: Any, method: str = "Adam", **options: Any) -> str:
     return "\n".join(diagnosis.lines())
 
 
+@pytest.mark.usefixtures("vectors_alone")
 def test_without_a_match_the_hints_say_what_is_seen() -> None:
     assert check(wrap(adam()), "Adam").ok
     said = text(adam(lambda t: 1.375))
@@ -274,6 +281,7 @@ def test_without_a_match_the_hints_say_what_is_seen() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("vectors_alone")
 def test_a_small_error_where_the_result_jumps_is_no_single_precision() -> None:
     """A ridge of 1e-10 where there should be none: the pseudo-inverse of a singular statistic becomes another root."""
 
@@ -295,6 +303,7 @@ def test_a_small_error_where_the_result_jumps_is_no_single_precision() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("vectors_alone", "first_version")
 def test_rounding_to_bfloat16_is_told_from_a_few_wrong_cases() -> None:
     def rounded(bits: int, when: Callable[[float], bool] = lambda beta2: True) -> Callable[..., Any]:
         right = adam()
@@ -334,6 +343,7 @@ def test_a_mistake_that_explains_no_more_than_the_method_is_not_the_nearest() ->
 
 @pytest.mark.parametrize("constructor", ["ASGO", "Shampoo", "SShampoo", "RFShampoo", "IFShampoo"])
 @pytest.mark.full
+@pytest.mark.usefixtures("vectors_alone")
 def test_roots_renewed_at_multiples_of_the_interval_are_named(constructor: str) -> None:
     plant(constructor, ["every-multiples"])
 
@@ -437,6 +447,7 @@ def test_every_parameter_is_checked(old: str, new: str, caught: str) -> None:
     assert found == [f"contract/{caught}"] or (caught == "groups" and found == ["contract/groups", "contract/resume"])
 
 
+@pytest.mark.usefixtures("first_version")
 def test_several_parameters_are_no_mistake() -> None:
     report = check(wrap(several()), "SGD")
     assert report.ok

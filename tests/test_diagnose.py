@@ -204,6 +204,7 @@ def names(report: results.Report) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("what", NAMED)
 @pytest.mark.full
+@pytest.mark.usefixtures("vectors_alone")
 def test_a_mistake_has_its_name(what: str) -> None:
     method, name, subject = NAMED[what]
     report = check(subject(), method)
@@ -217,6 +218,7 @@ LAST_FIRST = {"RFShampoo": "gauss-seidel-back", "IFShampoo": "gauss-seidel-back"
 
 @pytest.mark.parametrize(("constructor", "name"), LAST_FIRST.items())
 @pytest.mark.full
+@pytest.mark.usefixtures("vectors_alone")
 def test_factors_renewed_one_after_the_other_from_the_last_are_named(constructor: str, name: str) -> None:
     assert names(check(Variant({name}), constructor)) == [(name,)]
 
@@ -259,17 +261,20 @@ def own(constructor: str, flag: str) -> bool:
 @pytest.mark.parametrize("flag", ["unmoved", "unpreconditioned", "restarted", "counter-stuck", "zero-skipped"])
 @pytest.mark.parametrize("constructor", ["Adam", "Shampoo"])
 @pytest.mark.full
+@pytest.mark.usefixtures("vectors_alone")
 def test_no_steps_no_preconditioning_nothing_kept(constructor: str, flag: str) -> None:
     assert own(constructor, flag)
 
 
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
 @pytest.mark.deep
+@pytest.mark.usefixtures("vectors_alone")
 def test_mistakes_of_every_method_are_named(constructor: str) -> None:
     known = variants.of(FIRST[constructor].make()).generic
     assert [flag for flag in known if not own(constructor, flag)] == []
 
 
+@pytest.mark.usefixtures("vectors_alone")
 def test_generic_mistakes_by_another_route() -> None:
     """Each is what a subject does that is written without the variants."""
 
@@ -319,6 +324,7 @@ def test_generic_mistakes_by_another_route() -> None:
 
 
 @pytest.mark.parametrize("constructor", ["Adam", "ASGO"])
+@pytest.mark.usefixtures("vectors_alone")
 def test_nan_agrees_with_nothing(constructor: str) -> None:
     class Nan(Reference):
         def step(self, grads: Any) -> Any:
@@ -357,6 +363,7 @@ def bent(share: Callable[[int], bool]) -> Any:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("vectors_alone", "first_version")
 def test_the_nearest_explains_half_of_what_fails() -> None:
     near = check(bent(lambda i: i % 3 > 0), "Adam").diagnosis
     far = check(bent(lambda i: i % 3 == 0), "Adam").diagnosis
@@ -399,6 +406,7 @@ class Single(Reference):
 
 
 @pytest.mark.parametrize("constructor", ["Adam", "Shampoo", "IFShampoo"])
+@pytest.mark.usefixtures("vectors_alone")
 def test_single_precision_is_told(constructor: str) -> None:
     found = check(Single(), constructor).diagnosis
     assert found is not None
@@ -407,6 +415,7 @@ def test_single_precision_is_told(constructor: str) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("vectors_alone", "first_version")
 def test_what_is_not_single_precision() -> None:
     def larger_eps(param, grad, state, *, lr, beta1, beta2, eps):
         return adam()(param, grad, state, lr=lr, beta1=beta1, beta2=beta2, eps=eps + 1e-8)
@@ -567,6 +576,7 @@ DIAGNOSIS = [
 
 @pytest.mark.parametrize(("changes", "test"), DIAGNOSIS, ids=[d[0][0][0].strip() for d in DIAGNOSIS])
 @pytest.mark.full
+@pytest.mark.usefixtures("vectors_alone")
 def test_a_planted_bug_in_the_diagnosis_is_caught(
     changes: list[tuple[str, str]], test: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
