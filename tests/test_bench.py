@@ -100,6 +100,26 @@ def test_scaling_runs() -> None:
     assert "exponent" in result.stdout
 
 
+@pytest.mark.full
+def test_growth_is_drawn_and_its_memory_compared(tmp_path: Path) -> None:
+    file = tmp_path / "growth.svg"
+    options = ("--suite", "scaling", "--smoke", "--rounds", "2", "--figure", str(file))
+    result = run_bench(*options, "--only", "AGD, matrices of")
+    assert result.exit_code == 0, result.output
+    assert "equal" in result.stdout
+    assert "AGD, exponent" in file.read_text()
+    assert run_bench(*options, "--only", "Shampoo on").exit_code == 2
+    assert run_bench("--suite", "roots", "--figure", str(file)).exit_code == 2
+
+
+def test_a_wrong_memory_is_shown() -> None:
+    sweep = Sweep("AGD", "parameters", 1.0, {x: ("AGD", {"w": (x,)}) for x in (2, 4)})
+    results = {x: Result("", [1e-3 * x] * 2, state_bytes=8 * x) for x in (2, 4)}
+    assert "equal" in list(report.sweep_table(sweep, results).columns[-1].cells)
+    results[4].state_bytes = 36
+    assert "equal" not in list(report.sweep_table(sweep, results).columns[-1].cells)
+
+
 def test_exponents_are_fitted() -> None:
     sweep = Sweep("", "", 3.0, {x: ("", {}) for x in (1, 2, 4)})
     cubic = {x: Result("", [2e-3 * x**3] * 3) for x in (1, 2, 4)}

@@ -26,18 +26,21 @@ def _torch(name: str, compiled: bool = False, preset: str | None = None, **field
     return make
 
 
-def adapter(method: str) -> Callable[[Shapes], Step]:
-    """Return a step of ``method``, written like "SShampoo(size=64)", through the PyTorch adapter."""
+def adapter(method: str, shapes: Shapes) -> tuple[Step, Callable[[], int]]:
+    """Return a step of ``method``, like "SShampoo(size=64)", through the PyTorch adapter, and the bytes of its state."""
+    import precond_ref_torch
+    from precond_ref.bench.memory import state_bytes
+    from precond_ref.cost.report import SIZE
+    from precond_ref.registry import parse
 
-    def make(shapes: Shapes) -> Step:
-        import precond_ref_torch
-        from precond_ref.cost.report import SIZE
-        from precond_ref.registry import parse
+    optimizers: list[Any] = []
+    made = parse(method).made(size=SIZE)
 
-        made = parse(method).made(size=SIZE)
-        return torch_step(lambda params: [precond_ref_torch.Optimizer(params.items(), made, lr=LR)], shapes)
+    def make(params: dict[str, Any]) -> list[Any]:
+        optimizers.append(precond_ref_torch.Optimizer(params.items(), made, lr=LR))
+        return optimizers
 
-    return make
+    return torch_step(make, shapes), lambda: state_bytes(optimizers[0])
 
 
 def _numpy(name: str, **fields: Any) -> Callable[[Shapes], Step]:

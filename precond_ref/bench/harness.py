@@ -53,6 +53,8 @@ class Result:
     first: float | None = None
     """Seconds of the very first step, compilation included."""
     error: str | None = None
+    state_bytes: int | None = None
+    """Of the method of a sweep."""
 
 
 class Worker:
@@ -197,6 +199,7 @@ def timed(
                 continue
             answer = process.ask(make=result.name, warmup=2, **contender.order)
             result.error, result.first = answer.get("error"), answer.get("seconds")
+            result.state_bytes = answer.get("state_bytes")
             if result.error is None:
                 once = process.ask(run=result.name, repeat=1, clock=clock).get("seconds", 1.0)
                 steps = round(ROUND_SECONDS / max(once * contender.period, 1e-7))

@@ -52,11 +52,26 @@ def measure(workload: str, method: str, *, smoke: bool) -> Memory:
         method=method,
         parameters=4 * sum(map(math.prod, found.values())),
         measured=state,
-        formula=estimate(method, parse(method).made(size=SIZE), found).state_bytes,
+        formula=formula(method, found),
         torch_peak=torch_peak,
         numpy_peak=_numpy(method, found),
         jax_peak=None if "gram64" in method else _jax(method, found),
     )
+
+
+def state_bytes(optimizer: Any) -> int:
+    """Return the bytes of the arrays in the state of a PyTorch optimizer, its counters left out."""
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for entry in optimizer.state.values()
+        for name, tensor in entry.items()
+        if name != "step"
+    )
+
+
+def formula(method: str, shapes: Shapes) -> int:
+    """Return the bytes of the state by `precond_ref.cost`."""
+    return estimate(method, parse(method).made(size=SIZE), shapes).state_bytes
 
 
 def _torch(method: str, shapes: Shapes) -> tuple[int, int | None]:
@@ -70,12 +85,7 @@ def _torch(method: str, shapes: Shapes) -> tuple[int, int | None]:
     for _ in range(2):
         renew()
         optimizer.step()
-    state = sum(
-        tensor.numel() * tensor.element_size()
-        for entry in optimizer.state.values()
-        for name, tensor in entry.items()
-        if name != "step"
-    )
+    state = state_bytes(optimizer)
     renew()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         optimizer.step()

@@ -20,7 +20,8 @@ except ModuleNotFoundError:  # run as a script
 
 Step = Callable[[], None]
 GRADIENTS = 4
-"""Number of sets of gradients, which are used in turn."""
+"""Sets of gradients that are used in turn, while the parameters have less than `MANY` entries; from there on one."""
+MANY = 2 * 10**7
 
 
 def torch_parameters(shapes: Shapes) -> tuple[dict[str, Any], Callable[[], None]]:
@@ -33,7 +34,8 @@ def torch_parameters(shapes: Shapes) -> tuple[dict[str, Any], Callable[[], None]
         return [torch.randn(shape, generator=generator) for shape in shapes.values()]
 
     params = {name: torch.nn.Parameter(value) for name, value in zip(shapes, draw(), strict=True)}
-    turn = itertools.cycle([draw() for _ in range(GRADIENTS)])
+    entries = sum(param.numel() for param in params.values())
+    turn = itertools.cycle([draw() for _ in range(GRADIENTS if entries < MANY else 1)])
 
     def renew() -> None:
         for param, grad in zip(params.values(), next(turn), strict=True):

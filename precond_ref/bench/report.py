@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pyperf
 
 from precond_ref.bench.harness import Race, Result, Sweep, ratios
-from precond_ref.bench.memory import Memory
-from precond_ref.bench.suites import exponent
+from precond_ref.bench.memory import Memory, formula
+from precond_ref.bench.suites import GROWTH, exponent
 from precond_ref.cost.report import duration, quantity
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 
@@ -59,6 +60,10 @@ def sweep_table(sweep: Sweep, results: dict[int, Result]) -> Table:
     bad = [result.error for _, result in shown if result.error]
     cells = [duration(statistics.median(result.seconds)) if result.seconds else "-" for _, result in shown]
     table.add_row(f"by {sweep.x}", *cells, "-" if bad else f"{exponent(sweep, results):.2f}", f"{sweep.theory:g}")
+    if not bad:
+        equal = all(result.state_bytes == formula(*sweep.points[x]) for x, result in results.items())
+        held = [quantity(result.state_bytes or 0, "B") for _, result in shown]
+        table.add_row("state", *held, "", "equal" if equal else "other than the formulas")
     for error in bad:
         table.add_row(error or "")
     return table
@@ -94,6 +99,8 @@ def _json(result: Result, base: Result | None = None) -> dict[str, Any]:
         "first_seconds": result.first,
         "seconds_per_step": result.seconds,
     }
+    if result.state_bytes is not None:
+        entry["state_bytes"] = result.state_bytes
     if result.seconds:
         entry["quartiles"] = spread(result.seconds)
         if base is not None and base.seconds:
@@ -111,6 +118,27 @@ def sweep_json(sweep: Sweep, results: dict[int, Result]) -> dict[str, Any]:
         "exponent": exponent(sweep, results) if complete else None,
         "theory": sweep.theory,
     }
+
+
+def growth_figure(swept: list[tuple[Sweep, dict[int, Result]]]) -> Figure:
+    """Return a figure of time and state by parameters."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    times, state = figure.subplots(1, 2)
+    for (sweep, results), marker in zip(swept, "osD^v", strict=False):
+        xs, found = list(results), list(results.values())
+        name = sweep.title.partition(f", {GROWTH}")[0]
+        label = f"{name}, exponent {exponent(sweep, results):.2f}"
+        times.loglog(xs, [statistics.median(r.seconds) for r in found], marker=marker, label=label)
+        state.loglog(xs, [r.state_bytes for r in found], marker=marker, linestyle="none", label=name)
+        state.loglog(xs, [formula(*sweep.points[x]) for x in xs], color="black", linewidth=0.8)
+    times.set(xlabel="parameters", ylabel="seconds a step")
+    state.set(xlabel="parameters", ylabel="bytes of state, lines: formula")
+    for panel in (times, state):
+        panel.grid(visible=True, alpha=0.3)
+        panel.legend(fontsize=8)
+    return figure
 
 
 def suite(entries: list[tuple[str, Result]], threads: int, clock: str) -> pyperf.BenchmarkSuite | None:

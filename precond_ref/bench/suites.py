@@ -6,6 +6,7 @@ import math
 import statistics
 
 from precond_ref.bench.harness import Race, Result, Sweep
+from precond_ref.bench.workloads import matrices
 
 ROOTS_OF = (
     "eigh alone",
@@ -20,6 +21,7 @@ STEPS = (
     Race("AGD, torch", "matrices", ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, compile", "atorch AGD")),
     Race("AGD, torch", "transformer", ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, compile", "atorch AGD")),
     Race("AGD, torch", "large", ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, compile", "atorch AGD")),
+    Race("AGD, torch", "tiny", ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, compile", "atorch AGD")),
     Race("elementwise, JAX", "matrices", ("optax.adam", "agd")),
     Race("elementwise, JAX", "transformer", ("optax.adam", "agd")),
     Race("elementwise, JAX", "large", ("optax.adam", "agd")),
@@ -91,7 +93,8 @@ def sweeps(smoke: bool) -> list[Sweep]:
     def sizes(full: tuple[int, ...], small: tuple[int, ...]) -> tuple[int, ...]:
         return small if smoke else full
 
-    entries = sizes((2**18, 2**20, 2**22), (2**4, 2**5, 2**6))
+    counts, of = sizes((1, 10, 100, 1000, 10000), (1, 2, 4)), 4 if smoke else 100
+    tiny = sizes((50, 500, 5000), (2, 4, 8))
     sides = sizes((64, 128, 256, 512), (4, 6, 8))
     ranks = sizes((16, 32, 64, 128), (2, 3, 4))
     blocks = sizes((2**8, 2**10, 2**12), (2, 4, 8))
@@ -99,7 +102,16 @@ def sweeps(smoke: bool) -> list[Sweep]:
     d = 64 if smoke else 16384
     side = 8 if smoke else 256
     return [
-        Sweep("AGD", "entries", 1.0, {n: ("AGD", {"w": (n,)}) for n in entries}),
+        *(
+            Sweep(
+                f"{method}, {GROWTH}{of} x {of}",
+                "parameters",
+                1.0,
+                {count * of**2: (method, matrices(count, of)) for count in counts},
+            )
+            for method in ("AGD", "ASGO", "SShampoo(size=16)", "MBF")
+        ),
+        Sweep("AGD, vectors of 16", "vectors", 1.0, {n: ("AGD", {f"w{i}": (16,) for i in range(n)}) for n in tiny}),
         Sweep("ASGO", "side of one square matrix", 3.0, {n: ("ASGO", {"w": (n, n)}) for n in sides}),
         Sweep(f"SAdaGrad on {d} entries", "sketch size", 2.0, {k: (f"SAdaGrad(size={k})", {"w": (d,)}) for k in ranks}),
         Sweep("MBF on 3 x 3 convolutions", "blocks", 1.0, {b: ("MBF", {"w": (b, 1, 3, 3)}) for b in blocks}),
@@ -113,6 +125,8 @@ def sweeps(smoke: bool) -> list[Sweep]:
     ]
 
 
+GROWTH = "matrices of "
+"""In the title of a sweep by parameters, from ten thousand to a hundred million: the first four."""
 NEVER = 10**9
 """A refresh period that ends only after the measurement."""
 

@@ -1,9 +1,11 @@
 """A process that times steps for `harness`, one order per line of standard input, one answer per line of output.
 
 ``{"make": name, "workload": w, "smoke": b, "warmup": n}`` makes a contender and answers with the seconds of the first
-step, n more are done; with ``"method": m, "shapes": {...}`` it is that method, through the PyTorch adapter, on these
-parameters. ``{"run": name, "repeat": n, "clock": c}`` answers with the seconds of n steps by the clock "wall" or "cpu".
-This module also runs in the environments of peers.
+step; n more steps follow. With ``"method": m, "shapes": {...}`` it is that method, through the PyTorch adapter, on
+these parameters, and the answer has the bytes of its state. ``{"run": name, "repeat": n, "clock": c}`` answers with the
+seconds of n steps by the clock "wall" or "cpu".
+
+The process also runs in the environments of peers.
 """
 
 from __future__ import annotations
@@ -31,10 +33,8 @@ def make(order: dict[str, Any]) -> Callable[[], None]:
     name = order["make"]
     if name in PEERS:
         return PEERS[name][1](shapes(order["workload"], order["smoke"]))
-    from precond_ref.bench.contenders import OURS, adapter
+    from precond_ref.bench.contenders import OURS
 
-    if "method" in order:
-        return adapter(order["method"])({key: tuple(shape) for key, shape in order["shapes"].items()})
     return OURS[name](shapes(order["workload"], order["smoke"]))
 
 
@@ -49,7 +49,15 @@ def main() -> None:
         try:
             start = time.perf_counter()
             if "make" in order:
-                steps[order["make"]] = made = make(order)
+                held: Callable[[], int | None] = lambda: None  # noqa: E731
+                if "method" in order:
+                    from precond_ref.bench.contenders import adapter
+
+                    found = {key: tuple(shape) for key, shape in order["shapes"].items()}
+                    made, held = adapter(order["method"], found)
+                else:
+                    made = make(order)
+                steps[order["make"]] = made
                 if "torch" in sys.modules:
                     sys.modules["torch"].set_num_threads(threads)
                 start = time.perf_counter()
@@ -57,7 +65,7 @@ def main() -> None:
                 first = time.perf_counter() - start
                 for _ in range(order["warmup"]):
                     made()
-                answer: dict[str, Any] = {"seconds": first}
+                answer: dict[str, Any] = {"seconds": first, "state_bytes": held()}
             else:
                 step, clock = steps[order["run"]], CLOCKS[order["clock"]]
                 start = clock()

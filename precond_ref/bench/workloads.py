@@ -66,6 +66,11 @@ def contraction() -> Shapes:
     return large(384, 1536)
 
 
+def tiny() -> Shapes:
+    """Five thousand vectors."""
+    return {f"layer{i}.bias": (16,) for i in range(5000)}
+
+
 WORKLOADS = {
     "matrices": matrices,
     "few": few,
@@ -75,6 +80,7 @@ WORKLOADS = {
     "transformer": transformer,
     "convolutions": convolutions,
     "large": large,
+    "tiny": tiny,
 }
 SMOKE: dict[str, Shapes] = {
     "matrices": matrices(3, 8),
@@ -85,6 +91,7 @@ SMOKE: dict[str, Shapes] = {
     "transformer": transformer(1, 8),
     "convolutions": convolutions(1, 2),
     "large": large(16, 8),
+    "tiny": {f"layer{i}.bias": (2,) for i in range(4)},
 }
 """Small versions of the workloads, which only show whether everything runs."""
 

@@ -18,6 +18,7 @@ EXAMPLES = """\b
 Examples:
   precond-ref bench
   precond-ref bench --suite memory
+  precond-ref bench --suite scaling --only "matrices of" --rounds 3 --figure growth.svg
   precond-ref bench --only S-Shampoo --rounds 40 --threads 2
   bash benchmarks/peers.sh ~/peers && precond-ref bench --against peers --peers ~/peers
   precond-ref bench --output steps.json && python -m pyperf stats steps.json
@@ -55,6 +56,9 @@ def bench_command(
     ] = "wall",
     json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output; no tables.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the times as a pyperf suite.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the growth with parameters; with --suite scaling.")
+    ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Tiny sizes: whether it runs, not how fast.")] = False,
 ) -> None:
     """Time the methods beside their peers and their floors.
@@ -74,18 +78,25 @@ def bench_command(
         fail(f"--against peers goes with --suite steps, got {suite}")
     if output is not None and suite == "memory":
         fail("--output is for times, and --suite memory has none; --json writes what it has")
-    check_files(output)
+    if figure is not None and suite != "scaling":
+        fail(f"--figure draws the growth with parameters, --suite scaling; got {suite}")
+    check_files(output, figure)
     if threads < 1 or rounds < 2:
         fail(f"--threads must be >= 1 and --rounds >= 2, got {threads} and {rounds}")
     if clock not in ("wall", "cpu"):
         fail(f"--clock must be wall or cpu, got {clock!r}")
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
-        from precond_ref.bench import report
+        from precond_ref.bench import report, suites
 
         console = standard_output()
         folder = peers.absolute() if against and peers else None
-        shown, data, entries = measured(suite, only, threads, rounds, smoke, folder, clock)
+        shown, data, entries, swept = measured(suite, only, threads, rounds, smoke, folder, clock)
+        if figure is not None:
+            growth = [(sweep, points) for sweep, points in swept if suites.GROWTH in sweep.title]
+            if not growth or not all(result.seconds for _, points in growth for result in points.values()):
+                fail("there is no complete growth with parameters to draw")
+            report.growth_figure(growth).savefig(figure, dpi=120)
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed: {EXTRA}")
     except OSError as error:
@@ -131,11 +142,11 @@ def titles(suite: str) -> list[str]:
 
 def measured(
     suite: str, only: str | None, threads: int, rounds: int, smoke: bool, peers: Path | None, clock: str
-) -> tuple[list[Table], list[dict[str, Any]], list[Any]]:
+) -> tuple[list[Table], list[dict[str, Any]], list[Any], list[Any]]:
     """Return the tables, the same as plain data, and all times with their titles."""
     from precond_ref.bench import harness, memory, report, suites
 
-    tables, data, entries = [], [], []
+    tables, data, entries, swept = [], [], [], []
 
     def wanted(title: str) -> bool:
         return only is None or only.lower() in title.lower()
@@ -161,6 +172,7 @@ def measured(
                     tables.append(report.sweep_table(sweep, points))
                     data.append(report.sweep_json(sweep, points))
                     entries += [(sweep.title, result) for result in points.values()]
+                    swept.append((sweep, points))
         else:
             for race in suites.RACES[suite]:
                 if wanted(f"{race.title}, {race.workload}"):
@@ -176,4 +188,4 @@ def measured(
                     tables.append(report.race_table(race, results))
                     data.append(report.race_json(race, results))
                     entries += [(f"{race.title}, {race.workload}", result) for result in results]
-    return tables, data, entries
+    return tables, data, entries, swept
