@@ -27,7 +27,7 @@ def _torch(name: str, compiled: bool = False, preset: str | None = None, **field
 
 
 def adapter(method: str, shapes: Shapes) -> tuple[Step, Callable[[], int]]:
-    """Return a step of ``method``, like "SShampoo(size=64)", through the PyTorch adapter, and the bytes of its state."""
+    """Return a step of ``method``, such as "SShampoo(size=64)", by the PyTorch adapter, and the bytes of its state."""
     import precond_ref_torch
     from precond_ref.bench.memory import state_bytes
     from precond_ref.cost.report import SIZE
