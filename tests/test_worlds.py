@@ -188,6 +188,10 @@ def test_planted_hang_or_death_is_a_verdict(fleet: worlds.Fleet, tmp_path: Path,
 @pytest.mark.parametrize("target", RIGHT)
 def test_right_ones_pass_on_every_mesh(fleet: worlds.Fleet, tmp_path: Path, target: str, mesh: str) -> None:
     report = checked(fleet, target, tmp_path, (4,) if mesh == "fsdp-tp" else (2, 4), mesh)
+    if (target, mesh) == ("torch.optim:AdamW", "tp"):  # PyTorch has the gradient of (3, 9) whole on each of four ranks
+        assert [r.id for r in report.refused] == ["tp-4/steps"]
+        assert not report.failures
+        return
     assert report.ok, report
 
 
@@ -216,6 +220,7 @@ def test_command_and_its_report(tmp_path: Path) -> None:
 @pytest.mark.deep
 def test_devices_of_jax() -> None:
     pytest.importorskip("optax")
-    for target, ok in (("optax:adam(learning_rate=0.1)", True), ("wrong_ranks:first_shard_alone", False)):
-        report = worlds.check(target, (2,), limits=Limits(120.0))
-        assert report.ok == ok, report
+    report = worlds.check("optax:adam(learning_rate=0.1)", (2,), limits=Limits(300.0))
+    assert report.ok, report
+    report = worlds.check("wrong_ranks:device_norm", (2,), limits=Limits(300.0))
+    assert said(report)["fsdp/steps"].startswith("each shard is updated by itself")

@@ -283,20 +283,19 @@ class RefusingRank(Right):
         return super().seen(p)
 
 
-def first_shard_alone(learning_rate: float) -> Any:
-    """For JAX: the length of a step is that of the part of each device."""
+def device_norm(learning_rate: float) -> Any:
+    """For JAX: the length of a step is that of the rows of each device."""
     import jax
     import jax.numpy as jnp
     import optax
 
-    def update(grads: Any, state: Any, params: Any = None) -> Any:
-        def one(g: Any, p: Any) -> Any:
-            sharding = p.sharding if hasattr(p, "sharding") else None
-            if sharding is None or not getattr(sharding.mesh, "shape", None):
-                return g / jnp.linalg.norm(g)
-            spec = sharding.spec
-            return jax.shard_map(lambda x: x / jnp.linalg.norm(x), mesh=sharding.mesh, in_specs=spec, out_specs=spec)(g)
+    def one(g: Any) -> Any:
+        rows = jax.sharding.PartitionSpec("shard")
+        if g.shape[0] % jax.sharding.get_abstract_mesh().shape["shard"]:
+            return g / jnp.linalg.norm(g)
+        return jax.shard_map(lambda x: x / jnp.linalg.norm(x), in_specs=rows, out_specs=rows)(g)
 
-        return jax.tree.map(lambda g, p: -learning_rate * one(g, p), grads, params), state
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda g: -learning_rate * one(g), grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

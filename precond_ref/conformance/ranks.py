@@ -541,10 +541,15 @@ class _Jax:
     def run(self, run: Run, at: Any) -> list[Trace]:
         jax = self.jax
         jax.config.update("jax_enable_x64", run.dtype == "float64")
-        init, update = self.compiled(repr(dict(run.fields)))
         devices = jax.devices()[: self.world]
         axes = (2, self.world // 2) if self.mesh == "hsdp" else (self.world,)
         mesh = jax.sharding.Mesh(np.array(devices).reshape(axes), ("replicate", "shard")[2 - len(axes) :])
+        with jax.set_mesh(mesh):
+            return self._run(run, at, devices, mesh)
+
+    def _run(self, run: Run, at: Any, devices: list[Any], mesh: Any) -> list[Trace]:
+        jax = self.jax
+        init, update = self.compiled(repr(dict(run.fields)))
         place = {name: self._sharding(mesh, value, i) for i, (name, value) in enumerate(run.params.items())}
 
         def put(values: Named) -> Any:
