@@ -327,9 +327,8 @@ def show_ranks(report: Any, console: Console, verbose: bool = False) -> None:
     elif report.failures:
         verdict = f"WRONG: {len(report.failures)} of {len(report.results)} runs are not those of one process"
     elif report.refused:
-        verdict = (
-            f"REFUSES: it raises in {', '.join(r.id for r in report.refused)}, and is right in {report.ran} other runs"
-        )
+        others = f"is right in {report.ran} other runs" if report.ran else "nothing else could be tried"
+        verdict = f"REFUSES: it raises in {', '.join(r.id for r in report.refused)}, and {others}"
     elif not report.ran:
         verdict = "NOT CHECKED: nothing ran to its end"
     else:

@@ -104,7 +104,7 @@ class Outcome:
 
     def said(self) -> str:
         """Both."""
-        return "; ".join(([f"it refuses: {self.raised}"] if self.raised else []) + [self.ended] * bool(self.ended))
+        return "; ".join(([f"it raises {self.raised}"] if self.raised else []) + [self.ended] * bool(self.ended))
 
 
 # ---- between --------------------------------------------------------------------------------------------------------

@@ -232,6 +232,7 @@ class Checking:
         self.plain = "one" if fleet.kind == "torch" else "fsdp"
         self.truths: dict[Any, Truth] = {}
         self.explained: dict[Any, str] = {}
+        self.hardly: set[str] = set()
         self.eps = float(np.finfo(report.dtype).eps)
 
     def all(self, on_run: Callable[[str], None]) -> None:
@@ -250,6 +251,10 @@ class Checking:
             run = self._rest(saved.names, saved)
             (outcome,) = self.fleet.session(1, self.plain, [run])
             self._judge(f"one/resume-from-{saved.world}", 1, outcome, run, saved=saved)
+        if self.hardly:
+            self.note(
+                f"only departures of more than {MOST_NOISE:g} are seen of {', '.join(names)}: so noisy are the steps"
+            )
 
     def run(self, names: Sequence[str], steps: int, *, absent: bool = False, micros: int = 1, **more: Any) -> Run:
         """The inputs of a run."""
@@ -282,7 +287,7 @@ class Checking:
                 said.append(outcome.said())
             if outcome.traces:
                 if said:
-                    self.report.notes.append(f"it is given no bias, for it says: {said[0]}")
+                    self.report.notes.append(f"it is given no bias: with one {said[0]}")
                 if mesh != self.plain:
                     self.report.notes.append("one process has parameters that are DTensors: it does not take others")
                 self.plain, self.shapes = mesh, {n: self.shapes[n] for n in names}
@@ -331,7 +336,7 @@ class Checking:
                     limits.append({})
                 limits[t][name] = min(max(64 * self.eps, 8 * noise), MOST_NOISE) + rounding
             if 8 * noise > MOST_NOISE:
-                self.note(f"{name} is hardly judged: rounding of the gradients changes its steps by {noise:.1g}")
+                self.hardly.add(name)
             if np.array_equal(values[-1][name], values[0][name]):
                 self.note(f"{name} does not move")
             self.report.noise = max(self.report.noise, noise)
@@ -391,8 +396,15 @@ class Checking:
             if kept == names:
                 self.note(f"{label}: nothing else is tried")
                 return None
-            self.note(f"{label}: then without {', '.join(n for n in names if n not in kept)}, of fewer rows than ranks")
-            return self._world(world, kept, origin)
+            first = len(self.report.results) - 1
+            saved = self._world(world, kept, origin)
+            if self.report.results[first + 1].message == self.report.results[first].message:
+                del self.report.results[first + 1]
+            else:  # it is right where each rank has rows
+                left = ", ".join(n for n in names if n not in kept)
+                self.report.results[first] = replace(self.report.results[first], id=f"{label}/few-rows")
+                self.note(f"{label}: all but few-rows is without {left}, of which some ranks have nothing")
+            return saved
         outcomes += self._each(world, self.report.mesh, [*plan.values()][len(outcomes) :])
         saved, before = None, len(self.report.results)
         for (what, run), outcome in zip(plan.items(), outcomes, strict=True):
@@ -665,7 +677,7 @@ def _places(ones: list[Departure], traces: list[Trace]) -> str:
     everywhere = ranks == [r for r, t in enumerate(traces) if any(t.index[n].size for n in names)]
     on = "" if everywhere and len(traces) > 1 else f" on ranks {ranks}" if len(traces) > 1 else ""
     if here == owned and len(names) > 1:
-        return ("every parameter" + on) if on else "everywhere"
+        return "every parameter" + (on or (" on every rank" if len(traces) > 1 else ""))
     return ", ".join(names) + (on or (" on every rank" if len(traces) > 1 else ""))
 
 
