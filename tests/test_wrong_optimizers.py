@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conformance_subjects import Here, optax_target, torch_target
+from conformance_subjects import Here, Variant, optax_target, torch_target
 from typer.testing import CliRunner
 from wrong_optimizers import RIGHT, WRONG, source, target
 
 from precond_ref.cli import application
-from precond_ref.conformance import check, contract, isolation, results, subjects, wrap
+from precond_ref.conformance import beside, check, contract, isolation, results, subjects, wrap
 from precond_ref.conformance.isolation import Isolated
 from precond_ref.conformance.subjects import Reference
 
@@ -130,6 +130,20 @@ def test_what_is_wrong_at_an_edge_is_looked_at_elsewhere() -> None:
         assert [r.id for r in report.failures if r.id.startswith("contract/")] == failing
         assert any(not r.id.startswith("contract/") for r in report.failures)
         assert bool(report.edges) == (not failing)
+
+
+@pytest.mark.parametrize("constructor", ["SShampoo", "SShampoo.practical"])
+@pytest.mark.full
+def test_an_equation_taken_to_the_letter_is_not_accused(constructor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> set[str]:
+        report = check(Variant({"eps-everywhere"}), constructor, diagnose=False)
+        return {r.id for r in report.results if r.status == "failed" and not r.id.startswith("SShampoo/")}
+
+    assert failing() == set()
+    beside.agreed.cache_clear()
+    monkeypatch.setattr(beside, "READINGS", {})
+    assert failing()
+    beside.agreed.cache_clear()
 
 
 def test_what_a_nan_does_is_noted() -> None:

@@ -454,7 +454,7 @@ def reached(mutated: list[str]) -> dict[str, tuple[set[tuple[str, int]], list[An
     return found
 
 
-def chosen(reaching: list[str], quick: dict[str, int]) -> list[str]:
+def fewest(reaching: list[str], quick: dict[str, int]) -> list[str]:
     """Of the methods that run through a line at most `SUBJECTS`: classes before presets, those of least work first."""
     return sorted(reaching, key=lambda c: ("." in c, quick[c]))[:SUBJECTS]
 
@@ -618,7 +618,7 @@ def main() -> None:
     if given.tests is None:
         work = [
             (m, judged, (m, own, {c: truth[c] for c in own}, given.diagnose))
-            for m, own in ((m, chosen(lines[m.module, m.line], quick)) for m in run)
+            for m, own in ((m, fewest(lines[m.module, m.line], quick)) for m in run)
         ]
     else:
         if (unedited := tested(None, given.tests))["fate"] == "killed":
