@@ -12,6 +12,7 @@ import pytest
 from conftest import Backend
 from mutation import mutated
 
+import precond_ref
 from precond_ref.numerics import nystrom
 from precond_ref.numerics import sketch as fd
 from precond_ref.numerics.template import arrays_of, stacked
@@ -296,6 +297,18 @@ def check_scales(lib: ModuleType) -> None:
         assert got.eigenvalues[3] == 0
 
 
+def check_report(lib: ModuleType) -> None:
+    """`diagnose`: mass over the least, kappa with l, 1 where nothing escaped, infinite without a least; NaN stays."""
+    k = 4
+    values = np.array(
+        [[6.0, 4.0, 48.0], [0.0, 0.0, 0.0], [2.0, 0.0, 1.0], [np.nan, np.nan, np.nan], [1.0, np.nan, 1.0]]
+    )
+    sketch = lib.CertifiedSketch(np.zeros((5, 9, k)), np.zeros((5, k)), *values.T)
+    report = lib.explained(fd.report(sketch, finite=np.ones(5, bool), xp=np), (sketch,), np)
+    assert np.array_equal(report.certificate[0], [1.5, 1.0, np.inf, np.nan, np.nan], equal_nan=True)
+    assert np.array_equal(report.kappa[0], [2.0, 1.0, 1 / 8, np.nan, 1 / 4], equal_nan=True)
+
+
 CHECKS = {
     check.__name__.removeprefix("check_"): check
     for check in (
@@ -311,6 +324,7 @@ CHECKS = {
         check_exact_where_it_costs_no_more,
         check_bad_members,
         check_scales,
+        check_report,
     )
 }
 COPIES = {"blind": BLIND, "certificate": SHORT, "growth": SHORT}
@@ -349,7 +363,7 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         "blind",
         (("delta = xp.maximum(delta, xp.max(raised - pivots, axis=-1))", "delta = xp.max(raised - pivots, axis=-1)"),),
     ),
-    "the rows below forgotten": ("blind", (("- below @ t(below), m - size", ", m - size"),)),
+    "the rows below forgotten": ("blind", (("+ below @ t(below), m - size", ", m - size"),)),
     "Rayleigh and Ritz in the place of Nystrom": (
         "blind",
         (
@@ -396,7 +410,13 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "overflow repaired": ("bad_members", (("finite[..., 0] & (s[..., :1] * unit < math.inf)", "finite[..., 0]"),)),
     "one bad member spoils all": (
         "bad_members",
-        (("xp.max(xp.abs(factor), axis=(-2, -1)", "xp.max(xp.abs(factor), axis=tuple(range(factor.ndim))"),),
+        (("largest_entry(factor, (-2, -1)", "largest_entry(factor, tuple(range(factor.ndim))"),),
+    ),
+    "kappa without l": ("report", (("s.eigenvalues.shape[-1] * s.escaped", "s.escaped"),)),
+    "nothing over nothing": ("report", (("math.inf, 1.0 + over)", "math.inf, over)"),)),
+    "NaN reported as 1": (
+        "report",
+        (("math.inf, 1.0 + over)", "math.inf, 1.0)"), ("under == 0, xp", "~(under > 0), xp")),
     ),
     "the square of the unit": ("scales", (("(h * unit) * (total * unit),", "h * total * (unit * unit),"),)),
     "no unit": ("scales", (("xp.where(finite & (peak > 0), peak, 1.0)", "xp.ones_like(peak)"),)),
@@ -440,3 +460,34 @@ def test_bounds_hold_on_every_backend(backend: Backend) -> None:
             for i in range(2):
                 at = Followed(g[i], s[i], nystrom.CertifiedSketch(*(x[i] for x in host)), 0.0, 0.0, 0.0)
                 assert excess(case, at) <= 1
+
+
+def test_both_s_shampoos_report_it() -> None:
+    """And S-AdaGrad, for whose vectors it would always be the definition, refuses the name."""
+    grad = np.random.default_rng(0).standard_normal((24, 20))
+    for method in (
+        precond_ref.SShampoo(size=2, solver="nystrom"),
+        precond_ref.SShampoo.practical(size=2, merge=1, solver="nystrom"),
+    ):
+        _, state = method.update(grad, method.init(grad), grad)
+        report = method.diagnose(state)
+        assert all(1 <= float(ratio) < 2 for ratio in report.certificate)
+        assert all(float(kappa) > 0 for kappa in report.kappa)
+        assert precond_ref.SShampoo(size=2).diagnose(precond_ref.SShampoo(size=2).init(grad)).certificate == ()
+    with pytest.raises(ValueError, match="solver must be one of 'svd', 'gram64', got 'nystrom'"):
+        precond_ref.SAdaGrad(size=2, solver="nystrom")
+
+
+def test_directions_are_those_of_the_definition_while_nothing_escapes() -> None:
+    """Gradients of rank below the size, and matrices so small that the decomposition is exact."""
+    rng = np.random.default_rng(1)
+    for shape, rank, size in (((30, 26), 3, 5), ((6, 5), 5, 3)):
+        frame = rng.standard_normal((rank, shape[1]))
+        left = rng.standard_normal((shape[0], rank))
+        exact, certified = (precond_ref.SShampoo(size=size, eps=0.25, solver=solver) for solver in ("svd", "nystrom"))
+        a, b = exact.init(np.zeros(shape)), certified.init(np.zeros(shape))
+        for _ in range(6):
+            grad = left @ rng.standard_normal((rank, rank)) @ frame
+            x, a = exact.update(grad, a, grad)
+            y, b = certified.update(grad, b, grad)
+            assert np.linalg.norm(x - y) <= 1e-9 * np.linalg.norm(x)

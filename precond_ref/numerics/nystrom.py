@@ -43,7 +43,7 @@ from typing import NamedTuple
 from array_api_compat import array_namespace
 
 from precond_ref.numerics import sketch as fd
-from precond_ref.numerics.arrays import identity, own, placement
+from precond_ref.numerics.arrays import largest_entry, own, placement
 from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.template import full, zeros
 from precond_ref.typing import Array, Namespace, Scalar
@@ -127,7 +127,7 @@ def _certified(
     """U_l, the eigenvalues, and the roots of s_l^2, rho and ||R||_F^2, (...)."""
     d, n = factor.shape[-2:]
     t, qr = xp.matrix_transpose, partial(_orthonormal, xp=xp)
-    peak = xp.max(xp.abs(factor), axis=(-2, -1), keepdims=True)
+    peak = largest_entry(factor, (-2, -1), xp)
     finite = xp.isfinite(peak)
     unit = xp.where(finite & (peak > 0), peak, 1.0)  # so that no square over- or underflows
     b = xp.where(finite, factor, 0.0) / unit
@@ -213,16 +213,15 @@ def _raised(gram: Array, c: Array, xp: Namespace) -> Array:
     """delta (...): c I - E + delta I is positive, by a factorization with raised pivots."""
     t, m = xp.matrix_transpose, gram.shape[-1]
     block = max(BLOCK, -(-m // 16))
-    rest = c[..., None] * identity(xp, gram) - gram
     delta = 0.0 * c[..., 0]
-    while m:
+    while m:  # of c I - E, whose off-diagonal signs do not matter
         size = min(block, m)
-        pivots, v = attempt(xp.linalg.eigh, rest[..., :size, :size], xp=xp)
-        below = rest[..., size:, :size] @ v
+        w, v = attempt(xp.linalg.eigh, gram[..., :size, :size], xp=xp)
+        pivots, below = c - w, gram[..., size:, :size] @ v
         raised = xp.maximum(xp.maximum(pivots, c / 50), xp.sum(below * below, axis=-2) / c)  # (9)
         delta = xp.maximum(delta, xp.max(raised - pivots, axis=-1))
         below = below / xp.sqrt(raised)[..., None, :]
-        rest, m = rest[..., size:, size:] - below @ t(below), m - size  # (10)
+        gram, m = gram[..., size:, size:] + below @ t(below), m - size  # (10)
     return delta
 
 
