@@ -296,6 +296,11 @@ def test_fields_that_a_statement_is_not_about_are_an_assumption(
         ),
         (lambda: theory.sketchy.lower(theory.record(pr.SGD(), VECTOR, 0.5)), TypeError, "record_sketch(rows, size)"),
         (
+            lambda: theory.sketchy.certified_trace(theory.sketchy.record_sketch(np.ones((2, 1, 3)), 2)),
+            TypeError,
+            "record_certified(rows, size)",
+        ),
+        (
             lambda: theory.root_free.descent(theory.record(pr.IFShampoo(), VECTOR, 0.5)),
             ValueError,
             "must be a matrix with both sides above 1, got shape (4,)",

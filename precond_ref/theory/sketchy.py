@@ -39,10 +39,24 @@ class Sketched:
     size: int
     """l."""
     beta2: float
-    least: Array = None
-    """Of a certified sketch, (T,): the decayed sum of s_l^2."""
-    lost: Array = None
-    """Of a certified sketch, (T,): tr(G_t - Gbar_t), as it was summed."""
+    sums: tuple[Array, Array] | None = None
+    """Of a certified sketch: the decayed sum of s_l^2 and tr(G_t - Gbar_t) as it was summed, (T,) each."""
+
+    @property
+    def least(self) -> Array:
+        """The first of the sums; TypeError without certificates."""
+        return self._certified[0]
+
+    @property
+    def lost(self) -> Array:
+        """The second of the sums; TypeError without certificates."""
+        return self._certified[1]
+
+    @property
+    def _certified(self) -> tuple[Array, Array]:
+        if self.sums is None:
+            raise TypeError("the statement is about what theory.sketchy.record_certified(rows, size) returns")
+        return self.sums
 
     @functools.cached_property
     def news(self) -> Array:
@@ -121,7 +135,7 @@ def record_certified(
         out.append(sketch)
     basis, eigenvalues, escaped, least, lost = (np.stack(part) for part in zip(*out, strict=True))
     return Sketched(
-        rows=rows, basis=basis, eigenvalues=eigenvalues, escaped=escaped, size=size, beta2=beta2, least=least, lost=lost
+        rows=rows, basis=basis, eigenvalues=eigenvalues, escaped=escaped, size=size, beta2=beta2, sums=(least, lost)
     )
 
 
