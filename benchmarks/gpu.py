@@ -148,8 +148,8 @@ class Library:
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
-    def step(self, method: str, shapes: dict[str, Any], compiled: bool = False, engine: str = "torch") -> Any:
-        """A function that does one step of ``method`` and returns something to wait for."""
+    def step(self, method: str, shapes: dict[str, Any], variant: str = "") -> Any:
+        """A function that does one step of ``method`` and returns something to wait for; variants are PyTorch's."""
         import numpy as np
 
         from precond_ref import Optimizer
@@ -166,7 +166,13 @@ class Library:
             import precond_ref_torch
 
             own = {name: self.module.nn.Parameter(value) for name, value in params.items()}
-            optimizer = precond_ref_torch.Optimizer(own.items(), made, lr=1e-4, compile=compiled, engine=engine)
+            optimizer: Any
+            if variant == "fused":
+                optimizer = self.module.optim.Adam(own.values(), lr=1e-4, fused=True)
+            else:
+                options = {"compile": "eager" if self.dry else True} if variant == "compile" else {}
+                options |= {"engine": variant} if variant == "cupy" else {}
+                optimizer = precond_ref_torch.Optimizer(own.items(), made, lr=1e-4, **options)
 
             def torch_step() -> None:
                 for name, grad in next(turn).items():
@@ -237,9 +243,9 @@ def steps(libraries: list[Library], rates: dict[str, float], dry: bool, over: Ca
     from precond_ref.cost.report import SIZE
     from precond_ref.registry import parse
 
-    def measure(library: Library, method: str, found: Any, variant: Any) -> dict[str, Any]:
+    def measure(library: Library, method: str, found: Any, variant: str) -> dict[str, Any]:
         made = parse(method).made(size=SIZE)
-        seconds = library.seconds(library.step(method, found, **variant), period=made.every)
+        seconds = library.seconds(library.step(method, found, variant), period=made.every)
         cost = estimate(method, made, found, device=Device(**rates))
         return {
             "seconds": seconds,
@@ -249,15 +255,15 @@ def steps(libraries: list[Library], rates: dict[str, float], dry: bool, over: Ca
             "share_of_matmul_rate": cost.flops / rates["matmul_rate"] / seconds,
         }
 
-    labels = {"engine": "torch engine=cupy", "compiled": "torch compile"}
+    labels = {"": "", "cupy": " engine=cupy", "compile": " compile", "fused": ".optim.Adam fused"}
     for library, (workload, methods) in itertools.product(libraries, METHODS.items()):
         for method in methods:
-            variants: list[dict[str, Any]] = [{}]
-            if library.name == "torch" and not dry:
-                variants += [{"engine": "cupy"}] + [{"compiled": True}] * (method == "AGD" and workload == "matrices")
+            variants = [""]
+            if library.name == "torch":
+                variants += [] if dry else ["cupy"]
+                variants += {"Adam": ["compile", "fused"], "AGD": ["compile"]}.get(method, [])
             for variant in variants:
-                label = labels.get(next(iter(variant), ""), library.name)
-                row = {"workload": workload, "method": method, "library": label}
+                row = {"workload": workload, "method": method, "library": library.name + labels[variant]}
                 yield measured(row, over, measure, library, method, shapes(workload, dry), variant)
 
 
