@@ -61,7 +61,7 @@ class Verdict:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The row, under `HEADER`."""
+        """The cells of the row, under `HEADER`."""
         t = self.target
         cases = [r for r in self.report["results"] if not r["id"].startswith("contract/") and "/reject-" not in r["id"]]
         ran = [r for r in cases if r["status"] != "skipped"]
@@ -75,7 +75,7 @@ class Verdict:
         )  # fmt: skip
 
     def name(self, right: int, ran: int) -> str:
-        """The method, the names of known mistakes, and in how many cases if not in all."""
+        """Return the method or the names of known mistakes, and the number of cases if not all agree."""
         if right == ran:
             return "the method"
         found = self.diagnosis
@@ -90,7 +90,7 @@ class Verdict:
 
     @property
     def diagnosis(self) -> Diagnosis | None:
-        """The report's, from its JSON."""
+        """The diagnosis of the report, from its JSON."""
         given = self.report["diagnosis"]
         if given is None:
             return None
@@ -101,7 +101,7 @@ class Verdict:
         )  # fmt: skip
 
     def section(self) -> str:
-        """Note, diagnosis and command."""
+        """Return note, diagnosis and command."""
         t, lines = self.target, []
         lines.append(f"## {t.package} {t.version}: `{t.name}` as {t.method}\n")
         if t.note:
@@ -121,7 +121,7 @@ class Verdict:
 
 
 def _merged(messages: Counter[str]) -> Counter[str]:
-    """Messages about one argument counted together, whatever its value."""
+    """Return the messages with those about one argument counted together, whatever its value."""
     merged: Counter[str] = Counter()
     for message, n in messages.items():
         merged[message.partition("=")[0] if "no argument" in message else message] += n
@@ -133,18 +133,18 @@ def _match(given: dict[str, Any]) -> Match:
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """In Markdown, with `HEADER`."""
+    """Return the table in Markdown, with `HEADER`."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (HEADER, ("---",) * len(HEADER), *rows))
 
 
 def page(verdicts: list[Verdict]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     made = f"Python {platform.python_version()}, {platform.system()}, {platform.machine()}:\n"
     return "\n".join([INTRO, made, table([v.cells for v in verdicts]) + "\n", *(v.section() for v in verdicts)])
 
 
 def environment(target: Target, folder: Path) -> Path:
-    """The ``bin`` of the environment that has the target's packages and this checkout; made if it is not there."""
+    """Return ``bin`` of the environment with the target's packages and this checkout; make it if it is missing."""
     names = sorted(r.replace("==", "-") for r in target.requires if r != TORCH) or [TORCH.replace("==", "-")]
     home = folder / "_".join(names)
     first, others = target.requires[0], target.requires[1:]
@@ -185,7 +185,7 @@ def audit(target: Target, folder: Path) -> Verdict:
 
 
 def main() -> None:
-    """Run the targets, one line for each; write the page, or print the sections of those asked for."""
+    """Run the targets, with one line for each; write the page, or print the sections of the chosen targets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="TEXT", help="targets whose package, version, name or method contain this")
     parser.add_argument("--environments", type=Path, default=ROOT / "build" / "audit", help="folder to make them in")

@@ -28,17 +28,17 @@ class Target:
 
     make: Callable[..., Any]
     method: str
-    """What it is checked as."""
+    """Method with which the target is compared."""
     requires: tuple[str, ...]
-    """What pip installs; the first is the package that is audited."""
+    """Requirements for pip; the first is the audited package."""
     name: str
-    """Of the class or function in the package."""
+    """Name of the class or function in the package."""
     without_dependencies: bool = False
-    """Whether the first of ``requires`` is installed with ``--no-deps``."""
+    """True if the first of ``requires`` is installed with ``--no-deps``."""
     dtype: str = "float64"
     """Precision of the check."""
     note: str = ""
-    """What a reader must know about the row."""
+    """A note for the reader about the row."""
 
     @property
     def package(self) -> str:
@@ -52,13 +52,13 @@ class Target:
 
     @property
     def command(self) -> str:
-        """What repeats the check, from the folder of this file."""
+        """The command that repeats the check, in the folder of this file."""
         precision = "" if self.dtype == "float64" else f" --dtype {self.dtype}"
         return f"precond-ref check audit_targets:{self.make.__name__} --method {self.method}{precision}"
 
     @property
     def install(self) -> str:
-        """What makes its environment."""
+        """The command that makes its environment."""
         kit, (first, *others) = '-e ".[cli]"', self.requires
         if self.without_dependencies:
             return f"pip install {' '.join([*others, kit])} && pip install --no-deps {first}"
@@ -145,7 +145,7 @@ def torch_radam(
 
 
 def _only(**fields: tuple[Any, ...]) -> None:
-    """Refuse a value, the first of each, that is none of those that follow."""
+    """Refuse a field whose value, the first of its tuple, is none of the other entries."""
     for name, (value, *offered) in fields.items():
         if value not in offered:
             raise NotImplementedError(f"{name}={value!r}")
@@ -161,7 +161,7 @@ def torch_adafactor(
     params: Any, lr: float, eps1: float | None, eps2: float, decay_rate: float, clip: float | None,
     eps_form: str = "square", parameter_scale: bool = True,
 ) -> Any:  # fmt: skip
-    """Its rate is at most 1 / sqrt(t), and it asks for a clip of 1 or more."""
+    """Its rate is at most 1 / sqrt(t), and its clip must be 1 or more."""
     import torch
 
     _only(
@@ -194,7 +194,7 @@ def optax_sgd(learning_rate: float, momentum: float, nesterov: bool) -> Any:
 
 
 def optax_adam(learning_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> Any:
-    """`optax.adam`, or `optax.adamw` where there is weight decay."""
+    """`optax.adam`, or `optax.adamw` with weight decay."""
     import optax
 
     if not weight_decay:
@@ -384,13 +384,13 @@ def pytorch_optimizer_normuon(
 
 
 def _tensors(params: Any) -> list[Any]:
-    """The parameters, those of groups too."""
+    """Return the parameters, also those in groups."""
     return [p for entry in params for p in (entry["params"] if isinstance(entry, dict) else [entry])]
 
 
 @cache
 def _timm(module: str) -> Any:
-    """A module of timm.optim from its file: importing the package needs its dependencies."""
+    """Return a module of timm.optim from its file, because importing the package needs its dependencies."""
     package = importlib.util.find_spec("timm")
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("timm is not installed", name="timm")

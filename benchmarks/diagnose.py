@@ -1,4 +1,4 @@
-"""Plants every known mistake and every pair of them, and counts which are caught, by what, and which are named.
+"""Plant every known mistake and every pair of them, and count how many are caught, by which cases, and named.
 
 python benchmarks/diagnose.py                    # singles and, per method, 100 pairs
 python benchmarks/diagnose.py --pairs all        # all pairs: half an hour
@@ -28,7 +28,7 @@ replay, replayed = variants.run, dict[Any, Any]()
 
 
 def remembered(method: Any, param: Any, grads: Any, **options: Any) -> Any:
-    """`variants.run`, computed once: whatever is planted is compared with the same variants."""
+    """Return `variants.run`, computed once, because all planted mistakes are compared with the same variants."""
     key = (method, param.tobytes(), grads.tobytes(), *options.values())
     if key not in replayed:
         replayed[key] = replay(method, param, grads, **options)
@@ -36,7 +36,7 @@ def remembered(method: Any, param: Any, grads: Any, **options: Any) -> Any:
 
 
 def replayed_unless_far(run: Any, flags: frozenset[str], dtype: str, steps: int) -> tuple[float, float]:
-    """`diagnose._replayed`, but for a first step that is far beyond what counts as agreement."""
+    """Return `diagnose._replayed`, except if the first step is far beyond agreement."""
     if steps == 1 and flags:
         key = (run.case.id, flags)
         if key not in firsts:
@@ -56,7 +56,7 @@ variants.run, search._replayed = remembered, replayed_unless_far
 
 
 def planted(constructor: str, flags: frozenset[str]) -> dict[str, Any]:
-    """What `check` makes of a method with these deviations."""
+    """Return the verdict of `check` on a method with these deviations."""
     report = check(Variant(flags), constructor)
     found = [] if report.diagnosis is None else [set(m.flags) for m in report.diagnosis.matches]
     caught = [r for r in report.failures if r.gap]
@@ -75,7 +75,7 @@ def main() -> None:
     """Print one line per method, the exceptions, and the totals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", help="constructors, separated by commas (default: all)")
-    parser.add_argument("--pairs", default="100", help="how many pairs of each method, or 'all'")
+    parser.add_argument("--pairs", default="100", help="number of pairs of each method, or 'all'")
     parser.add_argument("--write", action="store_true", help="put the table of singles into docs/mistakes.md")
     arguments = parser.parse_args()
     cases = vectors.cases(kind="trace")

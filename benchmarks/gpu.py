@@ -1,15 +1,15 @@
 """The methods on a CUDA GPU: `python benchmarks/gpu.py`, in less than 8 minutes. Needs CuPy, PyTorch and JAX with CUDA.
 
-Writes ``benchmarks/results/<gpu>-<date>.json`` and the same as Markdown beside it, anew after every measurement:
+The program writes ``benchmarks/results/<gpu>-<date>.json`` and the same as Markdown, after every measurement:
 
 * bandwidth of a copy and rate of a float32 matrix product, measured;
 * time of a step by device events (JAX, which has none: by the host's clock around many steps), with the share of it
   that the least possible bytes at that bandwidth and the flops at that rate account for (`precond_ref.cost`);
-* kernels of a step without a refresh, for 100 and for 10 equal matrices, and how often the host waits or reads;
+* kernels of a step without a refresh, for 100 and for 10 equal matrices, and the number of waits and reads of the host;
 * residuals of batched eigendecompositions and inverses, by size;
 * the constants c with which errors of float32 roots stay below c u kappa^(p + 1/2) and c u kappa.
 
-``--dry-run`` goes through all of it on the CPU in small, NumPy in the place of CuPy: whether the script runs.
+``--dry-run`` runs all of it on the CPU with small sizes, NumPy in the place of CuPy, to show that the script runs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ WAITS = re.compile(r"cuda(Device|Stream|Event)Synchronize|cudaMemcpy$")
 
 
 def missing() -> list[str]:
-    """What a machine lacks."""
+    """Return the requirements that the machine lacks."""
     found = []
     for name, check in (
         ("torch", lambda m: m.cuda.is_available()),
@@ -58,7 +58,7 @@ def missing() -> list[str]:
                 found.append(f"{name} is installed but finds no CUDA GPU")
         except (ImportError, OSError) as error:
             found.append(f"{name} cannot be imported: {error}")
-        except RuntimeError as error:  # JAX without a driver for the plugin it has
+        except RuntimeError as error:  # JAX without a driver for its plugin
             found.append(f"{name} finds no CUDA GPU: {error}")
     return found
 
@@ -83,7 +83,7 @@ class Library:
         return array_namespace(self.array([0.0]))
 
     def array(self, values: Any, dtype: str = "float32") -> Any:
-        """``values`` on the device."""
+        """Return ``values`` on the device."""
         import numpy as np
 
         host = np.asarray(values, dtype)
@@ -92,7 +92,7 @@ class Library:
         return self.module.numpy.asarray(host) if self.name == "jax" else self.module.asarray(host)
 
     def host(self, array: Any) -> Any:
-        """``array`` as float64 NumPy."""
+        """Return ``array`` as float64 NumPy."""
         import numpy as np
 
         if self.name == "torch":
@@ -102,7 +102,7 @@ class Library:
         return np.asarray(array).astype("float64")
 
     def wait(self, result: Any) -> None:
-        """Until ``result`` is there and the device idle."""
+        """Wait until ``result`` is computed and the device is idle."""
         if self.name == "jax":
             self.module.block_until_ready(result)
         elif self.name == "torch" and not self.dry:
@@ -111,9 +111,9 @@ class Library:
             self.module.cuda.Device().synchronize()
 
     def seconds(self, step: Callable[[], Any], rounds: int = 5, period: int = 1) -> float:
-        """Median time of a step, over whole periods; about 0.2 s in all beside two steps and a period to get warm.
+        """Return the median time of a step over whole periods, measured for about 0.2 s.
 
-        No new round after eight seconds.
+        Two steps and a period come before it. After eight seconds there is no new round.
         """
         begin = time.perf_counter()
         self._clock(step, 1)
@@ -125,7 +125,7 @@ class Library:
         return statistics.median(values)
 
     def _clock(self, step: Callable[[], Any], count: int) -> float:
-        """Time of one of ``count`` steps."""
+        """Return the time of one of ``count`` steps."""
         start, stop, begin = self._event(), self._event(), time.perf_counter()
         if start is not None:
             start.record()
@@ -149,7 +149,7 @@ class Library:
     # ---- steps ------------------------------------------------------------------------------------------------------
 
     def step(self, method: str, shapes: dict[str, Any], variant: str = "") -> Any:
-        """A function that does one step of ``method`` and returns something to wait for; variants are PyTorch's."""
+        """Return a function that does one step of ``method`` and returns an array to wait for; variants: PyTorch's."""
         import numpy as np
 
         from precond_ref import Optimizer
@@ -212,7 +212,7 @@ class Library:
 
 
 def device_rates(torch: Library) -> dict[str, float]:
-    """Bytes per second of a copy, read and written; flops per second of a float32 product (no TF32)."""
+    """Return bytes per second of a copy, read and written, and flops per second of a float32 product (no TF32)."""
     n = 64 if torch.dry else 8192
     side = 64 if torch.dry else 8192
     source = torch.array([[1.0]]).expand(n, n).contiguous()
@@ -224,7 +224,7 @@ def device_rates(torch: Library) -> dict[str, float]:
 
 
 def measured(row: dict[str, Any], over: Callable[[], bool], measure: Callable[..., Any], *of: Any) -> dict[str, Any]:
-    """``row`` with what ``measure(*of)`` returns, or with the reason why there is nothing."""
+    """Return ``row`` with the result of ``measure(*of)``, or with the reason if there is none."""
     if over():
         return row | {"error": "left out: no time"}
     try:
@@ -234,9 +234,9 @@ def measured(row: dict[str, Any], over: Callable[[], bool], measure: Callable[..
 
 
 def steps(libraries: list[Library], rates: dict[str, float], dry: bool, over: Callable[[], bool]) -> Iterator[Any]:
-    """Time of a step of every method on every workload in every library, with its roofline.
+    """Yield the time of a step of every method on every workload in every library, with its roofline.
 
-    JAX is last: its compilations take longer than all that is measured.
+    JAX is last, because its compilations take longer than all measurements.
     """
     from precond_ref.bench.workloads import shapes
     from precond_ref.cost import Device, estimate
@@ -268,7 +268,7 @@ def steps(libraries: list[Library], rates: dict[str, float], dry: bool, over: Ca
 
 
 def launches(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> Iterator[Any]:
-    """Kernels of a step without a refresh, for 100 and for 10 equal matrices, and how often the host waits or reads."""
+    """Yield the kernels of a step without a refresh, for 100 and 10 equal matrices, and waits and reads of the host."""
     from precond_ref.bench.workloads import matrices
 
     def measure(library: Library, method: str, count: int) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def launches(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> I
 
 
 def _launched(library: Library, step: Callable[[], Any]) -> dict[str, int]:
-    """What PyTorch's profiler sees of a step and of waiting for it; it sees the kernels of all libraries."""
+    """Return the counts of PyTorch's profiler for a step and its end, with the kernels of all libraries."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, *([] if library.dry else [ProfilerActivity.CUDA])]
@@ -296,7 +296,7 @@ def _launched(library: Library, step: Callable[[], Any]) -> dict[str, int]:
 
 
 def census(events: Iterable[Any]) -> dict[str, int]:
-    """Kernels, copies, waits of the host and copies to it among a profiler's events."""
+    """Return the numbers of kernels, copies, waits of the host and copies to it among the events of a profiler."""
     events = [e for e in events if not getattr(e, "is_user_annotation", False)]  # the step's name, on the device too
     on_device = [e.name for e in events if "CUDA" in str(e.device_type)]
     kernels = sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
@@ -309,7 +309,7 @@ def census(events: Iterable[Any]) -> dict[str, int]:
 
 
 def residuals(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> Iterator[Any]:
-    """Largest relative residual of a batch, and its time: eigh ||A Q - Q W||, inverse ||A X - I||, over norms."""
+    """Yield the largest relative residual of a batch, and its time: eigh ||A Q - Q W||, inverse ||A X - I||."""
     import numpy as np
 
     def measure(library: Library, kind: str, a: Any) -> dict[str, Any]:
@@ -338,7 +338,7 @@ def residuals(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> 
 
 
 def constants(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> Iterator[Any]:
-    """Errors of float32 roots A^-p against float64 on the host, as multiples of u kappa^(p + 1/2) and of u kappa.
+    """Yield errors of float32 roots A^-p against float64 on the host, as multiples of u kappa^(p + 1/2) and of u kappa.
 
     A = Q diag(w) Q^T with w log-uniform from 1 / kappa to 1, rounded to float32 before the truth is taken; the
     condition numbers are those of A. The largest multiple over sizes, exponents and condition numbers is the constant.
@@ -363,7 +363,7 @@ def constants(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> 
             error = np.linalg.norm(got - truth, axis=(1, 2)) / np.linalg.norm(truth, axis=(1, 2))
             true_kappa = values[:, -1] / values[:, 0]
             found.append((np.max(error / (u * true_kappa ** (p + 0.5))), np.max(error / (u * true_kappa))))
-        fresh, stale = np.max(found, axis=0)  # NaN if there is one
+        fresh, stale = np.max(found, axis=0)  # NaN if one of them is NaN
         return {"u kappa^(p + 1/2)": float(fresh), "u kappa": float(stale)}
 
     for library, p in itertools.product(libraries, (0.25, 0.5, 1.0)):
@@ -374,7 +374,7 @@ def constants(libraries: list[Library], dry: bool, over: Callable[[], bool]) -> 
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` with the names of numbers that JSON does not have."""
+    """Return ``value`` with names in the place of numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: jsonable(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -383,7 +383,7 @@ def jsonable(value: Any) -> Any:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The tables for the documentation."""
+    """Return the tables for the documentation."""
 
     def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> list[str]:
         lines = ["| " + " | ".join(columns.values()) + " |", "|---" * len(columns) + "|"]
@@ -419,7 +419,7 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def main(given: list[str] | None = None) -> int:
-    """Run everything; 0, or 1 if something that is needed is missing."""
+    """Run everything; return 0, or 1 if a requirement is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, in small")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")

@@ -1,10 +1,10 @@
-"""Measures how far correct computations of ``A^{-p} G`` are from the truth: what the tolerance was derived from.
+"""Measure the errors of correct computations of ``A^{-p} G``, for the constant of the tolerance.
 
     python benchmarks/tolerance.py            # prints; about a minute
     python benchmarks/tolerance.py --write    # puts the tables into docs/tolerance.md
 
-float32 results of NumPy and PyTorch against float64 ones of the same formula (whose own error is 2^-29 of that), and
-both precisions of this library against the 50-digit vectors.
+float32 results of NumPy and PyTorch are compared with float64 results of the same formula, whose error is smaller by
+2^-29. Both precisions of this library are compared with the 50-digit vectors.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ LIBRARIES: dict[str, Callable[[np.ndarray], Any]] = {
 
 
 def spectra(size: int, kappa: float) -> Iterator[np.ndarray]:
-    """Eigenvalues between 1 / kappa and 1: spread evenly in the logarithm, all small but one, all large but one."""
+    """Yield eigenvalues between 1 / kappa and 1: even in the logarithm, all small but one, all large but one."""
     yield np.geomspace(1 / kappa, 1, size)
     yield np.where(np.arange(size) == 0, 1, 1 / kappa)
     yield np.where(np.arange(size) == 0, 1 / kappa, 1)
 
 
 def orthogonal(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A random orthogonal matrix."""
+    """Return a random orthogonal matrix."""
     return np.linalg.qr(rng.standard_normal((size, size)))[0]
 
 
 def one_sided(exponent: float) -> Callable[[Any], Any]:
-    """``(G G^T)^{-p} G``: the statistic is fresh."""
+    """Return the function ``(G G^T)^{-p} G``: the statistic is fresh."""
     return lambda g: roots.power(g @ g.T, -exponent) @ g
 
 
 def two_sided(g: Any) -> Any:
-    """``(G G^T)^{-1/4} G (G^T G)^{-1/4}``: fresh, p = 1/2 in all."""
+    """Return ``(G G^T)^{-1/4} G (G^T G)^{-1/4}``: fresh, with the total p = 1/2."""
     return roots.power(g @ g.T, -0.25) @ g @ roots.power(g.T @ g, -0.25)
 
 
 def error(formula: Callable[..., Any], library: str, *inputs: np.ndarray) -> float:
-    """Normwise relative error of the float32 result, in unit roundoffs; inputs are float32 numbers."""
+    """Return the normwise relative error of the float32 result, in unit roundoffs; inputs are float32 numbers."""
     inputs = tuple(a.astype(np.float32).astype(np.float64) for a in inputs)
     truth = formula(*inputs)
     got = np.asarray(formula(*(LIBRARIES[library](a) for a in inputs)), np.float64)
@@ -69,7 +69,7 @@ def error(formula: Callable[..., Any], library: str, *inputs: np.ndarray) -> flo
 
 
 def worst(kappa: float, measure: Callable[[np.random.Generator, np.ndarray, str], float]) -> np.ndarray:
-    """Largest error for each size, over spectra, draws and libraries."""
+    """Return the largest error for each size, over spectra, draws and libraries."""
     rng = np.random.default_rng(0)
     return np.array(
         [
@@ -85,7 +85,7 @@ def worst(kappa: float, measure: Callable[[np.random.Generator, np.ndarray, str]
 
 
 def fresh(formula: Callable[[Any], Any]) -> Callable[[np.random.Generator, np.ndarray, str], float]:
-    """Errors on gradients whose ``G G^T`` has the spectrum."""
+    """Return a measure of errors on gradients whose ``G G^T`` has the spectrum."""
 
     def measure(rng: np.random.Generator, w: np.ndarray, library: str) -> float:
         size = len(w)
@@ -95,7 +95,7 @@ def fresh(formula: Callable[[Any], Any]) -> Callable[[np.random.Generator, np.nd
 
 
 def bare(exponent: float) -> Callable[[np.random.Generator, np.ndarray, str], float]:
-    """Errors of the root itself."""
+    """Return a measure of errors of the root itself."""
 
     def measure(rng: np.random.Generator, w: np.ndarray, library: str) -> float:
         q = orthogonal(rng, len(w))
@@ -105,7 +105,7 @@ def bare(exponent: float) -> Callable[[np.random.Generator, np.ndarray, str], fl
 
 
 def stale(exponent: float) -> Callable[[np.random.Generator, np.ndarray, str], float]:
-    """Errors of the root applied to a gradient that is not part of the statistic."""
+    """Return a measure of errors of the root applied to a gradient that is not part of the statistic."""
 
     def measure(rng: np.random.Generator, w: np.ndarray, library: str) -> float:
         q = orthogonal(rng, len(w))
@@ -126,7 +126,7 @@ PROBLEMS = {  # name: measure, and the power of kappa in the tolerance
 
 
 def powers() -> tuple[str, str, float]:
-    """Errors in unit roundoffs by condition number, with the slope; C by size, ``C = error / (u kappa^power)``."""
+    """Return tables of errors in unit roundoffs by condition number, and of ``C = error / (u kappa^power)`` by size."""
     heads = " | ".join(f"κ = {k:g}" for k in KAPPAS)
     lines = [f"| problem | {heads} | slope | tolerance's |", "|---" * (len(KAPPAS) + 3) + "|"]
     sizes = ["| problem | " + " | ".join(f"n = {n}" for n in SIZES) + " |", "|---" * (len(SIZES) + 1) + "|"]
@@ -143,7 +143,7 @@ def powers() -> tuple[str, str, float]:
 
 
 def growth() -> str:
-    """Errors of a sketch in unit roundoffs after 1, 2, 4, ... updates by a row: the 99 % quantile of 200 streams."""
+    """Return a table of errors of a sketch after 1, 2, 4, ... updates by a row: the 99 % quantile of 200 streams."""
     updates, rng = [1, 2, 4, 8, 16, 32], np.random.default_rng(0)
     lines = ["| sketch | library | " + " | ".join(f"t = {t}" for t in updates) + " |", "|---" * 8 + "|"]
     for d, size in ((3, 9), (5, 3), (16, 8)):
@@ -163,7 +163,7 @@ def growth() -> str:
 
 
 def on_vectors() -> tuple[str, float]:
-    """Largest ratio of error to tolerance of this library, all cases of all methods."""
+    """Return the table of the largest ratios of error to tolerance of this library, and the largest of all."""
     constructors = list(dict.fromkeys(case.constructor for case in vectors.cases(kind="trace")))
     lines = ["| library | precision | results | largest error / tolerance | at |", "|---|---|---|---|---|"]
     largest = 0.0

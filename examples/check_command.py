@@ -18,7 +18,7 @@ import sys
 
 
 def init(request):
-    """Keep what is needed; refuse what this program does not have."""
+    """Keep configuration and parameters; refuse options that this program does not have."""
     global config, params, buffers
     config = request["config"]
     if config["weight_decay"]:
@@ -29,7 +29,7 @@ def init(request):
 
 
 def step(request):
-    """One step on every parameter."""
+    """Make one step on every parameter."""
     lr, momentum = config["lr"], config["momentum"]
     for (_, x), b, grad in zip(params, buffers, request["grads"], strict=True):
         for i, g in enumerate(float(g) for g in grad["data"]):
@@ -42,7 +42,7 @@ def step(request):
 
 
 def entry(shape, data):
-    """An array in the protocol."""
+    """Return an array in the form of the protocol."""
     return {"shape": shape, "data": [x if x - x == 0 else str(x) for x in data]}
 
 

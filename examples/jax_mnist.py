@@ -1,4 +1,6 @@
-"""A flax classifier trained with ASGO from optax: MNIST where PRECOND_REF_DATA names a folder with it, else the digits.
+"""A flax classifier trained with ASGO as an optax transformation.
+
+The data are MNIST if PRECOND_REF_DATA names its folder, else the digits.
 
 python -m pip install -e ".[jax,cli]" flax && python examples/jax_mnist.py
 """

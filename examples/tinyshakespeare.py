@@ -63,7 +63,7 @@ METHODS: dict[str, tuple[str, str]] = {
 
 
 def options(method: str, shape: Shape) -> dict[str, float]:
-    """Fields that are not the method's to choose: the number of terms whose mean is the loss."""
+    """Return fields that the problem decides: the number of terms whose mean is the loss."""
     return {"batch_size": float(shape.batch * shape.context)} if method == "IFShampoo" else {}
 
 
@@ -71,7 +71,7 @@ def options(method: str, shape: Shape) -> dict[str, float]:
 
 
 class Data(NamedTuple):
-    """The text as numbers; its last tenth validates."""
+    """The text as numbers; its last tenth is for validation."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -79,32 +79,32 @@ class Data(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> Data:
-        """Characters numbered in the order of their code points."""
+        """Return the data of a text, with characters numbered in the order of their code points."""
         alphabet, numbers = np.unique(np.frombuffer(text.encode("utf-32-le"), "<u4"), return_inverse=True)
         cut = len(numbers) * 9 // 10
         return cls(numbers[:cut], numbers[cut:], len(alphabet))
 
     def batches(self, shape: Shape, seed: int) -> Iterator[np.ndarray]:
-        """Without end: (batch, context + 1) tokens from random places of the training part."""
+        """Yield without end (batch, context + 1) tokens from random places of the training part."""
         random = np.random.default_rng([seed, 1])
         window = np.arange(shape.context + 1)
         while True:
             yield self.train[random.integers(len(self.train) - shape.context, size=(shape.batch, 1)) + window]
 
     def held_out(self, shape: Shape, count: int = 128) -> np.ndarray:
-        """(at most ``count``, context + 1) tokens, from places evenly spread over the validation part."""
+        """Return (at most ``count``, context + 1) tokens, from places spread evenly over the validation part."""
         places = np.arange(0, len(self.validation) - shape.context, shape.context)
         chosen = places[np.linspace(0, len(places) - 1, min(count, len(places))).astype(int)]
         return self.validation[chosen[:, None] + np.arange(shape.context + 1)]
 
     def unigram_entropy(self) -> float:
-        """Cross entropy of the validation part under the frequencies of the training part, in nats."""
+        """Return the cross entropy of the validation part under the frequencies of the training part, in nats."""
         counts = np.bincount(self.train, minlength=self.characters) + 1.0
         return float(-np.log(counts / counts.sum())[self.validation].mean())
 
 
 def first_weights(characters: int, shape: Shape, seed: int) -> dict[str, np.ndarray]:
-    """By the names of `torch_model`; matrices are (out, in)."""
+    """Return the first weights by the names of `torch_model`; matrices are (out, in)."""
     random = np.random.default_rng([seed, 0])
     w = shape.width
     sizes = {"token.weight": (characters, w), "position.weight": (shape.context, w)}
@@ -129,7 +129,7 @@ def first_weights(characters: int, shape: Shape, seed: int) -> dict[str, np.ndar
 
 
 def torch_model(characters: int, shape: Shape) -> Any:
-    """The network as a `torch.nn.Module` from tokens (batch, time) to logits (batch, time, characters)."""
+    """Return the network as a `torch.nn.Module` from tokens (batch, time) to logits (batch, time, characters)."""
     import torch
     from torch import nn
     from torch.nn.functional import gelu, scaled_dot_product_attention
@@ -289,7 +289,7 @@ FRAMEWORKS: dict[str, Callable[..., Any]] = {"torch": TorchRun, "jax": JaxRun}
 
 
 class Curves:
-    """One run with what was seen of it."""
+    """One run with its measurements."""
 
     def __init__(self, framework: str, method: str, lr: float, run: Any) -> None:
         self.framework, self.method, self.lr, self.run = framework, method, lr, run
@@ -298,13 +298,13 @@ class Curves:
         self.points: list[tuple[int, float]] = []
 
     def step(self, tokens: np.ndarray) -> None:
-        """One timed step; the first one's time, which may compile, is dropped by `ms`."""
+        """Make one timed step; `ms` drops the time of the first step, which may compile."""
         start = time.perf_counter()
         self.batch_losses.append(self.run.step(tokens))
         self.seconds.append(time.perf_counter() - start)
 
     def look(self, tokens: np.ndarray) -> None:
-        """The validation loss now."""
+        """Record the present validation loss."""
         self.points.append((len(self.batch_losses), self.run.loss(tokens)))
 
     @property
@@ -314,7 +314,7 @@ class Curves:
 
     @property
     def validation_loss(self) -> float:
-        """The last one seen, infinite if that is NaN."""
+        """The last recorded validation loss; infinite if it is NaN."""
         return self.points[-1][1] if math.isfinite(self.points[-1][1]) else math.inf
 
     @property
@@ -326,7 +326,7 @@ class Curves:
 def prepare(
     frameworks: list[str], rates: dict[str, float], adam_lr: float, data: Data, shape: Shape, seed: int, dtype: str
 ) -> list[Curves]:
-    """A run of each method, at its rate, in each framework, all from the same weights."""
+    """Return a run of each method, at its rate, in each framework, all from the same weights."""
     weights = first_weights(data.characters, shape, seed)
     return [
         Curves(name, method, lr, FRAMEWORKS[name](method, lr, adam_lr, weights, shape, dtype))
@@ -336,7 +336,7 @@ def prepare(
 
 
 def train(runs: list[Curves], data: Data, shape: Shape, seed: int, steps: int) -> None:
-    """All runs in lockstep on the same batches, so that their times are measured side by side."""
+    """Train all runs in turn, step by step, on the same batches, so that their times are measured side by side."""
     held_out = data.held_out(shape)
     every = max(1, steps // 16)
     progress = Console(stderr=True)
@@ -353,7 +353,7 @@ def train(runs: list[Curves], data: Data, shape: Shape, seed: int, steps: int) -
 
 
 def tune(methods: list[str], data: Data, shape: Shape, steps: int) -> None:
-    """Search the rates by `precond_ref.compare`'s rule, in PyTorch, AdamW's first, and record all that was seen."""
+    """Search the rates by the rule of `precond_ref.compare`, in PyTorch, for AdamW first, and record all results."""
     setting = {**shape._asdict(), "steps": steps, "seed": TUNING_SEED, "framework": "torch", "dtype": "float32"}
     old = json.loads(RATES.read_text(encoding="utf-8")) if RATES.exists() else {}
     found = old["methods"] if old.get("setting") == setting and "AdamW" not in methods else {}
@@ -383,7 +383,7 @@ def tune(methods: list[str], data: Data, shape: Shape, steps: int) -> None:
 
 
 def ranking(runs: list[Curves]) -> list[dict[str, Curves]]:
-    """Each method's runs by framework, the smallest validation loss (mean over the frameworks) first."""
+    """Return each method's runs by framework, the smallest validation loss (mean over the frameworks) first."""
     by_method: dict[str, dict[str, Curves]] = {}
     for run in runs:
         by_method.setdefault(run.method, {})[run.framework] = run
@@ -391,12 +391,12 @@ def ranking(runs: list[Curves]) -> list[dict[str, Curves]]:
 
 
 def apart(found: dict[str, Curves]) -> np.ndarray:
-    """|torch - JAX| of the batch losses."""
+    """Return |torch - JAX| of the batch losses."""
     return np.abs(np.subtract(found["torch"].batch_losses, found["jax"].batch_losses))
 
 
 def table(runs: list[Curves]) -> Table:
-    """A row for each method, the best first."""
+    """Return a table with a row for each method, the best first."""
     ranked = ranking(runs)
     frameworks = list(ranked[0])
     yardstick = next((found for found in ranked if found[frameworks[0]].method == "AdamW"), ranked[0])
@@ -418,7 +418,7 @@ def table(runs: list[Curves]) -> Table:
 
 
 def figure(runs: list[Curves], entropy: float, heading: str) -> Any:
-    """Validation losses, PyTorch's as lines and JAX's as circles on them, and how far the two are apart."""
+    """Draw the validation losses, PyTorch's as lines and JAX's as circles on them, and the distance of the two."""
     from matplotlib.figure import Figure
 
     ranked = ranking(runs)

@@ -1,7 +1,7 @@
 """Train a classifier with ASGO on its matrices and Adam on the rest: `python examples/torch_mnist.py`.
 
-Uses MNIST's test files if the environment variable PRECOND_REF_DATA names their folder, else the digits that
-come with precond_ref.
+The program uses MNIST's test files if the environment variable PRECOND_REF_DATA names their folder, else the digits
+that come with precond_ref.
 """
 
 import os
@@ -14,7 +14,7 @@ from precond_ref.problems import load_digits, load_mnist
 
 
 def images_and_labels() -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs in [0, 1] as rows, and classes."""
+    """Return inputs in [0, 1] as rows, and classes."""
     if os.environ.get("PRECOND_REF_DATA"):
         images, labels = load_mnist("t10k")
     else:

@@ -7,14 +7,14 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "object": "data", "link": "href"}
-"""Attributes that a browser follows by itself."""
+"""Attributes whose links a browser loads by itself."""
 NOT_LOADED = {"canonical", "index", "search", "next", "prev", "author", "help", "copyright", "top", "up"}
 MATHS = "mathjax"
 STYLE = "_static/pages.css"
 
 
 class Page(HTMLParser):
-    """What a page loads, and whether it has equations."""
+    """Parser that collects the files a page loads, and whether the page has equations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Page(HTMLParser):
 
 
 def faults(site: Path) -> list[str]:
-    """What is wrong with the pages in ``site``, one sentence per fault; empty if nothing is."""
+    """Return the faults of the pages in ``site``, one sentence per fault."""
     found = []
     pages = sorted(site.rglob("*.html"))
     if not pages:
@@ -54,7 +54,7 @@ def faults(site: Path) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the faults of the site; 1 if there are any."""
+    """Print the faults of the site; return 1 if there are any, else 0."""
     if len(arguments) != 1:
         print("usage: python tools/check_site.py FOLDER")
         return 1

@@ -1,4 +1,4 @@
-"""Check what a built wheel contains: ``python tools/check_wheel.py dist/*.whl``."""
+"""Check the content of a built wheel: ``python tools/check_wheel.py dist/*.whl``."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 PACKAGES = frozenset({"precond_ref", "precond_ref_torch", "precond_ref_jax"})
 MANIFESTS = [f"precond_ref/conformance/vectors/{version}/manifest.json" for version in ("v1", "v2")]
 PYTEST_DOOR = "precond_ref/conformance/test_subject.py"
-"""The one file of tests that is shipped: it tests the user's optimizer."""
+"""The only file of tests in the wheel: it tests the user's optimizer."""
 DATA = [
     PYTEST_DOOR,
     "precond_ref/problems/data/digits.csv.gz",
@@ -22,7 +22,7 @@ CORE = ["array-api-compat"]
 
 
 def faults(wheel: Path) -> list[str]:
-    """What is wrong with ``wheel``, one sentence per fault; empty if nothing is."""
+    """Return the faults of ``wheel``, one sentence per fault."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         info = {name.partition("/")[0] for name in names if name.partition("/")[0].endswith(".dist-info")}
@@ -68,7 +68,7 @@ def faults(wheel: Path) -> list[str]:
 
 
 def main(wheels: list[str]) -> int:
-    """Print the faults of each wheel; the exit status is 1 if there are any, or if there is no wheel."""
+    """Print the faults of each wheel; return 1 if there are any, or if there is no wheel, else 0."""
     if not wheels:
         print("usage: python tools/check_wheel.py WHEEL...", file=sys.stderr)
         return 1

@@ -1,14 +1,14 @@
-"""Compares the library with its second implementation, both with 50 digits: what differs is a formula, not rounding.
+"""Compare the library with its second implementation, both with 50 digits: a difference is a formula, not rounding.
 
     python tools/exact.py                                        # 1000 configurations; about a minute
     python tools/exact.py --configurations 10000 --seed 1
     python tools/exact.py --method ASGO --configurations 200
     python tools/exact.py --first 1234 --configurations 1        # number 1234 of seed 0 again
 
-Each configuration is a method or preset with random fields, a random shape, gradients, learning rate and decay, a few
-updates long. The library's own source (`exact_core`) and `precond_ref.conformance.variants` must give the same
-directions, parameters and states, to 1e-40 of their norms. A configuration that does not is made as simple as it can be
-and printed; the exit code is then 1. Needs `pip install "precond-ref[vectors]"`.
+Each configuration is a method or preset with random fields, shape, gradients, learning rate and decay, for a few
+updates. The library's own source (`exact_core`) and `precond_ref.conformance.variants` must give the same directions,
+parameters and states, to 1e-40 of their norms. If they differ, a configuration as simple as possible is printed, and
+the exit code is 1. The command needs `pip install "precond-ref[vectors]"`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ METHODS = list(constructors())
 
 @dataclass(frozen=True)
 class Configuration:
-    """What both implementations are given. Numbers are floats, of which both get the exact values."""
+    """The arguments of both implementations. Numbers are floats, of which both get the exact values."""
 
     constructor: str
     config: Mapping[str, Any]
@@ -62,7 +62,7 @@ class Configuration:
     decay: float = 0.0
     stack_ndim: int = 0
     as_arrays: bool = False
-    """Whether the library gets its real fields as 0-D arrays."""
+    """True if the library gets its real fields as 0-D arrays."""
 
     def __str__(self) -> str:
         config = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
@@ -96,13 +96,13 @@ def _structure(r: random.Random) -> str:
 
 
 LAYOUTS = ("matrix", "matrix", "matrix", "flatten", "batch", ((0,), (1,)), ((2, 0), (1,)), ((0,), (2, 1)))
-"""Of Muon."""
+"""Layouts of Muon."""
 
 
 def _coefficients(r: random.Random) -> Any:
     names = ["jordan", "quintic5", "polar_express", "dion", "cans", "classical", "deepseekv4", "cubic5", "aol4"]
     a, c = r.uniform(2, 4), r.uniform(0, 2)
-    row = (a, r.uniform(0.3, 1.2) - a - c, c)  # 1 goes to something near: others grow beyond all digits
+    row = (a, r.uniform(0.3, 1.2) - a - c, c)  # the image of 1 is near 1: others grow beyond all digits
     return r.choice([*names, row, (row, (1.875, -1.25, 0.375))])
 
 
@@ -177,11 +177,11 @@ FIELDS: dict[str, Callable[[random.Random], Any]] = {
     "rescale": _one_of("norm", "rms", "none"),
     "structure": lambda r: r.choice([_structure(r), tuple(_structure(r) for _ in range(r.randint(1, 3)))]),
 }
-"""What each field is drawn from; fields that are True or False are recognised by their annotation."""
+"""Functions that draw the value of each field; fields that are True or False are recognised by their annotation."""
 
 
 def parameters(core: ModuleType, constructor: str) -> dict[str, str]:
-    """Names and annotations of a constructor's arguments."""
+    """Return names and annotations of a constructor's arguments."""
     make: Any = operator.attrgetter(constructor)(core)
     if dataclasses.is_dataclass(make):
         return {f.name: str(f.type) for f in dataclasses.fields(make)}
@@ -189,7 +189,7 @@ def parameters(core: ModuleType, constructor: str) -> dict[str, str]:
 
 
 def drawn(core: ModuleType, constructor: str, r: random.Random) -> Configuration:
-    """A random configuration that the constructor and ``init`` accept."""
+    """Return a random configuration that the constructor and ``init`` accept."""
     kinds = parameters(core, constructor)
     while True:
         config = {name: r.random() < 0.5 if kind == "bool" else FIELDS[name](r) for name, kind in kinds.items()}
@@ -222,7 +222,7 @@ def drawn(core: ModuleType, constructor: str, r: random.Random) -> Configuration
 
 
 def _undetermined(c: Configuration) -> bool:
-    """Whether the first gradient leaves the eigensolver a choice: a null space of two or more dimensions on an axis."""
+    """Return whether the first gradient leaves the eigensolver a choice: a null space of two or more dimensions."""
     if c.config.get("start") == "identity":
         return False
     for index in np.ndindex(*c.shape[: c.stack_ndim]):
@@ -234,11 +234,11 @@ def _undetermined(c: Configuration) -> bool:
 
 
 BY_EIGENVECTORS = ("SOAP", "SOAP.nvidia", "EShampoo", "EShampoo.meta_soap")
-"""Of these, what is done within an eigenspace of dimension above 1 depends on the basis that is found there."""
+"""Methods whose results depend on the basis found within an eigenspace of dimension above 1."""
 
 
 def determined(core: ModuleType, c: Configuration, shape: tuple[int, ...]) -> bool:
-    """Whether normal gradients leave no such eigenspace, and no 0 / 0 that is rounding over rounding."""
+    """Return whether normal gradients leave no such eigenspace, and no 0 / 0 that is rounding over rounding."""
     method = made(core, replace(c, as_arrays=False))
     grams = method.state_of(shape).grams
     blocks = grams if grams and isinstance(grams[0], tuple) else (grams,)
@@ -251,7 +251,7 @@ def determined(core: ModuleType, c: Configuration, shape: tuple[int, ...]) -> bo
 
 
 def _gradients(r: random.Random, seed: Any, shape: tuple[int, ...], special: bool = True) -> np.ndarray:
-    """Normal numbers; where ``special``, sometimes a zero update, sometimes of rank one."""
+    """Return normal gradients; with ``special`` sometimes a zero gradient, sometimes one of rank one."""
     grads: np.ndarray = seed.standard_normal(shape) * 10 ** r.uniform(-1, 0.5)
     if not special:
         return grads
@@ -266,7 +266,7 @@ def _gradients(r: random.Random, seed: Any, shape: tuple[int, ...], special: boo
 
 
 def made(core: ModuleType, c: Configuration) -> Any:
-    """The library's method; its real fields are mpmath numbers or 0-D arrays of them."""
+    """Return the library's method; its real fields are mpmath numbers or 0-D arrays of them."""
     config = {name: number(value) if isinstance(value, float) else value for name, value in c.config.items()}
     if c.as_arrays:
         config = {name: Array(value) if isinstance(value, mp.mpf) else value for name, value in config.items()}
@@ -276,7 +276,7 @@ def made(core: ModuleType, c: Configuration) -> Any:
 
 
 def by_library(core: ModuleType, c: Configuration) -> Iterator[dict[str, Any]]:
-    """Direction, parameter and state after each update, by the vectors' names."""
+    """Yield direction, parameter and state after each update, by the names of the vectors."""
     method, param = made(core, c), Array(exact(c.param))
     lr, decay = number(c.lr), number(c.decay)
     state = method.init(param, stack_ndim=c.stack_ndim)
@@ -302,7 +302,7 @@ def _named(state: Any, prefix: str) -> dict[str, Any]:
 
 
 def by_variant(core: ModuleType, c: Configuration) -> Iterator[dict[str, Any]]:
-    """The same by the second implementation."""
+    """Yield the same as `by_library`, by the second implementation."""
     method = made(core, replace(c, as_arrays=False))
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
     trace = variants.walk(method.name, fields, exact(c.param), exact(c.grads), lr=number(c.lr),
@@ -312,7 +312,7 @@ def by_variant(core: ModuleType, c: Configuration) -> Iterator[dict[str, Any]]:
 
 
 def _finite(updates: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The updates before the first that divides by zero, which mpmath refuses."""
+    """Return the updates before the first division by zero, which mpmath refuses."""
     found = []
     with contextlib.suppress(ZeroDivisionError):
         for update in updates:
@@ -321,7 +321,7 @@ def _finite(updates: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def difference(core: ModuleType, c: Configuration) -> tuple[float, str]:
-    """The largest relative one, and where it is."""
+    """Return the largest relative difference, and its place."""
     worst, where = 0.0, ""
     with mp.workdps(DIGITS):
         library = _finite(by_library(core, c))
@@ -333,7 +333,7 @@ def difference(core: ModuleType, c: Configuration) -> tuple[float, str]:
         if len(variant) < count:
             return float("inf"), f"a division by zero of the second implementation alone, in the first {count} updates"
         for t, (got, want) in enumerate(zip(library, variant, strict=True), start=1):
-            # A momentum of 0 needs no buffer, but an array's value is never asked.
+            # A momentum of 0 needs no buffer, but the value of an array is never read.
             if want.keys() - got.keys() or (got.keys() - want.keys() and not c.as_arrays):
                 return float("inf"), f"the names {sorted(got.keys() ^ want.keys())}"
             for name in want:
@@ -347,7 +347,7 @@ def difference(core: ModuleType, c: Configuration) -> tuple[float, str]:
 
 
 def simplest(core: ModuleType, c: Configuration) -> Configuration:
-    """A simpler configuration that still differs: fewer updates, no stack, round numbers, other fields."""
+    """Return a simpler configuration that still differs: fewer updates, no stack, round numbers, other fields."""
     plain: dict[type, list[Any]] = {float: [0.5, 0.0, 1.0], int: [1, 2], tuple: ["dense"]}
 
     def simpler() -> Iterator[Configuration]:
@@ -385,13 +385,13 @@ def simplest(core: ModuleType, c: Configuration) -> Configuration:
 
 
 def numbered(core: ModuleType, seed: int, number: int, methods: list[str]) -> Configuration:
-    """Configuration ``number`` of a ``seed``."""
+    """Return configuration ``number`` of a ``seed``."""
     r = random.Random(f"{seed}/{number}")
     return drawn(core, methods[number % len(methods)], r)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configurations", type=int, default=1000, metavar="N", help="how many (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="other ones for each seed (default: 0)")

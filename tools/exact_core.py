@@ -1,8 +1,8 @@
 """The library's own source run with mpmath: an array namespace over NumPy's object arrays, and a loader.
 
-`load` imports ``precond_ref`` anew. In the copy a float literal is an mpmath number of exactly its value, a quotient of
-integers has all digits, and ``float`` and ``math`` are mpmath's; nothing else of the text is changed. PyPI's mparray is
-such a namespace too, but takes ten times as long, lacks ``linalg``, and its ``finfo`` is that of float64.
+`load` imports a copy of ``precond_ref``. In the copy a float literal is an mpmath number of exactly its value, a
+quotient of integers has all digits, and ``float`` and ``math`` are those of mpmath; the other text does not change.
+PyPI's mparray is such a namespace too, but takes ten times as long, lacks ``linalg``, and has the ``finfo`` of float64.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ for _name in ("neg", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge"):
 
 
 def _data(value: Any) -> Any:
-    """NumPy's array of an `Array`; a number as a 0-D one, for mpmath refuses NumPy's operands slowly."""
+    """Return the NumPy array of an `Array`; a number becomes 0-D, because mpmath is slow to refuse NumPy's operands."""
     if isinstance(value, Array):
         return value.data
     return np.asarray(arithmetic.number(value) if isinstance(value, float) else value)
 
 
 def _wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A NumPy function on `Array`, also in sequences."""
+    """Return a NumPy function that takes `Array`, also in sequences."""
 
     def wrapper(*args: Any, **kwargs: Any) -> Array:
         given = [[a.data for a in x] if isinstance(x, list) else x.data if isinstance(x, Array) else x for x in args]
@@ -93,7 +93,7 @@ def _each(function: Callable[[Any], Any], kind: type = object) -> Callable[[Arra
 
 
 def _batched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of matrices on stacks of them."""
+    """Return a function of matrices that takes stacks of matrices."""
 
     def wrapper(*args: Array, **kwargs: Any) -> Any:
         stack = args[0].shape[:-2]
@@ -107,12 +107,12 @@ def _batched(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _matrix(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of mpmath's matrices on object arrays."""
+    """Return a function of mpmath's matrices that takes object arrays."""
     return lambda *args: np.array(function(*(mp.matrix(a.tolist()) for a in args)).tolist(), dtype=object)
 
 
 def _qr(matrix: Any) -> tuple[Any, Any]:
-    """By Gram and Schmidt, twice; a column without anything new gives any unit vector that is orthogonal."""
+    """Return Q and R by the method of Gram and Schmidt, done twice; for a dependent column any unit vector."""
     q, r = exact(np.zeros(matrix.shape)), exact(np.zeros(matrix.shape))
     for j in range(len(matrix)):
         rest, size = _beyond(q[:, :j], matrix[:, j])
@@ -124,7 +124,7 @@ def _qr(matrix: Any) -> tuple[Any, Any]:
 
 
 def _beyond(q: Any, vector: Any) -> tuple[Any, Any]:
-    """What of a vector is orthogonal to the columns of ``q``, and its length."""
+    """Return the part of a vector that is orthogonal to the columns of ``q``, and its length."""
     for _ in range(2):
         vector = vector - q @ (q.T @ vector) if q.shape[1] else vector
     return vector, arithmetic.norm(vector)
@@ -208,7 +208,7 @@ def _printed(value: Any) -> Any:
 
 
 class _Float(type):
-    """What ``float`` is in the copy."""
+    """The ``float`` of the copy."""
 
     def __instancecheck__(cls, value: Any) -> bool:
         return isinstance(value, (float, mp.mpf))
@@ -261,7 +261,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 @contextmanager
 def _set_aside() -> Iterator[None]:
-    """Without the library's modules, which come back."""
+    """Context manager that takes the library's modules out of ``sys.modules`` and puts them back."""
     ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "precond_ref"}
     for name in ours:
         del sys.modules[name]
@@ -274,7 +274,7 @@ def _set_aside() -> Iterator[None]:
 
 
 def load(changes: Mapping[str, tuple[str, str]] | None = None) -> ModuleType:
-    """The library at any precision; ``changes``: a planted ``(old, new)`` by module."""
+    """Return the library at any precision; ``changes`` has a planted ``(old, new)`` by module."""
     finder = _Finder(changes or {})
     with _set_aside(), mp.workdps(arithmetic.DIGITS):
         sys.meta_path.insert(0, finder)

@@ -1,14 +1,14 @@
 """Random updates of all methods, each of them checked: ``python tools/fuzz.py`` makes a million, in minutes.
 
-A case is a method or preset with fields drawn from what its constructor takes, a shape, a stack of parameters, a dtype,
-a library, and up to two dozen gradients: of all scales, sparse, of rank one, ill-conditioned, repeated, constant, zero,
-and now and then with NaN or an infinity in one member. In one case of twenty a PyTorch optimizer runs instead.
+A case is a method or preset with drawn fields, a shape, a stack of parameters, a dtype, a library, and up to two dozen
+gradients: of all scales, sparse, of rank one, ill-conditioned, repeated, constant, zero, and sometimes with NaN or an
+infinity in one member. In one case of twenty a PyTorch optimizer runs instead.
 
-What is checked, by the name that a violation is printed with:
+The checks, by the names that violations have:
 
   raises     no exception and no warning comes out of an update, whatever the gradient; NumPy's own warnings about
-             floating point come out only where something is not finite
-  purity     nothing given is changed; what is returned shares no memory with it, except a state with the one before
+             floating point come out only if a value is not finite
+  purity     no argument is changed; results share no memory with the arguments, except a state with the one before
   kind       library, dtype and shape are kept, the step is counted
   stack      two members of a stack, run alone and with `scalars` and `xp` given, have the directions of the stack
   library    NumPy and PyTorch agree in float64
@@ -25,14 +25,14 @@ What is checked, by the name that a violation is printed with:
   mutated    a mutated state_dict is refused with ValueError, which changes nothing, or goes on
   bytes      what `torch.save` writes of one parameter's state is its size
 
-`stack` and `library` allow 256 u, and beyond it what conditioning explains: the member runs again with noise in its
-gradients and its arithmetic (`Noisy`), and may differ by eight times as much as that makes. What is computed in
-bfloat16 has noise of its unit roundoff, 2^-8, at each rounding, so that twice as much is enough. `library` leaves out
-the entries that a NaN or an infinity has reached.
+`stack` and `library` allow 256 u, and beyond it the error that conditioning explains: the member runs again with noise
+in its gradients and its arithmetic (`Noisy`), and may differ by eight times the effect of the noise. Arithmetic in
+bfloat16 has noise of its unit roundoff, 2^-8, at each rounding, so that twice the effect is enough. `library` leaves
+out the entries that a NaN or an infinity has reached.
 
-An update is one member of a stack through one call, or one parameter through one step of an optimizer; the calls that
-it is compared with are not counted. The exit code is 1 if anything was violated. A violation is printed as lines of
-Python that repeat it in the folder ``tools``, after steps, fields and axes were left out as long as it stayed:
+An update is one member of a stack through one call, or one parameter through one step of an optimizer; the calls for
+comparison are not counted. The exit code is 1 if a check was violated. A violation is printed as lines of Python that
+repeat it in the folder ``tools``; steps, fields and axes that it does not need are left out:
 
   from fuzz import *
   violations(Case('Adam', {'beta1': 0.5}, shape=(3,), steps=(Step('sparse'),)))
@@ -78,14 +78,14 @@ KINDS = ("normal", *MODERATE, "ill-conditioned", "mixed", "rows", "extreme", "re
 OTHER = {"numpy": "torch", "torch": "numpy"}
 XP = {"numpy": array_namespace(np.empty(0)), "torch": array_namespace(torch.empty(0))}
 BETA2 = "beta2 of .* is the weight of the new term|these coefficients send the singular value of a gradient"
-"""Warnings that belong to what is drawn."""
+"""Warnings that belong to drawn fields."""
 RIDGES = ("eps", "delta", "damping")
 """Fields that shorten a direction."""
 
 
 @dataclass(frozen=True, repr=False)
 class Record:
-    """What is printed as Python, without what is as by default."""
+    """A record that is printed as Python, without the fields that have their defaults."""
 
     def __repr__(self) -> str:
         told: list[str] = []
@@ -101,7 +101,7 @@ class Record:
 
 @dataclass(frozen=True, repr=False)
 class Step(Record):
-    """One gradient of a case; ``bad`` is a member and what one of its entries becomes."""
+    """One gradient of a case; ``bad`` is a member and the value that replaces one of its entries."""
 
     kind: str = "normal"
     scale: float = 1.0
@@ -112,7 +112,7 @@ class Step(Record):
 
 @dataclass(frozen=True, repr=False)
 class Case(Record):
-    """A method or preset by name with its fields, what it runs on, and the gradients."""
+    """A method or preset by name with its fields, shape, library and dtype, and the gradients."""
 
     make: str
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -124,7 +124,7 @@ class Case(Record):
 
 
 class Found(NamedTuple):
-    """A violation: the name of the check, and what is wrong."""
+    """A violation: the name of the check, and the fault in words."""
 
     check: str
     text: str
@@ -138,14 +138,14 @@ def pick(rng: Rng, options: Any) -> Any:
 
 
 def real(rng: Rng) -> float:
-    """Any number from 0 on: bounds, all scales, near 1 from below."""
+    """Return a number >= 0: bounds, all scales, near 1 from below."""
     near = 1 - float(f"{10 ** rng.uniform(-12, 0):.2g}")
     scales = (10 ** rng.uniform(-50, -3), 10 ** rng.uniform(-12, 4), rng.uniform())
     return pick(rng, (pick(rng, (0.0, 0.5, 1.0)), near, *(float(f"{x:.3g}") for x in scales)))
 
 
 def choices(make: Callable[..., Method], name: str) -> list[str]:
-    """The strings that an argument may be, from what the constructor says when it refuses one."""
+    """Return the strings that an argument may be, from the constructor's error about another string."""
     required = {p.name: 1 for p in inspect.signature(make).parameters.values() if p.default is p.empty}
     try:
         make(**{**required, name: "?"})
@@ -160,11 +160,11 @@ TUPLES: Mapping[str, Callable[[Rng], Any]] = {
     "ignored_axes": lambda rng: tuple(int(i) for i in rng.integers(4, size=rng.integers(3))),
     "blocks": lambda rng: pick(rng, (None, 1, 2, 3, (1, 2), (2, 2))),
 }
-"""Fields of which no message lists the values."""
+"""Fields whose values no error message lists."""
 
 
 def value_of(rng: Rng, make: Callable[..., Method], parameter: inspect.Parameter) -> Any:
-    """A value for an argument of ``make``, which may refuse it."""
+    """Return a value for an argument of ``make``, which may refuse it."""
     kind = str(parameter.annotation)
     if parameter.name in TUPLES:
         return TUPLES[parameter.name](rng)
@@ -188,7 +188,7 @@ def built(name: str, fields: Mapping[str, Any]) -> Any:
 
 
 def draw_fields(rng: Rng, name: str) -> dict[str, Any]:
-    """Fields that the constructor takes; one that it refuses is drawn again."""
+    """Return fields that the constructor takes; a refused field is drawn again."""
     make = MAKERS[name]
     parameters = inspect.signature(make).parameters
     share = pick(rng, (0.0, 0.3, 1.0))
@@ -205,7 +205,7 @@ def draw_fields(rng: Rng, name: str) -> dict[str, Any]:
 
 
 def draw(rng: Rng, names: list[str], libraries: list[str]) -> Any:
-    """A `Case`, or one of twenty times an ``OptimizerCase``."""
+    """Return a `Case`, or one time of twenty an ``OptimizerCase``."""
     if "torch" in libraries and rng.random() < 0.05:
         from fuzz_torch import draw as draw_optimizer
 
@@ -238,7 +238,7 @@ def draw(rng: Rng, names: list[str], libraries: list[str]) -> Any:
 
 
 def gradient(case: Case, step: Step, previous: Array) -> Array:
-    """The gradient of a step, finite."""
+    """Return the gradient of a step, all finite."""
     rng, info, ndim = np.random.default_rng(step.seed), np.finfo(case.dtype), len(case.shape)
     full = (*case.stack, *case.shape)
     g: Array = rng.standard_normal(full)
@@ -272,12 +272,12 @@ def gradient(case: Case, step: Step, previous: Array) -> Array:
 
 
 def array(library: str, values: Array) -> Array:
-    """A copy."""
+    """Return a copy as an array of the library."""
     return np.array(values) if library == "numpy" else torch.from_numpy(np.array(values))
 
 
 def host(value: Array) -> Array:
-    """On NumPy, sharing memory."""
+    """Return a NumPy array that shares memory with ``value``."""
     return value.numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
@@ -288,7 +288,7 @@ def leaves(state: Any) -> list[Array]:
 
 
 def exchanged(state: Any, old: Array, new: Array) -> Any:
-    """``state`` with ``new`` in the place of one of its arrays."""
+    """Return ``state`` with ``new`` in the place of the array ``old``."""
     if isinstance(state, tuple):
         parts = [exchanged(part, old, new) for part in state]
         return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
@@ -304,7 +304,7 @@ def kind(value: Array) -> tuple[Any, ...]:
 
 
 def apart(a: Array, b: Array) -> float:
-    """Largest difference in units of the largest entry; infinite where only one of the two is finite."""
+    """Return the largest difference over the largest entry; infinite if only one of the two is finite."""
     a, b = (np.asarray(host(x), "float64") for x in (a, b))
     if not np.array_equal(np.isfinite(a), np.isfinite(b)):
         return math.inf
@@ -314,9 +314,9 @@ def apart(a: Array, b: Array) -> float:
 
 
 class Noisy:
-    """A namespace whose results are off by ``level`` units in the last place, and what goes into LAPACK in norm.
+    """A namespace whose results are off by ``level`` units in the last place; arguments of LAPACK are off in norm.
 
-    What is rounded to bfloat16, with NumPy too, is off by its unit roundoff instead, whatever the level.
+    Values that are rounded to bfloat16, also with NumPy, are off by its unit roundoff instead, whatever the level.
     """
 
     FACTORIZATIONS = ("eigh", "svd", "svdvals", "solve", "cholesky", "inv", "qr")
@@ -369,7 +369,7 @@ class Runner:
         self.tainted: Array = np.zeros((*case.stack, *case.shape), bool)
         """Entries that a bad gradient has reached: PyTorch's averages may have NaN where NumPy's are infinite."""
         self.floats: list[str] = []
-        """What NumPy would warn of."""
+        """Warnings that NumPy would give."""
         rng = np.random.default_rng(case.steps[0].seed)
         self.param = rng.standard_normal((*case.stack, *case.shape)).astype(case.dtype)
         self.alone = [pick(rng, self.members), pick(rng, self.members)] if case.stack else []
@@ -378,7 +378,7 @@ class Runner:
         self.found.setdefault(check, Found(check, f"step {len(self.grads)}: {text}"))
 
     def call(self, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
-        """What the function returns; None, and a violation, if it raises."""
+        """Return the result of the function; None, and a violation, if it raises."""
         try:
             return function(*given, **options)
         except Exception as error:
@@ -428,7 +428,7 @@ class Runner:
         self.call(method.diagnose, state)
 
     def spoiled(self, clean: Array, step: Step) -> tuple[Array, Array]:
-        """The gradient with its bad entry, and a mask of that; None without one."""
+        """Return the gradient with its bad entry, and a mask of the entry."""
         if step.bad is None or clean.size == 0:
             return clean, None
         where = np.zeros(clean.shape, bool)
@@ -562,7 +562,7 @@ class Runner:
         return getattr(self.method, "compute_dtype", None) is not None and self.method.root == "newton_schulz"
 
     def with_noise(self, member: Any, library: str, whole: bool) -> Iterator[Array]:
-        """The last direction of a member, alone or in its stack, without noise and then again and again with more."""
+        """Yield the last direction of a member, alone or in its stack, without noise and then with more and more."""
         part, stack = ((), len(self.case.stack)) if whole else (member, 0)
         for seed, level in enumerate((0.0, 2.0, 2.0, 8.0, 8.0, 32.0, 32.0, 128.0, 128.0)):
             xp: Any = Noisy(XP[library], np.random.default_rng(seed), level)
@@ -603,7 +603,7 @@ class Runner:
     # ---- eps
 
     def without_ridge(self, state: Any) -> Any:
-        """The method with and without its ridge, and a state, where the second has the longer directions; or None."""
+        """Return the method with and without its ridge, and a state, if the second has longer directions; else None."""
         m, case = self.method, self.case
         name = next((n for n in RIDGES if getattr(m, n, 0) != 0), None)
         if (
@@ -621,7 +621,7 @@ class Runner:
             return None
 
     def ridge(self, step: Step, grad: Array, base: Any, param: Array, direction: Array, clean: Array) -> Any:
-        """Compare with the direction without the ridge, as long as gradients are multiples of the first."""
+        """Compare with the direction without the ridge, while gradients are multiples of the first."""
         mutual = any(name in self.case.make for name in ("RFShampoo", "KLShampoo"))  # factors depend on each other
         repeated = step.kind == "repeat" and not mutual
         if base is None or step.bad or step.refresh is not None or (len(self.grads) > 1 and not repeated):
@@ -640,7 +640,7 @@ class Runner:
 
 
 def in_range(g: Array) -> bool:
-    """Whether each direction of ``g`` is either beyond doubt in the numerical range of its statistic, or rounding."""
+    """Return whether each direction of ``g`` is clearly in the numerical range of its statistic, or is rounding."""
     u = float(np.finfo(g.dtype).eps)
     if not 1e-8 < np.max(np.abs(g)) < 1e8:
         return False
@@ -653,7 +653,7 @@ def in_range(g: Array) -> bool:
 
 
 def bad_values(annotation: str) -> tuple[Any, ...]:
-    """What no field of this type is."""
+    """Return values that no field of this type may have."""
     if annotation.startswith("float"):
         return math.nan, math.inf, -math.inf, -0.5, "0.5", True, [0.5], np.full(2, 0.5)
     if annotation.startswith("int"):
@@ -665,7 +665,7 @@ def bad_values(annotation: str) -> tuple[Any, ...]:
 
 
 def examined(case: Any) -> tuple[list[Found], int]:
-    """The violations of a case, and how many updates it made."""
+    """Return the violations of a case, and its number of updates."""
     if isinstance(case, Case):
         runner = Runner(case)
         return runner.run(), len(runner.grads) * len(runner.members)
@@ -675,12 +675,12 @@ def examined(case: Any) -> tuple[list[Found], int]:
 
 
 def violations(case: Any) -> list[Found]:
-    """The violations of a case."""
+    """Return the violations of a case."""
     return examined(case)[0]
 
 
 def smaller(case: Any) -> Iterator[Any]:
-    """The case with one thing left out or made plain."""
+    """Yield the case with one part left out or simplified."""
     if not isinstance(case, Case):
         from fuzz_torch import smaller as smaller_optimizer
 
@@ -705,20 +705,20 @@ def smaller(case: Any) -> Iterator[Any]:
 
 
 def label(case: Any, found: Found) -> tuple[str, str]:
-    """What violations are counted by: check and method; of an optimizer, what was done to it, without numbers."""
+    """Return the label by which violations are counted: check and method; for an optimizer its action."""
     if isinstance(case, Case):
         return found.check, case.make
     return found.check, re.sub(r"\d+", "*", re.split(r" = |: | is | at ", found.text)[0])
 
 
 def message(found: Found) -> list[str]:
-    """What a violation says first, without numbers: another one is another violation, as of a call that is invalid."""
+    """Return the first words of a violation, without numbers; two violations with other first words differ."""
     text = re.sub(r"^step \d+: ", "", found.text)
     return re.sub(r"\d+|-?inf\b|nan\b", "*", text).split()[:4]
 
 
 def shrunk(case: Any, wanted: tuple[str, str], tries: int = 400) -> tuple[Any, Found]:
-    """A smaller case that violates the same with the same message, and how."""
+    """Return a smaller case that violates the same check with the same message, and the violation."""
     best = next((f for f in violations(case) if label(case, f) == wanted), None)
     if best is None:
         return case, Found(wanted[0], "not violated alone: what ran before it in the process matters")
@@ -742,7 +742,7 @@ def shrunk(case: Any, wanted: tuple[str, str], tries: int = 400) -> tuple[Any, F
 
 
 class Work(NamedTuple):
-    """What some cases gave: updates, cases, and by `label` how often it was violated, and the number of the first."""
+    """The results of some cases: updates, cases, and by `label` the number of violations and of the first case."""
 
     updates: int = 0
     cases: int = 0
@@ -757,12 +757,12 @@ class Work(NamedTuple):
 
 
 def drawn(seed: int, number: int, names: list[str], libraries: list[str]) -> Any:
-    """Case ``number`` of a seed."""
+    """Return case ``number`` of a seed."""
     return draw(np.random.default_rng((seed, number)), names, libraries)
 
 
 def work(seed: int, numbers: range, names: list[str], libraries: list[str]) -> Work:
-    """Some cases; one that hangs ends the process, which says where it was."""
+    """Run some cases. A case that hangs ends the process, which prints its place."""
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(600, exit=True, file=sys.__stderr__ or sys.stderr)
     done = Work()
@@ -778,7 +778,7 @@ def campaign(
     seed: int, updates: int, seconds: float, names: list[str], libraries: list[str], jobs: int,
     progress: Callable[[Work], None] = lambda _: None,
 ) -> Work:  # fmt: skip
-    """The first cases of a seed, until they have made so many updates."""
+    """Run the first cases of a seed, until they have made ``updates`` updates."""
     done, begin = Work(), time.monotonic()
     chunks = (range(start, start + 25) for start in itertools.count(0, 25))
     with contextlib.ExitStack() as stack:
@@ -800,7 +800,7 @@ def campaign(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; 1 if anything was violated."""
+    """Run the command; return 1 if a check was violated, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=1_000_000, metavar="N", help="at least (default: a million)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="end then, whatever was done")

@@ -26,7 +26,7 @@ SHAPES: tuple[Shape, ...] = ((3, 2), (3, 2), (2, 4), (4,), (4,), (5,), (), (2, 3
 
 @dataclass(frozen=True, repr=False)
 class Group(Record):
-    """Parameters of these shapes, with a method of their own or the optimizer's."""
+    """Parameters of these shapes, with a method of their own or with the method of the optimizer."""
 
     shapes: tuple[Shape, ...] = ((3, 2),)
     make: str | None = None
@@ -35,7 +35,7 @@ class Group(Record):
 
 @dataclass(frozen=True, repr=False)
 class OptimizerCase(Record):
-    """An optimizer, the number of its steps, and what is then done to it; ``seed`` chooses the details."""
+    """An optimizer, the number of its steps, and the action after them; ``seed`` chooses the details."""
 
     action: str
     make: str = "Adam"
@@ -47,7 +47,7 @@ class OptimizerCase(Record):
 
 
 def draw(rng: Rng, names: list[str]) -> OptimizerCase:
-    """A case whose optimizer takes its groups."""
+    """Return a case whose optimizer takes its groups."""
     while True:
         groups = []
         for _ in range(rng.integers(1, 4)):
@@ -67,7 +67,7 @@ def draw(rng: Rng, names: list[str]) -> OptimizerCase:
 
 
 def smaller(case: OptimizerCase) -> Iterator[OptimizerCase]:
-    """The case with one thing left out or made plain."""
+    """Yield the case with one part left out or simplified."""
     changes: list[dict[str, Any]] = [{"steps": 1}, {"make": "Adam", "fields": {}}, {"dtype": "float32"}]
     for i, group in enumerate(case.groups):
         before, after = case.groups[:i], case.groups[i + 1 :]
@@ -84,7 +84,7 @@ def smaller(case: OptimizerCase) -> Iterator[OptimizerCase]:
 
 
 def optimizer(case: OptimizerCase) -> Any:
-    """The optimizer before its first step."""
+    """Return the optimizer before its first step."""
     generator, groups = torch.Generator().manual_seed(case.seed), []
     for group in case.groups:
         params = [torch.randn(s, generator=generator, dtype=getattr(torch, case.dtype)) for s in group.shapes]
@@ -107,7 +107,7 @@ def give_gradients(opt: Any, seed: int) -> None:
 
 
 def stepped(case: OptimizerCase) -> Any:
-    """The optimizer after the case's steps, with the gradients of one more."""
+    """Return the optimizer after the case's steps, with the gradients of one more step."""
     opt = optimizer(case)
     for step in range(case.steps):
         give_gradients(opt, step)
@@ -117,7 +117,7 @@ def stepped(case: OptimizerCase) -> Any:
 
 
 def parts(opt: Any) -> list[Any]:
-    """Of each parameter: its bits and those of its state."""
+    """Return for each parameter its bits and those of its state."""
     return [(*bits(p.detach()), {k: bits(v) for k, v in opt.state.get(p, {}).items()}) for p in params_of(opt)]
 
 
@@ -133,7 +133,7 @@ def said(error: BaseException) -> str:
 
 
 def names(case: OptimizerCase, rng: Rng) -> str | None:
-    """A group that names its method by a string; its weight decay is the optimizer's."""
+    """Check a group that names its method by a string; its weight decay is that of the optimizer."""
     name = pick(rng, list(MAKERS))
     arguments = inspect.signature(MAKERS[name]).parameters
     drawn = draw_fields(rng, name)
@@ -156,7 +156,7 @@ def names(case: OptimizerCase, rng: Rng) -> str | None:
 
 
 def refused(case: OptimizerCase, rng: Rng) -> str | None:
-    """A bad hyperparameter, or a parameter that has become another."""
+    """Check a bad hyperparameter, or a parameter that has become another one."""
 
     opt = stepped(case)
     group = pick(rng, opt.param_groups)
@@ -189,7 +189,7 @@ def refused(case: OptimizerCase, rng: Rng) -> str | None:
 
 
 def torn(case: OptimizerCase, rng: Rng) -> str | None:
-    """An exception at some call that the package makes inside of ``step``."""
+    """Check an exception at some call that the package makes inside ``step``."""
     whole = stepped(case)
     calls, _ = interrupted(whole, -1, KeyboardInterrupt)
     opt, at = stepped(case), int(rng.integers(calls))
@@ -202,7 +202,7 @@ def torn(case: OptimizerCase, rng: Rng) -> str | None:
 
 
 def interrupted(opt: Any, at: int, error: type[BaseException]) -> tuple[int, str]:
-    """A step that raises ``error`` at this call; the number of calls, and what this one was of."""
+    """Make a step that raises ``error`` at this call; return the number of calls, and the called function."""
     count, where = 0, ""
 
     def profile(frame: Any, event: str, argument: Any) -> None:
@@ -226,7 +226,7 @@ def interrupted(opt: Any, at: int, error: type[BaseException]) -> tuple[int, str
 
 
 def resume(case: OptimizerCase, rng: Rng) -> str | None:
-    """A checkpoint, through `torch.save` or not."""
+    """Check that a run goes on from a checkpoint, through `torch.save` or not."""
     opt, other = stepped(case), stepped(case.but(steps=int(rng.integers(0, 3))))
     opt.describe()
     saved = opt.state_dict()
@@ -250,7 +250,7 @@ def resume(case: OptimizerCase, rng: Rng) -> str | None:
 
 
 def mutated(case: OptimizerCase, rng: Rng) -> str | None:
-    """A checkpoint with one thing replaced or left out."""
+    """Check a checkpoint with one entry replaced or left out."""
     saved = copy.deepcopy(stepped(case).state_dict())
     places: list[tuple[Any, Any, str]] = []
 
@@ -298,7 +298,7 @@ def mutated(case: OptimizerCase, rng: Rng) -> str | None:
 
 
 def saved_bytes(case: OptimizerCase, rng: Rng) -> str | None:
-    """What is written of each parameter's state."""
+    """Check the number of bytes that are saved for the state of each parameter."""
     saved = stepped(case).state_dict()["state"]
     for entry in saved.values():
         file, own = io.BytesIO(), sum(value.numel() * value.element_size() for value in entry.values())
@@ -314,7 +314,7 @@ ACTIONS: dict[str, Callable[[OptimizerCase, Rng], str | None]] = {
 
 
 def examined(case: OptimizerCase) -> tuple[list[Found], int]:
-    """The violations of a case, and how many updates it made."""
+    """Return the violations of a case, and its number of updates."""
     optimizer(case)  # ValueError or TypeError for what is no case
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -328,5 +328,5 @@ def examined(case: OptimizerCase) -> tuple[list[Found], int]:
 
 
 def violations(case: OptimizerCase) -> list[Found]:
-    """The violations of a case."""
+    """Return the violations of a case."""
     return examined(case)[0]

@@ -1,11 +1,11 @@
-"""First-order mutants of the methods and their numerics, each judged by ``check``: what do the vectors not see?
+"""First-order mutants of the methods and their numerics, each judged by ``check``: which edits do the vectors miss?
 
 A mutant is the library with one small edit in a line that updates run through: another operator, constant or
 comparison, a term, call, argument or statement left out, arguments or operands exchanged, one field in the place of
 another. It is imported beside the library, in a process of its own with limits of time and memory, and is the subject
 of ``check`` (NumPy, float64, level 0) of ten of the methods that run through that line: first on the vectors of all of
-them, then in the contract, until something fails. What no vector fails is compared with the library on other inputs:
-fields, shapes and gradients drawn anew. The contract is not asked where these show no difference.
+them, then in the contract, until a check fails. A mutant that passes all vectors is compared with the library on other
+inputs, with drawn fields, shapes and gradients. Without a difference there, the contract is not tried.
 
   killed      a check failed: a case, the contract, an exception, or a limit
   edge        killed, but only at an edge: see `precond_ref.conformance.results.Report.edges`
@@ -67,7 +67,7 @@ SAME = 1e-6
 SUBJECTS = 10
 """Methods of those that run through a line."""
 INPUTS = 40
-"""Drawn per method for what no check kills."""
+"""Number of inputs drawn per method for mutants that no check kills."""
 FORK = get_context("fork")
 
 
@@ -113,11 +113,11 @@ COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
 }
 NAMES = {"max": "min", "min": "max", "maximum": "minimum", "minimum": "maximum", "sum": "max", "zeros": "ones",
          "triu": "tril", "tril": "triu"}  # fmt: skip
-"""Functions in the place of others."""
+"""Functions that a mutant exchanges."""
 
 
 def edits(node: ast.AST, fields: dict[str, list[str]]) -> Iterator[tuple[str, ast.AST]]:
-    """What a node may become; ``fields`` are numeric ones of the class by their type."""
+    """Yield the edits of a node; ``fields`` are the numeric fields of the class by their type."""
     match node:
         case ast.BinOp(left, op, right):
             for other in OPERATORS.get(type(op), ()):
@@ -181,7 +181,7 @@ SKIPPED = (ast.Raise, ast.Assert, ast.JoinedStr, ast.arguments, ast.AnnAssign, a
 
 
 def numeric(tree: ast.ClassDef) -> dict[str, list[str]]:
-    """Fields of a method's class by annotation: floats, integers."""
+    """Return the fields of a method's class by annotation: floats, integers."""
     found: dict[str, list[str]] = {}
     for statement in tree.body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
@@ -192,7 +192,7 @@ def numeric(tree: ast.ClassDef) -> dict[str, list[str]]:
 
 
 def mutants(module: str) -> list[Mutant]:
-    """All of a module's functions."""
+    """Return all mutants of a module's functions."""
     source = path_of(module).read_text(encoding="utf-8")
     starts = [0]
     for row in source.splitlines(keepends=True):
@@ -242,17 +242,17 @@ def mutants(module: str) -> list[Mutant]:
 
 
 def path_of(module: str) -> Path:
-    """Its file."""
+    """Return the file of a module."""
     return ROOT / (module.replace(".", "/") + ".py")
 
 
 def applied(mutant: Mutant, source: str) -> str:
-    """The module's text with the edit."""
+    """Return the module's text with the edit."""
     return source[: mutant.start] + mutant.new + source[mutant.end :]
 
 
 def modules() -> list[str]:
-    """What is mutated."""
+    """Return the modules that are mutated."""
     return [f"precond_ref.{f}.{p.stem}" for f in FOLDERS for p in sorted((ROOT / "precond_ref" / f).glob("[a-z]*.py"))]
 
 
@@ -263,12 +263,12 @@ WORLD: dict[str, Any] = {}
 
 
 def ours() -> dict[str, Any]:
-    """Modules of the library by name, as they are imported now."""
+    """Return the modules of the library that are imported now, by name."""
     return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "precond_ref"}
 
 
 def exchange(modules: dict[str, Any]) -> dict[str, Any]:
-    """Have these modules of the library in the place of those that there are, which are returned."""
+    """Put these modules of the library in the place of the present ones, which are returned."""
     kept = ours()
     for name in kept:
         del sys.modules[name]
@@ -278,7 +278,7 @@ def exchange(modules: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def other_world() -> Iterator[None]:
-    """In it the library is the mutant."""
+    """Context manager inside which the library is the mutant."""
     kept = exchange(WORLD or ours())
     try:
         yield
@@ -315,7 +315,7 @@ class Mutated(Reference):
 
 
 def prepare() -> None:
-    """Make once what all processes need."""
+    """Load once the vectors that all processes need."""
     loaded: dict[str, Any] = {}
 
     def load(case: Any, read: Callable[[Any], Any] = vectors.load) -> Any:
@@ -331,7 +331,7 @@ def prepare() -> None:
 
 
 def drawn(constructor: str) -> list[tuple[Any, Any, Any]]:
-    """Methods, parameters and gradients: a case's fields with other numbers, on other shapes; the same every time."""
+    """Return methods, parameters and gradients: fields of cases with other numbers, on other shapes, by fixed seeds."""
     found: list[tuple[Any, Any, Any]] = []
     cases = [case for case in results.cases(constructor) if not case.stack_ndim]
     for seed in range(INPUTS):
@@ -364,7 +364,7 @@ def drawn(constructor: str) -> list[tuple[Any, Any, Any]]:
 
 
 def steps(constructor: str) -> list[Any]:
-    """Directions on the drawn inputs; None where the method raises."""
+    """Return the directions on the drawn inputs; None if the method raises."""
     out: list[Any] = []
     for method, param, grads in drawn(constructor):
         try:
@@ -380,7 +380,7 @@ def steps(constructor: str) -> list[Any]:
 
 
 def apart(these: list[Any], those: list[Any]) -> float:
-    """Largest difference of a step over the longer of the two."""
+    """Return the largest difference of a step over the longer of the two steps."""
     if len(these) != len(those):
         return math.inf
     worst = 0.0
@@ -398,11 +398,11 @@ def apart(these: list[Any], those: list[Any]) -> float:
 
 
 class Enough(Exception):
-    """A mutant is killed."""
+    """Raised when a mutant is killed."""
 
 
 def checked(constructor: str, part: str = "", diagnose: bool = False) -> Report:
-    """The report of `check`, up to the first failure that is not at an edge; ``part`` "vectors": without contract."""
+    """Return the report of `check` up to the first failure that is not at an edge; ``part`` "vectors": no contract."""
     if diagnose:
         return check(Mutated(), constructor)
     report, edge = Report(constructor, "mutant", "float64", 0), set[str]()
@@ -423,12 +423,12 @@ def checked(constructor: str, part: str = "", diagnose: bool = False) -> Report:
 
 
 def constructors() -> list[str]:
-    """Those with vectors."""
+    """Return the constructors with vectors."""
     return list(dict.fromkeys(case.constructor for case in vectors.cases(kind="trace")))
 
 
 def reached(mutated: list[str]) -> dict[str, tuple[set[tuple[str, int]], list[Any]]]:
-    """By constructor the lines (module, line) that its vectors and its drawn inputs run, and its steps."""
+    """Return by constructor the lines (module, line) that its vectors and drawn inputs run, and its steps."""
     names = {str(path_of(m)): m for m in mutated}
     lines: set[tuple[str, int]] = set()
 
@@ -460,7 +460,7 @@ def fewest(reaching: list[str], quick: dict[str, int]) -> list[str]:
 
 
 def judged(mutant: Mutant | None, subjects: list[str], truth: dict[str, list[Any]], diagnose: bool) -> dict[str, Any]:
-    """The fate of a mutant."""
+    """Return the fate of a mutant."""
     plant(mutant)
     edge: dict[str, Any] = {}
     may: list[str] = []
@@ -498,7 +498,7 @@ def judged(mutant: Mutant | None, subjects: list[str], truth: dict[str, list[Any
 
 
 def child(pipe: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Do the work and send what comes of it."""
+    """Do the work and send its result."""
     resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES * 2**30,) * 2)
     warnings.simplefilter("ignore")
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -517,7 +517,7 @@ def child(pipe: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> No
 def in_processes(
     jobs: int, work: list[tuple[Any, Callable[..., Any], tuple[Any, ...]]], seconds: float
 ) -> Iterator[Any]:
-    """``(key, result)`` of each, ``jobs`` at a time; None after ``seconds``."""
+    """Yield ``(key, result)`` of each, ``jobs`` at a time; killed after ``seconds``."""
     waiting, running = list(reversed(work)), dict[Any, tuple[Any, Any, float]]()
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -547,7 +547,7 @@ def in_processes(
 
 
 def tested(mutant: Mutant | None, options: list[str]) -> dict[str, Any]:
-    """Run the tests on a copy of the tree with the mutant in it; an ordinary process, for pytest has its own."""
+    """Run the tests on a copy of the tree with the mutant, in an ordinary process, because pytest makes its own."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "tree"
         copy.mkdir()
@@ -571,20 +571,20 @@ def tested(mutant: Mutant | None, options: list[str]) -> dict[str, Any]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=2000, help="how many mutants, 0 for all (default: 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: 2)")
-    parser.add_argument("--modules", default="", help="parts of their names, separated by commas (default: all)")
+    parser.add_argument("--sample", type=int, default=2000, help="number of mutants, 0 for all (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes at a time (default: 2)")
+    parser.add_argument("--modules", default="", help="parts of module names, separated by commas (default: all)")
     parser.add_argument("--only", type=Path, metavar="FILE", help="the survivors of a report, again")
-    parser.add_argument("--diagnose", action="store_true", help="keep what the diagnosis says")
+    parser.add_argument("--diagnose", action="store_true", help="keep the diagnosis of each mutant")
     parser.add_argument("--tests", nargs="*", metavar="OPTION", help="run pytest with these options instead of check")
     parser.add_argument("--seconds", type=float, default=None, help=f"limit for one mutant (default: {SECONDS:g})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what came of each mutant")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the fate of each mutant")
     return parser.parse_args()
 
 
 def written(file: Path) -> dict[Mutant, dict[str, Any]]:
-    """What a report says of each mutant."""
+    """Return the fate of each mutant in a report."""
     names, out = [f.name for f in fields(Mutant)], {}
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -644,7 +644,7 @@ def main() -> None:
 
 
 def table(fates: dict[Mutant, dict[str, Any]]) -> str:
-    """Numbers by module."""
+    """Return the table of fates by module."""
     kinds = [
         k for k in ("killed", "edge", "may", "equivalent", "survivor") if any(f["fate"] == k for f in fates.values())
     ]

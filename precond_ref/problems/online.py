@@ -1,4 +1,4 @@
-r"""What the theorems are about: adversaries, convex and smooth functions with a known minimum, and online regression.
+r"""The problems of the theorems: adversaries, convex and smooth functions with a known minimum, online regression.
 
 A `Stream` shows a method one loss per round::
 
@@ -6,7 +6,7 @@ A `Stream` shows a method one loss per round::
     stream = online.repeated(online.nonsmooth("nuclear", (4, 3), seed=1), start=np.zeros((4, 3)), rounds=50)
     stream = online.logistic("a9a")
 
-Everything is float64 on NumPy, and depends on the arguments alone.
+Everything is float64 on NumPy, and depends only on the arguments.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ADVERSARIES = {
     "least preconditioned": "the direction in which the method's statistic is least",
     "most preconditioned": "the direction in which the method's statistic is largest",
 }
-"""Kinds of `adversary`, with what the gradient of each round is."""
+"""Kinds of `adversary`, with the gradient of each round."""
 
 NONSMOOTH = ("L1", "nuclear", "max")
 SMOOTH = ("least squares", "log-cosh", "pseudo-Huber", "column blocks")
@@ -61,11 +61,11 @@ class Stream:
     start: Array
     """x_0."""
     gradient: Callable[[int, Array, Array | None], Array]
-    """``(t, x, statistic)`` to a subgradient of f_t at x; two adversaries look at the method's statistic (d, d)."""
+    """``(t, x, statistic)`` to a subgradient of f_t at x; two adversaries read the method's statistic (d, d)."""
     loss: Callable[[int, Array], float] | None = None
     """``(t, x)`` to f_t(x); None: f_t is linear, <g_t, x>."""
     target: Array | None = None
-    """A point of interest: the minimum, or what an adversary looks at."""
+    """A point of interest: the minimum, or the point to which an adversary relates x."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,12 +102,12 @@ class TwoLayer:
     """``sup |tanh''|``."""
 
     def residual(self, w: Array) -> Array:
-        """Outputs less targets, (n,)."""
+        """Return the outputs minus the targets, (n,)."""
         np = import_numpy()
         return np.tanh(self.inputs @ w.T) @ self.signs / math.sqrt(len(self.signs)) - self.targets
 
     def jacobian(self, w: Array) -> Array:
-        """Of the outputs, by blocks: (n, m, d)."""
+        """Return the Jacobian of the outputs, by blocks: (n, m, d)."""
         np = import_numpy()
         slopes = (1 - np.tanh(self.inputs @ w.T) ** 2) * self.signs / math.sqrt(len(self.signs))
         return slopes[:, :, None] * self.inputs[:, None, :]
@@ -115,7 +115,7 @@ class TwoLayer:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinearBlocks:
-    """Outputs linear in the parameters: residual J w - y, with blocks as `TwoLayer` has them."""
+    """Outputs that are linear in the parameters: residual J w - y, with the blocks of `TwoLayer`."""
 
     blocks: Array
     """J, (n, B, s)."""
@@ -125,17 +125,17 @@ class LinearBlocks:
     """(n,)."""
 
     def residual(self, w: Array) -> Array:
-        """(n,)."""
+        """Return the residual, (n,)."""
         np = import_numpy()
         return np.einsum("nbs,bs->n", self.blocks, w) - self.targets
 
     def jacobian(self, w: Array) -> Array:
-        """(n, B, s)."""
+        """Return the Jacobian by blocks, (n, B, s)."""
         return self.blocks
 
 
 def choose(what: str, kind: str, known: Any) -> None:
-    """ValueError unless ``kind`` is one of ``known``."""
+    """Raise ValueError unless ``kind`` is one of ``known``."""
     if kind not in known:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, known))}, got {kind!r}")
 
@@ -150,10 +150,10 @@ def adversary(
     start: Array | None = None,
     target: Array | None = None,
 ) -> Stream:
-    """Linear losses whose gradient may answer the point played; ``kind`` is one of `ADVERSARIES`.
+    """Return linear losses whose gradient may depend on the point played; ``kind`` is one of `ADVERSARIES`.
 
-    ``shape`` has one or two axes. ``start`` defaults to zeros, ``target`` to a normal point. A vector is a column
-    where a kind speaks of matrices.
+    ``shape`` has one or two axes. ``start`` defaults to zeros, ``target`` to a normal point. For kinds about matrices
+    a vector is a column. ValueError for an unknown kind or a wrong shape.
     """
     np = import_numpy()
     choose("kind", kind, ADVERSARIES)
@@ -221,7 +221,7 @@ def adversary(
 
 
 def repeated(objective: Objective, start: Array, rounds: int, noise: Callable[[int], Array] | None = None) -> Stream:
-    """The same function in every round; ``noise(t)`` is added to its gradient. ``start`` may stack replicas."""
+    """Return the same function in every round; ``noise(t)`` is added to its gradient. ``start`` may stack replicas."""
     return Stream(
         name=objective.name,
         rounds=check_int("rounds", rounds, ge=1),
@@ -233,7 +233,7 @@ def repeated(objective: Objective, start: Array, rounds: int, noise: Callable[[i
 
 
 def nonsmooth(kind: str, shape: tuple[int, int], seed: int = 0) -> Objective:
-    """A convex function of a matrix and a subgradient; ``kind`` is one of `NONSMOOTH`."""
+    """Return a convex function of a matrix, with a subgradient; ``kind`` is one of `NONSMOOTH`."""
     np = import_numpy()
     choose("kind", kind, NONSMOOTH)
     rng = generator(seed, "nonsmooth")
@@ -257,7 +257,7 @@ def nonsmooth(kind: str, shape: tuple[int, int], seed: int = 0) -> Objective:
 
 
 def smooth(kind: str, shape: tuple[int, int], seed: int = 0, spread: float = 1.0) -> Objective:
-    """A convex function of a matrix, Hessian at most I_n (x) L; ``kind`` is one of `SMOOTH`.
+    """Return a convex function of a matrix with a Hessian of at most I_n (x) L; ``kind`` is one of `SMOOTH`.
 
     L has the condition number 100^(2 spread) at most. Leading axes of the argument are replicas.
     """
@@ -298,9 +298,9 @@ def smooth(kind: str, shape: tuple[int, int], seed: int = 0, spread: float = 1.0
 
 
 def nonconvex(kind: str, size: int, seed: int = 0) -> Objective:
-    """sum_i w_i phi((Q x)_i), Q orthogonal, ``|phi''| <= 1``, so L = max w; ``kind``, one of `NONCONVEX`, is phi.
+    """Return sum_i w_i phi((Q x)_i), Q orthogonal, ``|phi''| <= 1``, so L = max w; ``kind`` of `NONCONVEX` is phi.
 
-    z^2 / 2, 1 - cos z or z^2 / (1 + z^2) / 2. Leading axes of the argument are replicas.
+    phi is z^2 / 2, 1 - cos z or z^2 / (1 + z^2) / 2. Leading axes of the argument are replicas.
     """
     np = import_numpy()
     choose("kind", kind, NONCONVEX)
@@ -322,7 +322,7 @@ def nonconvex(kind: str, size: int, seed: int = 0) -> Objective:
 
 
 def regularised_logistic(samples: int, size: int, seed: int = 0, ridge: float = 0.05) -> tuple[Objective, Any]:
-    """``mean log(1 + exp(-y a x)) + ridge/2 |x|^2`` less its minimum, and the per-sample gradients (samples, size)."""
+    """Return ``mean log(1 + exp(-y a x)) + ridge/2 |x|^2`` minus its minimum, and gradients (samples, size)."""
     np = import_numpy()
     rng = generator(seed, "logistic")
     a = rng.standard_normal((samples, size)) * 2.0 ** rng.uniform(-3, 0, size)
@@ -352,7 +352,7 @@ def regularised_logistic(samples: int, size: int, seed: int = 0, ridge: float = 
 def linear_model(
     link: str, features: Array, responses: Array, start: Array | None = None, target: Any = None
 ) -> Stream:
-    """Losses of z = a_t x: z, ``|z - y_t|``, (z - y_t)^2 / 2 or log(1 + exp(-y_t z)); ``link`` is one of `LINKS`.
+    """Return losses of z = a_t x: z, ``|z - y_t|``, (z - y_t)^2 / 2 or log(1 + exp(-y_t z)), by ``link`` of `LINKS`.
 
     ``features`` is (rounds, d), ``responses`` (rounds,), for the logistic loss +-1.
     """
@@ -382,7 +382,7 @@ def linear_model(
 
 
 def random_linear_model(link: str, size: int, rounds: int, seed: int = 0, distance: float = 1.0) -> Stream:
-    """`linear_model` with normal features of different sizes, whose responses fit ``target`` (the signs of them)."""
+    """Return `linear_model` with normal features of different sizes and responses, or signs, that fit ``target``."""
     np = import_numpy()
     rng = generator(seed, "linear model")
     a = rng.standard_normal((rounds, size)) * 10.0 ** rng.uniform(-1, 1, size)
@@ -393,7 +393,7 @@ def random_linear_model(link: str, size: int, rounds: int, seed: int = 0, distan
 
 
 def libsvm(name_or_path: str | Path, rows: int | None = None) -> tuple[Array, Array]:
-    """Features (n, d + 1) of a LIBSVM file in file order, the last column 1, and its labels as `signs`."""
+    """Return the features (n, d + 1) of a LIBSVM file in file order, the last column 1, and its labels as `signs`."""
     np = import_numpy()
     features, labels = load_libsvm(name_or_path)
     if rows is not None and check_int("rows", rows, ge=1) > len(labels):
@@ -403,7 +403,7 @@ def libsvm(name_or_path: str | Path, rows: int | None = None) -> tuple[Array, Ar
 
 
 def signs(labels: Array) -> Array:
-    """Labels of two classes as 1 for the larger and -1 for the smaller; ValueError if there are not two."""
+    """Return labels of two classes as 1 for the larger and -1 for the smaller; ValueError if there are not two."""
     np = import_numpy()
     classes = np.unique(labels)
     if len(classes) != 2:
@@ -413,12 +413,12 @@ def signs(labels: Array) -> Array:
 
 
 def logistic(name_or_path: str | Path, rows: int | None = None) -> Stream:
-    """Online logistic regression on a LIBSVM file in file order, with an intercept, from zero."""
+    """Return online logistic regression on a LIBSVM file in file order, with an intercept, from zero."""
     return linear_model("logistic", *libsvm(name_or_path, rows))
 
 
 def two_layer(neurons: int, samples: int, size: int, seed: int = 0, residual: float = 0.0625) -> TwoLayer:
-    """A `TwoLayer` whose first residual has this norm."""
+    """Return a `TwoLayer` whose first residual has the norm ``residual``."""
     np = import_numpy()
     rng = generator(seed, "two layers")
     x = rng.standard_normal((samples, size))
@@ -434,7 +434,7 @@ def two_layer(neurons: int, samples: int, size: int, seed: int = 0, residual: fl
 
 
 def linear_blocks(blocks: int, samples: int, size: int, seed: int = 0) -> LinearBlocks:
-    """A normal `LinearBlocks` from zero."""
+    """Return a `LinearBlocks` with normal entries, which starts at zero."""
     rng = generator(seed, "linear blocks")
     return LinearBlocks(
         blocks=rng.standard_normal((samples, blocks, size)),
@@ -444,7 +444,7 @@ def linear_blocks(blocks: int, samples: int, size: int, seed: int = 0) -> Linear
 
 
 def rows(kind: str, count: int, size: int, rounds: int, seed: int = 0) -> Array:
-    """New rows of a sketch, (rounds, count, size); ``kind`` is one of `ROWS`."""
+    """Return new rows of a sketch, (rounds, count, size); ``kind`` is one of `ROWS`."""
     np = import_numpy()
     choose("kind", kind, ROWS)
     rng = generator(seed, "rows")
@@ -484,14 +484,14 @@ ROWS = (
 
 
 def polar(x: Array) -> Array:
-    """Polar factor of a matrix."""
+    """Return the polar factor of a matrix."""
     np = import_numpy()
     u, _, vh = np.linalg.svd(x, full_matrices=False)
     return u @ vh
 
 
 def top_pair(x: Array) -> Array:
-    """Outer product of a matrix's first pair of singular vectors."""
+    """Return the outer product of a matrix's first pair of singular vectors."""
     np = import_numpy()
     u, _, vh = np.linalg.svd(x, full_matrices=False)
     return np.outer(u[:, 0], vh[0])

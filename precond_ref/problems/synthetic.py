@@ -16,7 +16,7 @@ Matrix regression, X (n, I), Y (n, O), residual E = X W^T - Y:
     grad f = 1/n E^T X                                                      (O, I)         (6)
     f(W) - min f = 1/(2n) ||X (W - W_min)^T||_F^2                                          (7)
 
-Kept in factors, (1) and (3) never go below zero and float32 does not blur the small eigenvalues.
+In this factored form (1) and (3) are never negative, and float32 keeps the small eigenvalues.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class MatrixQuadratic(Problem):
     higher_is_better: ClassVar[bool] = False
 
     def _scaled(self, params: Params) -> tuple[Array, Array]:
-        """C and (a b^T) * C, (m, n) each."""
+        """Return C and (a b^T) * C, (m, n) each."""
         c = self.left_basis.T @ (params["weight"] - self.optimum) @ self.right_basis
         return c, self.left_eigenvalues[:, None] * c * self.right_eigenvalues[None, :]
 
@@ -134,7 +134,7 @@ class MatrixRegression(Problem):
 def check_spectrum(
     name: str, spectrum: Sequence[float] | None, size: int, condition_name: str, condition: float
 ) -> np.ndarray:
-    """Eigenvalues (size,): those given, or geometrically spaced from 1 down to 1 / condition."""
+    """Return eigenvalues (size,): those given, or geometrically spaced from 1 down to 1 / condition."""
     np = import_numpy()
     if spectrum is None:
         return np.geomspace(1.0, 1.0 / check_real(condition_name, condition, ge=1.0), size)
@@ -148,7 +148,7 @@ def check_spectrum(
 
 
 def random_orthogonal(size: int, rng: np.random.Generator) -> np.ndarray:
-    """An orthogonal matrix (size, size), uniform in Haar measure."""
+    """Return an orthogonal matrix (size, size), uniform in Haar measure."""
     np = import_numpy()
     basis, triangle = np.linalg.qr(rng.standard_normal((size, size)))
     return basis * np.copysign(1.0, np.diag(triangle))
@@ -163,7 +163,7 @@ def quadratic(
     condition: float = 1e3,
     spectrum: Sequence[float] | None = None,
 ) -> Quadratic:
-    """A `Quadratic`; a spectrum given replaces ``size`` and ``condition``; x* and the first x are normal."""
+    """Return a `Quadratic`; a given spectrum replaces ``size`` and ``condition``; x* and the first x are normal."""
     eigenvalues = check_spectrum("spectrum", spectrum, check_int("size", size, ge=1), "condition", condition)
     n, rng = eigenvalues.size, generator(seed, "data")
     return Quadratic(
@@ -191,7 +191,7 @@ def matrix_quadratic(
     left_spectrum: Sequence[float] | None = None,
     right_spectrum: Sequence[float] | None = None,
 ) -> MatrixQuadratic:
-    """A `MatrixQuadratic`; a spectrum given replaces that side's length in ``shape`` and its condition."""
+    """Return a `MatrixQuadratic`; a given spectrum replaces the length and the condition of its side."""
     m, n = check_shape(shape)
     left = check_spectrum("left_spectrum", left_spectrum, m, "left_condition", left_condition)
     right = check_spectrum("right_spectrum", right_spectrum, n, "right_condition", right_condition)
@@ -223,9 +223,9 @@ def matrix_regression(
     noise: float = 0.125,
     batch_size: int | None = None,
 ) -> MatrixRegression:
-    """A `MatrixRegression` of ``shape`` (O, I), normal inputs whose covariance has this condition number.
+    """Return a `MatrixRegression` of ``shape`` (O, I); normal inputs have a covariance of this condition number.
 
-    Targets are X W_true^T plus normal noise of this deviation; W_true and the first weight are normal too.
+    Targets are X W_true^T plus normal noise of the deviation ``noise``; W_true and the first weight are normal too.
     """
     np = import_numpy()
     outputs, inputs = check_shape(shape)
@@ -249,7 +249,7 @@ def matrix_regression(
 
 
 def check_shape(shape: Any) -> tuple[int, int]:
-    """A pair of lengths, each at least 1."""
+    """Return ``shape`` as a pair of lengths, each at least 1; TypeError or ValueError for others."""
     if isinstance(shape, str) or not isinstance(shape, Sequence) or len(shape) != 2:
         raise TypeError(f"shape must be a pair of ints, got {shape!r}")
     return check_int("shape[0]", shape[0], ge=1), check_int("shape[1]", shape[1], ge=1)

@@ -1,4 +1,4 @@
-"""A method on an online problem, its regret against the best fixed point, and what theory allows.
+"""A method on an online problem: its regret against the best fixed point, and the bound of the theory.
 
 game = regret.play(precond_ref.SAdaGrad(size=3), online.adversary("random", (6,), rounds=200), lr=0.5)
 game.regret[-1], game.bound[-1]
@@ -37,20 +37,20 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Comparator:
-    """The fixed point that the regret is against."""
+    """The fixed point with which the regret compares."""
 
     point: Array
     how: str
     remark: str = ""
-    """What one must know of it."""
+    """A remark for the reader, or ""."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lost:
-    """What a sketch has lost, at the rounds of the game."""
+    """The mass that a sketch has lost, at the rounds of the game."""
 
     name: str
-    """"" for a vector, else the axis."""
+    """Name of the axis; "" for a vector."""
     escaped: Array
     """rho_{1:t}."""
     limit: Array
@@ -58,7 +58,7 @@ class Lost:
     spectrum: Array
     """Eigenvalues of G_T, descending."""
     sketched: Array
-    """Those of Gbar_T."""
+    """Eigenvalues of Gbar_T, descending."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,32 +68,33 @@ class Game:
     run: Run
     comparator: Comparator
     rounds: Array
-    """Numbers of rounds played, the last is all."""
+    """Numbers of rounds played; the last is the number of all rounds."""
     loss: Array
-    """Mean loss up to there."""
+    """Mean loss over these rounds."""
     best_loss: Array
-    """That of the comparator."""
+    """Mean loss of the comparator over these rounds."""
     regret: Array
     checks: list[Check]
-    """The bound held against the first rounds; empty if none is known."""
+    """Checks of the bound on the first rounds, for each number of rounds; empty if no bound is known."""
     statement: Statement | None
     lost: list[Lost]
 
     @property
     def bound(self) -> Array:
-        """Right sides of the bound; NaN where an assumption is not met."""
+        """Right sides of the bound; NaN if an assumption is not met."""
         return np.array([check.right if check.applies else np.nan for check in self.checks])
 
 
 def checkpoints(rounds: int, count: int = 60) -> list[int]:
-    """At most ``count`` numbers of rounds, in equal ratios, the last is ``rounds``."""
+    """Return at most ``count`` numbers of rounds, in equal ratios; the last is ``rounds``."""
     return sorted({round(x) for x in np.geomspace(1, rounds, count)})
 
 
 def bound_of(method: Any, ndim: int) -> tuple[Statement, Callable[[Run, Array], Check]] | None:
-    """The regret bound that fits a method with these fields, as a function of run and comparator; None if unknown.
+    """Return the regret bound of a method with its fields, as a function of run and comparator; None if unknown.
 
-    ``ndim`` is the parameter's. Nothing is known of a method from outside this package, whatever it is a subclass of.
+    ``ndim`` is the number of axes of the parameter. A method from outside this package has no known bound, even if it
+    is a subclass of one of this package.
     """
     if ":" in method.name:
         return None
@@ -114,7 +115,7 @@ def bound_of(method: Any, ndim: int) -> tuple[Statement, Callable[[Run, Array], 
 
 
 def _plain(method: SAdaGrad | SShampoo) -> bool:
-    """Whether its sketches are of the sum of all rounds."""
+    """Return whether the sketches are of the plain sum of all rounds."""
     whole = isinstance(method, SAdaGrad) or (method.every == 1 and method.tail_decay in (None, 1))
     return bool(whole and method.beta2 == 1)
 
@@ -130,7 +131,7 @@ def play(
 ) -> Game:
     """Run ``method`` on ``stream`` at rate ``lr``, a number or (rounds,).
 
-    ``comparator`` defaults to the best point of the unit ball for linear losses, and is needed for others.
+    ``comparator`` defaults to the best point of the unit ball for linear losses; other losses need it.
     """
     if comparator is None:
         if stream.loss is not None:
@@ -165,14 +166,14 @@ def play(
 
 
 def comparator_of_linear(run: Run, radius: float = 1.0) -> Comparator:
-    """Of the points of a ball around 0, the best against linear losses."""
+    """Return the point of a ball around 0 with the least sum of linear losses."""
     total = np.sum(run.gradients, axis=0)
     point = -radius * total / max(float(np.linalg.norm(total)), 1e-300)
     return Comparator(point=point, how=f"the best point of the ball of radius {radius:g} around 0")
 
 
 def comparator_of_logistic(features: Array, signs: Array, radius: float | None = None) -> Comparator:
-    """The minimizer of the total logistic loss, in the ball around 0 of this radius if one is given (SciPy)."""
+    """Return the minimizer of the total logistic loss by SciPy, in the ball around 0 of this radius if one is given."""
     from scipy.optimize import minimize
 
     def total(x: Array) -> tuple[float, Array]:
@@ -208,7 +209,7 @@ def comparator_of_logistic(features: Array, signs: Array, radius: float | None =
 
 
 def _lost(parts: list[Run]) -> list[Lost]:
-    """What the sketches of S-AdaGrad and S-Shampoo have lost, plain sums only."""
+    """Return the mass that the sketches of S-AdaGrad and S-Shampoo have lost, for plain sums only."""
     method, whole = parts[-1].method, parts[-1]
     if ":" in method.name or not isinstance(method, (SAdaGrad, SShampoo)) or not _plain(method):
         return []

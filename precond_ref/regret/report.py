@@ -1,4 +1,4 @@
-"""What ``precond-ref regret`` shows of a game: text, figure, JSON."""
+"""Reports of a game for ``precond-ref regret``: text, figure, JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 
 
 def table(game: Game) -> Table:
-    """Some of the rounds."""
+    """Return a table of some of the rounds."""
     from rich.table import Table
 
     result = Table(box=None, pad_edge=False, header_style="bold")
@@ -44,7 +44,7 @@ def _five(value: float) -> str:
 
 
 def notes(game: Game) -> list[str]:
-    """What the numbers mean."""
+    """Return notes on the numbers."""
     norm = float(abs(game.comparator.point**2).sum() ** 0.5)
     lines = [f"comparator: {game.comparator.how}, norm {norm:.4g}."]
     if game.comparator.remark:
@@ -80,7 +80,7 @@ def _of_bound(game: Game, statement: Statement) -> list[str]:
 
 
 def as_json(game: Game, settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything; what is not finite is null."""
+    """Return the whole game; numbers that are not finite are null."""
     return {
         **settings,
         "comparator": {"how": game.comparator.how, "point": _list(game.comparator.point.reshape(-1))},
@@ -120,7 +120,7 @@ def _list(values: Any) -> list[float | None]:
 
 
 def figure(game: Game, title: str) -> Figure:
-    """Regret against its bound; for Sketchy also escaped mass against its bound, and the spectrum."""
+    """Draw the regret beside its bound; for Sketchy also the escaped mass beside its bound, and the spectrum."""
     from matplotlib.figure import Figure
 
     panels = 1 + 2 * bool(game.lost)
@@ -142,7 +142,7 @@ def _short(value: float) -> str:
 
 
 def _regret(axes: Axes, game: Game) -> None:
-    """On a logarithmic scale, where a curve is broken off while it is not positive; a symmetric one if it mostly is."""
+    """Draw on a logarithmic scale with gaps where a curve is not positive, or on a symmetric one if it seldom is."""
     curves = [("regret", game.regret, BLUE)] + [("bound", game.bound, ORANGE)] * bool(game.checks)
     largest = max((abs(x) for _, values, _ in curves for x in values if math.isfinite(x)), default=0.0)
     positive = [float(x) for x in game.regret if x > 0]

@@ -3,7 +3,7 @@
 D_t = max(sqrt(b_t), delta sqrt(1 - beta2^t)) (b_t the running maximum with ``amsgrad``),
 alphahat_t = alpha_t sqrt(1 - beta2^t) / (1 - beta1^t) and H_t = D_t / alphahat_t, so that x_{t+1} = x_t - m_t / H_t;
 P_t = sum_i m_i^2 / H_i, kappa = beta1 / (1 - beta1), d_t = x_t - x* for any fixed x*, Delta_i = max_t |d_{t,i}|,
-G_i = max_t |g_{t,i}|. These are no quotations: the paper's theorems were not read.
+G_i = max_t |g_{t,i}|. No statement is a quotation: the paper's theorems were not read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ statement = about("AGD")
 
 
 def varying_beta1(method: Any, beta1: Array) -> Callable[..., Any]:
-    """For `record`: updates with beta_{1,t}, the last corrected average being kept."""
+    """Return updates with beta_{1,t} for `record`; they keep the last corrected average."""
 
     def update(t: int, g: Array, state: Any, x: Array) -> Any:
         c1 = 1 - float(beta1[t]) ** (t + 1)
@@ -33,7 +33,7 @@ def varying_beta1(method: Any, beta1: Array) -> Callable[..., Any]:
 
 
 class AGDForm:
-    """A run of `AGD`; ``beta1`` (T,) if it varied."""
+    """The quantities of a run of `AGD`; ``beta1`` (T,) if it varied."""
 
     def __init__(self, run: Run, star: Array, beta1: Array | None = None) -> None:
         method, T = run.method, len(run.gradients)
@@ -60,7 +60,7 @@ class AGDForm:
         self.assumptions = {"not clipped": method.clip is None}
 
     def terms(self) -> list[Array]:
-        """The four sums of the identity's right side."""
+        """Return the four sums of the right side of the identity."""
         p = np.sum(self.m**2 / self.h, axis=1)
         d = self.d
         return [
@@ -72,7 +72,7 @@ class AGDForm:
 
 
 def _size(run: Run, star: Array) -> float:
-    """Rounding of the losses, T sums of numbers of their size, and of what they are losses of, a_t x."""
+    """Return the size of the rounding of the losses (T sums of numbers of their size) and of their arguments a_t x."""
     size = np.sum(abs(run.paid)) + np.sum(abs(run.losses(star)))
     size += np.sum(abs(run.gradients) * (abs(run.points[:-1]) + abs(star)))
     return float((len(run.paid) + 16) * 2.0**-53 * size)
@@ -87,7 +87,7 @@ def _size(run: Run, star: Array) -> float:
     identity=True,
 )
 def identity(run: Run, star: Array) -> Sides:
-    """(i), any gradients, any positive rates. Steps mostly above 1/100 of x are needed to read it to 1e-13."""
+    """(i), any gradients, any positive rates. To see it to 1e-13, most steps must be above 1/100 of x."""
     form = AGDForm(run, star)
     left, terms = run.gradients * form.d[:-1], form.terms()
     size = np.sum(abs(left)) + sum(np.sum(abs(term)) for term in terms)
@@ -128,7 +128,7 @@ def regret_measured(run: Run, star: Array) -> Sides:
 
 
 def _falling(run: Run) -> dict[str, Any]:
-    """What the closed forms assume of the run: alpha_t = alpha / sqrt t, amsgrad."""
+    """Return the assumptions of the closed forms about the run: alpha_t = alpha / sqrt t, amsgrad."""
     t = np.arange(1, len(run.rates) + 1)
     return {
         "amsgrad": run.method.amsgrad,
@@ -170,7 +170,7 @@ def regret_closed(run: Run, star: Array) -> Sides:
     PAGE,
 )
 def root(run: Run, star: Array) -> Sides:
-    """What bounds the denominator in (iii) and (iv), at the worst t and i."""
+    """The bound of the denominator in (iii) and (iv), at the worst t and i."""
     form = AGDForm(run, star)
     top = np.maximum(2 * form.peak / (1 + run.method.beta1), form.delta)
     share = form.root / np.maximum(top, 1e-300)
@@ -210,13 +210,13 @@ def regret_closed_varying(run: Run, star: Array, beta1: Array) -> Sides:
 
 
 def largest_u(beta1: float) -> float:
-    """Largest u with u + (beta1 u / (1 - beta1))^2 <= 1."""
+    """Return the largest u with u + (beta1 u / (1 - beta1))^2 <= 1."""
     kappa = beta1 / (1 - beta1)
     return (math.sqrt(1 + 4 * kappa**2) - 1) / (2 * kappa**2) if kappa else 1.0
 
 
 def _smooth(run: Run, objective: Objective) -> tuple[AGDForm, float, dict[str, Any]]:
-    """alpha, the largest rate, and the condition on u = L alpha / delta."""
+    """Return the form, alpha (the largest rate), and the condition on u = L alpha / delta."""
     form = AGDForm(run, objective.minimizer)
     alpha = float(np.max(run.rates))
     u = objective.curvature * alpha / run.method.delta

@@ -1,4 +1,4 @@
-"""ASGO's Algorithm 1 and its diagonal form: an energy identity, regret, rates, and what they are compared with.
+"""ASGO's Algorithm 1 and its diagonal form: an energy identity, regret, rates, and comparisons with other methods.
 
 With W_{t+1} = W_t - eta Lam_t^{-1} G_t, Lam_t = V_t^{1/2} + eps I, U any comparator: D = max_t ||W_t - U||_op as
 realised, S = tr V_{T-1}^{1/2} = ||[G_0 ... G_{T-1}]||_*, c = D^2 / (2 eta) + eta. A run with ``side="right"`` is
@@ -19,7 +19,7 @@ U64 = 2.0**-53
 
 
 class LeftForm:
-    """A run of `ASGO.theory` or `DASGO.theory` against a comparator, with the statistic on the left."""
+    """The quantities of a run of `ASGO.theory` or `DASGO.theory`, with a comparator and the statistic on the left."""
 
     def __init__(self, run: Run, comparator: Array) -> None:
         turn = getattr(run.method, "side", "left") == "right"
@@ -52,7 +52,7 @@ class LeftForm:
             u, s, _ = np.linalg.svd(self.wide[:, : (t + 1) * n], full_matrices=False)
             relative = s[s > 0] / s[0] if s[0] > 0 else np.ones(1)
             loss = max(loss, float(np.max(np.where(relative < 2e-7, relative, U64 / relative))))
-            least = min(least, float(relative[relative > 1e-12].min()))  # the rest are zeros
+            least = min(least, float(relative[relative > 1e-12].min()))  # the others are zeros
             if self.eps > 0:
                 loss = max(loss, U64 * float(s[0]) / self.eps)
             elif len(s) < self.m or relative.min() < 1e-12:
@@ -62,11 +62,11 @@ class LeftForm:
 
     @property
     def rounding(self) -> float:
-        """Share of a sum over the rounds that the steps' rounding may be."""
+        """Return the largest share of a sum over the rounds that may be rounding of the steps."""
         return ROUNDING + 8 * self.roots[1]
 
     def energy(self, Lam: Array) -> tuple[list[Any], list[Any]]:
-        """Terms of the left and the right side of the energy identity."""
+        """Return the terms of the left and the right side of the energy identity."""
         X, G = self.X, self.G
         growth = np.diff(Lam, axis=0)
         inverse = np.linalg.pinv(Lam, rcond=1e-7, hermitian=True)
@@ -88,12 +88,12 @@ class LeftForm:
     identity=True,
 )
 def energy(run: Run, comparator: Array) -> Sides:
-    """T0: any gradients, any comparator; the roots are computed anew, from singular values."""
+    """T0: any gradients, any comparator; the roots are computed again, from singular values."""
     form: LeftForm = run.form(LeftForm, comparator)
     Lam, loss, _ = form.roots
     left, right = form.energy(Lam)
     size = sum(abs(x) for x in (*left, *right))
-    # below sqrt(u) of the largest, a root is lost in V with eps = 0: the identity is then one of another Lam
+    # below sqrt(u) of the largest, a root is lost in V with eps = 0: the identity then holds with another Lam
     readable = form.eps > 0 or loss <= 2.0**-26
     return Sides(
         left=sum(left),
@@ -146,7 +146,7 @@ def norm(run: Run, comparator: Array) -> Sides:
 
 @statement("asgo.monotone", "Lam_t >= Lam_{t-1}", Source.PROVED, PAGE)
 def monotone(run: Run, comparator: Array) -> Sides:
-    """The square root is operator monotone; V_t is the method's own. Left: the largest fall, in units of |Lam_T|."""
+    """The square root is operator monotone; V_t is the method's. Left side: the largest fall, in units of |Lam_T|."""
     turn = [np.asarray(state.gram) for state in run.all_states()[1:]]
     roots = pseudo_power(np.stack(turn), 0.5, floor=0.0)
     top = np.linalg.norm(roots[-1], 2)
@@ -194,7 +194,7 @@ def regret_sharper(run: Run, comparator: Array) -> Sides:
 
 @statement("asgo.step", "|W_{t+1} - W_t|_op <= eta", Source.PROVED, "methods/asgo.md#coincides-with")
 def step(run: Run, comparator: Array) -> Sides:
-    """V_t >= G_t G_t^T; in floating point as long as V holds the small singular values."""
+    """V_t >= G_t G_t^T; in floating point as long as V has the small singular values."""
     form: LeftForm = run.form(LeftForm, comparator)
     _, _, least = form.roots
     top = float(np.linalg.norm(form.wide, 2))
@@ -224,7 +224,7 @@ def nonsmooth(run: Run, objective: Objective) -> Sides:
 
 @statement("asgo.nonsmooth-rate", "f(mean W_t) - f* <= c tr Q / sqrt(T) + D^2 m eps / (2 eta T)", Source.PROVED, PAGE)
 def nonsmooth_rate(run: Run, objective: Objective) -> Sides:
-    """T2 with G_t G_t^T <= Q^2 = q^2 I, q the largest spectral norm met."""
+    """T2 with G_t G_t^T <= Q^2 = q^2 I, q the largest spectral norm of the run."""
     form: LeftForm = run.form(LeftForm, objective.minimizer)
     q = float(np.max(np.linalg.svd(form.G, compute_uv=False)[:, 0]))
     right = form.c * form.m * q / np.sqrt(form.T) + form.tail / form.T
@@ -300,7 +300,7 @@ def rank(run: Run, comparator: Array) -> Sides:
 
 
 def own_root_trace(run: Run) -> tuple[float, float]:
-    """S as the method's ``diagnose`` has it, and its relative error: eigenvalues of V are good to u ||V||."""
+    """Return S of the method's ``diagnose``, and its relative error: eigenvalues of V have an error of u ||V||."""
     report = run.method.diagnose(run.states[-1])
     return float(report.root_trace), 8 * len(np.atleast_1d(report.eigenvalues)) * 2.0**-26
 

@@ -1,4 +1,4 @@
-"""Recorded runs, statements about them, and what a statement returns."""
+"""Recorded runs, statements about them, and the results of statements."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ np = import_numpy()
 Array = Any
 
 ROUNDING = 1e-9
-"""Error, as a share of the right side, that rounding of summed steps may make; a statement may set its own."""
+"""Largest error by rounding of summed steps, as a share of the right side; a statement may set its own."""
 
 _STATEMENTS: dict[str, Statement] = {}
 
 
 class Source(enum.Enum):
-    """Where a statement comes from."""
+    """The source of a statement."""
 
     PAPER = "the paper states it, in words; constants proved here"
     FORM = "hypotheses and name are the paper's, its display was not read; constants proved here"
@@ -35,18 +35,18 @@ class Source(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A statement held against one run."""
+    """A statement, checked on one run."""
 
     statement: str
     """Name, as in `list_statements`."""
     left: float
     right: float
     assumptions: Mapping[str, bool]
-    """What was checked of the run; the statement says nothing unless all are true."""
+    """Assumptions of the statement and whether the run meets them; the check counts only if all are true."""
     symbols: Mapping[str, float]
     """Values of the statement's symbols."""
     rounding: float
-    """By how much the computed left side may exceed the right, or differ from it (identities)."""
+    """Largest excess of the computed left side over the right, or difference (identities), by rounding."""
     identity: bool
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """What the function of a statement computes."""
+    """The values that the function of a statement computes."""
 
     left: Any
     right: Any
@@ -93,7 +93,7 @@ class Sides:
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """An inequality or identity: call it with a recorded run and what else it asks for."""
+    """An inequality or identity. Call it with a recorded run and its other arguments, which `call` shows."""
 
     name: str
     about: str
@@ -103,17 +103,17 @@ class Statement:
     """Page and heading in the documentation."""
     identity: bool
     methods: tuple[str, ...]
-    """Names of the methods whose runs it is about, or of classes made from them; of sketches none."""
+    """Names of the methods of the run, whose subclasses count too; empty for statements about sketches."""
     function: Callable[..., Sides]
 
     @property
     def call(self) -> str:
-        """How to call it."""
+        """The call in words, such as ``asgo.regret(run, comparator)``."""
         given = ", ".join(str(p.replace(annotation=p.empty)) for p in _parameters(self.function))
         return f"theory.{self.function.__module__.rpartition('.')[2]}.{self.function.__name__}({given})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Check:
-        """Errors: TypeError for a run of another method, ValueError for a point of another shape."""
+        """Return the check; TypeError for a run of another method, ValueError for a point of another shape."""
         try:
             given = inspect.signature(self.function).bind(*args, **kwargs)
         except TypeError as error:
@@ -155,7 +155,7 @@ def _parameters(function: Callable[..., Sides]) -> tuple[inspect.Parameter, ...]
 
 
 def list_statements() -> Mapping[str, Statement]:
-    """All statements by name, in the order of definition (read-only)."""
+    """Return all statements by name, in the order of definition (read-only)."""
     return MappingProxyType(_STATEMENTS)
 
 
@@ -184,7 +184,7 @@ def statement(
 
 
 def about(*methods: str) -> Callable[..., Callable[[Callable[..., Sides]], Statement]]:
-    """`statement` for runs of these classes."""
+    """Return `statement` for runs of these classes."""
     return functools.partial(statement, methods=methods)
 
 
@@ -203,17 +203,17 @@ class Run:
     rates: Array
     """(T,)."""
     states: tuple[Any, ...]
-    """The first state and that after each update, T + 1; of a long run perhaps only some, the last among them."""
+    """The first state and the state after each update, T + 1; a long run may have only some, with the last one."""
 
     forms: dict[Any, Any] = field(default_factory=dict)
-    """What statements have computed of this run and share, see `form`."""
+    """Values that statements have computed for this run and share, see `form`."""
 
     def __repr__(self) -> str:
         rates = f"rate {self.rate:g}" if self.constant_rate else f"rates {self.rate:g} to {self.rates[-1]:g}"
         return f"<Run of {self.method!r} on {self.stream.name!r}, {len(self.gradients)} rounds, {rates}>"
 
     def form(self, kind: Callable[..., Any], *args: Any) -> Any:
-        """``kind(self, *args)``, computed once for these very arguments."""
+        """Return ``kind(self, *args)``, computed once for these arguments (the same objects)."""
         key = (kind, *map(id, args))
         if key not in self.forms:
             self.forms[key] = kind(self, *args), args  # the arguments stay alive: their ids are theirs
@@ -237,21 +237,21 @@ class Run:
         return np.array([self.stream.loss(t, x) for t, x in enumerate(self.points[:-1])])
 
     def losses(self, comparator: Array) -> Array:
-        """f_t at a fixed point, (T,)."""
+        """Return f_t at a fixed point, (T,)."""
         if self.stream.loss is None:
             return np.sum((self.gradients * comparator).reshape(len(self.gradients), -1), axis=1)
         return np.array([self.stream.loss(t, comparator) for t in range(len(self.gradients))])
 
     def regret(self, comparator: Array) -> float:
-        """sum_t f_t(x_t) - f_t(comparator)."""
+        """Return sum_t f_t(x_t) - f_t(comparator)."""
         return float(np.sum(self.paid - self.losses(comparator)))
 
     def linear_regret(self, comparator: Array) -> float:
-        """sum_t <g_t, x_t - comparator>, at least the regret of convex losses."""
+        """Return sum_t <g_t, x_t - comparator>, which is at least the regret of convex losses."""
         return float(np.sum(self.gradients * (self.points[:-1] - comparator)))
 
     def first(self, rounds: int, state: Any = None) -> Run:
-        """The run's first rounds; ``state`` is that after them, where not all are kept."""
+        """Return the first rounds of the run; ``state`` is the state after them, if the run does not have all."""
         return Run(
             method=self.method,
             stream=self.stream,
@@ -263,7 +263,7 @@ class Run:
         )
 
     def all_states(self) -> tuple[Any, ...]:
-        """``states``, once all are known to be there."""
+        """Return ``states``; ValueError if the run does not have all."""
         if len(self.states) != len(self.gradients) + 1:
             raise ValueError(
                 f"the statement needs all {len(self.gradients) + 1} states, the run kept {len(self.states)}"
@@ -272,7 +272,7 @@ class Run:
 
 
 def statistic(state: Any) -> Array | None:
-    """The matrix that a method divides by a power of, for the adversaries that look at it."""
+    """Return the matrix whose power is the divisor of a method, for adversaries that read it; None without one."""
     if isinstance(getattr(state, "sketch", None), Sketch) or hasattr(getattr(state, "sketch", None), "escaped"):
         return fd.dense(Sketch(*state.sketch))
     for name in ("gram", "grams"):
@@ -299,9 +299,9 @@ def record(
 ) -> Run:
     """Run ``method`` on ``stream`` at the rate ``lr``, a number or (rounds,).
 
-    ``project(y, state)`` maps what the step gives into the domain. ``update(t, grad, state, x)`` stands for
-    ``method.update``. ``stack_ndim`` axes of the start are replicas. ``keep_states=False`` keeps the first and last
-    only (for long runs). ``on_round(t, state)`` is called after each update.
+    ``project(y, state)`` maps the point after a step into the domain. ``update(t, grad, state, x)`` replaces
+    ``method.update``. ``stack_ndim`` axes of the start are replicas. ``keep_states=False`` keeps only the first and the
+    last state (for long runs). ``on_round(t, state)`` is called after each update.
     Errors: TypeError for a class in place of a method, ValueError for a rate that is negative or not finite.
     """
     if isinstance(method, type) or not hasattr(method, "update"):
@@ -340,7 +340,7 @@ def record(
 
 
 def pseudo_power(matrix: Array, exponent: float, floor: float = 1e-13) -> Array:
-    """Power of positive semidefinite matrices (..., d, d); eigenvalues up to ``floor`` of the largest count as 0."""
+    """Return a power of positive semidefinite matrices (..., d, d); eigenvalues up to ``floor`` max(w) give 0."""
     w, v = np.linalg.eigh(matrix)
     live = w > floor * w[..., -1:]
     scale = np.where(live, np.where(live, w, 1.0) ** exponent, 0.0)
@@ -348,5 +348,5 @@ def pseudo_power(matrix: Array, exponent: float, floor: float = 1e-13) -> Array:
 
 
 def trace_power(matrix: Array, exponent: float) -> Array:
-    """tr A^exponent, A positive semidefinite (..., d, d)."""
+    """Return tr A^exponent, A positive semidefinite (..., d, d)."""
     return np.sum(np.maximum(np.linalg.eigvalsh(matrix), 0.0) ** exponent, axis=-1)

@@ -1,4 +1,4 @@
-"""Online gradient descent, the yardstick of the others (Zinkevich, 2003)."""
+"""Online gradient descent, the yardstick of the other methods (Zinkevich, 2003)."""
 
 from __future__ import annotations
 

@@ -38,13 +38,13 @@ def record_network(net: Any, damping: float, eta: float, rounds: int, lib: Any =
 
 
 def block_sum(jacobian: Array, damping: float) -> Array:
-    """M, (n, n)."""
+    """Return M, (n, n)."""
     grams = np.einsum("nbs,mbs->bnm", jacobian, jacobian)
     return np.sum(grams @ np.linalg.inv(grams + damping * np.eye(len(jacobian))), axis=0)
 
 
 class NetworkForm:
-    """A run of `record_network`."""
+    """The quantities of a run of `record_network`."""
 
     def __init__(self, run: Run, net: Any) -> None:
         self.eta = run.rate
@@ -59,7 +59,7 @@ class NetworkForm:
         self.assumptions = {"eta <= 1 / B": self.eta <= 1 / self.B * (1 + 1e-12)}
 
     def worst(self, factor: float) -> tuple[Any, Any]:
-        """|r_{k+1}| and factor |r_k| where their ratio is largest, residuals near rounding left out."""
+        """Return |r_{k+1}| and factor |r_k| at their largest ratio, without residuals near rounding."""
         live = self.norms[:-1] > 1e-4 * self.norms[0]
         k = int(np.argmax(np.where(live, self.norms[1:] / np.maximum(self.norms[:-1], 1e-300), 0.0)))
         return self.norms[k + 1] / self.norms[k], factor
@@ -96,7 +96,7 @@ def floor(run: Run, net: Any) -> Sides:
 
 
 def _hypothesis(form: NetworkForm, net: TwoLayer) -> tuple[float, dict[str, Any]]:
-    """R, and whether the Jacobian cannot drift too far within it."""
+    """Return R, and the assumption that the Jacobian changes little enough within R."""
     radius = math.sqrt(form.B / form.damping) * form.norms[0] / form.low
     drift = net.second_derivative * float(np.linalg.norm(net.inputs, 2)) * radius / math.sqrt(form.B)
     allowed = form.low / 4 * math.sqrt(form.damping / form.B)
@@ -115,7 +115,7 @@ def two_layer(run: Run, net: TwoLayer) -> Sides:
 
 @statement("mbf.radius", "|w_k - w_0| <= sqrt(B / lambda) |r_0| / mu_0", Source.PROVED, PAGE)
 def radius(run: Run, net: TwoLayer) -> Sides:
-    """T1: how far it goes."""
+    """T1: the distance of the weights from the start."""
     form: NetworkForm = run.form(NetworkForm, net)
     right, assumptions = _hypothesis(form, net)
     left = np.max(np.linalg.norm((run.points - run.points[0]).reshape(len(run.points), -1), axis=1))
@@ -123,7 +123,7 @@ def radius(run: Run, net: TwoLayer) -> Sides:
 
 
 class DescentForm:
-    """A run of MBF on (1, J) with the per-sample gradients given, from F = 0, on a smooth objective."""
+    """The quantities of a run of MBF on (1, J) with given per-sample gradients, from F = 0, on a smooth objective."""
 
     def __init__(self, run: Run, objective: Objective, per_sample: Callable[[Array], Array], convexity: float) -> None:
         k, self.alpha = run.method, run.rate
@@ -151,7 +151,7 @@ class DescentForm:
         }
 
     def sides(self, least: Array) -> Sides:
-        """least <= decrease, at the round where the ratio is worst."""
+        """Return the sides of least <= decrease at the round with the worst ratio."""
         ratio = np.where(self.live, least / np.where(self.decrease > 0, self.decrease, 1e-300), -np.inf)
         t = int(np.argmax(ratio))
         return Sides(
@@ -176,13 +176,13 @@ def descent(run: Run, objective: Objective, per_sample: Callable[[Array], Array]
 def descent_by_gradient(
     run: Run, objective: Objective, per_sample: Callable[[Array], Array], convexity: float
 ) -> Sides:
-    """T2 with the spectral norm of the F in use, computed anew."""
+    """T2 with the spectral norm of the F in use, which is computed again."""
     form: DescentForm = run.form(DescentForm, objective, per_sample, convexity)
     return form.sides(form.alpha * form.square / (2 * (form.damping + form.F)))
 
 
 @statement("mbf.linear-rate", "alpha mu / (lambda + |F|) (f(w) - f*) <= f(w) - f(w - alpha p)", Source.PROVED, PAGE)
 def linear_rate(run: Run, objective: Objective, per_sample: Callable[[Array], Array], convexity: float) -> Sides:
-    """T2 under the inequality of Polyak and Lojasiewicz with the constant mu (a strong convexity is one)."""
+    """T2 under the inequality of Polyak and Lojasiewicz with the constant mu (such as a strong convexity)."""
     form: DescentForm = run.form(DescentForm, objective, per_sample, convexity)
     return form.sides(form.alpha * form.convexity / (form.damping + form.F) * form.gap)

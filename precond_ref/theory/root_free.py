@@ -1,8 +1,8 @@
-"""RF-RMSProp, RF-Shampoo and IF-Shampoo: bounds of one update, closed forms, and what holds at a fixed point.
+"""RF-RMSProp, RF-Shampoo and IF-Shampoo: bounds of one update, closed forms, and properties of a fixed point.
 
 The paper's convergence arguments were not read and no rate of the stochastic methods is known here. S is the
 preconditioner (S_n one per axis, S_n^{-1} = K_n K_n^T), lambda the damping, B the batch size, beta2 the weight of
-the new.
+the new term.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ either = about("RFShampoo", "IFShampoo")
 
 
 def given_statistic(method: Any, statistic: Array) -> Callable[..., Any]:
-    """For `record`: updates with this curvature in place of the gradient's square."""
+    """Return updates for `record` with this curvature in the place of the gradient's square."""
     return lambda t, g, state, x: method.update(g, state, x, statistic=statistic)
 
 
@@ -53,7 +53,7 @@ def step(run: Run) -> Sides:
     identity=True,
 )
 def constant(run: Run) -> Sides:
-    """`RFRMSProp` at the last t, the entry where it is worst."""
+    """`RFRMSProp` at the last t and the worst entry."""
     k, g, T = run.method, np.ravel(run.gradients[0]), len(run.gradients)
     rest = (1 - k.beta2) ** T
     expected, got = rest * k.initial + (1 - rest) * k.batch_size * g**2, np.ravel(run.states[-1].s)
@@ -97,7 +97,7 @@ def floor(run: Run) -> Sides:
         for t, state in enumerate(run.all_states()[1:], start=1)
         for axis, factor in enumerate(state.factors)
     ]
-    worst, t, axis = least[np.argmin([value for value, *_ in least])]  # unlike min, NaN where there is one
+    worst, t, axis = least[np.argmin([value for value, *_ in least])]  # unlike min, argmin finds a NaN
     top = np.max([np.linalg.eigvalsh(f)[-1] for f in run.states[t].factors])
     return Sides(
         left=1.0,
@@ -109,7 +109,7 @@ def floor(run: Run) -> Sides:
 
 
 def _changes(run: Run) -> list[Array]:
-    """K_old^{-1} K_new of every update and axis."""
+    """Return K_old^{-1} K_new of every update and axis."""
     return [
         np.linalg.solve(old, new)
         for before, after in zip(run.all_states()[:-1], run.all_states()[1:], strict=True)
@@ -202,7 +202,7 @@ def _two_factors(run: Run) -> None:
 
 
 def _inverses(state: Any) -> list[Array]:
-    """S_n^{-1} of either method."""
+    """Return S_n^{-1} of either method."""
     if hasattr(state, "inverses"):
         return [np.linalg.inv(s) for s in state.factors]
     return [k @ k.T for k in state.factors]

@@ -1,11 +1,11 @@
-"""Frequent Directions, S-AdaGrad and S-Shampoo: what a sketch may lose, and regret.
+"""Frequent Directions, S-AdaGrad and S-Shampoo: the losses of a sketch, and regret.
 
 G_t = sum_s beta2^(t-s) M_s, Gbar_t its sketch of size l, rho_{1:t} the escaped mass, Gtil_t = Gbar_t + rho_{1:t} I, and
 Omega = min_{k<l} (sum_{i>k} lambda_i) / (l - k). ``A <= B`` between matrices is written as
-``lambda_1(B) + lambda_1(A - B) <= lambda_1(B)``, at the round where it is tightest.
+``lambda_1(B) + lambda_1(A - B) <= lambda_1(B)``, at the tightest round.
 
-Of a certified sketch (`precond_ref.numerics.nystrom`) kappa_t = tr(G_t - Gbar_t) / (l rho_{1:t}) takes l to kappa_t l
-in what bounds rho_{1:t}; kappa_t is known only afterwards.
+For a certified sketch (`precond_ref.numerics.nystrom`), the bounds on rho_{1:t} have kappa_t l in the place of l, with
+kappa_t = tr(G_t - Gbar_t) / (l rho_{1:t}); kappa_t is known only afterwards.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from precond_ref.theory.base import Array, Run, Sides, Source, about, np, pseudo
 PAGE = "methods/sketchy.md#what-is-proved"
 sadagrad, sshampoo = about("SAdaGrad"), about("SShampoo")
 TOLERANCE = 1e-12
-"""Of the largest eigenvalue of G_t, in which a sketch is computed; observed: 1.2e-13 over 3e5 updates."""
+"""Rounding of a sketch, as a share of the largest eigenvalue of G_t; observed: 1.2e-13 over 3e5 updates."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,7 +98,7 @@ class Sketched:
         return omega(self.spectrum, self.size)
 
     def before(self, array: Array) -> Array:
-        """The array of the previous round, 0 at the first."""
+        """Return the array of the previous round, 0 at the first round."""
         return np.concatenate([0 * array[:1], array[:-1]])
 
     @functools.cached_property
@@ -110,7 +110,7 @@ class Sketched:
 def record_sketch(
     rows: Array, size: int, beta2: float = 1.0, tail_decay: float | None = None, *, solver: str = "svd", lib: Any = fd
 ) -> Sketched:
-    """Sketch ``rows`` (T, q, d) from nothing; ``lib`` stands for `precond_ref.numerics.sketch`."""
+    """Sketch ``rows`` (T, q, d) from an empty sketch; ``lib`` replaces `precond_ref.numerics.sketch`."""
     d = rows.shape[-1]
     k = min(d, size)
     sketch = lib.Sketch(basis=np.zeros((d, k)), eigenvalues=np.zeros(k), escaped=np.zeros(()))
@@ -125,7 +125,7 @@ def record_sketch(
 def record_certified(
     rows: Array, size: int, beta2: float = 1.0, *, spare: int = nystrom.SPARE, lib: Any = nystrom
 ) -> Sketched:
-    """The same with certified masses; ``lib`` stands for `precond_ref.numerics.nystrom`."""
+    """Return the record of a certified sketch; ``lib`` stands for `precond_ref.numerics.nystrom`."""
     d = rows.shape[-1]
     k = min(d, size)
     sketch = lib.CertifiedSketch(np.zeros((d, k)), np.zeros(k), *(np.zeros(()) for _ in range(3)))
@@ -140,9 +140,10 @@ def record_certified(
 
 
 def omega(spectrum: Array, size: Any) -> Array:
-    """min over k < l of (sum of the eigenvalues after the k-th) / (l - k); ``spectrum`` (..., d) is descending.
+    """Return the min over k < l of (sum of eigenvalues after the k-th) / (l - k); ``spectrum`` (..., d) descends.
 
-    ``size`` may be any positive number, or one for each spectrum; where l - k is below 1e-9, it may be rounding.
+    ``size`` (l) is any positive number, or one for each spectrum. A k with l - k below 1e-9 is left out, as l - k may
+    be rounding there.
     """
     left = np.asarray(size)[..., None] - np.arange(spectrum.shape[-1] + 1)
     tails = np.concatenate([spectrum[..., ::-1].cumsum(axis=-1)[..., ::-1], 0 * spectrum[..., :1]], axis=-1)
@@ -150,12 +151,12 @@ def omega(spectrum: Array, size: Any) -> Array:
 
 
 def effective(size: int, lost: Any, escaped: Any) -> Any:
-    """kappa l of a certified sketch; l where nothing has escaped."""
+    """Return kappa l of a certified sketch; l where no mass has escaped."""
     return np.where(escaped > 0, lost / np.where(escaped > 0, escaped, 1.0), size)
 
 
 def _order(s: Sketched, smaller: Array, larger: Array) -> Sides:
-    """smaller <= larger, (T, d, d)."""
+    """Return the sides of smaller <= larger, (T, d, d)."""
     unit = np.maximum(s.spectrum[:, 0], 1e-300)
     excess = np.linalg.eigvalsh(smaller - larger)[:, -1] / unit
     t = int(np.argmax(excess))
@@ -170,7 +171,7 @@ def _symbols(s: Sketched, t: int) -> dict[str, Any]:
 
 
 def _worst(s: Sketched, left: Array, right: Array, rounding: float = TOLERANCE) -> Sides:
-    """left <= right at the round where the ratio is largest, both in units of lambda_1(G_t)."""
+    """Return the sides of left <= right at the round with the largest ratio, in units of lambda_1(G_t)."""
     unit = np.maximum(s.spectrum[:, 0], 1e-300)
     left, right = left / unit, right / unit
     t = int(np.argmax(left / (right + rounding)))
@@ -367,7 +368,7 @@ def certified_root_trace(s: Sketched) -> Sides:
 
 
 class SAdaGradForm:
-    """A run of `SAdaGrad` with ``beta2 = 1`` against a comparator."""
+    """The quantities of a run of `SAdaGrad` with ``beta2 = 1`` and a comparator."""
 
     def __init__(self, run: Run, comparator: Array, diameter: float | None = None) -> None:
         g = run.gradients
@@ -375,7 +376,7 @@ class SAdaGradForm:
         sketch = run.states[-1].sketch
         self.rho = float(sketch.escaped)
         self.bound = (sketch.basis * sketch.eigenvalues) @ sketch.basis.T + self.rho * np.eye(self.d)
-        if len(g) > 64 * self.d:  # a long run: squares are good enough
+        if len(g) > 64 * self.d:  # a long run: squares are accurate enough
             spectrum = np.maximum(np.linalg.eigvalsh(g.T @ g)[::-1], 0.0)
         else:
             spectrum = np.linalg.svd(g, compute_uv=False) ** 2
@@ -397,12 +398,12 @@ class SAdaGradForm:
         }
 
     def tuned(self) -> dict[str, bool]:
-        """Assumptions of the paper's forms: eta = D / sqrt(2)."""
+        """Return the assumptions of the paper's forms: eta = D / sqrt(2)."""
         return {**self.assumptions, "eta = D / sqrt 2": abs(self.eta * np.sqrt(2) - self.D) <= 1e-8 * self.D}
 
 
 def quadratic_sum(run: Run) -> float:
-    """sum_t g_t^T Gtil_t^{-1/2} g_t, from the sketches and not from the directions."""
+    """Return sum_t g_t^T Gtil_t^{-1/2} g_t, from the sketches and not from the directions."""
     total = 0.0
     for g, state in zip(run.gradients, run.all_states()[1:], strict=True):
         sketch = state.sketch
@@ -450,7 +451,7 @@ def regret(run: Run, comparator: Array, diameter: float | None = None) -> Sides:
     "sadagrad.theorem-3", "R_T <= D (sqrt 2 tr G_T^{1/2} + d sqrt(Omega_l / 2)), eta = D / sqrt 2", Source.FORM, PAGE
 )
 def theorem_3(run: Run, comparator: Array, diameter: float | None = None) -> Sides:
-    """The paper's Theorem 3."""
+    """Theorem 3 of the paper, in its form; the constants were proved here."""
     form: SAdaGradForm = run.form(SAdaGradForm, comparator, diameter)
     right = form.D * (np.sqrt(2) * form.own + form.d * np.sqrt(form.omega / 2))
     return Sides(left=form.regret, right=right, symbols=form.symbols, assumptions=form.tuned())
@@ -463,7 +464,7 @@ def theorem_3(run: Run, comparator: Array, diameter: float | None = None) -> Sid
     PAGE,
 )
 def corollary_4(run: Run, comparator: Array, diameter: float | None = None) -> Sides:
-    """The paper's Corollary 4."""
+    """Corollary 4 of the paper, in its form; the constants were proved here."""
     form: SAdaGradForm = run.form(SAdaGradForm, comparator, diameter)
     right = form.D * (np.sqrt(2) * form.own + np.sqrt(form.d * max(form.d - form.size, 0) * form.omega / 2))
     return Sides(left=form.regret, right=right, symbols=form.symbols, assumptions=form.tuned())
@@ -473,7 +474,7 @@ def corollary_4(run: Run, comparator: Array, diameter: float | None = None) -> S
 
 
 class SShampooForm:
-    """A run of `SShampoo` on matrices with ``beta2 = 1`` against a comparator; r bounds the gradients' rank."""
+    """The quantities of a run of `SShampoo` on matrices with ``beta2 = 1`` and a comparator; r bounds the ranks."""
 
     def __init__(self, run: Run, comparator: Array, rank: int) -> None:
         G, eps = run.gradients, run.method.eps
@@ -507,7 +508,7 @@ class SShampooForm:
 
 
 def trace_live(matrix: Array, exponent: float) -> Any:
-    """tr A^exponent without eigenvalues that may be rounding of zero, up to 1e-13 of the largest."""
+    """Return tr A^exponent without eigenvalues that may be rounding of zero, up to 1e-13 of the largest."""
     w = np.linalg.eigvalsh(matrix)
     return np.sum(np.where(w > 1e-13 * w[..., -1:], np.maximum(w, 0.0), 0.0) ** exponent, axis=-1)
 
@@ -529,7 +530,7 @@ def sshampoo_quadratic(run: Run, comparator: Array, rank: int) -> Sides:
 
 @sshampoo("sshampoo.root-trace", "tr Ltil_T^{1/4} <= tr L_T^{1/4} + m (rho^L_{1:T})^{1/4}", Source.PROVED, PAGE)
 def sshampoo_root_trace(run: Run, comparator: Array, rank: int) -> Sides:
-    """The axis where it is tighter."""
+    """The statement for the axis on which it is tighter."""
     form: SShampooForm = run.form(SShampooForm, comparator, rank)
     right = [own + d * mass**0.25 for own, d, mass in zip(form.own, form.shape, form.masses, strict=True)]
     i = int(np.argmax(np.array(form.roots) / np.maximum(right, 1e-300)))
@@ -621,7 +622,7 @@ def certified_theorem_5(run: Run, comparator: Array, rank: int) -> Sides:
 
 
 def comparator_at_distance(run: Run, distance: float) -> Array | None:
-    """A point against the sum of linear gradients at ``distance`` = max_t ||x_t - u||; None if there is none."""
+    """Return a point opposite to the sum of linear gradients with ``distance`` = max_t ||x_t - u||, or None."""
     total = np.sum(run.gradients, axis=0)
     unit = total / max(float(np.linalg.norm(total)), 1e-300)
 
@@ -639,7 +640,7 @@ def comparator_at_distance(run: Run, distance: float) -> Array | None:
 
 
 def project_to_ball(radius: float) -> Any:
-    """Closest points of the ball around 0 in the norm of Gtil^{1/2}, by bisection on the multiplier."""
+    """Return the projection to the ball around 0 in the norm of Gtil^{1/2}, by bisection on the multiplier."""
 
     def project(y: Array, state: Any) -> Array:
         if np.linalg.norm(y) <= radius:
