@@ -9,7 +9,9 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import Backend
+from configs import Config
+from conftest import Backend, make_backend
+from helpers import distance, gradients, run
 from mutation import mutated
 
 import precond_ref
@@ -491,3 +493,13 @@ def test_directions_are_those_of_the_definition_while_nothing_escapes() -> None:
             x, a = exact.update(grad, a, grad)
             y, b = certified.update(grad, b, grad)
             assert np.linalg.norm(x - y) <= 1e-9 * np.linalg.norm(x)
+
+
+def test_practical_agrees_with_numpy(backend: Backend) -> None:
+    """Sketched at every second update only, where JAX and compiled graphs choose one of two states."""
+    method = precond_ref.SShampoo.practical(size=2, merge=1, every=2, eps=0.25, graft_eps=0.25, solver="nystrom")
+    config, grads = Config(method, (22, 20)), gradients((22, 20), steps=4)
+    expected, _ = run(make_backend("numpy"), config, grads, "float64")
+    got, state = run(backend, config, grads, "float64")
+    assert distance(got, expected) <= 1e-10
+    assert len(state.sketches[0]) == 5

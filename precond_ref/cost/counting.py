@@ -304,9 +304,6 @@ class Counting:
     ones = empty = full = zeros
     ones_like = empty_like = full_like = zeros_like
 
-    def arange(self, stop: int, **options: Any) -> Shaped:
-        return self.zeros((stop,), **options)
-
     def eye(self, rows: int, columns: int | None = None, **options: Any) -> Shaped:
         return self.zeros((rows, rows if columns is None else columns), **options)
 

@@ -43,7 +43,7 @@ from typing import NamedTuple
 from array_api_compat import array_namespace
 
 from precond_ref.numerics import sketch as fd
-from precond_ref.numerics.arrays import largest_entry, own, placement
+from precond_ref.numerics.arrays import largest_entry, own
 from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.template import full, zeros
 from precond_ref.typing import Array, Namespace, Scalar
@@ -167,7 +167,7 @@ def _mixed(b: Array, k: int, p: int, xp: Namespace) -> Array:
     folds = -(-(n - k) // p)
 
     def padded(columns: Array, count: int) -> Array:
-        return xp.concat([columns, xp.zeros_like(b[..., :1]) + xp.zeros((count,), **placement(b))], axis=-1)
+        return xp.concat([columns, xp.zeros_like(b[..., :count])], axis=-1)
 
     old, new = padded(b[..., :k], p - k), padded(b[..., k:] * _weights(n - k, b, xp), folds * p - (n - k))
     new = xp.sum(xp.reshape(new, (*stack, d, folds, p)), axis=-2)
@@ -175,8 +175,11 @@ def _mixed(b: Array, k: int, p: int, xp: Namespace) -> Array:
 
 
 def _weights(count: int, like: Array, xp: Namespace) -> Array:
-    """cos(i^2), (count)."""
-    i = xp.arange(count, **placement(like))
+    """cos(i^2), (..., 1, count)."""
+    i = xp.zeros_like(like[..., :1, :1])
+    while i.shape[-1] < count:
+        i = xp.concat([i, i + i.shape[-1]], axis=-1)
+    i = i[..., :count]
     return xp.cos(i * i)
 
 
@@ -199,7 +202,7 @@ def _ritz(gram: Array, square: Array, xp: Namespace) -> Array:
         length = xp.sqrt(xp.sum(x * x, axis=(-2, -1), keepdims=True))
         return xp.where(length > least, x / xp.where(length > 0, length, 1.0), 0.0)
 
-    x = found = unit(_weights(m, gram, xp)[None, :] @ gram, 0.0 * rounding)  # a row: in PyTorch 12 times as fast
+    x = found = unit(_weights(m, gram, xp) @ gram, 0.0 * rounding)  # a row: in PyTorch 12 times as fast
     images = []
     for _ in range(min(STEPS, m) - 1):
         images.append(x @ gram)
