@@ -317,7 +317,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ]
         metafunc.parametrize(("backend", "config"), cases, indirect=["backend"])
     elif "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", backends, indirect=True)
+        twice = () if asked or "jax-jit" not in backends else ("jax",)
+        marked = [pytest.param(b, marks=[pytest.mark.deep] * (b in twice)) for b in backends]
+        metafunc.parametrize("backend", marked, indirect=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -290,7 +290,7 @@ def check_dtypes(case: Case, lib: Any) -> None:
     assert {x.dtype for x in jax.tree.leaves(mixed)} == {jnp.dtype("float32")}
 
 
-@cases
+@kinds
 def test_dtypes(case: Case) -> None:
     check_dtypes(case, adapter)
 

@@ -20,6 +20,8 @@ from precond_ref.conformance.subjects import Reference
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 pytest.importorskip("torch")
 pytest.importorskip("optax")
+NARROW = ("torch Shampoo", "numpy Adam", "optax Adam")
+"""One of each library for single precision, the others in the deep tests."""
 SEEN_TWICE = {"one count for all", "small eigenvalues dropped"}  # by other checks, too
 BEFORE = {"gradient-untouched", "dtype", "repeatable", "independent", "groups", "no-gradient", "nonfinite", "resume",
           "options", "process-untouched"}  # fmt: skip
@@ -39,8 +41,9 @@ def test_a_right_optimizer_passes(name: str) -> None:
     assert not any("not all inputs" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("name", RIGHT)
-@pytest.mark.full
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.full if n in NARROW else pytest.mark.deep) for n in RIGHT]
+)
 def test_a_right_optimizer_passes_in_single_precision(name: str) -> None:
     assert report_on(name, dtype="float32").failures == []
 
