@@ -16,11 +16,11 @@ from precond_ref.protocol import Method
 from precond_ref.registry import list_methods
 
 OPTIONS = ("takes", "fallback", "dtype", "join", "join_axis")
-"""Keyword arguments of every function, besides the method's own; `scale_by` says what they do."""
+"""Keyword arguments of every function, besides the method's own; `scale_by` explains them."""
 
 
 def _factories() -> dict[str, Callable[..., Method]]:
-    """What makes the method of each name: its class, or a preset of it."""
+    """Return the factory of each name: the method's class, or a preset of it."""
     found: dict[str, Callable[..., Method]] = {}
     for class_name, method in list_methods().items():
         name = re.sub(r"^(Full|IF|RF|S)(?=AdaGrad|AdamW|RMSProp|Shampoo)", r"\1_", class_name).lower()
@@ -30,13 +30,13 @@ def _factories() -> dict[str, Callable[..., Method]]:
 
 
 def _static(factory: Callable[..., Method]) -> tuple[str, ...]:
-    """Arguments that must be Python values: those not annotated as a float, and the options."""
+    """Return the arguments that must be Python values: those not annotated as a float, and the options."""
     fields = inspect.signature(factory).parameters.values()
     return (*(field.name for field in fields if "float" not in str(field.annotation)), *OPTIONS)
 
 
 def _decays(factory: Callable[..., Method]) -> bool:
-    """Whether the method has a weight decay of its own."""
+    """Return True if the method has a weight decay of its own."""
     return "weight_decay" in inspect.signature(factory).parameters
 
 
@@ -48,7 +48,7 @@ STATIC_ARGS: Mapping[str, tuple[str, ...]] = {
         (name, _static(factory) + (() if _decays(factory) else ("mask",))),
     )
 }
-"""By function name, what ``optax.inject_hyperparams(function, static_args=...)`` must leave alone."""
+"""By function name, the ``static_args`` of ``optax.inject_hyperparams(function, static_args=...)``."""
 
 __all__ = ["STATIC_ARGS", "ScaleByState", "scale_by", *STATIC_ARGS]
 

@@ -29,12 +29,12 @@ class ScaleByState(NamedTuple):
     """State of every transformation of this package."""
 
     count: Array
-    """Updates done, int32 of shape ()."""
+    """Number of updates done, int32 of shape ()."""
     statistics: Any
     """The method's own state, whose ``step`` is None (it is ``count``) and which has a tree like the parameters in the
     place of each array, with an ``optax.MaskedNode`` for each parameter that has no such array."""
     fallback: Any
-    """State of the transformation of those parameters; None where there is no such transformation."""
+    """State of the transformation of the other parameters; None without such a transformation."""
 
 
 def scale_by(
@@ -49,7 +49,7 @@ def scale_by(
     """Make the transformation that replaces gradients by directions of ``method``; chain a learning rate after it.
 
     Arguments:
-        takes: ``(path, array) -> bool``, which parameters get ``method``, instead of its own rule ``method.takes``.
+        takes: ``(path, array) -> bool``, True for the parameters of ``method``; it replaces the rule ``method.takes``.
             Paths join keys by "/".
         fallback: transformation of the other parameters; the default is `precond_ref.Adam`.
         dtype: of statistics and arithmetic; the default is the parameter's, but float32 at least (unless the method
@@ -92,7 +92,7 @@ def scale_by(
         return (default or method) if takes(path, leaf) else None
 
     def plan(tree: Tree) -> tuple[list[str], list[Any], Any, list[_Unit]]:
-        """Paths, leaves and structure of ``tree``, and what ``method`` takes of it."""
+        """Return paths, leaves and structure of ``tree``, and the units that ``method`` takes."""
         names, leaves, treedef = _flatten(tree)
         at = {name: index for index, name in enumerate(names)}
         masked = _masked(tree)
@@ -200,7 +200,7 @@ def scale_by(
 
 
 class _Unit(NamedTuple):
-    """What a method sees as one parameter: its path, and where its arrays are (weight and bias of a pair)."""
+    """One parameter of a method: its path, and the places of its arrays (weight and bias of a pair)."""
 
     method: Method
     name: str
@@ -232,7 +232,7 @@ def _member(
 
 
 def _label(method: Method, member: _Member) -> Any:
-    """What members of one stack have in common; elementwise methods gain nothing from stacking under ``jit``."""
+    """Return the label that members of one stack share; elementwise methods gain nothing from stacks under ``jit``."""
     if method.elementwise:
         return member.at
     shapes = tuple(jnp.shape(x) for x in jax.tree.leaves((member.state, member.statistic)))
@@ -243,7 +243,7 @@ def _label(method: Method, member: _Member) -> Any:
 def _run(
     method: Method, members: list[_Member], count: Array, wanted: Any, axis: int, scalars: dict[Any, Any]
 ) -> Iterator[tuple[_Member, list[Array], Any]]:
-    """Each member with its directions, in its parameters' dtype, and its new state."""
+    """Yield each member with its directions, in its parameters' dtype, and its new state."""
     dtype = _dtype(method, members[0].params[0].dtype, wanted)
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
     # In the arithmetic's dtype, so that they promote nothing.
@@ -298,7 +298,7 @@ def _run(
 
 
 def make_scale_by(name: str, factory: Callable[..., Method]) -> Callable[..., optax.GradientTransformationExtraArgs]:
-    """``scale_by_<name>(*, fields, takes, fallback, dtype)``."""
+    """Return ``scale_by_<name>(*, fields, takes, fallback, dtype, join, join_axis)``."""
 
     def make(**given: Any) -> optax.GradientTransformationExtraArgs:
         options = {option: given.pop(option) for option in OPTIONS if option in given}
@@ -309,7 +309,7 @@ def make_scale_by(name: str, factory: Callable[..., Method]) -> Callable[..., op
 
 
 def make_optimizer(name: str, factory: Callable[..., Method]) -> Callable[..., optax.GradientTransformationExtraArgs]:
-    """``<name>(learning_rate, *, fields, weight_decay, mask, takes, fallback, dtype)``."""
+    """Return ``<name>(learning_rate, *, fields, weight_decay, mask, takes, fallback, dtype, join, join_axis)``."""
     scale = make_scale_by(f"scale_by_{name}", factory)
     fields = _fields(factory)
     decay = [] if "weight_decay" in fields else [_keyword("weight_decay", "float | None"), _keyword("mask", "Any")]
@@ -342,7 +342,7 @@ def _keyword(name: str, annotation: str) -> inspect.Parameter:
 
 
 def _public(make: Any, name: str, parameters: list[inspect.Parameter]) -> Any:
-    """``make`` under its public name, with these parameters and the options."""
+    """Return ``make`` under its public name, with these parameters and the options."""
     signature = inspect.Signature([*parameters, *(_keyword(option, "Any") for option in OPTIONS)])
 
     @functools.wraps(make)
@@ -377,13 +377,13 @@ def _name(path: Any) -> str:
 
 
 def _flatten(tree: Tree) -> tuple[list[str], list[Any], Any]:
-    """Paths, leaves (None counts as one) and structure."""
+    """Return paths, leaves (None counts as one) and structure."""
     found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
     return [_name(path) for path, _ in found], [leaf for _, leaf in found], treedef
 
 
 def _masked(tree: Tree) -> set[str]:
-    """Paths of what a mask left out of ``tree``."""
+    """Return the paths of the leaves that a mask left out of ``tree``."""
     found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     return {_name(path) for path, leaf in found if isinstance(leaf, optax.MaskedNode)}
 
@@ -398,7 +398,7 @@ def _pairs(join: Any) -> dict[str, str]:
 
 
 def _joined_shape(weight: Any, bias: Any, axis: int) -> tuple[int, ...]:
-    """Shape of a pair as one parameter; ValueError if they do not fit."""
+    """Return the shape of a pair as one parameter; ValueError if weight and bias do not fit."""
     shapes = [() if x is None else np.shape(x) for x in (weight, bias)]
     if len(shapes[0]) != 2 or shapes[1] != (shapes[0][1 - axis],):
         kind = "(O, I)" if axis else "(I, O)"
@@ -409,21 +409,21 @@ def _joined_shape(weight: Any, bias: Any, axis: int) -> tuple[int, ...]:
 
 
 def _joined(parts: list[Array], axis: int) -> Array:
-    """The arrays of a unit as one, the bias last along ``axis``."""
+    """Return the arrays of a unit as one, with the bias last along ``axis``."""
     return parts[0] if len(parts) == 1 else jnp.concatenate([parts[0], jnp.expand_dims(parts[1], axis)], axis)
 
 
 def _apart(array: Array, count: int, axis: int) -> list[Array]:
-    """Inverse of `_joined`."""
+    """Return the arrays of a unit from a result of `_joined`."""
     if count == 1:
         return [array]
     return [array[:, :-1], array[:, -1]] if axis else [array[:-1], array[-1]]
 
 
 def _spread(values: list[Any], treedef: Any) -> Tree:
-    """One value for each leaf, as trees: one for each array, in tuples as the arrays are in a value.
+    """Return one value for each leaf as trees: one tree for each array, in tuples like the arrays of a value.
 
-    With arrays at its leaves alone a tree is what optax and flax take for one like the parameters.
+    optax and flax take a tree with arrays only at its leaves for one like the parameters.
     """
     held = [value for value in values if _is_tuple(value)]
     if not held:
@@ -438,7 +438,7 @@ def _spread(values: list[Any], treedef: Any) -> Tree:
 
 
 def _gather(what: str, treedef: Any, tree: Tree) -> list[Any]:
-    """Inverse of `_spread`; a leaf without arrays has a MaskedNode, None, or a tuple without arrays."""
+    """Return the values from a result of `_spread`; a leaf without arrays has a MaskedNode, None, or an empty tuple."""
     try:
         values = _up_to(what, treedef, tree)
     except ValueError:
@@ -468,7 +468,7 @@ def _up_to(what: str, treedef: Any, tree: Tree) -> list[Any]:
 
 @contextlib.contextmanager
 def _named(name: str, *others: str) -> Iterator[None]:
-    """Prefixes errors with the parameters' paths."""
+    """Prefix errors with the parameters' paths."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -479,13 +479,13 @@ def _named(name: str, *others: str) -> Iterator[None]:
 
 
 def _full_products() -> contextlib.AbstractContextManager[Any]:
-    """Products of float32 in float32, unless the user has chosen: by default GPUs take TF32, TPUs bfloat16."""
+    """Compute products of float32 in float32, unless the user has chosen. By default GPUs take TF32, TPUs bfloat16."""
     chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return jax.default_matmul_precision(chosen or "highest")
 
 
 def _real(method: Method, leaf: Any) -> Array:
-    """The leaf as an array, once it is known to be real."""
+    """Return the leaf as an array; TypeError if it is not real."""
     if leaf is None or isinstance(leaf, optax.MaskedNode):
         raise ValueError(f"there is an update but no parameter, got {leaf}")
     array = jnp.asarray(leaf)
@@ -511,7 +511,7 @@ def _identity(method: Method) -> Any:
 
 
 def _on_mesh(x: Array, like: Array) -> Array:
-    """``x`` on every device of the mesh of ``like``, if there is one: left on one, it makes ``jit`` compile twice."""
+    """Return ``x`` on every device of the mesh of ``like``, if there is one; on one device ``jit`` compiles twice."""
     mesh = jax.typeof(like).sharding.mesh
     if mesh.empty or not jax.typeof(x).sharding.mesh.empty:
         return x
@@ -521,7 +521,7 @@ def _on_mesh(x: Array, like: Array) -> Array:
 
 
 def _like_params(method: Method) -> set[str]:
-    """State fields that are one array of the parameter's shape, seen on parameters with all axes different."""
+    """Return the state fields that are one array of the parameter's shape, seen on parameters with different axes."""
     integers = [value for value in vars(method).values() if isinstance(value, int) and value > 0]
     low, high = method.ndims
     found: list[set[str]] = []

@@ -22,28 +22,28 @@ from precond_ref_torch.passes import XP, Graph, Tape, Task, record
 CHUNK_BYTES = 2**18
 """Stacks on a CPU go through the method in pieces whose temporaries stay in its cache."""
 FLAT_BYTES = 2**20
-"""Flat buffers do, in larger ones: they need three or four arrays of this size, and each piece costs a dozen calls."""
+"""The same for flat buffers. They need three or four arrays of this size, and each piece costs a dozen calls."""
 Foreign = tuple[Any, Callable[[Tensor], Any], Callable[[Any], Tensor], Callable[[], Any]]
 EVERY = slice(None)
 Pairs = list[tuple[Tensor, Tensor]]
-"""State tensors, each with what is to be written into it."""
+"""State tensors, each with the tensor that is to be written into it."""
 Unit = tuple[Any, ...]
-"""What a method sees as one parameter: ``(parameter,)``, or ``(weight, bias)`` for a joined pair."""
+"""The tensors that are one parameter to a method: ``(parameter,)``, or ``(weight, bias)`` for a joined pair."""
 
 
 def shape_of(unit: Unit) -> tuple[int, ...]:
-    """Shape of a unit; a weight (O, I) and its bias (O,) are (O, I + 1)."""
+    """Return the shape of a unit; a weight (O, I) and its bias (O,) are (O, I + 1)."""
     shape = tuple(unit[0].shape)
     return shape if len(unit) == 1 else (shape[0], shape[1] + 1)
 
 
 def joined(parts: list[Tensor]) -> Tensor:
-    """The tensors of a unit as one, the bias as last column."""
+    """Return the tensors of a unit as one tensor, with the bias as its last column."""
     return parts[0] if len(parts) == 1 else torch.cat([parts[0], parts[1][:, None]], 1)
 
 
 def cupy_engine(device: torch.device) -> Foreign:
-    """Namespace, ways in and out, and the context in which CuPy works on PyTorch's memory and stream."""
+    """Return CuPy's namespace, the conversions to and from it, and a context with PyTorch's memory and stream."""
     import cupy
 
     def context() -> Any:
@@ -63,7 +63,7 @@ def _no_memory(cupy: Any) -> Any:
 
 
 def check_engine(engine: Any, compiled: Any, device: torch.device) -> None:
-    """ValueError or RuntimeError for an engine that cannot run on ``device``."""
+    """Raise ValueError or RuntimeError for an engine that cannot run on ``device``."""
     if engine not in ("torch", "cupy"):
         raise ValueError(f"Invalid engine: {engine!r} (it must be 'torch' or 'cupy')")
     if engine == "cupy":
@@ -85,11 +85,11 @@ class Piece(NamedTuple):
     """The share of a bucket that one call of the method updates: several parameters, or a part of a large one."""
 
     members: slice = EVERY
-    """Which units."""
+    """The units of this piece."""
     span: slice = EVERY
-    """Where they are in the common arrays."""
+    """Their place in the common arrays."""
     part: slice | None = None
-    """Which entries of a unit that takes several calls."""
+    """The entries of a unit that takes several calls."""
 
 
 WHOLE = Piece()
@@ -102,7 +102,7 @@ class Bucket:
     place.
     ``flat``: an elementwise method on the concatenation of this rank's parts of the parameters; otherwise whole
     parameters of one shape, stacked if there are several, and with ``owner`` set updated by that rank alone.
-    ``lent``: somebody has the entries' tensors, which are to stay as they are.
+    ``lent``: code outside has the entries' tensors, so these must stay as they are.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Bucket:
         self.steps = torch.stack([entry["step"] for entry in entries])
         self.counted = states.has_value(self.steps)
         self.now = int(self.steps[0]) if self.counted else 0
-        """Updates done; of fake parameters, by this bucket."""
+        """Number of updates done; for fake parameters, by this bucket."""
         self.arrays: list[Tensor] = []
         columns: list[Any] = [self.steps.unbind()]
         names = ["step", *(states.to_dict(self.template) if self.mine else ())]
@@ -148,16 +148,16 @@ class Bucket:
         self.one = torch.ones((), dtype=self.dtype, device=self.device)
         self.zeros: list[Tensor] = []
         self.spans: dict[Any, list[Tensor]] = {}
-        """The states of each piece, by where it is."""
+        """The states of each piece, by its place."""
         self.room: tuple[Any, ...] = (None,)
-        """Memory of the optimizer in which gradients are joined; of it: as much as is needed, stacked, and in parts."""
+        """Memory of the optimizer for joined gradients; the needed part of it, as a stack, and cut into parts."""
         self.compiled: tuple[Any, ...] = (None,)
-        """A name of a compiler, and the graph that it made."""
+        """The name of a compiler, and its graph."""
         self.called: tuple[Any, ...] = (None,)
-        """Where a lone parameter was, the graph that moved it, its arguments, and where those that change are."""
+        """The memory of a lone parameter, the graph that moved it, its arguments, and the places of changing ones."""
 
     def _pieces(self) -> Iterator[Piece]:
-        """Neighbours that fit in a CPU's cache together, and parts of this size of larger units."""
+        """Yield neighbours that fit in a CPU's cache together, and parts of this size of larger units."""
         size = max((FLAT_BYTES if self.flat else CHUNK_BYTES) // self.dtype.itemsize, 1)
         first, start, end = 0, 0, 0
         for index, shape in enumerate([*self.shapes, (size + 1,)]):
@@ -178,13 +178,13 @@ class Bucket:
         return len(self.params)
 
     def zero(self) -> Tensor:
-        """A 0-D zero, of the parameters' dtype, that nobody has."""
+        """Return a new 0-D zero of the parameters' dtype."""
         if not self.zeros:
             self.zeros = list(torch.zeros(64, dtype=self.params[0].dtype, device=self.device).unbind())
         return self.zeros.pop()
 
     def holds(self, state: Mapping[Any, Any]) -> bool:
-        """Whether ``state`` (the optimizer's) still has the entries and views of this bucket."""
+        """Return True if ``state`` (the optimizer's) still has the entries and views of this bucket."""
         if not all(map(is_, map(state.get, self.params), self.entries)):
             return False
         found = list(chain.from_iterable(map(dict.values, self.entries)))
@@ -200,7 +200,7 @@ class Bucket:
         self.now = step
 
     def in_step(self) -> bool:
-        """Whether the members' counters agree, which someone may have set, so that ``now`` is that of all."""
+        """Return True if all members' counters are ``now``; a user may have set them."""
         if self.counted:
             counts = self.steps.tolist()
             self.now = counts[0]
@@ -235,7 +235,7 @@ class Bucket:
         return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
     def values(self, piece: Piece = WHOLE) -> list[Tensor]:
-        """The parameters of this piece as plain tensors: of DTensors this rank's parts."""
+        """Return the parameters of this piece as plain tensors: for a DTensor, this rank's part."""
         if len(self.all_params) == len(self):
             params = self.params[piece.members]
         else:
@@ -245,7 +245,7 @@ class Bucket:
         return params if piece.part is None else [p.view(-1)[piece.part] for p in params]
 
     def parts(self, directions: list[Tensor], members: slice = EVERY) -> list[Tensor]:
-        """What each of `values` gets of these units' ``directions``."""
+        """Return the part of these units' ``directions`` that belongs to each of `values`."""
         if len(self.all_params) == len(self):
             return directions
         pairs = zip(self.units[members], directions, strict=True)
@@ -254,7 +254,7 @@ class Bucket:
     # ---- the update -------------------------------------------------------------------------------------------------
 
     def gather(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Gradients, and parameters if the method reads them; a collective for a bucket with an owner."""
+        """Return gradients, and parameters if the method reads them; a collective for a bucket with an owner."""
         reads = self.method.reads_param
         if not self.sharded and len(self.all_params) == len(self):
             return [p.grad for p in self.params], self.params if reads else []
@@ -264,7 +264,7 @@ class Bucket:
         return (grads, params) if self.mine else ([], [])
 
     def cut(self, options: Mapping[str, Any], statistic: Any = None) -> list[Piece]:
-        """The pieces of an update, one after the other."""
+        """Return the pieces of an update, in order."""
         eager = not options["compile"] and options["engine"] == "torch"
         if not eager or statistic is not None or len(self.pieces) < 2:
             return [WHOLE]
@@ -281,9 +281,9 @@ class Bucket:
         statistic: Any = None,
         pieces: Sequence[Piece] = (WHOLE,),
     ) -> Iterator[tuple[Piece, list[Tensor], Pairs]]:
-        """Directions of one piece after the other, in the dtype of the arithmetic, and what their states become.
+        """Yield for each piece: itself, its directions in the dtype of the arithmetic, and its new states.
 
-        Nothing is changed yet; the next piece may overwrite both.
+        No parameter or state is changed yet. The next piece may overwrite directions and new states.
         """
         given = {} if statistic is None else {"statistic": statistic}
         members: slice | None = None
@@ -310,7 +310,7 @@ class Bucket:
             yield piece, self._split(found, members) if piece.part is None else [found], pairs
 
     def _tape(self, kernels: dict[Any, Any]) -> Tape | None:
-        """The recorded update of pieces on a CPU, if there is one."""
+        """Return the recorded update of pieces on a CPU, or None."""
         if not (self.flat and self.pieces and self.counted):
             return None
         key = "tape", self.method, self.dtype
@@ -356,7 +356,7 @@ class Bucket:
         return direction, _changed(self.arrays, new)
 
     def graph(self, backend: bool | str, kernels: dict[Any, Any]) -> Graph:
-        """The compiled update of an elementwise method, which writes its states."""
+        """Return the compiled update of an elementwise method; it writes its states."""
         if self.compiled[0] != backend:
             key = (*self.kernel_key, backend)
             if key not in kernels:
@@ -366,9 +366,9 @@ class Bucket:
         return made
 
     def lone(self, grads: list[Tensor], common: Any) -> Any:
-        """Graph and arguments that move the only parameter, if it lies entry by entry in memory; else None.
+        """Return graph and arguments that move the only parameter, if its entries are dense in memory; else None.
 
-        What the last step has found is used again while the parameter is where it was.
+        The result of the last step is used again while the parameter stays in the same memory.
         """
         if len(self.params) > 1:
             return None
@@ -393,7 +393,7 @@ class Bucket:
     def gathered(
         self, grads: list[Tensor], params: list[Tensor], kernels: dict[Any, Any]
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Gradients, in memory that is kept for the next bucket too, and ``params``, flat; the former also in parts."""
+        """Return flat gradients, flat ``params``, and the gradients in parts; the next bucket uses the same memory."""
         key, count = ("room", self.dtype, self.device), sum(map(math.prod, self.shapes))
         if key not in kernels or kernels[key].numel() < count:
             kernels[key] = torch.empty(count, dtype=self.dtype, device=self.device)
@@ -409,7 +409,10 @@ class Bucket:
         return flat, self._join(params).detach() if params else None, parts
 
     def statistic(self, given: Mapping[Any, Any]) -> Any:
-        """What the method's ``update`` gets as ``statistic``, joined like the gradients; None if there is none."""
+        """Return the argument ``statistic`` of the method's ``update``, joined like the gradients, or None.
+
+        ValueError or TypeError for statistics that do not fit.
+        """
         pairs = [(given[p], shape) for p, shape in zip(self.params, self.shapes, strict=True) if p in given]
         if not pairs:
             return None
@@ -437,7 +440,7 @@ class Bucket:
         return torch.cat([a.flatten(1) for a in found], 1) if self.flat else torch.stack(found, 1)
 
     def _fitting(self, value: Any, shape: tuple[int, ...]) -> Any:
-        """The statistic of one unit in the dtype of the arithmetic; ValueError or TypeError if it does not fit."""
+        """Return the statistic of one unit in the arithmetic's dtype; ValueError or TypeError if it does not fit."""
         try:
             for part in value if isinstance(value, tuple) else (value,):
                 if not isinstance(part, Tensor) or part.is_complex():
@@ -452,7 +455,7 @@ class Bucket:
         return value
 
     def exchange(self, directions: list[Tensor]) -> list[Tensor]:
-        """Each rank's parts of the owner's ``directions`` (a collective)."""
+        """Return this rank's parts of the owner's ``directions`` (a collective)."""
         whole = torch.empty((len(self), *self.shapes[0]), dtype=self.dtype, device=self.device)
         if self.mine:
             torch.stack(directions, out=whole)
@@ -462,12 +465,12 @@ class Bucket:
 
 
 def in_tensors(numbers: Any, dtype: torch.dtype) -> Any:
-    """A NamedTuple of numbers as one of 0-D tensors on the CPU, which a graph does not take for constants."""
+    """Return a NamedTuple of numbers as one of 0-D tensors on the CPU, which a graph does not take for constants."""
     return type(numbers)(*(torch.as_tensor(n, dtype=dtype, device="cpu") for n in numbers)) if numbers else numbers
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """``function`` of an array, or of each array of a NamedTuple."""
+    """Return ``function`` of an array, or of each array of a NamedTuple."""
     return type(value)(*map(function, value)) if isinstance(value, tuple) else function(value)
 
 
@@ -480,13 +483,13 @@ def _changed(old: list[Tensor], new: list[Tensor]) -> Pairs:
 
 
 def write(pairs: Pairs) -> None:
-    """The new states into the old ones; to do it again changes nothing."""
+    """Write the new states into the old ones; a second call changes nothing."""
     if pairs:
         torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
 
 
 def _kernel(method: Method, backend: bool | str) -> Callable[..., Any]:
-    """One compiled update of a method that is not elementwise."""
+    """Return the compiled update of a method that is not elementwise."""
 
     def kernel(grad: Tensor, state: Any, param: Tensor, scalars: Any, refresh: Any, given: Any) -> Any:
         direction, new = method.update(grad, state, param, scalars=scalars, refresh=refresh, xp=XP, **given)
@@ -497,9 +500,9 @@ def _kernel(method: Method, backend: bool | str) -> Callable[..., Any]:
 
 
 def partition(labels: Iterator[tuple[Any, int, Any]], limit: int, alone: int) -> list[list[Any]]:
-    """Members with equal labels together, in order, cut where their sizes add up to more than ``limit``.
+    """Return the members with equal labels together, in order, cut where their sizes add up to more than ``limit``.
 
-    Those larger than ``alone`` are alone.
+    A member larger than ``alone`` is alone.
     """
     groups: dict[Any, list[list[Any]]] = {}
     sizes: dict[Any, int] = {}

@@ -1,4 +1,4 @@
-"""What parameters that are DTensors (FSDP2, tensor parallelism) need: local shards, owners of whole matrices."""
+"""Support for parameters that are DTensors (FSDP2, tensor parallelism): local shards, owners of whole matrices."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether ``tensor`` is a DTensor."""
+    """Return True if ``tensor`` is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Any) -> Tensor:
-    """This rank's part of a DTensor; a plain tensor as it is."""
+    """Return this rank's part of a DTensor; a plain tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Any) -> Tensor:
-    """The whole of a DTensor, on every rank (a collective)."""
+    """Return the whole of a DTensor, on every rank (a collective)."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def shard_of(full: Tensor, like: Any) -> Tensor:
-    """The part of ``full`` that this rank has of the DTensor ``like``; no communication."""
+    """Return the part of ``full`` that this rank has of the DTensor ``like``; no communication."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = like.device_mesh
@@ -38,7 +38,7 @@ def shard_of(full: Tensor, like: Any) -> Tensor:
 
 
 def wrap(part: Tensor, like: Any) -> Tensor:
-    """``part`` as the local part of a DTensor laid out like ``like``; for a plain ``like``, ``part`` itself."""
+    """Return a DTensor with the local ``part`` and the layout of ``like``; ``part`` itself for a plain ``like``."""
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -50,7 +50,7 @@ def wrap(part: Tensor, like: Any) -> Tensor:
 
 
 def aligned_grad(param: Any) -> Any:
-    """``param.grad``, laid out as ``param``."""
+    """Return ``param.grad``, laid out as ``param``."""
     grad = param.grad
     if is_sharded(param) and grad.placements != param.placements:
         return grad.redistribute(param.device_mesh, param.placements)
@@ -58,9 +58,9 @@ def aligned_grad(param: Any) -> Any:
 
 
 def owners(groups: Iterable[list[Any]]) -> dict[Any, int]:
-    """Which rank of its mesh updates each DTensor, so that the work is even.
+    """Return for each DTensor the rank of its mesh that updates it, with even work.
 
-    Depends only on the shapes and the order of the groups; a group added later does not change earlier answers.
+    The ranks depend only on the shapes and the order of the groups. A later group does not change earlier ranks.
     """
     result: dict[Any, int] = {}
     loads: dict[Any, list[int]] = {}
@@ -78,7 +78,7 @@ def _cost(param: Any) -> int:
 
 
 def owns(param: Any, owner: int) -> bool:
-    """Whether this process is rank ``owner`` of the mesh of ``param``."""
+    """Return True if this process is rank ``owner`` of the mesh of ``param``."""
     return tuple(param.device_mesh.get_coordinate()) == _coordinate(param.device_mesh, owner)
 
 
@@ -87,7 +87,7 @@ def _coordinate(mesh: Any, rank: int) -> tuple[int, ...]:
 
 
 def broadcast(tensor: Tensor, mesh: Any, owner: int) -> None:
-    """``tensor`` of rank ``owner`` of the mesh, written into that of all its ranks."""
+    """Write ``tensor`` of rank ``owner`` of the mesh into ``tensor`` of all its ranks."""
     import torch.distributed as dist
 
     here, source = tuple(mesh.get_coordinate()), _coordinate(mesh, owner)
@@ -98,7 +98,7 @@ def broadcast(tensor: Tensor, mesh: Any, owner: int) -> None:
 
 
 def refused_by_any(mesh: Any, refused: bool) -> bool:
-    """Whether it is true on any rank (a collective)."""
+    """Return True if ``refused`` is true on any rank (a collective)."""
     import torch.distributed as dist
 
     flag = torch.tensor(float(refused), device=mesh.device_type)
@@ -108,7 +108,7 @@ def refused_by_any(mesh: Any, refused: bool) -> bool:
 
 
 def spread(value: Tensor, like: Tensor, param: Any, owner: int) -> Tensor:
-    """``value`` of rank ``owner``, shaped as ``like``, sharded along its first axis (a collective); 0-D: whole."""
+    """Return ``value`` of rank ``owner``, shaped as ``like``, sharded along axis 0 (a collective); 0-D: whole."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh = param.device_mesh
@@ -125,7 +125,7 @@ def spread(value: Tensor, like: Tensor, param: Any, owner: int) -> Tensor:
 
 
 def restored(value: Tensor, like: Any, shape: torch.Size) -> Tensor:
-    """A saved elementwise state as this rank's part: a DTensor of any layout, the whole, or already the part."""
+    """Return this rank's part of a saved elementwise state: a DTensor of any layout, the whole, or the part."""
     if is_sharded(value):
         if is_sharded(like):
             return value.redistribute(like.device_mesh, like.placements).to_local()  # type: ignore[attr-defined]

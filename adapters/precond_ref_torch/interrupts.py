@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for the end of something that must not be half done."""
+"""Ctrl-C that waits for the end of a block that must not be half done."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """SIGINT is handled at the end of the block, a second one at once; in the main thread, where Python handles it."""
+    """Handle SIGINT at the end of the block, and a second SIGINT at once; only in the main thread."""
     handle = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handle):
         yield

@@ -41,7 +41,7 @@ from precond_ref_torch.passes import Task
 LARGEST_BUFFER = {"cpu": 2**19, "other": 2**22}
 """Entries in one flat buffer of several parameters, by device."""
 LARGEST_MEMBER = {"cpu": 2**16, "other": 2**19}
-"""Entries of the largest parameter in one; a larger one is updated where it is: to copy it takes longer than a call."""
+"""Entries of the largest parameter in a flat buffer. A larger one stays in place: a copy costs more than a call."""
 OPTIONS = (
     "lr", "weight_decay", "maximize", "fallback", "compile", "engine", "join", "method", "params", "param_names",
 )  # fmt: skip
@@ -51,14 +51,14 @@ FLAGS = {
     "capturable": "the counters stay on the CPU; give compile=True for speed",
     "differentiable": "differentiate through the pure functions of precond_ref.Optimizer instead",
 }
-"""Arguments of PyTorch's optimizers that may be given as False or None, and what to do instead of True."""
+"""Arguments of PyTorch's optimizers that may be False or None, each with the advice for True."""
 ENTRIES = itemgetter("lr", "weight_decay", "maximize", "compile", "engine", "join", "fallback", "method")
 LAYOUT = attrgetter("shape", "dtype", "device")
 COUNTER = (torch.Size(), torch.int64, torch.device("cpu"))
 
 
 class Plan(NamedTuple):
-    """How a group was cut into buckets, and what for."""
+    """The buckets of a group, and the entries that they were made for."""
 
     key: Any
     entries: tuple[Any, ...]
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Runs ``method`` (any `precond_ref.Method`) on parameters: ``x <- (1 - lr weight_decay) x - lr direction``.
+    """Run ``method`` (any `precond_ref.Method`) on parameters: ``x <- (1 - lr weight_decay) x - lr direction``.
 
     The classes ``precond_ref_torch.ASGO``, ``AGD``, ... take the method's fields as arguments instead.
 
@@ -178,7 +178,7 @@ class Optimizer(torch.optim.Optimizer):
         self._owners = sharding.owners(group["params"] for group in self.param_groups)
 
     def _check(self, group: Mapping[str, Any]) -> None:
-        """ValueError or TypeError for hyperparameters or parameters that do not fit."""
+        """Raise ValueError or TypeError for hyperparameters or parameters that do not fit."""
         _check_rates(group)
         _check_flags(group)
         if not isinstance(group["maximize"], bool):
@@ -200,7 +200,7 @@ class Optimizer(torch.optim.Optimizer):
             check_engine(group["engine"], group["compile"], param.device)
 
     def _routed(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Unit, Method]]:
-        """The group's units, each with its name and method; ValueError for one that no method takes."""
+        """Yield the group's units, each with its name and method; ValueError for a unit that no method takes."""
         pairs, params = dict(group["join"]), {}
         if pairs:
             params = dict(_named(group))
@@ -218,7 +218,7 @@ class Optimizer(torch.optim.Optimizer):
                 yield name, (param,), self._route(group, name, tuple(param.shape), param.dtype)
 
     def _route(self, group: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Method:
-        """The method of one unit; ValueError if none takes it."""
+        """Return the method of one unit; ValueError if no method takes it."""
         method = _method(group)
         chosen = method.for_shape(shape, name)
         if chosen is None:
@@ -236,11 +236,11 @@ class Optimizer(torch.optim.Optimizer):
     def step(
         self, closure: Callable[[], Any] | None = None, *, statistics: Any = None, batch_size: float | None = None
     ) -> Any:
-        """One update of every parameter with a gradient; returns the closure's loss, evaluated before the update.
+        """Update every parameter with a gradient once. Return the closure's loss, evaluated before the update.
 
         Arguments:
             closure: evaluates the loss and its gradients.
-            statistics: what the method's ``update(..., statistic=)`` takes, by parameter (by the weight for a joined
+            statistics: the argument ``statistic`` of the method's ``update``, by parameter (by the weight for a joined
                 pair), or a function that returns it, called after the closure.
             batch_size: from now on the value of this field of every method that has it.
         """
@@ -260,7 +260,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @_disable_dynamo
     def _step_uncompiled(self, statistics: Any, batch_size: float | None) -> None:
-        """The update within a `torch.compile` of the caller's, which would cut it into dozens of graphs."""
+        """Update outside the caller's `torch.compile`, which would cut the update into dozens of graphs."""
         if not self._warned and not all(group["compile"] for group in self.param_groups):
             warnings.warn(
                 f"torch.compile leaves {type(self).__name__}.step() as it is: give the optimizer compile=True for "
@@ -272,7 +272,7 @@ class Optimizer(torch.optim.Optimizer):
             self._update(statistics, batch_size)
 
     def _set_batch_size(self, batch_size: float | None) -> list[tuple[Any, Any]]:
-        """Set it in every group and fallback that has the field; returns these, each with the value before."""
+        """Set ``batch_size`` in every group and fallback with this field. Return these, each with its old value."""
         if batch_size is None:
             return []
         found = [
@@ -290,7 +290,7 @@ class Optimizer(torch.optim.Optimizer):
         return before
 
     def _checked(self, statistics: Mapping[Any, Any]) -> tuple[list[tuple[Any, Bucket]], list[Any]]:
-        """Each group's buckets and their statistics, once gradients and statistics are known to fit."""
+        """Check gradients and statistics. Return the buckets of each group, and their statistics."""
         if not isinstance(statistics, Mapping):
             raise TypeError(
                 f"statistics must be a mapping from parameters, or a function that returns one, got "
@@ -346,7 +346,7 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def _settle(self) -> dict[Any, str]:
-        """Complete what an exception left half written; how each parameter that is not as before the step came out."""
+        """Complete each half-written piece after an exception. Return the outcome of every changed parameter."""
         result: dict[Any, str] = {}
         if self._runs:
             with interrupts_deferred():
@@ -356,7 +356,7 @@ class Optimizer(torch.optim.Optimizer):
         return result
 
     def _told(self, came_out: Mapping[Any, str]) -> str:
-        """Which parameters came out how of a step that an exception ended."""
+        """Return the message about the parameters of a step that an exception ended."""
         found: dict[str, list[str]] = {}
         for index, group in enumerate(self.param_groups):
             outcomes = [came_out.get(param, "as before the step") for param in group["params"]]
@@ -369,7 +369,7 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def _check_entries(self) -> None:
-        """ValueError or TypeError for what was put into a group since the last step and does not fit."""
+        """Raise ValueError or TypeError for entries of a group that were set since the last step and do not fit."""
         for index, group in enumerate(self.param_groups):
             try:
                 entries = ENTRIES(group)
@@ -385,7 +385,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._check(group)
 
     def _buckets(self, index: int, group: Mapping[str, Any], active: list[Any]) -> list[Bucket]:
-        """The group's parameters with a gradient, cut into buckets; made anew when something has changed."""
+        """Return the buckets of the group's parameters with a gradient; they are made anew after a change."""
         key = (_method(group), group["fallback"], group["join"])
         layout = list(map(LAYOUT, active))
         old = self._plans.get(index)
@@ -455,9 +455,9 @@ class Optimizer(torch.optim.Optimizer):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes: tensors with memory of their own, which later steps do not change.
+        """Return the state for `load_state_dict`: tensors with memory of their own, which later steps do not change.
 
-        A collective, if matrices are sharded among ranks: their states are, too, along the first axis.
+        It is a collective if matrices are sharded among ranks: their states are then sharded along the first axis.
         """
         with torch.no_grad():
             self._settle()
@@ -476,7 +476,7 @@ class Optimizer(torch.optim.Optimizer):
         self._plans.clear()
 
     def _handed(self) -> Any:
-        """The state as others see it. The next step copies the tensors that they are given."""
+        """Return the state for code outside. The next step copies the tensors that are given out."""
         self._lent.update(self.state)
         state = copy.copy(self.state)
         state.update({key: copy.copy(entry) for key, entry in self.state.items()})
@@ -493,12 +493,13 @@ class Optimizer(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, dtypes kept, tensors copied to the parameters' devices.
+        """Load a result of `state_dict`. Dtypes are kept, and tensors are copied to the parameters' devices.
 
-        ValueError for a state of another method, of other shapes, dtypes or groups, or damaged; nothing is loaded then.
-        What wrappers keep beside it in ``state`` is kept. UserWarning for values that are not finite, and for
+        Raises ValueError for a state of another method, of other shapes, dtypes or groups, or a damaged one, and
+        loads nothing then.
+        Entries of wrappers in ``state`` stay. UserWarning for values that are not finite, and for
         parameters that have no state while others have one: they start afresh.
-        A collective, if matrices are sharded among ranks: what one rank refuses, all refuse.
+        It is a collective if matrices are sharded among ranks: a state that one rank refuses, all refuse.
         """
         groups: list[dict[str, Any]] = []
         loaded: dict[Any, Any] = {}
@@ -531,7 +532,7 @@ class Optimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def _read(self, state_dict: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[Any, Any], dict[Any, Any]]:
-        """Groups and states of a state dict, once they fit, and what wrappers keep under keys of their own."""
+        """Check a state dict. Return its groups, its states, and the entries of wrappers under other keys."""
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
@@ -570,7 +571,7 @@ class Optimizer(torch.optim.Optimizer):
         return groups, loaded, copy.deepcopy(others)
 
     def _merged_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The saved groups with this optimizer's parameters, once they are known to fit."""
+        """Check the saved groups. Return them with this optimizer's parameters."""
         if len(saved_groups) != len(self.param_groups):
             raise ValueError("loaded state dict has a different number of parameter groups")
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
@@ -649,7 +650,7 @@ class Optimizer(torch.optim.Optimizer):
         return result
 
     def _gather(self, entry: dict[str, Any], param: Any) -> None:
-        """The whole state of a sharded matrix for its owner (a collective)."""
+        """Gather the whole state of a sharded matrix on its owner (a collective)."""
         mine = sharding.owns(param, self._owners[param])
         for name, value in entry.items():
             if sharding.is_sharded(value):
@@ -659,9 +660,9 @@ class Optimizer(torch.optim.Optimizer):
     # ---- inspection -------------------------------------------------------------------------------------------------
 
     def describe(self) -> str:
-        """A table of the parameters: group, role (from `param_groups_for`), name, shape, method, rates.
+        """Return a table of the parameters: group, role (from `param_groups_for`), name, shape, method, rates.
 
-        Below it the methods with their fields, each with the groups that run it.
+        Below the table stand the methods with their fields, each with the groups that run it.
         """
         used: dict[str, dict[int, None]] = {}
         rows = [("group", "role", "parameter", "shape", "dtype", "method", "lr", "weight_decay")]
@@ -683,7 +684,7 @@ class Optimizer(torch.optim.Optimizer):
 class Run:
     """One step of one bucket: the states and parameters of a piece change together, once all of it is computed.
 
-    Whatever is raised at whatever place, `settle` leaves each unit stepped and counted, or as it was.
+    After an exception at any place, `settle` leaves each unit stepped and counted, or as before the step.
     """
 
     def __init__(self, group: Mapping[str, Any], bucket: Bucket, statistic: Any) -> None:
@@ -694,16 +695,16 @@ class Run:
         self.computed: tuple[list[Tensor], Pairs] = [], []
         """Directions and states of an owner, until the directions are exchanged."""
         self.done: tuple[int, tuple[Pairs, list[Tensor], list[Tensor]] | None] = 0, None
-        """How many pieces are written, and what of the next one is being written."""
+        """Number of pieces written, and the part of the next one that is being written."""
         self.in_place = bool(group["compile"]) and bucket.method.elementwise
-        """Whether a compiled update writes by itself."""
+        """True if a compiled update writes by itself."""
         self.in_graph = False
-        """Whether it is doing so."""
+        """True while the compiled update writes."""
         self.lone: Any = None
         """The graph that moves the only parameter, with its arguments."""
 
     def _numbers(self, found: dict[Any, Any]) -> Any:
-        """What depends on the step alone: the method's numbers, and what of a `Task` does. ``found`` keeps it."""
+        """Return the values of the step alone: the method's numbers, and parts of a `Task`; ``found`` keeps them."""
         group, bucket = self.group, self.bucket
         key = id(group), id(bucket.method), self.step, bucket.dtype, bucket.device
         if key not in found:
@@ -719,7 +720,7 @@ class Run:
         return found[key]
 
     def prepare(self, found: dict[Any, Any], kernels: dict[Any, Any]) -> None:
-        """Have everything at hand. ``found`` keeps what the buckets of a step have in common."""
+        """Prepare the arguments of the update. ``found`` keeps the values that the buckets of a step share."""
         scalars, common = self._numbers(found)
         self.given = self.grads, self.params, self.step, scalars, self.group, kernels, self.statistic
         if self.in_place:
@@ -741,7 +742,7 @@ class Run:
             self.pieces = [WHOLE]
 
     def _compute(self) -> None:
-        """The compiled update, which moves a parameter that is alone, and else gives directions."""
+        """Run the compiled update. It moves a lone parameter; for several it gives directions."""
         self.in_graph = True
         if self.lone is not None:
             graph, arguments = self.lone
@@ -761,14 +762,14 @@ class Run:
             self.bucket.count(len(self.bucket), self.step + 1)
 
     def exchange(self) -> None:
-        """Write what the owner computed; a collective."""
+        """Write the owner's results (a collective)."""
         if self.bucket.owner is not None:
             directions, pairs = self.computed
             self._commit(WHOLE, self.bucket.exchange(directions), pairs)
             self.bucket.count(len(self.bucket), self.step + 1)
 
     def settle(self) -> dict[Any, str]:
-        """Complete a piece that is half written, and the unit that it is part of; what became of the parameters."""
+        """Complete a half-written piece, and the unit that it is part of. Return the outcome of each parameter."""
         bucket, (done, change) = self.bucket, self.done
         if change is not None:
             pairs, params, directions = change
@@ -809,7 +810,7 @@ class Run:
 
 
 def _apply(group: Mapping[str, Any], bucket: Bucket, params: list[Tensor], directions: list[Tensor]) -> None:
-    """``x <- (1 - lr weight_decay) x - lr direction``, rounded once below float32; one call moves all, or none."""
+    """Do ``x <- (1 - lr weight_decay) x - lr direction``, rounded once below float32; one call moves all or none."""
     lr = float(group["lr"])
     decay = 0.0 if bucket.method.decays else float(group["weight_decay"])
     wide = params if params[0].dtype == bucket.dtype else [p.to(bucket.dtype) for p in params]
@@ -828,7 +829,7 @@ def _apply(group: Mapping[str, Any], bucket: Bucket, params: list[Tensor], direc
 
 
 def _check_rates(group: Mapping[str, Any]) -> None:
-    """ValueError for a learning rate or weight decay out of range."""
+    """Raise ValueError for a learning rate or weight decay out of range."""
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     for key, label in (("lr", "learning rate"), ("weight_decay", "weight_decay value")):
@@ -841,7 +842,7 @@ def _check_rates(group: Mapping[str, Any]) -> None:
 
 
 def _check_flags(given: Mapping[str, Any]) -> None:
-    """ValueError for a flag of PyTorch's optimizers that is set."""
+    """Raise ValueError for a flag of PyTorch's optimizers that is set."""
     for flag, instead in FLAGS.items():
         value = given.get(flag)
         if value is not None and value is not False:
@@ -849,14 +850,14 @@ def _check_flags(given: Mapping[str, Any]) -> None:
 
 
 def _check_names(name: str) -> None:
-    """ValueError for a method with a field that this adapter names itself."""
+    """Raise ValueError for a method with a field that is also an argument of this adapter."""
     clash = set(OPTIONS) & set(states.field_names(name)) - {"weight_decay"}
     if clash:
         raise ValueError(f"{name} has fields that this adapter names itself: {', '.join(sorted(clash))}")
 
 
 def _with_method(group: Mapping[str, Any], default: str) -> dict[str, Any]:
-    """The group with the name and fields of its own method, if it has one; ValueError for another method's fields."""
+    """Return the group with the name and fields of its own method, if any; ValueError for another method's fields."""
     group, method = dict(group), group.get("method", default)
     arguments: set[str] = set()
     if isinstance(method, Method):
@@ -885,7 +886,7 @@ def _with_method(group: Mapping[str, Any], default: str) -> dict[str, Any]:
 
 
 def _count(step: Any) -> int | None:
-    """A saved counter, a number or a tensor with one element; None if it is no count."""
+    """Return a saved counter (a number, or a tensor with one element) as an int; None if it is no count."""
     try:
         count = int(step) if isinstance(step, (int, float, Tensor)) and not isinstance(step, bool) else -1
         return count if 0 <= count < 2**63 and count == step else None
@@ -894,21 +895,21 @@ def _count(step: Any) -> int | None:
 
 
 def _finite(value: Any) -> bool:
-    """Whether no entry is known to be NaN or infinite."""
+    """Return True if no entry is known to be NaN or infinite."""
     if not isinstance(value, Tensor) or not states.has_value(value) or value.layout is not torch.strided:
         return True
     return bool(sharding.local(value).isfinite().all())
 
 
 def _copied(value: Any, device: torch.device) -> Any:
-    """A wrapper's entry of a state, as its own; a tensor with the parameter."""
+    """Return a copy of a wrapper's entry of a state; a tensor is copied to the parameter's device."""
     if not isinstance(value, Tensor) or value.is_meta:
         return copy.deepcopy(value)
     return value.detach().to(device, copy=True)
 
 
 def _checked_keys(state_dict: Any) -> list[list[Any]]:
-    """The keys of each group's parameters; ValueError for what is not built like a state dict."""
+    """Return the keys of each group's parameters; ValueError for an object that is not built like a state dict."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         has = ", ".join(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
         raise ValueError(f"loaded state dict must have state and param_groups, it has {has}")
@@ -934,13 +935,13 @@ def _called(name: str, param: Any) -> str:
 
 
 def _expected(unit: Unit, method: Method) -> dict[str, Tensor]:
-    """The tensors of a unit's state (of an elementwise method: of this rank's part), without their values."""
+    """Return the tensors of a unit's state (of an elementwise method: of this rank's part), without their values."""
     shape = tuple(sharding.local(unit[0]).shape) if method.elementwise else shape_of(unit)
     return states.to_dict(states.template(method, shape, states.work_dtype(method, unit[0].dtype)))
 
 
 def _check_entry(entry: Mapping[str, Any], unit: Unit, method: Method, name: str) -> None:
-    """ValueError for a state that was made for another parameter or with other fields."""
+    """Raise ValueError for a state that was made for another parameter or with other fields."""
     device = sharding.local(unit[0]).device
     for key, like in _expected(unit, method).items():
         value = sharding.local(entry[key]) if isinstance(entry.get(key), Tensor) else None
@@ -954,20 +955,20 @@ def _check_entry(entry: Mapping[str, Any], unit: Unit, method: Method, name: str
 
 
 def _elsewhere(method: Method, unit: Unit) -> dict[str, Tensor]:
-    """What stands for the state that another rank keeps: tools ask for the names."""
+    """Return empty tensors in the place of a state that another rank keeps: tools ask for the names."""
     device = sharding.local(unit[0]).device
     return {name: torch.empty(0, dtype=a.dtype, device=device) for name, a in _expected(unit, method).items()}
 
 
 def _tuples(value: Any) -> Any:
-    """``value`` with tuples for lists, at any depth."""
+    """Return ``value`` with tuples for lists, at any depth."""
     if isinstance(value, dict):
         return {key: _tuples(part) for key, part in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _fresh(method: Method, unit: Unit, flat: bool) -> dict[str, Tensor]:
-    """The state of a unit before its first update, each tensor with memory of its own."""
+    """Return the state of a unit before its first update, each tensor with memory of its own."""
     param = unit[0]
     part = sharding.local(param) if flat else param
     shape = part.shape if flat else shape_of(unit)
@@ -977,7 +978,7 @@ def _fresh(method: Method, unit: Unit, flat: bool) -> dict[str, Tensor]:
 
 
 def _pairs(join: Any) -> tuple[tuple[str, str], ...]:
-    """``join`` as tuples; ValueError if it is not pairs of names, none of them twice."""
+    """Return ``join`` as tuples; ValueError if it is not pairs of names, or has a name twice."""
     try:
         pairs = tuple((weight, bias) for weight, bias in join)
         names = [name for pair in pairs for name in pair if isinstance(name, str)]
@@ -989,7 +990,7 @@ def _pairs(join: Any) -> tuple[tuple[str, str], ...]:
 
 
 def _own_pairs(group: Mapping[str, Any], strict: bool) -> tuple[tuple[str, str], ...]:
-    """The pairs of ``join`` that are in this group (``strict``: all must be), once they are known to fit."""
+    """Check the pairs of ``join``. Return those in this group; with ``strict`` all must be in it."""
     params, own = dict(_named(group)), []
     for pair in _pairs(group["join"]):
         missing = [name for name in pair if name not in params]
@@ -1016,7 +1017,7 @@ def _own_pairs(group: Mapping[str, Any], strict: bool) -> tuple[tuple[str, str],
 
 
 def _positions(group: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Where the joined parameters are in a group."""
+    """Return the positions of the joined parameters in a group."""
     names = list(group.get("param_names", ()))
     missing = {name for pair in group["join"] for name in pair} - set(names)
     if missing:
@@ -1025,7 +1026,7 @@ def _positions(group: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` as "0-2, 5"."""
+    """Return ``[0, 1, 2, 5]`` as "0-2, 5"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -1044,13 +1045,13 @@ def _listed(pairs: Any) -> str:
 
 
 def _named(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Name ("" without names) and tensor of each parameter of a group."""
+    """Yield name ("" without names) and tensor of each parameter of a group."""
     names = group.get("param_names", [""] * len(group["params"]))
     return zip(names, group["params"], strict=True)
 
 
 def _plain(method: Any) -> dict[str, Any] | None:
-    """A fallback as plain data."""
+    """Return a fallback as plain data."""
     if method is None or isinstance(method, Mapping):
         return method if method is None else {"method": "", **method}
     if not isinstance(method, Method):
@@ -1059,13 +1060,13 @@ def _plain(method: Any) -> dict[str, Any] | None:
 
 
 def _method(group: Mapping[str, Any]) -> Method:
-    """The method of a group, from its name and fields."""
+    """Return the method of a group, from its name and fields."""
     try:
         cls = class_of(group["method"])  # a name may be defined again, in a notebook
         values = tuple(group[name] for name in _names_of(cls))  # type: ignore[arg-type]
         return _cached(cls, values, tuple(map(type, values)))  # type: ignore[arg-type]  # True is no 1.0
     except (KeyError, TypeError):
-        return states.decode(group)  # which says what is missing, or what is no number
+        return states.decode(group)  # raises an error with the missing field, or the one that is no number
 
 
 @lru_cache
@@ -1085,7 +1086,7 @@ _CLASSES: dict[type[Method], type[Optimizer]] = {}
 
 
 def optimizer_of(method_type: type[Method]) -> type[Optimizer]:
-    """The optimizer class for a method: its fields are arguments, its presets class methods."""
+    """Return the optimizer class for a method: its fields are arguments, its presets class methods."""
     if method_type in _CLASSES:
         return _CLASSES[method_type]
     own = _signature(method_type)
@@ -1125,13 +1126,13 @@ def _signature(function: Any) -> dict[str, inspect.Parameter]:
 
 
 def _split(own: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments for the method (or preset), and the adapter's."""
+    """Return the arguments for the method (or preset), and those for the adapter."""
     options = {k: v for k, v in arguments.items() if k in (*OPTIONS, *FLAGS) and k not in own}
     return {k: v for k, v in arguments.items() if k not in options}, options
 
 
 def _with_options(own: Mapping[str, inspect.Parameter], first: str) -> inspect.Signature:
-    """``(first, params, lr, *, method's arguments, adapter's arguments)``."""
+    """Return the signature ``(first, params, lr, *, method's arguments, adapter's arguments)``."""
     adapter = _signature(Optimizer.__init__)
     positional = [inspect.Parameter(first, inspect.Parameter.POSITIONAL_OR_KEYWORD), adapter["params"], adapter["lr"]]
     keywords = {**{k: v for k, v in adapter.items() if v.kind is inspect.Parameter.KEYWORD_ONLY}, **own}

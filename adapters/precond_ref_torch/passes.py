@@ -22,7 +22,7 @@ LAYOUT = attrgetter("shape", "dtype", "device")
 
 
 def lookup(backend: bool | str) -> Callable[..., Any]:
-    """The compiler that an optimizer's ``compile`` names."""
+    """Return the compiler that an optimizer's ``compile`` names."""
     from torch._dynamo import lookup_backend
 
     return lookup_backend("inductor" if backend is True else str(backend))
@@ -35,23 +35,23 @@ class Task(NamedTuple):
     """One compiled update of flat arrays of n entries; all tensors are of shape (n,) unless noted."""
 
     grad: Tensor
-    """Read; without ``moves`` the direction is written into it, then in the arithmetic's dtype."""
+    """The gradient. Without ``moves`` it is of the arithmetic's dtype, and the direction is written into it."""
     arrays: list[Tensor]
-    """State, written in place."""
+    """State arrays, written in place."""
     param: Tensor | None
     """The parameter: moved with ``moves``, else only read; None if neither."""
     moves: bool
-    """Whether the parameter is moved by the graph."""
+    """True if the graph moves the parameter."""
     scalars: Any
-    """What `Method.scalars` returned, as 0-D tensors."""
+    """The result of `Method.scalars`, as 0-D tensors."""
     rates: tuple[Tensor, ...]
     """Learning rate, and weight decay if there is one, as 0-D tensors."""
     maximize: bool
-    """Whether to climb."""
+    """True to climb."""
     due: Any
-    """What `Method.due` returned."""
+    """The result of `Method.due`."""
     given: dict[str, Any]
-    """``statistic``, or nothing."""
+    """``statistic``, or empty."""
 
 
 class Graph:
@@ -66,7 +66,7 @@ class Graph:
         self.seen: Any = None
         """The compiled graph and its arguments, of a call through Dynamo."""
         self.chosen: dict[Any, tuple[Callable[..., Any], list[int | None]]] = {}
-        """By entries and constants: the graph, and which of the tensors each argument is (None: the entries)."""
+        """By entries and constants: the graph, and for each argument the index of its tensor (None: the entries)."""
 
         def kernel(
             grad: Tensor,
@@ -104,7 +104,7 @@ class Graph:
         return graph
 
     def ready(self, task: Task) -> tuple[Callable[..., Any], Any]:
-        """What to call for ``task``, and with which arguments."""
+        """Return the callable for ``task``, and its arguments."""
         n = task.grad.shape[0]
         tensors = [task.grad, *task.arrays, *task.scalars, *task.rates]
         if task.param is not None:
@@ -157,13 +157,13 @@ POINTWISE = {
     *("gt", "le", "lerp", "log", "logical_and", "logical_not", "logical_or", "lt", "maximum", "minimum", "mul", "ne"),
     *("neg", "pow", "reciprocal", "rsqrt", "sign", "sqrt", "square", "sub", "where"),
 }
-"""What a tape repeats: each entry of the result depends on the same entry of the arguments, and ``out`` may be one."""
+"""Operations of a tape: entry i of the result depends on entry i of the arguments, and ``out`` may be one of them."""
 SAMPLE = 3
 """Entries of the arrays that a tape is recorded with."""
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes each operation with its arguments and result."""
+    """Record each operation with its arguments and result."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -180,16 +180,16 @@ class Call(NamedTuple):
 
     function: Callable[..., Tensor]
     slots: list[int]
-    """Where its arguments are."""
+    """The slots of its arguments."""
     options: dict[str, Any]
     slot: int
-    """Where its result goes."""
+    """The slot of its result."""
 
 
 class Tape:
     """The operations of one eager update, recorded once and repeated without any of the Python between them.
 
-    Results lie in memory that is kept, as many arrays as are in use at a time, until the next call; what is given is
+    Results lie until the next call in kept memory, with as many arrays as are in use at a time; the arguments are
     not changed. Numbers that depend on the step are 0-D float64 tensors, which round like Python's.
     """
 
@@ -207,19 +207,19 @@ class Tape:
             direction, new = method.update(inputs[0], state, inputs[-1], scalars=scalars, xp=XP)
         self.scalars: Any = None
         self.fixed: list[Any] = []
-        """What follows the inputs: the step's numbers, what is made of them, and constants."""
+        """The values after the inputs: the step's numbers, results from these alone, and constants."""
         self.places = len(numbers)
         self.once: list[Call] = []
-        """Calls on the step's numbers alone."""
+        """The calls whose arguments are the step's numbers alone."""
         self.each: list[Call] = []
         self.kinds: list[torch.dtype] = []
-        """Of the arrays that are kept."""
+        """Dtypes of the kept arrays."""
         self.kept: dict[int, list[Tensor]] = {}
-        """They, by the number of entries that are used of them."""
+        """The kept arrays, by the number of their entries in use."""
         self._allocate(inputs, numbers, recorder.calls, [direction, *states.tensors(new)])
 
     def _allocate(self, inputs: list[Tensor], numbers: list[Tensor], calls: list[Any], results: list[Tensor]) -> None:
-        """Give every argument and result a place; ValueError for what a tape cannot repeat."""
+        """Give every argument and result a slot; ValueError for an operation that a tape cannot repeat."""
         places: dict[int, Any] = {id(tensor): ("input", i) for i, tensor in enumerate(inputs)}
         places |= {id(tensor): ("fixed", i) for i, tensor in enumerate(numbers)}
         self.fixed = list(numbers)

@@ -1,4 +1,4 @@
-"""Which parameters of a module a matrix method is meant for."""
+"""Parameter groups of a module by role: the parameters that a matrix method is meant for, and the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def param_groups_for(
     join: bool | None = None,
     **options: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Named parameter groups of ``model`` by role, for any of the optimizers of this package.
+    """Return named parameter groups of ``model`` by role, for any of the optimizers of this package.
 
     Roles are ``matrix`` (other weights with two axes), ``convolution``, ``embedding``, ``head``, ``norm``, ``bias``
     (what has fewer than two axes) and ``other``. Matrices and convolutions stay with the optimizer's method, so far
@@ -35,7 +35,7 @@ def param_groups_for(
             joined, no module is a head, and norms, other biases and the role ``other`` get ``MBF(kind="diagonal")``.
         adam: method for the roles that do not suit a matrix method.
         heads: names of the modules whose weights are heads; default: the last `torch.nn.Linear`.
-        join: whether the weight (O, I) and bias (O,) of each `torch.nn.Linear` are one parameter (O, I + 1), in the
+        join: True if the weight (O, I) and bias (O,) of each `torch.nn.Linear` are one parameter (O, I + 1), in the
             weight's group. Default: only for ``method="MBF"``.
         options: by role, entries for its group, for example ``head={"lr": 1e-3}`` or
             ``convolution={"method": precond_ref.Adam()}``.
@@ -82,7 +82,7 @@ def param_groups_for(
 
 
 def _pairs(modules: Iterable[nn.Module], found: Mapping[Any, tuple[str, str]]) -> dict[Any, Any]:
-    """Weight and bias of each Linear that trains both and shares neither with a Linear before it."""
+    """Return weight and bias of each Linear that trains both and shares neither with a Linear before it."""
     pairs: dict[Any, Any] = {}
     for module in modules:
         if isinstance(module, nn.Linear) and module.bias is not None:

@@ -16,7 +16,7 @@ from precond_ref.registry import arguments, class_of, constructors, parse
 
 
 def to_dict(state: Any) -> dict[str, Tensor]:
-    """The tensors of a method state by name; the step and what is None are left out."""
+    """Return the tensors of a method state by name, without the step and without None."""
     return dict(_named(state._replace(step=None), ()))
 
 
@@ -30,14 +30,14 @@ def _named(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """The tensors of a method state in the order of `to_dict`."""
+    """Return the tensors of a method state in the order of `to_dict`."""
     if isinstance(value, tuple):
         return [tensor for part in value for tensor in tensors(part)]
     return [value] if hasattr(value, "shape") else []
 
 
 def fill(template: Any, arrays: Iterator[Any], step: int) -> Any:
-    """A state like ``template`` with the next of ``arrays`` for each of its tensors, and ``step``."""
+    """Return a state like ``template``, with the next of ``arrays`` for each of its tensors, and with ``step``."""
     if isinstance(template, tuple):
         parts = [fill(part, arrays, step) for part in template]
         return type(template)(*parts) if hasattr(template, "_fields") else tuple(parts)
@@ -52,7 +52,7 @@ class Spec(SimpleNamespace):
 
 @lru_cache(maxsize=4096)
 def template(method: Method, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-    """The state of one parameter without its values; ValueError or TypeError if the method does not take it."""
+    """Return the state of one parameter without its values; ValueError or TypeError if the method does not take it."""
     return _spec(method.init(torch.empty(shape, dtype=dtype, device="meta")))
 
 
@@ -64,23 +64,23 @@ def _spec(value: Any) -> Any:
 
 
 def work_dtype(method: Method, dtype: torch.dtype) -> torch.dtype:
-    """Dtype of statistics and arithmetic: the parameter's, but float32 at least (unless ``narrow_state`` is set)."""
+    """Return the dtype of statistics and arithmetic: the parameter's, at least float32 without ``narrow_state``."""
     narrow = method.narrow_state or torch.finfo(dtype).bits >= 32
     return dtype if narrow else torch.float32
 
 
 def is_own(method: Method) -> bool:
-    """Whether this package wrote ``method``; others may refuse one part of a parameter after another was stepped."""
+    """Return True for a method of this package; others may refuse a part of a parameter after another was stepped."""
     return type(method).__module__.startswith("precond_ref.")
 
 
 def has_value(tensor: Tensor) -> bool:
-    """Whether the numbers in ``tensor`` can be asked: not on the meta device, nor if it is fake."""
+    """Return True if the numbers in ``tensor`` can be read: it is neither fake nor on the meta device."""
     return not tensor.is_meta and not hasattr(tensor, "fake_mode")
 
 
 def count(step: Tensor) -> int:
-    """The number in a counter; 0 if it is fake."""
+    """Return the number in a counter; 0 if the counter is fake."""
     return int(step) if has_value(step) else 0
 
 
@@ -88,7 +88,7 @@ def count(step: Tensor) -> int:
 
 
 def encode(method: Method) -> dict[str, Any]:
-    """``{"method": name, field: value, ...}``; ValueError if the class cannot be found by its name."""
+    """Return ``{"method": name, field: value, ...}``; ValueError if the class cannot be found by its name."""
     if class_of(method.name) is not type(method):
         raise ValueError(f"{method.name} was defined again since {method!r} was made: make that anew")
     fields = dataclasses.fields(method)  # type: ignore[arg-type]
@@ -96,9 +96,9 @@ def encode(method: Method) -> dict[str, Any]:
 
 
 def named(text: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """What `encode` makes of the method that ``text`` says, and the names of its arguments.
+    """Return `encode` of the method that ``text`` names, and the names of its arguments.
 
-    ``given`` may have any of its arguments and fields; the others are those of the text, or the method's own defaults.
+    ``given`` may have any of its arguments and fields; the others come from the text or are the method's defaults.
     """
     found = parse(current(text) if isinstance(text, str) else class_of(text).name)
     own = arguments(found.make)
@@ -107,7 +107,7 @@ def named(text: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]
 
 
 def current(name: Any) -> Any:
-    """The name of today of the method that has ``name`` in a file; ``name`` if there is none."""
+    """Return the current name of the method that a file calls ``name``; ``name`` itself if there is none."""
     try:
         return class_of(name).name
     except (ValueError, TypeError):
@@ -115,18 +115,18 @@ def current(name: Any) -> Any:
 
 
 def field_names(name: str) -> list[str]:
-    """Fields of the method of that name."""
+    """Return the fields of the method of that name."""
     return [f.name for f in dataclasses.fields(class_of(name))]  # type: ignore[arg-type]
 
 
 def empty_fields(name: str) -> list[str]:
-    """Those whose default is an empty tuple."""
+    """Return the fields whose default is an empty tuple."""
     return [f.name for f in dataclasses.fields(class_of(name)) if f.default == ()]  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=1)
 def all_field_names() -> frozenset[str]:
-    """Fields of all methods and arguments of all presets."""
+    """Return the fields of all methods and the arguments of all presets."""
     return frozenset(name for make in constructors().values() for name in arguments(make))
 
 
@@ -138,7 +138,7 @@ TORCH_NAMES = {
 
 
 def decode(data: Mapping[str, Any]) -> Method:
-    """The method that `encode` made plain; ValueError or TypeError in PyTorch's wording for a field out of range."""
+    """Return the method of a result of `encode`; ValueError or TypeError as PyTorch words it for a bad field."""
     names = field_names(data["method"])
     missing = [name for name in names if name not in data]
     if missing:
@@ -147,7 +147,7 @@ def decode(data: Mapping[str, Any]) -> Method:
 
 
 def make(factory: Any, values: Mapping[str, Any]) -> Method:
-    """``factory(**values)``, with PyTorch's wording for a field out of range."""
+    """Return ``factory(**values)``; errors for a field out of range have PyTorch's wording."""
     for name, value in values.items():
         if isinstance(value, Tensor) and (value.is_complex() or value.is_meta):
             raise TypeError(f"Invalid {TORCH_NAMES.get(name, f'{name} value')}: {value} (it must be a real number)")

@@ -1,4 +1,4 @@
-"""Per-sample statistics for MBF, from what goes into its layers and the gradients that come back."""
+"""Per-sample statistics for MBF, from the inputs of its layers and the gradients of their outputs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 
 
 class PerSampleStatistics:
-    """Means over the samples of g_b g_b^T, in the place of the batch gradient's: ``step(statistics=these.take())``.
+    """Compute means over the samples of g_b g_b^T, for ``step(statistics=these.take())``.
 
-    Watches the `torch.nn.Linear` and convolutions of ``model`` whose weights ``optimizer`` gives to MBF, except
-    ``kind="diagonal"``, while it is open: it is a context manager, and `close` ends it. The first axis of what goes
-    into a layer counts the samples. Several backward passes before `take` count as one batch.
+    They stand in the place of G G^T of the batch gradient.
+
+    It watches the `torch.nn.Linear` and convolutions of ``model`` whose weights ``optimizer`` gives to MBF, except
+    ``kind="diagonal"``, while it is open: it is a context manager, and `close` ends it. The first axis of the input
+    of a layer counts the samples. Several backward passes before `take` count as one batch.
 
     Arguments:
         model: the module; nothing in it may mix samples, as batch normalisation does in training.
         optimizer: an optimizer of this package, with its groups.
-        reduction: "mean" or "sum", how the loss whose gradients come back is made of the samples' losses; "mean" is
+        reduction: "mean" or "sum": the loss is the mean or the sum of the samples' losses; the mean is
             over all samples since the last `take`.
         process_group: processes whose samples are averaged, as `torch.distributed` has them. Under
             `DistributedDataParallel` it must be given, or parameters differ between ranks.
@@ -84,10 +86,10 @@ class PerSampleStatistics:
         self._hooks = []
 
     def take(self, scale: float = 1.0) -> dict[Any, Any]:
-        """Statistics of the samples since the last call, by weight; ``scale`` is what the loss was multiplied by.
+        """Return statistics of the samples since the last call, by weight; ``scale`` is the factor on the loss.
 
         A layer that has seen no sample, or whose weight is frozen, is left out. With a ``process_group``, a collective.
-        RuntimeError if the input of a layer was overwritten since: its gradients cannot be told any more.
+        RuntimeError if the input of a layer was overwritten since, as its gradients are then lost.
         """
         if not (isinstance(scale, (int, float, Tensor)) and scale > 0 and math.isfinite(scale)):
             raise ValueError(f"scale must be finite and > 0, got {scale!r}")
@@ -138,7 +140,7 @@ class PerSampleStatistics:
     def _total(
         self, module: nn.Module, unit: Unit, method: MBF, seen: list[tuple[Tensor, Tensor]], scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Sum over this process's samples of g_b g_b^T (of its mean over b, if averaged), and their number."""
+        """Return the sum over this process's samples of g_b g_b^T (averaged: of its mean over b), and their number."""
         dtype = states.work_dtype(method, unit[0].dtype)
         count = sum(len(x) for x, _ in seen)
         factor = (count if self.reduction == "mean" else 1.0) / scale
@@ -156,7 +158,7 @@ class PerSampleStatistics:
         return total, torch.tensor(float(count), dtype=dtype, device=unit[0].device)
 
     def _gradients(self, module: Any, unit: Unit, x: Tensor, signal: Tensor) -> Tensor:
-        """Per-sample gradients (n, *unit) of a layer of any kind."""
+        """Return the per-sample gradients (n, *unit) of a layer of any kind."""
         weights = {"weight": module.weight.detach().to(x.dtype)}
         if module.bias is not None:
             weights["bias"] = module.bias.detach().to(x.dtype)
