@@ -1,8 +1,8 @@
-"""What no step may do, whatever it computes, and what a few small cases cannot show.
+"""The contract: rules for every step of any method, and errors that a few small cases cannot show.
 
-A check is a function of a `Trial` that returns what is wrong in words, or nothing. It goes into `CHECKS`, with
-what a subject must have for it; the report, the ids and the pytest door follow. The checks here need no truth, only
-what the subject does otherwise; those of `beside` run the reference on the same inputs.
+A check is a function of a `Trial` that returns the error in words, or "". It goes into `CHECKS`, with
+its requirements on a subject; the report, the ids and the pytest door follow. The checks here need no truth, only
+other runs of the same subject; those of `beside` run the reference on the same inputs.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ if TYPE_CHECKING:
     from precond_ref.conformance.vectors import Case
 
 FEW = 4
-"""Steps after which what parameters share, or lack, is seen."""
+"""Number of steps that show what parameters share by mistake, or lack."""
 RESUMED = 26
 """Steps of a run that is interrupted half way: more than counts of one digit."""
 SAME = {"float64": 1e-11, "float32": 1e-4}
-"""Relative difference that steps of one program, begun twice, may have."""
+"""Largest relative difference between the steps of two runs of one program."""
 ENGINES = {"foreach": "_foreach_", "fused": "_fused_"}
-"""Options of torch optimizers, and how the names of the kernels begin that they choose."""
+"""Options of torch optimizers, and the first letters of the names of their kernels."""
 SILENT = frozenset(
     {"foreach", "fused", "capturable", "differentiable", "maximize", "compile", "compiled", "jit", "verbose"}
 )
 """Options that change no step, or whose effect another check sees."""
 STEPS, ENTRIES = 12, 128
-"""Of the cases that are repeated in other circumstances."""
+"""Limits for the cases that are repeated in other circumstances: steps, and entries of a parameter."""
 SECONDS = {False: 120.0, True: 600.0}
-"""After which no more inputs are made up, by whether the check is deep; most subjects need a few seconds."""
+"""Time limit for made-up inputs, without and with ``deep``; most subjects need a few seconds."""
 ABSENT = "parameter groups and parameters without a gradient, which only torch optimizers have"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One of the parameters given together, and what it does alone."""
+    """One of the parameters given together, and its steps alone."""
 
     case: Case
-    """Whose conditioning the tolerance is derived from."""
+    """The case; the tolerance is derived from its conditioning."""
     param: np.ndarray
     grads: np.ndarray | None
-    """(steps, *shape); after the last it is repeated. None: it never has a gradient."""
+    """(steps, *shape); the last gradient is repeated in later steps. None: it never has a gradient."""
     alone: np.ndarray | None = None
-    """(steps + 1, *shape); None if it is there only to disturb the others."""
+    """(steps + 1, *shape); None for a parameter that only disturbs the others."""
 
     def gap(self, seen: np.ndarray, dtype: str) -> float:
-        """Largest gap between the updates seen and those alone, over the tolerance."""
+        """Return the largest gap between the updates seen and the updates alone, over the tolerance."""
         assert self.alone is not None
         ratios = [0.0]
         for t in range(1, len(self.alone)):
@@ -76,15 +76,15 @@ class Trial:
     subject: Subject
     report: Report
     touched: list[str]
-    """What was seen on the way: gradients changed, other dtypes."""
+    """Observations on the way: changed gradients, other dtypes."""
     before: Mapping[str, str] | None
     """`surroundings` before the first case."""
     deep: bool = False
-    """Whether more is tried: three minutes instead of fifteen seconds."""
+    """True to try more inputs: minutes instead of seconds."""
     changed: bool = False
-    """Whether the last step changed a gradient."""
+    """True if the last step changed a gradient."""
     narrow: bool = False
-    """Whether all cases declare products in bfloat16, too coarse for what is not a vector."""
+    """True if all cases declare products in bfloat16, which are too coarse for inputs without vectors."""
 
     def __post_init__(self) -> None:
         self.dtype, self.deadline = self.report.dtype, time.monotonic() + SECONDS[self.deep]
@@ -106,38 +106,38 @@ class Trial:
 
     @property
     def longest(self) -> Part:
-        """The trace of most steps."""
+        """Return the trace with the most steps."""
         return max(self.parts, key=lambda part: part.case.steps)
 
     @property
     def different(self) -> list[Part]:
-        """One trace of each configuration."""
+        """Return one trace of each configuration."""
         return [*{repr((part.case.config, part.case.decay)): part for part in self.parts}.values()]
 
     @property
     def seeds(self) -> int:
-        """Inputs of a kind."""
+        """Return the number of inputs of a kind."""
         return 10 if self.deep else 1
 
     @property
     def slow(self) -> bool:
-        """Whether each operation and each shape is compiled anew, so that fewer inputs must do."""
+        """Return True if each operation and each shape is compiled anew, so that fewer inputs must do."""
         return not self.deep and "compiled" in getattr(self.subject, "features", ())
 
     @cached_property
     def options(self) -> Options | None:
-        """The arguments of the subject, if it tells; of our fields those that the method has."""
+        """Return the arguments of the subject, if it tells them; of our fields those that the method has."""
         ask = getattr(self.subject, "options", None)
         return None if ask is None else Options(*ask([*results.config_of(self.parts[0].case)]))
 
     @property
     def fields(self) -> set[str]:
-        """Our fields that the subject has an argument for; empty if it does not tell."""
+        """Return our fields that the subject has an argument for; an empty set if it does not tell."""
         return set(self.options.defaults) if self.options else set()
 
     @cached_property
     def together(self) -> list[Part]:
-        """Traces of one configuration, the longest first: those of most shapes, and of these the shortest of `FEW`."""
+        """Return traces of one configuration, the longest first: of most shapes, among these the shortest of `FEW`."""
         alike: dict[str, list[Part]] = {}
         for part in sorted(self.parts, key=lambda part: -part.case.steps):
             alike.setdefault(repr((part.case.config, part.case.lr, part.case.decay)), []).append(part)
@@ -150,20 +150,20 @@ class Trial:
 
     @cached_property
     def mirrored(self) -> Part:
-        """The first of `together`, parameter and gradients of the other sign: other numbers, the same conditioning."""
+        """Return the first of `together` with the other sign: other numbers, the same conditioning."""
         part = self.together[0]
         assert part.grads is not None
         other = replace(part, param=-part.param, grads=-part.grads)
         return replace(other, alone=self.played([other])[0])
 
     def begin(self, parts: Sequence[Part], **options: Any) -> None:
-        """The subject's `init` with these parameters."""
+        """Call the subject's `init` with these parameters."""
         self.subject.init(
             results.config_of(parts[0].case), [np.array(part.param, self.dtype) for part in parts], **options
         )
 
     def step(self, grads: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        """Parameters after one step."""
+        """Return the parameters after one step."""
         given: list[Any] = [None if g is None else np.array(g, self.dtype) for g in grads]
         kept = [g if g is None else g.copy() for g in given]
         params = [np.asarray(p, np.float64) for p in self.subject.step(given)]
@@ -174,7 +174,7 @@ class Trial:
         return params
 
     def played(self, parts: Sequence[Part], **options: Any) -> list[np.ndarray]:
-        """Trajectories (steps + 1, *shape) of parameters that one subject is given together."""
+        """Return the trajectories (steps + 1, *shape) of parameters that one subject is given together."""
         self.begin(parts, **options)
         seen = [[np.array(part.param, self.dtype).astype(np.float64) for part in parts]]
         for t in range(max(part.case.steps for part in parts)):
@@ -182,7 +182,7 @@ class Trial:
         return [np.stack([now[i] for now in seen]) for i in range(len(parts))]
 
     def departs(self, parts: Sequence[Part], **options: Any) -> str:
-        """Which parameter makes other steps than alone."""
+        """Return the error text for a parameter that makes other steps than alone, or ""."""
         for i, (part, seen) in enumerate(zip(parts, self.played(parts, **options), strict=True), start=1):
             if part.alone is None or not (gap := part.gap(seen, self.dtype)) > 1:
                 continue
@@ -197,12 +197,12 @@ class Trial:
 
 
 def purity(trial: Trial) -> str:
-    """Seen in the cases."""
+    """The gradient stays as it was: a change was seen in the cases."""
     return "; ".join([m for m in trial.touched if not m.startswith("dtype")][:1])
 
 
 def _single(trial: Trial, part: Part) -> str:
-    """A parameter of float32 that comes back in another precision, if the subject can be given one."""
+    """Return the error text for a float32 parameter that comes back in another precision, or ""."""
     if "single" not in getattr(trial.subject, "features", ()):
         return ""
     assert part.grads is not None
@@ -215,7 +215,7 @@ def _single(trial: Trial, part: Part) -> str:
 
 
 def precision(trial: Trial) -> str:
-    """Results of another dtype were seen in the cases; gradients read with less are seen by a small change."""
+    """Parameters keep their dtype, seen in the cases. A small change of a gradient shows if it is read with less."""
     found, part = sorted({m for m in trial.touched if m.startswith("dtype")}), trial.longest
     if found or trial.dtype != "float64" or part.case.narrow:
         return "; ".join(found)
@@ -236,7 +236,7 @@ def precision(trial: Trial) -> str:
 
 
 def _directions(part: Part, grads: np.ndarray) -> np.ndarray:
-    """The method's own."""
+    """Return the directions of the method itself."""
     method, out = part.case.make(), []
     state = method.init(part.param)
     for g in grads:
@@ -246,25 +246,25 @@ def _directions(part: Part, grads: np.ndarray) -> np.ndarray:
 
 
 def repeatable(trial: Trial) -> str:
-    """The longest trace again."""
+    """The longest trace gives the same steps again."""
     part = trial.longest
     gap = part.gap(trial.played([part])[0], trial.dtype)
     return f"a second run from the start differs: {gap:.2g} times the tolerance" * (gap > 1)
 
 
 def _disturbing(part: Part) -> Part:
-    """A parameter of the same shape with other gradients."""
+    """Return a parameter of the same shape with other gradients."""
     assert part.grads is not None
     return replace(part, grads=2 * part.grads[::-1], alone=None)
 
 
 def _every(case: Case) -> int:
-    """Updates between two renewals of something kept, which parameters may share by mistake."""
+    """Return the number of updates between two renewals of a kept array, which parameters may share by mistake."""
     return max(case.config.get(name) or 1 for name in ("every", "statistics_every", "inverse_every"))
 
 
 def independent(trial: Trial) -> str:
-    """Every place among several parameters, of several shapes where there are cases, holds one that is known."""
+    """Each of several parameters makes its steps alone. Every place is tried, also with several shapes."""
     (first, *others), mirror = trial.together, trial.mirrored
     noise = _disturbing(first)
     stale = [part for part in trial.parts if _every(part.case) > 1 and part.case.steps > 1][:1]
@@ -283,7 +283,7 @@ def independent(trial: Trial) -> str:
 
 
 def groups(trial: Trial) -> str:
-    """Three groups, the first of two parameters."""
+    """The same in three groups, the first with two parameters."""
     part, mirror = trial.together[0], trial.mirrored
     found = trial.departs([part, mirror, mirror, part], groups=(2, 1, 1))
     return found and f"in three groups (of 2, 1, 1): {found}"
@@ -333,13 +333,13 @@ def nonfinite(trial: Trial) -> str:
 
 
 def _repeated(part: Part) -> Part:
-    """The trace again and again, for `RESUMED` steps."""
+    """Return the trace repeated for `RESUMED` steps."""
     assert part.grads is not None
     return replace(part, grads=np.resize(part.grads, (RESUMED, *part.grads.shape[1:])), alone=None)
 
 
 def _interrupted(trial: Trial, parts: Sequence[Part], changed: bool = False) -> str:
-    """All steps, and half of them before and after saving and loading."""
+    """Compare all steps with two halves, before saving and after loading; return the error text or ""."""
     subject: Any = trial.subject
 
     def run(until: int, interrupt: bool) -> list[list[np.ndarray]]:
@@ -366,7 +366,7 @@ def _interrupted(trial: Trial, parts: Sequence[Part], changed: bool = False) -> 
 
 
 def resume(trial: Trial) -> str:
-    """Half of a run, the other half by a fresh subject that loads what was saved."""
+    """A fresh subject loads the state saved after half of a run, and makes the steps of the other half."""
     subject: Any = trial.subject
     if not (hasattr(subject, "save") and hasattr(subject, "load")):
         raise Unsupported("the subject has no save and load")
@@ -383,7 +383,7 @@ def resume(trial: Trial) -> str:
 
 
 def resume_values(trial: Trial) -> str:
-    """The learning rate and the weight decay of groups are changed before saving."""
+    """The same with learning rate and weight decay of groups changed before saving."""
     case = next((c for c in trial.right if c.decay or c.config.get("weight_decay")), trial.longest.case)
     part = next(part for part in trial.parts if part.case.id == case.id)
     found = _interrupted(trial, [_repeated(part)], changed=True)
@@ -393,7 +393,7 @@ def resume_values(trial: Trial) -> str:
 
 
 def resume_narrow(trial: Trial) -> str:
-    """A state of more precision than a bfloat16 parameter stays so."""
+    """A state with more precision than its bfloat16 parameter keeps this precision."""
     subject, part = trial.subject, trial.together[0]
     assert part.grads is not None
     try:
@@ -413,7 +413,7 @@ def resume_narrow(trial: Trial) -> str:
 
 
 def maximize(trial: Trial) -> str:
-    """Steps with ``maximize=True`` are those for gradients of the other sign."""
+    """Steps with ``maximize=True`` are the steps for gradients of the other sign."""
     if trial.options is None or "maximize" not in trial.options.own:
         raise Nothing
     decaying = [part for part in trial.parts if part.case.decay or part.case.config.get("weight_decay")]
@@ -455,7 +455,7 @@ def engines(trial: Trial) -> str:
 
 
 def unfreezing(trial: Trial) -> str:
-    """By each engine that it offers, too."""
+    """Steps without a gradient do not count, with each engine that the subject offers."""
     offered = [] if trial.options is None else [name for name in ENGINES if name in trial.options.own]
     found = beside.sometimes(trial)
     for name in offered:
@@ -465,7 +465,7 @@ def unfreezing(trial: Trial) -> str:
 
 
 def options(trial: Trial) -> str:
-    """Notes: options that change nothing, and defaults that are not those of the method."""
+    """Write notes: options that change nothing, and defaults other than the method's."""
     if trial.options is None:
         raise Nothing
     part = trial.longest
@@ -493,7 +493,7 @@ def options(trial: Trial) -> str:
 
 
 def considerate(trial: Trial) -> str:
-    """What was there before all cases is as it was."""
+    """The settings of the process are as before all cases."""
     before, now = trial.before, look(trial.subject)
     if before is None or now is None:
         raise Unsupported("what a program changes is its own")
@@ -503,7 +503,7 @@ def considerate(trial: Trial) -> str:
 
 
 def look(subject: Any) -> Mapping[str, str] | None:
-    """`surroundings` of the subject's process; None of a program's, which are its own."""
+    """Return `surroundings` of the subject's process; None for a program, whose settings are its own."""
     return getattr(subject, "surroundings", surroundings)()
 
 
@@ -518,13 +518,13 @@ class Check(NamedTuple):
     tier: str
     test: Callable[[Trial], str]
     steps: int = 1
-    """Of the longest trace, at least."""
+    """Least number of steps of the longest trace."""
     after: str | tuple[str, ...] = ()
-    """The checks without which this one would tell the same again."""
+    """The checks that must have passed: after their failure this one would only repeat it."""
     needs: str = ""
-    """What the subject must have among its ``features``; `subjects.Torch` has all but "compiled"."""
+    """The feature that the subject must have among its ``features``; `subjects.Torch` has all but "compiled"."""
     right: bool = False
-    """Whether it is tried only where no case of tier "must" failed, but at an edge."""
+    """True to try it only if no case of tier "must" failed, except at an edge."""
 
 
 CHECKS: Mapping[str, Check] = {
@@ -616,7 +616,7 @@ def keep(
     at: Callable[[str], None],
     deep: bool = False,
 ) -> Iterator[Result]:
-    """One result per check that can be tried; ``before`` is what `look` gave, ``at`` is told each id before."""
+    """Yield one result per check that can be tried; ``before`` is a result of `look`, ``at`` is told each id before."""
     from precond_ref.conformance.diagnose import edges
 
     trial, broken = Trial(subject, report, touched, before, deep), set()

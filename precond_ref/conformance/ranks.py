@@ -1,7 +1,7 @@
-"""What `worlds` asks for: an optimizer run on the ranks of a mesh, each a process of its own that may hang or die.
+"""The runs of `worlds`: an optimizer on the ranks of a mesh, each rank a process that may hang or die.
 
-`serve` is the process between: it imports PyTorch or JAX once and forks the ranks, and never runs the subject itself.
-A rank imports the subject, spreads a small model over the mesh, and sends what it has of each parameter. With JAX the
+`serve` is the process between. It imports PyTorch or JAX once and forks the ranks, and never runs the subject itself.
+A rank imports the subject, spreads a small model over the mesh, and sends its part of each parameter. With JAX the
 ranks are devices of one process.
 """
 
@@ -38,9 +38,9 @@ MESHES = {
     "torch": ("fsdp", "hsdp", "tp", "fsdp-tp", "ddp"),
     "jax": ("fsdp", "hsdp", "tp"),
 }
-"""What `worlds.check` takes, by framework."""
+"""The meshes of `worlds.check`, by framework."""
 PATIENCE = 5.0
-"""Seconds for the other ranks, after one has raised or died."""
+"""Seconds that the other ranks have after one has raised or died."""
 PRELOAD = {
     "torch": (
         "torch._dynamo",
@@ -55,55 +55,55 @@ PRELOAD = {
 
 @dataclass(frozen=True)
 class Run:
-    """What the ranks do."""
+    """One run of the ranks: its inputs and options."""
 
     params: Named
     """Whole parameters at the start, ``<layer>.weight`` (O, I) and ``<layer>.bias`` (O,)."""
     grads: Sequence[Sequence[Named]]
-    """By step, micro-batch and name: whole gradients, the mean over the ranks. What lacks a name has none."""
+    """By step, micro-batch and name: whole gradients, the mean over the ranks. A name left out has no gradient."""
     dtype: str = "float64"
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the target beside those in its brackets."""
     load: str = ""
     """Folder of a checkpoint to begin with."""
     save: str = ""
-    """Folder for one, at the end."""
+    """Folder for a checkpoint at the end."""
     each: str = ""
-    """A wrong last step: after each micro-batch one with the sum so far ("partial") or with its own ("alone")."""
+    """A wrong last step: one after each micro-batch, with the sum so far ("partial") or its own gradient ("alone")."""
     spoil: tuple[str, str] = ("", "")
-    """What is done to the state before the first step: see `_spoil`. It has been made by `before`."""
+    """A change of the state before the first step: see `_spoil`. The state was made by the steps of `before`."""
     before: Sequence[Sequence[Named]] = ()
-    """Steps before those that count."""
+    """Gradients of the steps before the steps that count."""
 
 
 @dataclass
 class Trace:
-    """What one rank has."""
+    """The parameters and states of one rank."""
 
     index: Named
     """Places of its entries in each whole parameter, shaped as its part."""
     values: list[Named] = field(default_factory=list)
     """Its part of each parameter: at the start, and after each step."""
     saved: dict[str, str] = field(default_factory=dict)
-    """Types of the tensors of the state by ``parameter: key``, before saving."""
+    """Dtypes of the tensors of the state by ``parameter: key``, before saving."""
     loaded: dict[str, str] = field(default_factory=dict)
     """The same, after loading."""
     keys: list[str] = field(default_factory=list)
-    """Entries of the state."""
+    """Names of the entries of the state."""
 
 
 @dataclass
 class Outcome:
-    """What came of a run: traces by rank, or why there are none."""
+    """The result of a run: traces by rank, or the reason why there are none."""
 
     traces: list[Trace] = field(default_factory=list)
     raised: str = ""
-    """What the subject raised, and on which ranks."""
+    """The subject's exception, and the ranks that raised it."""
     ended: str = ""
-    """How a rank died, or where they hang."""
+    """The way in which a rank died, or the places where the ranks hang."""
 
     def said(self) -> str:
-        """Both."""
+        """Return ``raised`` and ``ended`` in words."""
         return "; ".join(([f"it raises {self.raised}"] if self.raised else []) + [self.ended] * bool(self.ended))
 
 
@@ -125,7 +125,7 @@ def serve() -> NoReturn:
 
 
 def _kind(target: str, devices: int) -> tuple[str, str]:
-    """ "torch", "jax" or "error" with its text; the modules of that framework are then here, for the ranks."""
+    """Return "torch", "jax" or "error", with its text; the framework's modules are then imported, for the ranks."""
     here, there = os.pipe()
     if not (pid := os.fork()):
         os.close(here)
@@ -154,7 +154,7 @@ def _kind(target: str, devices: int) -> tuple[str, str]:
 
 
 def _kind_of(found: Any) -> str:
-    """Which framework a target is of, from what it is."""
+    """Return the framework of a target, from its class or function."""
     if not callable(found):
         raise TypeError(f"a target of --world must be a class or a function, got {found!r}")
     if registry.made_by(found):
@@ -168,7 +168,7 @@ def _kind_of(found: Any) -> str:
 
 
 def _session(kind: str, target: str, world: int, mesh: str, runs: Sequence[Run], seconds: float) -> list[Outcome]:
-    """The runs one after the other, up to the first that does not come to its end."""
+    """Do the runs in order, up to the first that does not come to its end."""
     folder = Path(tempfile.mkdtemp(prefix="precond-ref-"))
     number = world if kind == "torch" else 1
     processes: dict[int, int] = {}  # pipe, pid
@@ -196,13 +196,13 @@ def _session(kind: str, target: str, world: int, mesh: str, runs: Sequence[Run],
 
 
 def _said(folder: Path, rank: int) -> list[bytes]:
-    """Lines of a rank's error stream, but for those of gloo that say that it begins."""
+    """Return the lines of a rank's error stream, without gloo's message that it begins."""
     lines = (folder / f"said-{rank}").read_bytes().splitlines(keepends=True)
     return [line for line in lines if b"[Gloo] Rank" not in line and b"[rank" not in line[:6]]
 
 
 def _watch(processes: list[tuple[int, int]], runs: int, seconds: float, folder: Path) -> list[Outcome]:
-    """Replies of the ranks, as outcomes."""
+    """Wait for the ranks' replies, and return them as outcomes."""
     number = len(processes)
     buffers, at = [b""] * number, [""] * number
     replies: list[list[Any]] = [[] for _ in processes]
@@ -255,7 +255,7 @@ def _outcomes(replies: list[list[Any]], done: int) -> list[Outcome]:
 
 
 def _raised(texts: Mapping[int, str], number: int) -> str:
-    """What was raised, and where if not everywhere."""
+    """Return the exception in words, with its ranks if these are not all."""
     same: dict[str, list[int]] = {}
     for rank, text in texts.items():
         first = text.strip().partition("\n")[0]
@@ -264,7 +264,7 @@ def _raised(texts: Mapping[int, str], number: int) -> str:
 
 
 def _how(status: int, folder: Path, rank: int) -> str:
-    """How a rank ended, with the reason that C++ printed."""
+    """Return the way in which a rank ended, with the reason that C++ printed."""
     text = b"".join(_said(folder, rank)).decode(errors="backslashreplace")
     reason = re.search(r"what\(\): *(.*)", text)
     said = f" ({reason[1][:200]})" if reason else ""
@@ -280,7 +280,7 @@ def _how(status: int, folder: Path, rank: int) -> str:
 def _rank(
     kind: str, target: str, rank: int, world: int, mesh: str, runs: Sequence[Run], folder: Path, pipe: int
 ) -> NoReturn:
-    """All of it; replies go through ``pipe``."""
+    """Do all of a rank's work; replies go through ``pipe``."""
     isolation._end_with_parent()
     errors = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
@@ -312,7 +312,7 @@ def _rank(
 
 
 def _words(error: BaseException) -> str:
-    """What it says; of torch's CheckpointException what the first rank says."""
+    """Return the text of an error; for torch's CheckpointException, the text of the first rank."""
     failures = getattr(error, "failures", None)
     if isinstance(failures, Mapping) and failures:
         error = next(iter(failures.values()))[0]
@@ -320,7 +320,7 @@ def _words(error: BaseException) -> str:
 
 
 def _given(make: Any, fields: Mapping[str, Any], first: bool) -> dict[str, Any]:
-    """Keyword arguments for a target: those in brackets, and `LOUD` ones that it has."""
+    """Return the keyword arguments for a target: those in brackets, and the `LOUD` ones that it has."""
     stub = subjects._without_first(make) if first else make
     named = {name for name, p in inspect.signature(stub).parameters.items() if p.kind is not p.VAR_KEYWORD}
     return {name: value for name, value in LOUD.items() if name in named} | dict(fields)
@@ -347,7 +347,7 @@ class _Torch:
         return init_device_mesh("cpu", half.get(self.mesh, (self.world,)), mesh_dim_names=names)
 
     def model(self, params: Named) -> Any:
-        """A module whose gradients are what `loss` is given, on this mesh, with the trace of where its parts are."""
+        """Return a module on this mesh with a loss of chosen gradients, and a trace with the places of its parts."""
         torch = self.torch
         dtype = getattr(torch, self.run_dtype)
         model: Any = torch.nn.Module()
@@ -408,7 +408,7 @@ class _Torch:
         return {name: self._part(p) for name, p in model.named_parameters()}
 
     def optimizer(self, model: Any, fields: Mapping[str, Any]) -> Any:
-        """The target's, of the model."""
+        """Return the target's optimizer for the model."""
         if registry.made_by(self.found):
             from precond_ref_torch import Optimizer
 
@@ -420,7 +420,7 @@ class _Torch:
         return self.found(model if first == "model" else list(model.parameters()), **given)
 
     def share(self, whole: Named, salt: int) -> Named:
-        """This rank's gradients, whose mean over the ranks with other data is ``whole``; every sum of them is exact."""
+        """Return this rank's gradients; their mean over the ranks with other data is ``whole``, and sums are exact."""
         ranks, mine = self.world, self.rank
         if self.mesh in ("tp", "one"):
             return whole
@@ -456,7 +456,7 @@ class _Torch:
         return [trace]
 
     def _step(self, model: Any, outer: Any, optimizer: Any, micros: Sequence[Named], t: int, each: str) -> None:
-        """One step after some micro-batches; every second exchanges gradients after the last of them only."""
+        """Do a step after some micro-batches; every second step exchanges gradients after the last of them only."""
         for k, wanted in enumerate(micros):
             last = k == len(micros) - 1
             sync = last or t % 2 == 0
@@ -519,7 +519,7 @@ class _Torch:
 
 
 def shares(whole: Named, ranks: int, salt: int) -> list[Named]:
-    """Gradients of each rank, whose mean is ``whole``; the differences are multiples of 1/64."""
+    """Return the gradients of each rank, whose mean is ``whole``; the differences are multiples of 1/64."""
     random = np.random.default_rng(salt)
     parts: list[Named] = [{} for _ in range(ranks)]
     for name, value in whole.items():
@@ -595,7 +595,7 @@ class _Jax:
 
     @cache  # noqa: B019 (one object per process)
     def compiled(self, key: str) -> tuple[Any, Any]:
-        """``init`` and a whole step, compiled once for all runs."""
+        """Return ``init`` and a whole step, compiled once for all runs."""
         import optax
 
         transformation = self.found(**_given(self.found, {**self.fields, **ast.literal_eval(key)}, first=False))
@@ -609,7 +609,7 @@ class _Jax:
         return self.jax.jit(transformation.init), self.jax.jit(step)
 
     def _sharding(self, mesh: Any, value: np.ndarray, i: int) -> Any:
-        """Along the first axis that ``mesh`` divides, the second first for every other parameter under "tp"."""
+        """Return the sharding along the first axis that ``mesh`` divides; "tp" tries axis 1 first for every other."""
         size = mesh.shape["shard"]
         axes = [*range(value.ndim)]
         if self.mesh == "tp" and i % 2:

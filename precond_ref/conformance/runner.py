@@ -1,4 +1,4 @@
-"""Run a subject over the vectors of a method, check the contract, and say what it found."""
+"""Run a subject over the vectors of a method, check the contract, and report the results."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def check(
     """Run ``subject`` on the vectors of ``method`` (``"ASGO"``, ``"asgo.theory"``, any case).
 
     ``level`` 0 compares parameters, 1 also the states that the subject shows, 2 also primitives. ``xfails`` are ids
-    of cases or checks that are expected to fail. ``invariances`` tries the method's laws on made-up gradients too: that
-    needs Hypothesis. ``deep`` runs the long cases and more made-up inputs too, minutes instead of seconds. ``require``:
-    "must" or "should", the tier of which no case may be skipped. ``on_case`` is told each id before it runs.
+    of cases or checks that are expected to fail. ``invariances`` tries the method's laws on made-up gradients too; it
+    needs Hypothesis. ``deep`` runs the long cases and more made-up inputs, minutes instead of seconds. ``require`` is
+    "must" or "should": no case of this tier may be skipped. ``on_case`` is told each id before it runs.
     """
     constructor = registry.parse(method).text
     if level not in (0, 1, 2):
@@ -84,7 +84,7 @@ def check(
 
 
 def judge(subject: Subject, report: Report, at: Callable[[str], None], invariances: bool, deep: bool) -> None:
-    """Fill the report; ``at`` is told each id before it is tried."""
+    """Fill the report; ``at`` is called with each id before its case."""
     constructor, dtype, level = report.method, report.dtype, report.level
     touched: list[str] = []
     before = contract.look(subject)
@@ -117,13 +117,13 @@ def judge(subject: Subject, report: Report, at: Callable[[str], None], invarianc
 
 
 def ids(method: str, level: int = 0, deep: bool = False) -> list[str]:
-    """Ids of all results that `check` can give."""
+    """Return the ids of all results that `check` can give."""
     primitives = vectors.cases(kind="primitive") if level == 2 else []
     return [*(c.id for c in [*listed(method, deep), *primitives]), *(f"contract/{name}" for name in contract.CHECKS)]
 
 
 def run_case(subject: Subject, case: Case, *, dtype: str = "float64", level: int = 0) -> Result:
-    """One trace of `cases`, for a test of one's own: ``assert not run_case(wrap(MyASGO), case).bad``."""
+    """Run one trace of `cases`, for a test of one's own: ``assert not run_case(wrap(MyASGO), case).bad``."""
     try:
         return _trace(subject, case, dtype, level, [])[0]
     except Ended as end:
@@ -131,7 +131,7 @@ def run_case(subject: Subject, case: Case, *, dtype: str = "float64", level: int
 
 
 def refuse_unknown(names: Mapping[str, str], method: str) -> None:
-    """ValueError for a name of ours in a mapping that no case of the method has."""
+    """Raise ValueError for a name of ours in a mapping that no case of the method has."""
     own = cases(method, deep=True)
     known = {"lr", "weight_decay"}.union(*(case.config for case in own))
     if any(name.startswith("state.") for name in names):
@@ -145,7 +145,7 @@ def refuse_unknown(names: Mapping[str, str], method: str) -> None:
 
 
 def members(array: np.ndarray, case: Case, lead: int = 0) -> np.ndarray:
-    """``array`` (lead axes, stack axes, rest) with one axis for all of the stack."""
+    """Return ``array`` (lead axes, stack axes, rest) with one axis for all of the stack."""
     first, stack = array.shape[:lead], array.shape[lead : lead + case.stack_ndim]
     return array.reshape((*first, math.prod(stack), *array.shape[lead + case.stack_ndim :]))
 
@@ -220,7 +220,7 @@ def _set_rate(subject: Any, factor: float) -> None:
 
 
 def gaps(run: Run, dtype: str) -> Iterator[Gap]:
-    """Every compared quantity, at every step that has results; of the members of a stack the worst."""
+    """Yield the gap of every compared quantity at every step with results; for a stack, the worst member's."""
     case = run.case
     wanted = {name: members(tensor, case, 1) for name, tensor in run.tensors.items() if name not in case.inputs}
     for place, t in enumerate(case.stored):
@@ -240,7 +240,7 @@ def gaps(run: Run, dtype: str) -> Iterator[Gap]:
 
 
 def _update(run: Run, t: int, i: int, dtype: str, direction: np.ndarray, after: np.ndarray) -> Gap:
-    """Of the change that step ``t`` makes to member ``i``."""
+    """Return the gap of the change that step ``t`` makes to member ``i``."""
     case, rate = run.case, run.case.rates[t - 1]
     before = (after + rate * direction) / (1 - rate * case.decay)
     step, got = rate * (direction + case.decay * before), run.params[t - 1, i] - run.params[t, i]
@@ -250,7 +250,7 @@ def _update(run: Run, t: int, i: int, dtype: str, direction: np.ndarray, after: 
 
 
 def _path(run: Run, t: int, i: int, dtype: str, direction: np.ndarray, after: np.ndarray) -> Gap:
-    """Of member ``i`` after step ``t``, which has the errors of all steps so far; there are not the results of all."""
+    """Return the gap of member ``i`` after step ``t``, with the errors of all steps so far; not all have results."""
     seen = run.params[: t + 1, i].reshape(t + 1, -1)
     sizes, lengths = np.linalg.norm(seen, axis=1), np.linalg.norm(seen[1:] - seen[:-1], axis=1)
     limit = sum(
@@ -261,17 +261,17 @@ def _path(run: Run, t: int, i: int, dtype: str, direction: np.ndarray, after: np
 
 
 def _length(true: np.ndarray, shape: tuple[int, ...], fold: int) -> float:
-    """Norm of a result of this shape, from what is stored of it."""
+    """Return the norm of a result of this shape, from its stored part."""
     return float(true[-1] if generated.folds(shape, fold) else np.linalg.norm(true))
 
 
 def _gap(step: int, quantity: str, got: np.ndarray, true: np.ndarray, limit: float, fold: int) -> Gap:
-    """Of what is stored, where the whole may differ by ``limit``."""
+    """Return the gap of the stored part of a result, where the whole result may differ by ``limit``."""
     return gap(step, quantity, generated.folded(got, fold), true, limit * generated.spread(got.shape, fold))
 
 
 def _reject(subject: Subject, case: Case, dtype: str) -> Result:
-    """Whether an invalid configuration is refused; for a foreign implementation a courtesy, hence tier "may"."""
+    """Try if an invalid configuration is refused. A foreign implementation need not refuse it: hence tier "may"."""
     if case.argument == "stack_ndim":
         return Result(case.id, "may", SKIPPED, case.why, message="stacks are given as several parameters")
     try:

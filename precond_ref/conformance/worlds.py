@@ -1,8 +1,8 @@
-"""Whether an optimizer makes the same steps on the ranks of a mesh as in one process, and if not, which mistake it has.
+"""Checks that an optimizer makes the same steps on the ranks of a mesh as in one process, and names its mistake.
 
 The truth is the subject itself in one process, on whole matrices. `ranks` runs it on a mesh; here its parts are
-compared with those of the truth, rank by rank, and what departs is compared with what known mistakes would give: these,
-too, are runs in one process, on the parts of one rank, with other gradients, or with a state that was spoiled.
+compared with those of the truth, rank by rank. A part that departs is compared with the results of known mistakes:
+these, too, are runs in one process, on the parts of one rank, with other gradients, or with a spoiled state.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ SHAPES = {
     "jax": {"wide.weight": (12, 8), "wide.bias": (12,), "uneven.weight": (6, 4), "small.weight": (4, 10),
             "square.weight": (8, 8)},
 }  # fmt: skip
-"""JAX puts no uneven parts on devices."""
+"""Shapes of the parameters by framework; JAX puts no uneven parts on devices."""
 STEPS, FEW, HALF, MICROS = 12, 6, 3, 3
-"""Of the longest run, of the others, before a checkpoint; micro-batches of a step."""
+"""Steps of the longest run, of the others, and before a checkpoint; micro-batches of a step."""
 LATE = "square.weight"
 """The parameter without a gradient in one step."""
 UNITS = {"float64": 36, "float32": 12}
 """Entries of gradients are multiples of 2 to minus this."""
 MOST_NOISE = 0.25
-"""What a tolerance may be: a subject that is noisier than this cannot be judged."""
+"""Largest tolerance: a subject with more noise cannot be judged."""
 NARROW = {"float32": (2.0**-40, 2.0**-22), "bfloat16": (2.0**-20, 2.0**-9)}
 """A change of the gradients that arithmetic of this type swallows, and one of the size of its rounding."""
 NEAR = 0.1
@@ -48,7 +48,7 @@ NEAR = 0.1
 
 @dataclass
 class Report:
-    """Everything `check` found."""
+    """The results of `check`."""
 
     target: str
     dtype: str
@@ -57,35 +57,35 @@ class Report:
     results: list[Result] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     noise: float = 0.0
-    """Largest answer of one process to gradients that are changed by their rounding, over the movement."""
+    """Largest change of one process's steps when rounding changes its gradients, over the movement."""
     narrow: dict[str, str] = field(default_factory=dict)
-    """Parameters whose steps are computed in a type narrower than theirs, with that type."""
+    """Parameters whose steps are computed in a dtype narrower than theirs, with this dtype."""
     ended: str = ""
-    """Why nothing could be compared."""
+    """The reason why no run could be compared."""
     xfails: tuple[str, ...] = ()
 
     @property
     def failures(self) -> list[Result]:
-        """Runs that depart, hang or die."""
+        """Return the runs that depart, hang or die."""
         return [r for r in self.results if r.status == FAILED]
 
     @property
     def refused(self) -> list[Result]:
-        """Runs in which the subject raised."""
+        """Return the runs in which the subject raised."""
         return [r for r in self.results if r.status == ERROR]
 
     @property
     def ran(self) -> int:
-        """Runs that came to their end."""
+        """Return the number of runs that came to their end."""
         return sum(r.gap is not None for r in self.results)
 
     @property
     def ok(self) -> bool:
-        """Whether something ran, and nothing departs or is refused."""
+        """Return True if a run came to its end, and none departs or is refused."""
         return bool(self.ran) and not (self.ended or self.failures or self.refused)
 
     def as_json(self) -> dict[str, Any]:
-        """With None for what is not finite."""
+        """Return the report as plain data, with None for a number that is not finite."""
         keys = ("target", "dtype", "mesh", "worlds", "ok", "noise", "narrow", "notes", "ended")
         out = {key: getattr(self, key) for key in keys} | {"results": [asdict(r) for r in self.results]}
         out |= {key: [r.id for r in getattr(self, key)] for key in ("failures", "refused")}
@@ -99,11 +99,11 @@ class Saved(NamedTuple):
     folder: str
     names: tuple[str, ...]
     types: dict[str, str]
-    """Of the tensors of the state, by ``parameter: key``."""
+    """Dtypes of the tensors of the state, by ``parameter: key``."""
 
 
 class Departure(NamedTuple):
-    """The part of one rank that is not the truth's."""
+    """A part of one rank that differs from the truth."""
 
     step: int
     name: str
@@ -119,11 +119,11 @@ class Truth:
 
     values: list[Named]
     limits: list[dict[str, float]]
-    """By step: what `Departure.error` may be."""
+    """By step and parameter: the largest `Departure.error` allowed."""
     keys: list[str]
 
     def departures(self, traces: Sequence[Trace], start: int = 0) -> tuple[list[Departure], Departure]:
-        """Those of the first step that has any; and the worst comparison of all, if none does. Values begin at
+        """Return the departures of the first step that has any, and the worst comparison of all. Values begin at
         ``start``."""
         worst = Departure(start, next(iter(traces[0].index)), 0, 0.0, 0.0)
         for t in range(len(traces[0].values)):
@@ -141,7 +141,7 @@ class Truth:
         return [], worst
 
     def error(self, t: int, name: str, part: np.ndarray | None, index: np.ndarray) -> float:
-        """Of a part of a parameter after step t."""
+        """Return the error of a part of a parameter after step t."""
         if part is None or part.shape != index.shape:
             return math.inf
         difference = float(np.linalg.norm(part - self.values[t][name].ravel()[index]))
@@ -152,7 +152,7 @@ class Truth:
 
 
 Mistakes = dict[str, list[list[Named] | None]]
-"""By name and rank: the values that a mistake gives to what the rank has, from the start on; None: not this rank's."""
+"""By name and rank: the values that a mistake gives to the rank's parts, from the start on; None: not this rank's."""
 
 
 def check(
@@ -166,7 +166,7 @@ def check(
 ) -> Report:
     """Run ``module:attribute`` (fields in brackets) on these numbers of ranks, and compare with one process.
 
-    ValueError for what is no target, or has no such mesh. ``on_run`` is told of each number of ranks.
+    Raises ValueError for an object that is no target, or has no such mesh. ``on_run`` is told each number of ranks.
     """
     worlds = tuple(worlds)
     if not worlds or any(not isinstance(n, int) or not 2 <= n <= 16 for n in worlds) or len({*worlds}) < len(worlds):
@@ -211,11 +211,11 @@ class Fleet:
         self.program.limits = limits._replace(seconds=math.inf)  # each run has its own
 
     def session(self, world: int, mesh: str, runs: Sequence[Run]) -> list[Outcome]:
-        """The runs on this mesh; fewer outcomes than runs after one that did not come to its end."""
+        """Do the runs on this mesh; there are fewer outcomes than runs after one that did not come to its end."""
         return self._ask("session", self.kind, self.target, world, mesh, runs, self.seconds)
 
     def close(self) -> None:
-        """End it, with the ranks."""
+        """End the process, with the ranks."""
         self.program.close()
 
     def _ask(self, what: str, *arguments: Any) -> Any:
@@ -236,7 +236,7 @@ class Checking:
         self.eps = float(np.finfo(report.dtype).eps)
 
     def all(self, on_run: Callable[[str], None]) -> None:
-        """Every world; a checkpoint goes from one process to the first, to the next, ..., and back."""
+        """Try every world; a checkpoint goes from one process to the first world, to the next, ..., and back."""
         on_run("one process")
         if not self._begin():
             return
@@ -257,7 +257,7 @@ class Checking:
             )
 
     def run(self, names: Sequence[str], steps: int, *, absent: bool = False, micros: int = 1, **more: Any) -> Run:
-        """The inputs of a run."""
+        """Return the inputs of a run."""
         random, unit = np.random.default_rng(7), 2.0 ** -UNITS[self.report.dtype]
 
         def drawn(shape: tuple[int, ...]) -> np.ndarray:  # sums of some of them are exact, and none is a float32
@@ -276,7 +276,7 @@ class Checking:
         return Run({n: params[n] for n in names}, kept, self.report.dtype, **more)
 
     def _begin(self) -> bool:
-        """Which parameters the subject takes, in one process; whether any."""
+        """Find the parameters that the subject takes in one process; return False if it takes none."""
         without = [n for n in self.shapes if not n.endswith("bias")]
         for mesh in dict.fromkeys((self.plain, "fsdp")):
             said = []
@@ -296,7 +296,7 @@ class Checking:
         return False
 
     def truth(self, names: Sequence[str], absent: bool = False) -> Truth:
-        """One process, and how much it is moved by rounding."""
+        """Return the steps of one process, and the size of its answer to rounding."""
         key = (*names, absent)
         if key in self.truths:
             return self.truths[key]
@@ -345,19 +345,19 @@ class Checking:
         return made
 
     def note(self, text: str) -> None:
-        """Say it once."""
+        """Add ``text`` to the notes once."""
         if text not in self.report.notes:
             self.report.notes.append(text)
 
     def _traces(self, world: int, mesh: str, runs: Sequence[Run]) -> list[Trace] | None:
-        """Of runs in one process; None if one did not come to its end."""
+        """Return the traces of runs in one process; None if one did not come to its end."""
         outcomes = self.fleet.session(world, mesh, runs)
         return (
             [o.traces[0] for o in outcomes] if len(outcomes) == len(runs) and all(o.traces for o in outcomes) else None
         )
 
     def _control(self, names: tuple[str, ...]) -> Saved | None:
-        """A checkpoint of one process, if one process goes on from it as without."""
+        """Return a checkpoint of one process, if one process goes on from it as without; else None."""
         saving = self.run(names, HALF, save=str(self.folder / "from-1"))
         saved = Saved(1, saving.save, names, {})
         loading = self._rest(names, saved)
@@ -379,7 +379,7 @@ class Checking:
         return replace(run, grads=run.grads[HALF:])
 
     def _world(self, world: int, names: tuple[str, ...], origin: Saved | None) -> Saved | None:
-        """All runs on one number of ranks; its checkpoint."""
+        """Do all runs on one number of ranks; return its checkpoint."""
         label = f"{self.report.mesh}-{world}"
         plan = {"steps": self.run(names, STEPS)}
         if self.fleet.kind == "torch":  # else it does not see micro-batches
@@ -415,14 +415,14 @@ class Checking:
         return saved if self.report.results[before].status == PASSED else None
 
     def _each(self, world: int, mesh: str, runs: Sequence[Run]) -> list[Outcome]:
-        """Outcomes of all runs: after one that did not come to its end the others have ranks of their own."""
+        """Return the outcomes of all runs; after one that did not come to its end the others have new ranks."""
         outcomes: list[Outcome] = []
         while len(outcomes) < len(runs):
             outcomes += self.fleet.session(world, mesh, runs[len(outcomes) :])
         return outcomes
 
     def _judge(self, id: str, world: int, outcome: Outcome, run: Run, saved: Saved | None = None) -> None:
-        """One more result."""
+        """Add one result to the report."""
         if not outcome.traces:
             status = ERROR if outcome.raised else FAILED
             self.report.results.append(Result(id, "must", status, message=outcome.said()))
@@ -445,7 +445,7 @@ class Checking:
     def _named(
         self, found: list[Departure], traces: list[Trace], truth: Truth, run: Run, world: int, start: int
     ) -> str:
-        """Which ranks and parameters depart, and by which mistake."""
+        """Return in words the ranks and parameters that depart, and their mistake."""
         t, before = found[0].step - start, self.run(tuple(run.params), HALF) if start else None
         seen = (world, t, start, *((d, traces[d.rank].values[t].get(d.name, np.empty(0)).tobytes()) for d in found))
         if seen in self.explained:  # other runs begin with the same step
@@ -482,7 +482,7 @@ class Checking:
     def _mistake(
         self, one: Departure, traces: list[Trace], truth: Truth, t: int, start: int, mistakes: Mistakes
     ) -> str:
-        """The name of what explains one departure; "" if nothing does."""
+        """Return the name of the mistake that explains one departure; "" if none does."""
         trace, name = traces[one.rank], one.name
         now, index = trace.values[t].get(name), trace.index[name]
         if now is None or now.shape != index.shape:
@@ -523,7 +523,7 @@ class Checking:
         return text + suffix if distance <= NEAR * one.error else suffix.removeprefix(", so ")
 
     def _part(self, run: Run, trace: Trace, before: Run | None) -> Run | None:
-        """The run of one rank's parts, as if they were whole parameters; None if it has none."""
+        """Return the run of one rank's parts, as if they were whole parameters; None if it has none."""
         index = {n: i for n, i in trace.index.items() if i.size}
         index = {n: i for n, i in index.items() if n.endswith("weight") or n.replace("bias", "weight") in index}
         index = {n: i for n, i in index.items() if i.ndim == 2 or len(i) == len(index[n.replace("bias", "weight")])}
@@ -538,7 +538,7 @@ class Checking:
         return replace(run, params=params, grads=of(run.grads), **more)
 
     def _wrong_runs(self, run: Run, world: int, before: Run | None, truth: Truth) -> list[tuple[str, Run]]:
-        """Known mistakes that are a run in one process."""
+        """Return the known mistakes that are a run in one process, each with its name."""
         found: list[tuple[str, Run]] = []
         right, (row, *_) = run.grads[:-1], run.grads[-1:] or [[]]
         if before is not None:
@@ -591,7 +591,7 @@ class Checking:
         return found
 
     def _blocks(self, ones: list[Departure], run: Run, traces: list[Trace], truth: Truth, start: int) -> str:
-        """What to add where one process treats blocks of rows by themselves: the ranks have cut their own rows."""
+        """Return a remark if one process treats blocks of rows by themselves: the ranks have cut their own rows."""
         name = ones[0].name
         rows = self.shapes[name][0]
         if start or not run.grads or len(self.shapes[name]) < 2:
@@ -614,7 +614,7 @@ STILL = "did not step"
 
 
 def _shaken(run: Run, size: float, seed: int) -> Run:
-    """Gradients changed by this share of themselves."""
+    """Return the run with gradients changed by the share ``size`` of themselves."""
     random = np.random.default_rng(seed)
     grads = [[{n: g * (1 + size * random.choice([-1.0, 1.0], g.shape)) for n, g in row.items()} for row in r]
              for r in run.grads]  # fmt: skip
@@ -622,7 +622,7 @@ def _shaken(run: Run, size: float, seed: int) -> Run:
 
 
 def _factor(step: np.ndarray, right: np.ndarray, param: np.ndarray) -> float:
-    """Which multiple of the right one a step is, whatever the weight decay; 0 if of none, or of few entries."""
+    """Return the factor between a step and the right one, for any weight decay; 0 without one or for few entries."""
     if step.shape != right.shape or step.size < 5 or not np.linalg.norm(right):
         return 0.0
     columns = np.stack([right.ravel(), param.ravel()], 1)
@@ -636,14 +636,14 @@ def _once(step: np.ndarray, right: np.ndarray, param: np.ndarray) -> bool:
 
 
 def _times(factor: float) -> str:
-    """In words."""
+    """Return the factor in words."""
     words = {2.0: ": twice", 0.5: ": half", -1.0: ": the wrong sign", 4.0: ": four times", 0.25: ": a quarter"}
     known = next((text for value, text in words.items() if abs(factor - value) < 0.01 * abs(value)), "")
     return f"x{factor:.2f}{known}" if abs(factor - 1) > 0.01 else f"x{factor:.6g}"
 
 
 def _gap(worst: Departure, traces: list[Trace], truth: Truth, start: int) -> Gap:
-    """The departure in the table: of the movement since the first step."""
+    """Return the departure for the table: over the movement since the first step."""
     part = traces[worst.rank].values[worst.step - start].get(worst.name)
     index = traces[worst.rank].index[worst.name]
     cosine = norms = math.nan
@@ -658,18 +658,18 @@ def _gap(worst: Departure, traces: list[Trace], truth: Truth, start: int) -> Gap
 
 
 def _types(outcome: Outcome, loaded: bool = False) -> dict[str, str]:
-    """Of the tensors of the state, over all ranks: before saving or after loading."""
+    """Return the dtypes of the state's tensors over all ranks: before saving or after loading."""
     return {k: v for trace in outcome.traces for k, v in (trace.loaded if loaded else trace.saved).items()}
 
 
 def _changed(before: dict[str, str], after: dict[str, str]) -> str:
-    """Types of states that saving and loading changed."""
+    """Return in words the dtypes of states that saving and loading changed."""
     lost = [f"{k} was {v} and is {after[k]}" for k, v in sorted(before.items()) if after.get(k, v) != v]
     return f"loading changes the precision of its state: {'; '.join(lost[:3])}" if lost else ""
 
 
 def _places(ones: list[Departure], traces: list[Trace]) -> str:
-    """Parameters and ranks, in words."""
+    """Return parameters and ranks in words."""
     ranks = sorted({d.rank for d in ones})
     names = list(dict.fromkeys(d.name for d in ones))
     owned = {(n, r) for r in ranks for n, i in traces[r].index.items() if i.size}

@@ -86,7 +86,7 @@ class SAdaGradState(NamedTuple):
     """State of `SAdaGrad` for a parameter (..., d)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     sketch: Sketch
     """Gbar_t and rho_{1:t}: (..., d, k), (..., k), (...)."""
 
@@ -125,7 +125,7 @@ class SAdaGrad(Method):
         return direction, SAdaGradState(step=now.step, sketch=sketch)
 
     def report(self, state: SAdaGradState, finite: Array, xp: Namespace) -> SketchReport:
-        """Spectrum and escaped mass of the sketch."""
+        """Return spectrum and escaped mass of the sketch."""
         return fd.report(state.sketch, finite=finite, xp=xp)
 
 
@@ -133,13 +133,13 @@ class SShampooState(NamedTuple):
     """State of `SShampoo` for a parameter (..., d_1, ..., d_n)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     sketches: tuple[Sketch | CertifiedSketch, ...]
     """One per axis: (..., d_i, k_i), (..., k_i), (...); two more (...) with ``solver="nystrom"``."""
 
 
 class _Sketched(Method):
-    """What both S-Shampoos share: a sketch of every axis."""
+    """The common part of both S-Shampoos: a sketch of every axis."""
 
     size: int = integer("l, sketch size of every axis; the sketch has rank l - 1", ge=1)
     beta2: float = real("beta_2, decay of the sketches; 1 is the sum", default=1.0, ge=0, le=1)
@@ -158,17 +158,17 @@ class _Sketched(Method):
     factorizes = True
 
     def empty(self, dims: tuple[int, ...]) -> tuple[Sketch | CertifiedSketch, ...]:
-        """A sketch of nothing for each axis."""
+        """Return an empty sketch for each axis."""
         lib: Any = nystrom if self.solver == "nystrom" else fd
         return tuple(lib.empty(d, self.size) for d in dims)
 
     def renewed(self, sketch: Any, rows: Array, xp: Namespace) -> Any:
-        """``sketch`` with new rows (FD)."""
+        """Return ``sketch`` with new rows (FD)."""
         lib: Any = nystrom.update if self.solver == "nystrom" else partial(fd.update, solver=self.solver)
         return lib(sketch, rows, self.beta2, self.tail_decay, size=self.size, xp=xp)
 
     def report(self, state: Any, finite: Array, xp: Namespace) -> SketchReport:
-        """Spectrum and escaped mass of each axis, merged ones if it merges; empty where only a graft applies."""
+        """Return spectrum and escaped mass of each axis (merged, if it merges); empty where only a graft applies."""
         found = fd.report(*state.sketches, finite=finite, xp=xp)
         return nystrom.explained(found, state.sketches, xp) if self.solver == "nystrom" else found
 
@@ -199,7 +199,7 @@ class SShampoo(_Sketched):
 def _precondition(
     method: _Sketched, grad: Array, sketches: tuple[Any, ...], dims: tuple[int, ...], now: Now
 ) -> tuple[Array, tuple[Any, ...]]:
-    """Each member of ``grad``, read as a tensor with axes ``dims``, preconditioned along all; the new sketches."""
+    """Return each member of ``grad``, preconditioned along all its axes ``dims``, and the new sketches."""
     xp, due, stack = now.xp, now.due, tuple(grad.shape[: now.stack])
     exponent = -0.5 / len(dims)
     known = 1.0 * due if method.every > 1 else 1.0  # a kept sketch knows nothing of this gradient
@@ -225,7 +225,7 @@ class SShampooPracticalState(NamedTuple):
     """State of `SShampoo.practical` for a parameter (..., any shape)."""
 
     step: Any
-    """t, updates done."""
+    """t, number of updates done."""
     sketches: tuple[Sketch | CertifiedSketch, ...]
     """One per merged axis; () where only the graft applies."""
     v: Array | None
@@ -235,7 +235,7 @@ class SShampooPracticalState(NamedTuple):
 
 
 class SShampooPracticalScalars(NamedTuple):
-    """What `SShampoo.practical` needs of the step's number."""
+    """Values of `SShampoo.practical.scalars`, which depend on the update's number alone."""
 
     preconditioned: Scalar
     """1 after the first ``start`` updates, else 0."""
@@ -277,11 +277,11 @@ class SShampooPractical(_Sketched, preset="SShampoo.practical"):
             raise ValueError(f"start > 0 needs a graft to start with, got start={self.start} and graft=None")
 
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
-        """Everything: what is not preconditioned is grafted."""
+        """Take every parameter: one that is not preconditioned is grafted."""
         return True
 
     def axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The merged axes of a parameter of ``shape``; () where only the graft applies."""
+        """Return the merged axes of a parameter of ``shape``; () where only the graft applies."""
         if 0 in shape or (self.graft is not None and (len(shape) <= 1 or max(shape) > LARGEST_AXIS)):
             return ()
         merged, product = [], 1

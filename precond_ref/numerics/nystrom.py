@@ -49,17 +49,17 @@ from precond_ref.numerics.template import full, zeros
 from precond_ref.typing import Array, Namespace, Scalar
 
 SPARE = 8
-"""p - l: columns beyond those kept."""
+"""p - l: number of columns beyond the kept ones."""
 STEPS = 12
-"""Of Lanczos' method."""
+"""Number of steps of Lanczos' method."""
 BLOCK = 64
-"""Order of the diagonal blocks, or a sixteenth of all."""
+"""Order of the diagonal blocks, or a sixteenth of the whole order."""
 SLACK = 1 / 32
-"""What c has above the Ritz value."""
+"""Relative distance of c above the Ritz value."""
 
 
 class CertifiedSketch(NamedTuple):
-    """U diag(e) U^T, a bound of what was cut off, and how good it is."""
+    """U diag(e) U^T, a bound of the mass that was cut off, and numbers that show how tight the bound is."""
 
     basis: Array
     """U, orthonormal columns, (..., d, k). Columns of eigenvalue 0 mean nothing."""
@@ -74,13 +74,13 @@ class CertifiedSketch(NamedTuple):
 
 
 def empty(d: int, size: int) -> CertifiedSketch:
-    """The template of a sketch of nothing."""
+    """Return the template of an empty sketch."""
     k = min(d, size)
     return CertifiedSketch(zeros(d, k), zeros(k), full(0.0), full(0.0), full(0.0))
 
 
 def is_exact(size: int, d: int, n: int, spare: int = SPARE) -> bool:
-    """Whether the exact decomposition of a factor (d, n) is used: it costs no more."""
+    """Return True if the exact decomposition of a factor (d, n) is used: it costs no more."""
     return size > d or 2 * (size + spare) > min(d, n)
 
 
@@ -95,7 +95,7 @@ def update(
     passes: int = 1,
     xp: Namespace = None,
 ) -> CertifiedSketch:
-    """The sketch after new ``rows`` (..., q, d); arguments and errors as of `precond_ref.numerics.sketch.update`.
+    """Return the sketch after new ``rows`` (..., q, d); arguments and errors: `precond_ref.numerics.sketch.update`.
 
     ``spare`` is p - l. With ``passes=0``, new rows that cancel in (1) are not seen: sound, but the mass may be large.
     """
@@ -124,7 +124,7 @@ def update(
 def _certified(
     factor: Array, size: int, p: int, passes: int, xp: Namespace
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """U_l, the eigenvalues, and the roots of s_l^2, rho and ||R||_F^2, (...)."""
+    """Return U_l, the eigenvalues, and the roots of s_l^2, rho and ||R||_F^2, (...)."""
     d, n = factor.shape[-2:]
     t, qr = xp.matrix_transpose, partial(_orthonormal, xp=xp)
     peak = largest_entry(factor, (-2, -1), xp)
@@ -157,12 +157,12 @@ def _qr(matrix: Array, xp: Namespace) -> tuple[Array, Array]:
 
 
 def _orthonormal(matrix: Array, xp: Namespace) -> Array:
-    """Orthonormal columns (..., m, p) whose span holds that of ``matrix``."""
+    """Return orthonormal columns (..., m, p) whose span holds the span of ``matrix``."""
     return _qr(matrix, xp)[0]
 
 
 def _mixed(b: Array, k: int, p: int, xp: Namespace) -> Array:
-    """B Omega (1): each column after the k-th joins one of p, with a weight between -1 and 1 that has no period."""
+    """Return B Omega (1): each column after the k-th joins one of p, with an aperiodic weight between -1 and 1."""
     *stack, d, n = b.shape
     folds = -(-(n - k) // p)
 
@@ -175,7 +175,7 @@ def _mixed(b: Array, k: int, p: int, xp: Namespace) -> Array:
 
 
 def _weights(count: int, like: Array, xp: Namespace) -> Array:
-    """cos(i^2), (..., 1, count)."""
+    """Return cos(i^2), (..., 1, count)."""
     i = xp.zeros_like(like[..., :1, :1])
     while i.shape[-1] < count:
         i = xp.concat([i, i + i.shape[-1]], axis=-1)
@@ -184,7 +184,7 @@ def _weights(count: int, like: Array, xp: Namespace) -> Array:
 
 
 def certificate(residual: Array, least: Array, xp: Namespace) -> tuple[Array, Array]:
-    """A bound of ||R||_2^2, which is at least ``least``, and ||R||_F^2, (...), for R (..., d, n)."""
+    """Return a bound of ||R||_2^2, which is at least ``least``, and ||R||_F^2, (...), for R (..., d, n)."""
     t, (d, n) = xp.matrix_transpose, residual.shape[-2:]
     gram = t(residual) @ residual if d > n else residual @ t(residual)
     square, trace = xp.sum(gram * gram, axis=(-2, -1)), xp.sum(xp.linalg.diagonal(gram), axis=-1)
@@ -194,7 +194,7 @@ def certificate(residual: Array, least: Array, xp: Namespace) -> tuple[Array, Ar
 
 
 def _ritz(gram: Array, square: Array, xp: Namespace) -> Array:
-    """The largest Ritz value (...) of E, ||E||_F^2 = ``square``: `STEPS` steps, orthogonal to all before."""
+    """Return the largest Ritz value (...) of E, ||E||_F^2 = ``square``: `STEPS` steps, orthogonal to all before."""
     t, m = xp.matrix_transpose, gram.shape[-1]
     rounding = xp.sqrt(xp.finfo(gram.dtype).eps * square)[..., None, None]
 
@@ -213,7 +213,7 @@ def _ritz(gram: Array, square: Array, xp: Namespace) -> Array:
 
 
 def _raised(gram: Array, c: Array, xp: Namespace) -> Array:
-    """delta (...): c I - E + delta I is positive, by a factorization with raised pivots."""
+    """Return delta (...): c I - E + delta I is positive, by a factorization with raised pivots."""
     t, m = xp.matrix_transpose, gram.shape[-1]
     block = max(BLOCK, -(-m // 16))
     delta = 0.0 * c[..., 0]
@@ -229,7 +229,7 @@ def _raised(gram: Array, c: Array, xp: Namespace) -> Array:
 
 
 def explained(report: fd.SketchReport, sketches: tuple[CertifiedSketch, ...], xp: Namespace) -> fd.SketchReport:
-    """``report`` with what the certificates know."""
+    """Return ``report`` with the numbers of the certificates."""
 
     def ratio(over: Array, under: Array) -> Array:
         return xp.where(under == 0, xp.where(over > 0, math.inf, 1.0 + over), over / xp.where(under == 0, 1.0, under))

@@ -40,27 +40,27 @@ SOLVERS = ("svd", "gram64")
 
 
 class Sketch(NamedTuple):
-    """U diag(e) U^T and what was cut off."""
+    """U diag(e) U^T and the mass that was cut off."""
 
     basis: Array
     """U, orthonormal columns, (..., d, k). Columns of eigenvalue 0 mean nothing."""
     eigenvalues: Array
     """e >= 0, descending, (..., k); the last is 0 unless the size exceeds d."""
     escaped: Array
-    """Sum of what was cut off, decayed, (...)."""
+    """Decayed sum of the cut eigenvalues rho, (...)."""
 
 
 class SketchReport(NamedTuple):
-    """What ``diagnose`` of the sketched methods returns: one entry per sketch."""
+    """The report of ``diagnose`` for the sketched methods, with one entry per sketch."""
 
     eigenvalues: tuple[Array, ...]
-    """Of each sketch, descending, (..., k)."""
+    """Eigenvalues of each sketch, descending, (..., k)."""
     escaped: tuple[Array, ...]
     """Escaped mass, (...): the largest possible error of the sketch in spectral norm."""
     rank: tuple[Array, ...]
-    """Eigenvalues above 0, (...)."""
+    """Number of eigenvalues above 0, (...)."""
     finite: Array
-    """Whether the member's state is finite, (...); 0-D and of the whole state where there is no sketch."""
+    """True if the member's state is finite, (...); 0-D and of the whole state without a sketch."""
     accuracy: tuple[Array, ...]
     """Relative error that each sketch allows one update: 16 roundings times the largest eigenvalue with its mass over
     the smallest one above 0 with it, (...)."""
@@ -71,7 +71,7 @@ class SketchReport(NamedTuple):
 
 
 def empty(d: int, size: int, escaped: Scalar = 0.0) -> Sketch:
-    """The template of a sketch of nothing, with ``escaped`` given."""
+    """Return the template of an empty sketch, with a given ``escaped``."""
     k = min(d, size)
     return Sketch(basis=zeros(d, k), eigenvalues=zeros(k), escaped=full(escaped))
 
@@ -86,7 +86,7 @@ def update(
     solver: str = "svd",
     xp: Namespace = None,
 ) -> Sketch:
-    """The sketch after new ``rows`` (..., q, d), the old one decayed by ``beta2`` and its mass by ``tail_decay``.
+    """Return the sketch after new ``rows`` (..., q, d); the old one decays by ``beta2``, its mass by ``tail_decay``.
 
     ``tail_decay=None`` means ``beta2``. ``size`` is l; None means k, which differs only for l > d (no cut).
     Errors: ValueError for a size or solver that does not fit, and for rows of another shape.
@@ -108,7 +108,7 @@ def update(
 
 
 def concatenated(sketch: Any, rows: Array, beta2: Scalar, size: int | None, xp: Namespace) -> tuple[int, Array]:
-    """l and the factor (..., d, k + q) of A; ValueError for a size or rows that do not fit."""
+    """Return l and the factor (..., d, k + q) of A; ValueError for a size or rows that do not fit."""
     *stack, d, k = sketch.basis.shape
     size = k if size is None else size
     if min(d, size) != k:
@@ -120,7 +120,7 @@ def concatenated(sketch: Any, rows: Array, beta2: Scalar, size: int | None, xp: 
 
 
 def decomposed(factor: Array, size: int, k: int, solver: str, xp: Namespace) -> tuple[Array, Array, Array]:
-    """Of A: U_k (..., d, k), all singular values of its factor (..., min(d, n)), 0 for rounding, and s_l (..., 1)."""
+    """Return U_k (..., d, k) of A, the factor's singular values (..., min(d, n)), 0 for rounding, and s_l (..., 1)."""
     d = factor.shape[-2]
     peak = xp.max(xp.abs(factor), axis=(-2, -1), keepdims=True)  # `largest_entry` takes twice as long on small ones
     finite = xp.isfinite(peak)
@@ -135,7 +135,7 @@ def decomposed(factor: Array, size: int, k: int, solver: str, xp: Namespace) -> 
 
 
 def _svd(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, Array]:
-    """k left singular vectors, all singular values, and which of these are more than rounding."""
+    """Return k left singular vectors, all singular values, and a mask of those that are more than rounding."""
     svd = partial(xp.linalg.svd, full_matrices=False)
     if 2 * factor.shape[-2] < factor.shape[-1]:  # LAPACK takes half the time for so tall a matrix
         _, s, vh = attempt(svd, xp.matrix_transpose(factor), wider=True, xp=xp)
@@ -147,7 +147,7 @@ def _svd(factor: Array, k: int, xp: Namespace) -> tuple[Array, Array, Array]:
 
 
 def _gram64(factor: Array, unit: Array, k: int, xp: Namespace) -> tuple[Array, Array, Array]:
-    """The same from the smaller Gram matrix in float64; vectors of singular values that are rounding are zero."""
+    """Return the same from the smaller Gram matrix in float64; vectors of singular values below rounding are zero."""
     wide = in_float64(factor, xp)
     if wide is None:
         raise ValueError("solver='gram64' needs float64, which this array library has switched off or its device lacks")
@@ -181,11 +181,11 @@ def apply_power(
     """``(U diag(e) U^T + shift I + ridge I)^exponent @ matrix`` for ``matrix`` (..., d, n), ``exponent < 0``.
 
     Costs O(d k n). ``relative``: the ridge in units of the largest e + shift. ``root``: e^{1/2} in the place of e.
-    Where e + shift is 0 the result is 0, whatever the ridge: that is the complement of a sketch that has lost nothing.
+    Where e + shift is 0 the result is 0 for any ridge: this is the complement of a sketch that has lost nothing.
     Without a ridge (``ridge=0``), e + shift <= (d u)^2 max(e + shift) counts as 0 too: a shift decayed for long, whose
     inverse root would multiply nothing but rounding.
 
-    What ``matrix`` has outside U is judged as in `precond_ref.numerics.roots`: it is rounding, with the error of a
+    The part of ``matrix`` outside U is judged as in `precond_ref.numerics.roots`: it is rounding, with the error of a
     singular vector in the place of that of an eigenvector, if it is at most 16 u max(s) times the largest entry of
     ``diag(s)^{-1} U^T matrix``, s^2 = e. So is a coordinate in ``U^T matrix`` of at most 16 u times the largest entry
     outside. ``weight``: the sketched statistic is at least ``weight`` times
@@ -230,14 +230,14 @@ def apply_power(
 
 
 def dense(sketch: Sketch, *, xp: Namespace = None) -> Array:
-    """``U diag(e) U^T + escaped I`` (..., d, d), for inspection."""
+    """Return ``U diag(e) U^T + escaped I`` (..., d, d), for inspection."""
     xp = array_namespace(sketch.basis) if xp is None else xp
     gram = (sketch.basis * sketch.eigenvalues[..., None, :]) @ xp.matrix_transpose(sketch.basis)
     return gram + sketch.escaped[..., None, None] * eye_like(xp, gram)
 
 
 def report(*sketches: Sketch, finite: Array, xp: Namespace) -> SketchReport:
-    """What a validator compares or a student plots; ``finite`` is that of the whole state."""
+    """Return the report of the sketches; ``finite`` is that of the whole state."""
     return SketchReport(
         eigenvalues=tuple(s.eigenvalues for s in sketches),
         escaped=tuple(s.escaped for s in sketches),
