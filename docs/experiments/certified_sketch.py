@@ -131,12 +131,8 @@ def main() -> None:
                      f"{statistics.mean(losses):.5f}", " ".join(f"{x:.4f}" for x in metrics))
                 )  # fmt: skip
             data[setting.problem] = record
-            panel.set(xlabel="steps", ylabel="escaped mass / that of the exact solver", ylim=(0.98, None))
-            panel.set_title(
-                f"{setting.problem}, size {setting.size}, beta2 = 0.999; dotted: what diagnose knows",
-                loc="left",
-                fontsize=10,
-            )
+            panel.set(xlabel="steps", ylabel="escaped mass / that of the exact solver", ylim=(1.0, 1.1))
+            panel.set_title(f"{setting.problem}, size {setting.size}, beta2 = 0.999", loc="left")
             panel.legend(fontsize=8)
     heads = (
         ("problem", "matrix and side", "beta2", "no pass", "1 pass", "2 passes", "1 pass, largest", "`certificate`",
