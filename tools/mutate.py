@@ -65,7 +65,7 @@ FOLDERS = ("methods", "numerics")
 SECONDS, GIGABYTES = 60.0, 4
 SAME = 1e-6
 SUBJECTS = 10
-"""Methods of those that run through a line."""
+"""Largest number of methods tried among those that run through a line."""
 INPUTS = 40
 """Number of inputs drawn per method for mutants that no check kills."""
 FORK = get_context("fork")
