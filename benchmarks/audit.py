@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from audit_targets import TARGETS, TORCH, Target  # type: ignore[import-not-found]  # noqa: E402
+from audit_targets import SPREAD, TARGETS, TORCH, Spread, Target  # type: ignore[import-not-found]  # noqa: E402
 
 from precond_ref.conformance.diagnose import Diagnosis, Match  # noqa: E402
 
@@ -143,9 +144,46 @@ def page(verdicts: list[Verdict]) -> str:
     return "\n".join([INTRO, made, table([v.cells for v in verdicts]) + "\n", *(v.section() for v in verdicts)])
 
 
-def environment(target: Target, folder: Path) -> Path:
+RANKS = """\
+## On several ranks
+
+What `precond-ref check TARGET --world 2,4` says: are the steps on two and four ranks of FSDP2 (gloo, on the CPU)
+[those of one process](check.md#on-several-ranks)? *right* counts the runs that are; *noise* is how far one process goes
+astray where gradients are changed by their rounding, below which nothing is seen. `python benchmarks/audit.py --ranks`
+makes this section alone.
+
+"""
+RANKS_HEADER = ("implementation", "from", "right", "raises", "departs", "skipped", "noise", "what it says")
+
+
+def ranks_section(reports: list[tuple[Spread, dict[str, Any]]]) -> str:
+    """Return the section made of the reports of `SPREAD`."""
+    rows: list[tuple[str, ...]] = [RANKS_HEADER, ("---",) * len(RANKS_HEADER)]
+    for spread, report in reports:
+        numbers = Counter(r["status"] for r in report["results"])
+        said = dict.fromkeys(r["message"] for r in report["results"] if r["message"])
+        told = "; ".join([*said, report["ended"]][: len(said) + bool(report["ended"])]).replace("|", "\\|")
+        narrow = sorted(set(report["narrow"].values()))
+        counts = (str(numbers[status]) for status in ("passed", "error", "failed", "skipped"))
+        noise = f"{report['noise']:.1e}" + (f" ({', '.join(narrow)})" if narrow else "")
+        rows.append((f"`{spread.name}`", f"`{spread.requires[0]}`", *counts, noise, told))
+    commands = "\n".join(f'precond-ref check "{spread.place}" --world 2,4' for spread, _ in reports)
+    rows_text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"{RANKS}{rows_text}\n\n```shell\ncd benchmarks\n{commands}\n```\n"
+
+
+def replaced(page: str, section: str) -> str:
+    """Return the page with this section of it made anew, at its end if it has none."""
+    start = page.find("## On several ranks")
+    if start < 0:
+        return f"{page.rstrip()}\n\n{section}"
+    after = page.find("\n## ", start + 1)
+    return page[:start] + section + (page[after:] if after >= 0 else "")
+
+
+def environment(target: Target | Spread, folder: Path) -> Path:
     """Return ``bin`` of the environment with the target's packages and this checkout; make it if it is missing."""
-    names = sorted(r.replace("==", "-") for r in target.requires if r != TORCH) or [TORCH.replace("==", "-")]
+    names = sorted(re.sub(r"[^\w.]+", "-", r) for r in target.requires if r != TORCH) or [TORCH.replace("==", "-")]
     home = folder / "_".join(names)
     first, others = target.requires[0], target.requires[1:]
     here = ["-e", f"{ROOT}[cli]"]
@@ -170,18 +208,38 @@ def environment(target: Target, folder: Path) -> Path:
 
 def audit(target: Target, folder: Path) -> Verdict:
     """Run the target's command in its environment."""
-    bin_folder = environment(target, folder)
+    return Verdict(target, ask(target.command.split(), environment(target, folder)))
+
+
+def spread_report(spread: Spread, folder: Path) -> dict[str, Any]:
+    """Return the report on two and four ranks."""
+    return ask(["precond-ref", "check", spread.place, "--world", "2,4"], environment(spread, folder))
+
+
+def ask(command: list[str], bin_folder: Path) -> dict[str, Any]:
+    """Return the report of a command of an environment."""
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "report.json"
-        program, *arguments = target.command.split()
+        program, *arguments = command
         done = subprocess.run(
             [bin_folder / program, *arguments, "--json", file], cwd=ROOT / "benchmarks", env=variables,
             capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode not in (0, 1, 3):
-            raise SystemExit(f"{target.command} failed:\n{done.stdout}{done.stderr}")
-        return Verdict(target, json.loads(file.read_text(encoding="utf-8")))
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return report
+
+
+def on_ranks(environments: Path) -> str:
+    """Return the section on several ranks; print a line for each of `SPREAD`."""
+    reports = []
+    for spread in SPREAD:
+        print(f"{spread.name} on 2 and 4 ranks", end=": ", flush=True)
+        reports.append((spread, spread_report(spread, environments.absolute())))
+        print(dict(Counter(r["status"] for r in reports[-1][1]["results"])), flush=True)
+    return ranks_section(reports)
 
 
 def main() -> None:
@@ -189,7 +247,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="TEXT", help="targets whose package, version, name or method contain this")
     parser.add_argument("--environments", type=Path, default=ROOT / "build" / "audit", help="folder to make them in")
+    parser.add_argument("--ranks", action="store_true", help="make the section on several ranks anew, and nothing else")
     arguments = parser.parse_args()
+    if arguments.ranks:
+        PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), on_ranks(arguments.environments)), encoding="utf-8")
+        return
     names = [f"{t.requires[0]} {t.name} {t.make.__name__} {t.method}".lower() for t in TARGETS]
     chosen = [t for t, name in zip(TARGETS, names, strict=True) if (arguments.only or "").lower() in name]
     if not chosen:
@@ -200,7 +262,7 @@ def main() -> None:
         verdicts.append(audit(target, arguments.environments.absolute()))
         print("{4} ({5} must), {6} skipped, contract {7}: {8}".format(*verdicts[-1].cells), flush=True)
     if arguments.only is None:
-        PAGE.write_text(page(verdicts), encoding="utf-8")
+        PAGE.write_text(replaced(page(verdicts), on_ranks(arguments.environments)), encoding="utf-8")
         print(f"wrote {PAGE}")
     else:
         print("", *(v.section() for v in verdicts), sep="\n")

@@ -891,3 +891,73 @@ TARGETS = (
         "block-diagonal matrices symmetric. In float32: some structures do not take float64.",
     ),
 )  # fmt: skip
+
+
+# ---- on several ranks -----------------------------------------------------------------------------------------------
+
+
+def _dion(name: str, model: Any, mesh: str, **options: Any) -> Any:
+    """One of its optimizers on the model's mesh, AdamW for what is no matrix; not compiled."""
+    import dion  # type: ignore[import-not-found]
+    import torch
+
+    torch.compiler.set_stance("force_eager")
+    params = list(model.parameters())
+    groups: list[dict[str, Any]] = [{"params": [p for p in params if p.ndim == 2]}]
+    if others := [p for p in params if p.ndim != 2]:
+        groups.append({"params": others, "algorithm": "adamw"})
+    return getattr(dion, name)(groups, **{mesh: getattr(params[0], "device_mesh", None)}, **options)
+
+
+def dion_muon(model: Any, lr: float = 0.01, weight_decay: float = 0.01) -> Any:
+    """Its Muon, with an owner for each matrix."""
+    return _dion("Muon", model, "distributed_mesh", lr=lr, weight_decay=weight_decay)
+
+
+def dion_normuon(model: Any, lr: float = 0.01, weight_decay: float = 0.01) -> Any:
+    """Its NorMuon."""
+    return _dion("NorMuon", model, "distributed_mesh", lr=lr, weight_decay=weight_decay)
+
+
+def dion_dion(model: Any, lr: float = 0.01, weight_decay: float = 0.01) -> Any:
+    """Dion, on shards of rows."""
+    return _dion("Dion", model, "outer_shard_mesh", lr=lr, weight_decay=weight_decay)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One row of the audit on several ranks."""
+
+    place: str
+    """What ``precond-ref check --world`` is given."""
+    requires: tuple[str, ...]
+    """What pip installs, as of a `Target`."""
+    name: str
+    """Of the class in the package."""
+    without_dependencies: bool = False
+
+
+_DION = ("git+https://github.com/microsoft/dion@0a059a4", TORCH, "numpy")
+SPREAD = (
+    Spread("torch.optim:AdamW", (TORCH,), "torch.optim.AdamW"),
+    Spread("torch.optim:Muon", (TORCH,), "torch.optim.Muon"),
+    Spread("pytorch_optimizer:Shampoo", ("pytorch_optimizer==4.1.0", TORCH), "pytorch_optimizer.Shampoo"),
+    Spread("pytorch_optimizer:SOAP", ("pytorch_optimizer==4.1.0", TORCH), "pytorch_optimizer.SOAP"),
+    Spread(
+        "audit_targets:pytorch_optimizer_muon(momentum=0.9, nesterov=True, root_steps=5)",
+        ("pytorch_optimizer==4.1.0", TORCH), "pytorch_optimizer.Muon",
+    ),
+    Spread(
+        "audit_targets:heavyball_muon(momentum=0.9, heavyball_momentum=False)", ("heavyball==3.2.1", TORCH),
+        "heavyball.Muon",
+    ),
+    Spread(
+        "audit_targets:heavyball_soap(beta1=0.9, beta2=0.95, shampoo_beta=None, eps=1e-8, every=2, max_dim=2048, "
+        "merge=False, vectors=False, normalize=False, normalize_eps=1e-8, eps_position='max')",
+        ("heavyball==3.2.1", TORCH), "heavyball.SOAP",
+    ),
+    Spread("audit_targets:dion_muon", _DION, "dion.Muon", without_dependencies=True),
+    Spread("audit_targets:dion_normuon", _DION, "dion.NorMuon", without_dependencies=True),
+    Spread("audit_targets:dion_dion", _DION, "dion.Dion", without_dependencies=True),
+)  # fmt: skip
+"""What is run on two and on four ranks, under FSDP2."""

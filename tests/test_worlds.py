@@ -26,10 +26,16 @@ PLANTED = {
     "DoubleAccumulation": ("fsdp", "accumulation", "double accumulation: running sums of the micro-batches"),
     "PerMicroBatch": ("fsdp", "accumulation", "a step after each micro-batch"),
     "SkippingRank": ("fsdp", "steps", "did not step: every parameter on ranks [1]"),
-    "SkippedParameter": ("fsdp", "steps", "did not step: square.weight on ranks [1]"),
+    "SkippedParameter": ("fsdp", "steps", "did not step: odd.weight on ranks [1]"),
     "AveragedTwice": ("fsdp", "steps", "as if the gradient were x1/2: averaged twice"),
     "Summed": ("fsdp", "steps", "summed over the 2 ranks"),
     "DifferingReplicas": ("hsdp", "steps", "replicas differ: every parameter on ranks [1]"),
+    "OwnersByActive": ("fsdp", "no-gradient", "its state is lost at this step, as if begun anew: small.weight"),
+    "SwappedTwins": (
+        "fsdp",
+        "steps",
+        "the step of the part of twin.weight that rank 0 has: square.weight on ranks [0]",
+    ),
     "Hanging": ("fsdp", "steps", "ranks [0, 1] wait for more than 8 s in step 1"),
     "Aborting": ("fsdp", "steps", "was ended by SIGABRT"),
     "Dying": ("fsdp", "steps", "rank 1 ended with exit code 3"),
@@ -41,7 +47,7 @@ RIGHT = (
 )  # fmt: skip
 WAITING = ("Hanging", "Aborting", "Dying", "RefusingRank")
 """Those that take seconds, not processor time."""
-MORE = ("Summed", "LocalNorm", "CastType")
+MORE = ("Summed", "LocalNorm", "CastType", "OwnersByActive", "SwappedTwins")
 """Those like another one."""
 
 
@@ -112,13 +118,21 @@ def test_shares_have_the_mean_exactly(ranks: int) -> None:
     assert all(not np.array_equal(part, whole["w"]) for part in parts)
 
 
-def test_factors_are_seen_whatever_the_decay() -> None:
+def test_multiples_are_seen_whatever_the_decay() -> None:
     random = np.random.default_rng(0)
     right, param = random.normal(size=(2, 4, 3))
-    assert worlds._times(worlds._factor(2 * right - 0.01 * param, right, param)) == "x2.00: twice"
-    assert worlds._times(worlds._factor(1.001 * right, right, param)) == "x1.001"
-    assert worlds._factor(random.normal(size=(4, 3)), right, param) == 0
-    assert worlds._factor(right[:1], right[:1], param[:1]) == 0  # three entries tell nothing
+
+    def seen(step: np.ndarray, error: float = 0.5) -> str:
+        fit = worlds._fit(step, right, param)
+        return "" if fit is None else worlds._times(*fit, error)
+
+    assert seen(2 * right - 0.01 * param) == "x2.00: twice"
+    assert seen(1.001 * right) == "x1.001"
+    assert worlds._fit(-0.01 * param, right, param) == pytest.approx((0, -0.01))
+    assert seen(right - 0.01 * param) == "the right step with another weight decay (+0.01 of the parameter)"
+    assert seen(right, 3e-8) == "the right step, rounded as in float32"
+    assert seen(random.normal(size=(4, 3))) == ""
+    assert worlds._fit(right[:1], right[:1], param[:1]) is None  # three entries tell nothing
 
 
 def test_messages_of_ranks_are_merged() -> None:
@@ -193,6 +207,12 @@ def test_right_ones_pass_on_every_mesh(fleet: worlds.Fleet, tmp_path: Path, targ
         assert not report.failures
         return
     assert report.ok, report
+
+
+@pytest.mark.deep
+def test_planted_cut_of_rows_shows_on_four_ranks(fleet: worlds.Fleet, tmp_path: Path) -> None:
+    report = checked(fleet, "wrong_ranks:ArraySplit", tmp_path, (4,))  # five rows are 2, 2, 1, 0, and not 2, 1, 1, 1
+    assert "odd.weight on ranks [1, 2] (right: wide.weight" in report.failures[0].message
 
 
 @pytest.mark.deep

@@ -298,16 +298,14 @@ def _rank(
         for run in runs:
             try:
                 send("ran", host.run(run, lambda place: send("at", place)))
-            except subjects.RAISED as error:
+            except BaseException as error:
                 if world > 1 and kind == "torch":  # the ranks are out of step
                     raise
                 send("raised", _words(error))
-    except subjects.RAISED as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         send("raised", _words(error))
         if kind == "torch":  # the others may wait for it: who dies here ends them with another message
             time.sleep(2 * PATIENCE)
-    except BaseException as error:
-        send("raised", subjects.said(error))
     os._exit(0)
 
 

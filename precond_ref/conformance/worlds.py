@@ -27,14 +27,14 @@ from precond_ref.conformance.results import ERROR, FAILED, PASSED, SKIPPED, Gap,
 
 SHAPES = {
     "torch": {"wide.weight": (12, 8), "wide.bias": (12,), "uneven.weight": (7, 5), "small.weight": (3, 9),
-              "square.weight": (8, 8)},
+              "square.weight": (8, 8), "odd.weight": (5, 6), "twin.weight": (8, 8)},
     "jax": {"wide.weight": (12, 8), "wide.bias": (12,), "uneven.weight": (6, 4), "small.weight": (4, 10),
-            "square.weight": (8, 8)},
+            "square.weight": (8, 8), "twin.weight": (8, 8)},
 }  # fmt: skip
-"""Shapes of the parameters by framework; JAX puts no uneven parts on devices."""
+"""Shapes of the parameters by framework. Of five rows four ranks have 2, 2, 1 and 0; JAX puts no uneven parts."""
 STEPS, FEW, HALF, MICROS = 12, 6, 3, 3
 """Steps of the longest run, of the others, and before a checkpoint; micro-batches of a step."""
-LATE = "square.weight"
+LATE = "uneven.weight"
 """The parameter without a gradient in one step."""
 UNITS = {"float64": 36, "float32": 12}
 """Entries of gradients are multiples of 2 to minus this."""
@@ -42,7 +42,7 @@ MOST_NOISE = 0.25
 """Largest tolerance: a subject with more noise cannot be judged."""
 NARROW = {"float32": (2.0**-40, 2.0**-22), "bfloat16": (2.0**-20, 2.0**-9)}
 """A change of the gradients that arithmetic of this type swallows, and one of the size of its rounding."""
-NEAR = 0.1
+NEAR = 0.03
 """Share of a departure up to which a mistake explains it."""
 
 
@@ -140,6 +140,10 @@ class Truth:
                 return found, worst
         return [], worst
 
+    def steps(self, t: int) -> Named:
+        """The t-th of each parameter."""
+        return {name: value - self.values[t - 1][name] for name, value in self.values[t].items()}
+
     def error(self, t: int, name: str, part: np.ndarray | None, index: np.ndarray) -> float:
         """Return the error of a part of a parameter after step t."""
         if part is None or part.shape != index.shape:
@@ -151,6 +155,7 @@ class Truth:
         return difference / moved if moved else math.inf if difference else 0.0
 
 
+Fit = tuple[float, float]
 Mistakes = dict[str, list[list[Named] | None]]
 """By name and rank: the values that a mistake gives to the rank's parts, from the start on; None: not this rank's."""
 
@@ -267,7 +272,7 @@ class Checking:
         grads: list[list[Named]] = []
         for t in range(steps):
             whole = {n: drawn(s) for n, s in self.shapes.items()}
-            whole = {n: g + 4 * np.eye(len(g)) if n == "square.weight" else g for n, g in whole.items()}
+            whole = {n: g + 4 * np.eye(len(g)) if g.shape == (8, 8) else g for n, g in whole.items()}
             parts = [{n: drawn(g.shape) for n, g in whole.items()} for _ in range(MICROS - 1)]
             rest = {n: g - np.sum([part[n] for part in parts], 0) for n, g in whole.items()}
             row = [*parts, rest] if micros > 1 else [whole]
@@ -390,7 +395,7 @@ class Checking:
             plan["save"] = self.run(names, HALF, save=str(self.folder / f"from-{world}"))
             plan[f"resume-from-{origin.world}"] = self._rest(names, origin)
         outcomes = self.fleet.session(world, self.report.mesh, [*plan.values()])
-        kept = tuple(n for n in names if min(self.shapes[n]) >= world)
+        kept = tuple(n for n in names if self._filled(n, world))
         if not outcomes[0].traces:
             self._judge(f"{label}/steps", world, outcomes[0], plan["steps"])
             if kept == names:
@@ -413,6 +418,11 @@ class Checking:
             else:
                 self._judge(f"{label}/{what}", world, outcome, run, saved=origin if run.load else None)
         return saved if self.report.results[before].status == PASSED else None
+
+    def _filled(self, name: str, world: int) -> bool:
+        """Whether each rank has something of a parameter: of n rows, ranks but the last ones have ceil(n / world)."""
+        sides = self.shapes[name] if self.report.mesh in ("tp", "fsdp-tp") else self.shapes[name][:1]
+        return all(-(-n // world) * (world - 1) < n for n in sides)
 
     def _each(self, world: int, mesh: str, runs: Sequence[Run]) -> list[Outcome]:
         """Return the outcomes of all runs; after one that did not come to its end the others have new ranks."""
@@ -461,16 +471,19 @@ class Checking:
         for (text, _), outcome in zip(whole, outcomes, strict=False):
             if outcome.traces:
                 rows = outcome.traces[0].values
+                rows = [*[{}] * (t + 1 - len(rows)), *rows]
                 mistakes[text] = [
-                    [{n: row[n].ravel()[i] for n, i in tr.index.items()} for row in rows] for tr in traces
+                    [{n: row[n].ravel()[i] for n, i in tr.index.items() if n in row} for row in rows] for tr in traces
                 ]
         mistakes[SHARD] = [outcome.traces[0].values if outcome.traces else None for outcome in alone]
-        labels = {one: self._mistake(one, traces, truth, t, start, mistakes) for one in found}
-        lengths = sorted({label for label in labels.values() if re.fullmatch(r"x[0-9.]+", label)})
+        joint = {name: _joint([d for d in found if d.name == name], traces, truth, t) for name in truth.values[0]}
+        labels = {one: self._mistake(one, traces, truth, t, mistakes, joint[one.name]) for one in found}
+        lengths = sorted({label for label in labels.values() if re.match(r"x[0-9.]+", label)})
         by: dict[str, list[Departure]] = {}
         for one, label in labels.items():
             if len(lengths) > 1 and label in lengths:
-                label = f"another length on each rank, {lengths[0]} to {lengths[-1]}: a norm is taken of the shard"
+                ends = f"{lengths[0].partition(':')[0]} to {lengths[-1].partition(':')[0]}"
+                label = f"another length on each rank, {ends}: a norm is taken of the shard"
             by.setdefault(label, []).append(one)
         texts = []
         for label, ones in by.items():
@@ -480,7 +493,7 @@ class Checking:
         return self.explained[seen]
 
     def _mistake(
-        self, one: Departure, traces: list[Trace], truth: Truth, t: int, start: int, mistakes: Mistakes
+        self, one: Departure, traces: list[Trace], truth: Truth, t: int, mistakes: Mistakes, together: Fit | None
     ) -> str:
         """Return the name of the mistake that explains one departure; "" if none does."""
         trace, name = traces[one.rank], one.name
@@ -503,24 +516,30 @@ class Checking:
             if part is not None and part.shape == now.shape:
                 distances.append((float(np.linalg.norm(now - part)) / moved, text))
         distance, text = min(distances, default=(math.inf, ""))
-        if distance <= max(one.limit if one.limit < MOST_NOISE else 0.0, NEAR * NEAR * one.error):
+        fit = together
+        if last is not None and one.step and fit is None:
+            fit = _fit(now - last, truth.steps(one.step)[name].ravel()[index], last)
+        if fit is not None and abs(fit[0]) < 1e-3:
+            return f"{STILL}, but for weight decay{suffix}"
+        if distance <= max(one.limit if one.limit < MOST_NOISE else 0.0, NEAR * one.error):
             return text + suffix
         if last is not None and one.step:
-            steps = [truth.values[k][name] - truth.values[k - 1][name] for k in (one.step, one.step - 1) if k]
-            if factor := _factor(now - last, steps[0].ravel()[index], last):
-                return f"{_times(factor)}{suffix}"
+            if fit is not None:
+                return _times(*fit, one.error) + suffix
             lone = mistakes[SHARD][one.rank] if mistakes[SHARD] else None
-            if lone and name in lone[t] and _factor(now - last, lone[t][name] - lone[t - 1][name], last):
+            if lone and name in lone[t] and _fit(now - last, lone[t][name] - lone[t - 1][name], last):
                 return LENGTH + suffix
-            if len(steps) > 1 and _once(now - last, steps[1].ravel()[index], last):
+            if one.step > 1 and _once(now - last, truth.steps(one.step - 1)[name].ravel()[index], last):
                 return "the step before, once more: it is one step late" + suffix
-            for rank, other in enumerate(traces):
-                theirs = other.index.get(name)
-                if theirs is None or np.array_equal(theirs, index):
-                    continue
-                if _once(now - last, steps[0].ravel()[theirs], last):
-                    return f"the step of the part that rank {rank} has" + suffix
-        return text + suffix if distance <= NEAR * one.error else suffix.removeprefix(", so ")
+            for other, step in truth.steps(one.step).items():
+                for rank, trace in enumerate(traces):
+                    theirs = trace.index.get(other)
+                    if theirs is None or (other == name and np.array_equal(theirs, index)):
+                        continue
+                    if _once(now - last, step.ravel()[theirs], last, truth.values[one.step - 1][other].ravel()[theirs]):
+                        return f"the step of the part of {other} that rank {rank} has" + suffix
+        rough = distance <= 3 * NEAR * one.error and name in self.report.narrow
+        return text + suffix if rough else suffix.removeprefix(", so ")
 
     def _part(self, run: Run, trace: Trace, before: Run | None) -> Run | None:
         """Return the run of one rank's parts, as if they were whole parameters; None if it has none."""
@@ -559,6 +578,9 @@ class Checking:
 
         if not row:
             return found
+        if right and before is None and self.fleet.kind == "torch":
+            anew = replace(run, before=right, grads=[row], spoil=("new", ""))
+            found.append(("its state is lost at this step, as if begun anew", anew))
         micros = len(row)
         ones = [1.0] * micros
         if micros > 1:
@@ -621,25 +643,48 @@ def _shaken(run: Run, size: float, seed: int) -> Run:
     return replace(run, grads=grads)
 
 
-def _factor(step: np.ndarray, right: np.ndarray, param: np.ndarray) -> float:
-    """Return the factor between a step and the right one, for any weight decay; 0 without one or for few entries."""
-    if step.shape != right.shape or step.size < 5 or not np.linalg.norm(right):
-        return 0.0
-    columns = np.stack([right.ravel(), param.ravel()], 1)
+def _fit(step: np.ndarray, right: np.ndarray, *params: np.ndarray) -> Fit | None:
+    """Return ``a, b`` of a step that is ``a right + b param``; None if it is none, or has few entries."""
+    if any(step.shape != a.shape for a in (right, *params)) or step.size < 5 or not np.linalg.norm(right):
+        return None
+    columns = np.stack([a.ravel() for a in (right, *params)], 1)
     found = np.linalg.lstsq(columns, step.ravel(), rcond=None)[0]
     rest = float(np.linalg.norm(step.ravel() - columns @ found))
-    return float(found[0]) if rest <= 1e-3 * float(np.linalg.norm(step)) else 0.0
+    return (float(found[0]), float(found[1])) if rest <= 1e-3 * float(np.linalg.norm(step)) else None
 
 
-def _once(step: np.ndarray, right: np.ndarray, param: np.ndarray) -> bool:
-    return abs(_factor(step, right, param) - 1) < 1e-3
+def _joint(ones: list[Departure], traces: list[Trace], truth: Truth, t: int) -> Fit | None:
+    """Return the fit of all ranks that depart in a parameter together: their parts may have too few entries."""
+    if not t or not ones or not ones[0].step:
+        return None
+    step, name = ones[0].step, ones[0].name
+    right = (truth.values[step][name] - truth.values[step - 1][name]).ravel()
+    parts = [traces[d.rank] for d in ones]
+    if any(trace.values[t].get(name, np.empty(0)).shape != trace.index[name].shape for trace in parts):
+        return None
+    now, last, index = (
+        np.concatenate([np.ravel(a[name]) for a in arrays])
+        for arrays in ([p.values[t] for p in parts], [p.values[t - 1] for p in parts], [p.index for p in parts])
+    )
+    return _fit(now - last, right[index], last)
 
 
-def _times(factor: float) -> str:
-    """Return the factor in words."""
+def _once(step: np.ndarray, right: np.ndarray, *params: np.ndarray) -> bool:
+    fit = _fit(step, right, *params)
+    return fit is not None and abs(fit[0] - 1) < 1e-3
+
+
+def _times(a: float, b: float, error: float) -> str:
+    """Return a fit in words."""
     words = {2.0: ": twice", 0.5: ": half", -1.0: ": the wrong sign", 4.0: ": four times", 0.25: ": a quarter"}
-    known = next((text for value, text in words.items() if abs(factor - value) < 0.01 * abs(value)), "")
-    return f"x{factor:.2f}{known}" if abs(factor - 1) > 0.01 else f"x{factor:.6g}"
+    if abs(a - 1) < 1e-4 and abs(b) > 1e-4:
+        return f"the right step with another weight decay ({-b:+.2g} of the parameter)"
+    sizes = {"float32": (2.0**-34, 2.0**-20), "bfloat16": (2.0**-12, 2.0**-6)}
+    for type_, (least, most) in sizes.items():
+        if abs(a - 1) < 0.1 * most and least < error < most:
+            return f"the right step, rounded as in {type_}"
+    known = next((text for value, text in words.items() if abs(a - value) < 0.01 * abs(value)), "")
+    return f"x{a:.2f}{known}" if abs(a - 1) > 0.01 else f"x{a:.6g}"
 
 
 def _gap(worst: Departure, traces: list[Trace], truth: Truth, start: int) -> Gap:
