@@ -36,33 +36,34 @@ HEADER = ("package", "version", "implementation", "checked as", "right", "of tie
 INTRO = """\
 # Audit
 
-What `precond-ref check` says about implementations that can be had from PyPI. `python benchmarks/audit.py` makes an
-environment for each package, runs every check and writes this page; a row can be repeated by its command below.
+This page has the results of `precond-ref check` for implementations from PyPI. `python benchmarks/audit.py` makes an
+environment for each package, runs every check and writes this page. The command below a row repeats the row.
 
-A row says how an implementation relates to the method *as this library writes it down* ([conventions](conventions.md)),
-not whether it is useful or does what its authors meant: many choices are free, and not every package claims the form
-that it is checked as. *right* counts the cases that agree within the [tolerance](tolerance.md) among those that ran, in
-float64 unless the command says otherwise; *skipped* those that need what the package does not offer, such as an average
-or decoupled weight decay. *contract* names the checks of [the contract](check.md#reading-the-report) that fail. *it is*
-names the deviations from the definition, of the list in [known mistakes](mistakes.md), that explain all cases that ran
-to their end or as many as it says; the sections below have the words.
+A row compares an implementation with the method *as this library writes it down* ([conventions](conventions.md)). It
+does not judge the use of a package or the intention of its authors: many choices are free, and not every package claims
+the form that it is checked as. *right* counts the cases that agree within the [tolerance](tolerance.md) among the cases
+that ran, in float64 unless the command says otherwise. *skipped* counts the cases that need an option that the package
+does not have, such as an average or decoupled weight decay. *contract* names the checks of
+[the contract](check.md#reading-the-report) that fail. *it is* names the deviations from the definition, in the list of
+[known mistakes](mistakes.md), that explain all cases that ran to their end, or the number given; the sections below
+describe them in words.
 
-[Bugs](bugs.md) has what is wrong in a package, here or in an earlier release.
+[Bugs](bugs.md) has the errors of packages, in these and in earlier releases.
 
-Not among them: precondition_opt 0.3.0 imports with JAX 0.4.25 and NumPy 1, the command needs NumPy 2.
+Not in the table: precondition_opt 0.3.0 imports with JAX 0.4.25 and NumPy 1, but the command needs NumPy 2.
 """
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the JSON of a report says, in the words of the page."""
+    """The JSON of a report in the words of the page."""
 
     target: Target
     report: dict[str, Any]
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The cells of the row, under `HEADER`."""
+        """Return the cells of the row, under `HEADER`."""
         t = self.target
         cases = [r for r in self.report["results"] if not r["id"].startswith("contract/") and "/reject-" not in r["id"]]
         ran = [r for r in cases if r["status"] != "skipped"]
@@ -91,7 +92,7 @@ class Verdict:
 
     @property
     def diagnosis(self) -> Diagnosis | None:
-        """The diagnosis of the report, from its JSON."""
+        """Return the diagnosis of the report, from its JSON."""
         given = self.report["diagnosis"]
         if given is None:
             return None

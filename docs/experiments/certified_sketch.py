@@ -1,4 +1,4 @@
-"""What S-Shampoo loses with ``solver="nystrom"``, along training runs of classifiers on digits and MNIST.
+"""Escaped mass and losses of S-Shampoo with ``solver="nystrom"``, along training runs on digits and MNIST.
 
     python docs/experiments/certified_sketch.py       # some minutes
 
@@ -44,7 +44,7 @@ def method(setting: Setting, solver: str) -> Any:
 
 
 class Pair:
-    """The sketches of one side of one matrix, exact and certified, and how they compare."""
+    """The sketches of one side of one matrix, exact and certified, and the ratios of their masses."""
 
     def __init__(self, d: int, setting: Setting, beta2: float) -> None:
         self.size, self.beta2 = setting.size, beta2

@@ -602,19 +602,19 @@ class Reference:
             own.pop("weight_decay", None)
         if made is None or isinstance(self.target, type):
             return self.target(**arguments(self.target, own, self.fields))
-        return self._of_preset(made, own)
+        return self._of_preset(self.target, made, own)
 
-    def _of_preset(self, made: type[Method], own: Config) -> Method:
-        """Return the method of the preset ``target``, a function, and replace the fields that it does not take."""
-        taken = {*registry.arguments(self.target), *self.fields}
+    def _of_preset(self, preset: Callable[..., Method], made: type[Method], own: Config) -> Method:
+        """Return the method of ``preset``, a function, with the fields of its class that it does not take replaced."""
+        taken = {*registry.arguments(preset), *self.fields}
         beside = {k: v for k, v in own.items() if k in made.symbols and not {k} & (taken | own.at_default)}
         rest = Config({k: v for k, v in own.items() if k not in beside})
         rest.at_default = own.at_default
-        method = self.target(**arguments(self.target, rest, self.fields))
+        method = preset(**arguments(preset, rest, self.fields))
         try:
             return method.replace(**beside)
         except (TypeError, ValueError) as error:
-            raise Unsupported(f"{_called(self.target)} sets other fields: {error}") from error
+            raise Unsupported(f"{_called(preset)} sets other fields: {error}") from error
 
     def init(self, config: Config, params: Arrays) -> None:
         """Make a method with these fields, and its states."""
