@@ -3,9 +3,9 @@
 A mutant is the library with one small edit in a line that updates run through: another operator, constant or
 comparison, a term, call, argument or statement left out, arguments or operands exchanged, one field in the place of
 another. It is imported beside the library, in a process of its own with limits of time and memory, and is the subject
-of ``check`` (NumPy, float64, level 0) of ten of the methods that run through that line: first on the vectors of all of
-them, then in the contract, until a check fails. A mutant that passes all vectors is compared with the library on other
-inputs, with drawn fields, shapes and gradients. Without a difference there, the contract is not tried.
+of ``check`` (NumPy, float64, level 0) of the methods that run through that line (`SUBJECTS`): first on the vectors of
+all of them, then in the contract, until a check fails. A mutant that passes all vectors is compared with the library on
+other inputs, with drawn fields, shapes and gradients. Without a difference there, the contract is not tried.
 
   killed      a check failed: a case, the contract, an exception, or a limit
   edge        killed, but only at an edge: see `precond_ref.conformance.results.Report.edges`
@@ -64,8 +64,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("methods", "numerics")
 SECONDS, GIGABYTES = 60.0, 4
 SAME = 1e-6
-SUBJECTS = 10
-"""Largest number of methods tried among those that run through a line."""
+SUBJECTS = 5
+"""Largest number of methods tried among those that run through a line of ``numerics``."""
 INPUTS = 40
 """Number of inputs drawn per method for mutants that no check kills."""
 FORK = get_context("fork")
@@ -454,9 +454,10 @@ def reached(mutated: list[str]) -> dict[str, tuple[set[tuple[str, int]], list[An
     return found
 
 
-def fewest(reaching: list[str], quick: dict[str, int]) -> list[str]:
-    """Of the methods that run through a line at most `SUBJECTS`: classes before presets, those of least work first."""
-    return sorted(reaching, key=lambda c: ("." in c, quick[c]))[:SUBJECTS]
+def subjects(mutant: Mutant, reaching: list[str], quick: dict[str, int]) -> list[str]:
+    """Return the methods that run through the line; of ``numerics`` some, classes before presets, short ones first."""
+    some = SUBJECTS if ".numerics." in mutant.module else None
+    return sorted(reaching, key=lambda c: ("." in c, quick[c]))[:some]
 
 
 def judged(mutant: Mutant | None, subjects: list[str], truth: dict[str, list[Any]], diagnose: bool) -> dict[str, Any]:
@@ -618,7 +619,7 @@ def main() -> None:
     if given.tests is None:
         work = [
             (m, judged, (m, own, {c: truth[c] for c in own}, given.diagnose))
-            for m, own in ((m, fewest(lines[m.module, m.line], quick)) for m in run)
+            for m, own in ((m, subjects(m, lines[m.module, m.line], quick)) for m in run)
         ]
     else:
         if (unedited := tested(None, given.tests))["fate"] == "killed":
