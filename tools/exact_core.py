@@ -280,6 +280,8 @@ def load(changes: Mapping[str, tuple[str, str]] | None = None) -> ModuleType:
         sys.meta_path.insert(0, finder)
         try:
             core = importlib.import_module("precond_ref")
+            for name in core.__all__:  # a method is imported when it is named
+                getattr(core, name)
         finally:
             sys.meta_path.remove(finder)
     if finder.changes:
