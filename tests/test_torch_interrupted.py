@@ -279,11 +279,21 @@ def _written_early(old: Any, new: Any) -> Any:
 
 
 PLANTED: dict[str, tuple[Any, str, Any, str]] = {
-    "counted before it is written": (optimizer.Run, "_commit", _counted_first(optimizer.Run._commit), "ASGO"),
-    "no record of what is being written": (optimizer.Run, "_commit", _parameters_first, "Adam"),
+    "counted before it is written": (
+        optimizer.BucketStep,
+        "_commit",
+        _counted_first(optimizer.BucketStep._commit),
+        "ASGO",
+    ),
+    "no record of what is being written": (optimizer.BucketStep, "_commit", _parameters_first, "Adam"),
     "written as it is computed": (buckets, "_changed", _written_early, "decay"),
     "moved twice": (optimizer, "_apply", _witness_left(optimizer._apply), "decay"),
-    "the rest of a large parameter left": (optimizer.Run, "_write", _rest_left(optimizer.Run._write), "SGD"),
+    "the rest of a large parameter left": (
+        optimizer.BucketStep,
+        "_write",
+        _rest_left(optimizer.BucketStep._write),
+        "SGD",
+    ),
 }
 
 

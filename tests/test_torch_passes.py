@@ -183,7 +183,7 @@ def _decay_forgotten(self: Any, found: Any) -> Any:
     return scalars, (common[0], common[1][:1], *common[2:])
 
 
-LONE, READY, NUMBERS = buckets.Bucket.lone, passes.Graph.ready, optimizer.Run._numbers
+LONE, READY, NUMBERS = buckets.Bucket.lone, passes.Graph.ready, optimizer.BucketStep._numbers
 
 
 @pytest.mark.full
@@ -192,7 +192,7 @@ LONE, READY, NUMBERS = buckets.Bucket.lone, passes.Graph.ready, optimizer.Run._n
     [
         (buckets.Bucket, "lone", _stale),
         (passes.Graph, "ready", _any_rates),
-        (optimizer.Run, "_numbers", _decay_forgotten),
+        (optimizer.BucketStep, "_numbers", _decay_forgotten),
     ],
     ids=["place", "constants", "rates"],
 )

@@ -165,7 +165,7 @@ def scale_by(
         sized: dict[Any, Method] = {}
         for chosen, name, at in units:
             if extra_args.get("batch_size") is not None and "batch_size" in chosen.symbols:
-                key = _identity(chosen)
+                key = _cache_key(chosen)
                 sized[key] = sized.get(key) or chosen.replace(batch_size=extra_args["batch_size"])
                 chosen = sized[key]
             old = method.state_type(None, *(column[at[0]] for column in columns))
@@ -237,7 +237,7 @@ def _label(method: Method, member: _Member) -> Any:
         return member.at
     shapes = tuple(jnp.shape(x) for x in jax.tree.leaves((member.state, member.statistic)))
     parts = tuple((g.shape, p.dtype) for g, p in zip(member.grads, member.params, strict=True))
-    return _identity(method), parts, jax.tree.structure(member.statistic), shapes
+    return _cache_key(method), parts, jax.tree.structure(member.statistic), shapes
 
 
 def _run(
@@ -252,7 +252,7 @@ def _run(
     def bound(arrays: dict[str, Array]) -> Method:
         return method.replace(**arrays) if arrays else method
 
-    label = (_identity(method), dtype)
+    label = (_cache_key(method), dtype)
     if label not in scalars:
         scalars[label] = bound(arrays).scalars(count + 1, like=jnp.zeros((), dtype))
 
@@ -502,7 +502,7 @@ def _dtype(method: Method, dtype: Any, wanted: Any) -> Any:
     return dtype if narrow else jnp.dtype(jnp.float32)
 
 
-def _identity(method: Method) -> Any:
+def _cache_key(method: Method) -> Any:
     try:
         hash(method)
     except TypeError:  # array-valued hyperparameters

@@ -143,7 +143,7 @@ class Optimizer(torch.optim.Optimizer):
         self._kernels: dict[Any, Any] = {}
         self._owners: dict[Any, int] = {}
         self._warned = False
-        self._runs: list[Run] = []
+        self._runs: list[BucketStep] = []
         self._lent: set[Any] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -321,7 +321,7 @@ class Optimizer(torch.optim.Optimizer):
         before = self._set_batch_size(batch_size)
         try:
             found, given = self._checked(statistics)
-            self._runs = [Run(group, bucket, s) for (group, bucket), s in zip(found, given, strict=True)]
+            self._runs = [BucketStep(group, bucket, s) for (group, bucket), s in zip(found, given, strict=True)]
             numbers: dict[Any, Any] = {}
             for in_place, some in groupby(self._runs, attrgetter("in_place")):
                 runs = list(some)
@@ -681,7 +681,7 @@ class Optimizer(torch.optim.Optimizer):
         return "\n".join([*lines, "", *fields])
 
 
-class Run:
+class BucketStep:
     """One step of one bucket: the states and parameters of a piece change together, once all of it is computed.
 
     After an exception at any place, `settle` leaves each unit stepped and counted, or as before the step.

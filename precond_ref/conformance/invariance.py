@@ -23,7 +23,7 @@ from precond_ref.conformance.variants import multiply
 from precond_ref.conformance.vectors import Case
 from precond_ref.protocol import Method
 
-Run = Callable[..., np.ndarray]
+Steps = Callable[..., np.ndarray]
 STEPS = 3
 LARGEST = 32
 """Largest number of entries of a parameter on which laws are tried."""
@@ -36,7 +36,7 @@ class Law(NamedTuple):
     """The law in words."""
     applies: Callable[[Any], bool]
     """Tells whether a method with its hyperparameters obeys the law."""
-    sides: Callable[[Run, Any, np.ndarray, np.ndarray, float, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+    sides: Callable[[Steps, Any, np.ndarray, np.ndarray, float, np.random.Generator], tuple[np.ndarray, np.ndarray]]
     """(run, method, param, grads (STEPS, *shape), lr, draws) -> the two arrays that must agree."""
 
 
@@ -142,19 +142,19 @@ def adds_up(method: Any) -> bool:
 # ---- laws -----------------------------------------------------------------------------------------------------------
 
 
-def _sign(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+def _sign(run: Steps, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
     return run(-x, -g), -run(x, g)
 
 
-def _rate(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+def _rate(run: Steps, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
     return run(x, g, lr=2 * lr), 2 * run(x, g)
 
 
-def _translation(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+def _translation(run: Steps, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
     return run(x + 1, g), run(x, g)
 
 
-def _permutation(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+def _permutation(run: Steps, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
     if x.ndim == 0:
         return x, x
     orders = [draws.permutation(d) for d in x.shape]
@@ -165,7 +165,7 @@ def _permutation(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float,
     return run(permuted(x), permuted(g)), permuted(run(x, g))
 
 
-def _rotation(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+def _rotation(run: Steps, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
     matrices = [np.linalg.qr(draws.integers(-3, 4, (d, d)) + 4 * np.eye(d))[0] for d in x.shape]
 
     def rotated(a: np.ndarray) -> np.ndarray:
@@ -176,27 +176,27 @@ def _rotation(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, dr
     return run(rotated(x), rotated(g)), rotated(run(x, g))
 
 
-def _scale(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+def _scale(run: Steps, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
     fields, power = SCALES[method.name]
     changed = {field: getattr(method, field) * 4.0**e for field, e in fields.items()}
     return run(x, 4 * g, **changed), 4.0**power * run(x, g)
 
 
-def _order(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+def _order(run: Steps, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
     return run(x, g[[1, 0, 2]])[2], run(x, g)[2]
 
 
-def _zero(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+def _zero(run: Steps, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
     return run(x, 0 * g), 0 * g
 
 
-def _coordinates(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+def _coordinates(run: Steps, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
     other = g.copy()
     other.reshape(STEPS, -1)[:, 0] += 1
     return tuple(u.reshape(STEPS, -1)[:, 1:] for u in (run(x, other), run(x, g)))
 
 
-def _first(run: Run, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
+def _first(run: Steps, method: Any, x: np.ndarray, g: np.ndarray, lr: float, draws: Any) -> Any:
     return run(x, g[:1])[0], lr * FIRST[method.name](method, g[0])
 
 

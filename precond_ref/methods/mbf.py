@@ -292,7 +292,7 @@ class MBF(Method):
         return MBFState(step=0, m=zeros(*shape), statistic=zeros(*side), inverse=inverse)
 
     def warm_start(self, state: MBFState, grads: Array) -> MBFState:
-        """Return ``state`` of ``init`` with F = mean of g_b g_b^T over the gradients ``grads`` (batches, *parameter).
+        """Return ``state`` of ``init`` with F = mean of g_b g_b^T over ``grads``, shaped ``(batches, *parameter)``.
 
         The authors compute these gradients at the initial parameters, in one pass through the training set, with labels
         drawn from the model's own predictions. A state of kind ``diagonal`` does not change. ValueError or TypeError
