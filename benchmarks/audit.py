@@ -1,9 +1,10 @@
-"""Runs ``precond-ref check`` on implementations from PyPI and writes docs/audit.md.
+"""Runs ``precond-ref check`` on implementations from PyPI, and on official codes, and writes docs/audit.md.
 
 python benchmarks/audit.py                        # all, each package in an environment of its own: some 10 GB
 python benchmarks/audit.py --only torch_optimizer # prints what the page would say; writes nothing
 
-Environments are made with venv and pip in ``--environments`` (default: build/audit) and kept for the next run.
+Environments are made with venv and pip in ``--environments`` (default: build/audit) and kept for the next run, as are
+earlier releases of the packages (wheels without their dependencies) and, in ``--sources``, clones of the repositories.
 `audit_targets.py` has the list.
 """
 
@@ -32,12 +33,15 @@ from audit_targets import SPREAD, TARGETS, TORCH, Spread, Target  # type: ignore
 from precond_ref.conformance.diagnose import Diagnosis, Match  # noqa: E402
 
 PAGE = ROOT / "docs" / "audit.md"
-HEADER = ("package", "version", "implementation", "checked as", "right", "of tier must", "skipped", "contract", "it is")
+HEADER = ("package", "version", "implementation", "checked as", "right", "of tier must", "skipped", "contract", "it is",
+          "since")  # fmt: skip
+NOT_HERE = "does not run here"
 INTRO = """\
 # Audit
 
-This page has the results of `precond-ref check` for implementations from PyPI. `python benchmarks/audit.py` makes an
-environment for each package, runs every check and writes this page. The command below a row repeats the row.
+This page has the results of `precond-ref check` for implementations from PyPI, and for official codes that are only in
+a repository. `python benchmarks/audit.py` makes an environment for each package, runs every check and writes this page.
+The command below a row repeats the row.
 
 A row compares an implementation with the method *as this library writes it down* ([conventions](conventions.md)). It
 does not judge the use of a package or the intention of its authors: many choices are free, and not every package claims
@@ -48,9 +52,14 @@ does not have, such as an average or decoupled weight decay. *contract* names th
 [known mistakes](mistakes.md), that explain all cases that ran to their end, or the number given; the sections below
 describe them in words.
 
+*since* is the earliest release of the last three years with the same two last cells, found by bisection, for packages
+whose rows changed in that time; "or before" where the release before does not run beside today's PyTorch. The sections
+name the releases that were tried. "-": none was tried, also for implementations of SGD, Adam, RMSProp and AdaGrad.
+
 [Bugs](bugs.md) has the errors of packages, in these and in earlier releases.
 
-Not in the table: precondition_opt 0.3.0 imports with JAX 0.4.25 and NumPy 1, but the command needs NumPy 2.
+Not in the table: precondition_opt 0.3.0 imports with JAX 0.4.25 and NumPy 1, but the command needs NumPy 2; the
+authors' AdaMuon asks for CUDA; the authors' NorMuon has no argument that a case varies.
 """
 
 
@@ -60,6 +69,24 @@ class Verdict:
 
     target: Target
     report: dict[str, Any]
+    releases: tuple[tuple[str, str], ...] = ()
+    """Other versions that were tried, the newest first, with what they are: contract and name as one text."""
+
+    @property
+    def summary(self) -> str:
+        """Contract and name, by which releases are compared."""
+        contract, name = self.cells[7:9]
+        return name if contract == "kept" else f"{name}; contract: {contract}"
+
+    @property
+    def since(self) -> str:
+        """The earliest release that is the same as this one and all tried in between."""
+        since = self.target.version if self.releases else "-"
+        for version, summary in self.releases:
+            if summary != self.summary:
+                return f"{since} or before" if summary == NOT_HERE else since
+            since = version
+        return since
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -75,6 +102,11 @@ class Verdict:
             t.package, t.version, f"`{t.name}`", t.method, f"{right} of {len(ran)}", f"{must_right} of {len(must)}",
             str(len(cases) - len(ran)), ", ".join(broken) or "kept", self.name(right, len(ran)),
         )  # fmt: skip
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The row and since when."""
+        return (*self.cells, self.since)
 
     def name(self, right: int, ran: int) -> str:
         """Return the method or the names of known mistakes, and the number of cases if not all agree."""
@@ -116,6 +148,8 @@ class Verdict:
         said += [f"skipped ({n}): {message.partition('=')[0] if 'no argument' in message else message}"
                  for message, n in _merged(why).items()]  # fmt: skip
         said += [f"note: {note}" for note in self.report["notes"]]
+        if self.releases:
+            lines.append("Other releases: " + "; ".join(f"{v}: {text}" for v, text in self.releases) + ".\n")
         if said:
             lines.append("```text\n" + "\n".join(said) + "\n```\n")
         lines.append(f"```shell\n{t.install}\ncd benchmarks && {t.command}\n```\n")
@@ -142,7 +176,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
 def page(verdicts: list[Verdict]) -> str:
     """Return the whole page."""
     made = f"Python {platform.python_version()}, {platform.system()}, {platform.machine()}:\n"
-    return "\n".join([INTRO, made, table([v.cells for v in verdicts]) + "\n", *(v.section() for v in verdicts)])
+    return "\n".join([INTRO, made, table([v.row for v in verdicts]) + "\n", *(v.section() for v in verdicts)])
 
 
 RANKS = """\
@@ -184,11 +218,12 @@ def replaced(page: str, section: str) -> str:
 
 def environment(target: Target | Spread, folder: Path) -> Path:
     """Return ``bin`` of the environment with the target's packages and this checkout; make it if it is missing."""
-    names = sorted(re.sub(r"[^\w.]+", "-", r) for r in target.requires if r != TORCH) or [TORCH.replace("==", "-")]
+    requires = target.requires[1:] if isinstance(target, Target) and target.repository else target.requires
+    names = sorted(re.sub(r"[^\w.]+", "-", r) for r in requires if r != TORCH) or [TORCH.replace("==", "-")]
     home = folder / "_".join(names)
-    first, others = target.requires[0], target.requires[1:]
+    first, others = requires[0], requires[1:]
     here = ["-e", f"{ROOT}[cli]"]
-    installs = [[*sorted(target.requires), *here]]
+    installs = [[*sorted(requires), *here]]
     if target.without_dependencies:
         installs = [[*others, *here], ["--no-deps", first]]
     record, wanted = home / "installed.json", json.dumps(installs)
@@ -198,28 +233,67 @@ def environment(target: Target | Spread, folder: Path) -> Path:
     shutil.rmtree(home, ignore_errors=True)
     venv.create(home, with_pip=True)
     for install in installs:
-        done = subprocess.run(
-            [bin_folder / "python", "-m", "pip", "install", "--quiet", *install], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise SystemExit(f"pip install {' '.join(install)} failed:\n{done.stderr}")
+        _run(bin_folder / "python", "-m", "pip", "install", "--quiet", *install)
     record.write_text(wanted)
     return bin_folder
 
 
-def audit(target: Target, folder: Path) -> Verdict:
-    """Run the target's command in its environment."""
-    return Verdict(target, ask(target.command.split(), environment(target, folder)))
+def _run(*command: str | Path) -> str:
+    """Return the output of a command that must succeed."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
+    return done.stdout
+
+
+def source(target: Target, folder: Path) -> Path:
+    """Return the folder with the modules of the target's repository at its commit; clone it if it is missing."""
+    clone = folder / target.repository
+    if not clone.is_dir():
+        _run("git", "clone", "--quiet", f"https://github.com/{target.package}", clone)
+    _run("git", "-C", clone, "checkout", "--quiet", target.version)
+    return clone / target.folder
+
+
+def release(target: Target, version: str, bin_folder: Path, folder: Path) -> Path | None:
+    """Return a folder with another version of the target's package alone; None if there is no wheel."""
+    home = folder / "releases" / f"{target.package}-{version}"
+    if not home.is_dir():
+        pip = (bin_folder / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:")
+        done = subprocess.run([*pip, "--target", home, f"{target.package}=={version}"], capture_output=True, text=True)
+        if done.returncode:
+            return None
+    return home
+
+
+def versions(target: Target, bin_folder: Path) -> list[str]:
+    """Return the releases older than the target's, the newest first, back to its ``oldest``."""
+    if not target.oldest:
+        return []
+    said = _run(bin_folder / "python", "-m", "pip", "index", "versions", target.package)
+    found = re.search(r"Available versions: (.*)", said)
+    listed = found[1].split(", ") if found else []
+    return listed[listed.index(target.version) + 1 : listed.index(target.oldest) + 1]
 
 
 def spread_report(spread: Spread, folder: Path) -> dict[str, Any]:
     """Return the report on two and four ranks."""
-    return ask(["precond-ref", "check", spread.place, "--world", "2,4"], environment(spread, folder))
+    report = ask(["precond-ref", "check", spread.place, "--world", "2,4"], environment(spread, folder))
+    if report is None:
+        raise SystemExit(f"{spread.place} failed")
+    return report
 
 
-def ask(command: list[str], bin_folder: Path) -> dict[str, Any]:
-    """Return the report of a command of an environment."""
+def checked(target: Target, bin_folder: Path, path: Path | None) -> dict[str, Any] | None:
+    """Return the report of the target's command, with ``path`` before all other modules; None if it cannot run."""
+    return ask(target.command[target.command.index("precond-ref") :].split(), bin_folder, path)
+
+
+def ask(command: list[str], bin_folder: Path, path: Path | None = None) -> dict[str, Any] | None:
+    """Return the report of a command of an environment; None if it cannot run."""
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    if path is not None:
+        variables["PYTHONPATH"] = str(path)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "report.json"
         program, *arguments = command
@@ -227,10 +301,11 @@ def ask(command: list[str], bin_folder: Path) -> dict[str, Any]:
             [bin_folder / program, *arguments, "--json", file], cwd=ROOT / "benchmarks", env=variables,
             capture_output=True, text=True,
         )  # fmt: skip
-        if done.returncode not in (0, 1, 3):
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return report
+        if done.returncode in (0, 1, 3) and file.is_file():
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return found
+        print(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}", file=sys.stderr)
+    return None
 
 
 def on_ranks(environments: Path) -> str:
@@ -243,12 +318,41 @@ def on_ranks(environments: Path) -> str:
     return ranks_section(reports)
 
 
+def audit(target: Target, folder: Path, sources: Path) -> Verdict:
+    """Run the target's command in its environment, then with the oldest release and those that bisection asks for."""
+    bin_folder = environment(target, folder)
+    report = checked(target, bin_folder, source(target, sources) if target.repository else None)
+    if report is None:
+        raise SystemExit(f"{target.command} failed")
+    newest, older, tried = Verdict(target, report), versions(target, bin_folder), dict[int, str]()
+
+    def same(index: int) -> bool:
+        path = release(target, older[index], bin_folder, folder)
+        found = None if path is None else checked(target, bin_folder, path)
+        ran = found is not None and any(r["status"] in ("passed", "failed") for r in found["results"])
+        tried[index] = Verdict(target, found).summary if found is not None and ran else NOT_HERE
+        if found is not None and any("has no attribute" in r["message"] for r in found["results"]):
+            tried[index] = "has none"
+        return tried[index] == newest.summary
+
+    low, high = -1, len(older)  # the last that is the same, the first that is not
+    if older and same(len(older) - 1):
+        low = len(older) - 1
+    elif older:
+        high = len(older) - 1
+    while high - low > 1 and high < len(older):
+        middle = (low + high) // 2
+        low, high = (middle, high) if same(middle) else (low, middle)
+    return Verdict(target, report, tuple((older[i], tried[i]) for i in sorted(tried)))
+
+
 def main() -> None:
     """Run the targets, with one line for each; write the page, or print the sections of the chosen targets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="TEXT", help="targets whose package, version, name or method contain this")
     parser.add_argument("--environments", type=Path, default=ROOT / "build" / "audit", help="folder to make them in")
     parser.add_argument("--ranks", action="store_true", help="make the section on several ranks anew, and nothing else")
+    parser.add_argument("--sources", type=Path, default=ROOT / "build" / "audit" / "sources", help="clones of codes")
     arguments = parser.parse_args()
     if arguments.ranks:
         PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), on_ranks(arguments.environments)), encoding="utf-8")
@@ -260,8 +364,8 @@ def main() -> None:
     verdicts = []
     for number, target in enumerate(chosen, start=1):
         print(f"[{number}/{len(chosen)}] {target.requires[0]} {target.name} as {target.method}", end=": ", flush=True)
-        verdicts.append(audit(target, arguments.environments.absolute()))
-        print("{4} ({5} must), {6} skipped, contract {7}: {8}".format(*verdicts[-1].cells), flush=True)
+        verdicts.append(audit(target, arguments.environments.absolute(), arguments.sources.absolute()))
+        print("{4} ({5} must), {6} skipped, contract {7}: {8}; since {9}".format(*verdicts[-1].row), flush=True)
     if arguments.only is None:
         PAGE.write_text(replaced(page(verdicts), on_ranks(arguments.environments)), encoding="utf-8")
         print(f"wrote {PAGE}")

@@ -39,6 +39,8 @@ class Target:
     """Precision of the check."""
     note: str = ""
     """A note for the reader about the row."""
+    folder: str = ""
+    """Of a repository, the first of ``requires``: where its modules are."""
 
     @property
     def package(self) -> str:
@@ -47,19 +49,33 @@ class Target:
 
     @property
     def version(self) -> str:
-        """Version of the package."""
+        """Version of the package, commit of a repository."""
         return self.requires[0].partition("==")[2]
+
+    @property
+    def oldest(self) -> str:
+        """The release from which on others are tried; empty: none are."""
+        return "" if self.method in ("SGD", "Adam", "RMSProp", "AdaGrad") else OLDEST.get(self.package, "")
+
+    @property
+    def repository(self) -> str:
+        """Name of the repository, empty for a package of PyPI."""
+        return self.package.partition("/")[2]
 
     @property
     def command(self) -> str:
         """The command that repeats the check, in the folder of this file."""
         precision = "" if self.dtype == "float64" else f" --dtype {self.dtype}"
-        return f"precond-ref check audit_targets:{self.make.__name__} --method {self.method}{precision}"
+        path = f"PYTHONPATH=../../{'/'.join(filter(None, (self.repository, self.folder)))} " if self.repository else ""
+        return f"{path}precond-ref check audit_targets:{self.make.__name__} --method {self.method}{precision}"
 
     @property
     def install(self) -> str:
         """The command that makes its environment."""
         kit, (first, *others) = '-e ".[cli]"', self.requires
+        if self.repository:
+            source = f"git -C .. clone https://github.com/{self.package} && git -C ../{self.repository} checkout"
+            return f"{source} {self.version} && pip install {' '.join([*others, kit])}"
         if self.without_dependencies:
             return f"pip install {' '.join([*others, kit])} && pip install --no-deps {first}"
         return f"pip install {' '.join([*self.requires, kit])}"
@@ -753,6 +769,213 @@ def _singd_class(structure: str) -> Any:
     return made
 
 
+# ---- official codes that are on no index ----------------------------------------------------------------------------
+
+
+def soap_authors(
+    params: Any, lr: float, beta1: float, beta2: float, shampoo_beta: float | None, eps: float, every: int,
+    max_dim: int, merge: bool, channels_last: bool, vectors: bool, normalize: bool, normalize_eps: float,
+    bias_correction: bool, weight_decay: float,
+) -> Any:  # fmt: skip
+    """Weight decay comes after the step."""
+    import soap
+
+    if normalize and normalize_eps != 1e-30:
+        raise NotImplementedError(f"normalize_eps={normalize_eps}")
+    return soap.SOAP(
+        params, lr=lr, betas=(beta1, beta2), shampoo_beta=-1 if shampoo_beta is None else shampoo_beta, eps=eps,
+        weight_decay=weight_decay, precondition_frequency=every, max_precond_dim=max_dim, merge_dims=merge,
+        precondition_1d=vectors, normalize_grads=normalize, correct_bias=bias_correction,
+        data_format="channels_last" if channels_last else "channels_first",
+    )  # fmt: skip
+
+
+@cache
+def _uncompiled() -> None:
+    """What is decorated with torch.compile runs as it is."""
+    import torch
+
+    torch.compiler.set_stance("force_eager")
+
+
+def kl_methods(
+    params: Any, lr: float, beta1: float, beta2: float, shampoo_beta: float | None, eps: float, every: int,
+    initial: float, clamp: int | None, damping: float, inner: str, normalize: bool, weight_decay: float,
+) -> Any:  # fmt: skip
+    """In the parameters' precision; its damping is 0 or eps; weight decay comes after the step."""
+    _uncompiled()
+    from optim.kl_opt import KLOpt
+
+    _only(damping=(damping, 0.0, eps))
+    if few := [tuple(p.shape) for p in _tensors(params) if not 2 <= sum(d > 1 for d in p.shape) <= 3]:
+        raise NotImplementedError(f"shape {few[0]}")
+    return KLOpt(
+        params, lr=lr, betas=(beta1, beta2), shampoo_beta=-1 if shampoo_beta is None else shampoo_beta, eps=eps,
+        weight_decay=weight_decay, precondition_frequency=every, using_klsoap=inner == "adam",
+        normalize_grads=normalize, init_factor=initial, using_damping=damping > 0, using_clamping=clamp is not None,
+        max_clamp_value=clamp or 0, cast_dtype=_tensors(params)[0].dtype,
+    )  # fmt: skip
+
+
+def _distributed_shampoo(
+    params: Any, config: Any, lr: float, *, beta1: float, beta3: float | None, beta2: float, eps: float, every: int,
+    start: int | None, bias_correction: bool, graft: str | None, graft_beta2: float, graft_eps: float,
+    momentum: float, dampening: float, nesterov: bool, weight_decay: float, decay_form: str, max_dim: int,
+    target: int | None,
+) -> Any:  # fmt: skip
+    """With a configuration of the preconditioner."""
+    import distributed_shampoo as ds
+    from distributed_shampoo.shampoo_types import ClassicMomentumConfig
+
+    if eps == 0:
+        raise NotImplementedError("eps=0")
+    grafts = {
+        "sgd": ds.SGDPreconditionerConfig, "adagrad": lambda: ds.AdaGradPreconditionerConfig(epsilon=graft_eps),
+        "rmsprop": lambda: ds.RMSpropPreconditionerConfig(beta2=graft_beta2, epsilon=graft_eps),
+        "adam": lambda: ds.AdamPreconditionerConfig(beta2=graft_beta2, epsilon=graft_eps),
+    }  # fmt: skip
+    average = ClassicMomentumConfig(momentum=momentum, dampening=dampening, use_nesterov=nesterov) if momentum else None
+    return ds.DistributedShampoo(
+        params, lr=lr, betas=(beta1, beta2), beta3=-1.0 if beta3 is None else beta3, epsilon=eps,
+        weight_decay=weight_decay, weight_decay_type=ds.WeightDecayType(decay_form.upper()),
+        max_preconditioner_dim=max_dim, precondition_frequency=every,
+        start_preconditioning_step=-1 if start is None else start, use_bias_correction=bias_correction,
+        iterate_averaging_config=average, grafting_config=None if graft is None else grafts[graft](),
+        distributed_config=ds.SingleDeviceDistributedConfig(
+            target_parameter_dimensionality=math.inf if target is None else target
+        ),
+        preconditioner_config=config,
+    )  # fmt: skip
+
+
+def distributed_shampoo(
+    params: Any, lr: float, beta1: float, beta3: float | None, beta2: float, eps: float, every: int,
+    start: int | None, bias_correction: bool, drop_weight: bool, graft: str | None, graft_beta2: float,
+    graft_eps: float, momentum: float, dampening: float, nesterov: bool, weight_decay: float, decay_form: str,
+    max_dim: int, target: int | None, exponents: Any, trace_scaling: float, root: str,
+) -> Any:  # fmt: skip
+    """With roots by eigendecomposition."""
+    import distributed_shampoo as ds
+
+    _only(root=(root, "eigh"))
+    powers = {axis: power for axis, power in enumerate(exponents) if power is not None}
+    scaled = {"use_trace_scaling": True, "trace_scaling_exponent": trace_scaling} if trace_scaling else {}
+    config = ds.RootInvShampooPreconditionerConfig(
+        drop_weighting_factor_on_gsquare=drop_weight,
+        inverse_exponent_override={
+            order: {axis: power for axis, power in powers.items() if axis < order} for order in range(1, 5)
+        },
+        **scaled,
+    )
+    return _distributed_shampoo(
+        params, config, lr, beta1=beta1, beta3=beta3, beta2=beta2, eps=eps, every=every, start=start,
+        bias_correction=bias_correction, graft=graft, graft_beta2=graft_beta2, graft_eps=graft_eps, momentum=momentum,
+        dampening=dampening, nesterov=nesterov, weight_decay=weight_decay, decay_form=decay_form, max_dim=max_dim,
+        target=target,
+    )  # fmt: skip
+
+
+def distributed_eshampoo(
+    params: Any, lr: float, beta1: float, beta3: float | None, beta2: float, eps: float, every: int,
+    start: int | None, bias_correction: bool, drop_weight: bool, graft: str | None, graft_beta2: float,
+    graft_eps: float, momentum: float, dampening: float, nesterov: bool, weight_decay: float, decay_form: str,
+    max_dim: int, target: int | None, exponent: float, tolerance: float, iterations: int, ignored_axes: Any,
+    basis: str = "eigh",
+) -> Any:  # fmt: skip
+    """Its QR, from columns in ascending order, is `basis="qr_meta"`."""
+    import distributed_shampoo as ds
+
+    _only(basis=(basis, "eigh", "qr_meta"))
+    how = ds.EighEigendecompositionConfig(tolerance=tolerance)
+    if basis == "qr_meta":
+        how = ds.QREigendecompositionConfig(tolerance=tolerance, max_iterations=iterations)
+    config = ds.EigenvalueCorrectedShampooPreconditionerConfig(
+        amortized_computation_config=how, drop_weighting_factor_on_gsquare=drop_weight,
+        inverse_exponent_override=dict.fromkeys(range(5), exponent),
+        ignored_basis_change_dims={n: [axis for axis in ignored_axes if axis < n] for n in range(1, 5)},
+    )  # fmt: skip
+    return _distributed_shampoo(
+        params, config, lr, beta1=beta1, beta3=beta3, beta2=beta2, eps=eps, every=every, start=start,
+        bias_correction=bias_correction, graft=graft, graft_beta2=graft_beta2, graft_eps=graft_eps, momentum=momentum,
+        dampening=dampening, nesterov=nesterov, weight_decay=weight_decay, decay_form=decay_form, max_dim=max_dim,
+        target=target,
+    )  # fmt: skip
+
+
+def distributed_klshampoo(
+    params: Any, lr: float, beta1: float, beta2: float, eps: float, every: int, initial: float,
+    exponent: float | None, divide: bool, bias_correction: bool, weight_decay: float,
+) -> Any:  # fmt: skip
+    """Its statistics start at zero and are not divided; it renews at multiples of its interval."""
+    import distributed_shampoo as ds
+
+    _only(every=(every, 1), initial=(initial, 0.0), divide=(divide, False))
+    override = {} if exponent is None else dict.fromkeys(range(5), exponent)
+    return _distributed_shampoo(
+        params, ds.RootInvKLShampooPreconditionerConfig(inverse_exponent_override=override), lr, beta1=beta1,
+        beta3=None, beta2=beta2, eps=eps, every=every, start=None, bias_correction=bias_correction, graft=None,
+        graft_beta2=0.0, graft_eps=0.0, momentum=0.0, dampening=0.0, nesterov=False, weight_decay=weight_decay,
+        decay_form="decoupled", max_dim=1024, target=None,
+    )  # fmt: skip
+
+
+def dion_muon_alone(params: Any, lr: float, momentum: float, nesterov: bool, eps: float, weight_decay: float) -> Any:
+    """With its factor "spectral_norm" and its own coefficients."""
+    _uncompiled()
+    import dion
+
+    return dion.Muon(params, lr=lr, mu=momentum, nesterov=nesterov, epsilon=eps, weight_decay=weight_decay)
+
+
+def dion_normuon_alone(params: Any, lr: float, momentum: float, beta2: float, weight_decay: float) -> Any:
+    """With its factor "spectral_norm" and its own coefficients."""
+    _uncompiled()
+    import dion
+
+    return dion.NorMuon(params, lr=lr, mu=momentum, muon_beta2=beta2, weight_decay=weight_decay)
+
+
+@cache
+def _emerging(module: str) -> Any:
+    """A module of it; Python 3.11 has no `typing.override`."""
+    import typing
+
+    if not hasattr(typing, "override"):
+        typing.override = lambda function: function  # type: ignore[attr-defined, unused-ignore]
+    return importlib.import_module(f"emerging_optimizers.{module}")
+
+
+def emerging_muon(
+    params: Any, lr: float, momentum: float, nesterov: bool, root_steps: int, rms: float | None, weight_decay: float,
+    coefficients: Any = "quintic5",
+) -> Any:  # fmt: skip
+    """With its factor "spectral"."""
+    names = {"quintic5": "quintic", "jordan": "simple", "cans": "cans", "deepseekv4": "deepseekv4", "cubic5": "cubic5"}
+    if not isinstance(coefficients, str) or coefficients not in names:
+        raise NotImplementedError(f"coefficients={coefficients!r}")
+    return _emerging("orthogonalized_optimizers").Muon(
+        params, lr=lr, momentum=momentum, nesterov=nesterov, num_ns_steps=root_steps, weight_decay=weight_decay,
+        coefficient_type=names[coefficients], extra_scale_factor=1.0 if rms is None else rms,
+        fp32_matmul_prec="highest",
+    )  # fmt: skip
+
+
+def emerging_normuon(params: Any, lr: float, momentum: float, beta2: float, nesterov: bool, weight_decay: float) -> Any:
+    """The method "normuon" of its adaptive Muon."""
+    return _emerging("orthogonalized_optimizers").AdaptiveMuon(
+        params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, moment2_method="normuon",
+        beta2=beta2, fp32_matmul_prec="highest",
+    )  # fmt: skip
+
+
+def emerging_adamuon(params: Any, lr: float, momentum: float, beta2: float, nesterov: bool, weight_decay: float) -> Any:
+    """The method "adamuon" of its adaptive Muon."""
+    return _emerging("orthogonalized_optimizers").AdaptiveMuon(
+        params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, moment2_method="adamuon",
+        beta2=beta2, fp32_matmul_prec="highest",
+    )  # fmt: skip
+
+
 # ---- all ------------------------------------------------------------------------------------------------------------
 
 TORCH = "torch==2.13.0"
@@ -762,6 +985,15 @@ FROM_FILE = "Loaded from its file, without the package's dependencies."
 SHARED = "The parameters of a group share its number of steps: unfreezing shows it."
 BACKEND = "With the torch backend."
 TIMM, OPTIMI, KERAS = ("timm==1.0.31", TORCH), ("torch-optimi==0.3.3", TORCH), ("keras==3.15.1", TORCH)
+HALF = "In float32: so are its steps, whatever the parameter's precision."
+TWELVE = (
+    "It takes float32 only. It needs Python 3.12; here it ran on 3.11, with the type parameter of register_optimizer "
+    "taken out of registry.py."
+)
+EMERGING = ("NVIDIA-NeMo/Emerging-Optimizers==fd77292", TORCH)
+META, DION = ("facebookresearch/optimizers==f606606", TORCH), ("microsoft/dion==0a059a4", TORCH)
+OLDEST = {"pytorch_optimizer": "2.12.0", "timm": "0.9.12"}
+"""The first release of the last three years, of packages whose rows have changed in them."""
 
 TARGETS = (
     Target(torch_sgd, "SGD", (TORCH,), "torch.optim.SGD"),
@@ -890,6 +1122,35 @@ TARGETS = (
         note="sirfshampoo.SIRFShampoo with the structures of singd, which it does not offer itself; singd calls its "
         "block-diagonal matrices symmetric. In float32: some structures do not take float64.",
     ),
+    Target(
+        soap_authors, "SOAP", ("nikhilvyas/SOAP==a1e5535", TORCH), "soap.SOAP", dtype="float32",
+        note="In float32: so are its bases, whatever the parameter's precision.",
+    ),
+    Target(
+        kl_methods, "KLShampoo", ("yorkerlin/KL-Methods==a02e622", TORCH), "optim.kl_opt.KLOpt", dtype="float32",
+        note="Not compiled, in the parameter's precision (its default is bfloat16). In float32: so are its bases.",
+    ),
+    Target(distributed_shampoo, "Shampoo.production", META, "distributed_shampoo.DistributedShampoo", dtype="float32",
+           note=HALF),
+    Target(
+        distributed_eshampoo, "EShampoo", META, "DistributedShampoo(EigenvalueCorrectedShampooPreconditionerConfig())",
+        dtype="float32", note=HALF,
+    ),
+    Target(
+        distributed_klshampoo, "KLShampoo.exact", META, "DistributedShampoo(RootInvKLShampooPreconditionerConfig())",
+        dtype="float32", note=HALF,
+    ),
+    Target(dion_muon_alone, "Muon.dion", DION, "dion.Muon", note=f"Not compiled. {NARROW}"),
+    Target(dion_normuon_alone, "NorMuon.dion", DION, "dion.NorMuon", note=f"Not compiled. {NARROW}"),
+    Target(emerging_muon, "Muon.emerging", EMERGING, "orthogonalized_optimizers.Muon", dtype="float32", note=TWELVE),
+    Target(
+        emerging_normuon, "NorMuon.emerging", EMERGING, "orthogonalized_optimizers.AdaptiveMuon", dtype="float32",
+        note=TWELVE,
+    ),
+    Target(
+        emerging_adamuon, "AdaMuon.emerging", EMERGING, "orthogonalized_optimizers.AdaptiveMuon", dtype="float32",
+        note=TWELVE,
+    ),
 )  # fmt: skip
 
 
@@ -898,7 +1159,7 @@ TARGETS = (
 
 def _dion(name: str, model: Any, mesh: str, **options: Any) -> Any:
     """One of its optimizers on the model's mesh, AdamW for what is no matrix; not compiled."""
-    import dion  # type: ignore[import-not-found]
+    import dion
     import torch
 
     torch.compiler.set_stance("force_eager")

@@ -14,7 +14,7 @@ make() { # environment, then packages
     "$folder/$name/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }
 
-make torch "torch==2.13.0" "pytorch_optimizer==4.1.0" "sirfshampoo==0.0.1" "array-api-compat>=1.13,<2"
+make torch "torch==2.13.0" "pytorch_optimizer==4.1.0" "sirfshampoo==0.0.1" "heavyball==3.2.1" "array-api-compat>=1.13,<2"
 # Its own requirements are a whole training framework; the one file that is needed, agd.py, wants PyTorch alone.
 make torch --no-deps "atorch==0.2.5"
 # Declares no requirements; written for the JAX of early 2024.

@@ -22,7 +22,7 @@ from mutation import mutated
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import precond_ref as pr
-import precond_ref_torch
+import precond_ref_torch.optimizer
 from precond_ref import optimizer
 from precond_ref.cost.report import SIZE
 from precond_ref.methods import agd

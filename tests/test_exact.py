@@ -14,7 +14,7 @@ from mutation import mutated
 
 import precond_ref
 from precond_ref.conformance import arithmetic, variants
-from precond_ref.conformance.variants import asgo, elementwise, sketchy
+from precond_ref.conformance.variants import asgo, elementwise, production, sketchy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import exact
@@ -91,6 +91,16 @@ def test_a_bug_in_the_second_implementation_is_found(family, constructor, old, n
     planted = variants.registry() | mutated(family, (old, new)).VARIANTS
     monkeypatch.setattr(variants, "registry", lambda: planted)
     assert differ(CORE, constructor, 16)
+
+
+def test_a_trace_of_zero_divides_nothing_in_both(monkeypatch):
+    c = exact.numbered(CORE, 0, 155, ["Shampoo.production"])
+    assert (c.config["eps"], bool(c.config["trace_scaling"]), c.grads.any()) == (0.0, True, False)
+    assert exact.difference(CORE, c)[0] == 0
+    planted = variants.registry() | mutated(production, (" if trace > 0 or eps else a", "")).VARIANTS
+    monkeypatch.setattr(variants, "registry", lambda: planted)
+    with pytest.raises(RuntimeError, match="no convergence"):
+        exact.difference(CORE, c)
 
 
 def test_the_copy_has_all_digits_and_the_library_keeps_its_own():

@@ -231,6 +231,34 @@ def test_an_option_that_changes_nothing_and_other_defaults_are_noted() -> None:
     assert "defaults that differ: eps 1e-06 (here 1e-08)" in report.notes
 
 
+@pytest.mark.full
+def test_an_argument_that_a_group_has_in_another_form_is_not_set_there() -> None:
+    import torch
+
+    class Negative(torch.optim.Optimizer):
+        def __init__(self, params: Any, lr: float, momentum: float) -> None:
+            super().__init__(params, {"lr": lr, "momentum": momentum})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            loss = None if closure is None else torch.enable_grad()(closure)()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        b = self.state[p].setdefault("b", torch.zeros_like(p))
+                        b.mul_(-group["momentum"]).add_(p.grad)
+                        p.sub_(group["lr"] * b)
+            return loss
+
+    def right(params: Any, lr: float, momentum: float) -> Any:
+        return Negative(params, lr, -momentum)
+
+    report = check(wrap(right), "SGD")
+    assert report.failures == []
+    (found,) = (r for r in report.results if r.id == "contract/group-values")
+    assert found.status == "passed"  # of lr
+
+
 def test_keywords_that_are_passed_on_are_found() -> None:
     import torch
 

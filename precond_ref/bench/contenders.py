@@ -76,10 +76,15 @@ def _torch_own(name: str, **options: Any) -> Callable[[Shapes], Step]:
     return make
 
 
-def _torch_muon(shapes: Shapes) -> Step:
-    import torch
+def _torch_matrices(name: str) -> Callable[[Shapes], Step]:
+    """Of torch itself, for matrices; Adam has the rest."""
 
-    return torch_step(with_adam(lambda params: torch.optim.Muon(params, lr=LR)), shapes)
+    def make(shapes: Shapes) -> Step:
+        import torch
+
+        return torch_step(with_adam(lambda params: getattr(torch.optim, name)(params, lr=LR)), shapes)
+
+    return make
 
 
 def _jax(name: str, **fields: Any) -> Callable[[Shapes], Step]:
@@ -158,6 +163,22 @@ def _shampoo(g: Any, statistics: list[Any]) -> None:
         w, q = torch.linalg.eigh(side)
         root = (q * w.clamp(min=1e-6).pow(-0.25)[..., None, :]) @ q.mT
         update = root @ update if side is statistics[0] else update @ root
+
+
+def _soap(every: int) -> Callable[[Any, list[Any]], None]:
+    turn = itertools.count()
+
+    def compute(g: Any, statistics: list[Any]) -> None:
+        import torch
+
+        due = next(turn) % every == 0
+        _ = statistics[0].mT @ g @ statistics[1]
+        _ = statistics[0] @ (statistics[0].mT @ g @ statistics[1]) @ statistics[1].mT
+        for side, gram in zip(statistics, (g @ g.mT, g.mT @ g), strict=True):
+            if due:
+                torch.linalg.qr((gram @ side) @ side)
+
+    return compute
 
 
 def _if_shampoo(g: Any, statistics: list[Any]) -> None:
@@ -333,7 +354,8 @@ OURS: dict[str, Callable[[Shapes], Step]] = {
     "torch AdamW foreach": _torch_own("AdamW", foreach=True),
     "torch Adam foreach": _torch_own("Adam", foreach=True),
     "torch Adam fused": _torch_own("Adam", fused=True),
-    "torch Muon": _torch_muon,
+    "torch Muon": _torch_matrices("Muon"),
+    "torch Adafactor": _torch_own("Adafactor"),
     "AGD": _torch("AGD", weight_decay=1e-2),
     "AGD, compile": _torch("AGD", compiled=True, weight_decay=1e-2),
     "ASGO": _torch("ASGO"),
@@ -341,10 +363,15 @@ OURS: dict[str, Callable[[Shapes], Step]] = {
     "ASGO, bare": _bare(_asgo),
     "DASGO": _torch("DASGO"),
     "Muon": _torch("Muon"),
+    "Muon.torch": _torch("Muon", preset="torch"),
+    "Adafactor.torch": _torch("Adafactor", preset="torch"),
+    "KLShampoo": _torch("KLShampoo"),
     "Shampoo": _torch("Shampoo"),
     "Shampoo, bare": _bare(_shampoo),
     "SOAP": _torch("SOAP"),
     "SOAP, every step": _torch("SOAP", every=1),
+    "SOAP, bare": _bare(_soap(10)),
+    "SOAP, bare, every step": _bare(_soap(1)),
     "IFShampoo": _torch("IFShampoo"),
     "IFShampoo, compile": _torch("IFShampoo", compiled=True),
     "IFShampoo, bare": _bare(_if_shampoo),

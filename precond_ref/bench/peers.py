@@ -117,6 +117,18 @@ def _pytorch_optimizer(name: str, **options: Any) -> Callable[[Shapes], Step]:
     return make
 
 
+def _heavyball(name: str, **options: Any) -> Callable[[Shapes], Step]:
+    """Not compiled."""
+
+    def make(shapes: Shapes) -> Step:
+        package: Any = importlib.import_module("heavyball")
+        package.utils.compile_mode = None
+        options_ = {"merge_dims": False, "use_precond_schedule": False, "consume_grad": False, **options}
+        return torch_step(with_adam(lambda params: getattr(package, name)(params, lr=1e-4, **options_)), shapes)
+
+    return make
+
+
 def _sirf_shampoo(shapes: Shapes) -> Step:
     import torch
 
@@ -176,6 +188,8 @@ PEERS: dict[str, tuple[str, Callable[[Shapes], Step]]] = {
     "pytorch_optimizer Shampoo": ("torch", _pytorch_optimizer("Shampoo")),
     "pytorch_optimizer SOAP": ("torch", _pytorch_optimizer("SOAP")),
     "pytorch_optimizer SOAP, every step": ("torch", _pytorch_optimizer("SOAP", precondition_frequency=1)),
+    "heavyball SOAP": ("torch", _heavyball("SOAP", precondition_frequency=10)),
+    "heavyball KLShampoo": ("torch", _heavyball("KLShampoo", precondition_frequency=10)),
     "sirfshampoo": ("torch", _sirf_shampoo),
     "precondition_opt FD": ("jax", _precondition_fd(32)),
     "precondition_opt FD, size 128": ("jax", _precondition_fd(128)),

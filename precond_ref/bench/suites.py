@@ -30,13 +30,35 @@ STEPS = (
     Race("ASGO, torch", "transformer", ("ASGO", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side")),
     Race("ASGO, torch", "matrices", ("ASGO", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side")),
     Race("ASGO, torch", "large", ("ASGO", "ASGO, bare")),
-    Race(
-        "Shampoo, torch",
-        "matrices",
-        ("Shampoo", "Shampoo, bare", "pytorch_optimizer Shampoo", "pytorch_optimizer SOAP, every step"),
+    Race("Shampoo, torch", "matrices", ("Shampoo", "Shampoo, bare", "pytorch_optimizer Shampoo")),
+    *(
+        Race(
+            "SOAP, torch",
+            workload,
+            ("SOAP", "SOAP, bare", "pytorch_optimizer SOAP", "heavyball SOAP"),
+            dict.fromkeys(("SOAP", "SOAP, bare", "pytorch_optimizer SOAP", "heavyball SOAP"), 10),
+        )
+        for workload in ("matrices", "transformer")
     ),
-    Race("SOAP, torch", "matrices", ("SOAP", "pytorch_optimizer SOAP")),
-    Race("SOAP, torch, every step", "matrices", ("SOAP, every step", "pytorch_optimizer SOAP, every step")),
+    Race(
+        "SOAP, torch, every step",
+        "matrices",
+        ("SOAP, every step", "SOAP, bare, every step", "pytorch_optimizer SOAP, every step"),
+    ),
+    *(
+        Race(
+            "KL-Shampoo, torch",
+            workload,
+            ("KLShampoo", "heavyball KLShampoo"),
+            dict.fromkeys(("KLShampoo", "heavyball KLShampoo"), 10),
+        )
+        for workload in ("matrices", "transformer")
+    ),
+    *(Race("Muon, torch", workload, ("torch Muon", "Muon.torch", "Muon")) for workload in ("matrices", "transformer")),
+    *(
+        Race("Adafactor, torch", workload, ("torch Adafactor", "Adafactor.torch"))
+        for workload in ("matrices", "transformer")
+    ),
     Race("IF-Shampoo, torch", "matrices", ("IFShampoo", "IFShampoo, bare", "sirfshampoo")),
     Race("IF-Shampoo, torch", "transformer", ("IFShampoo", "IFShampoo, bare", "sirfshampoo")),
     Race("S-Shampoo", "few", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),

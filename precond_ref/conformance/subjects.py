@@ -318,14 +318,18 @@ class Torch:
             return
         rest = iter(self.params)
         parts: list[dict[str, Any]] = [{"params": [*itertools.islice(rest, size)]} for size in groups]
+        values: dict[str, Any] = {}
         if other is not None:
-            parts[-1] |= {k: v for k, v in arguments(stub, other, self.fields).items() if v != given.get(k)}
+            values = {k: v for k, v in arguments(stub, other, self.fields).items() if v != given.get(k)}
         try:
-            self.optimizer = self.make(parts, **given)
+            self.optimizer = self.make([*parts[:-1], parts[-1] | values], **given)
+            probe = self.make([p.detach().clone().requires_grad_() for p in self.params], **(given | values))
         except RAISED as error:
             raise Unsupported(f"{_called(self.make)} takes no parameter groups: {said(error)}") from error
-        if own_to_all := sorted(parts[-1].keys() - self.optimizer.param_groups[0].keys()):
+        if own_to_all := sorted(values.keys() - self.optimizer.param_groups[0].keys()):
             raise Unsupported(f"{', '.join(own_to_all)}: no value of groups")
+        if translated := sorted(k for k, v in values.items() if probe.param_groups[0][k] != v):
+            raise Unsupported(f"{', '.join(translated)}: groups have another value than the argument")
 
     def options(self, fields: Sequence[str]) -> Options:
         """`options_of` the target."""

@@ -193,12 +193,27 @@ def orthogonalized(
     low = _rounding(matrix, compute_dtype, xp)
     x = low(normalized(matrix, normalization, factor, eps, eps_rule, flipped, xp))
     x = xp.matrix_transpose(x) if flipped else x
+    shape = x.shape
+    if math.prod(shape[:-2]) == 1:
+        x = xp.reshape(x, shape[-2:])  # PyTorch copies what it multiplies in a stack
     for a, b, c in polynomials:
         gram = low(x @ xp.matrix_transpose(x))
-        poly = low(b * gram if c == 0 else b * gram + c * low(gram @ gram))
-        x = low(a * x + low(poly @ x))
+        poly = low(b * gram) if c == 0 else _sum(b, gram, c, gram, gram, low, xp)
+        x = _sum(a, x, 1.0, poly, x, low, xp)
+    x = xp.reshape(x, shape)
     x = xp.matrix_transpose(x) if flipped else x
     return x if compute_dtype is None else xp.astype(x, matrix.dtype)
+
+
+def _sum(
+    beta: float, c: Array, alpha: float, a: Array, b: Array, low: Callable[[Array], Array], xp: Namespace
+) -> Array:
+    """``beta C + alpha A B``; rounded once where the library has it as one call, else each part too."""
+    fused = getattr(xp, {2: "addmm", 3: "baddbmm"}.get(c.ndim, ""), None)
+    if fused is not None:
+        return fused(c, a, b, beta=beta, alpha=alpha)
+    product = low(a @ b)
+    return low(beta * c + (product if alpha == 1 else alpha * product))
 
 
 def _rounding(like: Array, compute_dtype: str | None, xp: Namespace) -> Callable[[Array], Array]:

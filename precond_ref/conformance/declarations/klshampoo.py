@@ -190,7 +190,7 @@ CASES = [
     case(
         "decay",
         "Decoupled weight decay, before the step and times lr.",
-        DECAY,
+        f"{DECAY} decay-after-moving",
         seed=519,
         change=IDENTITY,
         decay=0.28125,

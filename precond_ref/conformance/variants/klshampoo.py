@@ -10,6 +10,7 @@ import numpy as np
 
 from precond_ref.conformance.arithmetic import eigh, norm, real, spacing, sqrt
 from precond_ref.conformance.variants import (
+    COMMON,
     EVERY,
     Variants,
     Walk,
@@ -50,6 +51,7 @@ FLAGS = {
     "start-identity": "with identity bases at the first update",
     "start-eigh": "with eigenvectors at the first update, asked for or not",
     "decays-swapped": "with the decay of V for the statistics and the other way round",
+    "decay-after-moving": "with weight decay applied after the step, and none where the step is zero",  # done by `run`
     **{name: text.replace("roots", "bases") for name, text in EVERY.items()},
 }
 
@@ -252,6 +254,7 @@ VARIANTS = {
             frozenset({"momentum-from-first", "first-moves"}),
             frozenset({"start-identity", "start-eigh"}),
             frozenset(EVERY),
+            *rivals({"decay-after-moving"}, {flag for flag in COMMON if flag.startswith("decay")}),
         ),
     ),
     "KLShampoo.exact": Variants(

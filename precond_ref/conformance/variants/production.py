@@ -254,7 +254,7 @@ def root(config: Mapping[str, Any], gram: Array, c2: Any, p: Fraction, flags: fr
     if tau:
         a = a + eps * one if "trace-late" in flags else a
         trace = np.trace(a)
-        a = a * (trace if trace > eps else eps) ** -tau
+        a = a * (trace if trace > eps else eps) ** -tau if trace > 0 or eps else a
     late = 0 if "eps-early" in flags or (tau and "trace-late" in flags) else eps
     if config["root"] != "eigh":
         note(lambda: spread(eigh(a + late * one)[0]))
