@@ -22,7 +22,11 @@ from audit_targets import TARGETS, Target  # noqa: E402
 
 PAGE = (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")
 BUGS = (ROOT / "docs" / "bugs.md").read_text(encoding="utf-8")
-ROWS = [tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in PAGE.splitlines() if line[:2] == "| "]
+ROWS = [
+    tuple(cell.strip() for cell in line.strip("| ").split(" | "))
+    for line in PAGE.partition("\n## On several ranks")[0].splitlines()
+    if line[:2] == "| "
+]
 QUICK = {"torch_sgd", "torch_adam", "torch_adagrad", "singd"}
 
 
@@ -49,6 +53,17 @@ def test_the_page_has_the_targets() -> None:
         assert f"\ncd benchmarks && {target.command}\n" in PAGE
         assert target.note in PAGE
     assert PAGE.startswith(audit.INTRO)
+
+
+def test_the_page_has_what_ran_on_ranks() -> None:
+    section = PAGE.partition("\n## On several ranks")[2]
+    for spread in audit.SPREAD:
+        assert f"\n| `{spread.name}` | " in section
+        assert f'\nprecond-ref check "{spread.place}" --world 2,4\n' in section
+    assert (
+        audit.replaced(PAGE, "## On several ranks\n")
+        == PAGE.partition("\n## On several ranks")[0] + "\n## On several ranks\n"
+    )
 
 
 def test_the_page_names_what_is_known() -> None:
