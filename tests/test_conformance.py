@@ -36,6 +36,7 @@ from precond_ref.conformance import (
     tolerance,
     variants,
     vectors,
+    worlds,
     wrap,
 )
 from precond_ref.conformance.subjects import Reference, Unsupported
@@ -848,6 +849,7 @@ def test_examples_of_the_help_are_understood(run: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(isolation, "Isolated", lambda *arguments, **options: io.StringIO())
     monkeypatch.setattr(subjects, "Command", lambda *arguments: io.StringIO())
     monkeypatch.setattr(runner, "check", seen)
+    monkeypatch.setattr(worlds, "check", lambda target, numbers, **options: seen(None, target))
     monkeypatch.setattr(against, "Pair", lambda first, second, **options: seen(None, second))
     examples = re.findall(r"^  precond-ref (check .*)$", check_command.EXAMPLES, re.M)
     for example in examples:
