@@ -214,7 +214,7 @@ def test_a_preset_as_a_target_takes_the_other_fields_of_its_class() -> None:
 
 
 def test_a_preset_that_takes_its_own_arguments_only_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted = lambda self, made, own: self.target(**subjects.arguments(self.target, own, self.fields))  # noqa: E731
+    planted = lambda self, target, made, own: target(**subjects.arguments(target, own, self.fields))  # noqa: E731
     monkeypatch.setattr(subjects.Reference, "_of_preset", planted)
     with pytest.raises((AssertionError, subjects.Unsupported)):
         check_fields_beside_a_preset()

@@ -154,7 +154,7 @@ def test_equals_optax(name: str) -> None:
 
 
 FORM_BUGS = [
-    ("radam", "rho <= 5", "rho <= 4"),
+    ("radam", "if rho <= 5", "if rho <= 4"),
     ("radam", "direction + step * k.plain", "direction"),
     ("nadam", "step + 1, like=like)) if first else beta1", "step, like=like)) if first else beta1"),
     ("nadam", "m * k.inverse_c1 + grad * k.gradient", "m * k.inverse_c1"),

@@ -344,7 +344,10 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "tail_decay ignored": ("methods", ("(beta2 if tail_decay is None else tail_decay)", "beta2")),
     "tail_decay on the sketch too": (
         "methods",
-        ("xp.sqrt(beta2 * sketch", "xp.sqrt((beta2 if tail_decay is None else tail_decay) * sketch"),
+        (
+            "concatenated(sketch, rows, beta2, size",
+            "concatenated(sketch, rows, beta2 if tail_decay is None else tail_decay, size",
+        ),
     ),
     "mass not added back": (
         "powers",

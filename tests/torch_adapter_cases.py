@@ -404,9 +404,10 @@ class Mutant(NamedTuple):
 
 def _first_states(original: Any) -> Any:
     def pieces(self: Any) -> Iterator[Any]:
-        for piece in original(self):
-            members = piece.members
-            yield piece if self.flat else piece._replace(span=slice(0, members.stop - members.start))
+        first, *rest = original(self)
+        for piece in (first, *rest):
+            fits = piece.span.stop - piece.span.start == first.span.stop - first.span.start
+            yield piece._replace(span=first.span) if fits and not self.flat else piece
 
     return pieces
 
