@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import faulthandler
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
@@ -17,12 +19,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from mutation import mutated
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -32,6 +36,9 @@ from torch.distributed.tensor.parallel import (
 
 import precond_ref as pr
 import precond_ref_torch as pt
+from precond_ref.cost import movement
+from precond_ref_torch import buckets, optimizer
+from precond_ref_torch import distributed as sharding
 
 torch.set_num_threads(1)
 
@@ -52,10 +59,14 @@ def run(count: int, jobs: Jobs, folder: Path, killed: tuple[int, ...] = ()) -> l
     started = [context.Process(target=_work, args=(rank, jobs, folder), daemon=True) for rank in range(count)]
     for process in started:
         process.start()
-    for process in started:
-        process.join(600)
-    found = []
-    for rank, process in enumerate(started):
+    while any(process.exitcode is None for process in started):
+        multiprocessing.connection.wait([process.sentinel for process in started if process.exitcode is None])
+        if any(process.exitcode not in (None, 0) for process in started) and not killed:
+            for process in started:  # the others would wait for it
+                process.kill()
+    found, seconds = [], []
+    failed = [rank for rank in range(count) if (folder / f"{rank}.error").exists() and rank not in killed]
+    for rank, process in sorted(enumerate(started), key=lambda item: item[0] not in failed):
         file = folder / f"{rank}.pickle"
         failure = folder / f"{rank}.error"
         if failure.exists():
@@ -64,16 +75,32 @@ def run(count: int, jobs: Jobs, folder: Path, killed: tuple[int, ...] = ()) -> l
             found.append([None] * len(jobs))
             continue
         if process.exitcode != 0:
-            raise AssertionError(f"rank {rank} ended with {process.exitcode}")
-        found.append(pickle.loads(file.read_bytes()))
+            where = (folder / f"{rank}.stuck").read_text(encoding="utf-8")
+            raise AssertionError(f"rank {rank} ended with {process.exitcode}: {where}")
+        values, used = pickle.loads(file.read_bytes())
+        seconds.append(used)
+        found.append(values)
+    print(f"{count} processes, {sum(seconds):.1f} s of processor time")
     return [[values[i] for values in found] for i in range(len(jobs))]
 
 
 def _work(rank: int, jobs: Jobs, folder: Path) -> None:
     torch.set_num_threads(1)
+    with (folder / f"{rank}.stuck").open("w", encoding="utf-8") as stuck:
+        faulthandler.dump_traceback_later(LONGEST, exit=True, file=stuck)
+        _run(rank, jobs, folder)
+        faulthandler.cancel_dump_traceback_later()
+
+
+LONGEST = 300
+"""Seconds after which a process says where it is, and ends."""
+
+
+def _run(rank: int, jobs: Jobs, folder: Path) -> None:
     try:
         values = [globals()[name](Place(rank, folder, f"{i}"), *given) for i, (name, given) in enumerate(jobs)]
-        (folder / f"{rank}.pickle").write_bytes(pickle.dumps(values))
+        used = os.times()
+        (folder / f"{rank}.pickle").write_bytes(pickle.dumps((values, used.user + used.system)))
     except BaseException:
         (folder / f"{rank}.error").write_text(traceback.format_exc(), encoding="utf-8")
         os._exit(1)  # the others would wait for this process
@@ -94,10 +121,11 @@ class Place(NamedTuple):
             return
         file = self.folder / f"rendezvous-{self.tag}-{name}"
         dist.init_process_group(
-            "gloo", init_method=f"file://{file}", rank=self.rank, world_size=size, timeout=datetime.timedelta(minutes=5)
+            "gloo", init_method=f"file://{file}", rank=self.rank, world_size=size, timeout=datetime.timedelta(minutes=4)
         )
         try:
             yield True
+            dist.barrier()
         finally:
             dist.destroy_process_group()
 
@@ -393,3 +421,309 @@ def reloaded(place: Place, name: str) -> tuple[float, int] | str:
             return str(error)
         steps = {int(entry["step"]) for entry in opt.state.values()}
         return distance(model, alone("ASGO", 1))[0], max(steps)
+
+
+# ---- what the ranks agree on ----------------------------------------------------------------------------------------
+
+
+def agreement(place: Place, silent: bool = False) -> list[tuple[str, str]]:
+    """For each mistake of one rank among four: what the step raises here; and whether all is as before and goes on.
+
+    ``silent``: the planted mistake, that nobody asks.
+    """
+    found = []
+    with place.world(4):
+        if silent:
+            optimizer.Optimizer._agree = _alone  # type: ignore[method-assign]
+        for name, rank in (("norm.bias", 1), ("up.weight", 2), ("rate", 3), ("sparse", 0)):
+            if silent and name != "norm.bias":  # without agreement these wait for ever, or end the process
+                continue
+            model = spread("FSDP2", 4)
+            opt = KINDS["ASGO"](model)
+            rows = gradients(3)
+            feed(model, opt, rows[:1])
+            named = dict(model.named_parameters())
+            before = [whole(p).clone() for p in named.values()]
+            for key, p in named.items():
+                p.grad = laid(rows[1][key], p)
+            if place.rank == rank and name in named:
+                named[name].grad = None
+            if place.rank == rank and name == "rate":
+                opt.param_groups[0]["lr"] = 0.25
+            if place.rank == rank and name == "sparse":
+                opt.param_groups[0]["maximize"] = "yes"
+            try:
+                opt.step()
+                message = ""
+            except (ValueError, TypeError) as error:
+                message = f"{type(error).__name__}: {error}"
+            opt.param_groups[0].update(lr=0.125, maximize=False)
+            kept = all(torch.equal(whole(p), b) for p, b in zip(named.values(), before, strict=True))
+            feed(model, opt, rows[1:])
+            goes_on = distance(model, alone("ASGO", 3))
+            found.append((message, f"kept {kept}, then {goes_on}"))
+        if silent:
+            optimizer.Optimizer._agree = AGREE  # type: ignore[method-assign]
+    return found
+
+
+AGREE = optimizer.Optimizer._agree
+
+
+def _alone(self: Any, refusal: Exception | None) -> None:
+    if refusal is not None:
+        raise refusal
+
+
+def overflow(place: Place, agreed: bool) -> tuple[float, float, int]:
+    """Two stages; the first has an infinite gradient at the second step. Scale, departure from a run without that
+    step, steps of the first parameter."""
+    rows = gradients(3)
+    with place.world(4):
+        model = spread("stages", 4)
+        opt = KINDS["ASGO"](model)
+        scaler: Any = torch.amp.GradScaler("cpu", init_scale=4.0)
+        if agreed:
+            scaler = ShardedGradScaler("cpu", init_scale=4.0, process_group=dist.group.WORLD)
+        for number, row in enumerate(rows):
+            scaler.scale(torch.zeros(()))
+            for name, p in model.named_parameters():
+                grad = scaler.get_scale() * row[name]
+                if number == 1 and name == "up.weight":
+                    grad[0, 0] = torch.inf
+                p.grad = laid(grad, p)
+            scaler.step(opt)
+            scaler.update()
+        single = net()
+        feed(single, KINDS["ASGO"](single), [rows[0], rows[2]])
+        expected = {name: p.detach() for name, p in single.named_parameters()}
+        return scaler.get_scale(), distance(model, expected)[0], int(next(iter(opt.state.values()))["step"])
+
+
+def accumulated(place: Place, planted: str = "") -> float:
+    """Two micro-batches a step on each of four ranks under FSDP2, from one process with all samples."""
+    generator = torch.Generator().manual_seed(2)
+    samples = torch.randn(3, 2, 4, 5, 6, generator=generator, dtype=torch.float64)  # steps, micro-batches, ranks, batch
+    with place.world(4):
+        model: Any = spread("FSDP2", 4)
+        single = net()
+        for run in (model, single):
+            run.twin.weight.requires_grad_(False)  # a frozen one
+        opt, other = KINDS["ASGO"](model), KINDS["ASGO"](single)
+        for step in samples:
+            opt.zero_grad()
+            for number, batch in enumerate(step):
+                model.set_requires_gradient_sync(number == len(step) - 1 or planted == "step per micro-batch")
+                (model(batch[place.rank]).square().mean() / len(step)).backward()
+                if planted == "step per micro-batch":
+                    opt.step()
+                    opt.zero_grad()
+            if planted == "doubled gradient":
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p.grad *= 2
+            if planted != "step per micro-batch":
+                opt.step()
+            other.zero_grad()
+            single(step.flatten(0, 2)).square().mean().backward()
+            other.step()
+        return max(distance(model, {name: p.detach() for name, p in single.named_parameters()}))
+
+
+# ---- movement -------------------------------------------------------------------------------------------------------
+
+
+def placed(place: Place, planted: bool = False) -> list[str]:
+    """Parameters of which this rank has other entries than the plan says."""
+    wrong = []
+    kinds = [(mesh, size) for mesh, sizes in MESHES.items() for size in sizes if mesh != "plain"]
+    for mesh, size in kinds:
+        with place.world(size, f"{mesh}-{size}") as active:
+            for name, p in spread(mesh, size).named_parameters() if active else ():
+                if not isinstance(p, DTensor):
+                    continue
+                numbers = torch.arange(p.numel()).reshape(p.shape)
+                layout = sharding.layout_of(p)
+                if planted:
+                    layout = layout._replace(cuts=tuple(c and c._replace(factor=1) for c in layout.cuts))
+                ranks = p.device_mesh.mesh.flatten().tolist()
+                region = movement.regions(tuple(p.shape), layout)[ranks.index(place.rank)]
+                expected = laid(numbers, p).to_local()
+                found = torch.full(movement.sizes(region), -1)
+                for there, here in movement.blocks(region):
+                    found[here] = numbers[there]
+                if not torch.equal(found, expected):
+                    wrong.append(f"{name} on {mesh} {size}")
+    return wrong
+
+
+def moved(place: Place, mesh: str, size: int, owner: str = "mesh") -> tuple[int, dict[str, Any], float]:
+    """Bytes that this rank sends to others in one step, the shapes, and the departure after three steps."""
+    sent = 0
+
+    def counting(output: Tensor, given: Tensor, received: Any, splits: Any, group: Any = None, **rest: Any) -> Any:
+        nonlocal sent
+        sent += given.element_size() * sum(n for rank, n in enumerate(splits) if rank != dist.get_rank(group))
+        return exchange(output, given, received, splits, group=group, **rest)
+
+    with place.world(size):
+        model = spread(mesh, size)
+        named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2]
+        method = pr.ASGO(beta1=0.75, beta2=0.875, eps=0.25)
+        opt = pt.Optimizer(model.named_parameters(), method, lr=0.125, weight_decay=0.25, owner=owner)
+        rows = gradients(3)
+        exchange, dist.all_to_all_single = dist.all_to_all_single, counting
+        try:
+            feed(model, opt, rows[:1])
+        finally:
+            dist.all_to_all_single = exchange
+        saved = copy.deepcopy(opt.state_dict())
+        other = pt.Optimizer(model.named_parameters(), method, lr=0.125, owner="replica" if owner == "mesh" else "mesh")
+        other.load_state_dict(saved)  # checkpoints do not know the owners
+        feed(model, other, rows[1:2])
+        again = copy.deepcopy(other)
+        for optim in (again, other):
+            for name, p in zip(dict(model.named_parameters()), optim.param_groups[0]["params"], strict=True):
+                p.grad = laid(rows[2][name], p)
+            optim.step()
+        pairs = zip(again.param_groups[0]["params"], model.parameters(), strict=True)
+        assert all(torch.equal(whole(a), whole(b)) for a, b in pairs)
+        return sent, {name: tuple(p.shape) for name, p in named}, max(distance(model, alone("ASGO", 3)))
+
+
+def overlapped(place: Place) -> list[str]:
+    """What one step does, in order: the second exchange begins before the first matrices are computed."""
+    done: list[str] = []
+    out, back, directions = sharding.Move.out, sharding.Move.back, buckets.Bucket.directions
+    with place.world(2) as active:
+        if active:
+            model = spread("FSDP2", 2)
+            opt = KINDS["ASGO"](model)
+            sharding.Move.out = lambda self, parts: done.append("out") or out(self, parts)  # type: ignore
+            sharding.Move.back = lambda self, *given: done.append("back") or back(self, *given)  # type: ignore
+            buckets.Bucket.directions = (  # type: ignore
+                lambda self, *given: (
+                    (done.append("computed") if self.owner is not None else None) or directions(self, *given)
+                )
+            )
+            try:
+                feed(model, opt, gradients(1))
+            finally:
+                sharding.Move.out, sharding.Move.back = out, back  # type: ignore[method-assign]
+                buckets.Bucket.directions = directions  # type: ignore[method-assign]
+    return done
+
+
+def interrupted(place: Place) -> tuple[str, bool]:
+    """What an error at the way back of the second of four shapes tells, and whether all matrices are as before."""
+    back = sharding.Move.back
+    with place.world(2) as active:
+        if not active:
+            return "", True
+        model = spread("FSDP2", 2)
+        opt = KINDS["ASGO"](model)
+        feed(model, opt, gradients(1))
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        before = [[whole(p).clone(), *(v.clone() for v in opt.state[p].values())] for p in matrices]
+        count = 0
+
+        def failing(self: Any, *given: Any) -> Any:
+            nonlocal count
+            count += 1
+            return 1 / 0 if count == 2 else back(self, *given)
+
+        sharding.Move.back = failing  # type: ignore[method-assign]
+        try:
+            feed(model, opt, gradients(1))
+        except ZeroDivisionError as error:
+            told = error.__notes__[0]
+        finally:
+            sharding.Move.back = back  # type: ignore[method-assign]
+        after = [[whole(p), *opt.state[p].values()] for p in matrices]
+        return told, all(
+            torch.equal(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True)
+        )
+
+
+# ---- planted mistakes of checkpoints, and of updates per shard ------------------------------------------------------
+
+
+def per_shard(place: Place, kind: str) -> float:
+    """The departure of an optimizer that is given each rank's rows as if they were the matrices."""
+    with place.world(2) as active:
+        if not active:
+            return 1.0
+        method = pr.ASGO(beta1=0.75, beta2=0.875, eps=0.25, heads=5 if kind == "heads" else None)
+        mesh = init_device_mesh("cpu", (2,))
+        value = net().up.weight.detach()
+        params = [nn.Parameter(distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None)) for _ in range(2)]
+        local = nn.Parameter(params[1].to_local().detach().clone())
+        single = nn.Parameter(value.clone())
+        opts = [pt.Optimizer([p], method, lr=0.125) for p in (params[0], local, single)]
+        for row in gradients(3):
+            grad = row["up.weight"]
+            params[0].grad, single.grad = laid(grad, params[0]), grad
+            local.grad = laid(grad, params[0]).to_local()
+            for opt in opts:
+                opt.step()
+        right, wrong, single = (
+            whole(params[0]),
+            DTensor.from_local(local.detach(), mesh, [Shard(0)]).full_tensor(),
+            single.detach(),
+        )
+        assert torch.equal(right, single)
+        return float((wrong - single).abs().max() / single.abs().max())
+
+
+def full_states(place: Place, planted: str = "") -> str:
+    """What is wrong with the full state dict of two ranks, or with a copy of the sharded one; "" if nothing is."""
+    dealt, elsewhere = sharding.dealt, optimizer._elsewhere
+    with place.world(2) as active:
+        if not active:
+            return planted
+        if planted == "rank 0's matrices only":
+            sharding.dealt = lambda values, team: [value for value, *_ in values]
+        if planted == "a view with an offset":
+            sharding.dealt = mutated(dealt, ("own = part.clone()", "own = part"))
+        if planted == "no keys where another rank keeps the state":
+            optimizer._elsewhere = lambda method, unit: {}
+        try:
+            model, single = spread("FSDP2", 2), net()
+            opt, other = KINDS["ASGO"](model), KINDS["ASGO"](single)
+            feed(model, opt, gradients(2))
+            feed(single, other, gradients(2))
+            copy.deepcopy(opt.state_dict())
+            if any(list(opt.state[p]) != ["step", "m", "gram"] for p in model.parameters() if p.ndim == 2):
+                return "keys"
+            full = StateDictOptions(full_state_dict=True)
+            found, expected = (get_optimizer_state_dict(m, o, options=full) for m, o in ((model, opt), (single, other)))
+            for name, entry in expected["state"].items():
+                for key, value in entry.items():
+                    other_value = found["state"][name][key]
+                    if other_value.shape != value.shape or (other_value - value).abs().max() > 1e-12:
+                        return f"{key} of {name}"
+        except (RuntimeError, KeyError) as error:
+            return type(error).__name__
+        finally:
+            sharding.dealt, optimizer._elsewhere = dealt, elsewhere
+    return ""
+
+
+def averaged(place: Place) -> list[bool]:
+    """Whether all ranks have the same bits under DistributedDataParallel, each with other data, for each kind."""
+    same = []
+    with place.world(3) as active:
+        for kind in KINDS if active else ():
+            model = net()
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            opt = KINDS[kind](model)
+            generator = torch.Generator().manual_seed(place.rank)
+            for _ in range(3):
+                opt.zero_grad()
+                wrapped(torch.randn(4, 6, generator=generator, dtype=torch.float64)).square().mean().backward()
+                opt.step()
+            for p in model.parameters():
+                theirs = p.detach().clone()
+                dist.broadcast(theirs, 0)
+                same.append(torch.equal(theirs, p))
+    return same

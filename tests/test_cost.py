@@ -8,6 +8,7 @@ import re
 import tracemalloc
 from collections import Counter
 from fractions import Fraction
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,13 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import precond_ref as pr
 import precond_ref_torch
 from precond_ref import cost
-from precond_ref.cost import counting, report
+from precond_ref.cost import counting, movement, report
 from precond_ref.cost.shapes import PRESETS, read
 from precond_ref.numerics import template
 from precond_ref.numerics.refresh import renew
 from precond_ref.numerics.template import eye, zeros
 from precond_ref.protocol import Method
-from precond_ref_torch import distributed, states
+from precond_ref_torch import states
 
 SHAPES: dict[int, list[tuple[int, ...]]] = {
     0: [()],
@@ -543,40 +544,152 @@ def test_own_and_calls() -> None:
 # ---- several devices ------------------------------------------------------------------------------------------------
 
 
-class Seven:
-    """What `owners` asks of a mesh."""
-
-    def size(self) -> int:
-        return 7
-
-
-SEVEN = Seven()
-
-
-def test_owners_are_those_of_the_torch_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = [shape for shape in PRESETS["resnet50"]().values() if len(shape) > 1]
-    tensors = []
-    for shape in shapes:
-        tensor = torch.empty(shape, device="meta")
-        tensor.device_mesh = SEVEN
-        tensors.append(tensor)
-    monkeypatch.setattr(distributed, "is_sharded", lambda tensor: True)
-    assigned = distributed.owners([tensors])
-    assert cost.owners(shapes, 7) == [assigned[tensor] for tensor in tensors]
-
-
 def test_splits_by_hand() -> None:
     shapes = {f"w{i}": (4, 4) for i in range(5)} | {"bias": (6,)}
-    owner, stack = cost.estimate("", pr.Shampoo(), shapes, mesh=2).mesh
-    assert (owner.name, stack.name, owner.devices) == ("owner", "stack", 2)
-    assert owner.balance == stack.balance == 3 / 2.5  # five equal matrices on two devices
-    assert owner.state_bytes == stack.state_bytes == 3 * 2 * 64 + 24
-    assert owner.received == 2 * 5 * 64 / 2
-    assert owner.least == stack.received == 5 * 64 / 2
-    shapes["large"] = (8, 8)
-    owner, stack = cost.estimate("", pr.Shampoo(), shapes, mesh=2).mesh
-    assert owner.balance < stack.balance  # the rule of owners sees that one matrix is larger
-    assert cost.estimate("", pr.Adam(), shapes, mesh=2).mesh[0].received == 0
+    method = pr.Shampoo()
+    [owner] = cost.estimate("", method, shapes, mesh=2).mesh
+    assert (owner.name, owner.devices, owner.idle) == ("owner", 2, 0)
+    assert owner.balance == 3 / 2.5  # five equal matrices on two devices
+    assert owner.state_bytes == 3 * 2 * 64 + 24
+    assert owner.sent == 2 * 4 * 5 * 8  # half of each matrix to its owner, half of its direction back
+    assert cost.estimate("", pr.Adam(), shapes, mesh=2).mesh[0].sent == 0
+
+
+def test_uneven_parts_are_summed() -> None:
+    """On four devices 5, 7 and 3 rows are 2 2 1 0, 2 2 2 1 and 1 1 1 0; the owner's own rows are not sent."""
+    shapes = {"up": (5, 7), "down": (7, 5), "head": (3, 7)}
+    parts = {"up": (14, 14, 7, 0), "down": (10, 10, 10, 5), "head": (7, 7, 7, 0)}
+    layout = movement.Layout((4,), (movement.Cut(0),))
+    for owners in product(range(4), repeat=3):
+        parcels = [movement.Parcel(shape, layout, owner) for shape, owner in zip(shapes.values(), owners, strict=True)]
+        expected = sum(sum(parts[name]) - parts[name][owner] for name, owner in zip(shapes, owners, strict=True))
+        out, back = movement.traffic(parcels)
+        assert sum(out) == sum(back) == expected
+    owner = cost.estimate("", pr.ASGO(), shapes, mesh=4, dtype="float64").mesh[0]
+    assert owner.sent == 2 * 8 * 60  # owners 0, 1 and 2; the formula for even parts says 2 * 8 * 91 * 3 / 4 = 1092
+    assert owner.idle == 1
+
+
+def test_replicas() -> None:
+    """Of 2 x 2 devices one in each pair, which has half of it; alone it serves the other replica, too."""
+    owner, replica = cost.estimate("", pr.ASGO(), {"w": (4, 6)}, mesh=(2, 2), dtype="float64").mesh[:2]
+    assert owner.sent == 8 * (12 + 3 * 12)
+    assert replica.sent == 8 * (2 * 12 + 2 * 12)
+    assert (owner.idle, replica.idle) == (3, 2)
+    assert replica.state_bytes == owner.state_bytes
+    layout = movement.Layout((2, 2), (None, movement.Cut(0)))
+    apart = movement.Parcel((4, 6), layout, 1, apart=(0,))
+    assert [apart.owner_of(rank) for rank in range(4)] == [1, 1, 3, 3]
+    assert movement.traffic([apart]) == ([12, 0, 12, 0], [0, 12, 0, 12])
+
+
+def test_cut_matrices() -> None:
+    """One Muon matrix p x q on two devices: X X' makes partial sums; the polynomial in it, p x p, is repeated."""
+    method = pr.Muon(root_steps=1)
+    owner, cut = cost.estimate("", method, {"w": (4, 16)}, mesh=2).mesh
+    assert (owner.balance, owner.idle) == (2.0, 1)
+    assert cut.name == "cut 2"
+    assert cut.balance == pytest.approx((2 * 2 * 4 * 4 * 16 / 2 + 2 * 4**3) / ((2 * 2 * 4 * 4 * 16 + 2 * 4**3) / 2))
+    assert cut.sent == 4 * (2 * 64 / 2 + 2 * 4 * 4)
+
+
+def test_owners_of_llama_70b() -> None:
+    """561 matrices: what 1024 devices leave idle, and the bound of Graham for the largest load."""
+    for devices, idle in ((8, 0), (64, 0), (1024, 463)):
+        owner = cost.estimate("", pr.Muon(), PRESETS["llama-70b"](), mesh=devices, dtype="bfloat16").mesh[0]
+        assert owner.idle == idle
+        assert (owner.balance < 1.05) == (devices < 1024)
+
+
+# ---- regions --------------------------------------------------------------------------------------------------------
+
+
+def check_regions(lib: Any) -> None:
+    """Each entry of a tensor is on some device, once for each copy; parts have the sizes of `torch.chunk`."""
+    cut = lib.Cut
+    for mesh, cuts in (
+        ((4,), (cut(0),)),
+        ((3,), (cut(1),)),
+        ((2, 2), (None, cut(0))),
+        ((2, 2), (cut(0), cut(1))),
+        ((2, 2), (cut(0, 2), cut(0))),
+        ((2, 3), (cut(0, 3), cut(0))),
+        ((2, 2), (cut(0), None)),
+    ):
+        for shape in ((10, 6), (3, 5), (1, 2), (7, 7)):
+            layout = lib.Layout(mesh, cuts)
+            times = np.zeros(shape, int)
+            numbers = torch.arange(math.prod(shape)).reshape(shape)
+            for place, region in zip(product(*map(range, mesh)), lib.regions(shape, layout), strict=True):
+                expected = numbers
+                for c, size, at in zip(cuts, mesh, place, strict=True):
+                    if c is not None:
+                        chunks = [
+                            [*part.chunk(size, c.axis), *[part.narrow(c.axis, 0, 0)] * size][at]
+                            for part in [*expected.chunk(c.factor, c.axis)]
+                        ]
+                        expected = torch.cat(chunks, c.axis)
+                found = torch.empty(lib.sizes(region), dtype=numbers.dtype)
+                for whole, part in lib.blocks(region):
+                    found[part] = numbers[whole]
+                    times[whole] += 1
+                assert torch.equal(found, expected)
+            copies = math.prod(size for size, c in zip(mesh, cuts, strict=True) if c is None)
+            assert (times == copies).all()
+
+
+def test_regions() -> None:
+    check_regions(movement)
+
+
+REGION_MUTANTS = {
+    "a strided shard is read as a contiguous one": (
+        "parts = _chunks(region[cut.axis], cut.factor)",
+        "parts = [region[cut.axis]]",
+    ),
+    "even chunks": ("size = -(-total // number)", "size = total // number"),
+    "parts in the place of the whole": ("at += stop - start", "at += 0"),
+}
+
+
+@pytest.mark.parametrize("old_new", REGION_MUTANTS.values(), ids=REGION_MUTANTS)
+def test_planted_region_is_caught(old_new: Any) -> None:
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        check_regions(mutated(movement, old_new))
+
+
+def check_assignment(lib: Any) -> None:
+    """The next costliest to the device with the least; equal ones by name, whatever their order."""
+    assert lib.assign([3.0, 3.0, 2.0, 2.0, 2.0], list("abcde"), [0.0, 0.0]) == [0, 1, 0, 1, 0]
+    assert lib.assign([2.0, 2.0, 2.0, 3.0, 3.0], list("edcba"), [0.0, 0.0]) == [0, 1, 0, 1, 0]
+    assert lib.assign([1.0, 2.0, 3.0], list("abc"), [0.0, 0.0]) == [1, 1, 0]
+    assert lib.assign([1.0, 1.0], list("ab"), [5.0, 0.0]) == [1, 1]
+    # by flops: a matrix of 2 x 8 entries is less work than one of 4 x 4 for a method with an eigendecomposition
+    shapes = [(4, 4), (2, 8), (2, 8), (2, 8)]
+    owners = lib.assign([lib.work(pr.ASGO(), shape) for shape in shapes], list("abcd"), [0.0, 0.0])
+    costs = [cost.estimate("", pr.ASGO(), {"w": shape}).flops for shape in shapes]
+    loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == device) for device in range(2)]
+    best = min(max(sum(some), sum(costs) - sum(some)) for r in range(5) for some in combinations(costs, r))
+    assert max(loads) == best
+
+
+def test_assignment() -> None:
+    check_assignment(movement)
+
+
+ASSIGN_MUTANTS = {
+    "by number": ("load, result[i] = heap[0]", "load, result[i] = heap[0][0], i % len(loads)"),
+    "in the order given": ("key=lambda i: (-costs[i], names[i], i)", "key=lambda i: i"),
+    "ties by position": ("(-costs[i], names[i], i)", "(-costs[i], i)"),
+    "by size": ("done.items())) + entries", "done.items())) * 0 + entries * sum(shape)"),
+    "loads forgotten": ("heap = [(load, device)", "heap = [(0.0, device)"),
+}
+
+
+@pytest.mark.parametrize("old_new", ASSIGN_MUTANTS.values(), ids=ASSIGN_MUTANTS)
+def test_planted_assignment_is_caught(old_new: Any) -> None:
+    with pytest.raises(AssertionError):
+        check_assignment(mutated(movement, old_new))
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -598,14 +711,14 @@ def test_table_figure_and_json(tmp_path: Any) -> None:
     result = run_cost(*arguments, "--output", str(figure))
     assert result.exit_code == 0, result.output
     assert "SShampoo(size=3, every=2)" in result.stdout
-    assert "on 3 devices" in result.stdout
+    assert "On 3 devices" in result.stdout
     assert "\u2026" not in result.stdout  # no column is cut short, however narrow the terminal
     assert "flops/step" in result.stdout
     assert figure.read_bytes()[:4] == b"\x89PNG"
     shown = json.loads(run_cost(*arguments, "--json").stdout)
     expected = cost.estimate("", pr.ASGO(), read(file), mesh=3)
     assert shown["methods"][0]["state_bytes"] == expected.state_bytes
-    assert shown["methods"][0]["mesh"][1]["received"] == expected.mesh[1].received
+    assert shown["methods"][0]["mesh"][0]["sent"] == expected.mesh[0].sent
     assert shown["methods"][1]["method"] == repr(pr.SShampoo(size=3, every=2))
 
 
@@ -637,7 +750,7 @@ REFUSED = {
     "needs": (("--preset", "gpt2", "--method", "AdaFD"), "AdaFD needs delta"),
     "syntax": (("--preset", "gpt2", "--method", "ASGO(1"), "must be like 'SShampoo(size=64, every=10)'"),
     "dtype": (("--preset", "gpt2", "--dtype", "int8"), "dtype must be one of float64"),
-    "mesh": (("--preset", "gpt2", "--mesh", "0"), "mesh must be >= 1, got 0"),
+    "mesh": (("--preset", "gpt2", "--mesh", "0"), "mesh must be >= 1, or two such numbers, got (0,)"),
     "rate": (("--preset", "gpt2", "--bandwidth", "0"), "--bandwidth must be finite and > 0, got 0.0"),
     "rate inf": (("--preset", "gpt2", "--matmul-rate", "inf"), "--matmul-rate must be finite and > 0, got inf"),
     "folder": (("--preset", "gpt2", "--output", "nowhere/a.svg"), "there is no folder nowhere to write a.svg to"),

@@ -15,6 +15,9 @@ import pytest
 import torch
 from mesh_cases import CHAIN, KINDS, MESHES, OTHER, WAYS, Jobs, run
 
+import precond_ref as pr
+from precond_ref import cost
+
 pytestmark = pytest.mark.full
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
@@ -33,7 +36,29 @@ COMPACT: Jobs = [
     ("exact", ("stages", 4, FEW)),
     ("resharded", ("ASGO", "dcp")),
     ("resharded", ("MBF, joined", "full, offloaded, from rank 0")),
-    ("resharded", ("ASGO", "dcp", CHAIN, True)),
+    ("agreement", ()),
+    ("overflow", (True,)),
+    ("accumulated", ()),
+    ("placed", ()),
+    ("moved", ("FSDP2", 4, "mesh")),
+    ("moved", ("HSDP", 4, "mesh")),
+    ("moved", ("HSDP", 4, "replica")),
+    ("overlapped", ()),
+    ("interrupted", ()),
+    ("full_states", ()),
+    ("averaged", ()),
+    # planted
+    ("resharded", ("ASGO", "dcp", CHAIN[:2], True)),
+    ("agreement", (True,)),
+    ("overflow", (False,)),
+    ("accumulated", ("doubled gradient",)),
+    ("accumulated", ("step per micro-batch",)),
+    ("placed", (True,)),
+    ("per_shard", ("matrix",)),
+    ("per_shard", ("heads",)),
+    ("full_states", ("rank 0's matrices only",)),
+    ("full_states", ("a view with an offset",)),
+    ("full_states", ("no keys where another rank keeps the state",)),
 ]
 DEEP: Jobs = [
     *(("exact", (mesh, size, list(KINDS))) for mesh, sizes in MESHES.items() for size in sizes),
@@ -80,9 +105,130 @@ def test_training_goes_on_elsewhere(job: Any, deep: bool) -> None:
         assert found[1] <= ROUNDING
 
 
+# ---- what the ranks agree on ----------------------------------------------------------------------------------------
+
+
+def compact(name: str, *given: Any) -> list[Any]:
+    return seen(False)[repr((name, given))]
+
+
+def check_agreement(*planted: Any) -> None:
+    """All ranks raise alike, which names rank and parameter; all is as before, and training goes on."""
+    for rank, (bias, *others) in enumerate(compact("agreement", *planted)):
+        assert bias[0].startswith("ValueError: parameter norm.bias has no gradient on rank 1, and one on the others")
+        matrix, rate, refused = others
+        assert matrix[0].startswith("ValueError: parameter up.weight has no gradient on rank 2, and one on the others")
+        assert rate[0] == "ValueError: parameter up.weight has lr 0.125 on rank 0, 0.25 on rank 3"
+        told = (
+            "TypeError: Invalid maximize value"
+            if rank == 0
+            else "ValueError: the step was refused on rank 0: TypeError"
+        )
+        assert refused[0].startswith(told)
+        assert {rest for _, rest in (bias, *others)} == {"kept True, then (0.0, 0.0)"}
+
+
+def test_ranks_agree_before_anything_moves() -> None:
+    check_agreement()
+
+
+def test_the_check_catches_a_gradient_missing_on_one_rank() -> None:
+    with pytest.raises(AssertionError):
+        check_agreement(True)
+
+
+def check_overflow(agreed: bool) -> None:
+    """Every stage skips the step; scales agree."""
+    assert compact("overflow", agreed) == [(2.0, 0.0, 2)] * 4
+
+
+def test_all_stages_skip_an_overflow() -> None:
+    check_overflow(True)
+
+
+def test_the_check_catches_a_stage_that_steps() -> None:
+    with pytest.raises(AssertionError):
+        check_overflow(False)
+
+
+def test_gradient_accumulation() -> None:
+    """The samples of one process are summed in another order: rounding of 40 samples, three steps."""
+    assert max(compact("accumulated")) <= 40 * 3 * 2.0**-53
+
+
+@pytest.mark.parametrize("planted", ["doubled gradient", "step per micro-batch"])
+def test_the_check_catches_a_wrong_accumulation(planted: str) -> None:
+    assert min(compact("accumulated", planted)) > 1e-3
+
+
+def test_data_parallel_ranks_have_the_same_bits() -> None:
+    assert all(map(all, compact("averaged")))
+
+
+# ---- movement -------------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_where_the_plan_says() -> None:
+    assert compact("placed") == [[]] * 4
+
+
+def test_the_check_catches_strided_shards_read_as_contiguous_ones() -> None:
+    assert [name for found in compact("placed", True) for name in found] == [
+        "up.weight on FSDP2 x TP 4",
+        "up.bias on FSDP2 x TP 4",
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "owner", "by_hand"), [("FSDP2", "mesh", 1792), ("HSDP", "mesh", 2496), ("HSDP", "replica", 2496)]
+)
+def test_bytes_sent_are_those_of_the_formula(mesh: str, owner: str, by_hand: int) -> None:
+    """156 numbers of 8 bytes in four matrices. FSDP2: the owners have 44 of them and the others go each way. HSDP:
+    half goes out and comes back within a replica, and all comes back to the other one; or half each way in both."""
+    found = compact("moved", mesh, 4, owner)
+    (_, shapes, _), *_ = found
+    splits = cost.estimate("", pr.ASGO(), shapes, dtype="float64", mesh=4 if mesh == "FSDP2" else (2, 2)).mesh
+    [split] = [split for split in splits if split.name == ("replica" if owner == "replica" else "owner")]
+    assert sum(sent for sent, _, _ in found) == split.sent == by_hand
+    assert max(sent for sent, _, _ in found) == split.most_sent
+    assert {departure for _, _, departure in found} == {0.0}
+
+
+def test_exchanges_overlap_the_updates_before() -> None:
+    for done in compact("overlapped")[:2]:
+        assert done[:2] == ["out", "out"]
+        assert [done.count(name) for name in ("out", "back")] == [3, 3]
+        assert done.index("back") < len(done) - 1 - done[::-1].index("out")
+
+
+def test_an_error_before_the_way_back_leaves_all_as_it_was() -> None:
+    for told, kept in compact("interrupted")[:2]:
+        assert "as before the step: 0, 2, 6, 8 of group 0" in told
+        assert kept
+
+
+@pytest.mark.parametrize("kind", ["matrix", "heads"])
+def test_the_check_catches_updates_of_local_rows(kind: str) -> None:
+    assert min(compact("per_shard", kind)) > 1e-3
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_full_states_and_copies_are_those_of_one_process() -> None:
+    assert compact("full_states") == [""] * 4
+
+
+@pytest.mark.parametrize(
+    "planted", ["rank 0's matrices only", "a view with an offset", "no keys where another rank keeps the state"]
+)
+def test_the_check_catches_states_that_are_not_handed_round(planted: str) -> None:
+    assert all(compact("full_states", planted))
+
+
 def test_the_check_catches_states_forgotten_while_loading() -> None:
-    found = seen(False)[repr(("resharded", ("ASGO", "dcp", CHAIN, True)))][0]
-    assert found[0] > 1e-3
+    found = compact("resharded", "ASGO", "dcp", CHAIN[:2], True)
+    assert min(most for most, _ in found[:2]) > 1e-3
 
 
 def cut_short(folder: Path, same_folder: bool) -> None:

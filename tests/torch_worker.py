@@ -23,7 +23,6 @@ from torch_adapter_cases import FSDP, FSDP_EACH, ONE_EACH, distance, feed, force
 import precond_ref as pr
 import precond_ref_torch as pt
 from precond_ref_torch import buckets
-from precond_ref_torch import distributed as sharding
 
 STEPS = 6
 KINDS = ["AGD-default", "ASGO-right", "Shampoo-every", "SShampoo-average", "joined"]
@@ -325,42 +324,6 @@ def full_states(kind: str) -> float:
     return distance([a for a, _ in pairs], [b for _, b in pairs])
 
 
-def own_states_alone() -> bool:
-    """Whether the planted mistake is caught: each rank hands out the states that it keeps."""
-    original, sharding.spread = sharding.spread, lambda value, *given: value
-    try:
-        return not full_states("ASGO-right") <= 1e-10
-    except RuntimeError:  # of another shape
-        return True
-    finally:
-        sharding.spread = original
-
-
-def interrupted(mesh: Any) -> bool:
-    """Whether an error at the second of two shapes leaves both matrices, whose directions are not exchanged, alone."""
-    method = ONE_EACH["ASGO"].method
-    start, grads = recorded([(5, 4), (4, 3)], 2)
-    params = [nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in start]
-    opt = pt.Optimizer(params, method, lr=0.125)
-    for p, g in zip(params, sharded_grads(params, grads[0]), strict=True):
-        p.grad = g
-    opt.step()
-    before = [[p.full_tensor(), *(v.clone() for v in opt.state[p].values())] for p in params]
-    original = buckets.Bucket.exchange
-    buckets.Bucket.exchange = lambda self, directions: 1 / 0  # type: ignore[method-assign, assignment]
-    try:
-        opt.step()
-        return False
-    except ZeroDivisionError as error:
-        told = "as before the step: 0-1 of group 0" in error.__notes__[0]
-    finally:
-        buckets.Bucket.exchange = original  # type: ignore[method-assign]
-    after = [[p.full_tensor(), *opt.state[p].values()] for p in params]
-    return told and all(
-        torch.equal(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True)
-    )
-
-
 def foreign_load_message(rank: int, mesh: Any) -> str:
     """What loading the states that another rank keeps says, on the rank that owns the matrix."""
     start, grads = recorded([(4, 4)], 1)
@@ -423,8 +386,6 @@ def main(rank: int, world: int, folder: Path) -> None:
         "foreign": foreign_load_message(rank, mesh),
         "carried": {f"{kind}, {way}": carried(kind, way, folder) for kind in KINDS for way in ways(world)},
         "full states": {kind: full_states(kind) for kind in KINDS},
-        "own states alone": own_states_alone(),
-        "interrupted": interrupted(mesh),
         "skipping": skipping_distance(mesh),
         "per shard": per_shard_distance(mesh),
     }

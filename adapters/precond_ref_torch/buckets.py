@@ -101,17 +101,27 @@ class Bucket:
     ``entries`` (the optimizer's state of each unit's first parameter) hold views of these arrays, which are written in
     place.
     ``flat``: an elementwise method on the concatenation of this rank's parts of the parameters; otherwise whole
-    parameters of one shape, stacked if there are several, and with ``owner`` set updated by that rank alone.
-    ``lent``: code outside has the entries' tensors, so these must stay as they are.
+    parameters of one shape, stacked if there are several, and with ``owner`` set updated by that rank alone (``mine``:
+    by this one).
+    ``lent``: somebody has the entries' tensors, which are to stay as they are.
     """
 
     def __init__(
-        self, method: Method, units: list[Unit], entries: list[Any], flat: bool, owner: int | None, lent: bool = False
+        self,
+        method: Method,
+        units: list[Unit],
+        entries: list[Any],
+        flat: bool,
+        owner: int | None,
+        mine: bool = True,
+        lent: bool = False,
     ) -> None:
         self.method, self.units, self.entries, self.flat, self.owner = method, units, entries, flat, owner
         self.params = params = [unit[0] for unit in units]
         self.all_params = [param for unit in units for param in unit]
-        self.mine = owner is None or sharding.owns(params[0], owner)
+        self.mine = mine
+        self.move: sharding.Move | None = None
+        """How its matrices come to their owners; several buckets share it."""
         parts = [sharding.local(p) if flat else p for p in params]
         self.shapes = [tuple(part.shape) for part in parts] if flat else [shape_of(unit) for unit in units]
         self.uniform = not flat or len(set(self.shapes)) == 1
@@ -254,14 +264,13 @@ class Bucket:
     # ---- the update -------------------------------------------------------------------------------------------------
 
     def gather(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return gradients, and parameters if the method reads them; a collective for a bucket with an owner."""
+        """Gradients, and parameters if the method reads them: this rank's parts of them."""
         reads = self.method.reads_param
         if not self.sharded and len(self.all_params) == len(self):
             return [p.grad for p in self.params], self.params if reads else []
-        part: Any = sharding.local if self.owner is None else sharding.whole
-        grads = [joined([part(sharding.aligned_grad(p)) for p in unit]) for unit in self.units]
-        params = [joined([part(p) for p in unit]) for unit in self.units] if reads else []
-        return (grads, params) if self.mine else ([], [])
+        grads = [joined([sharding.local(sharding.aligned_grad(p)) for p in unit]) for unit in self.units]
+        params = [joined([sharding.local(p) for p in unit]) for unit in self.units] if reads else []
+        return grads, params
 
     def cut(self, options: Mapping[str, Any], statistic: Any = None) -> list[Piece]:
         """Return the pieces of an update, in order."""
@@ -453,15 +462,6 @@ class Bucket:
                 f"statistics: for a parameter of size {list(shape)}, updated by {name}: {error}"
             ) from None
         return value
-
-    def exchange(self, directions: list[Tensor]) -> list[Tensor]:
-        """Return this rank's parts of the owner's ``directions`` (a collective)."""
-        whole = torch.empty((len(self), *self.shapes[0]), dtype=self.dtype, device=self.device)
-        if self.mine:
-            torch.stack(directions, out=whole)
-        sharding.broadcast(whole, self.params[0].device_mesh, int(self.owner or 0))
-        parts = self.parts(list(whole.unbind()))
-        return [sharding.shard_of(d.contiguous(), p) for d, p in zip(parts, self.all_params, strict=True)]
 
 
 def in_tensors(numbers: Any, dtype: torch.dtype) -> Any:

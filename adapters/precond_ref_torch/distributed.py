@@ -1,14 +1,19 @@
-"""Support for parameters that are DTensors (FSDP2, tensor parallelism): local shards, owners of whole matrices."""
+"""What parameters that are DTensors (FSDP2, tensor parallelism) need: local shards, owners of whole matrices, movement.
+
+Who owns what and what travels is `precond_ref.cost.movement`; here it is done with `torch.distributed`.
+"""
 
 from __future__ import annotations
 
-import math
+import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from precond_ref.cost.movement import Cut, Layout, Parcel, assign, blocks, coordinates, sizes
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -57,73 +62,6 @@ def aligned_grad(param: Any) -> Any:
     return grad
 
 
-def owners(groups: Iterable[list[Any]]) -> dict[Any, int]:
-    """Return for each DTensor the rank of its mesh that updates it, with even work.
-
-    The ranks depend only on the shapes and the order of the groups. A later group does not change earlier ranks.
-    """
-    result: dict[Any, int] = {}
-    loads: dict[Any, list[int]] = {}
-    for params in groups:
-        sharded = [p for p in params if is_sharded(p)]
-        for p in sorted(sharded, key=_cost, reverse=True):
-            load = loads.setdefault(p.device_mesh, [0] * p.device_mesh.size())
-            result[p] = load.index(min(load))
-            load[result[p]] += _cost(p)
-    return result
-
-
-def _cost(param: Any) -> int:
-    return int(param.numel() * sum(param.shape))
-
-
-def owns(param: Any, owner: int) -> bool:
-    """Return True if this process is rank ``owner`` of the mesh of ``param``."""
-    return tuple(param.device_mesh.get_coordinate()) == _coordinate(param.device_mesh, owner)
-
-
-def _coordinate(mesh: Any, rank: int) -> tuple[int, ...]:
-    return tuple(rank // math.prod(mesh.shape[d + 1 :]) % mesh.shape[d] for d in range(mesh.ndim))
-
-
-def broadcast(tensor: Tensor, mesh: Any, owner: int) -> None:
-    """Write ``tensor`` of rank ``owner`` of the mesh into ``tensor`` of all its ranks."""
-    import torch.distributed as dist
-
-    here, source = tuple(mesh.get_coordinate()), _coordinate(mesh, owner)
-    for dim in range(mesh.ndim):
-        if here[dim + 1 :] == source[dim + 1 :]:
-            group = mesh.get_group(dim)
-            dist.broadcast(tensor, src=dist.get_global_rank(group, source[dim]), group=group)
-
-
-def refused_by_any(mesh: Any, refused: bool) -> bool:
-    """Return True if ``refused`` is true on any rank (a collective)."""
-    import torch.distributed as dist
-
-    flag = torch.tensor(float(refused), device=mesh.device_type)
-    for dim in range(mesh.ndim):
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=mesh.get_group(dim))
-    return bool(flag)
-
-
-def spread(value: Tensor, like: Tensor, param: Any, owner: int) -> Tensor:
-    """Return ``value`` of rank ``owner``, shaped as ``like``, sharded along axis 0 (a collective); 0-D: whole."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
-    mesh = param.device_mesh
-    full = value if owns(param, owner) else value.new_empty(like.shape)
-    full = full.contiguous()
-    broadcast(full, mesh, owner)
-    if full.ndim == 0:
-        return full
-    shards = [Shard(0)] * mesh.ndim
-    part = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(mesh, shards)
-    return DTensor.from_local(
-        part.to_local().clone(), mesh, shards, run_check=False, shape=full.shape, stride=full.stride()
-    )
-
-
 def restored(value: Tensor, like: Any, shape: torch.Size) -> Tensor:
     """Return this rank's part of a saved elementwise state: a DTensor of any layout, the whole, or the part."""
     if is_sharded(value):
@@ -133,3 +71,239 @@ def restored(value: Tensor, like: Any, shape: torch.Size) -> Tensor:
     if is_sharded(like) and value.shape == like.shape and value.shape != shape:
         return shard_of(value.to(like.device), like)
     return value
+
+
+# ---- owners ---------------------------------------------------------------------------------------------------------
+
+
+def layout_of(tensor: Any) -> Layout:
+    """How a DTensor lies on its mesh; ValueError for a placement that is neither a copy nor a cut along one axis."""
+    cuts: list[Cut | None] = []
+    for placement in tensor.placements:
+        if placement.is_replicate():
+            cuts.append(None)
+        elif hasattr(placement, "dim") and hasattr(placement, "split_factor"):
+            cuts.append(Cut(placement.dim, placement.split_factor))
+        elif placement.is_shard():
+            cuts.append(Cut(placement.dim))
+        else:
+            raise ValueError(f"a parameter must be sharded or replicated, got one of placements {tensor.placements}")
+    return Layout(tuple(tensor.device_mesh.shape), tuple(cuts))
+
+
+def copied_axes(unit: Sequence[Any]) -> tuple[int, ...]:
+    """Axes of the mesh along which all parameters of a unit are replicated."""
+    layouts = [layout_of(param) for param in unit]
+    return tuple(axis for axis in range(len(layouts[0].mesh)) if all(layout.cuts[axis] is None for layout in layouts))
+
+
+def free_axes(unit: Sequence[Any], apart: bool) -> tuple[int, ...]:
+    """Axes of the mesh along which a unit has several owners: those on which all of it is replicated, if ``apart``."""
+    if not apart:
+        return ()
+    layouts = [layout_of(param) for param in unit]
+    return tuple(axis for axis in range(len(layouts[0].mesh)) if all(layout.cuts[axis] is None for layout in layouts))
+
+
+def owners(
+    units: Sequence[tuple[tuple[Any, ...], str, float]], known: Mapping[Any, int], apart: bool
+) -> dict[Any, int]:
+    """Which rank of its mesh updates each unit ``(parameters, name, cost)`` of DTensors, if that is not ``known``.
+
+    ``apart``: an owner in each replica, of which this is the first.
+    """
+    result: dict[Any, int] = {}
+    for mesh in dict.fromkeys(params[0].device_mesh for params, _, _ in units):
+        places = coordinates(tuple(mesh.shape))
+        loads = [0.0] * len(places)
+        new: dict[tuple[int, ...], list[tuple[Any, str, float]]] = {}
+        for params, name, cost in units:
+            if params[0].device_mesh != mesh:
+                continue
+            free = free_axes(params, apart)
+            if params[0] in known:
+                _add(loads, places, known[params[0]], free, cost)
+            else:
+                new.setdefault(free, []).append((params[0], name, cost))
+        for free, some in new.items():
+            ranks = [rank for rank, place in enumerate(places) if not any(place[axis] for axis in free)]
+            costs, names = [cost for _, _, cost in some], [name for _, name, _ in some]
+            for (param, _, cost), i in zip(some, assign(costs, names, [loads[r] for r in ranks]), strict=True):
+                result[param] = ranks[i]
+                _add(loads, places, ranks[i], free, cost)
+    return result
+
+
+def _add(loads: list[float], places: Any, owner: int, free: tuple[int, ...], cost: float) -> None:
+    for rank, place in enumerate(places):
+        if all(axis in free or at == own for axis, (at, own) in enumerate(zip(place, places[owner], strict=True))):
+            loads[rank] += cost
+
+
+def owns(unit: Sequence[Any], owner: int, apart: bool) -> bool:
+    """Whether this process updates a unit whose (first) owner is that rank of its mesh."""
+    mesh = unit[0].device_mesh
+    own, free = coordinates(tuple(mesh.shape))[owner], free_axes(unit, apart)
+    return all(axis in free or at == own[axis] for axis, at in enumerate(mesh.get_coordinate()))
+
+
+# ---- movement -------------------------------------------------------------------------------------------------------
+
+
+class Team:
+    """The ranks of one mesh, as one process group (making it is a collective, if the mesh has several axes)."""
+
+    def __init__(self, mesh: Any) -> None:
+        import torch.distributed as dist
+
+        self.mesh, self.size = mesh, mesh.size()
+        ranks = mesh.mesh.flatten().tolist()
+        self.rank = ranks.index(dist.get_rank())
+        self.group = mesh.get_group() if mesh.ndim == 1 else dist.new_group(ranks, use_local_synchronization=True)
+
+    def differs(self, words: str, refused: bool) -> bool:
+        """Whether some ranks say other ``words``, or one has refused (a collective)."""
+        import torch.distributed as dist
+
+        digest = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
+        flags = torch.tensor([digest, -digest, int(refused)], device=self.mesh.device_type)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
+        most, least, any_refused = flags.tolist()
+        return bool(any_refused or most != -least)
+
+    def told(self, value: Any) -> list[Any]:
+        """What each rank says (a collective)."""
+        import torch.distributed as dist
+
+        result: list[Any] = [None] * self.size
+        dist.all_gather_object(result, value, group=self.group)
+        return result
+
+
+class Move:
+    """Tensors of one dtype from where they lie to the owners of their matrices, and back, in one exchange each."""
+
+    def __init__(self, parcels: Sequence[Parcel], team: Team) -> None:
+        self.parcels, self.team = parcels, team
+        rank, ranks = team.rank, range(team.size)
+        self.mine = [rank in parcel.owners for parcel in parcels]
+        """Whether this rank is an owner, for each parcel."""
+        held = [i for i, mine in enumerate(self.mine) if mine]
+        self.sent: list[list[int]] = [[] for _ in ranks]
+        """To each rank, in order."""
+        self.returned: list[list[int]] = [[] for _ in ranks]
+        """From each rank, in order."""
+        for i, parcel in enumerate(parcels):
+            for owner in parcel.owners:
+                if parcel.sends(rank, owner):
+                    self.sent[owner].append(i)
+            self.returned[parcel.owner_of(rank)].append(i)
+        self.received = [[i for i in held if parcels[i].sends(source, rank)] for source in ranks]
+        self.sent_back = [[i for i in held if parcels[i].owner_of(target) == rank] for target in ranks]
+
+    def out(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor | None]]:
+        """Send this rank's part of each parcel; the function returned waits, and gives an owner the whole ones."""
+        packed = [[parts[i] for i in some] for some in self.sent]
+        counts = [[self.parcels[i].amounts[source] for i in some] for source, some in enumerate(self.received)]
+        wait = self._exchange(packed, counts, parts[0])
+
+        def receive() -> list[Tensor | None]:
+            result = [
+                parts[i].new_empty(p.shape) if mine else None
+                for i, (p, mine) in enumerate(zip(self.parcels, self.mine, strict=True))
+            ]
+            pieces = iter(wait())
+            for source, some in enumerate(self.received):
+                for i in some:
+                    region = self.parcels[i].regions[source]
+                    piece, full = next(pieces).view(sizes(region)), result[i]
+                    assert full is not None
+                    for there, here in blocks(region):
+                        full[there] = piece[here]
+            return result
+
+        return receive
+
+    def back(self, wholes: Sequence[Tensor | None], like: Tensor) -> Callable[[], list[Tensor]]:
+        """Send each rank its part of what this one owns, of the dtype of ``like``; the function gives this one's."""
+        packed = [[self._part(i, target, wholes[i]) for i in some] for target, some in enumerate(self.sent_back)]
+        rank = self.team.rank
+        counts = [[self.parcels[i].amounts[rank] for i in some] for some in self.returned]
+        wait = self._exchange(packed, counts, like)
+
+        def receive() -> list[Tensor]:
+            pieces = wait()
+            order = [i for some in self.returned for i in some]
+            found = dict(zip(order, pieces, strict=True))
+            return [found[i].view(sizes(p.regions[rank])) for i, p in enumerate(self.parcels)]
+
+        return receive
+
+    def _part(self, i: int, rank: int, full: Any) -> Tensor:
+        region = self.parcels[i].regions[rank]
+        cut = list(blocks(region))
+        if len(cut) == 1:
+            part: Tensor = full[cut[0][0]]
+            return part
+        part = full.new_empty(sizes(region))
+        for there, here in cut:
+            part[here] = full[there]
+        return part
+
+    def _exchange(
+        self, packed: list[list[Tensor]], counts: list[list[int]], like: Tensor
+    ) -> Callable[[], list[Tensor]]:
+        """To each rank the tensors packed for it; those of ``counts`` entries from each, in order."""
+        import torch.distributed as dist
+
+        flat = [tensor.reshape(-1) for some in packed for tensor in some]
+        given = torch.cat(flat) if flat else like.new_empty(0)
+        splits = [sum(tensor.numel() for tensor in some) for some in packed]
+        taken = [sum(some) for some in counts]
+        result = like.new_empty(sum(taken))
+        handle = dist.all_to_all_single(result, given, taken, splits, group=self.team.group, async_op=True)
+
+        def wait() -> list[Tensor]:
+            handle.wait()
+            numbers = [number for some in counts for number in some]
+            return list(torch.split(result, numbers)) if numbers else []
+
+        return wait
+
+
+def gathered(values: Iterable[tuple[Tensor, int, tuple[int, ...]]], team: Team) -> list[Tensor | None]:
+    """Of each DTensor with owner and axes apart: the whole for its owner, for others None (a collective)."""
+    items = list(values)
+    result: list[Tensor | None] = [None] * len(items)
+    for dtype in dict.fromkeys(value.dtype for value, _, _ in items):
+        some = [i for i, (value, _, _) in enumerate(items) if value.dtype == dtype]
+        parcels = [Parcel(tuple(v.shape), layout_of(v), owner, apart) for v, owner, apart in (items[i] for i in some)]
+        wholes = Move(parcels, team).out([local(items[i][0]) for i in some])()
+        for i, value in zip(some, wholes, strict=True):
+            result[i] = value
+    return result
+
+
+def dealt(values: Iterable[tuple[Tensor, Any, int, tuple[int, ...]]], team: Team) -> list[Tensor]:
+    """Of each tensor (of its owner; others give any), its shape (of a `Spec`), owner and axes apart: a DTensor, cut
+    along its first axis among all ranks; what has no axis is copied (a collective)."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    items = list(values)
+    result: list[Any] = [None] * len(items)
+    mesh = team.mesh
+    for dtype in dict.fromkeys(like.dtype for _, like, _, _ in items):
+        some = [i for i, (_, like, _, _) in enumerate(items) if like.dtype == dtype]
+        shapes = [tuple(items[i][1].shape) for i in some]
+        layouts = [Layout(tuple(mesh.shape), (Cut(0) if shape else None,) * mesh.ndim) for shape in shapes]
+        parcels = [Parcel(s, lay, *items[i][2:]) for i, s, lay in zip(some, shapes, layouts, strict=True)]
+        move = Move(parcels, team)
+        wholes = [items[i][0] if mine else None for i, mine in zip(some, move.mine, strict=True)]
+        for i, shape, part in zip(some, shapes, move.back(wholes, items[some[0]][0])(), strict=True):
+            placements = [Shard(0) if shape else Replicate()] * mesh.ndim
+            stride = torch.empty(shape, device="meta").stride()
+            own = part.clone()  # in memory of its own, which copies and files take whole
+            result[i] = DTensor.from_local(
+                own, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+            )
+    return result

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, zip_longest
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from precond_ref import Adam, Method
+from precond_ref.cost.movement import Parcel, work
 from precond_ref.fields import nearest
 from precond_ref.protocol import class_hint
 from precond_ref.registry import class_of
@@ -31,6 +32,7 @@ from precond_ref_torch.buckets import (
     Unit,
     check_engine,
     in_tensors,
+    joined,
     partition,
     shape_of,
     write,
@@ -65,6 +67,8 @@ class Plan(NamedTuple):
     active: list[Any]
     layout: list[Any]
     buckets: list[Bucket]
+    words: dict[Any, str]
+    """What the ranks of each mesh must agree on."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -87,6 +91,8 @@ class Optimizer(torch.optim.Optimizer):
         join: pairs of names (weight, bias): each weight (O, I) and bias (O,) is one parameter (O, I + 1) for a method
             that is not elementwise, called like the weight, whose entry of ``state`` holds the state of both. The
             parameters must be named, and both in one group.
+        owner: "mesh" for one rank of a mesh that updates a matrix, "replica" for one in each replica (HSDP), which
+            repeats the work and sends nothing from replica to replica.
         flags: ``foreach``, ``fused``, ``capturable`` and ``differentiable`` as False or None, for code that gives them.
 
     Parameters below float32 have their statistics and arithmetic in float32, and are rounded once per step.
@@ -105,8 +111,11 @@ class Optimizer(torch.optim.Optimizer):
         compile: bool | str = False,
         engine: str = "torch",
         join: Any = (),
+        owner: str = "mesh",
         **flags: Any,
     ) -> None:
+        if owner not in ("mesh", "replica"):
+            raise ValueError(f"Invalid owner: {owner!r} (it must be 'mesh' or 'replica')")
         if unknown := flags.keys() - FLAGS.keys():
             raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {min(unknown)!r}")
         _check_flags(flags)
@@ -121,6 +130,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"weight_decay must be the method's, {encoded['weight_decay']}, or not be given, got {weight_decay}"
             )
         self._reset()
+        self._begin(owner == "replica")
         _check_rates({"lr": lr, "weight_decay": weight_decay})
         defaults = {
             **encoded,
@@ -140,26 +150,41 @@ class Optimizer(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         self._plans: dict[int, Plan] = {}
+        self._meshes: list[Any] | None = None
+        """Those of the parameters, once they are asked for."""
         self._kernels: dict[Any, Any] = {}
-        self._owners: dict[Any, int] = {}
         self._warned = False
         self._runs: list[BucketStep] = []
         self._lent: set[Any] = set()
 
+    def _begin(self, apart: bool) -> None:
+        self._apart = apart
+        """Whether each replica has owners of its own."""
+        self._owners: dict[Any, int] = {}
+        self._teams: dict[Any, sharding.Team] = {}
+
     def __getstate__(self) -> dict[str, Any]:
         self._release()
-        return super().__getstate__()
+        owners = [[self._owners.get(param) for param in group["params"]] for group in self.param_groups]
+        return {**super().__getstate__(), "owners": owners, "apart": self._apart}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        apart, owners = state.pop("apart", False), state.pop("owners", None)
         super().__setstate__(state)
         self._reset()
-        self._owners = sharding.owners(group["params"] for group in self.param_groups)
+        if not hasattr(self, "_owners"):  # a copy; while loading, the owners stay
+            self._begin(apart)
+            for group, ranks in zip(self.param_groups, owners or (), strict=False):
+                pairs = zip(group["params"], ranks, strict=True)
+                self._owners.update({param: rank for param, rank in pairs if rank is not None})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may name its own method and any hyperparameter; a refused one changes nothing."""
         if not isinstance(param_group, dict):
             super().add_param_group(param_group)
             return
+        self._meshes = None
         group = _with_method(param_group, self.defaults["method"])
         own = states.field_names(group.get("method", self.defaults["method"]))
         super().add_param_group(group)
@@ -175,7 +200,6 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        self._owners = sharding.owners(group["params"] for group in self.param_groups)
 
     def _check(self, group: Mapping[str, Any]) -> None:
         """Raise ValueError or TypeError for hyperparameters or parameters that do not fit."""
@@ -230,6 +254,72 @@ class Optimizer(torch.optim.Optimizer):
             chosen = _method(group["fallback"])
         states.template(chosen, shape, states.work_dtype(chosen, dtype))
         return chosen
+
+    # ---- several processes ------------------------------------------------------------------------------------------
+
+    def _owner(self, param: Any) -> int:
+        """Which rank of its mesh updates a sharded matrix; those without one get theirs together."""
+        if param not in self._owners:
+            units = [
+                (unit, name or f"{index}.{position:06d}", work(method, shape_of(unit)))
+                for index, group in enumerate(self.param_groups)
+                for position, (name, unit, method) in enumerate(self._routed(group))
+                if sharding.is_sharded(unit[0]) and not method.elementwise
+            ]
+            self._owners.update(sharding.owners(units, self._owners, self._apart))
+        return self._owners[param]
+
+    def _owns(self, unit: Unit) -> bool:
+        return sharding.owns(unit, self._owner(unit[0]), self._apart)
+
+    def _team(self, mesh: Any) -> sharding.Team:
+        if mesh not in self._teams:
+            self._teams[mesh] = sharding.Team(mesh)
+        return self._teams[mesh]
+
+    def _all_teams(self) -> list[sharding.Team]:
+        """Of every mesh that has a parameter."""
+        if self._meshes is None:
+            params = [param for group in self.param_groups for param in group["params"] if sharding.is_sharded(param)]
+            self._meshes = list(dict.fromkeys(param.device_mesh for param in params))
+        return [self._team(mesh) for mesh in self._meshes]
+
+    def _agree(self, refusal: Exception | None) -> None:
+        """Raise what this rank refuses, or ValueError for what makes the ranks of a mesh differ (a collective)."""
+        teams = self._all_teams()
+        differ = [team.differs(self._words(team.mesh), refusal is not None) for team in teams]
+        if len(teams) > 1:  # a rank that is in no differing mesh hears of it by one that is
+            differ = [team.differs("", any(differ)) for team in teams]
+        told = [team.told((repr(refusal) if refusal else "", self._seen(team.mesh))) for team in teams if any(differ)]
+        if refusal is None and any(differ):
+            refusal = ValueError(next(filter(None, map(_difference, teams, told)), "the ranks of a mesh differ"))
+        if refusal is not None:
+            raise refusal
+
+    def _words(self, mesh: Any) -> str:
+        """What the ranks of a mesh must agree on before anything moves."""
+        return repr(
+            [
+                (plan.words[mesh], float(group["lr"]), float(group["weight_decay"]), group["maximize"], steps)
+                for group, plan in zip(
+                    self.param_groups, map(self._plans.get, range(len(self.param_groups))), strict=True
+                )
+                if plan is not None and mesh in plan.words
+                for steps in [[b.now for b in plan.buckets if b.sharded and b.params[0].device_mesh == mesh]]
+            ]
+        )
+
+    def _seen(self, mesh: Any) -> list[tuple[str, bool, dict[str, str]]]:
+        """Of each parameter of a mesh: its name, whether it has a gradient, its step and the group's entries."""
+        found = []
+        for index, group in enumerate(self.param_groups):
+            entries = {key: repr(value) for key, value in group.items() if key not in ("params", "param_names")}
+            for position, (name, param) in enumerate(_named(group)):
+                if sharding.is_sharded(param) and param.device_mesh == mesh:
+                    label = name or f"{position} of group {index}"
+                    step = _count(self.state.get(param, {}).get("step", 0))
+                    found.append((label, param.grad is not None, {"step": repr(step), **entries}))
+        return found
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -318,12 +408,25 @@ class Optimizer(torch.optim.Optimizer):
 
     def _update(self, statistics: Mapping[Any, Any], batch_size: float | None) -> None:
         self._settle()  # what a second interruption left
-        before = self._set_batch_size(batch_size)
+        before: list[tuple[Any, Any]] = []
+        found: list[tuple[Any, Bucket]] = []
+        given: list[Any] = []
+        refusal: Exception | None = None
         try:
-            found, given = self._checked(statistics)
+            try:
+                before = self._set_batch_size(batch_size)
+                found, given = self._checked(statistics)
+            except Exception as error:
+                refusal = error
+            self._agree(refusal)
             self._runs = [BucketStep(group, bucket, s) for (group, bucket), s in zip(found, given, strict=True)]
             numbers: dict[Any, Any] = {}
-            for in_place, some in groupby(self._runs, attrgetter("in_place")):
+            moves = dict.fromkeys(run.bucket.move for run in self._runs if run.bucket.move is not None)
+            flights = [Flight(move, [run for run in self._runs if run.bucket.move is move]) for move in moves]
+            for flight in flights[:1]:
+                flight.send()
+            at_home = [run for run in self._runs if run.bucket.move is None]
+            for in_place, some in groupby(at_home, attrgetter("in_place")):
                 runs = list(some)
                 with interrupts_deferred() if in_place else nullcontext():
                     for run in runs:
@@ -332,8 +435,16 @@ class Optimizer(torch.optim.Optimizer):
                         run.advance()
                     for run in runs:
                         run.count()
-            for run in self._runs:
-                run.exchange()
+            for flight, *following in zip_longest(flights, flights[1:]):
+                if following[0] is not None:  # on its way while this one is computed
+                    following[0].send()
+                flight.receive()
+                for run in flight.runs:
+                    run.prepare(numbers, self._kernels)
+                    run.advance()
+                flight.send_back()
+            for flight in flights:
+                flight.finish()
             self._runs = []
         except BaseException as error:
             begun = bool(self._runs)
@@ -408,16 +519,42 @@ class Optimizer(torch.optim.Optimizer):
         kept = {unit[0]: views.keys() for b in before for unit, views in zip(b.units, b.views, strict=True)}
         buckets = []
         for members in cut:
-            (method, flat, owner), units = members[0][0], [unit for _, unit in members]
+            (method, flat, owner, mine), units = members[0][0], [unit for _, unit in members]
             for unit in units:  # what a method with other fields kept would be out of date if they came back
                 for name in kept.get(unit[0], {"step"}) - _expected(unit, method).keys() - {"step"}:
                     self.state[unit[0]].pop(name, None)
             params = [unit[0] for unit in units]
             lent = not self._lent.isdisjoint(params)
-            buckets.append(Bucket(method, units, [self.state[param] for param in params], flat, owner, lent))
+            buckets.append(Bucket(method, units, [self.state[param] for param in params], flat, owner, mine, lent))
             self._lent.difference_update(params)
-        self._plans[index] = Plan(key, ENTRIES(group), active, layout, buckets)
+        self._meshes = None
+        words = self._movement(repr(key), buckets)
+        self._plans[index] = Plan(key, ENTRIES(group), active, layout, buckets, words)
         return buckets
+
+    def _movement(self, key: str, buckets: list[Bucket]) -> dict[Any, str]:
+        """Give each bucket of sharded matrices what moves them; what the ranks of each mesh must agree on."""
+        together: dict[Any, list[Bucket]] = {}
+        words: dict[Any, list[Any]] = {}
+        for bucket in buckets:
+            if bucket.sharded:
+                mesh = bucket.params[0].device_mesh
+                shapes = [tuple(param.shape) for param in bucket.all_params]
+                words.setdefault(mesh, []).append((str(bucket.params[0].grad.dtype), bucket.owner, shapes))
+            if bucket.owner is not None:
+                kind = (*bucket.kernel_key, mesh, bucket.params[0].grad.dtype, bucket.now)
+                together.setdefault(kind, []).append(bucket)
+        for some in together.values():
+            parcels = [
+                Parcel(tuple(param.shape), sharding.layout_of(param), *self._place(unit))
+                for bucket in some
+                for unit in bucket.units
+                for param in unit
+            ]
+            move = sharding.Move(parcels, self._team(some[0].params[0].device_mesh))
+            for bucket in some:
+                bucket.move = move
+        return {mesh: repr((key, *found)) for mesh, found in words.items()}
 
     def _labels(self, group: Mapping[str, Any]) -> Iterator[tuple[Any, int, Any]]:
         """Yield for each parameter with a gradient: the label that its bucket shares, its size, and itself."""
@@ -428,7 +565,7 @@ class Optimizer(torch.optim.Optimizer):
             if param.grad is None:
                 continue
             flat = method.elementwise
-            owner = None if flat or not sharding.is_sharded(param) else self._owners[param]
+            owner = None if flat or not sharding.is_sharded(param) else self._owner(param)
             for p in unit:
                 if p.grad.shape != p.shape or p.grad.device != p.device:
                     raise ValueError(
@@ -436,7 +573,7 @@ class Optimizer(torch.optim.Optimizer):
                         f"it must be like the parameter, on {p.device}"
                     )
             entry = self.state[param]
-            mine = owner is None or sharding.owns(param, owner)
+            mine = owner is None or self._owns(unit)
             if "step" not in entry:
                 arrays = _fresh(method, unit, flat) if mine else _elsewhere(method, unit)
                 entry.update(step=torch.zeros((), dtype=torch.int64, device="cpu"), **arrays)
@@ -448,9 +585,9 @@ class Optimizer(torch.optim.Optimizer):
             if mine:
                 _check_entry(entry, unit, method, name)
             shape = None if flat else shape_of(unit)
-            layout = (owner, param.device_mesh) if sharding.is_sharded(param) else None
+            layout = (owner, mine, param.device_mesh, param.grad.dtype) if sharding.is_sharded(param) else None
             label = (method, param.dtype, param.device, shape, layout, states.count(entry["step"]))
-            yield label, sharding.local(param).numel() if flat else 0, ((method, flat, owner), unit)
+            yield label, sharding.local(param).numel() if flat else 0, ((method, flat, owner, mine), unit)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -480,6 +617,7 @@ class Optimizer(torch.optim.Optimizer):
         self._lent.update(self.state)
         state = copy.copy(self.state)
         state.update({key: copy.copy(entry) for key, entry in self.state.items()})
+        owned: dict[Any, list[tuple[Any, str, Any, Unit]]] = {}
         for group in self.param_groups:
             for _, unit, method in self._routed(group):
                 entry = state.get(unit[0], {})
@@ -487,9 +625,13 @@ class Optimizer(torch.optim.Optimizer):
                     continue
                 if sharding.is_sharded(unit[0]) and not method.elementwise:
                     for name, like in _expected(unit, method).items():
-                        entry[name] = sharding.spread(entry[name], like, unit[0], self._owners[unit[0]])
+                        owned.setdefault(unit[0].device_mesh, []).append((entry, name, like, unit))
                 for bias in unit[1:]:
                     state.setdefault(bias, {})  # tools look for one of each parameter
+        for mesh, items in owned.items():
+            values = [(entry[name], like, *self._place(unit)) for entry, name, like, unit in items]
+            for (entry, name, _, _), value in zip(items, sharding.dealt(values, self._team(mesh)), strict=True):
+                entry[name] = value
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -510,19 +652,19 @@ class Optimizer(torch.optim.Optimizer):
         except Exception as error:
             refusal = error
         whole = [
-            unit[0]
+            unit
             for group in self.param_groups
             for _, unit, method in self._routed(group)
             if sharding.is_sharded(unit[0]) and not method.elementwise
         ]
-        meshes = dict.fromkeys(param.device_mesh for param in whole)
-        elsewhere = [sharding.refused_by_any(mesh, refusal is not None) for mesh in meshes]
+        meshes = dict.fromkeys(unit[0].device_mesh for unit in whole)
+        elsewhere = [self._team(mesh).differs("", refusal is not None) for mesh in meshes]
         if refusal is not None:
             raise refusal
         if any(elsewhere):
             raise ValueError("loaded state dict was refused on another rank")
-        for param in whole:
-            self._gather(loaded.get(param, {}), param)
+        for mesh in meshes:
+            self._gather(loaded, [unit for unit in whole if unit[0].device_mesh == mesh], self._team(mesh))
         state = copy.copy(self.state)
         state.clear()
         state.update(loaded)
@@ -621,7 +763,7 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"loaded state dict has no valid step for {label}, got {saved!r}")
         result = {"step": torch.tensor(step, dtype=torch.int64, device="cpu"), **result}
         sharded = sharding.is_sharded(param)
-        mine = flat or not sharded or sharding.owns(param, self._owners[param])
+        mine = flat or not sharded or self._owns(unit)
         if not mine and not any(map(sharding.is_sharded, entry.values())):
             return {**result, **_elsewhere(method, unit)}  # whatever the rank that saved this kept
         if not expected.keys() <= entry.keys():
@@ -649,13 +791,24 @@ class Optimizer(torch.optim.Optimizer):
             result[key] = sharding.wrap(value, param) if flat else value
         return result
 
-    def _gather(self, entry: dict[str, Any], param: Any) -> None:
-        """Gather the whole state of a sharded matrix on its owner (a collective)."""
-        mine = sharding.owns(param, self._owners[param])
-        for name, value in entry.items():
-            if sharding.is_sharded(value):
-                full = sharding.whole(value)
-                entry[name] = full.to(param.device, copy=True) if mine else full.new_empty(0)
+    def _gather(self, loaded: Mapping[Any, Any], units: list[Unit], team: sharding.Team) -> None:
+        """The whole states of sharded matrices for their owners (a collective)."""
+        items = []
+        for unit in units:
+            entry = loaded.get(unit[0], {})
+            for name, value in entry.items():
+                if sharding.is_sharded(value) and value.device_mesh == team.mesh:
+                    items.append((entry, name, value, *self._place(unit)))
+                elif sharding.is_sharded(value):
+                    full = sharding.whole(value)
+                    entry[name] = full.to(unit[0].device, copy=True) if self._owns(unit) else full.new_empty(0)
+        wholes = sharding.gathered([item[2:] for item in items], team)
+        for (entry, name, value, *_), gathered in zip(items, wholes, strict=True):
+            entry[name] = sharding.local(value).new_empty(0) if gathered is None else gathered
+
+    def _place(self, unit: Unit) -> tuple[int, tuple[int, ...]]:
+        """The (first) owner of a sharded matrix, and the axes of its mesh along which there are several."""
+        return self._owner(unit[0]), sharding.free_axes(unit, self._apart)
 
     # ---- inspection -------------------------------------------------------------------------------------------------
 
@@ -689,7 +842,7 @@ class BucketStep:
 
     def __init__(self, group: Mapping[str, Any], bucket: Bucket, statistic: Any) -> None:
         self.group, self.bucket, self.statistic = group, bucket, statistic
-        self.grads, self.params = bucket.gather()
+        self.grads, self.params = bucket.gather() if bucket.owner is None else ([], [])
         self.step = bucket.now
         self.pieces = bucket.cut(group, statistic)
         self.computed: tuple[list[Tensor], Pairs] = [], []
@@ -761,12 +914,10 @@ class BucketStep:
         if self.bucket.owner is None:
             self.bucket.count(len(self.bucket), self.step + 1)
 
-    def exchange(self) -> None:
-        """Write the owner's results (a collective)."""
-        if self.bucket.owner is not None:
-            directions, pairs = self.computed
-            self._commit(WHOLE, self.bucket.exchange(directions), pairs)
-            self.bucket.count(len(self.bucket), self.step + 1)
+    def finish(self, parts: list[Tensor]) -> None:
+        """Write what the owner computed, of which this rank has these parts."""
+        self._commit(WHOLE, parts, self.computed[1])
+        self.bucket.count(len(self.bucket), self.step + 1)
 
     def settle(self) -> dict[Any, str]:
         """Complete a half-written piece, and the unit that it is part of. Return the outcome of each parameter."""
@@ -807,6 +958,44 @@ class BucketStep:
         _apply(self.group, bucket, *change[1:])
         self.done = done + 1, None
         pairs.clear()
+
+
+class Flight:
+    """Matrices that travel together: their gradients to the owners, and the directions back."""
+
+    def __init__(self, move: sharding.Move, runs: list[BucketStep]) -> None:
+        self.move, self.runs = move, runs
+
+    def send(self) -> None:
+        """Send this rank's parts of gradients, and of parameters if the method reads them."""
+        params = [param for run in self.runs for param in run.bucket.all_params]
+        parts = [[sharding.local(sharding.aligned_grad(param)) for param in params]]
+        if self.runs[0].bucket.method.reads_param:
+            parts.append([sharding.local(param).detach() for param in params])
+        self.waits: list[Callable[[], Any]] = [self.move.out(some) for some in parts]
+
+    def receive(self) -> None:
+        """Give the runs of this rank's matrices what they need."""
+        grads, *params = [iter(wait()) for wait in self.waits]
+        for run in self.runs:
+            for run_values, arrived in zip((run.grads, run.params), (grads, *params), strict=False):
+                units = [[next(arrived) for _ in unit] for unit in run.bucket.units]
+                run_values.extend(joined(unit) for unit in units if run.bucket.mine)
+
+    def send_back(self) -> None:
+        """Send each rank its parts of the directions that are computed here."""
+        wholes: list[Tensor | None] = []
+        for run in self.runs:
+            bucket = run.bucket
+            wholes += bucket.parts(run.computed[0]) if bucket.mine else [None] * len(bucket.all_params)
+        like = torch.empty(0, dtype=bucket.dtype, device=bucket.device)
+        self.arriving = self.move.back(wholes, like)
+
+    def finish(self) -> None:
+        """Write states and parameters."""
+        parts = iter(self.arriving())
+        for run in self.runs:
+            run.finish([next(parts) for _ in run.bucket.all_params])
 
 
 def _apply(group: Mapping[str, Any], bucket: Bucket, params: list[Tensor], directions: list[Tensor]) -> None:
@@ -928,6 +1117,32 @@ def _checked_keys(state_dict: Any) -> list[list[Any]]:
                 f"loaded state dict must have a mapping for parameter {key}, got {type(state[key]).__name__}"
             )
     return keys
+
+
+def _difference(team: sharding.Team, told: list[tuple[str, list[tuple[str, bool, dict[str, str]]]]]) -> str:
+    """In what the ranks of a mesh differ, from what each says; "" if in nothing."""
+    ranks = team.mesh.mesh.flatten().tolist()
+    for rank, (refusal, _) in zip(ranks, told, strict=True):
+        if refusal:
+            return f"the step was refused on rank {rank}: {refusal}"
+    seen = [found for _, found in told]
+    if len({tuple(label for label, *_ in found) for found in seen}) > 1:
+        return f"ranks {', '.join(map(str, ranks))} have different parameters"
+    for rows in zip(*seen, strict=True):
+        label, _, first = rows[0]
+        without = [str(rank) for rank, (_, has, _) in zip(ranks, rows, strict=True) if not has]
+        if 0 < len(without) < len(ranks):
+            return (
+                f"parameter {label} has no gradient on rank {', '.join(without)}, and one on the others: a sharded "
+                "parameter needs one on every rank of its mesh, or on none"
+            )
+        for rank, (_, _, other) in zip(ranks, rows, strict=True):
+            for key in first:
+                if other.get(key) != first[key]:
+                    return (
+                        f"parameter {label} has {key} {first[key]} on rank {ranks[0]}, {other.get(key)} on rank {rank}"
+                    )
+    return ""
 
 
 def _called(name: str, param: Any) -> str:
@@ -1126,8 +1341,8 @@ def _signature(function: Any) -> dict[str, inspect.Parameter]:
 
 
 def _split(own: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments for the method (or preset), and those for the adapter."""
-    options = {k: v for k, v in arguments.items() if k in (*OPTIONS, *FLAGS) and k not in own}
+    """Arguments for the method (or preset), and the adapter's."""
+    options = {k: v for k, v in arguments.items() if k in (*OPTIONS, "owner", *FLAGS) and k not in own}
     return {k: v for k, v in arguments.items() if k not in options}, options
 
 

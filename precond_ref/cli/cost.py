@@ -24,7 +24,7 @@ How to read the table:
   A method with 8 bytes of state per parameter needs as much memory as Adam in float32.
   The floor is the least time of the memory bus and the matrix units. If the floor of a method is far above the floor of
   Adam, renew its roots less often (every=10) or give it smaller matrices.
-  `received` is the communication that --mesh adds to data parallelism: one device must hold each whole matrix.
+  `sent` is the communication that --mesh adds to data parallelism: one device must hold each whole matrix.
 """
 DEFAULT = ("Adam", "AGD", "ASGO", "DASGO", "SShampoo", "RFRMSProp", "RFShampoo", "IFShampoo", "MBF", "Shampoo", "Muon")
 
@@ -56,7 +56,9 @@ def cost_command(
             help="Dtype of the parameters: float64, float32, bfloat16, float16; states are float32 at least.",
         ),
     ] = "float32",
-    mesh: Annotated[int, typer.Option(metavar="N", help="Share the work among N devices.")] = 1,
+    mesh: Annotated[
+        str, typer.Option(metavar="N|RxN", help="Share the work among N devices, or R replicas of N devices each.")
+    ] = "1",
     bandwidth: Annotated[float, typer.Option(metavar="GB/S", help="Memory bandwidth of a device.")] = 2039.0,
     matmul_rate: Annotated[
         float, typer.Option(metavar="TFLOP/S", help="Rate of matrix products, in the dtype of the arithmetic.")
@@ -92,9 +94,10 @@ def cost_command(
             check_output(output)
 
         found = read(shapes) if shapes is not None else PRESETS[preset or ""]()
+        sides = tuple(int(side) if side.isdecimal() else 0 for side in mesh.split("x"))
         device = Device(bandwidth * 1e9, matmul_rate * 1e12)
         estimates = [
-            estimate(name, parse(name).made(size=report.SIZE), found, dtype=dtype, mesh=mesh, device=device)
+            estimate(name, parse(name).made(size=report.SIZE), found, dtype=dtype, mesh=sides, device=device)
             for name in method or DEFAULT
         ]
         source = preset or str(shapes)
@@ -113,11 +116,11 @@ def cost_command(
     console.print()
     for line in report.notes(estimates):
         console.print(line)
-    if mesh > 1:
-        console.print(f"\nPer device, on {mesh} devices:\n")
+    if estimates[0].mesh:
+        console.print(f"\nOn {mesh.replace('x', ' x ')} devices:\n")
         console.print(report.mesh_table(estimates))
         console.print()
-        for line in report.mesh_notes():
+        for line in report.mesh_notes(estimates):
             console.print(line)
     if output is not None:
         console.print(f"figure: {output}")

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from precond_ref.cost.counting import Shape, count
+from precond_ref.cost.movement import Cut, Layout, Parcel, assign, traffic, work
 from precond_ref.cost.shapes import Shapes
 from precond_ref.methods.baselines import Adam
 from precond_ref.protocol import Method
@@ -41,19 +41,21 @@ class Load(NamedTuple):
 
 
 class Split(NamedTuple):
-    """A step on several devices, per device."""
+    """A step on several devices, of which the last axis of the mesh cuts every parameter along its first axis."""
 
     name: str
-    """"owner": one device updates each matrix, "stack": the matrices of each shape are dealt out evenly."""
+    """"owner": one device updates each matrix, "replica": one in each replica, "cut k": k devices share each matrix."""
     devices: int
     state_bytes: int
-    """Bytes of state on the device with the most; the state of elementwise methods is cut evenly."""
-    received: float
-    """Bytes received per step: gradients and directions. "owner": all devices gather each gradient, as in DTensor."""
-    least: float
-    """Bytes received per step if each device gathers only the gradients that it needs, and its part of directions."""
+    """On the device with the most; what elementwise methods keep is cut evenly within a replica."""
+    sent: int
+    """Bytes per step that leave a device, of all: gradients, parameters if they are read, directions, cut products."""
+    most_sent: int
+    """Of the device that sends most (of "cut k": the mean)."""
+    idle: int
+    """Devices without a matrix."""
     balance: float
-    """Flops of the busiest device over the mean: 1 is even, ``devices`` means that one device does all."""
+    """Flops of the busiest device over the flops of one device and the number of devices: 1 is ideal."""
     seconds: float
     """Time floor of the slowest device, communication not counted."""
 
@@ -68,7 +70,7 @@ class Estimate:
     device: Device
     loads: tuple[Load, ...]
     mesh: tuple[Split, ...] = ()
-    """One owner per matrix, and stacks dealt out; empty on one device."""
+    """One owner per matrix; one per replica; cut ones, if one is more than a device's share. Empty on one device."""
 
     @property
     def entries(self) -> int:
@@ -108,17 +110,25 @@ class Estimate:
 
 
 def estimate(
-    name: str, method: Method, shapes: Shapes, *, dtype: str = "float32", mesh: int = 1, device: Device | None = None
+    name: str,
+    method: Method,
+    shapes: Shapes,
+    *,
+    dtype: str = "float32",
+    mesh: int | tuple[int, ...] = 1,
+    device: Device | None = None,
 ) -> Estimate:
     """Return the cost of ``method`` on parameters of ``shapes``, routed as in `precond_ref.Optimizer`.
 
-    ``dtype`` is that of the parameters; state and arithmetic have float32 at least, except for ``narrow_state``.
+    ``dtype`` is the parameters'; state and arithmetic have float32 at least (but for ``narrow_state``). ``mesh``: the
+    number of devices, or (replicas, devices of each).
     Errors: ValueError for a dtype or mesh out of range, a shape that the method refuses, a step that cannot be counted.
     """
     if dtype not in ITEMSIZE:
         raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, got {dtype!r}")
-    if mesh < 1:
-        raise ValueError(f"mesh must be >= 1, got {mesh!r}")
+    sides = (mesh,) if isinstance(mesh, int) else tuple(mesh)
+    if not 1 <= len(sides) <= 2 or min(sides) < 1:
+        raise ValueError(f"mesh must be >= 1, or two such numbers, got {mesh!r}")
     device = device or Device()
     cache: dict[tuple[Method, Shape], Load] = {}
     loads = []
@@ -129,7 +139,7 @@ def estimate(
             cache[key] = _load(chosen, shape, ITEMSIZE[dtype])
         loads.append(cache[key]._replace(name=path))
     result = Estimate(name=name, method=method, dtype=dtype, device=device, loads=tuple(loads))
-    return result if mesh == 1 else replace(result, mesh=_splits(result, mesh))
+    return result if math.prod(sides) == 1 else replace(result, mesh=_splits(result, sides))
 
 
 def _load(method: Method, shape: Shape, itemsize: int) -> Load:
@@ -162,48 +172,98 @@ def _group(load: Load) -> tuple[Method, Shape | None]:
 # ---- several devices ------------------------------------------------------------------------------------------------
 
 
-def owners(shapes: list[Shape], devices: int) -> list[int]:
-    """Return the device of each matrix: the next-largest goes to the least loaded, by entries times sum of sizes.
-
-    This is the rule of ``precond_ref_torch`` for one group of parameters.
-    """
-    costs = [math.prod(shape) * sum(shape) for shape in shapes]
-    loads, result = [0] * devices, [0] * len(shapes)
-    for i in sorted(range(len(shapes)), key=costs.__getitem__, reverse=True):
-        result[i] = loads.index(min(loads))
-        loads[result[i]] += costs[i]
-    return result
+def _splits(total: Estimate, mesh: tuple[int, ...]) -> tuple[Split, ...]:
+    result = [_owned(total, mesh, "owner")]
+    if len(mesh) == 2 and mesh[0] > 1:
+        result.append(_owned(total, mesh, "replica"))
+    devices = math.prod(mesh)
+    largest = max((load.flops for load in total.loads), default=0.0)
+    share = total.flops / devices
+    pieces = next((k for k in range(1, devices + 1) if devices % k == 0 and largest <= k * share), devices)
+    return (*result, _shared(total, devices, pieces)) if share and pieces > 1 else tuple(result)
 
 
-def _splits(total: Estimate, devices: int) -> tuple[Split, Split]:
-    cut = [load for load in total.loads if load.method.elementwise]
+def _owned(total: Estimate, mesh: tuple[int, ...], name: str) -> Split:
+    """Each matrix updated by one device, or by one in each replica, which the replicas then do alike."""
     whole = [load for load in total.loads if not load.method.elementwise]
-    cut_moved = sum(load.moved for load in cut) / devices
-    cut_state = -(-sum(load.state_bytes for load in cut) // devices)
-    matrices = ITEMSIZE[total.dtype] * sum(math.prod(load.shape) for load in whole)
-    gathered = 2 * matrices * (devices - 1) / devices
-
-    flops, moved, state = [0.0] * devices, [cut_moved] * devices, [cut_state] * devices
-    for load, owner in zip(whole, owners([load.shape for load in whole], devices), strict=True):
+    layout = Layout(mesh, (None,) * (len(mesh) - 1) + (Cut(0),))
+    apart = layout.copied() if name == "replica" else ()
+    ranks = mesh[-1] if apart else math.prod(mesh)
+    assigned = assign([work(load.method, load.shape) for load in whole], [load.name for load in whole], [0.0] * ranks)
+    flops, moved, state = [0.0] * ranks, [_cut(total, "moved", mesh[-1])] * ranks, [0] * ranks
+    for load, owner in zip(whole, assigned, strict=True):
         flops[owner] += load.flops
         moved[owner] += load.moved
         state[owner] += load.state_bytes
-    owner_seconds = max(_floor(b, f, total.device) for b, f in zip(moved, flops, strict=True))
-
-    stacks = Counter((load.method, load.shape) for load in whole)
-    one = {(load.method, load.shape): load for load in whole}
-    most = {key: -(-count // devices) for key, count in stacks.items()}
-    stack_flops = sum(one[key].flops * count for key, count in most.items())
-    stack_moved = cut_moved + sum(one[key].moved * count for key, count in most.items())
-    stack_state = cut_state + sum(one[key].state_bytes * count for key, count in most.items())
-    stack_seconds = _floor(stack_moved, stack_flops, total.device)
-
-    least = gathered / devices
-    balance = [_balance(largest, total.flops, devices) for largest in (max(flops), stack_flops)]
-    return (
-        Split("owner", devices, max(state), gathered, least, balance[0], owner_seconds),
-        Split("stack", devices, stack_state, least, least, balance[1], stack_seconds),
+    sent = [0] * math.prod(mesh)
+    for load, owner in zip(whole, assigned, strict=True):
+        out, back = traffic([Parcel(load.shape, layout, owner, apart)])
+        each = _itemsizes(load, total.dtype)
+        sent = [s + each[0] * o + each[1] * b for s, o, b in zip(sent, out, back, strict=True)]
+    return Split(
+        name,
+        math.prod(mesh),
+        max(state) + math.ceil(_cut(total, "state_bytes", mesh[-1])),
+        sum(sent),
+        max(sent),
+        (ranks - len(set(assigned))) * (math.prod(mesh) // ranks),
+        _balance(max(flops), total.flops, math.prod(mesh)),
+        max(_floor(b, f, total.device) for b, f in zip(moved, flops, strict=True)),
     )
+
+
+def _shared(total: Estimate, devices: int, pieces: int) -> Split:
+    """Each matrix cut along its longer side among ``pieces`` devices, the mathematics that of the whole.
+
+    A product along the cut makes ``pieces`` partial sums, of which each device receives all in 2 (pieces - 1) / pieces
+    of its size; the other products are cut; factorizations, and products of small matrices, are repeated by each.
+    """
+    whole = [load for load in total.loads if not load.method.elementwise]
+    parts = {(load.method, load.shape): _piece(load, pieces) for load in whole}
+    costs = [parts[load.method, load.shape][0] for load in whole]
+    teams = devices // pieces
+    assigned = assign([c + 1 for c in costs], [load.name for load in whole], [0.0] * teams)
+    flops, moved, state, sent = [0.0] * teams, [_cut(total, "moved", devices)] * teams, [0] * teams, 0.0
+    for load, cost, team in zip(whole, costs, assigned, strict=True):
+        out, back = _itemsizes(load, total.dtype)
+        flops[team] += cost
+        moved[team] += load.moved / pieces
+        state[team] += load.state_bytes  # a matrix of the short side is whole on each
+        sent += (out + back) * math.prod(load.shape) * (devices - 1) / devices
+        sent += back * parts[load.method, load.shape][1]
+    return Split(
+        f"cut {pieces}",
+        devices,
+        max(state) + math.ceil(_cut(total, "state_bytes", devices)),
+        round(sent),
+        round(sent / devices),
+        (teams - len(set(assigned))) * pieces,
+        _balance(max(flops), total.flops, devices),
+        max(_floor(b, f, total.device) for b, f in zip(moved, flops, strict=True)),
+    )
+
+
+def _piece(load: Load, pieces: int) -> tuple[float, float]:
+    """Flops of each device, and numbers sent in all, of one update that ``pieces`` devices share."""
+    flops = sent = 0.0
+    longest = max(load.shape)
+    for each, times in count(load.method, load.shape).done.items():
+        cut = each.kind == "product" and longest in (each.m, each.n, each.k)
+        flops += float(times * each.flops) / (pieces if cut else 1)
+        if cut and each.k == longest and longest not in (each.m, each.n):
+            sent += float(times) * each.batch * 2 * (pieces - 1) * each.m * each.n
+    return flops, sent
+
+
+def _cut(total: Estimate, what: str, devices: int) -> float:
+    """What elementwise methods keep or move, on one of the devices that it is cut among."""
+    return sum(getattr(load, what) for load in total.loads if load.method.elementwise) / devices
+
+
+def _itemsizes(load: Load, dtype: str) -> tuple[int, int]:
+    """Bytes that each entry of a matrix sends to its owner, and back: directions have the dtype of the arithmetic."""
+    size = ITEMSIZE[dtype]
+    return size * (2 if load.method.reads_param else 1), size if load.method.narrow_state else max(size, 4)
 
 
 def _balance(largest: float, total: float, devices: int) -> float:

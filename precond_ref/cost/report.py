@@ -53,16 +53,17 @@ def table(estimates: list[Estimate]) -> Table:
 
 
 def mesh_table(estimates: list[Estimate]) -> Table:
-    """Return a table with two rows for each method: one owner per matrix, and stacks dealt out."""
-    result = _table("method", "", "state", "received", "least", "balance", "floor")
+    """A row for each method and way to share out its matrices."""
+    result = _table("method", "", "state", "sent", "sent by one", "idle", "balance", "floor")
     for e in estimates:
         for split in e.mesh or ():
             result.add_row(
                 e.name if split.name == "owner" else "",
                 split.name,
                 quantity(split.state_bytes, "B"),
-                quantity(split.received, "B"),
-                quantity(split.least, "B"),
+                quantity(split.sent, "B"),
+                quantity(split.most_sent, "B"),
+                str(split.idle),
                 f"{split.balance:.2f}",
                 duration(split.seconds),
             )
@@ -99,14 +100,24 @@ def notes(estimates: list[Estimate]) -> list[str]:
     return lines
 
 
-def mesh_notes() -> list[str]:
-    """Return notes on the columns of the second table."""
+def mesh_notes(estimates: list[Estimate]) -> list[str]:
+    """What one must know to read the second table."""
+    names = {split.name.split()[0] for e in estimates for split in e.mesh}
+    lines = ["owner: one device updates each matrix, the costliest first, each on the device with the least to do."]
+    if "replica" in names:
+        lines.append("replica: one device in each replica does; nothing goes from replica to replica.")
+    if "cut" in names:
+        lines += [
+            "cut k: k devices share each matrix, if one matrix is more than a device's share. Sums along the cut are",
+            "sent, factorizations are repeated by each. Shown for comparison: the adapter does not cut.",
+        ]
     return [
-        "owner: one device updates each matrix. stack: the matrices of each shape are dealt out evenly.",
-        "state: of the device with the most. Parameters of elementwise methods are cut evenly in both.",
-        "received: bytes that a device receives per step beyond what data parallelism sends anyway, if gradients are",
-        "gathered on every device (owner) or only where they are needed (stack); least: the same in the second way.",
-        "balance: flops of the busiest device over the mean, 1 is even. floor: that of the slowest device.",
+        *lines,
+        "state: of the device with the most. Parameters of elementwise methods are cut evenly.",
+        "sent: bytes that leave a device per step beyond what data parallelism sends anyway: gradients to the owners,",
+        "directions back in the dtype of the arithmetic. sent by one: by the device that sends most.",
+        "idle: devices without a matrix. floor: that of the slowest device.",
+        "balance: flops of the busiest device over an equal share of the flops of one device, 1 is even.",
     ]
 
 
