@@ -87,7 +87,7 @@ def test_check_catches_a_state_dict_that_changes(what: str, monkeypatch: pytest.
         monkeypatch.setattr(optimizer.Optimizer, "_handed", lambda self: self.state)
     else:
         original = buckets.Bucket.__init__
-        monkeypatch.setattr(buckets.Bucket, "__init__", lambda self, *given: original(self, *given[:5], False))
+        monkeypatch.setattr(buckets.Bucket, "__init__", lambda self, *given: original(self, *given[:6], False))
     with pytest.raises(AssertionError):
         check_state_dict_stays("AGD")
 

@@ -103,7 +103,7 @@ class Bucket:
     ``flat``: an elementwise method on the concatenation of this rank's parts of the parameters; otherwise whole
     parameters of one shape, stacked if there are several, and with ``owner`` set updated by that rank alone (``mine``:
     by this one).
-    ``lent``: somebody has the entries' tensors, which are to stay as they are.
+    ``lent``: code outside has the entries' tensors, so these must stay as they are.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class Bucket:
     # ---- the update -------------------------------------------------------------------------------------------------
 
     def gather(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Gradients, and parameters if the method reads them: this rank's parts of them."""
+        """Return this rank's parts of the gradients, and of the parameters if the method reads them."""
         reads = self.method.reads_param
         if not self.sharded and len(self.all_params) == len(self):
             return [p.grad for p in self.params], self.params if reads else []
