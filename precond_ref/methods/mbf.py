@@ -76,7 +76,7 @@ from array_api_compat import array_namespace
 
 from precond_ref.fields import choice, flag, integer, real
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import finite_members, identity, whole
+from precond_ref.numerics.arrays import finite_members, whole
 from precond_ref.numerics.ema import ema, one_minus_power, reciprocal, sqrt
 from precond_ref.numerics.refresh import renew
 from precond_ref.numerics.roots import Root
@@ -398,8 +398,7 @@ class MBF(Method):
         finite = finite & finite_members(xp, w, core_ndims=(w.ndim - finite.ndim,))
         accuracy = roots.accuracy(w, roots.Law(-1.0, self.damping), xp=xp)
         if state.inverse is None:
-            damped = state.statistic + self.damping * identity(xp, state.statistic)
-            by_lu = roots.by_lu(damped, self.damping, xp)[..., 0, 0]
+            by_lu = roots.by_lu(state.statistic, self.damping, xp)[..., 0, 0]
             accuracy = xp.where(by_lu, 8 * xp.finfo(w.dtype).eps * condition, accuracy)
         return MBFReport(w, condition, None, finite, accuracy)
 

@@ -283,16 +283,18 @@ def solve(matrix: Array, right: Array, ridge: Scalar, weight: Scalar = 0.0, *, x
         law = Law(-1.0, ridge)
         return apply(right, {0: decompose(matrix, law, xp=xp)}, law, weight, xp=xp)
 
+    sure = by_lu(matrix, ridge, xp)
+    if surely(~sure):
+        return definition(ridge, weight)
     one = identity(xp, matrix)
     shift = ridge * one
     damped = 0.5 * matrix + 0.5 * xp.matrix_transpose(matrix) + shift
-    sure = by_lu(damped, ridge, xp)
-    if surely(~sure):
-        return definition(ridge, weight)
     size = largest_entry(right, (-2, -1), xp)
     sure = sure & (size < math.inf)
-    b = xp.where(sure, right, 0.0)
-    (x,) = attempt(lambda a, b: (xp.linalg.solve(a, b),), xp.where(sure, damped, one), b, xp=xp)
+    b = right
+    if not surely(sure):
+        damped, b = xp.where(sure, damped, one), xp.where(sure, right, 0.0)
+    (x,) = attempt(lambda a, b: (xp.linalg.solve(a, b),), damped, b, xp=xp)
     size = xp.where(sure & (size > 0), size, 1.0)
     y = ridge * x / size  # its squares do not overflow
     least = 0.5 * size * xp.sum(y * y, axis=-2, keepdims=True)
@@ -301,10 +303,13 @@ def solve(matrix: Array, right: Array, ridge: Scalar, weight: Scalar = 0.0, *, x
     return renew(~xp.all(sure), lambda: xp.where(sure, x, definition(*given)), x)
 
 
-def by_lu(damped: Array, ridge: Scalar, xp: Namespace) -> Array:
-    """Return whether `solve` may use LU for ``A + ridge I`` (..., n, n): (..., 1, 1); false for NaN."""
-    largest = largest_entry(damped, (-2, -1), xp)
-    return float(xp.finfo(damped.dtype).eps) ** 0.5 * largest < ridge
+def by_lu(matrix: Array, ridge: Scalar, xp: Namespace) -> Array:
+    """Return whether `solve` may use LU for ``A + ridge I``, of ``A`` (..., n, n): (..., 1, 1); false for NaN.
+
+    The largest entry of ``A`` is on the diagonal.
+    """
+    largest = largest_entry(matrix, (-2, -1), xp) + ridge
+    return float(xp.finfo(matrix.dtype).eps) ** 0.5 * largest < ridge
 
 
 def inverse_shifted_sqrt(matrix: Array, shift: Scalar = 0.0, *, xp: Namespace = None) -> Array:

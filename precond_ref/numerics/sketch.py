@@ -33,6 +33,7 @@ from precond_ref.fields import is_python_number, is_zero
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import clamp, eye_like, in_float64, own, square
 from precond_ref.numerics.lapack import attempt
+from precond_ref.numerics.refresh import surely
 from precond_ref.numerics.template import full, zeros
 from precond_ref.typing import Array, Namespace, Scalar
 
@@ -216,16 +217,21 @@ def apply_power(
     share = xp.abs(clamp(known, -most, most, xp=xp)) * (
         singular[..., :1, None] / xp.where(live, singular[..., None], math.inf)
     )
-    top, sums = xp.max(share, axis=(-2, -1), keepdims=True), xp.sum(share, axis=-2, keepdims=True)
+    top = xp.max(share, axis=(-2, -1), keepdims=True)
     real = beside > roots.CERTAIN * u * top
-    mean = xp.sum(share * xp.where(live, inside, 0.0), axis=-2, keepdims=True) / xp.where(sums > 0, sums, 1.0)
+    all_real = surely(real)
     if not is_zero(weight):
-        put = weight * xp.sum(xp.where(real, square(outside, xp), 0.0), axis=(-2, -1), keepdims=True)
+        put = square(outside, xp) if all_real else xp.where(real, square(outside, xp), 0.0)
+        put = weight * xp.sum(put, axis=(-2, -1), keepdims=True)
         least = (sum(basis.shape[-2:]) * u * singular[..., :1, None]) ** 2
-        floor = damped[..., -1:, None]
         fresh = (put > 0) & (put <= 2 * least) & (beyond > 0)
-        beyond = xp.where(fresh, xp.where(fresh, (xp.sqrt(put) if root else put) + floor, 1.0) ** exponent, beyond)
-    beyond = xp.where(real | (beyond == 0), beyond, mean)
+        if not surely(~fresh):
+            floor = damped[..., -1:, None]
+            beyond = xp.where(fresh, xp.where(fresh, (xp.sqrt(put) if root else put) + floor, 1.0) ** exponent, beyond)
+    if not all_real:
+        sums = xp.sum(share, axis=-2, keepdims=True)
+        mean = xp.sum(share * xp.where(live, inside, 0.0), axis=-2, keepdims=True) / xp.where(sums > 0, sums, 1.0)
+        beyond = xp.where(real | (beyond == 0), beyond, mean)
     return beyond * outside + basis @ (inside * known)
 
 
