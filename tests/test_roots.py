@@ -653,6 +653,7 @@ SOLVE_BUGS = {
     "squares overflow": ("y = ridge * x / size", "y = ridge * x", "solve_has_no_scale"),
     "bad right sides to LAPACK": (" & (size < math.inf)", "", "solve_keeps_members_apart"),
     "bad matrices to LAPACK": ("xp.where(sure, damped, one)", "damped", "solve_keeps_members_apart"),
+    "one sure, all believed": ("surely(sure)", "sure.any()", "solve_keeps_members_apart"),
     "all or nothing": ("xp.where(sure, x, definition(*given))", "definition(*given)", "solve_keeps_members_apart"),
 }  # fmt: skip
 

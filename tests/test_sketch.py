@@ -281,6 +281,20 @@ def check_rounding_inside(lib: ModuleType) -> None:
         assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)  # u = 1e-16 beside 1e-9
 
 
+def check_powers_of_members_apart(lib: ModuleType) -> None:
+    """A member beside which another one has only rounding outside its sketch, or a fresh direction, is as it is alone."""
+    rng = np.random.default_rng(5)
+    u, _ = np.linalg.qr(rng.standard_normal((9, 9)))
+    inside, outside = u[:, :3] @ rng.standard_normal((3, 5)), u[:, 3:] @ rng.standard_normal((6, 5))
+    members = np.stack([inside + outside, inside, 1e-16 * outside])
+    basis, e, mass = np.stack([u[:, :3]] * 3), np.ones((3, 3)), np.full(3, 1e-45)
+    for weight in (0.0, 1.0):
+        got = lib.apply_power(basis, e, mass, -0.5, members, ridge=1e-40, weight=weight)
+        for i in range(3):
+            alone = lib.apply_power(u[:, :3], e[0], mass[0], -0.5, members[i], ridge=1e-40, weight=weight)
+            assert np.linalg.norm(got[i] - alone) <= 1e-9 * np.linalg.norm(alone), (weight, i)
+
+
 CHECKS = {
     check.__name__.removeprefix("check_"): check
     for check in (
@@ -289,6 +303,7 @@ CHECKS = {
         check_low_rank,
         check_powers,
         check_rounding_inside,
+        check_powers_of_members_apart,
         check_faded_mass,
         check_non_finite,
         check_gram64,
@@ -363,6 +378,8 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     ),
     "rounding inside kept": ("rounding_inside", ("xp.abs(known) > roots.CERTAIN * u * beside", "xp.abs(known) >= 0")),
     "all inside is rounding": ("rounding_inside", ("roots.CERTAIN * u * beside, known", "1e-6 * beside, known")),
+    "one complement real, all believed": ("powers_of_members_apart", ("surely(real)", "real.any()")),
+    "one mass known, no fresh one": ("powers_of_members_apart", ("surely(~fresh)", "(~fresh).any()")),
     "no rank decision at use": ("faded_mass", ("** 2 * largest", "** 2 * 0.0 * largest")),
     "rank decision at use for numbers only": ("faded_mass", ("xp.where(ridge == 0, faded, 0.0)", "0.0")),
     "NaN reaches LAPACK": ("non_finite", ("xp.where(finite, factor, 0.0)", "factor")),
