@@ -282,7 +282,7 @@ def check_rounding_inside(lib: ModuleType) -> None:
 
 
 def check_powers_of_members_apart(lib: ModuleType) -> None:
-    """A member beside which another one has only rounding outside its sketch, or a fresh direction, is as it is alone."""
+    """Members with a real part, with rounding or with a fresh direction outside the sketch are as they are alone."""
     rng = np.random.default_rng(5)
     u, _ = np.linalg.qr(rng.standard_normal((9, 9)))
     inside, outside = u[:, :3] @ rng.standard_normal((3, 5)), u[:, 3:] @ rng.standard_normal((6, 5))

@@ -231,7 +231,7 @@ def test_the_check_catches_states_forgotten_while_loading() -> None:
     assert min(most for most, _ in found[:2]) > 1e-3
 
 
-def cut_short(folder: Path, same_folder: bool) -> None:
+def check_cut_short(folder: Path, same_folder: bool) -> None:
     """With a rank killed while it saves, the complete save before it loads, and the other is refused."""
     run(2, [("killed", (same_folder,))], folder, killed=(1,))
     [[first], [second]] = run(1, [("reloaded", ("first",)), ("reloaded", ("second",))], folder)
@@ -240,9 +240,9 @@ def cut_short(folder: Path, same_folder: bool) -> None:
 
 
 def test_a_save_cut_short_is_refused(tmp_path: Path) -> None:
-    cut_short(tmp_path, same_folder=False)
+    check_cut_short(tmp_path, same_folder=False)
 
 
 def test_the_check_catches_a_save_over_the_last_one(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
-        cut_short(tmp_path, same_folder=True)
+        check_cut_short(tmp_path, same_folder=True)
