@@ -11,6 +11,7 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,6 +127,7 @@ class Place(NamedTuple):
         try:
             yield True
             dist.barrier()
+            time.sleep(0.1)  # gloo's threads drop their last tensors, which needs the GIL that destroying holds
         finally:
             dist.destroy_process_group()
 
