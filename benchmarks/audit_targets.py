@@ -1190,11 +1190,11 @@ class Spread:
     """One row of the audit on several ranks."""
 
     place: str
-    """What ``precond-ref check --world`` is given."""
+    """The target of ``precond-ref check --world``."""
     requires: tuple[str, ...]
-    """What pip installs, as of a `Target`."""
+    """The packages for pip, as in `Target`."""
     name: str
-    """Of the class in the package."""
+    """Name of the class in the package."""
     without_dependencies: bool = False
 
 
@@ -1221,4 +1221,4 @@ SPREAD = (
     Spread("audit_targets:dion_normuon", _DION, "dion.NorMuon", without_dependencies=True),
     Spread("audit_targets:dion_dion", _DION, "dion.Dion", without_dependencies=True),
 )  # fmt: skip
-"""What is run on two and on four ranks, under FSDP2."""
+"""The targets on two and on four ranks, under FSDP2."""

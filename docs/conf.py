@@ -50,7 +50,7 @@ def methods_table() -> str:
 
 
 def routing_table() -> str:
-    """Which method `Optimizer` gives a parameter of each kind by default, as a Markdown table."""
+    """Return a Markdown table with the method that `Optimizer` gives a parameter of each kind by default."""
     kinds = {
         "0-D": ((), "scale"),
         "vector": ((8,), "bias"),

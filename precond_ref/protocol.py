@@ -40,7 +40,7 @@ class Now(NamedTuple):
     k: Any
     """The value of `Method.scalars` for t."""
     due: Any
-    """Whether this update renews the kept roots or bases: a bool, a 0-D array or a tracer; for MBF a pair of these."""
+    """True if this update renews the kept roots or bases: a bool, a 0-D array or a tracer; for MBF a pair of these."""
     stack: int
     """Number of stack axes, which are the first axes of every array; 0 for elementwise methods."""
     statistic: Any
@@ -165,12 +165,12 @@ class Method:
 
     @property
     def factorizes(self) -> bool:
-        """Whether the method factorises matrices, which needs float32 or float64. It may be a class attribute."""
+        """Return True if the method factorises matrices (needs float32 or float64). It may be a class attribute."""
         return False
 
     @property
     def reads_param(self) -> bool:
-        """Whether `step` reads the parameter; otherwise it gets None. By default only weight decay reads it."""
+        """Return True if `step` reads the parameter; otherwise it gets None. By default only weight decay reads it."""
         return not is_zero(self.weight_decay)
 
     def rules(self) -> None:

@@ -54,7 +54,7 @@ class Result:
     """Seconds of the very first step, compilation included."""
     error: str | None = None
     state_bytes: int | None = None
-    """Of the method of a sweep."""
+    """Bytes of the state of the method of a sweep."""
 
 
 class Worker:

@@ -35,7 +35,7 @@ class Memory(NamedTuple):
     torch_peak: int | None
     """Peak memory of the third step of the PyTorch adapter, beside parameters, gradients and state."""
     numpy_peak: int | None
-    """The same for `precond_ref.Optimizer` on NumPy."""
+    """Peak of a step by `precond_ref.Optimizer` on NumPy."""
     jax_peak: int | None
     """Temporaries of the compiled step of the JAX adapter, parameters and state donated, as XLA reports.
 

@@ -87,7 +87,7 @@ class Trace:
     saved: dict[str, str] = field(default_factory=dict)
     """Dtypes of the tensors of the state by ``parameter: key``, before saving."""
     loaded: dict[str, str] = field(default_factory=dict)
-    """The same, after loading."""
+    """Dtypes of the tensors of the state by ``parameter: key``, after loading."""
     keys: list[str] = field(default_factory=list)
     """Names of the entries of the state."""
 

@@ -69,7 +69,7 @@ class Result:
 
     @property
     def bad(self) -> bool:
-        """Whether the result is a failure that counts; one of tier "may" does not count."""
+        """Return True if the result is a failure that counts; one of tier "may" does not count."""
         return self.status in (FAILED, ERROR) and self.tier != "may"
 
 

@@ -55,7 +55,7 @@ class Changed(ValueError):
 
 
 RAISED = (Exception, SystemExit)
-"""What a subject may raise instead of doing something; nobody else ends the program by an exception."""
+"""Exceptions of a subject that become results; any other exception ends the program."""
 MOST = 500
 """Number of characters of a message that are shown, up to a few more."""
 

@@ -77,7 +77,7 @@ class Case:
 
     @property
     def narrow(self) -> bool:
-        """Whether the products of the case are in bfloat16, whose tolerance then holds without any slack."""
+        """Return True if the products of the case are in bfloat16; their tolerance then holds without any slack."""
         return self.config.get("compute_dtype") is not None
 
     @property

@@ -420,7 +420,7 @@ class Checking:
         return saved if self.report.results[before].status == PASSED else None
 
     def _filled(self, name: str, world: int) -> bool:
-        """Whether each rank has something of a parameter: of n rows, ranks but the last ones have ceil(n / world)."""
+        """Return True if each rank has rows of a parameter: of n rows, all ranks but the last have ceil(n / world)."""
         sides = self.shapes[name] if self.report.mesh in ("tp", "fsdp-tp") else self.shapes[name][:1]
         return all(-(-n // world) * (world - 1) < n for n in sides)
 

@@ -162,7 +162,7 @@ def figure(source: str, estimates: list[Estimate]) -> Figure:
 BESIDE: dict[str, Any] = {
     "xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": "small",
 }  # fmt: skip
-"""Of a number at the end of a bar."""
+"""Arguments of the text at the end of a bar."""
 
 
 def as_json(source: str, estimates: list[Estimate]) -> dict[str, Any]:

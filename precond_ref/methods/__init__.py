@@ -28,4 +28,4 @@ MODULES = {
     "SShampoo": "sketchy",
     "SOAP": "soap",
 }
-"""Where each method is, in the order in which they are listed; a module is imported when it is needed."""
+"""The module of each method, in the order of `list_methods`; a module is imported when it is needed."""

@@ -259,7 +259,7 @@ class _Production(Method):
 
     @property
     def _keeps(self) -> bool:
-        """Whether roots or bases are kept between updates."""
+        """Return True if roots or bases are kept between updates."""
         return self._first > 1
 
     def due(self, step: Any) -> Any:

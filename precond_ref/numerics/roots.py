@@ -185,7 +185,7 @@ class GramReport(NamedTuple):
     eigenvalues: tuple[Array, ...]
     """Eigenvalues of each statistic, ascending, clipped at zero, (..., d); NaN if the statistic is not finite."""
     finite: Array
-    """Whether the member's state is finite and its statistics could be decomposed, (...)."""
+    """True if the member's state is finite and its statistics could be decomposed, (...)."""
     accuracy: tuple[Array, ...]
     """Relative error of a direction that each statistic allows, see `accuracy`, (...)."""
 

@@ -57,7 +57,7 @@ class Check:
 
     @property
     def applies(self) -> bool:
-        """Whether all assumptions are met."""
+        """Return True if all assumptions are met."""
         return all(self.assumptions.values())
 
     @property
@@ -226,7 +226,7 @@ class Run:
 
     @property
     def constant_rate(self) -> bool:
-        """Whether all rates are equal."""
+        """Return True if all rates are equal."""
         return bool(np.all(self.rates == self.rates[0]))
 
     @functools.cached_property

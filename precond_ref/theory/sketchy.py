@@ -40,7 +40,7 @@ class Sketched:
     """l."""
     beta2: float
     sums: tuple[Array, Array] | None = None
-    """Of a certified sketch: the decayed sum of s_l^2 and tr(G_t - Gbar_t) as it was summed, (T,) each."""
+    """For a certified sketch: the decayed sum of s_l^2 and the sum for tr(G_t - Gbar_t), (T,) each."""
 
     @property
     def least(self) -> Array:
@@ -323,7 +323,7 @@ def _cuts(s: Sketched) -> Array:
 
 @statement("nystrom.least", "sum_s beta2^(t-s) s_l^2 <= sum_s beta2^(t-s) lambda_l(A_s), l <= d", Source.PROVED, PAGE)
 def certified_least(s: Sketched) -> Sides:
-    """What ``diagnose`` divides the mass by."""
+    """Return the number by which ``diagnose`` divides the mass."""
     return _worst(s, s.least, _cuts(s))
 
 

@@ -73,7 +73,7 @@ DEFAULTS: Mapping[str, Any] = {
     "blocks": None,
     "dual_norm": False,
 }
-"""Of what the first cases do not name."""
+"""Values of the fields that the first cases do not name."""
 
 AVERAGE = {
     "momentum-ignored": "without momentum",
