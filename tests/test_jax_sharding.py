@@ -1,4 +1,6 @@
-"""The optax transformations on meshes of eight host devices, in a process of its own: equal to the unsharded run."""
+"""The optax transformations on meshes of eight host devices, in a process of its own: equal to the unsharded run.
+
+States that Orbax saved from one mesh go on on another."""
 
 from __future__ import annotations
 
@@ -6,9 +8,12 @@ import contextlib
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 
 REPRESENTATIVE = ("agd", "asgo", "rf_shampoo")
@@ -94,6 +99,61 @@ def check(case: Any, axis_type: Any, lib: Any) -> None:
         close(jax.device_get((got, state)), jax.device_get((expected, expected_state)), 1e-12)
 
 
+def check_resharding(case: Any, lib: Any, forgets: str = "") -> None:
+    """Four steps, one on each mesh, saved by Orbax in between: the numbers of an uninterrupted run on one device.
+
+    ``forgets`` plants a mistake: "state" starts afresh on each mesh, "step" loses the counter.
+    """
+    import jax
+    import jax.numpy as jnp
+    import optax
+    import orbax.checkpoint as checkpoint
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from test_jax_adapter import close, tree
+
+    shape = (8, 4, 2, 2)[: len(case.shape)]
+    opt = case.optimizer(lib, case.kwargs.get("learning_rate", 0.5))
+    params, grads = tree(shape, "float64"), [tree(shape, "float64", seed) for seed in range(1, 5)]
+
+    @jax.jit
+    def step(params: Any, state: Any, g: Any) -> Any:
+        updates, state = opt.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    expected, expected_state = params, opt.init(params)
+    for g in grads:
+        expected, expected_state = step(expected, expected_state, g)
+
+    devices = np.asarray(jax.devices())
+    meshes = [
+        Mesh(devices[:count].reshape(grid), ("a", "b")) for count, grid in ((8, (4, 2)), (2, (2, 1)), (4, (1, 4)))
+    ]
+    held, state = params, opt.init(params)
+    with TemporaryDirectory() as folder, checkpoint.StandardCheckpointer() as checkpointer:
+        for i, (mesh, g) in enumerate(zip([*meshes, Mesh(devices[:1].reshape(1, 1), ("a", "b"))], grads, strict=True)):
+
+            def place(x: Any, mesh: Any = mesh) -> Any:
+                fits = x.ndim >= 2 and x.shape[0] % mesh.shape["a"] == 0 and x.shape[1] % mesh.shape["b"] == 0
+                return NamedSharding(mesh, PartitionSpec("a", "b") if fits else PartitionSpec())
+
+            if i:
+                saved = Path(folder) / str(i)
+                checkpointer.save(saved, (held, state))
+                checkpointer.wait_until_finished()
+                like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), (held, state))
+                held, state = checkpointer.restore(saved, like)
+                assert jax.tree.all(
+                    jax.tree.map(lambda x: x.sharding.is_equivalent_to(place(x), x.ndim), (held, state))
+                )
+                if forgets == "state":
+                    state = jax.tree.map(jnp.zeros_like, state)
+                elif forgets == "step":
+                    state = jax.tree.map(lambda x: jnp.zeros_like(x) if x.ndim == 0 else x, state)
+            held, state, g = (jax.tree.map(lambda x: jax.device_put(x, place(x)), x) for x in (held, state, g))
+            held, state = step(held, state, g)
+    close(jax.device_get((held, state)), jax.device_get((expected, expected_state)), 1e-12)
+
+
 MUTANTS = {
     "products typed by their sharding": (
         "Explicit",
@@ -117,6 +177,16 @@ def main(chosen: list[str]) -> None:
             except Exception as error:
                 error.add_note(f"{name}, {axis_type}")
                 raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Orbax's, about its own future
+            check_resharding(CASES[name], adapter)
+            for forgets in ("state", "step"):
+                if name == "agd":
+                    try:
+                        check_resharding(CASES[name], adapter, forgets)
+                    except AssertionError:
+                        continue
+                    raise AssertionError(f"not seen: {forgets} forgotten")
     for name, (axis_type, old, new) in MUTANTS.items():
         lib = mutated(adapter, (old, new))
         try:

@@ -91,14 +91,8 @@ def layout_of(tensor: Any) -> Layout:
     return Layout(tuple(tensor.device_mesh.shape), tuple(cuts))
 
 
-def copied_axes(unit: Sequence[Any]) -> tuple[int, ...]:
-    """Axes of the mesh along which all parameters of a unit are replicated."""
-    layouts = [layout_of(param) for param in unit]
-    return tuple(axis for axis in range(len(layouts[0].mesh)) if all(layout.cuts[axis] is None for layout in layouts))
-
-
 def free_axes(unit: Sequence[Any], apart: bool) -> tuple[int, ...]:
-    """Axes of the mesh along which a unit has several owners: those on which all of it is replicated, if ``apart``."""
+    """Return the mesh axes along which a unit has several owners: if ``apart``, those that copy all its parameters."""
     if not apart:
         return ()
     layouts = [layout_of(param) for param in unit]

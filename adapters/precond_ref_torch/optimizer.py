@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import lru_cache
-from itertools import groupby, zip_longest
+from itertools import groupby, starmap, zip_longest
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -290,9 +290,10 @@ class Optimizer(torch.optim.Optimizer):
         differ = [team.differs(self._words(team.mesh), refusal is not None) for team in teams]
         if len(teams) > 1:  # a rank that is in no differing mesh hears of it by one that is
             differ = [team.differs("", any(differ)) for team in teams]
-        told = [team.told((repr(refusal) if refusal else "", self._seen(team.mesh))) for team in teams if any(differ)]
-        if refusal is None and any(differ):
-            refusal = ValueError(next(filter(None, map(_difference, teams, told)), "the ranks of a mesh differ"))
+        own = repr(refusal) if refusal else ""
+        told = [(t, t.told((own, self._seen(t.mesh)))) for t, d in zip(teams, differ, strict=True) if d]
+        if refusal is None and told:
+            refusal = ValueError(next(filter(None, starmap(_difference, told)), "the ranks of a mesh differ"))
         if refusal is not None:
             raise refusal
 
