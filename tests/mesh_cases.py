@@ -127,7 +127,7 @@ class Place(NamedTuple):
         try:
             yield True
             dist.barrier()
-            time.sleep(0.1)  # gloo's threads drop their last tensors, which needs the GIL that destroying holds
+            time.sleep(0.3)  # gloo's threads drop their last tensors, which needs the GIL that destroying holds
         finally:
             dist.destroy_process_group()
 
