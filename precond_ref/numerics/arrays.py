@@ -70,7 +70,7 @@ def normed(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, A
     """Return ``peak``, ``unit`` and ``norm`` with ``array = peak unit`` and ``norm = ||unit||_F`` over ``axes``.
 
     The axes stay with size 1. The largest magnitude in ``unit`` is 1, so that no square over- or underflows; zero stays
-    zero. Where the norms are known to be far from both, to the fourth power too, ``unit`` is ``array``, ``peak`` 1.
+    zero. Where the norms are known to be far from both, to the fourth power too, ``unit`` is ``array`` and ``peak`` is 1.
     """
     # of no entries all are finite, where a value may be read; NumPy would warn of squares that overflow
     if not is_numpy_array(array) and surely(xp.isfinite(array[..., :0])):
