@@ -30,10 +30,7 @@ STEPS = (
     Race("ASGO, torch", "transformer", ("ASGO", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side")),
     Race("ASGO, torch", "matrices", ("ASGO", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side")),
     Race("ASGO, torch", "large", ("ASGO", "ASGO, bare")),
-    *(
-        Race("Shampoo, torch", workload, ("Shampoo", "Shampoo, bare", "pytorch_optimizer Shampoo"))
-        for workload in ("matrices", "transformer")
-    ),
+    Race("Shampoo, torch", "matrices", ("Shampoo", "Shampoo, bare", "pytorch_optimizer Shampoo")),
     *(
         Race(
             "SOAP, torch",

@@ -8,7 +8,7 @@ from typing import Any
 from array_api_compat import device as device_of
 from array_api_compat import is_jax_array, is_numpy_array
 
-from precond_ref.numerics.refresh import surely
+from precond_ref.numerics.refresh import readable, surely
 from precond_ref.typing import Array, Namespace, Scalar
 
 
@@ -72,8 +72,7 @@ def normed(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, A
     The axes stay with size 1. The largest magnitude in ``unit`` is 1, so that no square over- or underflows; zero stays
     zero. Where the norms are known to be far from both, to the fourth power too, ``unit`` is ``array`` and ``peak`` is 1.
     """
-    # of no entries all are finite, where a value may be read; NumPy would warn of squares that overflow
-    if not is_numpy_array(array) and surely(xp.isfinite(array[..., :0])):
+    if readable(array) and not is_numpy_array(array):  # NumPy would warn of squares that overflow
         norm = xp.sqrt(xp.sum(array * array, axis=axes, keepdims=True))
         info = xp.finfo(array.dtype)
         low = float(info.smallest_normal / info.eps) ** 0.25
