@@ -269,21 +269,23 @@ class Adafactor(Method):
         else:
             bad = 0.0 * xp.reshape(state.rms, (*grad.shape[: now.stack], *(1,) * (grad.ndim - now.stack)))  # NaN, or 0
             v = k.old * state.v + k.new * square + bad  # (4)
-        del square  # as large as the parameter
         new = AdafactorState(step=now.step, row=row, col=col, v=v, m=None, rms=state.rms)
         u = self._divided(g, new, now.stack, xp)  # (5)
         rms = _rms(u, now.stack, xp)
-        clipped = 1.0 + 0.0 * rms if self.clip is None else self.clip / clamp(rms, self.clip, xp=xp)  # NaN if one is
+        if self.clip is None:
+            u = u + 0.0 * rms  # NaN where one entry is
+        else:
+            u = u * (self.clip / clamp(rms, self.clip, xp=xp))  # (6)
         x: Any = None if param is None else xp.astype(param, dtype, copy=False)
-        scale = clamp(_rms(x, now.stack, xp), self.eps2, xp=xp) if self.parameter_scale else 1.0  # (7)
-        late = state.m is not None and self.momentum_of == "update"
-        u = u * (clipped if late else clipped * scale)  # (6), (8)
+        scale = clamp(_rms(x, now.stack, xp), self.eps2, xp=xp) if self.parameter_scale else None  # (7)
         m = None
+        if state.m is None or self.momentum_of == "step":
+            u = u if scale is None else u * scale  # (8)
         if state.m is not None:
             m = ema(state.m, u, self.beta1)  # (9)
-            u = m * scale if late else 1.0 * m
+            u = m * scale if scale is not None and self.momentum_of == "update" else 1.0 * m
         if not is_zero(self.weight_decay):
-            u = u + self.weight_decay * scale * x  # (10)
+            u = u + self.weight_decay * (x if scale is None else scale * x)  # (10)
         rms = xp.reshape(rms, state.rms.shape)
         return xp.astype(u, grad.dtype, copy=False), new._replace(m=m, rms=rms)
 
