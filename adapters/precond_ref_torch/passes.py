@@ -140,23 +140,10 @@ class Graph:
 
 
 POINTWISE = {
-    *(
-        "abs",
-        "add",
-        "addcdiv",
-        "addcmul",
-        "bitwise_and",
-        "bitwise_not",
-        "bitwise_or",
-        "clamp",
-        "div",
-        "eq",
-        "exp",
-        "ge",
-    ),
-    *("gt", "le", "lerp", "log", "logical_and", "logical_not", "logical_or", "lt", "maximum", "minimum", "mul", "ne"),
-    *("neg", "pow", "reciprocal", "rsqrt", "sign", "sqrt", "square", "sub", "where"),
-}
+    "abs", "add", "addcdiv", "addcmul", "bitwise_and", "bitwise_not", "bitwise_or", "clamp", "div", "eq", "exp", "ge",
+    "gt", "le", "lerp", "log", "logical_and", "logical_not", "logical_or", "lt", "maximum", "minimum", "mul", "ne",
+    "neg", "pow", "reciprocal", "rsqrt", "sign", "sqrt", "square", "sub", "where",
+}  # fmt: skip
 """Operations of a tape: entry i of the result depends on entry i of the arguments, and ``out`` may be one of them."""
 SAMPLE = 3
 """Entries of the arrays that a tape is recorded with."""
