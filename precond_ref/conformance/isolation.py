@@ -29,6 +29,7 @@ OPTIONAL = ("state", "save", "load", "primitive", "change", "options", "ran", "l
 class Isolated:
     """``wrap(load_target(target), ...)`` in a process of its own; ``close`` ends the process.
 
+    The process writes no bytecode: Python knows an old file by its second and size, and a changed source may have both.
     ValueError if there is no such target; `Ended` if its import fails in another way.
     """
 
@@ -44,7 +45,7 @@ class Isolated:
         self.names, self.steps = dict(names or {}), 0
         path = [entry for entry in sys.path if entry]
         start = f"import sys; sys.path[:] = {path!r}; from precond_ref.conformance import isolation; isolation.serve()"
-        self.program = Program([sys.executable, "-P", "-c", start], target, limits or Limits())
+        self.program = Program([sys.executable, "-P", "-B", "-c", start], target, limits or Limits())
         try:
             self.has, self.features = self._ask("begin", target, backend, dtype, self.names)
         except (Raised, Unsupported) as error:
