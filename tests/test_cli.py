@@ -132,7 +132,7 @@ def test_table_figure_and_json(run: Callable[..., Any], tmp_path: Path) -> None:
         params = {key: value - np.float32(0.5) * grads[key] for key, value in params.items()}
     by_name = {entry["method"]: entry for entry in data["results"]}
     sgd = by_name["SGD"]
-    assert sgd["batch_losses"] == losses
+    assert sgd["runs"][0]["batch_losses"] == losses
     assert sgd["train_loss"] == float(problem.loss(params))
     assert sgd["metric"] == float(problem.metric(params))
 
@@ -144,6 +144,8 @@ def test_table_figure_and_json(run: Callable[..., Any], tmp_path: Path) -> None:
             f"{entry['lr']:.4g}",
             f"{entry['train_loss']:.4g}",
             f"{entry['metric']:.4g}",
+            "-" if entry["steps_to_target"] is None else str(entry["steps_to_target"]),
+            "-" if entry["steps_to_target"] is None else f"{entry['seconds_to_target']:.3g}",
             f"{entry['ms_per_step']:.3g}",
             f"{entry['state_bytes_per_parameter']:.1f}",
             "100%" if entry["own_share"] == 1 else f"{entry['own_share']:.1%}",
@@ -175,7 +177,8 @@ def test_json_holds_settings_versions_and_curves(run: Callable[..., Any], tmp_pa
     assert data == {
         "problem": "quadratic",
         "steps": 60,
-        "seed": 0,
+        "seeds": [0],
+        "target": {"loss": results[0]["train_loss"], "origin": "final loss of Adam"},
         "backend": "numpy",
         "dtype": "float64",
         "batch_size": None,
@@ -192,16 +195,18 @@ def test_json_holds_settings_versions_and_curves(run: Callable[..., Any], tmp_pa
     assert adam["diverged"] is False
     assert adam["to_adam"] == []
     assert adam["state_bytes_per_parameter"] == 16
-    assert adam["curve"]["step"] == list(range(61))
-    assert adam["curve"]["train_loss"][-1] == adam["train_loss"]
-    assert adam["curve"]["metric"][-1] == adam["metric"]
-    assert len(adam["batch_losses"]) == 60
+    (only,) = adam["runs"]
+    assert only["curve"]["step"] == list(range(61))
+    assert only["curve"]["train_loss"][-1] == adam["train_loss"]
+    assert only["curve"]["metric"][-1] == adam["metric"]
+    assert len(only["batch_losses"]) == 60
     assert (sgd["lr"], sgd["lr_source"]) == (1e30, "given")
     assert sgd["diverged"] is True
-    assert sgd["batch_losses"][-1] is None
+    batch_losses = sgd["runs"][0]["batch_losses"]
+    assert batch_losses[-1] is None
     last = rows(result.output)[-1]
     assert last[:2] == ["-", "SGD"]
-    assert last[3:6] == ["diverged", "at", str(len(sgd["batch_losses"]))]
+    assert last[3:6] == ["diverged", "at", str(len(batch_losses))]
     assert (tmp_path / "precond-ref-compare-quadratic.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -374,8 +379,21 @@ def test_help_teaches_and_imports_nothing_heavy(tmp_path: Path) -> None:
     result = program("-c", code, cwd=tmp_path)
     assert result.returncode == 0
     assert not {"numpy", "matplotlib", "rich", "torch", "jax", "cupy"} & set(result.stderr.split())
-    assert "  precond-ref compare --methods ASGO,Shampoo,Adam --steps 500 --seed 1\n" in result.stdout
-    for option in ("problem", "methods", "steps", "seed", "backend", "dtype", "lr", "json", "output", "tune"):
+    assert "  precond-ref compare --methods ASGO,Shampoo,Adam --steps 500 --seeds 5\n" in result.stdout
+    for option in (
+        "problem",
+        "methods",
+        "steps",
+        "seed",
+        "seeds",
+        "target",
+        "backend",
+        "dtype",
+        "lr",
+        "json",
+        "output",
+        "tune",
+    ):
         assert f"  --{option} " in result.stdout
     for name, text in problems.list_problems().items():
         assert re.search(rf"^ +{name} +{re.escape(text)}$", result.stdout, re.M)

@@ -27,12 +27,13 @@ def entrant(method: pr.Method, name: str = "SGD") -> runs.Entrant:
     return runs.Entrant(name=name, method=method, chosen={}, to_adam=(), share=1.0, state_bytes_per_parameter=0.0)
 
 
-def done(name: str, loss: float, metric: float = 0.5, batch_loss: float = 1.0) -> runs.Run:
+def done(name: str, loss: float, metric: float = 0.5, batch_loss: float = 1.0, seed: int = 0) -> runs.Run:
     """A finished run with these results."""
     return runs.Run(
         entrant=entrant(pr.SGD(), name),
         lr=0.1,
         lr_source="given",
+        seed=seed,
         batch_losses=[batch_loss],
         steps=[0, 1],
         train_losses=[1.0, loss],
@@ -44,7 +45,7 @@ def done(name: str, loss: float, metric: float = 0.5, batch_loss: float = 1.0) -
 def comparison(*finished: runs.Run) -> compare.Comparison:
     """A comparison on digits-softmax that has these results."""
     return compare.Comparison(
-        problem=problems.load("digits-softmax"),
+        problems=[problems.load("digits-softmax", seed=seed) for seed in sorted({run.seed for run in finished})],
         backend="numpy",
         steps=1,
         planned=list(finished),
@@ -227,7 +228,7 @@ def test_time_is_the_optimizers_step_alone() -> None:
             "            start = time.perf_counter()\n": "",
             "for step in range(steps):": "for step in range(steps):\n            start = time.perf_counter()",
         },
-        {"1e3 * (time": "(time"},
+        {"run.step_ms.append(1e3 * (": "run.step_ms.append(1e0 * ("},
         {"del run.step_ms[: len(run.step_ms) > 1]": "pass"},
     ],
     ids=["gradient counted", "seconds", "first step counted"],
@@ -358,23 +359,22 @@ def test_ranking_notices(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_smaller_metric_can_be_better() -> None:
     made = comparison(done("a", 0.1, metric=3.0), done("b", 0.2, metric=2.0))
-    made.problem = problems.load("digits-autoencoder")
+    made.problems = [problems.load("digits-autoencoder")]
     assert report.notes(made)[0].endswith("Best test squared error per image: 2 (b).")
 
 
 def test_divergence_ends_a_run_and_is_shown() -> None:
     made = compare.prepare("quadratic", methods="SGD,Adam", steps=40, lr=["SGD=1e30", "Adam=0.125"])
     made.train()
-    adam, sgd = made.ranked
-    assert (adam.entrant.name, sgd.entrant.name) == ("Adam", "SGD")
-    assert sgd.diverged
+    assert [each.entrant.name for each in made.ranked] == ["Adam", "SGD"]
+    assert made.ranked[1].diverged
+    (sgd,) = made.ranked[1].runs
     assert not math.isfinite(sgd.batch_losses[-1])
     assert len(sgd.batch_losses) == sgd.steps[-1] + 1 < 40
-    assert made.ranked[-1] is sgd
     cells = list(report.table(made).columns[3].cells)
     assert cells[1] == f"diverged at {len(sgd.batch_losses)}"
     drawn = [text.get_text() for text in report.figure(made).axes[0].texts]
-    assert drawn[1] == "-  SGD  diverged"
+    assert drawn[1] == "diverged: SGD"
     made.finished = [sgd]
     assert report.notes(made)[0] == "Every run diverged."
 
@@ -412,6 +412,8 @@ def test_notes_say_where_rates_come_from(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     searched["steps"] = 2
     assert "(2 steps, seeds 101 and 102;" in " ".join(report.notes(made))
+    searched["methods"]["Adam"]["rates"] = [0.1] * 12
+    assert "(2 steps, seeds 101 and 102, 12 rates each;" in " ".join(report.notes(made))
 
 
 def valley(best: float, floor: float = 1.0) -> Any:
@@ -643,6 +645,8 @@ def test_a_method_without_defaults_is_left_out(monkeypatch: pytest.MonkeyPatch) 
         ({"backend": "tensorflow"}, "no backend is called tensorflow; there are numpy, cupy, torch, jax"),
         ({"dtype": "float16"}, "dtype must be one of 'float32', 'float64', got 'float16'"),
         ({"seed": -1}, "seed must be >= 0, got -1"),
+        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
+        ({"target": math.nan}, "--target must be finite, got nan"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"lr": ["Adam"]}, "--lr wants METHOD=VALUE with a finite value >= 0, such as Adam=0.01, got Adam"),
         ({"lr": ["Adam=fast"]}, "--lr wants METHOD=VALUE"),
@@ -692,21 +696,25 @@ def check_figure(module: Any, made: compare.Comparison) -> None:
     loss, metric = drawn.axes
     assert loss.get_yscale() == "log"
     assert metric.get_yscale() == "linear"
+    assert loss.texts[-1].get_text() == f"{len(made.ranked) - report.BEST} others in grey"
     for rank, run in enumerate(made.ranked):
         np.testing.assert_array_equal(loss.lines[rank].get_xydata(), np.transpose([run.steps, run.train_losses]))
         np.testing.assert_array_equal(metric.lines[rank].get_xydata(), np.transpose([run.steps, run.metrics]))
-        assert loss.texts[rank].get_text() == f"{rank + 1}  {run.entrant.name}  {run.final_loss:.3g}"
         assert loss.lines[rank].get_color() == metric.lines[rank].get_color()
+        if rank >= report.BEST:
+            continue
+        assert loss.texts[rank].get_text() == f"{rank + 1}  {run.entrant.name}  {run.final_loss:.3g}"
         tie = loss.texts[rank].arrow_patch.get_edgecolor()
         assert tie == colors.to_rgba(loss.lines[rank].get_color())
-    heights = [text.xyann[1] for text in loss.texts]
-    assert heights == sorted(heights)
+    *labels, _ = loss.texts
+    heights = [text.xyann[1] for text in labels]
+    assert np.all(np.diff(heights) >= report.GAP * (1 - 1e-9))
+    assert heights[-1] <= 1
     drawn_colours = [line.get_color() for line in loss.lines]
-    texts = [text.get_color() for text in loss.texts]
+    texts = [text.get_color() for text in labels]
     assert len(set(drawn_colours[: report.BEST])) == report.BEST  # no colour for two of the best
-    assert texts[: report.BEST] == drawn_colours[: report.BEST]
+    assert texts == drawn_colours[: report.BEST]
     assert {*drawn_colours[report.BEST :]} == {report.GREY}
-    assert {*texts[report.BEST :]} == {report.GREY_TEXT}
     front = [line.get_zorder() for line in loss.lines]
     assert front == sorted(front, reverse=True)  # a better run is drawn over a worse one
     assert metric.get_title(loc="left") == "test accuracy"
@@ -721,15 +729,131 @@ def test_figure_shows_every_run_in_the_order_of_the_ranking(eight: compare.Compa
     [
         ("COLOURS[rank] if best else GREY", "COLOURS[rank % len(COLOURS)]"),
         ("COLOURS[rank] if best else GREY", "COLOURS[rank // 2] if best else GREY"),
-        ("3 - rank / len(runs)", "2 + rank / len(runs)"),
-        ("line.get_color() if rank < BEST else GREY_TEXT", "GREY_TEXT"),
-        ('{**tie, "color": line.get_color()}', "tie"),
-        ("metric.plot(run.steps, run.metrics, **style)", "metric.plot(run.steps, run.metrics)"),
+        ("3 - rank / len(results)", "2 + rank / len(results)"),
+        ("color=COLOURS[rank],", "color=GREY_TEXT,"),
+        ('{**tie, "color": COLOURS[rank]}', "tie"),
+        ("axes.plot(each.steps, median, **style)", "axes.plot(each.steps, median)"),
+        ("heights[-1] + GAP", "heights[-1]"),
+        (" - max(0.0, heights[-1] - 1.0)", " + 0.5"),
     ],
 )
 def test_planted_bug_in_the_figure_is_caught(change: tuple[str, str], eight: compare.Comparison) -> None:
     with pytest.raises(AssertionError):
         check_figure(mutated(report, change), eight)
+
+
+# ---- several seeds --------------------------------------------------------------------------------------------------
+
+
+def check_seeds(module: Any = report) -> None:
+    """Each seed is the run of this seed alone; numbers are medians, bands least and largest, whatever the order."""
+    settings: dict[str, Any] = {"problem": "digits-softmax", "methods": "SGD,Adam", "steps": 6}
+    made = compare.prepare(**settings, seed=3, seeds=3)
+    made.train()
+    alone = []
+    for seed in (3, 4, 5):
+        one = compare.prepare(**settings, seed=seed)
+        one.train()
+        alone.append({run.entrant.name: run for run in one.finished})
+    assert [(run.entrant.name, run.seed) for run in made.finished] == [
+        (name, seed) for name in ("SGD", "Adam") for seed in (3, 4, 5)
+    ]
+    shades = iter(module.figure(made).axes[0].collections)
+    for each in made.ranked:
+        theirs = [runs_[each.entrant.name] for runs_ in alone]
+        assert [run.batch_losses for run in each.runs] == [run.batch_losses for run in theirs]
+        assert each.final_loss == np.median([run.final_loss for run in theirs])
+        assert each.final_metric == np.median([run.final_metric for run in theirs])
+        curves = np.array([run.train_losses for run in theirs])
+        assert each.train_losses == list(np.median(curves, axis=0))
+        outline = next(shades).get_paths()[0].vertices
+        for step, column in zip(each.steps, curves.T, strict=True):
+            heights = outline[outline[:, 0] == step][:, 1]
+            assert (heights.min(), heights.max()) == (column.min(), column.max())
+    text = list(report.table(made).columns[4].cells)
+    finals = [run.final_loss for run in made.ranked[0].runs]
+    assert text[0] == f"{min(finals):.4g} to {max(finals):.4g}"
+    data = report.as_json(made)
+    assert data["seeds"] == [3, 4, 5]
+    assert [run["seed"] for run in data["results"][0]["runs"]] == [3, 4, 5]
+    assert "median of 3 seeds (3 to 5)" in report.heading(made)
+
+
+def test_several_seeds() -> None:
+    check_seeds()
+
+
+@pytest.mark.parametrize(
+    ("subject", "name", "change"),
+    [
+        (compare, "prepare", ("dtype, each) for each", "dtype, seed) for each")),
+        (compare, "prepare", ("range(seed, seed + seeds))", "range(seeds))")),
+        (rates, "planned", ("lr_source=source, seed=seed", "lr_source=source, seed=seeds[0]")),
+        (runs.Result, "curve", ("statistics.median(each)", "statistics.mean(each)")),
+        (runs.Result, "curve", ("max(each)", "statistics.median(each)")),
+    ],
+)
+def test_planted_bug_of_the_seeds_is_caught(
+    subject: Any, name: str, change: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = mutated(getattr(subject, name), change)
+    for module in (subject, compare):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, changed)
+    with pytest.raises((AssertionError, KeyError, ValueError)):
+        check_seeds()
+
+
+def check_target() -> None:
+    """Steps to the target are the first recorded ones at or below it; half of the seeds must reach it."""
+
+    def result(*curves: list[float], ms: float = 1.0) -> runs.Result:
+        finished = [done("a", curve[-1], seed=seed) for seed, curve in enumerate(curves)]
+        for run, curve in zip(finished, curves, strict=True):
+            run.steps, run.train_losses, run.metrics = list(range(0, 10 * len(curve), 10)), curve, [0.5] * len(curve)
+            run.step_ms, run.gradient_ms = [ms], [3.0 * ms]
+        return runs.Result(runs=finished)
+
+    assert result([4.0, 2.0, 3.0, 1.0]).steps_to(2.0) == 10
+    assert result([4.0, 2.0, 3.0, 1.0]).steps_to(1.5) == 30
+    assert result([4.0, 2.0], [4.0, 3.0], [4.0, 1.0]).steps_to(2.0) == 10
+    assert result([4.0, 2.0], [4.0, 3.0]).steps_to(2.0) == math.inf
+    assert result([4.0, 1.0], ms=2.0).seconds_to(1.0) == pytest.approx(10 * 8e-3, rel=1e-12)
+    made = comparison(done("SGD", 0.1), done("Adam", 0.2), done("b", 0.3), done("c", math.nan))
+    assert made.target == (0.2, "final loss of Adam")
+    made.given_target = 0.25
+    assert made.target == (0.25, "given")
+    assert [next(iter(column.cells)) for column in report.table(made).columns][5:7] == ["1", "0.001"]
+    assert list(report.table(made).columns[5].cells)[2:] == ["-", "-"]
+    made = comparison(done("a", 0.1), done("b", 0.2), done("c", 0.3), done("d", math.nan))
+    assert made.target == (0.2, "final loss of b")
+    assert comparison(done("a", math.nan)).target is None
+
+
+def test_steps_and_time_to_a_target() -> None:
+    check_target()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("steps_to", ("loss <= target", "loss < target")),
+        ("steps_to", ("next(reached, math.inf)", "max(reached, default=math.inf)")),
+        ("seconds_to", (" + statistics.median(self.gradient_ms or [0.0])", "")),
+    ],
+)
+def test_planted_bug_of_the_target_is_caught(
+    name: str, change: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs.Run, name, mutated(getattr(runs.Run, name), change))
+    with pytest.raises(AssertionError):
+        check_target()
+
+
+def test_one_diverged_seed_is_told() -> None:
+    made = comparison(done("a", 0.1, seed=0), done("a", math.inf, seed=1), done("b", 0.5), done("b", 0.5, seed=1))
+    assert [each.entrant.name for each in made.ranked] == ["b", "a"]
+    assert list(report.table(made).columns[3].cells)[1] == "diverged, 1 of 2"
 
 
 def test_figure_of_curves_that_stay_where_they_are() -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   precond-ref compare
-  precond-ref compare --methods ASGO,Shampoo,Adam --steps 500 --seed 1
+  precond-ref compare --methods ASGO,Shampoo,Adam --steps 500 --seeds 5
   precond-ref compare --problem digits-autoencoder --lr ASGO=0.02 --lr Adam=0.01
   precond-ref compare --backend jax --dtype float64 --json result.json --output curves.svg
   precond-ref compare --tune --problem digits-mlp --methods ASGO
@@ -43,6 +43,13 @@ def compare_command(
     ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of each run.  [default: the problem's]")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="First parameters and order of the batches.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(metavar="N", help="Number of seeds, counted from --seed; the numbers are medians over them.")
+    ] = 1,
+    target: Annotated[
+        float | None,
+        typer.Option(metavar="LOSS", help="Train loss to which steps and time are counted.  [default: Adam's last]"),
+    ] = None,
     backend: Annotated[str, typer.Option(metavar="numpy|cupy|torch|jax", help="Array library.")] = "numpy",
     dtype: Annotated[str, typer.Option(metavar="float32|float64", help="Precision.")] = "float32",
     lr: Annotated[
@@ -62,8 +69,9 @@ def compare_command(
 ) -> None:
     """Train all methods that fit one problem and show who wins.
 
-    The winner has the smallest loss on the whole training set after the last step. All methods start from the same
-    parameters and see the same batches. Each has its own learning rate: the best of a recorded grid search, which was
+    The winner has the smallest loss on the whole training set after the last step; with --seeds the smallest median
+    over the seeds, and the figure has a band from the least to the largest. All methods start from the same parameters
+    and see the same batches. Each has its own learning rate: the best of a recorded grid search, which was
     the same for all. The parameters that a method does not take (mostly biases) go to Adam at the same rate.
 
     Linear algebra runs on one thread, because the matrices are small; OMP_NUM_THREADS sets another number.
@@ -77,12 +85,20 @@ def compare_command(
         fail(f"{error.name} is not installed: {EXTRA}")
     try:
         if tune:
-            if lr or json or output or (seed, backend, dtype) != (0, "numpy", "float32"):
+            if lr or json or output or (seed, seeds, target, backend, dtype) != (0, 1, None, "numpy", "float32"):
                 fail("--tune takes only --problem, --methods and --steps")
             tune_rates(problem, methods, steps)
             return
         comparison = prepare(
-            problem or "digits-mlp", methods=methods, steps=steps, seed=seed, backend=backend, dtype=dtype, lr=lr or ()
+            problem or "digits-mlp",
+            methods=methods,
+            steps=steps,
+            seed=seed,
+            seeds=seeds,
+            backend=backend,
+            dtype=dtype,
+            lr=lr or (),
+            target=target,
         )
         figure = output or Path(f"precond-ref-compare-{comparison.problem.name}.png")
         report.check_output(figure)
@@ -113,7 +129,7 @@ def train(comparison: Comparison) -> bool:
 
         def on_run(run: Run) -> None:
             done = len(comparison.finished)
-            name = f"{run.entrant.name} ({done + 1} of {count})"
+            name = f"{run.entrant.name} ({done + 1} of {count})"  # of the runs: each method once for each seed
             bar.update(task, description=name, completed=done * comparison.steps)
 
         try:

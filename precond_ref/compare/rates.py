@@ -71,8 +71,13 @@ def _key(name: str) -> str:
     return "".join(name.lower().split())
 
 
-def planned(problem: str, entrants: Sequence[Entrant], given: Mapping[str, float]) -> list[Run]:
-    """Return an untrained run for each entrant, at the given rate, or the rate recorded for its name, or `FALLBACK`."""
+def planned(
+    problem: str, entrants: Sequence[Entrant], given: Mapping[str, float], seeds: Sequence[int] = (0,)
+) -> list[Run]:
+    """Return untrained runs, for each entrant one of each seed.
+
+    The rate is the one given, or the one recorded for the entrant's name, or `FALLBACK`.
+    """
     methods = record().get(problem, {}).get("methods", {})
     runs = []
     for entrant in entrants:
@@ -83,7 +88,7 @@ def planned(problem: str, entrants: Sequence[Entrant], given: Mapping[str, float
             lr, source = recorded, "recorded" if entrant.name == entrant.plain else "default fields"
         else:
             lr, source = FALLBACK, "fallback"
-        runs.append(Run(entrant=entrant, lr=lr, lr_source=source))
+        runs += [Run(entrant=entrant, lr=lr, lr_source=source, seed=seed) for seed in seeds]
     return runs
 
 

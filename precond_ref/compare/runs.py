@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,8 @@ class Run:
     lr: float
     lr_source: str
     """"given", "recorded", "default fields" (recorded for the default fields, of which some differ) or "fallback"."""
+    seed: int = 0
+    """Seed of the problem."""
     batch_losses: list[float] = field(default_factory=list)
     """Loss of each step's batch, before the step."""
     steps: list[int] = field(default_factory=list)
@@ -77,6 +80,8 @@ class Run:
     """The problem's metric."""
     step_ms: list[float] = field(default_factory=list)
     """Time of each step of the optimizer alone; the first step, which may compile, counts only if it is alone."""
+    gradient_ms: list[float] = field(default_factory=list)
+    """Time of each loss and gradient before these steps."""
 
     @property
     def final_loss(self) -> float:
@@ -96,8 +101,86 @@ class Run:
     @property
     def median_ms(self) -> float:
         """Median time of the optimizer's step, without loss and gradient."""
-        times = sorted(self.step_ms)
-        return (times[(len(times) - 1) // 2] + times[len(times) // 2]) / 2
+        return statistics.median(self.step_ms)
+
+    def steps_to(self, target: float) -> float:
+        """Return the first recorded number of steps with a training loss of at most ``target``; infinite without."""
+        reached = (step for step, loss in zip(self.steps, self.train_losses, strict=True) if loss <= target)
+        return next(reached, math.inf)
+
+    def seconds_to(self, target: float) -> float:
+        """Return the time of `steps_to` as its number times the medians of the times of step and gradient."""
+        return self.steps_to(target) * 1e-3 * (self.median_ms + statistics.median(self.gradient_ms or [0.0]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The runs of one method, one for each seed. Each number is the median over the seeds."""
+
+    runs: list[Run]
+
+    @property
+    def entrant(self) -> Entrant:
+        """The method."""
+        return self.runs[0].entrant
+
+    @property
+    def lr(self) -> float:
+        """The learning rate, the same for all seeds."""
+        return self.runs[0].lr
+
+    @property
+    def lr_source(self) -> str:
+        """See `Run.lr_source`."""
+        return self.runs[0].lr_source
+
+    @property
+    def diverged(self) -> bool:
+        """True if any of the runs diverged."""
+        return any(run.diverged for run in self.runs)
+
+    @property
+    def final_loss(self) -> float:
+        """Loss on the whole training set after the last step."""
+        return statistics.median(run.final_loss for run in self.runs)
+
+    @property
+    def final_metric(self) -> float:
+        """The problem's metric after the last step."""
+        return statistics.median(run.final_metric for run in self.runs)
+
+    @property
+    def median_ms(self) -> float:
+        """Time of the optimizer's step, without loss and gradient."""
+        return statistics.median(run.median_ms for run in self.runs)
+
+    def steps_to(self, target: float) -> float:
+        """Return the number of steps to a training loss of ``target``; infinite if half of the runs do not reach it."""
+        return statistics.median_high(run.steps_to(target) for run in self.runs)
+
+    def seconds_to(self, target: float) -> float:
+        """Return the time of gradients and steps to ``target``, like `steps_to`."""
+        return statistics.median_high(run.seconds_to(target) for run in self.runs)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps done at the points of the curves; if a run ended early, those that all runs have."""
+        return min((run.steps for run in self.runs), key=len)
+
+    def curve(self, name: str) -> list[tuple[float, float, float]]:
+        """Return (least, median, largest) over the seeds at `steps`; ``name`` is "train_losses" or "metrics"."""
+        points = zip(*(getattr(run, name)[: len(self.steps)] for run in self.runs), strict=True)
+        return [(min(each), statistics.median(each), max(each)) for each in points]
+
+    @property
+    def train_losses(self) -> list[float]:
+        """Loss on the whole training set, at `steps`."""
+        return [median for _, median, _ in self.curve("train_losses")]
+
+    @property
+    def metrics(self) -> list[float]:
+        """The problem's metric, at `steps`."""
+        return [median for _, median, _ in self.curve("metrics")]
 
 
 # ---- who takes part -------------------------------------------------------------------------------------------------
@@ -236,13 +319,15 @@ class Trainer:
             if curves:
                 self._look(run, params)
             for step in range(steps):
+                begin = time.perf_counter()
                 loss, grads = self._loss_and_grad(params, self.problem.batch(step))
                 run.batch_losses.append(float(loss))
+                self._wait(grads)
+                run.gradient_ms.append(1e3 * (time.perf_counter() - begin))
                 if on_step is not None:
                     on_step(run.batch_losses[-1])
                 if not math.isfinite(run.batch_losses[-1]):
                     break
-                self._wait(grads)
                 start = time.perf_counter()
                 params, state = update(params, grads, state)
                 self._wait(params)
@@ -252,6 +337,7 @@ class Trainer:
             if curves and run.steps[-1] != len(run.step_ms):
                 self._look(run, params)
         del run.step_ms[: len(run.step_ms) > 1]
+        del run.gradient_ms[: len(run.gradient_ms) > 1]
         return run
 
     def _look(self, run: Run, params: Any) -> None:
