@@ -6,12 +6,12 @@ import contextlib
 import copy
 import datetime
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import signal
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,8 +127,8 @@ class Place(NamedTuple):
         try:
             yield True
             dist.barrier()
-            time.sleep(0.3)  # gloo's threads drop their last tensors, which needs the GIL that destroying holds
         finally:
+            gc.collect()  # freeing a DistributedDataParallel later would end gloo's threads, and keep the GIL from them
             dist.destroy_process_group()
 
 
@@ -713,19 +713,20 @@ def full_states(place: Place, planted: str = "") -> str:
 
 def averaged(place: Place) -> list[bool]:
     """Whether all ranks have the same bits under DistributedDataParallel, each with other data, for each kind."""
-    same = []
     with place.world(3) as active:
-        for kind in KINDS if active else ():
-            model = net()
-            wrapped = nn.parallel.DistributedDataParallel(model)
-            opt = KINDS[kind](model)
-            generator = torch.Generator().manual_seed(place.rank)
-            for _ in range(3):
-                opt.zero_grad()
-                wrapped(torch.randn(4, 6, generator=generator, dtype=torch.float64)).square().mean().backward()
-                opt.step()
-            for p in model.parameters():
-                theirs = p.detach().clone()
-                dist.broadcast(theirs, 0)
-                same.append(torch.equal(theirs, p))
-    return same
+        return [_same_bits(kind, place.rank) for kind in KINDS] if active else []
+
+
+def _same_bits(kind: str, rank: int) -> bool:
+    model = net()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    opt = KINDS[kind](model)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(3):
+        opt.zero_grad()
+        wrapped(torch.randn(4, 6, generator=generator, dtype=torch.float64)).square().mean().backward()
+        opt.step()
+    first = [p.detach().clone() for p in model.parameters()]
+    for p in first:
+        dist.broadcast(p, 0)
+    return all(map(torch.equal, first, model.parameters()))

@@ -162,6 +162,7 @@ def test_the_check_catches_a_wrong_accumulation(planted: str) -> None:
 
 
 def test_data_parallel_ranks_have_the_same_bits() -> None:
+    assert [len(same) for same in compact("averaged")] == [len(KINDS)] * 3 + [0]
     assert all(map(all, compact("averaged")))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import traceback
 from pathlib import Path
@@ -391,6 +392,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     }
     torch.save(seen, folder / f"{rank}.pt")
     dist.barrier()
+    gc.collect()  # freeing a DistributedDataParallel later would end gloo's threads, and keep the GIL from them
     dist.destroy_process_group()
 
 
