@@ -860,7 +860,7 @@ def test_examples_of_the_help_are_understood(run: Any, monkeypatch: pytest.Monke
 def test_nothing_that_runs_is_not_ok(run: Any) -> None:
     result = run("mine:Right", "--method", "ASGO")
     assert result.exit_code == 1
-    assert "NOT CHECKED: no case ran to its end; --map OURS=THEIRS says another name" in result.output
+    assert "NOT CHECKED: no case ran to its end; if beta1 has another name there: --map beta1=NAME" in result.output
 
 
 # ---- pages ----------------------------------------------------------------------------------------------------------

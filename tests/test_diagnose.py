@@ -90,6 +90,21 @@ def unclipped_shampoo(param, grad, state, *, lr, eps):
     return param - lr * u, state
 
 
+@np.errstate(all="ignore")
+def row_adafactor(param, grad, state, *, lr, eps1=1e-30, eps2=1e-3, clip=1.0, decay_rate=0.8, parameter_scale=True):
+    """0/0 in a row of zeros alone: NaN is not larger than the clip, where `max` looks."""
+    if param.ndim > 2:
+        raise NotImplementedError("two axes")
+    t, r, c = state or (0, 0.0, 0.0)
+    t, w, square = t + 1, (t + 1) ** -decay_rate, grad * grad + eps1
+    r = (1 - w) * r + w * (square.mean(axis=1, keepdims=True) if param.ndim == 2 else square)
+    c = (1 - w) * c + w * (square.mean(axis=0, keepdims=True) if param.ndim == 2 else 0.0)
+    u = grad / np.sqrt(r / r.mean() * c if param.ndim == 2 else r)
+    u = u if clip is None else u / max(1.0, np.sqrt((u * u).mean()) / clip)
+    scale = max(eps2, np.sqrt((param * param).mean())) if parameter_scale else 1.0
+    return param - lr * scale * u, (t, r, c)
+
+
 def literal_sshampoo(param, grad, state, *, lr, size, beta2, eps):
     """The escaped mass added to the complement of all of the sketch's columns, as if they were eigenvectors above 0."""
 
@@ -188,6 +203,7 @@ NAMED: dict[str, tuple[str, str, Callable[[], Any]]] = {
     ),
     "preconditioned weight decay": ("Adam", "decay-preconditioned", lambda: wrap(decayed_adam)),
     "eigenvalues not clipped at 0": ("Shampoo", "unclipped", lambda: wrap(unclipped_shampoo)),
+    "0/0 of a row of zeros": ("Adafactor", "zero-nan", lambda: wrap(row_adafactor)),
     "the first root for ever": ("Shampoo", "every-once", lambda: Bent(lambda m: m.replace(every=10**6))),
     "stale from the second step on": (
         "ASGO.theory",

@@ -283,6 +283,70 @@ def test_keywords_that_are_passed_on_are_found() -> None:
     } or report.ran == 0
 
 
+@pytest.mark.parametrize("words", ["no argument {0}", "{0} is not one of lr, eps, beta1, beta2", "unknown: {1}"])
+def test_only_the_refused_keyword_is_left_out(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    class Base(torch.optim.Optimizer):
+        def __init__(self, params, defaults):
+            super().__init__(params, defaults)
+
+    class Strict(Base):
+        def __init__(self, params, lr, weight_decay=0.0, maximize=False, **kw):
+            if unknown := sorted(kw.keys() - {"beta1", "beta2", "eps"}):
+                raise TypeError(words.format(unknown[0], unknown))
+            super().__init__(params, kw | {"lr": lr, "weight_decay": weight_decay, "maximize": maximize,
+                                           "foreach": False})  # fmt: skip
+
+        step = target("torch Adam")[0].step
+
+    monkeypatch.setattr(contract, "CHECKS", {"values": contract.CHECKS["values"]._replace(after=())})
+    report = check(wrap(Strict), "Adam")
+    assert report.ok
+    assert report.notes == []  # no refused field is tried with other values
+    skipped = {r.id: r.message for r in report.results if r.status == "skipped"}
+    assert skipped["Adam/form-amsgrad"].startswith("the target refuses amsgrad: TypeError: ")
+    assert all(message.startswith("the target refuses ") for message in skipped.values())
+    assert report.ran == 18
+    refused = subjects.taken(lambda **kw: Strict([torch.zeros(1, requires_grad=True)], 1.0, **kw), {"delta": 1.0},
+                             {}, frozenset({"delta"}))  # fmt: skip
+    assert refused == {}
+
+
+def test_a_limit_that_a_case_does_not_reach_is_no_reason_to_skip_it() -> None:
+    def soap(param, grad, state, *, lr, weight_decay, beta1, beta2, shampoo_beta, eps, every):
+        raise AssertionError
+
+    lacking = set()
+    for case in results.cases("SOAP"):
+        try:
+            subjects.arguments(soap, results.config_of(case), {})
+        except subjects.Unsupported as error:
+            lacking |= {case.id} if "max_dim" in str(error) else set()
+    assert lacking == {"SOAP/merged", "SOAP/no-side", "SOAP/one-side"}
+
+
+class ShortBases(Reference):
+    """Axes longer than 64 silently have no basis, or are cut into blocks."""
+
+    def _method(self, config: Any) -> Any:
+        method = super()._method(config)
+        return method.replace(max_dim=min(method.max_dim, 64))
+
+
+@pytest.mark.parametrize("constructor", ["SOAP", "EShampoo", "Shampoo.production"])
+@pytest.mark.full
+def test_long_axes_without_a_basis_are_caught(constructor: str) -> None:
+    assert [r.id for r in check(ShortBases(), constructor, diagnose=False).failures] == ["contract/shapes"]
+
+
+@pytest.mark.usefixtures("first_version")
+def test_a_method_with_long_cases_alone_has_a_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "CHECKS", {"inputs": contract.CHECKS["inputs"]._replace(after=())})
+    report = check(Reference(), "MBF.authors_code", diagnose=False)
+    assert [r.status for r in report.results if r.id == "contract/inputs"] == ["passed"]
+
+
 # ---- the verdict ----------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +358,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     text = source("numpy Adam")[0]
     (tmp_path / "whole.py").write_text(text, encoding="utf-8")
     (tmp_path / "part.py").write_text(text.replace(", weight_decay=0.0", "").replace("lr * weight_decay", "0"), "utf-8")
-    for name in ("whole", "part"):
+    refusing = "    if param.ndim > 1: raise NotImplementedError\n    root ="
+    (tmp_path / "little.py").write_text(text.replace("    root =", refusing), "utf-8")
+    for name in ("whole", "part", "little"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return lambda *arguments: CliRunner().invoke(application(), ["check", *arguments, "--method", "Adam"])
 
@@ -311,6 +377,10 @@ def test_the_last_line_says_how_much_was_seen(run: Any) -> None:
     assert result.exit_code == 1
     assert result.output.splitlines()[-1] == f"NOT ENOUGH: {last}; --require must does not allow to skip Adam/decay"
     assert run("whole:Target", "--require", "should").exit_code == 0
+    result = run("little:Target")
+    assert result.exit_code == 4
+    last = "little:Target is Adam in 4 of 11 cases (1 of 7 of tier must), which is less than half"
+    assert result.output.splitlines()[-1] == f"OK IN PART: {last}"
     result = run("whole:Target", "--require", "may")
     assert result.exit_code == 2
     assert "require must be one of must, should, got 'may'" in result.output

@@ -49,7 +49,7 @@ CONFIGS = {False: 5, True: 20}
 MOST_STATE, LONGEST = 1_000_000, 600
 """Largest size of the state of a shape that is tried, and its longest side, which a subject may decompose whole."""
 SHAPES: tuple[tuple[int, ...], ...] = (
-    (), (40,), (4500,), (40, 5), (5, 40), (24, 24), (70, 64), (9, 10, 3), (3, 2, 5, 2), (17, 2, 3, 2),
+    (), (40,), (4500,), (40, 5), (5, 40), (24, 24), (70, 64), (66, 65), (9, 10, 3), (3, 2, 5, 2), (17, 2, 3, 2),
 )  # fmt: skip
 LARGER: tuple[tuple[int, ...], ...] = ((300, 20), (20, 300), (130, 140), (35, 4, 40), (2, 1, 2, 3, 2))
 """Shapes that only a deep check tries."""
@@ -93,7 +93,8 @@ def config_with(case: Case, **changed: Any) -> Config:
     """Return the config of a case with some fields changed; ValueError or TypeError if the method refuses it."""
     config = results.config_of(case)
     config.update(changed)
-    fields = {name: value for name, value in changed.items() if name in case.make().symbols}
+    limits = {name: config[name] for name in results.LIMITS if name in config}
+    fields = {name: value for name, value in {**limits, **changed}.items() if name in case.make().symbols}
     config.make = functools.partial(_changed, case, fields)
     with warnings.catch_warnings(action="ignore"):
         config.make()
@@ -309,7 +310,7 @@ def _takes(method: Method, shape: tuple[int, ...]) -> bool:
 
 def _shapes(trial: Trial, case: Case, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Return the shapes with as many axes as some right case; all shapes for an elementwise method."""
-    method, known = case.make(), {len(c.shape) for c in trial.right}
+    method, known = results.config_of(case).method, {len(c.shape) for c in trial.right}
     axes = {len(case.shape)} if type(method).name.startswith("MBF") else known
     return [s for s in shapes if (method.elementwise or len(s) in axes) and _takes(method, s)]
 

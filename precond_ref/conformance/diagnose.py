@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SLACK = 30.0
 """A variant agrees with the subject up to this many tolerances, because it may be worse conditioned than the method."""
-RIDGES = ("eps", "delta", "damping", "graft_eps")
+RIDGES = ("eps", "eps1", "delta", "damping", "graft_eps")
 """Fields that keep a singular statistic away from 0/0."""
 
 
@@ -172,7 +172,7 @@ def _derived(runs: Sequence[Run], failing: frozenset[str], edges: str, dtype: st
         return Match(("later-parameters",), text, math.nan, len(wrong))
     ridge = edges and all("= 0" in edge for edge in edges.split(" and "))
     if wrong and all(_nan_of_zeros(run) for run in wrong):
-        return Match(("zero-nan",), "with NaN for a gradient of zeros: 0/0 is not 0", math.nan, len(wrong))
+        return Match(("zero-nan",), "with NaN where all gradients so far are zero: 0/0 is not 0", math.nan, len(wrong))
     if ridge and not any(map(_all_finite, wrong)) and not wrong[0].case.make().elementwise:
         text = f"with powers of eigenvalues that rounding makes zero or negative not left out at {edges}"
         return Match(("unclipped",), text, math.nan, len(wrong))
@@ -180,9 +180,12 @@ def _derived(runs: Sequence[Run], failing: frozenset[str], edges: str, dtype: st
 
 
 def _nan_of_zeros(run: Run) -> bool:
-    """Return whether all gradients up to the first step that is not finite were zero."""
+    """Return whether, at the first step that is not finite, this is so only where all gradients so far were zero."""
     bad = next((t for t, params in enumerate(run.params[1:]) if not np.isfinite(params).all()), None)
-    return bad is not None and not run.tensors["grads"][: bad + 1].any()
+    if bad is None:
+        return False
+    seen = np.abs(run.tensors["grads"][: bad + 1]).max(axis=0).reshape(run.params[0].shape)
+    return not seen[~np.isfinite(run.params[bad + 1])].any()
 
 
 def _all_finite(run: Run) -> bool:

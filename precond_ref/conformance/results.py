@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ from precond_ref.conformance.subjects import Config
 from precond_ref.conformance.vectors import Case
 from precond_ref.fields import Choice
 from precond_ref.files import MOST_TEXT, read
+from precond_ref.protocol import Method
 
 TIERS = ("must", "should")
 FAILED, PASSED, SKIPPED, ERROR = "failed", "passed", "skipped", "error"
+LIMITS = ("max_dim",)
+"""Fields that are limits of a size: a case that is below takes the default, which larger inputs need."""
 LEAST = 1e-3
 """Least size of a case's largest gradient, if its hyperparameters are to be tried with gradients of about 1."""
 
@@ -135,6 +139,12 @@ class Report:
         return self.left_out(*TIERS[: TIERS.index(self.require) + 1]) if self.require else []
 
     @property
+    def scarce(self) -> bool:
+        """True if more than half of the cases of tier must were skipped."""
+        must = [r for r in self.results if r.tier == "must" and not r.id.startswith(("contract/", "invariance/"))]
+        return 2 * len(self.left_out("must")) > len(must)
+
+    @property
     def ok(self) -> bool:
         """True if a case ran, no result is unexpected, expected failures exist, and no required case was skipped."""
         wrong = self.ended or self.failures or self.unexpected_passes or self.unknown_xfails or self.missing
@@ -149,8 +159,8 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return the report without its arrays, with None for numbers that are not finite."""
-        keys = ("method", "target", "dtype", "level", "ok", "edges", "failures", "unexpected_passes", "unknown_xfails",
-                "missing", "notes", "ended")  # fmt: skip
+        keys = ("method", "target", "dtype", "level", "ok", "scarce", "edges", "failures", "unexpected_passes",
+                "unknown_xfails", "missing", "notes", "ended")  # fmt: skip
         out = {key: getattr(self, key) for key in keys} | {"results": [asdict(r) for r in self.results]}
         out["failures"] = [r.id for r in self.failures]
         out["diagnosis"] = None if self.diagnosis is None else asdict(self.diagnosis)
@@ -195,6 +205,7 @@ def config_of(case: Case) -> Config:
     signature = inspect.signature(make).parameters
     config = Config(vectors.tuples(case.config))
     config |= {k: p.default for k, p in signature.items() if k not in config}  # fields that came after the vectors
+    config |= (raised := _unreached(case, {k: signature[k].default for k in LIMITS if k in signature}))
     at_default = {k for k, v in config.items() if k in signature and signature[k].default == v}
     config["lr"] = case.rates[0] if case.rates else case.lr
     if "weight_decay" not in config:
@@ -209,8 +220,24 @@ def config_of(case: Case) -> Config:
         for name, rule in rules.items()
         if isinstance(rule, Choice) and (rule.optional or "none" in rule.of)
     }
-    config.make = case.make
+    config.make = functools.partial(_with_fields, case, raised) if raised else case.make
     return config
+
+
+def _with_fields(case: Case, fields: Mapping[str, Any]) -> Method:
+    return replace(case, config={**case.config, **fields}).make()
+
+
+def _unreached(case: Case, limits: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of ``limits``, values of fields, with which the case has the same state as with its own."""
+    if case.kind != "trace":
+        return {}
+    shape, found = case.shape[case.stack_ndim :], dict[str, Any]()
+    for name, value in limits.items():
+        if case.config.get(name, value) != value:
+            same = _with_fields(case, {name: value}).state_of(shape) == case.make().state_of(shape)
+            found |= {name: value} if same else {}
+    return found
 
 
 def defaults(method: str) -> dict[str, Any]:

@@ -207,6 +207,36 @@ def _argument(field: str, signature: Mapping[str, Any], names: Mapping[str, str]
     return name.partition(".")
 
 
+def taken(
+    make: Callable[..., Any], given: Mapping[str, Any], signature: Mapping[str, Any], at_default: frozenset[str]
+) -> dict[str, Any]:
+    """Return the arguments ``given`` without those at their default that ``make``, with ``**kwargs``, refuses.
+
+    It refuses an argument if it raises a TypeError that names it, and says something else, or nothing, without it.
+    `Unsupported`, with the TypeError, if it refuses an argument with another value.
+    """
+
+    def refusal(kept: Mapping[str, Any]) -> str:
+        try:
+            make(**kept)
+        except TypeError as error:
+            return said(error)
+        except RAISED:
+            pass
+        return ""
+
+    kept = dict(given)
+    while text := refusal(kept):
+        named = [name for name in kept if name not in signature and re.search(rf"\b{name}\b", text)]
+        refused = [n for n in named if refusal({k: v for k, v in kept.items() if k != n}) != text]
+        if not refused:
+            break
+        if wanted := [name for name in refused if name not in at_default]:
+            raise Unsupported(f"the target refuses {', '.join(wanted)}: {text}")
+        del kept[refused[0]]
+    return kept
+
+
 class Options(NamedTuple):
     """The arguments of a target."""
 
@@ -268,7 +298,7 @@ class Torch:
         torch.set_num_threads(1)
         self.features = frozenset({"groups", "absent"})
         self.torch, self.make, self.dtype, self.names = torch, make, dtype, dict(names or {})
-        self.fields = _known(_without_first(make), self.names)
+        self.fields, self.refused = _known(_without_first(make), self.names), set[str]()
 
     def init(
         self,
@@ -300,19 +330,9 @@ class Torch:
         if frozen:
             self.params[0].requires_grad_(False)
         stub = _without_first(self.make)
-        given = arguments(stub, config, self.fields) | own
+        given = self._taken(stub, config) | own
         if not groups:
-            while True:
-                try:
-                    self.optimizer = self.make(self.params, **given)
-                    break
-                except TypeError as error:
-                    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-                    if not (unknown and stub.open_ended):  # type: ignore[attr-defined]
-                        raise
-                    if unknown[1] not in given or unknown[1] not in config.at_default:
-                        raise Unsupported(words(error)) from error
-                    del given[unknown[1]]
+            self.optimizer = self.make(self.params, **given)
             if habit.startswith("step(closure)") and not _signature(self.optimizer.step):
                 raise Unsupported("step takes no closure, as step(closure=None) of torch's own optimizers does")
             return
@@ -320,7 +340,7 @@ class Torch:
         parts: list[dict[str, Any]] = [{"params": [*itertools.islice(rest, size)]} for size in groups]
         values: dict[str, Any] = {}
         if other is not None:
-            values = {k: v for k, v in arguments(stub, other, self.fields).items() if v != given.get(k)}
+            values = {k: v for k, v in self._taken(stub, other).items() if v != given.get(k)}
         try:
             self.optimizer = self.make([*parts[:-1], parts[-1] | values], **given)
             probe = self.make([p.detach().clone().requires_grad_() for p in self.params], **(given | values))
@@ -331,9 +351,20 @@ class Torch:
         if translated := sorted(k for k, v in values.items() if probe.param_groups[0][k] != v):
             raise Unsupported(f"{', '.join(translated)}: groups have another value than the argument")
 
+    def _taken(self, stub: Callable[..., Any], config: Config) -> dict[str, Any]:
+        """Return `arguments` without those that the target refuses by a TypeError: `taken`."""
+        given, signature = arguments(stub, config, self.fields), _signature(stub)
+        if not stub.open_ended:  # type: ignore[attr-defined]
+            return given
+        given = {k: v for k, v in given.items() if k not in self.refused & config.at_default}
+        found = taken(lambda **kwargs: self.make(self.params, **kwargs), given, signature, config.at_default)
+        self.refused |= given.keys() - found.keys()
+        return found
+
     def options(self, fields: Sequence[str]) -> Options:
-        """`options_of` the target."""
-        return options_of(_without_first(self.make), fields, self.fields)
+        """`options_of` the target, without arguments that it refuses."""
+        found = options_of(_without_first(self.make), fields, self.fields)
+        return found._replace(defaults={k: v for k, v in found.defaults.items() if k not in self.refused})
 
     def change(self, group: int | None = None, **factors: float) -> list[str]:
         """Multiply ``lr`` or ``weight_decay`` of a group, or of all; return the names that the groups have."""
@@ -405,9 +436,10 @@ class Torch:
 def _without_first(make: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function like ``make`` without its first argument, the parameters.
 
-    A class with ``**kwargs`` also has the arguments of its bases.
+    A class with ``**kwargs`` also has the arguments of its bases, and may take others.
     """
     parameters = [*_signature(make).values()][1:]
+    own = [p for p in parameters if p.kind is p.VAR_KEYWORD]
     if isinstance(make, type):
         for base in make.__mro__[1:]:
             open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -422,9 +454,10 @@ def _without_first(make: Callable[..., Any]) -> Callable[..., Any]:
         raise NotImplementedError
 
     keywords = [p.replace(kind=p.KEYWORD_ONLY) if p.kind < p.VAR_POSITIONAL else p for p in parameters]
+    keywords += own if not any(p.kind is p.VAR_KEYWORD for p in parameters) else []
     stub.__signature__ = inspect.Signature(sorted(keywords, key=lambda p: p.kind))  # type: ignore[attr-defined]
     stub.__name__ = _called(make)
-    stub.open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)  # type: ignore[attr-defined]
+    stub.open_ended = bool(own)  # type: ignore[attr-defined]
     return stub
 
 
