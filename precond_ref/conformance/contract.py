@@ -229,7 +229,7 @@ def precision(trial: Trial) -> str:
         if t is None:  # later steps show what one step may hide: some directions do not depend on the length
             continue
         largest = np.unravel_index(np.argmax(np.abs(grads[t])), grads[t].shape)
-        grads[t, ...][largest] *= 1 + 2.0**-30  # which float32 rounds away; the cases' own gradients are exact in float32
+        grads[t, ...][largest] *= 1 + 2.0**-30  # which float32 rounds away; gradients of cases are exact in float32
         if np.array_equal(_directions(part, grads), _directions(part, np.array(part.grads))):  # as those of a sign
             continue
         alike = np.array_equal(trial.played([replace(part, grads=grads)])[0][1:], part.alone[1:])  # type: ignore[index]
