@@ -933,7 +933,9 @@ def check_idle(method: Any, shape: tuple[int, ...]) -> None:
     for name in sorted(method.idle):
         value = getattr(method, name)
         others: Any = getattr(rules[name], "of", ("quintic5",) if isinstance(value, str) else ())
-        if isinstance(value, (int, float)):
+        if value is None:
+            others = [0.75]
+        elif isinstance(value, (int, float)):
             others = [0.5 * value + 0.25] if isinstance(value, float) else [value + 1]
         assert {*others} - {value}, name
         for other in others:
@@ -945,9 +947,18 @@ def test_idle_fields_change_nothing(name: str) -> None:
     check_idle(CONFIGS[name].method, CONFIGS[name].shape)
 
 
-@pytest.mark.parametrize("method", [pr.ASGO(root="polar_express"), pr.Adafactor(parameter_scale=True)])
+@pytest.mark.parametrize("method", [pr.Muon(scale="jordan", nesterov=False), pr.NorMuon(), pr.AdaMuon()])
+def test_fields_of_muon_that_are_idle_change_nothing(method: Any) -> None:
+    assert method.idle & {"rms", "scale", "nesterov_form"}
+    check_idle(method, (4, 3))
+
+
+@pytest.mark.parametrize(
+    "method", [pr.ASGO(root="polar_express"), pr.Adafactor(parameter_scale=True), pr.Muon(), pr.NorMuon(rescale="rms")]
+)
 def test_a_field_that_is_called_idle_and_is_not_is_caught(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(method), "idle", frozenset({"root_steps"} if method.name == "ASGO" else {"eps2"}))
+    names = {"ASGO": "root_steps", "Adafactor": "eps2"}
+    monkeypatch.setattr(type(method), "idle", frozenset({names.get(method.name, "rms")}))
     if method.name == "Adafactor":
         method = method.replace(eps2=8.0)
     with pytest.raises(AssertionError):

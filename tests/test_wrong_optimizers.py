@@ -103,6 +103,36 @@ def test_a_step_that_widens_single_precision_is_noted() -> None:
         assert (said in report.notes) == noted
 
 
+PRODUCTION = """
+import numpy as np
+
+def Target(param, grad, state, *, lr, beta1=0.9, beta2=1.0, beta3=None, eps=1e-12, every=1, max_dim=1024, target=1):
+    if param.size > max_dim or (target != 1 and param.ndim != 1):
+        raise NotImplementedError("more than one statistic")
+    beta3 = beta1 if beta3 is None else beta3
+    g = grad.reshape(-1)
+    t, m, gram, root = state or (0, np.zeros_like(g), np.zeros((g.size, g.size)), np.eye(g.size))
+    t, f = t + 1, (beta3 * m + (1 - beta3) * g) / (1 - beta3 * beta1**t)
+    m = beta1 * m + (1 - beta1) * g
+    gram = beta2 * gram + (1 if beta2 == 1 else 1 - beta2) * np.outer(g, g)
+    if t % every == 0:
+        w, q = np.linalg.eigh(gram / (1 - beta2**t if beta2 < 1 else 1))
+        root = (q * (np.maximum(w, 0) + eps) ** -0.5) @ q.T
+    return param - lr * (root @ f).reshape(param.shape), (t, m, gram, root)
+"""
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-7])
+def test_rounding_that_a_tiny_ridge_enlarges_is_no_failure(floor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default eps = 1e-12 makes 1e-10 of the rounding in the null space of the first statistic."""
+    found: dict[str, Any] = {}
+    exec(PRODUCTION.replace("+ eps)", f"+ max(eps, {floor}))"), found)
+    monkeypatch.setattr(contract, "CHECKS", {"long-run": contract.CHECKS["long-run"]._replace(after=())})
+    report = check(wrap(found["Target"]), "Shampoo.production", diagnose=False)
+    assert [r.id for r in report.failures] == ["contract/long-run"] * (floor > 0)
+    assert report.ran > 0
+
+
 MUON = """
 import numpy as np
 

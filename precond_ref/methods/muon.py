@@ -163,7 +163,10 @@ class _Orthogonalized(Method):
 
     @property
     def idle(self) -> frozenset[str]:
-        return frozenset({"root_steps", "coefficients", "after_last", "eps", "eps_rule"} if self.root == "svd" else ())
+        return frozenset(
+            (*(("root_steps", "coefficients", "after_last", "eps", "eps_rule") if self.root == "svd" else ()),
+             *(() if self.scale == "max" else ("rms",)), *(() if self.nesterov else ("nesterov_form",)))
+        )  # fmt: skip
 
     @property
     def ndims(self) -> tuple[int, int]:  # type: ignore[override]
@@ -521,6 +524,10 @@ class _Rescaled(_Orthogonalized):
     rescale: str = choice(
         "'norm' (that of O), 'rms' (rms sqrt(m n)) or 'none'", default="norm", of=("norm", "rms", "none")
     )
+
+    @property
+    def idle(self) -> frozenset[str]:
+        return super().idle - {"rms"} | {"scale"} if self.rescale == "rms" else super().idle
 
     def rules(self) -> None:
         self._check_fields()
