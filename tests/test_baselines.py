@@ -204,6 +204,111 @@ def test_limits_of_the_forms() -> None:
     assert distance(directions(hat, grads[:1]), directions(t1, grads[:1])) <= 1e-14
 
 
+def check_forms(lib: Any = baselines) -> None:
+    """Slow and fast schedules of NAdam, where RAdam begins to divide, the largest direction, and scales."""
+    grads, b1, b2 = gradients(SHAPE, 12), 0.75, 0.875
+    mh = np.zeros(SHAPE)
+    slow = lib.Adam(beta1=b1, beta2=0.0, eps=0.0, nesterov="scheduled", momentum_decay=0.0)
+    for t, (g, got) in enumerate(zip(grads, directions(slow, grads), strict=True), start=1):
+        mh = b1 * mh + (1 - b1) * g  # the average's decay is beta1, that of the products beta1 / 2
+        mu = b1 / 2
+        want = mu * mh / (1 - mu ** (t + 1)) + (1 - mu) * g / (1 - mu**t)
+        assert np.allclose(got, want / np.abs(g), rtol=1e-13, atol=0)
+    for beta2 in (0.9, 0.99, 0.999):
+        radam = lib.Adam(beta1=b1, beta2=beta2, eps=0.25, rectify=True)
+        plain = [
+            np.allclose(d, m, rtol=1e-13) for d, m in zip(directions(radam, grads), averages(grads, b1), strict=True)
+        ]
+        assert plain == [t <= 5 for t in range(1, 13)]
+    loud = lib.Adam(beta1=0.5, beta2=b2, eps=0.0)
+    steepest = 1.75 ** np.arange(30)[:, None] * np.ones((30, 2))  # beta2 / beta1: the largest direction
+    for stream, reached in ((gradients(SHAPE, 30), False), (steepest, True)):
+        for t, d in enumerate(directions(loud, stream), start=1):
+            most = 0.5 * np.sqrt(sum((0.25 / b2) ** k for k in range(t)) * (1 - b2**t) / (1 - b2)) / (1 - 0.5**t)
+            assert np.max(np.abs(d)) <= most * (1 + 1e-13)
+            assert not reached or np.min(d) >= most * (1 - 1e-13)
+    fields = {"beta1": b1, "beta2": b2, "eps": 0.25, "eps_root": 0.0625}
+    for form in ({}, {"amsgrad": "corrected"}, {"nesterov": "constant"}, {"eps_form": "uncorrected"}):
+        scaled = {**fields, "eps": 2.0, "eps_root": 4.0}
+        pair = directions(lib.Adam(**fields, **form), grads), directions(lib.Adam(**scaled, **form), 8 * grads)
+        assert np.array_equal(*pair), form
+    for centered in (False, True):
+        inside = lib.RMSProp(beta2=b2, eps=0.25, eps_form="inside", centered=centered)
+        assert np.array_equal(directions(inside, grads), directions(inside.replace(eps=16.0), 8 * grads))
+    radam = lib.Adam(beta1=b1, beta2=b2, eps=0.25, rectify=True)
+    first, last = (distance(a, b) for a, b in (
+        (directions(radam.replace(eps=2.0), 8 * grads)[:4], 8 * directions(radam, grads)[:4]),
+        (directions(radam.replace(eps=2.0), 8 * grads)[6:], directions(radam, grads)[6:]),
+    ))  # fmt: skip
+    assert max(first, last) <= 1e-15
+    doubled = directions(lib.Adam(beta1=b1, beta2=b2, eps=0.25, amsgrad="corrected"), grads)
+    assert distance(doubled, directions(lib.Adam(beta1=b1, beta2=b2, eps=0.25), grads)) > 1e-2
+
+
+def check_no_variance(lib: Any = baselines) -> None:
+    """A corrected centred average of one gradient is 0 without rounding: the direction is g / eps, or g / sqrt(eps)."""
+    for dtype, beta2 in (("float64", 0.19557238875616212), ("float32", 0.875), ("float64", 0.99)):
+        g = gradients((50,), 1)[0].astype(dtype)
+        for form, root in (("outside", 2.0**-30), ("inside", 2.0**-15)):
+            method = lib.RMSProp(beta2=beta2, eps=2.0**-30, eps_form=form, centered=True, bias_correction=True)
+            assert np.array_equal(method.update(g, method.init(g), g)[0], g / g.dtype.type(root)), (dtype, form)
+    grads, b = gradients((50,), 9), 0.75
+    method = lib.RMSProp(beta2=b, eps=0.25, centered=True, bias_correction=True, initial=0.125)
+    for t, d in enumerate(directions(method, grads), start=1):
+        w = np.array([b ** (t - i) * (1 - b) for i in range(1, t + 1)])[:, None] / (1 - b**t)
+        variance = np.sum(w * (grads[:t] - np.sum(w * grads[:t], axis=0)) ** 2, axis=0) + 0.125 * b**t / (1 - b**t)
+        assert np.allclose(d, grads[t - 1] / (np.sqrt(variance) + 0.25), rtol=1e-12, atol=0), t
+
+
+def averages(grads: np.ndarray, beta1: float) -> list[np.ndarray]:
+    """Corrected averages of the gradients."""
+    out, total = [], np.zeros(grads.shape[1:])
+    for t, g in enumerate(grads, start=1):
+        total = beta1 * total + (1 - beta1) * g
+        out.append(total / (1 - beta1**t))
+    return out
+
+
+def test_forms() -> None:
+    check_forms()
+
+
+def test_no_variance() -> None:
+    check_no_variance()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("if mean is None else self._variance(grad, state, now.k, xp)",
+         "if mean is None else clamp(v * now.k.correction - (mean * now.k.correction) ** 2, 0.0, xp=xp)"),
+        ("reciprocal(before), self.beta2 * before * correction, (1 - self.beta2)",
+         "reciprocal(before), 1 - (1 - self.beta2) * correction, (1 - self.beta2)"),
+        ("return self.beta2 * k.correction * clamp(", "return k.kept * clamp("),
+    ],
+    ids=["difference", "rest of 1", "initial lost"],
+)  # fmt: skip
+def test_a_planted_bug_of_the_variance_is_caught(old: str, new: str) -> None:
+    with pytest.raises(AssertionError):
+        check_no_variance(mutated(baselines, (old, new)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("mu = beta1 * (1 - 0.5 * 0.96 ** (t * psi))", "mu = beta1 * (1 - 0.25 * 0.96 ** (t * psi))"),
+        ("if rho <= 5:", "if rho <= 4:"),
+        ("if rho <= 5:", "if rho < 5.5:"),
+        ("v = ema(state.v, grad * grad, self.beta2)  # v_t", "v = ema(state.v, grad * grad, self.beta2**2)"),
+        ("square * k.inverse_sqrt_c2**2) + self.eps_root", "square * k.inverse_sqrt_c2**2) + self.eps_root**2"),
+        ("xp.sqrt(square + eps) if form", "xp.sqrt(square + eps**2) if form"),
+    ],
+)
+def test_a_planted_bug_in_a_form_is_caught(old: str, new: str) -> None:
+    with pytest.raises(AssertionError):
+        check_forms(mutated(baselines, (old, new)))
+
+
 def test_decoupled_decay_equals_adamw() -> None:
     grads = gradients(SHAPE, STEPS)
     ours = trajectory(pr.Adam(beta1=0.75, beta2=0.875, eps=0.25), grads, weight_decay=0.25)

@@ -103,6 +103,17 @@ def test_a_trace_of_zero_divides_nothing_in_both(monkeypatch):
         exact.difference(CORE, c)
 
 
+def test_a_variance_of_one_gradient_is_zero_in_both():
+    c = exact.numbered(CORE, 0, 384, ["RMSProp"])
+    assert (c.config["centered"], c.config["bias_correction"]) == (True, True)
+    assert exact.difference(CORE, c)[0] <= exact.TOLERANCE
+    rounding = (
+        "self._variance(grad, state, now.k, xp)",
+        "clamp(v * now.k.correction - (mean * now.k.correction) * (mean * now.k.correction), 0.0, xp=xp)",
+    )
+    assert exact.difference(exact_core.load({A + "baselines": rounding}), c)[0] > exact.TOLERANCE
+
+
 def test_the_copy_has_all_digits_and_the_library_keeps_its_own():
     assert sys.modules["precond_ref"] is precond_ref
     assert precond_ref.numerics.roots.math is math

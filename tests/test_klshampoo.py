@@ -118,6 +118,48 @@ def check_rank_one(module: ModuleType) -> None:
     assert np.allclose(np.outer(rows, columns), np.outer(a, b[:3]), rtol=1e-12, atol=0)
 
 
+def check_fixed_point(module: ModuleType) -> None:
+    """Squares V that are the same at every update: means of V / (l_a l_b^T) over rows and columns are 1.
+
+    The estimate with the row and column sums of V, Adafactor's, is another one.
+    """
+    v = np.random.default_rng(1).uniform(0.25, 4, (4, 3)) ** 2
+    grads = np.sign(gradients((4, 3), 300)) * np.sqrt(v)
+    grads[0] = 0
+    state = states(module.KLShampoo(**{**FIELDS, "every": 999}), grads)[-1]
+    fit = np.outer(*(factor.eigenvalues[::-1] for factor in state.factors))  # the bases are reversed
+    for axis in (0, 1):
+        assert np.allclose(np.mean(v / fit, axis=axis), 1, rtol=1e-12, atol=0)
+    sums = pr.Adafactor(eps1=0.0, clip=None, parameter_scale=False)
+    other = sums.diagnose(states(sums, grads[1:])[-1]).denominator ** 2
+    for axis in (0, 1):
+        assert np.allclose(np.sum(other, axis=axis), np.sum(v, axis=axis), rtol=1e-12, atol=0)
+    assert np.linalg.norm(fit - other) > 0.1 * np.linalg.norm(other)
+
+
+def check_scale(module: ModuleType) -> None:
+    """G, initial and eps by c, c^(2/N) and c: the same directions up to the first renewal, and others after it."""
+    for shape in ((4, 3), (2, 3, 2)):
+        grads = gradients(shape, 9)
+        method = module.KLShampoo(clamp=None, **{**FIELDS, "every": 5})
+        scaled = method.replace(initial=0.375 * 8 ** (2 / len(shape)), eps=8 * 0.25)
+        want, got = directions(method, grads), directions(scaled, 8 * grads)
+        assert distance(got[1:6], want[1:6]) <= 1e-13
+        assert distance(got[6:], want[6:]) > 1e-2
+
+
+def check_optimum(module: ModuleType) -> None:
+    """Gradients A X_i B with the second moment A A^T (x) B^T B: the exact form finds this product."""
+    a, b = gradients((3, 3), 1)[0] + 2 * np.eye(3), gradients((2, 2), 1)[0] + 2 * np.eye(2)
+    grads = np.stack([np.sqrt(6) * a @ x @ b for x in np.eye(6).reshape(6, 3, 2)] * 50)
+    method = module.KLShampooExact(beta1=0.0, beta2=0.984375, eps=0.0, initial=1.0)
+    last = states(method, grads)[-6:]
+    left, right = (sum(state.grams[n] for state in last) / 6 for n in (0, 1))
+    found, want = np.kron(left, right), np.kron(a @ a.T, b.T @ b)
+    assert np.linalg.norm(found - want) <= 0.05 * np.linalg.norm(want)
+    assert abs(np.trace(np.linalg.solve(found, want)) - 6) <= 0.05 * 6
+
+
 def check_gauge(module: ModuleType) -> None:
     """One factor times k, the other divided by it: no later direction changes."""
     grads = gradients((4, 3), STEPS)
@@ -190,6 +232,9 @@ CHECKS = {
     "rotation": check_rotation,
     "fixed basis": check_fixed_basis,
     "rank one": check_rank_one,
+    "optimum": check_optimum,
+    "point": check_fixed_point,
+    "scale": check_scale,
     "gauge": check_gauge,
     "bound": check_bound,
     "deficient": check_deficient,
@@ -223,6 +268,9 @@ BUGS = {
     "bound above": ("clamp(new, 1 / max", "clamp(new, 0.0, 1 / max", "bound"),
     "damping without the others": ("self.damping * math.prod(", "self.damping + 0 * math.prod(", "bound"),
     "nothing completed": ("basis, columns), xp)[0]", "columns, columns), xp)[0]", "deficient"),
+    "eps squared": ("inner * (e / (1 + self.eps * e))", "inner * (e / (1 + self.eps * self.eps * e))", "scale"),
+    "products of the roots": ("a = xp.mean(y * y, axis=-1)", "a = xp.mean(xp.abs(y), axis=-1)", "point"),
+    "half of the exponent": ("else -self.exponent, self.eps", "else -self.exponent / 2, self.eps", "optimum"),
     "exponent of Shampoo": ("else -self.exponent, self.eps", "else -self.exponent / 2, self.eps", "exact"),
     "undivided": ("if self.divide else 1.0", "if not self.divide else 1.0", "exact"),
     "axis whitened itself": ("multiply(x, root, j, xp) if j != n else x", "multiply(x, root, j, xp)", "exact"),

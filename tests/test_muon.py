@@ -20,7 +20,7 @@ import precond_ref as pr
 from precond_ref.conformance import tolerance
 from precond_ref.conformance.variants import muon as variant
 from precond_ref.methods import muon
-from precond_ref.numerics import orthogonal
+from precond_ref.numerics import orthogonal, roots
 
 START = np.array([[1, -2, 0.5], [0, 1, -1]])
 GRADS = np.array([[[0.5, -1, 0.25], [2, 0.5, -1]], [[0, 1, 0.5], [-0.5, 0.25, 1]], [[1, 1, -0.5], [0.25, 0, 0.75]]])
@@ -260,6 +260,55 @@ def check_limits(lib: Any = muon) -> None:
         assert distance(directions(method, 1e-300 * huge), directions(method, huge)) <= 1e-12, kind
 
 
+def check_padding(lib: Any = muon) -> None:
+    """Rows and columns of zeros stay zero and change nothing else; only the exact form decouples blocks."""
+    grads = gradients((3, 4), 4)
+    padded = np.pad(grads, ((0, 0), (0, 2), (0, 4)))  # wide as before, which "aol" sees
+    for method in (
+        lib.Muon(momentum=0.75, rms=None),
+        lib.Muon(momentum=0.75, rms=None, eps=0.25, normalization="schatten4"),
+        lib.Muon(momentum=0.75, rms=None, eps=0.25, normalization="aol"),
+        lib.Muon.exact(momentum=0.75),
+        lib.AdaMuon(momentum=0.75, beta2=0.625, rescale="norm", rms=None, scale="max"),
+    ):
+        made, want = directions(method, padded), directions(method, grads)
+        assert distance(made[:, :3, :4], want) <= 1e-13, method
+        assert not np.any(made[:, 3:])
+        assert not np.any(made[:, :, 4:])
+    blocks = np.copy(padded)
+    blocks[:, 3:, 4:] = gradients((2, 4), 4, seed=1)
+    exact, iterated = lib.Muon.exact(momentum=0.75), lib.Muon(momentum=0.75, rms=None)
+    for method, close in ((exact, True), (iterated, False)):
+        apart = distance(directions(method, blocks)[:, :3, :4], directions(method, grads))
+        assert apart <= 1e-13 if close else apart > 1e-2, method
+
+
+def check_sizes(lib: Any = muon) -> None:
+    """Norms of the directions, and the largest parameter that decay allows."""
+    wide = gradients((3, 4), 6)
+    wide[:, 1] = wide[:, 0] - 2 * wide[:, 2]  # of rank 2
+    for grads in (wide, np.swapaxes(wide, 1, 2)):
+        for o in directions(lib.Muon.exact(momentum=0.75), grads):
+            assert np.linalg.norm(o @ o.T @ o - o) <= 1e-13  # O^T O is a projector
+            assert abs(np.sum(o * o) - 2) <= 1e-13
+        plain = {"momentum": 0.75, "coefficients": "quintic5", "eps": 1e-7, "scale": "ratio"}
+        rows, whole = lib.NorMuon(**plain, beta2=0.625, eps2=0.0), lib.Muon(**plain)
+        sizes = [np.linalg.norm(directions(method, grads), axis=(1, 2)) for method in (rows, whole)]
+        assert np.allclose(*sizes, rtol=1e-13, atol=0)
+    assert np.allclose(directions(lib.Muon.jordan(momentum=0.0, compute_dtype=None), np.full((1, 1, 1), -3.0)),
+                       -0.6964364095, rtol=1e-6, atol=0)  # fmt: skip
+    diagonal = np.diag([3.0, -0.5, 2.0])
+    assert np.allclose(directions(lib.Muon.exact(momentum=0.0), diagonal[None])[0], np.sign(diagonal), atol=1e-15)
+    w, method, largest = START, lib.Muon.torch(momentum=0.75, compute_dtype=None), 0.0
+    state, bound = method.init(w), max(np.linalg.norm(w, 2), 1.1344 / 0.5)
+    for g in np.concatenate([gradients((2, 3), 30), np.stack([GRADS[0]] * 30)]):
+        direction, state = method.update(g, state, w)
+        w = (1 - 0.125 * 0.5) * w - 0.125 * direction
+        largest = max(largest, np.linalg.norm(w, 2))
+    assert largest <= bound
+    assert np.linalg.norm(w, 2) > 0.5 * 0.68 / 0.5  # so that the bound says something
+
+
 # ---- layouts and blocks ---------------------------------------------------------------------------------------------
 
 
@@ -348,7 +397,7 @@ def check_descent(lib: Any = muon) -> None:
 
 CHECKS = (
     check_golden_values, check_singular_values, check_rank_one, check_identities, check_rotations, check_limits,
-    check_blocks_are_parameters, check_layouts, check_aol, check_descent,
+    check_padding, check_sizes, check_blocks_are_parameters, check_layouts, check_aol, check_descent,
 )  # fmt: skip
 
 
@@ -401,6 +450,10 @@ BUGS: dict[str, tuple[str, tuple[str, str]]] = {
     "norm not restored": ("check_golden_values", ("self._factor(r, k) * size if", "self._factor(r, k) if")),
     "no sign": ("check_golden_values", ("xp.sign(n) + 0.0 * n if self.sign else n", "n")),
     "V of N": ("check_golden_values", ("self._turned(o * o, xp)", "self._turned(n * n, xp)")),
+    "V over whole columns": ("check_padding", ("ema(state.v, self._turned(o * o, xp), self.beta2)",
+                                               "ema(state.v, self._turned(o * o + xp.mean(o * o), xp), self.beta2)")),
+    "norm of N restored": ("check_sizes", ("target = self._factor(r, k) * size",
+                                           "target = self._factor(r, k) * size**2")),
     "rms of one side": ("check_golden_values", ("rms * math.sqrt(r * k)", "rms * math.sqrt(k)")),
 }  # fmt: skip
 NUMERIC_BUGS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
@@ -420,6 +473,9 @@ NUMERIC_BUGS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "cubic term": ("check_golden_values", (("(product if alpha == 1", "(-product if alpha == 1"),)),
     "norm of the matrix": ("check_limits", (("        nu = norm\n", "        nu = norm * peak\n"),
                            ("return unit /", "return matrix /"))),
+    "root mean square for the norm": ("check_padding", (
+        ("        nu = norm\n", "        nu = norm / (unit.shape[-2] * unit.shape[-1]) ** 0.25\n"),)),
+    "a step more": ("check_sizes", (("for k in range(steps))", "for k in range(steps + 1))"),)),
     "Jordan's coefficients": ("check_golden_values", (('"jordan": _table("3.4445', '"jordan": _table("3.4446'),)),
 }  # fmt: skip
 
@@ -472,6 +528,13 @@ def test_products_are_added_in_one_call() -> None:
     ):
         with pytest.raises((AssertionError, RuntimeError)):
             check_one_call(mutated(orthogonal, (old, new)))
+
+
+def test_a_planted_bug_in_the_rank_is_caught() -> None:
+    copy = mutated(muon)
+    copy.roots = mutated(roots, ("keep = s > max(matrix.shape[-2:])", "keep = s > -max(matrix.shape[-2:])"))
+    with pytest.raises(AssertionError):
+        check_sizes(copy)
 
 
 # ---- bfloat16 -------------------------------------------------------------------------------------------------------

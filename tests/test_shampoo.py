@@ -206,6 +206,40 @@ def check_invariances(lib: Any) -> None:
     assert distance(scaled, run(lib.EShampoo(**{**LOUD, "every": 1}), grads)) <= 1e-13
 
 
+def check_grafted_laws(lib: Any) -> None:
+    """With a graft: its scale, its symmetries, its norm, each block's own; without: exponents and traces."""
+    grads = gradients((4, 3), 6)
+    order, signs = [2, 0, 3, 1], np.array([1, -1, -1, 1])[:, None]
+    q = np.linalg.qr(np.random.default_rng(4).standard_normal((4, 4)))[0]
+    for graft in ("sgd", "adagrad", "rmsprop", "adam"):
+        fields = {**LOUD, **GRAFT, "graft": graft}
+        method, base = lib.ShampooProduction(**fields), lib.ShampooProduction(**{**fields, "start": 99})
+        want = run(method, grads)
+        scaled = method.replace(eps=0.1875 * 64, graft_eps=8 * 0.078125)
+        assert distance(run(scaled, 8 * grads), (8 if graft == "sgd" else 1) * want) <= 1e-13, graft
+        assert distance(run(method, signs * grads[:, order]), signs * want[:, order]) <= 1e-13, graft
+        turned = distance(run(method, q @ grads), q @ want)
+        assert turned <= 1e-12 if graft == "sgd" else turned > 1e-3, graft
+        sizes = [np.linalg.norm(found, axis=(1, 2)) for found in (want, run(base, grads))]  # before t0 there is N alone
+        assert np.allclose(*sizes, rtol=1e-13), graft
+        cut, whole = (run(m.replace(max_dim=3), gradients((5, 3), 6)) for m in (method, base))
+        for rows in (slice(0, 3), slice(3, 5)):
+            assert np.allclose(*(np.linalg.norm(x[:, rows], axis=(1, 2)) for x in (cut, whole)), rtol=1e-13), graft
+    uneven = lib.ShampooProduction(**LOUD, exponents=(0.375, 0.125))
+    other = uneven.replace(exponents=(0.125, 0.375))
+    assert distance(run(other, np.swapaxes(grads, 1, 2)), np.swapaxes(run(uneven, grads), 1, 2)) <= 1e-12
+    traced = run(lib.ShampooProduction(**PLAIN, eps=0.0, trace_scaling=0.5), grads[:1])[0]
+    size = np.sum(grads[0] ** 2) ** (0.5 * 0.25)  # of each root
+    assert np.allclose(traced, size**2 * run(lib.ShampooProduction(**PLAIN, eps=0.0), grads[:1])[0], rtol=1e-12)
+    fixed = lib.EShampoo(**{**LOUD, "every": 1})
+    state = fixed.init(grads[0])
+    kept = state = state._replace(bases=((q, np.eye(3)),))
+    for g in grads:
+        _, state = fixed.update(g, state, g, refresh=False)
+    for axis, (gram, basis) in enumerate(zip(state.grams[0], kept.bases[0], strict=True)):
+        assert np.allclose(np.sum(state.d[0], axis=1 - axis), np.diag(basis.T @ gram @ basis), rtol=1e-13)
+
+
 def check_layout(lib: Any) -> None:
     """Merged axes are those of a reshaped parameter; blocks are parameters of their own."""
     axes = lambda shape, bound, target: lib.ShampooProduction(max_dim=bound, target=target).axes(shape)  # noqa: E731
@@ -531,6 +565,22 @@ BUGS = {
         "p = _joined(made[::-1], [",
         "layout",
     ),
+    "graft_eps squared": (
+        "quotient(f, root + self.graft_eps, xp,",
+        "quotient(f, root + self.graft_eps**2, xp,",
+        "grafted_laws",
+    ),
+    "trace's exponent halved": (
+        "1.0, trace) ** self.trace_scaling",
+        "1.0, trace) ** (self.trace_scaling / 2)",
+        "grafted_laws",
+    ),
+    "exponents in the other order": (
+        "given = (*self.exponents[:order], *",
+        "given = (*self.exponents[:order][::-1], *",
+        "model",
+    ),
+    "graft without a root": ("root = xp.sqrt(v) * k.", "root = v * k.", "grafted_laws"),
     "bad gradients forgotten": (
         "grad = self._marked(whole(grad, grad.ndim - stack, xp), state, xp)",
         "grad = whole(grad, grad.ndim - stack, xp)",

@@ -133,6 +133,21 @@ def check_equivariance(cls: Any) -> None:
     assert distance(directions(one, rotation(5) @ grads)[1:], rotation(5) @ plain) > 0.1
 
 
+def check_scaled_statistics(cls: Any) -> None:
+    """A renewal takes no notice of the statistics' scale."""
+    grads, zero = gradients((4, 3), 6), np.zeros((4, 3))
+    for fields in ({}, {"basis": "eigh"}, {"sort": "after"}, {"iterations": 2}):
+        method = cls(**LOUD, **fields)
+        state = method.init(grads[0])
+        for g in grads[:5]:
+            _, state = method.update(g, state, g)
+        scaled = state._replace(grams=tuple(8 * gram for gram in state.grams))
+        renewed = [method.update(zero, s, zero, refresh=True)[1] for s in (state, scaled)]
+        one, other = (method.update(grads[5], s, zero, refresh=False)[0] for s in renewed)
+        assert np.linalg.norm(one - other) <= 1e-13 * np.linalg.norm(one), fields
+        assert np.linalg.norm(one - method.update(grads[5], state, zero)[0]) > 1e-3 * np.linalg.norm(one), fields
+
+
 def check_polar(cls: Any) -> None:
     g = gradients((4, 3), 1)
     u, s, vh = np.linalg.svd(g[0], full_matrices=False)
@@ -289,6 +304,8 @@ BUGS = {
     "vectors have a basis": (soap, "len(shape) >= (1 if self.vectors else 2) and", "len(shape) >= 1 and", "adam"),
     "eigenvectors always": (soap, "            now.k.first > 0,", "            True,", "model"),
     "no eigenvectors at first": (soap, "            now.k.first > 0,", "            False,", "polar"),
+    "a ridge on L": (bases, "half + xp.matrix_transpose(half), xp", "half + xp.matrix_transpose(half) + one, xp",
+                     "scaled_statistics"),
     "L^-1": (bases, "orthonormal(matrix @ basis, basis", "orthonormal(xp.linalg.solve(matrix, basis), basis", "model"),
     "refresh=False ignored": (soap, "renew(now.due, refreshed", "renew(True, refreshed", "adam"),
     "one round only": (soap, "start, self.iterations, xp=xp", "start, 1, xp=xp", "forms"),

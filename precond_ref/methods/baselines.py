@@ -181,19 +181,27 @@ class RMSPropState(NamedTuple):
 
 
 class RMSPropScalars(NamedTuple):
-    """Values of `RMSProp.scalars`, which depend on the update's number alone."""
+    """Values of `RMSProp.scalars`, which depend on the update's number alone; c_t = 1 without ``bias_correction``."""
 
     correction: Scalar
-    """1 / (1 - beta2^t) with ``bias_correction``, else 1."""
+    """1 / c_t, c_t = 1 - beta2^t."""
+    earlier: Scalar
+    """1 / c_{t-1}, and 0 at the first update."""
+    kept: Scalar
+    """beta2 c_{t-1} / c_t, the share of the gradients before in the corrected averages."""
+    new: Scalar
+    """(1 - beta2) / c_t, that of the last gradient."""
 
 
 class RMSProp(Method):
     """RMSProp (Tieleman and Hinton, 2012), elementwise, ``g / (sqrt(v) + eps)``; ``beta2`` is a decay.
 
     ``eps_form="inside"`` is ``g / sqrt(v + eps)``. ``centered`` subtracts the square of the averaged gradient from v,
-    at least 0. ``bias_correction`` divides both averages by 1 - beta2^t. With ``nesterov`` the direction is the
-    preconditioned gradient plus momentum times the new buffer. The learning rate is outside the momentum, as in torch.
-    In optax and Keras it is inside; the steps are the same while the rate is constant.
+    at least 0. This difference is made of the averages before and of the gradient, so that it is exact where it is 0,
+    as with ``bias_correction`` at the first update. ``bias_correction`` divides both averages by 1 - beta2^t. With
+    ``nesterov`` the direction is the preconditioned gradient plus momentum times the new buffer. The learning rate is
+    outside the momentum, as in torch. In optax and Keras it is inside; the steps are the same while the rate is
+    constant.
     """
 
     beta2: float = real("decay of the averaged squares", default=0.99, ge=0, lt=1)
@@ -220,30 +228,44 @@ class RMSProp(Method):
 
     def scalars(self, step: Any, *, like: Array = None) -> RMSPropScalars:
         if not self.bias_correction:
-            return RMSPropScalars(1.0)
-        return RMSPropScalars(reciprocal(one_minus_power(self.beta2, step, like=like)))
+            return RMSPropScalars(correction=1.0, earlier=1.0, kept=self.beta2, new=1 - self.beta2)
+        before, correction = one_minus_power(self.beta2, step - 1, like=like), self._correction(step, like)
+        return RMSPropScalars(
+            correction, reciprocal(before), self.beta2 * before * correction, (1 - self.beta2) * correction
+        )
+
+    def _correction(self, step: Any, like: Array) -> Scalar:
+        return reciprocal(one_minus_power(self.beta2, step, like=like)) if self.bias_correction else 1.0
 
     def step(self, grad: Array, state: RMSPropState, param: Array, now: Now) -> tuple[Array, RMSPropState]:
         xp = now.xp
         v = ema(state.v, grad * grad, self.beta2)
         mean = None if state.mean is None else ema(state.mean, grad, self.beta2)
-        direction = quotient(grad, self._denominator(v, mean, now.k, xp), xp, bound=self.eps)
+        square = self._corrected(v, now.k.correction) if mean is None else self._variance(grad, state, now.k, xp)
+        direction = quotient(grad, _root(square, self.eps, self.eps_form, xp), xp, bound=self.eps)
         if state.buffer is None:
             return direction, RMSPropState(step=now.step, v=v, buffer=None, mean=mean)
         buffer = self.momentum * state.buffer + direction
         direction = direction + self.momentum * buffer if self.nesterov else 1.0 * buffer
         return direction, RMSPropState(step=now.step, v=v, buffer=buffer, mean=mean)
 
+    def _variance(self, grad: Array, state: RMSPropState, k: RMSPropScalars, xp: Namespace) -> Array:
+        """Return v_t / c_t - (mean_t / c_t)^2, from the averages before."""
+        mean = state.mean * k.earlier
+        rest = grad - mean
+        return self.beta2 * k.correction * clamp(state.v - state.mean * mean, 0.0, xp=xp) + k.kept * k.new * rest * rest
+
+    def _corrected(self, average: Array, correction: Scalar) -> Array:
+        return average * correction if self.bias_correction else average
+
     def report(self, state: RMSPropState, finite: Array, xp: Namespace) -> ElementwiseReport:
         """Return the denominator."""
-        k = self.scalars(state.step, like=state.v)
-        return ElementwiseReport(self._denominator(state.v, state.mean, k, xp), finite)
-
-    def _denominator(self, v: Array, mean: Array | None, k: RMSPropScalars, xp: Namespace) -> Array:
-        square = v * k.correction if self.bias_correction else v
-        if mean is not None:
-            square = clamp(square - (mean * k.correction) * (mean * k.correction), 0.0, xp=xp)
-        return _root(square, self.eps, self.eps_form, xp)
+        correction = self._correction(state.step, state.v)
+        square = self._corrected(state.v, correction)
+        if state.mean is not None:
+            mean = self._corrected(state.mean, correction)
+            square = clamp(square - mean * mean, 0.0, xp=xp)
+        return ElementwiseReport(_root(square, self.eps, self.eps_form, xp), finite)
 
 
 class AdamState(NamedTuple):

@@ -35,6 +35,8 @@ def one_minus_power(beta: Scalar, step: Any, *, like: Array = None) -> Scalar:
     if is_python_number(beta) and isinstance(step, int):
         if step == 0 or beta == 0:
             return float(step != 0)
+        if step == 1:
+            return 1 - beta  # rounded once
         return -math.expm1(step * math.log(beta))
     arrays = [a for a in (beta, step) if not is_python_number(a)]
     xp = array_namespace(*arrays)
@@ -46,6 +48,7 @@ def one_minus_power(beta: Scalar, step: Any, *, like: Array = None) -> Scalar:
         beta = xp.astype(beta, dtype)
         log_beta = xp.where(beta == 0, -math.inf, xp.log(xp.where(beta == 0, 1.0, beta)))  # no warning for log(0)
     value = xp.where(t == 0, 0.0, -xp.expm1(xp.where(t == 0, 1.0, t) * log_beta))
+    value = xp.where(t == 1, 1 - beta, value)
     return xp.astype(value, like.dtype)
 
 

@@ -116,6 +116,14 @@ CASES = [
         change=IDENTITY,
     ),
     case(
+        "order-3-turned",
+        "Three axes in bases of eigenvectors, all from the old factors.",
+        "third-axis-first own-factor-too second-axis-new exponent-quarter other-factors-unused",
+        shape=(2, 2, 2),
+        seed=531,
+        grads=np.concatenate([[[[[1, 2], [0, -1]], [[3, 1], [1, 2]]]], integers(531, (5, 2, 2, 2))]),
+    ),
+    case(
         "damping",
         "The other factors' inverses, averaged, are added to the squares.",
         "damping-ignored",
@@ -203,8 +211,9 @@ CASES = [
     exact(
         "exact-matrix",
         "Each statistic from the gradient whitened by the old root of the other axis.",
-        "share-missing other-factors-unused other-factors-new exponent-shampoo eps-ignored initial-zero initial-one "
-        "correction-always momentum-ignored heavy-ball statistic-of-average decays-swapped statistic-after",
+        "share-missing other-factors-unused other-factors-new own-factor-too exponent-shampoo eps-ignored "
+        "initial-zero initial-one correction-always momentum-ignored heavy-ball statistic-of-average decays-swapped "
+        "statistic-after",
         seed=520,
     ),
     exact("exact-wide", "More columns than rows.", "other-factors-new", shape=(2, 4), seed=521),

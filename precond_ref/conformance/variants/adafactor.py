@@ -36,6 +36,7 @@ FLAGS = {
     "scale-by-norm": "with the Frobenius norm instead of the root mean square in the scale",
     "scale-added": "with eps2 + RMS(X) as the scale instead of their maximum",
     "eps-outside": "with eps1 added to sqrt(V) instead of to the squares",
+    "eps-adam": "with 1e-8 added to sqrt(V) instead of eps1 to the squares",
     "eps-ignored": "without eps1",
     "eps-in-rows": "with eps1 in R alone",
     "floor-squared": "with mean(R) at least eps1^2 instead of eps1 in the form 'floor'",
@@ -73,7 +74,7 @@ def adafactor(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozense
         w = _weight(config, t, flags)
         used = ema(m, g, beta1) if "momentum-of-gradient" in flags else g
         square = g * g
-        inside = 0.0 if floor or "eps-outside" in flags else eps1
+        inside = 0.0 if floor or flags & {"eps-outside", "eps-adam"} else eps1
         old = row, col, v
         if axes is None:
             v = (1 - w) * v + w * (square + inside)
@@ -93,7 +94,8 @@ def adafactor(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozense
         if floor:
             estimate = np.maximum(estimate, eps1 * eps1)
         root = estimate if "no-root" in flags else sqrt(estimate)
-        u = divided(used, root + eps1 if "eps-outside" in flags else root)
+        beside = eps1 if "eps-outside" in flags else real(1e-8, g) if "eps-adam" in flags else 0
+        u = divided(used, root + beside)
         note(_shrunk, u, [(v, old[2])] if axes is None else [(row, old[0]), (col, old[1])])
         scale = real(1.0, g)
         if scaled:
@@ -181,7 +183,7 @@ VARIANTS = {
             frozenset({"clip-ignored", "clip-inverted", "clip-by-norm", "clip-per-matrix"}),
             frozenset({"scale-ignored", "scale-always", "scale-by-norm", "scale-added"}),
             frozenset({"scale-ignored", "clip-of-step"}),
-            frozenset({"eps-outside", "eps-ignored", "eps-in-rows", "form-exchanged"}),
+            frozenset({"eps-outside", "eps-adam", "eps-ignored", "eps-in-rows", "form-exchanged"}),
             frozenset({"eps-ignored", "floor-squared"}),
             frozenset({"eps-in-rows", "unfactored"}),
             frozenset({"axes-last", "unfactored"}),

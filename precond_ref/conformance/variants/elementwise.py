@@ -131,7 +131,8 @@ def rmsprop(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[
             square = square / (1 - beta2**t)
             average = mean if "mean-uncorrected" in flags else mean / (1 - beta2**t)
         if centered:
-            square = np.maximum(square - average * average, 0)
+            rest = square - average * average
+            square = np.where(rest > arithmetic.TINY * square, rest, 0 * rest)  # else it is rounding of 50 digits
         denominator = _denominator(square, eps, _form(config, flags))
         if "momentum-on-gradient" in flags:
             buffer = mu * buffer + weight * g

@@ -39,6 +39,9 @@ FLAGS = {
     "qr-of-statistic": "with the Q-factor of S instead of that of S Q",
     "eigh-at-renewal": "with an eigendecomposition at each renewal instead of one QR",
     "second-axis-new": "with each axis seeing the new eigenvalues of those before it",
+    "third-axis-first": "with the eigenvalues of three axes renewed from the last to the first: those of axis 3 are "
+    "new in those of axis 2, those of axis 2 in the statistic and eigenvalues of axis 1 (as in the authors' code)",
+    "own-factor-too": "with each axis' statistic and eigenvalues whitened by its own factor too",
     "initial-one": "with the eigenvalues started at 1",
     "damping-ignored": "without damping",
     "clamp-ignored": "without the bound of the eigenvalues",
@@ -103,27 +106,38 @@ def kl_shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
             if config["normalize"] and "normalize-ignored" not in flags:
                 direction = direction / (real(1e-30, direction) + sqrt(np.sum(direction * direction) / entries))
         renewed = due(t, config["every"], flags)
-        new_values: list[Any] = []
-        new_bases: list[Any] = []
+        new_values: list[Any] = [None] * order
+        new_bases: list[Any] = [None] * order
         r = [_inverse(w, Fraction(1, 2)) for w in values]
-        for n in range(order):
-            scaled, ridge = turned, delta
+        backwards = "third-axis-first" in flags and order == 3 and not first
+
+        def unfolded(n: int, whitening: list[Any]) -> tuple[Any, Any]:
+            """Return the gradient scaled on the other axes, unfolded, and the damping of this axis."""
+            scaled, ridge = turned, delta  # noqa: B023
             for j in range(order):
-                if j != n:
-                    rj = r[j]
-                    if "second-axis-new" in flags and j < n and not first:
-                        rj = _inverse(new_values[j], Fraction(1, 2))
+                if j != n or "own-factor-too" in flags:
+                    rj = whitening[j]
                     ridge = ridge * (np.sum(rj * rj) / dims[j])
                     if "inverse-root" in flags:
                         rj = sqrt(rj)
-                    if not first and "other-factors-unused" not in flags:
+                    if not first and "other-factors-unused" not in flags:  # noqa: B023
                         scaled = scaled * _along(rj, j, order)
-            y = unfold(scaled, n)
+            return unfold(scaled, n), ridge
+
+        for n in reversed(range(order)) if backwards else range(order):
+            seen, seen_by_values = list(r), list(r)
+            if "second-axis-new" in flags and not first:
+                seen = seen_by_values = [*(_inverse(w, Fraction(1, 2)) for w in new_values[:n]), *r[n:]]
+            elif backwards and n < 2:
+                seen_by_values[n + 1] = _inverse(new_values[n + 1], Fraction(1, 2))
+                seen = seen_by_values if n == 0 else seen
+            y, _ = unfolded(n, seen)
             z = bases[n] @ y
             share = 1 if "share-missing-in-statistics" in flags and not first else real(Fraction(dims[n], entries), y)
             grams[n] = ema(grams[n], share * (z @ z.T), b3)
             w = values[n]
             if not first:
+                y, ridge = unfolded(n, seen_by_values)
                 mean = 1 if "share-missing-in-eigenvalues" in flags else real(Fraction(dims[n], entries), y)
                 w = ema(w, np.sum(y * y, axis=1) * mean + ridge, b3)
                 if clamp is not None:
@@ -142,8 +156,7 @@ def kl_shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
                     basis = _orthogonal(grams[n] if "qr-of-statistic" in flags else grams[n] @ basis, basis)
                 if "eigenvalues-of-statistics" in flags:
                     w = np.maximum(np.diag(basis.T @ grams[n] @ basis), 0)
-            new_values.append(w)
-            new_bases.append(basis)
+            new_values[n], new_bases[n] = w, basis
         values, bases = new_values, new_bases
         state = {f"grams.{n}": gram for n, gram in enumerate(grams)}
         state |= {f"factors.{n}": (q * w) @ q.T for n, (q, w) in enumerate(zip(bases, values, strict=True))}
@@ -184,6 +197,7 @@ EXACT_FLAGS = {
     "share-always": "with d_n/D in the statistics, asked for or not",
     "other-factors-unused": "with each statistic from the gradient alone, as in Shampoo",
     "other-factors-new": "with each axis seeing the new roots of those before it",
+    "own-factor-too": "with each axis' statistic whitened by its own root too",
     "exponent-shampoo": "with exponent -1/(2N) on each axis",
     "exponent-half": "with exponent -1/2 on each axis",
     "eps-ignored": "without eps",
@@ -223,7 +237,7 @@ def exact_form(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
         for n in range(order):
             x = m if "statistic-of-average" in flags else g
             for j in range(order):
-                if j != n and "other-factors-unused" not in flags:
+                if (j != n or "own-factor-too" in flags) and "other-factors-unused" not in flags:
                     x = multiply(x, (new if "other-factors-new" in flags else roots)[j], j)
             x = unfold(x, n)
             old = grams[n]
@@ -250,7 +264,8 @@ VARIANTS = {
             frozenset({"eps-per-axis", "eps-ignored"}),
             frozenset({"qr-of-statistic", "eigh-at-renewal"}),
             frozenset({"inverse-root", "other-factors-unused"}),
-            frozenset({"second-axis-new", "other-factors-unused"}),
+            frozenset({"second-axis-new", "third-axis-first", "other-factors-unused"}),
+            frozenset({"own-factor-too", "other-factors-unused"}),
             frozenset({"momentum-from-first", "first-moves"}),
             frozenset({"start-identity", "start-eigh"}),
             frozenset(EVERY),
@@ -263,6 +278,7 @@ VARIANTS = {
         (
             frozenset({"share-missing", "share-always"}),
             frozenset({"other-factors-unused", "other-factors-new"}),
+            frozenset({"other-factors-unused", "own-factor-too"}),
             frozenset({"exponent-shampoo", "exponent-half"}),
             frozenset({"initial-zero", "initial-one"}),
             frozenset({"correction-ignored", "correction-always"}),

@@ -33,6 +33,7 @@ SHARED_FLAGS = {
     "statistic-frozen": "with statistics that see only the gradients of updates that refresh",
     "refresh-at-first": "with refreshes at updates 1, 1 + every, ... instead of start, then multiples of every",
     "refresh-always": "with a refresh at every update",
+    "start-ignored": "with the first refresh at update every, whatever start says",
     "correction-ignored": "without the bias corrections of the statistics and of F",
     "correction-always": "with bias corrections of the statistics and of F, asked for or not",
     "weight-missing": "with L_t = beta2 L_{t-1} + new, still divided by 1 - beta2^t",
@@ -123,8 +124,8 @@ def walk(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
     alpha = 0 if "alpha-ignored" in flags else config["weight_decay"]
     coupled = config["decay_form"] == "l2" or "alpha-coupled" in flags
     every = config["every"]
-    first = every if config["start"] is None else config["start"]
-    keeps = corrected or first > 1
+    first = every if config["start"] is None or "start-ignored" in flags else config["start"]
+    keeps = corrected or (config["start"] or every) > 1
     dims = merged(config, shape, flags)
     exponents = sides(config, shape, dims, flags, corrected)
     blocks = list(cut(dims, 10**9 if "blocks-ignored" in flags else config["max_dim"]))
