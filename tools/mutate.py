@@ -17,7 +17,8 @@ other inputs, with drawn fields, shapes and gradients. Without a difference ther
 python tools/mutate.py                               # 2000 mutants; the table, and the survivors
 python tools/mutate.py --sample 0 --json all.jsonl   # every mutant; begun again, it goes on where it ended
 python tools/mutate.py --sample 100 --diagnose       # what the diagnosis says about those that a case kills
-python tools/mutate.py --sample 20 --tests           # the quick tests in the place of the check
+python tools/mutate.py --sample 100 --tests          # the quick tests of the module in the place of the check
+python tools/mutate.py --sample 100 --checker        # mutants of the checker itself, tried by its quick tests
 """
 
 from __future__ import annotations
@@ -32,14 +33,12 @@ import contextlib
 import functools
 import importlib
 import importlib.machinery
+import importlib.util
 import json
 import math
 import random
 import resource
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -62,6 +61,15 @@ from precond_ref.conformance.subjects import Config, Reference
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("methods", "numerics")
+CHECKER = ("tolerance", "results", "runner", "diagnose", "contract", "beside")
+"""Modules of ``precond_ref.conformance`` that judge."""
+TESTS = {
+    "online_sketches": "sketchy", "arrays": "numerics", "axes": "numerics", "bases": "soap", "ema": "numerics",
+    "grafting": "shampoo sketchy", "lapack": "numerics", "orthogonal": "muon", "refresh": "shampoo asgo",
+    "template": "numerics", "tolerance": "diagnose", "results": "diagnose", "runner": "diagnose",
+    "contract": "wrong_optimizers", "beside": "wrong_optimizers",
+}  # fmt: skip
+"""Names of the test files of a module, if they are not its own name; `test_files` has those of all modules."""
 SECONDS, GIGABYTES = 60.0, 4
 SAME = 1e-6
 SUBJECTS = 5
@@ -251,8 +259,10 @@ def applied(mutant: Mutant, source: str) -> str:
     return source[: mutant.start] + mutant.new + source[mutant.end :]
 
 
-def modules() -> list[str]:
-    """Return the modules that are mutated."""
+def modules(checker: bool = False) -> list[str]:
+    """Return the modules that are mutated: methods and their numerics, or the checker."""
+    if checker:
+        return [f"precond_ref.conformance.{name}" for name in CHECKER]
     return [f"precond_ref.{f}.{p.stem}" for f in FOLDERS for p in sorted((ROOT / "precond_ref" / f).glob("[a-z]*.py"))]
 
 
@@ -286,23 +296,42 @@ def other_world() -> Iterator[None]:
         exchange(kept)
 
 
+class Edited(importlib.machinery.SourceFileLoader):
+    """The finder and loader of a module with a mutant in it."""
+
+    def __init__(self, mutant: Mutant):
+        super().__init__(mutant.module, str(path_of(mutant.module)))
+        self.text = applied(mutant, path_of(mutant.module).read_text(encoding="utf-8"))
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Return the spec of the module, and None for all others."""
+        return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
+
+    def get_code(self, name: str) -> Any:
+        """Return the code of the mutant."""
+        return compile(self.text, self.path, "exec")
+
+
+@contextlib.contextmanager
+def edited(mutant: Mutant | None) -> Iterator[None]:
+    """Context manager inside which imports take the mutant in the place of its module."""
+    finders = [] if mutant is None else [Edited(mutant)]
+    sys.meta_path[:0] = finders  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for finder in finders:
+            sys.meta_path.remove(finder)  # type: ignore[arg-type]
+
+
 def plant(mutant: Mutant | None) -> None:
     """Import the library a second time, with the mutant in the place of its module."""
-    original, codes = importlib.machinery.SourceFileLoader.get_code, {}
-    if mutant is not None:
-        text = applied(mutant, path_of(mutant.module).read_text(encoding="utf-8"))
-        codes[mutant.module] = compile(text, str(path_of(mutant.module)), "exec")
-
-    def get_code(self: Any, name: str) -> Any:
-        return codes[name] if name in codes else original(self, name)
-
     kept = exchange({})
-    importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[assignment,method-assign]
     try:
-        importlib.import_module("precond_ref").list_methods()
-        WORLD.update(ours())
+        with edited(mutant):
+            importlib.import_module("precond_ref").list_methods()
+            WORLD.update(ours())
     finally:
-        importlib.machinery.SourceFileLoader.get_code = original  # type: ignore[method-assign]
         exchange(kept)
 
 
@@ -500,7 +529,8 @@ def judged(mutant: Mutant | None, subjects: list[str], truth: dict[str, list[Any
 
 def child(pipe: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """Do the work and send its result."""
-    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES * 2**30,) * 2)
+    gigabytes = GIGABYTES * (4 if work is tested else 1)  # the tests import torch and JAX
+    resource.setrlimit(resource.RLIMIT_AS, (gigabytes * 2**30,) * 2)
     warnings.simplefilter("ignore")
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
@@ -547,24 +577,40 @@ def in_processes(
 # ---- the quick tests ------------------------------------------------------------------------------------------------
 
 
-def tested(mutant: Mutant | None, options: list[str]) -> dict[str, Any]:
-    """Run the tests on a copy of the tree with the mutant, in an ordinary process, because pytest makes its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "tree"
-        copy.mkdir()
-        for item in ROOT.iterdir():
-            if item.name in ("precond_ref", "tests"):
-                shutil.copytree(item, copy / item.name, ignore=shutil.ignore_patterns("__pycache__"))
-            elif not item.name.startswith("."):
-                (copy / item.name).symlink_to(item)
-        if mutant is not None:
-            file = copy / path_of(mutant.module).relative_to(ROOT)
-            file.write_text(applied(mutant, file.read_text(encoding="utf-8")), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *options]
-        environment = {**os.environ, "PYTHONPATH": f"{copy}:{copy / 'adapters'}", "PYTHONDONTWRITEBYTECODE": "1"}
-        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-    by = next((row for row in run.stdout.splitlines() if row.startswith(("FAILED", "ERROR"))), "")
-    return {"fate": "killed" if run.returncode else "survivor", "by": by or f"exit code {run.returncode}"}
+def test_files(module: str) -> list[str]:
+    """Return the test files that are run for a mutant of a module: first its own, then those of its kind."""
+    name, common = module.rpartition(".")[2], "conformance" if ".conformance." in module else "vectors"
+    names = [*TESTS.get(name, name).split(), common]
+    return [file for file in (f"tests/test_{n}.py" for n in dict.fromkeys(names)) if (ROOT / file).exists()]
+
+
+class First:
+    """A plugin of pytest that keeps the first failure."""
+
+    by = ""
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Keep the name of a test that fails."""
+        self.by = self.by or report.nodeid * report.failed
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Keep the name of a file that cannot be imported."""
+        self.by = self.by or report.nodeid * report.failed
+
+
+def tested(mutant: Mutant | None, files: list[str]) -> dict[str, Any]:
+    """Run the quick tests of these files with the mutant in the place of its module; only in a process of its own.
+
+    Processes that a test starts have the module as it is.
+    """
+    import pytest
+
+    os.chdir(ROOT)
+    exchange({})
+    first, options = First(), ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--assert=plain"]
+    with edited(mutant):  # pytest would rewrite the assertions of the library, from its file
+        code = pytest.main([*options, *files], plugins=[first])
+    return {"fate": "killed" if code else "survivor", "by": first.by or f"exit code {int(code)}"}
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -578,7 +624,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--modules", default="", help="parts of module names, separated by commas (default: all)")
     parser.add_argument("--only", type=Path, metavar="FILE", help="the survivors of a report, again")
     parser.add_argument("--diagnose", action="store_true", help="keep the diagnosis of each mutant")
-    parser.add_argument("--tests", nargs="*", metavar="OPTION", help="run pytest with these options instead of check")
+    parser.add_argument("--tests", action="store_true", help="run the module's quick tests instead of check")
+    parser.add_argument("--checker", action="store_true", help="mutate the checker; implies --tests")
     parser.add_argument("--seconds", type=float, default=None, help=f"limit for one mutant (default: {SECONDS:g})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the fate of each mutant")
     return parser.parse_args()
@@ -596,39 +643,45 @@ def written(file: Path) -> dict[Mutant, dict[str, Any]]:
 def main() -> None:
     """Print the table and the survivors."""
     given, console = arguments(), Console(stderr=True)
-    chosen = [m for m in modules() if any(part in m for part in given.modules.split(","))]
-    prepare()
-    with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
-        base = reached(modules())
-    lines: dict[tuple[str, int], list[str]] = {}
-    for constructor, (seen, _) in base.items():
-        for line in seen:
-            lines.setdefault(line, []).append(constructor)
-    truth, quick = {c: t for c, (_, t) in base.items()}, {c: len(seen) for c, (seen, _) in base.items()}
-    every = [m for module in chosen for m in mutants(module)]
-    run = [m for m in every if (m.module, m.line) in lines]
+    every = [
+        m for module in modules(given.checker) if any(part in module for part in given.modules.split(","))
+        for m in mutants(module)
+    ]  # fmt: skip
+    run, work = every, list[tuple[Any, Callable[..., Any], tuple[Any, ...]]]()
+    if not given.checker:
+        prepare()
+        with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
+            base = reached(modules())
+        lines: dict[tuple[str, int], list[str]] = {}
+        for constructor, (seen, _) in base.items():
+            for line in seen:
+                lines.setdefault(line, []).append(constructor)
+        truth, quick = {c: t for c, (_, t) in base.items()}, {c: len(seen) for c, (seen, _) in base.items()}
+        run = [m for m in every if (m.module, m.line) in lines]
+    in_updates = len(run)
     if given.only:
         fates = {m: f["fate"] for m, f in written(given.only).items()}
         kept = {(m.module, m.kind, m.old, m.new) for m, f in fates.items() if f in ("survivor", "edge", "may")}
         run = [m for m in run if (m.module, m.kind, m.old, m.new) in kept]  # lines may have moved
     if given.sample and given.sample < len(run):
         run = sorted(random.Random(given.seed).sample(run, given.sample), key=lambda m: (m.module, m.start))
-    in_updates = sum((m.module, m.line) in lines for m in every)
-    console.print(f"{len(every)} mutants, {in_updates} of them in lines that updates run; {len(run)} are tried")
-    work: list[tuple[Any, Callable[..., Any], tuple[Any, ...]]]
-    if given.tests is None:
+    said = "" if given.checker else f", {in_updates} of them in lines that updates run"
+    console.print(f"{len(every)} mutants{said}; {len(run)} are tried")
+    if given.tests or given.checker:
+        files = sorted({file for m in run for file in test_files(m.module)})
+        for _, fate in in_processes(1, [(None, tested, (None, files))], 1800):
+            if fate["fate"] == "killed":
+                raise SystemExit(f"the tests fail without an edit: {fate['by']}")
+        work = [(m, tested, (m, test_files(m.module))) for m in run]
+    else:
         work = [
             (m, judged, (m, own, {c: truth[c] for c in own}, given.diagnose))
             for m, own in ((m, subjects(m, lines[m.module, m.line], quick)) for m in run)
         ]
-    else:
-        if (unedited := tested(None, given.tests))["fate"] == "killed":
-            raise SystemExit(f"the tests fail without an edit: {unedited['by']}")
-        work = [(m, tested, (m, given.tests)) for m in run]
     done = written(given.json) if given.json and given.json.exists() else {}
     work = [(m, *rest) for m, *rest in work if m not in done]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    seconds = given.seconds or (SECONDS if given.tests is None else 1800)
+    seconds = given.seconds or (SECONDS if not (given.tests or given.checker) else 600)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("mutants", total=len(work))
         for mutant, fate in in_processes(given.jobs, work, seconds):
