@@ -316,12 +316,12 @@ class Edited(importlib.machinery.SourceFileLoader):
 def edited(mutant: Mutant | None) -> Iterator[None]:
     """Context manager inside which imports take the mutant in the place of its module."""
     finders = [] if mutant is None else [Edited(mutant)]
-    sys.meta_path[:0] = finders  # type: ignore[arg-type]
+    sys.meta_path[:0] = finders
     try:
         yield
     finally:
         for finder in finders:
-            sys.meta_path.remove(finder)  # type: ignore[arg-type]
+            sys.meta_path.remove(finder)
 
 
 def plant(mutant: Mutant | None) -> None:
