@@ -191,7 +191,8 @@ def test_no_module_takes_the_place_of_a_public_name(monkeypatch: pytest.MonkeyPa
 
 STOREYS = (
     ("typing", "fields", "files"), ("numerics",), ("protocol",), ("registry",), ("methods",), ("optimizer",),
-    ("precond_ref",), ("problems",), ("theory",), ("compare", "regret", "cost", "conformance"), ("bench",), ("cli",),
+    ("precond_ref",), ("problems",), ("theory",), ("compare", "regret", "cost", "conformance"),
+    ("bench", "experiments"), ("cli",),
 )  # fmt: skip
 """Rooms of the package, "precond_ref" its front door, from the ground up: each imports from those below."""
 

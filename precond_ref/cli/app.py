@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 import precond_ref
-from precond_ref.cli import bench, check, compare, cost, listing, regret, vectors
+from precond_ref.cli import bench, check, compare, cost, experiments, listing, regret, vectors
 
+EXPERIMENTS = "Test claims of the papers, each by a criterion that stands before the result."
 CHECK = "Check an implementation, and say what it computes instead."
 
 
@@ -27,6 +28,7 @@ def application() -> typer.Typer:
     app.command("list", epilog=listing.EXAMPLES)(listing.list_command)
     app.command("compare", epilog=compare.EXAMPLES)(compare.compare_command)
     app.command("regret", epilog=regret.EXAMPLES)(regret.regret_command)
+    app.command("experiments", short_help=EXPERIMENTS, epilog=experiments.EXAMPLES)(experiments.experiments_command)
     app.command("check", short_help=CHECK, epilog=check.EXAMPLES)(check.check_command)
     app.add_typer(vectors.application(), name="vectors")
     app.command("bench", epilog=bench.EXAMPLES)(bench.bench_command)

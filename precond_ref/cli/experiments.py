@@ -1,0 +1,112 @@
+"""``precond-ref experiments``: the claims of the papers, tested. The command imports heavy libraries only when "
+"it runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from precond_ref.cli.terminal import EXTRA, fail, progress, standard_output
+
+if TYPE_CHECKING:
+    from precond_ref.experiments import Experiment
+
+EXAMPLES = """\b
+Examples:
+  precond-ref experiments                             # the list, with times
+  precond-ref experiments dials spectra --output out  # two of them
+  precond-ref experiments --all --seeds 5             # all of them
+  precond-ref experiments dials --draw                # table, figure and verdicts again, from dials.json
+  precond-ref experiments --all --quick               # some steps of each, to see that they run
+
+\b
+Each experiment writes into the folder of --output:
+  NAME.json    the numbers of every seed, settings, processor time
+  NAME.txt     the table, in Markdown
+  NAME.svg     the figure
+  verdicts.txt one row for each claim, of all experiments that the folder has
+"""
+
+
+def experiments_command(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Experiments of the list.")] = None,
+    all_of_them: Annotated[bool, typer.Option("--all", help="Run all experiments.")] = False,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Seeds 0 to N - 1; the rates are searched from others.")] = 5,
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the results.")] = Path(
+        "precond-ref-experiments"
+    ),
+    draw: Annotated[bool, typer.Option("--draw", help="Run nothing: make everything again from the JSON.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few steps of small networks; the verdicts say nothing.")
+    ] = False,
+) -> None:
+    """Test claims of the papers, each by a criterion that stands before the result.
+
+    Without a name: list the experiments with the claims that they decide, their processor time and the data they need.
+    The data are looked for in the folder that PRECOND_REF_DATA names. A claim holds, holds in part, does not hold here,
+    or cannot be tested here; the tables show the median over the seeds, with the least and the largest in brackets.
+
+    Ctrl-C ends the command; the experiments that are done are written.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy or PyTorch is imported
+    try:
+        from precond_ref import experiments
+        from precond_ref.experiments import base
+
+        console = standard_output()
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed: {EXTRA}")
+    known = experiments.list_experiments()
+    if not names and not all_of_them:
+        for experiment in known.values():
+            claims = ", ".join(claim.name for claim in experiment.claims)
+            needs = f", needs {', '.join(experiment.needs)}" if experiment.needs else ""
+            console.print(f"{experiment.name}  (decides {claims}; {experiment.minutes:g} min{needs})")
+            console.print(f"    {experiment.title}")
+            for claim in experiment.claims:
+                console.print(f"    {claim.name} {claim.paper}: {claim.text}")
+        console.print(f"all: {sum(experiment.minutes for experiment in known.values()):.0f} minutes of processor time")
+        return
+    chosen = list(known) if all_of_them else list(dict.fromkeys(names or ()))
+    if unknown := [name for name in chosen if name not in known]:
+        fail(f"no experiment is called {', '.join(unknown)}; there are {', '.join(known)}")
+    if seeds < 1:
+        fail(f"--seeds must be at least 1, got {seeds}")
+    if output.exists() and not output.is_dir():
+        fail(f"{output} is no folder")
+    for name in chosen:
+        try:
+            record = base.read(known[name], output) if draw else _run(known[name], seeds, quick)
+            if record is None:
+                fail(f"{output / name}.json is not there: run `precond-ref experiments {name} --output {output}` first")
+            base.write(known[name], record, output)
+        except (FileNotFoundError, ModuleNotFoundError) as error:
+            if all_of_them:
+                typer.echo(f"{name}: left out, {error}", err=True)
+                continue
+            fail(f"{name}: {error}")
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        console.print(
+            f"{name}: {record['seconds']:g} s of processor time\n\n{(known[name].table or base.table)(record['runs'])}"
+        )
+        for claim in known[name].claims:
+            word, measured = claim.judge(record["runs"])
+            console.print(
+                f"{claim.name} {claim.text}\n   holds here if: {claim.criterion}\n   {measured}\n   -> {word}\n"
+            )
+    text = base.verdicts(known.values(), output, experiments.untested())
+    (output / "verdicts.txt").write_text(text, encoding="utf-8")
+    console.print(f"written: {output}")
+
+
+def _run(experiment: Experiment, seeds: int, quick: bool) -> dict[str, Any]:
+    """Run with a progress bar."""
+    with progress() as bar:
+        task = bar.add_task(experiment.name, total=1.0, loss="")
+        options = dict(experiment.small) if quick else {}
+        return experiment.run(range(seeds), lambda share: bar.update(task, completed=share), **options)

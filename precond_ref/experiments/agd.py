@@ -1,0 +1,243 @@
+"""Claims of AGD: the squared gradient difference beside the Hessian, and the switch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from precond_ref import problems
+from precond_ref.experiments.base import (
+    Array,
+    Claim,
+    Experiment,
+    Numbers,
+    Tick,
+    Verdict,
+    decided,
+    line,
+    np,
+    paired,
+    panels,
+    spearman,
+    spread,
+    title,
+)
+from precond_ref.experiments.curvature import flat, hessian
+from precond_ref.experiments.training import Entry, descend
+from precond_ref.methods.agd import AGD
+from precond_ref.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAPER = "AGD"
+BATCHES = ("batches of 100", "full batch")
+LR = 10**-2.5
+
+# ---- curvature ------------------------------------------------------------------------------------------------------
+
+
+def both(a: Array, b: Array, sizes: list[int]) -> list[float]:
+    """Return Spearman's correlation over all entries, and the mean of those within the weights of each layer."""
+    ends = np.cumsum(sizes)[:-1]
+    inside = [spearman(x, y) for x, y in zip(np.split(a, ends), np.split(b, ends), strict=True) if len(x) > 60]
+    return [spearman(a, b), float(np.mean(inside))]
+
+
+def curvature(seed: int, tick: Tick, steps: int = 300, hidden: tuple[int, ...] = (16, 16)) -> Numbers:
+    """Return correlations of AGD's s with H times the step, and of sqrt(b) and Adam's sqrt(v) with |diag H|."""
+    found: Numbers = {}
+    for i, (kind, size) in enumerate(zip(BATCHES, (100, None), strict=True)):
+        problem = problems.load("digits-mlp", dtype="float64", seed=seed, hidden=hidden, batch_size=size)
+        sizes = [value.size for value in problem.initial.values()]
+        times = sorted({max(2, steps // 30), steps // 2, steps})
+        v, before, mean = np.zeros(sum(sizes)), flat(problem.init()), np.zeros(sum(sizes))
+        part: Numbers = {"steps": times, "difference": [], "sqrt(b)": [], "sqrt(v)": []}
+        for step in descend(problem, Entry(AGD()), LR, steps):
+            g, x, t = flat(step.grads), flat(step.params), step.number
+            v = 0.999 * v + 0.001 * g * g
+            new = 0.9 * mean + 0.1 * g
+            s = new / (1 - 0.9 ** (t + 1)) - (mean / (1 - 0.9**t) if t else 0.0)
+            mean = new
+            if t in times:
+                H = hessian(problem, step.params)
+                states = dict(zip(problem.initial, b_of(problem, step.state), strict=True))
+                b = flat(states)
+                part["difference"].append(both(np.abs(s), np.abs(H @ (x - before)), sizes))
+                part["sqrt(b)"].append(both(np.sqrt(b), np.abs(np.diag(H)), sizes))
+                part["sqrt(v)"].append(both(np.sqrt(v), np.abs(np.diag(H)), sizes))
+                tick((i + len(part["difference"]) / len(times)) / 2)
+            before = x
+        found[kind] = part
+    return found
+
+
+def b_of(problem: Any, state: Any) -> list[Array]:
+    """Return AGD's b by parameter, in the order of the parameters."""
+    members = Optimizer(AGD(), lr=LR).unstack(problem.init(), state)
+    return [members[name].b for name in problem.initial]
+
+
+def least(runs: list[Numbers], kind: str, what: str, where: int) -> list[float]:
+    """Return the least correlation along the run, for each seed."""
+    return [min(each[where] for each in run[kind][what]) for run in runs]
+
+
+def differences(runs: list[Numbers]) -> Verdict:
+    """G1."""
+    found = {(k, w): least(runs, k, "difference", w) for k in BATCHES for w in (0, 1)}
+    good = {f"{k}{', within layers' if w else ''}": float(np.median(each)) > 0.9 for (k, w), each in found.items()}
+    last = spread([run["full batch"]["difference"][-1][0] for run in runs], 2)
+    text = "; ".join(
+        f"{kind}{', within layers' if where else ''} {spread(each, 2)}" for (kind, where), each in found.items()
+    )
+    return decided(good, f"Least correlation along the run: {text}; full batch at the end {last}")
+
+
+def follows(runs: list[Numbers]) -> Verdict:
+    """G2."""
+    text, good = [], {}
+    for kind in BATCHES:
+        ours, adam = (least(runs, kind, what, 1) for what in ("sqrt(b)", "sqrt(v)"))
+        gap = paired(ours, adam)
+        good[kind] = float(np.median(ours)) > 0.5 and gap.above
+        everywhere = " and ".join(spread(least(runs, kind, what, 0), 2) for what in ("sqrt(b)", "sqrt(v)"))
+        text.append(
+            f"{kind}: sqrt(b) {spread(ours, 2)}, Adam's sqrt(v) {spread(adam, 2)}, difference {gap}; over all "
+            f"layers {everywhere}"
+        )
+    return decided(good, f"Least correlation with |diag H| within layers along the run: {'; '.join(text)}")
+
+
+def curvature_figure(runs: list[Numbers]) -> Figure:
+    """Draw the correlations by time."""
+    figure, axes = panels(2, 5.4)
+    for panel, kind in zip(axes, BATCHES, strict=True):
+        for rank, what in enumerate(("difference", "sqrt(b)", "sqrt(v)")):
+            label = {"difference": "|s| with |H dx|", "sqrt(v)": "Adam's sqrt(v) with |diag H|"}.get(
+                what, "sqrt(b) with |diag H|"
+            )
+            for where, style in ((0, "-"), (1, "--")):
+                curves = [[each[where] for each in run[kind][what]] for run in runs]
+                name = label + (", within layers" if where else "")
+                line(panel, runs[0][kind]["steps"], curves, name, rank, linestyle=style, marker="o", markersize=3)
+        title(panel, f"Spearman's correlation, {kind}", xlabel="steps", ylim=(-0.2, 1.05))
+    axes[0].legend(frameon=False, fontsize=7.5)
+    return figure
+
+
+# ---- the switch -----------------------------------------------------------------------------------------------------
+
+DELTAS = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+TASKS = ("digits-mlp", "digits-autoencoder", "digits-cnn")
+
+
+def switch(seed: int, tick: Tick, steps: int = 200) -> Numbers:
+    """Return the share of coordinates that take SGD's step, by time, for each task and delta, and by layer at 1e-3."""
+    found: Numbers = {"steps": [round(steps * share) for share in (0.05, 0.25, 0.5, 0.75, 1.0)]}
+    for i, task in enumerate(TASKS):
+        problem = problems.load(task, seed=seed)
+        found[task] = {}
+        for delta in DELTAS:
+            shares = []
+            for step in descend(problem, Entry(AGD(delta=delta)), LR, steps):
+                if step.number in found["steps"]:
+                    members = [np.sqrt(b) for b in b_of(problem, step.state)]
+                    floor = delta * (1 - 0.999**step.number) ** 0.5
+                    shares.append(float(np.mean(np.concatenate([np.ravel(b) for b in members]) <= floor)))
+                    if delta == 1e-3:
+                        layers = {n: float(np.mean(b <= floor)) for n, b in zip(problem.initial, members, strict=True)}
+            found[task][f"{delta:g}"] = shares
+        found[f"{task}, layers"] = {name: share for name, share in layers.items() if name.endswith("weight")}
+        tick((i + 1) / len(TASKS))
+    return found
+
+
+def switches(runs: list[Numbers]) -> Verdict:
+    """G3."""
+    change = {
+        (task, f"{d:g}"): [max(run[task][f"{d:g}"]) - min(run[task][f"{d:g}"]) for run in runs]
+        for task in TASKS
+        for d in DELTAS
+    }
+    full = [f"{d:g}" for d in DELTAS if all(np.median(change[task, f"{d:g}"]) > 0.2 for task in TASKS)]
+    some = [f"{d:g}" for d in DELTAS if any(np.median(change[task, f"{d:g}"]) > 0.2 for task in TASKS)]
+    default = ", ".join(f"{task} {spread(change[task, '1e-05'], 2)}" for task in TASKS)
+    middle = ", ".join(f"{task} {spread(change[task, '0.001'], 2)}" for task in TASKS)
+    text = (
+        f"Change above 0.2 on all tasks at delta {', '.join(full) or 'none'}, on some at "
+        f"{', '.join(some) or 'none'}; at the "
+        f"default 1e-5: {default}; at 1e-3: {middle}"
+    )
+    return decided({"some delta on some task": bool(some), "one delta on all tasks": bool(full)}, text)
+
+
+def switch_figure(runs: list[Numbers]) -> Figure:
+    """Draw the shares by time."""
+    figure, axes = panels(3, 4.2)
+    for panel, task in zip(axes, TASKS, strict=True):
+        for rank, delta in enumerate(runs[0][task]):
+            line(
+                panel,
+                runs[0]["steps"],
+                [run[task][delta] for run in runs],
+                f"delta {delta}",
+                rank,
+                marker="o",
+                markersize=3,
+            )
+        title(panel, f"share of SGD's steps, {task}", xlabel="steps", ylim=(-0.02, 1.02))
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+EXPERIMENTS = (
+    Experiment(
+        name="curvature",
+        minutes=2.5,
+        title="digits-mlp with two hidden layers of 16 (1482 parameters), 300 steps of AGD at 10^-2.5, with "
+        "batches and with the "
+        "whole training set; Hessian of the loss on the training set at three times.",
+        claims=(
+            Claim(
+                name="G1",
+                paper=PAPER,
+                text="The difference of gradients is the Hessian's rows times the step.",
+                criterion="Spearman's correlation of |s| with |H dx| above 0.9 at every time, over all entries "
+                "and within "
+                "layers, with batches and without",
+                judge=differences,
+            ),
+            Claim(
+                name="G2",
+                paper=PAPER,
+                text="Its square root follows the Hessian's diagonal.",
+                criterion="correlation of sqrt(b) with |diag H| within layers above 0.5 and above that of "
+                "Adam's sqrt(v), along "
+                "the same run, with batches and without",
+                judge=follows,
+            ),
+        ),
+        one=curvature,
+        draw=curvature_figure,
+        small={"steps": 4, "hidden": (2,)},
+    ),
+    Experiment(
+        name="switch",
+        minutes=1.5,
+        title="AGD at 10^-2.5 on three problems of the digits, 200 steps, six values of delta.",
+        claims=(
+            Claim(
+                name="G3",
+                paper=PAPER,
+                text="It switches between SGD and the adaptive step by itself.",
+                criterion="the share of coordinates that take SGD's step changes by more than 0.2 in a run, at "
+                "one delta on all "
+                "three tasks",
+                judge=switches,
+            ),
+        ),
+        one=switch,
+        draw=switch_figure,
+        small={"steps": 10},
+    ),
+)

@@ -1,0 +1,390 @@
+"""Claims of ASGO: blocks of the Hessian, constants of the theorems along runs, and two dials on a quadratic."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from precond_ref import problems
+from precond_ref.experiments.base import (
+    COLOURS,
+    Array,
+    Claim,
+    Experiment,
+    Numbers,
+    Tick,
+    Verdict,
+    column,
+    decided,
+    line,
+    markdown,
+    np,
+    paired,
+    panels,
+    spread,
+    title,
+)
+from precond_ref.experiments.curvature import groups, hessian, share
+from precond_ref.experiments.training import Entry, descend
+from precond_ref.methods.asgo import ASGOTheory
+from precond_ref.methods.baselines import SGD, AdaGrad, Adam
+from precond_ref.methods.muon import Muon
+from precond_ref.methods.shampoo import Shampoo
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAPER = "ASGO"
+
+# ---- blocks of the Hessian ------------------------------------------------------------------------------------------
+
+PARTS = ("layers", "output neurons", "inputs")
+
+
+def blocks(seed: int, tick: Tick, steps: int = 300, hidden: tuple[int, ...] = (16, 16), looks: int = 3) -> Numbers:
+    """Return the shares of the Hessian's squared norm in its blocks, and in blocks of the same sizes at random."""
+    problem = problems.load("digits-mlp", dtype="float64", seed=seed, hidden=hidden)
+    rng = np.random.default_rng([seed, 4])
+    times = [round(steps * i / (looks - 1)) for i in range(looks)]
+    found: Numbers = {"steps": times, **{part: [] for part in PARTS}, **{f"{part}, random": [] for part in PARTS}}
+    for step in descend(problem, Entry(Adam()), 0.01, steps):
+        if step.number not in times:
+            continue
+        tick(len(found["layers"]) / looks)
+        matrix, blocks_of = hessian(problem, step.params), groups(step.params)
+        for part in PARTS:
+            found[part].append(share(matrix, blocks_of[part]))
+            found[f"{part}, random"].append(share(matrix, rng.permutation(blocks_of[part])))
+    return found
+
+
+def block_diagonal(runs: list[Numbers]) -> Verdict:
+    """A2."""
+    least = {part: [min(run[part]) for run in runs] for part in PARTS}
+    text = "; ".join(
+        f"{part} {spread(least[part], 2)}, at random {spread([max(run[f'{part}, random']) for run in runs], 2)}"
+        for part in PARTS
+    )
+    limits = {"layers": 0.9, "output neurons": 0.5}
+    good = {part: bool(np.median(least[part]) > limit) for part, limit in limits.items()}
+    return decided(good, f"Least share along the run: {text}")
+
+
+def blocks_figure(runs: list[Numbers]) -> Figure:
+    """Draw the shares by time."""
+    figure, (axes,) = panels(1, 6.5)
+    for rank, part in enumerate(PARTS):
+        line(axes, runs[0]["steps"], column(runs, part), part, rank, marker="o")
+        line(axes, runs[0]["steps"], column(runs, f"{part}, random"), f"{part}, at random", rank, linestyle=":")
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    title(axes, "share of the Hessian's squared norm in blocks", xlabel="steps", ylim=(0, 1))
+    return figure
+
+
+# ---- right sides of the theorems ------------------------------------------------------------------------------------
+
+BOUNDS = ("ASGO", "Shampoo", "AdaGrad", "AdaGrad by rows", "SGD")
+
+
+def trace(matrix: Array, power: float) -> float:
+    """Return tr A^power of a positive semidefinite matrix."""
+    return float(np.sum(np.maximum(np.linalg.eigvalsh(matrix), 0.0) ** power))
+
+
+def right_sides(G: Array, X: Array) -> dict[str, float]:
+    """Return the bounds of the regret at the best constant rate, from gradients and distances (T, m, n).
+
+    They are those of `theory.asgo.regret`, of Shampoo at full size (`theory.sketchy.sshampoo_regret`), of
+    `theory.asgo.row_regret` with entries and with rows, and of `theory.gradient_descent.regret`, eps = 0.
+    """
+    L, R = np.einsum("tij,tkj->ik", G, G), np.einsum("tij,tik->jk", G, G)
+    entries, rows = np.sqrt(np.sum(G**2, axis=0)), np.sqrt(np.sum(G**2, axis=(0, 2)))
+    operator = float(np.max(np.linalg.svd(X, compute_uv=False)[:, 0]))
+    frobenius = float(np.max(np.linalg.norm(X, axis=(1, 2))))
+    r = min(G.shape[1:])
+    return {
+        "ASGO": math.sqrt(2) * operator * trace(L, 0.5),
+        "Shampoo": math.sqrt(2 * r) * frobenius * trace(L, 0.25) * trace(R, 0.25),
+        "AdaGrad": math.sqrt(2) * float(np.max(np.abs(X))) * float(np.sum(entries)),
+        "AdaGrad by rows": math.sqrt(2) * float(np.max(np.linalg.norm(X, axis=2))) * float(np.sum(rows)),
+        "SGD": frobenius * float(np.linalg.norm(G)),
+    }
+
+
+def bounds(seed: int, tick: Tick, steps: int = 200) -> Numbers:
+    """Return the right sides over SGD's for each weight matrix, after several numbers of steps of one run of Adam."""
+    found: Numbers = {}
+    for i, name in enumerate(("digits-mlp", "digits-autoencoder")):
+        problem = problems.load(name, dtype="float64", seed=seed)
+        run = list(descend(problem, Entry(Adam()), 0.01, steps))
+        for key in (key for key, value in problem.initial.items() if value.ndim == 2):
+            points, gradients = np.stack([s.params[key] for s in run]), np.stack([s.grads[key] for s in run])
+            for T in (steps // 20, steps // 4, steps):
+                sides = right_sides(gradients[:T], points[:T] - points[T])
+                found[f"{name}/{key}, T = {T}"] = {k: side / sides["SGD"] for k, side in sides.items()}
+        tick((i + 1) / 2)
+    return found
+
+
+def smallest(runs: list[Numbers]) -> Verdict:
+    """A3."""
+    records = [record for run in runs for record in run.values()]
+    winners = [min(record, key=record.__getitem__) for record in records]
+    structured = [min(record, key=lambda k: record[k] if k != "SGD" else math.inf) for record in records]
+    counts = ", ".join(f"{k} {winners.count(k) / len(winners):.0%}" for k in BOUNDS)
+    alone = structured.count("ASGO") / len(structured)
+    shampoo = sum(record["ASGO"] < record["Shampoo"] for record in records) / len(records)
+    text = (
+        f"Smallest of {len(records)} records: {counts}; without SGD, ASGO in {alone:.0%}; below Shampoo's in "
+        f"{shampoo:.0%}"
+    )
+    won = winners.count("ASGO") / len(winners)
+    return decided({"the four without SGD": alone > 0.9, "all five": won > 0.9}, text)
+
+
+def bounds_figure(runs: list[Numbers]) -> Figure:
+    """Draw the right sides over SGD's."""
+    keys = list(runs[0])
+    figure, (axes,) = panels(1, 8.5, 0.27 * len(keys) + 1.2)
+    for rank, method in enumerate(BOUNDS[:-1]):
+        for row, key in enumerate(keys):
+            values = [run[key][method] for run in runs]
+            axes.plot(values, [row] * len(values), "o", color=COLOURS[rank], alpha=0.6, markersize=5,
+                      label=method if row == 0 else None)  # fmt: skip
+    axes.axvline(1.0, color="black", linewidth=0.9)
+    axes.set_yticks(range(len(keys)), keys, fontsize=8)
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=8)
+    title(axes, "right side of the regret bound over that of SGD (line), best rate", xscale="log")
+    return figure
+
+
+# ---- two dials ------------------------------------------------------------------------------------------------------
+
+M, N = 20, 30
+METHODS: dict[str, Any] = {
+    "ASGO": ASGOTheory(eps=1e-6),
+    "Shampoo": Shampoo(eps=1e-6),
+    "AdaGrad": AdaGrad(eps=1e-6),
+    "Muon": Muon(momentum=0.0, nesterov=False, rms=None, root="svd"),
+    "SGD": SGD(),
+}
+COUPLINGS, RANKS, SPACES = (0.0, 0.5, 1.0), (1, 20), (1, 2, 5, 20)
+
+
+def stacked(method: Any, gradient: Any, rates: Array, steps: int) -> Any:
+    """Yield the points (rates, m, n) of all rates at once, from zero."""
+    shape = (M, N) if method.ndims[1] > 1 else (M * N,)
+    W = np.zeros((len(rates), M, N))
+    state = method.init(W.reshape(len(rates), *shape), stack_ndim=1)
+    with np.errstate(all="ignore"):
+        for t in range(steps):
+            yield W
+            G = gradient(t, W).reshape(len(rates), *shape)
+            direction, state = method.update(G, state, W.reshape(len(rates), *shape))
+            W = W - rates[:, None, None] * direction.reshape(W.shape)
+        yield W
+
+
+def quadratic(A: Array, B: Array, target: Array, t: int, W: Array) -> Array:
+    """Return the gradient of tr(D^T A D B) / 2, D = W - target."""
+    return A @ (W - target) @ B
+
+
+def subgradient(draws: Array, target: Array, t: int, W: Array) -> Array:
+    """Return the subgradient of the sum of |Z_t (W - target)|."""
+    return draws[t].T @ np.sign(draws[t] @ (W - target))
+
+
+def dials(seed: int, tick: Tick, steps: int = 60, count: int = 13) -> Numbers:
+    """Return steps to a hundredth of the first loss by coupling and rank of the target, and losses by common space."""
+    rng = np.random.default_rng([seed, 5])
+    q, p = (np.linalg.qr(rng.standard_normal((d, d)))[0] for d in (M, N))
+    A = q * np.geomspace(1, 1e-3, M) @ q.T
+    rates = 10.0 ** np.linspace(-2, 1.5, count)
+    found: Numbers = {"steps": {}, "losses": {}}
+    for i, c in enumerate(COUPLINGS):
+        B = p * np.geomspace(1, 10.0 ** (-3 * c), N) @ p.T
+        for rank in RANKS:
+            target = np.linalg.qr(rng.standard_normal((M, rank)))[0] @ np.linalg.qr(rng.standard_normal((N, rank)))[0].T
+            first = np.trace(target.T @ A @ target @ B)
+            for name, method in METHODS.items():
+                reached = steps + 1
+                for t, W in enumerate(stacked(method, partial(quadratic, A, B, target), rates, steps)):
+                    D = W - target
+                    if np.nanmin(np.sum((A @ D @ B) * D, axis=(1, 2))) <= 0.01 * first:
+                        reached = t
+                        break
+                found["steps"].setdefault(name, {})[f"c = {c:g}, rank {rank}"] = reached
+        tick((i + 1) / (len(COUPLINGS) + 1))
+    for r in SPACES:
+        target, space = rng.standard_normal((M, N)), q[:, :r]
+        draws = rng.standard_normal((steps, 4, r)) @ space.T
+        test = rng.standard_normal((200, r)) @ space.T
+        for name in ("ASGO", "Shampoo", "SGD"):
+            points = stacked(METHODS[name], partial(subgradient, draws, target), rates, steps)
+            mean = sum(points) / (steps + 1)
+            losses = np.sum(np.abs(test @ (mean - target)), axis=(1, 2)) / np.sum(np.abs(test @ target))
+            found["losses"].setdefault(name, {})[f"rank {r}"] = float(np.nanmin(losses))
+    return found
+
+
+def steps_of(runs: list[Numbers], name: str, key: str) -> float:
+    """Return the median number of steps."""
+    return float(np.median([run["steps"][name][key] for run in runs]))
+
+
+def fewest(runs: list[Numbers]) -> Verdict:
+    """A4."""
+    keys = list(runs[0]["steps"]["ASGO"])
+    good = {key: steps_of(runs, "ASGO", key) <= min(steps_of(runs, n, key) for n in METHODS) for key in keys}
+    text = "; ".join(
+        f"{key}: " + ", ".join(f"{n} {spread([run['steps'][n][key] for run in runs])}" for n in METHODS) for key in keys
+    )
+    return decided(good, f"Steps at {text}")
+
+
+def lead(runs: list[Numbers], other: str, key: str) -> list[float]:
+    """Return the other's steps over ASGO's, for each seed."""
+    return [run["steps"][other][key] / max(run["steps"]["ASGO"][key], 1) for run in runs]
+
+
+def blocks_help(runs: list[Numbers]) -> Verdict:
+    """A5."""
+    good, text = {}, []
+    for rank in RANKS:
+        ratios = {c: lead(runs, "Shampoo", f"c = {c:g}, rank {rank}") for c in COUPLINGS}
+        good[f"rank {rank}"] = all(np.median(a) > np.median(b) for a, b in pairwise(ratios.values()))
+        text.append(f"rank {rank}: {', '.join(f'{spread(x, 2)} at c = {c:g}' for c, x in ratios.items())}")
+    return decided(good, f"Shampoo's steps over ASGO's, {'; '.join(text)}")
+
+
+def rank_helps(runs: list[Numbers]) -> Verdict:
+    """A6."""
+    leads = [lead(runs, "AdaGrad", f"c = 0, rank {rank}") for rank in RANKS]
+    good = {"the target, over AdaGrad": bool(np.median(leads[0]) > np.median(leads[-1]))}
+    text = [f"Target: AdaGrad's steps over ASGO's {spread(leads[0], 2)} at rank 1, {spread(leads[-1], 2)} at 20"]
+    for other in ("SGD", "Shampoo"):
+        ratios = {
+            r: [run["losses"]["ASGO"][f"rank {r}"] / run["losses"][other][f"rank {r}"] for run in runs] for r in SPACES
+        }
+        good[f"the common space, over {other}"] = paired(ratios[SPACES[0]], ratios[SPACES[-1]]).below
+        each = ", ".join(f"{spread(x, 2)} in dimension {r}" for r, x in ratios.items())
+        text.append(f"common space: ASGO's loss over {other}'s {each}")
+    return decided(good, "; ".join(text))
+
+
+def dials_table(runs: list[Numbers]) -> str:
+    """Return the steps, and the losses."""
+    keys, spaces = list(runs[0]["steps"]["ASGO"]), list(runs[0]["losses"]["ASGO"])
+    return "\n".join((
+        markdown(
+            ("steps to 1 % of the first loss", *METHODS),
+            [(key, *(spread([run["steps"][n][key] for run in runs]) for n in METHODS)) for key in keys],
+        ),
+        markdown(
+            ("loss over the first, all gradients in a space of", *runs[0]["losses"]),
+            [(k, *(spread([run["losses"][n][k] for run in runs]) for n in runs[0]["losses"])) for k in spaces],
+        ),
+    ))  # fmt: skip
+
+
+def dials_figure(runs: list[Numbers]) -> Figure:
+    """Draw steps against the coupling, and losses against the dimension of the common space."""
+    figure, axes = panels(3, 4.4)
+    for panel, rank in zip(axes, RANKS, strict=False):
+        for i, name in enumerate(METHODS):
+            curves = [[run["steps"][name][f"c = {c:g}, rank {rank}"] for c in COUPLINGS] for run in runs]
+            line(panel, COUPLINGS, curves, name, i, marker="o")
+        title(panel, f"steps to 1 %, target of rank {rank}", xlabel="coupling c (0: equal blocks)", yscale="log")
+    for name in runs[0]["losses"]:
+        curves = [[run["losses"][name][f"rank {r}"] for r in SPACES] for run in runs]
+        line(axes[2], SPACES, curves, name, list(METHODS).index(name), marker="o")
+    title(
+        axes[2], "L1 loss of the mean iterate", xlabel="dimension of the gradients' space", xscale="log", yscale="log"
+    )
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+EXPERIMENTS = (
+    Experiment(
+        name="hessian-blocks",
+        minutes=1.5,
+        title="The Hessian of digits-mlp with two hidden layers of 16 (1482 parameters) over the whole training "
+        "set, at "
+        "three times of 300 steps of Adam.",
+        claims=(
+            Claim(
+                name="A2",
+                paper=PAPER,
+                text="Hessians are nearly block-diagonal.",
+                criterion="at every time, more than 0.9 of the squared Frobenius norm in the layers' blocks and more "
+                "than 0.5 in those of the output neurons; control: blocks of the same sizes at random",
+                judge=block_diagonal,
+            ),
+        ),
+        one=blocks,
+        draw=blocks_figure,
+        small={"steps": 2, "hidden": (2,), "looks": 2},
+    ),
+    Experiment(
+        name="bounds",
+        minutes=0.3,
+        title="The right sides of the regret bounds, at the best constant rate of each, for the gradients and "
+        "points of "
+        "200 steps of Adam on digits-mlp and digits-autoencoder; the comparator is the last point.",
+        claims=(
+            Claim(
+                name="A3",
+                paper=PAPER,
+                text="Its rate is better than those of other structured methods.",
+                criterion="its right side is the smallest of the five in more than 90 % of the records (in "
+                "part: of the "
+                "four without SGD); this compares upper bounds only",
+                judge=smallest,
+            ),
+        ),
+        one=bounds,
+        draw=bounds_figure,
+        small={"steps": 20},
+    ),
+    Experiment(
+        name="dials",
+        minutes=3,
+        title="tr(D^T A D B) / 2, 20 x 30, A rotated of condition 1000, B of condition 1000^c, target of rank 1 "
+        "or 20; and an "
+        "L1 loss with fresh gradients in a common space; 60 steps (61: not reached), the best of 13 rates.",
+        claims=(
+            Claim(
+                name="A4",
+                paper=PAPER,
+                text="The better rate shows in iterations.",
+                criterion="fewest steps of five methods to 1 % of the first loss, at all six settings of the dials",
+                judge=fewest,
+            ),
+            Claim(
+                name="A5",
+                paper=PAPER,
+                text="It benefits from block-diagonal Hessians.",
+                criterion="Shampoo's steps over ASGO's grow as c falls from 1 to 0 (equal blocks), for both ranks",
+                judge=blocks_help,
+            ),
+            Claim(
+                name="A6",
+                paper=PAPER,
+                text="It benefits from gradients of low rank.",
+                criterion="AdaGrad's steps over ASGO's are larger for the target of rank 1 than of 20, and "
+                "ASGO's loss over "
+                "SGD's and over Shampoo's is smaller in a space of dimension 1 than of 20",
+                judge=rank_helps,
+            ),
+        ),
+        one=dials,
+        table=dials_table,
+        draw=dials_figure,
+        small={"steps": 3, "count": 2},
+    ),
+)

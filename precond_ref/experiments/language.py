@@ -1,0 +1,233 @@
+"""The comparisons on a language model: claims of ASGO, Sketchy, root-free methods and AGD, decided by one "
+"experiment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from precond_ref.compare.runs import array_bytes
+from precond_ref.experiments import training
+from precond_ref.experiments.base import (
+    COLOURS,
+    NOT,
+    Claim,
+    Experiment,
+    Numbers,
+    Tick,
+    Verdict,
+    column,
+    decided,
+    dots,
+    line,
+    markdown,
+    paired,
+    panels,
+    spread,
+    title,
+)
+from precond_ref.experiments.training import Entry, Language
+from precond_ref.methods.agd import AGD
+from precond_ref.methods.asgo import ASGO
+from precond_ref.methods.baselines import Adam, RMSProp
+from precond_ref.methods.muon import Muon
+from precond_ref.methods.root_free import RFAdamW, RFRMSProp
+from precond_ref.methods.shampoo import Shampoo
+from precond_ref.methods.sketchy import SShampoo
+from precond_ref.methods.soap import SOAP
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SIZES, SIZE = (2, 8, 16), 8
+TERMS = 512.0
+"""Characters in a batch, the terms whose mean the loss is."""
+ENTRIES = {
+    "ASGO": Entry(ASGO()),
+    "Muon": Entry(Muon()),
+    "SOAP": Entry(SOAP()),
+    "Shampoo": Entry(Shampoo()),
+    **{f"S-Shampoo {size}": Entry(SShampoo.practical(size=size)) for size in SIZES},
+    "AdamW": Entry(Adam(), weight_decay=0.01),
+    "RMSProp": Entry(RMSProp()),
+    "RF-RMSProp": Entry(RFRMSProp(batch_size=TERMS)),
+    "RF-RMSProp, momentum": Entry(RFRMSProp(batch_size=TERMS, momentum=0.9)),
+    "RF-AdamW": Entry(RFAdamW(batch_size=TERMS)),
+    "AGD": Entry(AGD()),
+}
+
+
+def search(tick: Tick, steps: int = 150, **options: Any) -> Numbers:
+    """Search the rates; all sizes of S-Shampoo have that of `SIZE`."""
+    others = [f"S-Shampoo {size}" for size in SIZES if size != SIZE]
+    entries = {name: entry for name, entry in ENTRIES.items() if name not in others}
+    found = training.search(Language(training.SEED, **options), entries, steps, tick)
+    return {**found, **dict.fromkeys(others, found[f"S-Shampoo {SIZE}"])}
+
+
+def one(seed: int, tick: Tick, found: Numbers, steps: int = 150, **options: Any) -> Numbers:
+    """Train each method; the bytes are those of the sketches, or of the second moments, and of the whole state."""
+    task = Language(seed, **options)
+    result = training.compare(task, ENTRIES, steps, found, tick)
+    own = {name: value for name, value in task.init().items() if name in task.own}
+    for name, entry in ENTRIES.items():
+        states = [entry.method.init(value) for value in own.values()]
+        second = [getattr(state, "sketches", getattr(state, "grams", getattr(state, "v", ()))) for state in states]
+        result[name]["bytes"] = [array_bytes(tuple(second)), array_bytes(tuple(states))]
+    return result
+
+
+def losses(runs: list[Numbers], name: str) -> list[Any]:
+    """Return the validation losses of a method."""
+    return column(runs, name, "validation")
+
+
+def versus(runs: list[Numbers], name: str, *others: str) -> str:
+    """Return the loss of a method and its differences to others, as a sentence."""
+    gaps = "; ".join(f"minus {other} {paired(losses(runs, name), losses(runs, other))}" for other in others)
+    return f"{name} {spread(losses(runs, name), 4)} nats; {gaps}"
+
+
+def no_worse(runs: list[Numbers], name: str, other: str, margin: float) -> bool:
+    """Return whether the loss of a method is at most a margin above another's, error included."""
+    gap = paired(losses(runs, name), losses(runs, other))
+    return gap.mean + gap.error <= margin
+
+
+def asgo(runs: list[Numbers]) -> Verdict:
+    """A7."""
+    adam, muon = (paired(losses(runs, "ASGO"), losses(runs, other)) for other in ("AdamW", "Muon"))
+    text = versus(runs, "ASGO", "AdamW", "Muon", "SOAP", "Shampoo")
+    if not adam.below:
+        return Verdict(NOT, text)
+    return decided({"AdamW": True, "Muon": muon.within(0.01) or muon.below}, text)
+
+
+def sketched(runs: list[Numbers]) -> Verdict:
+    """S6."""
+    others = ("Shampoo", "AdamW")
+    good = {other: no_worse(runs, "S-Shampoo 8", other, 0.01) for other in others}
+    return decided(good, versus(runs, "S-Shampoo 8", *others))
+
+
+def sublinear(runs: list[Numbers]) -> Verdict:
+    """S7."""
+    adam = runs[0]["AdamW"]["bytes"]
+    good, text = {}, []
+    for size in SIZES:
+        sketches, whole = runs[0][f"S-Shampoo {size}"]["bytes"]
+        gap = paired(losses(runs, f"S-Shampoo {size}"), losses(runs, "AdamW"))
+        text.append(
+            f"size {size}: sketches {sketches / adam[0]:.2f} of Adam's second moments, whole state "
+            f"{whole / adam[1]:.2f} of Adam's, loss minus AdamW's {gap}"
+        )
+        if sketches < adam[0]:
+            good[f"size {size}"] = gap.mean + gap.error <= 0.01
+    return decided(good, "; ".join(text))
+
+
+def rootless(runs: list[Numbers]) -> Verdict:
+    """R3."""
+    best = min(("RF-RMSProp", "RF-RMSProp, momentum"), key=lambda name: sum(x or 99.0 for x in losses(runs, name)))
+    good = {name: no_worse(runs, ours, name, 0.02) for ours, name in ((best, "RMSProp"), ("RF-AdamW", "AdamW"))}
+    return decided(good, f"{versus(runs, best, 'RMSProp')}. {versus(runs, 'RF-AdamW', 'AdamW')}")
+
+
+def agd(runs: list[Numbers]) -> Verdict:
+    """G4."""
+    others = ("AdamW", "RMSProp")
+    good = {other: paired(losses(runs, "AGD"), losses(runs, other)).below for other in others}
+    return decided(good, versus(runs, "AGD", *others))
+
+
+def table(runs: list[Numbers]) -> str:
+    """Return the methods, the best first."""
+    weights = runs[0]["AdamW"]["bytes"][0] / 4
+    return markdown(
+        ("method", "validation loss, nats", "minus AdamW", "bytes of state per weight"),
+        [
+            (
+                name,
+                show,
+                paired(losses(runs, name), losses(runs, "AdamW")),
+                f"{runs[0][name]['bytes'][1] / weights:.1f}",
+            )
+            for name, show in training.rows(runs, lambda each: spread(each, 4))
+        ],
+    )
+
+
+def draw(runs: list[Numbers]) -> Figure:
+    """Draw curves, final losses, and losses against bytes."""
+    names = training.ranked(runs)
+    figure, (left, middle, right) = panels(3, 4.6, 4.4)
+    shown = [name for name in names if name in ("ASGO", "Muon", "SOAP", "Shampoo", "S-Shampoo 8", "AdamW", "AGD")]
+    for rank, name in enumerate(shown):
+        curves = column(runs, name, "curve")
+        x = [step for step, _ in curves[0]]
+        line(left, x[1:], [[loss for _, loss in curve][1:] for curve in curves], name, rank)
+    left.legend(frameon=False, fontsize=8)
+    title(left, "validation loss, median and band", xlabel="steps", ylabel="nats per character")
+    dots(middle, names, [losses(runs, name) for name in names], names.index("AdamW"))
+    title(middle, "last validation loss of each seed (blue: AdamW)", xlabel="nats per character")
+    for rank, name in enumerate((*(f"S-Shampoo {size}" for size in SIZES), "Shampoo", "AdamW")):
+        sketches, whole = runs[0][name]["bytes"]
+        mid = sorted(losses(runs, name))[len(runs) // 2]
+        right.plot([sketches, whole], [mid, mid], color=COLOURS[rank], linewidth=1)
+        right.plot(sketches, mid, "o", color=COLOURS[rank], label=name)
+        right.plot(whole, mid, "s", color=COLOURS[rank])
+    right.legend(frameon=False, fontsize=8)
+    title(right, "loss against bytes: circle second moments, square all", xlabel="bytes", xscale="log")
+    return figure
+
+
+SAME = "learning rates searched alike, the matrices of the layers only"
+LANGUAGE = Experiment(
+    name="language",
+    title="A transformer of two layers, width 32, on tinyshakespeare, 150 steps of 512 characters, 13 methods.",
+    minutes=12,
+    needs=("tinyshakespeare", "torch"),
+    claims=(
+        Claim(
+            name="A7",
+            paper="ASGO",
+            text="Its practical form is effective on language models.",
+            criterion=f"validation loss below AdamW's, and equal to Muon's within 0.01 nats or below; {SAME}",
+            judge=asgo,
+        ),
+        Claim(
+            name="S6",
+            paper="Sketchy",
+            text="S-Shampoo is competitive with Shampoo and Adam.",
+            criterion="S-Shampoo of size 8 at most 0.01 nats worse than each",
+            judge=sketched,
+        ),
+        Claim(
+            name="S7",
+            paper="Sketchy",
+            text="This at a memory for second moments that is sub-linear in the weights.",
+            criterion="at most 0.01 nats worse than AdamW at all sizes whose sketches are smaller than the weights",
+            judge=sublinear,
+        ),
+        Claim(
+            name="R3",
+            paper="Root-free",
+            text="Nothing is lost on transformers without the root.",
+            criterion="RF-RMSProp at most 0.02 nats worse than RMSProp, and RF-AdamW than AdamW; rates searched, other "
+            "fields at their defaults (RF-RMSProp also with momentum 0.9, the better counts)",
+            judge=rootless,
+        ),
+        Claim(
+            name="G4",
+            paper="AGD",
+            text="It generalizes better than Adam and its like on language.",
+            criterion="validation loss below those of AdamW and RMSProp",
+            judge=agd,
+        ),
+    ),
+    search=search,
+    one=one,
+    table=table,
+    draw=draw,
+    small={"steps": 2, "width": 8, "context": 8, "batch": 2, "layers": 1},
+)
+EXPERIMENTS = (LANGUAGE,)

@@ -1,0 +1,359 @@
+"""Claims of MBF: cost of a step, convergence, the share of the Fisher matrix in mini-blocks, and an autoencoder."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from precond_ref import problems, theory
+from precond_ref.experiments import training
+from precond_ref.experiments.base import (
+    UNTESTED,
+    Array,
+    Claim,
+    Experiment,
+    Numbers,
+    Tick,
+    Verdict,
+    column,
+    decided,
+    dots,
+    line,
+    markdown,
+    np,
+    paired,
+    panels,
+    spread,
+    title,
+)
+from precond_ref.experiments.training import Entry, Vision, descend
+from precond_ref.methods.baselines import SGD, Adam
+from precond_ref.methods.mbf import MBF
+from precond_ref.methods.shampoo import Shampoo
+from precond_ref.optimizer import Optimizer
+from precond_ref.problems import online
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAPER = "MBF"
+MOMENTUM = "SGD, momentum"
+
+# ---- cost of a step -------------------------------------------------------------------------------------------------
+
+WIDTHS = (64, 128, 256, 512)
+TIMED: dict[str, Any] = {
+    MOMENTUM: SGD(momentum=0.9), "Adam": Adam(), "MBF": MBF.authors_code(), "Shampoo, every 25": Shampoo(every=25),
+}  # fmt: skip
+
+
+def cost(
+    seed: int, tick: Tick, widths: tuple[int, ...] = WIDTHS, batch: int = 500, first: int = 26, steps: int = 50
+) -> Numbers:
+    """Return processor seconds of a gradient, and of steps after the ``first`` ones, by width of an autoencoder."""
+    found: Numbers = {}
+    for i, width in enumerate(widths):
+        problem = problems.load("mnist-autoencoder", seed=seed, hidden=(width, width // 2, width), batch_size=batch)
+        params, batches = problem.init(), [problem.batch(step) for step in range(3)]
+        start = time.process_time()
+        for each in batches:
+            _, grads = problem.loss_and_grad(params, each)
+        found[str(width)] = {"gradient": (time.process_time() - start) / len(batches)}
+        names = [name for name in params if name.endswith("weight")]
+        for name, method in TIMED.items():
+            join = tuple((w, w.replace("weight", "bias")) for w in names) if method.joins_bias else ()
+            opt = Optimizer(method, lr=1e-6, join=join)
+            state, x = opt.init(params), params
+            for step in range(first + steps):
+                if step == first:
+                    start = time.process_time()
+                x, state = opt.step(x, grads, state)
+            found[str(width)][name] = (time.process_time() - start) / steps
+        tick((i + 1) / len(widths))
+    return found
+
+
+def ratio(run: Numbers, width: str, name: str) -> float:
+    """Return the time of an iteration, gradient and step, over that of SGD with momentum."""
+    one = run[width]
+    return (one["gradient"] + one[name]) / (one["gradient"] + one[MOMENTUM])
+
+
+def slightly(runs: list[Numbers]) -> Verdict:
+    """M1."""
+    found = {width: [ratio(run, width, "MBF") for run in runs] for width in runs[0]}
+    good = {f"width {width}": float(np.median(each)) < 1.5 for width, each in found.items()}
+    text = ", ".join(f"{spread(each, 3)} at width {width}" for width, each in found.items())
+    shampoo = ", ".join(spread([ratio(run, width, "Shampoo, every 25") for run in runs], 3) for width in runs[0])
+    return decided(good, f"An iteration over that of SGD with momentum: {text}; Shampoo with roots as rarely {shampoo}")
+
+
+def cost_figure(runs: list[Numbers]) -> Figure:
+    """Draw the ratios against the width."""
+    figure, (axes,) = panels(1, 6.5)
+    for rank, name in enumerate(TIMED):
+        curves = [[ratio(run, width, name) for width in run] for run in runs]
+        line(axes, [int(width) for width in runs[0]], curves, name, rank, marker="o")
+    axes.axhline(1.5, color="black", linewidth=0.8)
+    axes.legend(frameon=False, fontsize=8)
+    title(axes, "processor time of an iteration over that of SGD with momentum", xlabel="width", xscale="log")
+    return figure
+
+
+# ---- convergence, and the Fisher matrix -----------------------------------------------------------------------------
+
+LAYERS = ("fc1", "fc2", "fc3")
+
+
+def errors(inputs: Array, signals: Array) -> dict[str, float]:
+    """Return the relative Frobenius errors of approximations of the empirical Fisher matrix of a linear layer.
+
+    ``inputs`` (n, J) have the 1 of the bias, ``signals`` (n, O) are of each sample's own loss.
+    """
+    n, J, O = len(inputs), inputs.shape[1], signals.shape[1]  # noqa: E741
+    g = (signals[:, :, None] * inputs[:, None, :]).reshape(n, O * J)
+    F = g.T @ g / n
+    blocks = np.einsum("ojok->ojk", F.reshape(O, J, O, J))
+    own, shared = np.zeros((O, J, O, J)), np.zeros((O, J, O, J))
+    for o in range(O):
+        own[o, :, o, :], shared[o, :, o, :] = blocks[o], np.mean(blocks, axis=0)
+    approximations = {
+        "diagonal": np.diag(np.diag(F)),
+        "MBF, a block per neuron": own.reshape(F.shape),
+        "MBF, one block (averaged)": shared.reshape(F.shape),
+        "KFAC": np.kron(signals.T @ signals / n, inputs.T @ inputs / n),
+    }
+    return {name: float(np.linalg.norm(F - each) / np.linalg.norm(F)) for name, each in approximations.items()}
+
+
+def fisher(seed: int, tick: Tick, steps: int = 200, hidden: tuple[int, ...] = (16, 16), rounds: int = 20) -> Numbers:
+    """Return `errors` of each layer at three times of a training, and whether the theorem of convergence held."""
+    problem: Any = problems.load("digits-mlp", dtype="float64", seed=seed, hidden=hidden)
+    found: Numbers = {"steps": [0, steps // 2, steps], "errors": []}
+    for step in descend(problem, Entry(Adam()), 0.01, steps):
+        if step.number not in found["steps"]:
+            continue
+        values = problem.activations(step.params, problem.train[0])
+        delta = len(values[0]) * problem._head(values[-1], problem.train)[1]
+        layers = {}
+        for layer in range(len(values) - 1, 0, -1):
+            inputs = np.concatenate([values[layer - 1], np.ones((len(delta), 1))], axis=1)
+            layers[f"fc{layer}"] = errors(inputs, delta)
+            delta = (delta @ step.params[f"fc{layer}/weight"]) * (1 - values[layer - 1] ** 2)
+        found["errors"].append(layers)
+        tick(len(found["errors"]) / 4)
+    net = online.two_layer(200, 3, 5, seed, 1e-2)
+    run = theory.mbf.record_network(net, 1.0 / 200, 0.5 / 200, rounds)
+    check = theory.mbf.two_layer(run, net)
+    found["convergence"] = {"factor": check.left, "bound": check.right, "applies": check.applies, "holds": check.holds}
+    return found
+
+
+def between(runs: list[Numbers]) -> Verdict:
+    """M5."""
+    text: list[str] = []
+    good: dict[str, bool] = {}
+    for layer in LAYERS:
+        means = {
+            name: [float(np.mean([each[layer][name] for each in run["errors"]])) for run in runs]
+            for name in runs[0]["errors"][0][layer]
+        }
+        d, own, _, kfac = (float(np.median(each)) for each in means.values())
+        good |= {f"diagonal above MBF in {layer}": d > own, f"MBF above KFAC in {layer}": own > kfac}
+        text.append(f"{layer}: {', '.join(f'{name} {spread(each, 2)}' for name, each in means.items())}")
+    return decided(good, f"Relative error, mean over three times; {'; '.join(text)}")
+
+
+def converges(runs: list[Numbers]) -> Verdict:
+    """M4."""
+    found = column(runs, "convergence")
+    good = all(each["holds"] and each["applies"] for each in found)
+    factor, bound = (spread([1 - each[key] for each in found], 2) for key in ("factor", "bound"))
+    return decided({"all": good}, f"1 - |r_k+1| / |r_k| in the worst round {factor}, proved at least {bound}")
+
+
+def fisher_figure(runs: list[Numbers]) -> Figure:
+    """Draw the errors by time."""
+    figure, axes = panels(3, 4.0)
+    for panel, layer in zip(axes, LAYERS, strict=True):
+        for rank, name in enumerate(runs[0]["errors"][0][layer]):
+            curves = [[each[layer][name] for each in run["errors"]] for run in runs]
+            line(panel, runs[0]["steps"], curves, name, rank, marker="o")
+        title(panel, f"error of the layer's Fisher matrix, {layer}", xlabel="steps", ylim=(0, None))
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+# ---- the autoencoder ------------------------------------------------------------------------------------------------
+
+TRAINED = {
+    MOMENTUM: Entry(SGD(momentum=0.9)), "Adam": Entry(Adam()), "MBF": Entry(MBF.authors_code()),
+    "Shampoo, every 25": Entry(Shampoo(every=25)),
+}  # fmt: skip
+
+
+def search(tick: Tick, steps: int = 150, hidden: tuple[int, ...] = (100, 30, 100), batch: int = 100) -> Numbers:
+    """Search the rates; MBF's are smaller, so the grid begins at 1e-5 for all."""
+    task = Vision("mnist-autoencoder", training.SEED, batch_size=batch, options={"hidden": hidden})
+    return training.search(task, TRAINED, steps, tick, grid=(-20, -2))
+
+
+def autoencoder(
+    seed: int, tick: Tick, found: Numbers, steps: int = 150, hidden: tuple[int, ...] = (100, 30, 100), batch: int = 100
+) -> Numbers:
+    """Train each method; the time is the processor time of gradients and steps."""
+    task = Vision("mnist-autoencoder", seed, batch_size=batch, options={"hidden": hidden})
+    task.points = 15
+    result = {}
+    for i, (name, entry) in enumerate(TRAINED.items()):
+        start = time.process_time()
+        for _ in descend(task, entry, found[name]["lr"], steps):
+            pass
+        seconds = time.process_time() - start
+        result[name] = {**training.finish(task, entry, found[name]["lr"], steps), "seconds": seconds}
+        tick((i + 1) / len(TRAINED))
+    return result
+
+
+def reached(run: Numbers, name: str) -> tuple[float, float]:
+    """Return steps and seconds to the last validation loss of SGD with momentum, infinite if it is not reached."""
+    target, curve = run[MOMENTUM]["validation"], run[name]["curve"]
+    step = next((step for step, loss in curve if loss <= target), float("inf"))
+    return step, step / curve[-1][0] * run[name]["seconds"]
+
+
+def first_of_all(runs: list[Numbers]) -> Verdict:
+    """M2."""
+    others = [name for name in TRAINED if name != "MBF"]
+    gaps = {name: paired(column(runs, "MBF", "validation"), column(runs, name, "validation")) for name in others}
+    times = {name: [reached(run, name)[1] for run in runs] for name in TRAINED}
+    epochs = all(gap.below for gap in gaps.values())
+    fastest = all(np.median(times["MBF"]) < np.median(times[name]) for name in others)
+    text = (
+        f"MBF's validation loss {spread(column(runs, 'MBF', 'validation'), 4)}, minus "
+        + ", ".join(f"{name}'s {gap}" for name, gap in gaps.items())
+        + "; processor seconds to SGD's last loss "
+        + ", ".join(f"{name} {spread(each)}" for name, each in times.items())
+    )
+    return decided({"epochs": epochs, "time": bool(fastest)}, text)
+
+
+def autoencoder_table(runs: list[Numbers]) -> str:
+    """Return loss and time."""
+    return markdown(
+        ("method", "validation loss", "steps to SGD's last loss", "seconds to it", "seconds in all"),
+        [
+            (
+                name,
+                show,
+                *(spread([reached(run, name)[i] for run in runs]).replace("inf", "not reached") for i in (0, 1)),
+                spread(column(runs, name, "seconds")),
+            )
+            for name, show in training.rows(runs, lambda each: spread(each, 4))
+        ],
+    )
+
+
+def autoencoder_figure(runs: list[Numbers]) -> Figure:
+    """Draw the losses against steps and against seconds."""
+    figure, (left, right, last) = panels(3, 4.4)
+    for rank, name in enumerate(TRAINED):
+        curves = column(runs, name, "curve")
+        x = np.array([step for step, _ in curves[0]])
+        seconds = float(np.median(column(runs, name, "seconds"))) / x[-1]
+        for axes, scale in ((left, 1.0), (right, seconds)):
+            line(axes, scale * x, [[loss for _, loss in curve] for curve in curves], name, rank)
+    dots(last, list(TRAINED), [column(runs, name, "validation") for name in TRAINED])
+    title(left, "validation loss per image", xlabel="steps", yscale="log")
+    title(right, "the same against processor time", xlabel="seconds", yscale="log")
+    title(last, "last validation loss of each seed")
+    left.legend(frameon=False, fontsize=8)
+    return figure
+
+
+EXPERIMENTS = (
+    Experiment(
+        name="step-cost",
+        minutes=3,
+        needs=("mnist",),
+        title="Autoencoders 784-w-w/2-w-784 on MNIST, batches of 500, processor time on one thread; MBF as in "
+        "the authors' code "
+        "(statistics every 2, inverses every 25 steps), after its first 26 steps.",
+        claims=(
+            Claim(
+                name="M1",
+                paper=PAPER,
+                text="The cost of a step is only slightly above that of first-order methods.",
+                criterion="gradient and step of MBF take less than 1.5 times those of SGD with momentum, at "
+                "every width",
+                judge=slightly,
+            ),
+        ),
+        one=cost,
+        draw=cost_figure,
+        small={"widths": (8,), "batch": 5, "first": 1, "steps": 2},
+    ),
+    Experiment(
+        name="fisher",
+        minutes=1,
+        title="The empirical Fisher matrix of each layer of digits-mlp with two hidden layers of 16, at three "
+        "times of 200 steps "
+        "of Adam; and MBF with exact Jacobian blocks on wide two-layer networks.",
+        claims=(
+            Claim(
+                name="M4",
+                paper=PAPER,
+                text="It converges linearly.",
+                criterion="the residual of a wide two-layer network shrinks at least as proved "
+                "(`theory.mbf.two_layer`)",
+                judge=converges,
+            ),
+            Claim(
+                name="M5",
+                paper=PAPER,
+                text="It lies between diagonal and layer-wise methods.",
+                criterion="error of the layer's Fisher matrix: diagonal above MBF's blocks above KFAC, in every layer",
+                judge=between,
+            ),
+        ),
+        one=fisher,
+        draw=fisher_figure,
+        small={"steps": 2, "hidden": (2, 2), "rounds": 2},
+    ),
+    Experiment(
+        name="autoencoder",
+        minutes=4,
+        needs=("mnist",),
+        title="The autoencoder 784-100-30-100-784 on MNIST, 150 steps of 100 images, validation on 1600 images.",
+        claims=(
+            Claim(
+                name="M2",
+                paper=PAPER,
+                text="It is faster in epochs and in time on autoencoders.",
+                criterion="smallest validation loss after the last step, and least processor time to the last "
+                "loss of SGD with "
+                "momentum, of four methods",
+                judge=first_of_all,
+            ),
+        ),
+        search=search,
+        one=autoencoder,
+        table=autoencoder_table,
+        draw=autoencoder_figure,
+        small={"steps": 2, "hidden": (4,), "batch": 4},
+    ),
+)
+
+UNTESTED_CLAIMS = (
+    Claim(
+        name="M6",
+        paper=PAPER,
+        text="It is faster than KFAC.",
+        criterion="M2 with KFAC among the methods",
+        judge=lambda runs: Verdict(
+            UNTESTED,
+            "this package has no KFAC: it needs back-signals of labels drawn from the model, from a second backward "
+            "pass that the problems here do not make",
+        ),
+    ),
+)

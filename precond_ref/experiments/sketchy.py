@@ -1,0 +1,423 @@
+"""Claims of Sketchy, and ASGO's about the rank of gradients: spectra along a training, and regret against memory."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from precond_ref import problems, regret
+from precond_ref.experiments.base import (
+    COLOURS,
+    NOT,
+    Array,
+    Claim,
+    Experiment,
+    Numbers,
+    Tick,
+    Verdict,
+    column,
+    decided,
+    line,
+    markdown,
+    np,
+    paired,
+    panels,
+    spread,
+    title,
+)
+from precond_ref.experiments.training import Entry, Language, descend
+from precond_ref.methods.baselines import AdaGrad, Adam, FullAdaGrad
+from precond_ref.methods.online_sketches import FDSON, RFDSON, AdaFD
+from precond_ref.methods.sketchy import SAdaGrad
+from precond_ref.problems import online
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAPER = "Sketchy"
+
+# ---- spectra along a training ---------------------------------------------------------------------------------------
+
+TASKS = ("transformer", "mnist-cnn")
+
+
+def matrices(grads: dict[str, Array]) -> dict[str, Array]:
+    """Return the gradients of matrices and kernels as matrices (O, the rest)."""
+    return {name: g.reshape(len(g), -1) for name, g in grads.items() if g.ndim > 1 and min(g.shape[:2]) > 1}
+
+
+def concentration(G: Array) -> tuple[float, float]:
+    """Return stable rank and (nuclear / Frobenius norm)^2, both over min(m, n)."""
+    s = np.linalg.svd(G, compute_uv=False)
+    s = s / max(s[0], 1e-30)
+    return float(np.sum(s**2) / len(s)), float(np.sum(s) ** 2 / np.sum(s**2) / len(s))
+
+
+def averaged(averages: dict[str, Array], grads: dict[str, Array]) -> None:
+    """Renew the averages (0.99) of GG^T and G^TG of the factors with at least 16 rows."""
+    for name, G in matrices(grads).items():
+        for side, rows in (("left", G), ("right", G.T)):
+            if len(rows) >= 16:
+                key = f"{name} {side}"
+                averages[key] = 0.99 * averages.get(key, 0.0) + 0.01 * (rows @ rows.T)
+
+
+def shares(matrix: Array, parts: tuple[int, ...] = (4, 8, 16)) -> list[float]:
+    """Return the shares of the trace in the leading d / part eigenvalues."""
+    w = np.linalg.eigvalsh(matrix)
+    return [float(np.sum(w[-max(1, len(w) // part) :]) / np.sum(w)) for part in parts]
+
+
+def leading(matrix: Array) -> Array:
+    """Return the leading d / 8 eigenvectors, (d, k)."""
+    return np.linalg.eigh(matrix)[1][:, -max(1, len(matrix) // 8) :]
+
+
+def rotation(old: dict[str, Array], new: dict[str, Array]) -> list[float]:
+    """Return the median over factors of mean cos^2 between leading spaces, and of the mass that the old one keeps."""
+    cosines, kept = [], []
+    for name, matrix in new.items():
+        u, v = leading(old[name]), leading(matrix)
+        cosines.append(float(np.mean(np.linalg.svd(u.T @ v, compute_uv=False) ** 2)))
+        kept.append(float(np.trace(u.T @ matrix @ u) / np.trace(v.T @ matrix @ v)))
+    return [float(np.median(cosines)), float(np.median(kept))]
+
+
+def along(task: Any, steps: int, batches: Any) -> Numbers:
+    """Return rank of the gradients, concentration and rotation of the factors along one run of Adam."""
+    times = [1, *(round(steps * share) for share in (0.05, 0.33, 0.67, 1.0))]
+    found: Numbers = {"steps": times, "stable": [], "nuclear": [], "control": [], "shares": [], "least": []}
+    averages: dict[str, Array] = {}
+    first: dict[str, Array] = {}
+    frozen: dict[str, Array] = {}
+    rng = np.random.default_rng([task.seed, 6])
+    for step in descend(task, Entry(Adam()), 10**-2.5, steps):
+        averaged(averages, step.grads)
+        if step.number in times:
+            grads = matrices(step.grads)
+            measured = np.array([concentration(G) for G in grads.values()])
+            normal = np.array([concentration(rng.standard_normal(G.shape)) for G in grads.values()])
+            found["stable"].append(float(np.median(measured[:, 0])))
+            found["nuclear"].append(float(np.median(measured[:, 1])))
+            found["control"].append([float(x) for x in np.median(normal, axis=0)])
+        if step.number in times[2:]:
+            each = np.array([shares(L) for L in averages.values()])
+            found["shares"].append([float(x) for x in np.median(each, axis=0)])
+            found["least"].append(float(np.min(each[:, 0])))
+        if step.number == times[2]:
+            first = dict(averages)
+            frozen, params = dict(averages), step.params
+    for number in range(times[2], steps):
+        averaged(frozen, task.loss_and_grad(params, batches(10**6 + number))[1])
+    found["rotation"], found["frozen"] = rotation(first, averages), rotation(first, frozen)
+    return found
+
+
+def spectra(seed: int, tick: Tick, steps: int = 300, width: int = 64, batch: int = 50) -> Numbers:
+    """Train a transformer and a convolutional network."""
+    found: Numbers = {}
+    language = Language(seed, width=width)
+    found["transformer"] = along(language, steps, language.batch)
+    tick(0.5)
+    network = problems.load("mnist-cnn", seed=seed, batch_size=batch)
+    found["mnist-cnn"] = along(network, steps, network.batch)
+    return found
+
+
+def low_rank(runs: list[Numbers]) -> Verdict:
+    """A1."""
+    good, text = {}, []
+    for task in TASKS:
+        for i, measure in enumerate(("stable", "nuclear")):
+            name = f"{task}, {('stable rank', '(nuclear/Frobenius)^2')[i]}"
+            worst = [
+                max(a / c[i] for a, c in zip(run[task][measure], run[task]["control"], strict=True)) for run in runs
+            ]
+            good[name] = float(np.median(worst)) < 0.25
+            text.append(f"{name} {spread(worst, 2)}")
+    return decided(good, f"Largest share of the control along the run: {'; '.join(text)}")
+
+
+def concentrated(runs: list[Numbers]) -> Verdict:
+    """S1."""
+    worst = {task: [min(share[0] for share in run[task]["shares"]) for run in runs] for task in TASKS}
+    text = "; ".join(
+        f"{task} {spread(each, 2)}, least factor {spread([min(run[task]['least']) for run in runs], 2)}"
+        for task, each in worst.items()
+    )
+    good = {task: float(np.median(each)) > 0.9 for task, each in worst.items()}
+    return decided(good, f"Least median share of the top quarter along the run: {text}")
+
+
+def turns(runs: list[Numbers]) -> Verdict:
+    """S2."""
+    good, text = {}, []
+    for task in TASKS:
+        moved, still = ([run[task][key][0] for run in runs] for key in ("rotation", "frozen"))
+        good[task] = paired(moved, still).below
+        kept = spread([run[task]["rotation"][1] for run in runs], 2)
+        text.append(
+            f"{task} {spread(moved, 2)}, weights frozen {spread(still, 2)}, the old space keeps {kept} of the mass"
+        )
+    first = runs[0][TASKS[0]]["steps"]
+    return decided(
+        good,
+        f"Mean cos^2 of the leading d/8 at steps {first[2]} and {first[-1]}: {'; '.join(text)}; random 0.12",
+    )
+
+
+def spectra_figure(runs: list[Numbers]) -> Figure:
+    """Draw rank, share of the leading space, and rotation."""
+    figure, (left, middle, right) = panels(3, 4.4)
+    for rank, task in enumerate(TASKS):
+        steps = runs[0][task]["steps"]
+        for j, (measure, style) in enumerate((("stable", "-"), ("nuclear", "--"))):
+            ratios = [[a / c[j] for a, c in zip(run[task][measure], run[task]["control"], strict=True)] for run in runs]
+            name = "stable rank" if j == 0 else "nuclear"
+            line(left, steps, ratios, f"{task}, {name}", rank, linestyle=style, marker="o", markersize=3)
+        for j, part in enumerate((4, 8, 16)):
+            curves = [[share[j] for share in run[task]["shares"]] for run in runs]
+            line(middle, steps[2:], curves, f"{task}, top d/{part}", rank, linestyle=("-", "--", ":")[j], marker="o")
+        for j, key in enumerate(("frozen", "rotation")):
+            values = [run[task][key][0] for run in runs]
+            right.plot([2 * rank + j] * len(values), values, "o", color=COLOURS[rank], alpha=0.6)
+    left.axhline(0.25, color="black", linewidth=0.8)
+    middle.axhline(0.9, color="black", linewidth=0.8)
+    right.axhline(0.125, color="0.6", linewidth=0.8)
+    right.set_xticks(range(4), [f"{task},\n{word}" for task in TASKS for word in ("frozen", "trained")], fontsize=7.5)
+    title(left, "rank of gradients over that of Gaussian ones", xlabel="steps", ylim=(0, None))
+    title(middle, "share of the leading space of the factors", xlabel="steps", ylim=(0, 1.02))
+    title(right, "mean cos^2 of leading spaces (grey: random)", ylim=(0, 1.02))
+    left.legend(frameon=False, fontsize=7.5)
+    middle.legend(frameon=False, fontsize=7.5, ncols=2)
+    return figure
+
+
+# ---- regret against memory ------------------------------------------------------------------------------------------
+
+RADIUS = 5.0
+
+
+def one_pass(method: Any, features: Array, signs: Array, rates: Array, power: float = 0.0) -> Array:
+    """Return the sum of the logistic losses of a pass from zero, for all rates at once, (rates,)."""
+    x = np.zeros((len(rates), features.shape[1]))
+    state, total = method.init(x, stack_ndim=1), np.zeros(len(rates))
+    scaled = isinstance(method, (FDSON, RFDSON))  # learning_rate=1: the rate scales gradients and steps
+    into, out = (rates**-0.5, rates**0.5) if scaled else (np.ones_like(rates), rates)
+    with np.errstate(all="ignore"):
+        for a, y in zip(features, signs, strict=True):
+            margin = y * (x @ a)
+            total += np.logaddexp(0.0, -margin)
+            slope = -y * np.exp(-np.logaddexp(0.0, margin))
+            direction, state = method.update((slope * into)[:, None] * a, state, x)
+            x = x - out[:, None] * direction
+    return np.where(np.isfinite(total), total, np.inf)
+
+
+def memory(
+    seed: int,
+    tick: Tick,
+    rounds: int = 2000,
+    sizes: tuple[int, ...] = (1, 2, 5, 10, 20, 40, 80),
+    rates: int = 9,
+    peers: tuple[int, ...] = (5, 10, 20),
+) -> Numbers:
+    """Return regrets of S-AdaGrad, bounds and lost mass by size, and losses of earlier sketches, on a shuffled a9a."""
+    features, signs = online.libsvm("a9a")
+    order = np.random.default_rng([seed, 7]).permutation(len(signs))[:rounds]
+    features, signs = features[order], signs[order]
+    best = regret.comparator_of_logistic(features, signs, RADIUS)
+    least = float(np.sum(np.logaddexp(0.0, -signs * (features @ best.point))))
+    grid = 10.0 ** np.linspace(-1.5, 0.5, rates)
+    found: Numbers = {"regret": {}, "bound": {}, "lost": {}, "loss": {}, "failed": {}}
+    for i, size in enumerate(sizes):
+        losses = one_pass(SAdaGrad(size=size), features, signs, grid)
+        lr = float(grid[np.argmin(losses)])
+        game = regret.play(
+            SAdaGrad(size=size), online.linear_model("logistic", features, signs), lr, lambda run: best, count=1
+        )
+        lost = game.lost[0]
+        found["regret"][str(size)] = float(np.min(losses)) - least
+        found["bound"][str(size)] = float(game.bound[-1])
+        found["lost"][str(size)] = [float(lost.escaped[-1]), float(lost.limit[-1])]
+        tick(0.6 * (i + 1) / len(sizes))
+    found["regret"]["diagonal"] = float(np.min(one_pass(AdaGrad(eps=0.0), features, signs, grid))) - least
+    few = grid[2 : 2 + max(1, rates // 3)]
+    found["regret"]["full"] = float(np.min(one_pass(FullAdaGrad(eps=0.0), features, signs, few))) - least
+    tick(0.7)
+    wide = 10.0 ** np.linspace(-4, 0, rates)
+    for i, size in enumerate(peers):
+        makers: dict[str, Any] = {
+            "S-AdaGrad": (lambda delta, size=size: SAdaGrad(size=size), (0.0,)),
+            "RFD-SON": (lambda delta, size=size: RFDSON(size=size, delta=0.0, learning_rate=1.0), (0.0,)),
+            "Ada-FD": (lambda delta, size=size: AdaFD(size=size, delta=delta), (1e-2, 1e-1, 1.0)),
+            "FD-SON": (lambda delta, size=size: FDSON(size=size, delta=delta, learning_rate=1.0), (1e-2, 1e-1, 1.0)),
+        }
+        for name, (make, deltas) in makers.items():
+            losses = np.concatenate([one_pass(make(delta), features, signs, wide) for delta in deltas]) / rounds
+            found["loss"].setdefault(name, {})[str(size)] = float(np.min(losses))
+            found["failed"].setdefault(name, {})[str(size)] = float(np.mean(losses > np.log(2)))
+        tick(0.7 + 0.3 * (i + 1) / len(peers))
+    return found
+
+
+def monotone(runs: list[Numbers]) -> Verdict:
+    """S3."""
+    sizes = list(runs[0]["bound"])
+    medians = [float(np.median(column(runs, "regret", size))) for size in sizes]
+    ends = paired(column(runs, "regret", sizes[-1]), column(runs, "regret", "full"))
+    good = {
+        "the fall": all(a >= b for a, b in pairwise(medians)),
+        "the end": ends.mean - ends.error <= 0.02 * float(np.median(column(runs, "regret", "full"))),
+    }
+    text = ", ".join(f"{size}: {spread(column(runs, 'regret', size))}" for size in (*sizes, "diagonal", "full"))
+    return decided(good, f"Regret by size {text}; size {sizes[-1]} minus full {ends}")
+
+
+def up_to_tail(runs: list[Numbers]) -> Verdict:
+    """S4."""
+    sizes = list(runs[0]["bound"])
+    medians = [float(np.median(column(runs, "bound", s))) for s in sizes]
+    good = {
+        "the mass": all(run["lost"][s][0] <= run["lost"][s][1] * (1 + 1e-4) for run in runs for s in sizes),
+        "the regret": all(run["regret"][s] <= run["bound"][s] for run in runs for s in sizes),
+        "the bound's fall": all(a >= b for a, b in pairwise(medians)),
+    }
+    shares = [run["lost"][s][0] / run["lost"][s][1] for run in runs for s in sizes if run["lost"][s][1] > 0]
+    times = [run["bound"][s] / run["regret"][s] for run in runs for s in sizes]
+    text = (
+        f"Escaped mass over Omega {min(shares):.2f} to {max(shares):.2f}; bound {medians[0]:.3g} at size {sizes[0]}, "
+        f"{medians[-1]:.3g} at {sizes[-1]}; it is {min(times):.0f} to {max(times):.0f} times the regret"
+    )
+    if not (good["the mass"] and good["the regret"]):
+        return Verdict(NOT, text)
+    return decided(good, text)
+
+
+def earlier(runs: list[Numbers]) -> Verdict:
+    """S5."""
+    good: dict[str, bool] = {}
+    sizes, text = list(runs[0]["loss"]["S-AdaGrad"]), []
+    for name in ("RFD-SON", "Ada-FD", "FD-SON"):
+        gaps = {s: paired(column(runs, "loss", "S-AdaGrad", s), column(runs, "loss", name, s)) for s in sizes}
+        good |= {f"{name} at size {s}": gap.below for s, gap in gaps.items()}
+        text.append(f"minus {name} " + ", ".join(f"{gap} at size {s}" for s, gap in gaps.items()))
+    failed = "; ".join(f"{n} {np.mean([run['failed'][n][sizes[0]] for run in runs]):.0%}" for n in runs[0]["failed"])
+    measured = f"Best mean loss {'; '.join(text)}. Settings worse than never moving, size {sizes[0]}: {failed}"
+    return decided(good, measured)
+
+
+def memory_table(runs: list[Numbers]) -> str:
+    """Return regret, bound and loss by size."""
+    rows = []
+    for size in runs[0]["regret"]:
+        cells = [spread(column(runs, "regret", size))]
+        if size in runs[0]["bound"]:
+            lost = [run["lost"][size][0] / max(run["lost"][size][1], 1e-300) for run in runs]
+            cells += [spread(column(runs, "bound", size)), spread(lost, 2)]
+        cells += [""] * (3 - len(cells))
+        for name in runs[0]["loss"]:
+            known = size in runs[0]["loss"][name]
+            cells.append(spread(column(runs, "loss", name, size), 4) if known else "")
+        rows.append((size, *cells))
+    names = (f"mean loss of {name}" for name in runs[0]["loss"])
+    return markdown(("size", "regret of S-AdaGrad", "bound", "escaped mass / Omega", *names), rows)
+
+
+def memory_figure(runs: list[Numbers]) -> Figure:
+    """Draw regret and bound, and losses, against the size."""
+    figure, (left, right) = panels(2, 5.6)
+    sizes = list(runs[0]["bound"])
+    numbers = [int(size) for size in sizes]
+    line(left, numbers, [[run["regret"][s] for s in sizes] for run in runs], "regret of S-AdaGrad", 0, marker="o")
+    line(left, numbers, [[run["bound"][s] for s in sizes] for run in runs], "bound", 1, marker="o")
+    for rank, name in ((2, "full"), (3, "diagonal")):
+        left.axhline(
+            float(np.median(column(runs, "regret", name))), color=COLOURS[rank], linestyle=":", label=f"{name} AdaGrad"
+        )
+    left.legend(frameon=False, fontsize=8)
+    title(left, "regret, a9a, against the size of the sketch", xlabel="size", xscale="log", yscale="log")
+    few = list(runs[0]["loss"]["S-AdaGrad"])
+    for rank, name in enumerate(runs[0]["loss"]):
+        line(
+            right, [int(s) for s in few], [[run["loss"][name][s] for s in few] for run in runs], name, rank, marker="o"
+        )
+    right.legend(frameon=False, fontsize=8)
+    title(right, "mean loss of one pass, best setting", xlabel="size", xscale="log")
+    return figure
+
+
+EXPERIMENTS = (
+    Experiment(
+        name="spectra",
+        minutes=2,
+        needs=("tinyshakespeare", "mnist", "torch"),
+        title="300 steps of Adam on a transformer (two layers of width 64, tinyshakespeare) and on mnist-cnn: "
+        "the gradients of "
+        "matrices, and averages (0.99) of GG^T and G^TG with at least 16 rows.",
+        claims=(
+            Claim(
+                name="A1",
+                paper="ASGO",
+                text="Gradients have low rank.",
+                criterion="stable rank and (nuclear/Frobenius)^2, medians over the matrices, below 1/4 of those "
+                "of Gaussian "
+                "matrices at every time, on both networks",
+                judge=low_rank,
+            ),
+            Claim(
+                name="S1",
+                paper=PAPER,
+                text="The spectra of the Kronecker factors concentrate on a small leading space.",
+                criterion="median share of the leading quarter above 0.9 from step 99 on, on both networks",
+                judge=concentrated,
+            ),
+            Claim(
+                name="S2",
+                paper=PAPER,
+                text="This leading space changes during training.",
+                criterion="it turns more than with frozen weights, beyond two standard errors, on both networks",
+                judge=turns,
+            ),
+        ),
+        one=spectra,
+        draw=spectra_figure,
+        small={"steps": 40, "width": 16, "batch": 2},
+    ),
+    Experiment(
+        name="memory",
+        minutes=4,
+        needs=("a9a",),
+        title="Online logistic regression on 2000 rows of a9a (another order for each seed), comparator in a "
+        "ball of radius 5, "
+        "the best of 9 rates (3 for the full matrix; times 3 offsets for Ada-FD and FD-SON).",
+        claims=(
+            Claim(
+                name="S3",
+                paper=PAPER,
+                text="One dial leads from d k to d^2 memory.",
+                criterion="median regret falls with the size and ends within 2 % of full AdaGrad's",
+                judge=monotone,
+            ),
+            Claim(
+                name="S4",
+                paper=PAPER,
+                text="The regret is that of the full matrix up to the bottom eigenvalues.",
+                criterion="escaped mass at most Omega, regret at most the bound, at every size, and the bound "
+                "falls with it",
+                judge=up_to_tail,
+            ),
+            Claim(
+                name="S5",
+                paper=PAPER,
+                text="It is better than earlier methods with Frequent Directions.",
+                criterion="mean loss at the best setting below those of RFD-SON, Ada-FD and FD-SON, at all three sizes",
+                judge=earlier,
+            ),
+        ),
+        one=memory,
+        table=memory_table,
+        draw=memory_figure,
+        small={"rounds": 40, "sizes": (1, 3), "rates": 3, "peers": (2,)},
+    ),
+)

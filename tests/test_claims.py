@@ -1,0 +1,405 @@
+"""Experiments: each runs in small, its verdict follows from its numbers, and the page says what the records say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mutation import mutated
+from scipy import stats
+from typer.testing import CliRunner
+
+import precond_ref as pr
+from precond_ref import cli, experiments, problems, theory
+from precond_ref.experiments import agd, asgo, base, curvature, language, mbf, rootfree, sketchy, training, vision
+from precond_ref.problems import online
+
+FOLDER = Path(__file__).parents[1] / "docs" / "claims"
+ALL = experiments.list_experiments()
+WORDS = {base.HOLDS, base.PART, base.NOT, base.UNTESTED}
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_the_records_say() -> None:
+    assert (FOLDER / "verdicts.txt").read_text(encoding="utf-8") == base.verdicts(
+        ALL.values(), FOLDER, experiments.untested()
+    )
+    page = (FOLDER.parent / "claims.md").read_text(encoding="utf-8")
+    assert "{include} claims/verdicts.txt" in page
+    for name, experiment in ALL.items():
+        record = base.read(experiment, FOLDER)
+        if record is None:
+            continue
+        assert f"](claims/{name}.svg)" in page, name
+        assert (FOLDER / f"{name}.txt").read_text(encoding="utf-8") == (experiment.table or base.table)(record["runs"])
+        assert record["options"] == {}, name
+        assert record["seeds"] == [0, 1, 2, 3, 4]
+        assert training.SEED not in record["seeds"]
+        assert all(claim.judge(record["runs"]).word in WORDS for claim in experiment.claims)
+
+
+def test_every_claim_has_one_row() -> None:
+    names = [claim.name for experiment in ALL.values() for claim in experiment.claims]
+    names += [claim.name for claim in experiments.untested()]
+    assert len(names) == len(set(names))
+    wanted = {"A": 7, "S": 7, "R": 6, "M": 5, "G": 6}
+    assert set(names) >= {f"{letter}{i + 1}" for letter, count in wanted.items() for i in range(count)}
+
+
+# ---- each experiment runs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ALL)
+def test_smoke(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seeds and few steps: JSON, table, figure and a verdict for each claim; nothing about the results."""
+    experiment, shares = ALL[name], []
+    if {"a9a", "mnist", "tinyshakespeare"} & set(experiment.needs):
+        pytest.importorskip("torch")
+        small_data(tmp_path, monkeypatch)
+    record = experiment.run([0, 1], shares.append, **experiment.small)
+    assert shares == sorted(shares)
+    assert 0 < shares[-1] <= 1 + 1e-9
+    base.write(experiment, record, tmp_path)
+    assert base.read(experiment, tmp_path) == record
+    assert record["runs"][0] != record["runs"][1]
+    assert "<svg" in (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
+    for claim in experiment.claims:
+        word, measured = claim.judge(record["runs"])
+        assert word in WORDS
+        assert measured
+
+
+def small_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise in the places of the data."""
+    rng = np.random.default_rng(0)
+    for kind, array in {"images-idx3": rng.integers(0, 256, (250, 28, 28)), "labels-idx1": np.arange(250) % 10}.items():
+        header = np.array([0x0800 + array.ndim, *array.shape], ">u4").tobytes()
+        (folder / f"t10k-{kind}-ubyte").write_bytes(header + array.astype("uint8").tobytes())
+    lines = [f"{y:+d} {1 + i % 7}:1 {9 + i % 3}:1 {12 + i % 5}:1" for i, y in enumerate(rng.choice([-1, 1], 12100))]
+    (folder / "a9a").write_text("\n".join(lines))
+    (folder / "tinyshakespeare.txt").write_text("".join(rng.choice(list("abcd \n"), 3000)))
+    monkeypatch.setenv("PRECOND_REF_DATA", str(folder))
+
+
+# ---- pieces against other routes, each with planted bugs ------------------------------------------------------------
+
+
+def check_statistics(module: Any) -> None:
+    """Paired differences and ranks against SciPy, spreads against numbers written here."""
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal(6), rng.standard_normal(6)
+    found = module.paired(list(a), list(b))
+    assert found.mean == pytest.approx(np.mean(a - b), rel=1e-12)
+    assert found.error == pytest.approx(2 * stats.sem(a - b), rel=1e-12)
+    assert module.paired([1.0, None], [0.0, 0.0]).mean == np.inf
+    assert module.paired([1.0, 1.0], [0.0, None]).mean == -np.inf
+    x, y = rng.integers(0, 5, 40), rng.standard_normal(40)
+    assert module.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, rel=1e-12)
+    assert module.spread([3.0, 1.0, 2.0]) == "2 (1 to 3)"
+    assert module.spread([3.0, None, 2.0]) == "3 (2 to inf)"
+    low = module.Difference(-0.2, 0.1)
+    assert (low.below, low.above, low.within(0.35), low.within(0.25)) == (True, False, True, False)
+    assert not module.Difference(-0.1, 0.2).below
+
+
+def check_curvature(module: Any) -> None:
+    """The Hessian of a quadratic is its matrix, of a network that of autograd; shares of a matrix of ones."""
+    torch = pytest.importorskip("torch")
+    problem = problems.load("quadratic", dtype="float64", size=5)
+    A = problem.basis * problem.eigenvalues @ problem.basis.T  # type: ignore[attr-defined]
+    np.testing.assert_allclose(module.hessian(problem, problem.init()), A, rtol=0, atol=1e-9)
+    net = problems.load("digits-mlp", dtype="float64", hidden=(2,))
+    net = dataclasses.replace(net, train=tuple(array[:20] for array in net.train), batch_size=None)
+    params = net.init()
+    inputs, labels = (torch.tensor(array) for array in net.train)
+
+    def loss(x: Any) -> Any:
+        p = list(torch.split(x, [v.size for v in params.values()]))
+        w1, b1, w2, b2 = (each.reshape(v.shape) for each, v in zip(p, params.values(), strict=True))
+        return torch.nn.functional.cross_entropy(torch.tanh(inputs @ w1.T + b1) @ w2.T + b2, labels.long())
+
+    H = torch.autograd.functional.hessian(loss, torch.tensor(module.flat(params)))
+    np.testing.assert_allclose(module.hessian(net, params), H, rtol=0, atol=1e-8 * float(H.abs().max()))
+    groups = module.groups(params)
+    ones = np.ones((len(groups["layers"]),) * 2)
+    first, second = 2 * 64 + 2, 10 * 2 + 10
+    neurons = (2 * 65**2 + 10 * 3**2) / ones.size
+    assert module.share(ones, groups["layers"]) == pytest.approx((first**2 + second**2) / ones.size, rel=1e-12)
+    assert module.share(ones, groups["output neurons"]) == pytest.approx(neurons, rel=1e-12)
+    blocks = (64 * 2**2 + 2 + 2 * 10**2 + 10) / ones.size
+    assert module.share(ones, groups["inputs"]) == pytest.approx(blocks, rel=1e-12)
+
+
+def check_bounds(module: Any) -> None:
+    """Each right side is the least over the rates of that of `theory`, for a run of the method."""
+    stream = online.adversary("random", (4, 3), rounds=30, seed=2)
+    U = np.random.default_rng(3).standard_normal((4, 3))
+    makers = {
+        "ASGO": (pr.ASGO.theory(eps=0.0), lambda run: theory.asgo.regret(run, U)),
+        "Shampoo": (pr.SShampoo(size=5, eps=0.0), lambda run: theory.sketchy.sshampoo_regret(run, U, 3)),
+        "AdaGrad by rows": (pr.DASGO.theory(eps=0.0), lambda run: theory.asgo.row_regret(run, U)),
+        "AdaGrad": (pr.AdaGrad(eps=0.0), lambda run: theory.asgo.row_regret(run, U)),
+        "SGD": (pr.SGD(), lambda run: theory.gradient_descent.regret(run, U)),
+    }
+    for name, (method, statement) in makers.items():
+        run = theory.record(method, stream, 0.01)
+        one, two = (
+            statement(theory.base.Run(**{**vars(run), "rates": np.full(30, rate), "forms": {}})).right
+            for rate in (1.0, 2.0)
+        )
+        rising = (2 * two - one) / 3  # of a / eta + b eta
+        least = 2 * ((one - rising) * rising) ** 0.5
+        assert module.right_sides(run.gradients, run.points[:-1] - U)[name] == pytest.approx(least, rel=1e-5), name
+
+
+def check_fisher(module: Any) -> None:
+    """Errors of the approximations against loops; KFAC is exact where inputs do not vary with the signals."""
+    rng = np.random.default_rng(4)
+    a, d = rng.standard_normal((7, 3)), rng.standard_normal((7, 2))
+    F = sum(np.outer(np.outer(y, x).ravel(), np.outer(y, x).ravel()) for x, y in zip(a, d, strict=True)) / 7
+    blocks = [F[3 * o : 3 * o + 3, 3 * o : 3 * o + 3] for o in range(2)]
+    zero = np.zeros((3, 3))
+    expected = {
+        "diagonal": np.diag(np.diag(F)),
+        "MBF, a block per neuron": np.block([[blocks[0], zero], [zero, blocks[1]]]),
+        "MBF, one block (averaged)": np.kron(np.eye(2), (blocks[0] + blocks[1]) / 2),
+        "KFAC": np.kron(d.T @ d / 7, a.T @ a / 7),
+    }
+    for name, error in module.errors(a, d).items():
+        assert error == pytest.approx(np.linalg.norm(F - expected[name]) / np.linalg.norm(F), rel=1e-12), name
+    product = module.errors(np.repeat(a, 7, axis=0), np.tile(d, (7, 1)))
+    assert product["KFAC"] < 1e-14
+
+
+def check_half(module: Any) -> None:
+    """bfloat16 against PyTorch's, and the Newton root against eigenvectors."""
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(5).standard_normal(1000).astype("float32") * 10.0 ** np.arange(
+        -20, 20, 0.04, dtype="float32"
+    )
+    x[:2] = 1 + 2.0**-8, 1 + 3 * 2.0**-8  # halfway: to even
+    expected = torch.tensor(x).to(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(module.bfloat16(x), expected)
+    assert np.isnan(module.bfloat16(np.float32([np.nan])))[0]
+    G = np.random.default_rng(6).standard_normal((4, 6)).astype("float32")
+    A = G @ G.T
+    w, v = np.linalg.eigh(A.astype(float))
+    np.testing.assert_allclose(module.newton_root(A, module.exact), v * w**-0.25 @ v.T, rtol=0, atol=1e-4)
+
+
+def check_tasks(module: Any) -> None:
+    """The factorization machine's gradient by differences; a search finds the bottom of a valley beyond its grid."""
+    task = module.Recommender.__new__(module.Recommender)
+    rng = np.random.default_rng(7)
+    task.x, task.y = rng.random((9, 4)), rng.choice([-1.0, 1.0], 9)
+    params, batch = {"w": rng.standard_normal(4), "v": rng.standard_normal((2, 4))}, np.arange(9)
+    _, grads = task.loss_and_grad(params, batch)
+    for name, value in params.items():
+        for index in np.ndindex(value.shape):
+            shift = np.zeros_like(value)
+            shift[index] = 1e-6
+            up, down = (task.loss_and_grad({**params, name: value + s}, batch)[0] for s in (shift, -shift))
+            assert grads[name][index] == pytest.approx((up - down) / 2e-6, abs=1e-6)
+    inner = params["v"].T @ params["v"]
+    full = [x @ params["w"] + sum(inner[i, j] * x[i] * x[j] for i in range(4) for j in range(i)) for x in task.x]
+    np.testing.assert_allclose(task._logits(params, task.x)[0], full, rtol=1e-9)
+
+    class Valley:
+        """x^2 / 2 from 1: one step of gradient descent ends at 0 for the rate 1."""
+
+        def init(self) -> Any:
+            return {"x": np.ones(1)}
+
+        def batch(self, step: int) -> None:
+            return None
+
+        def loss_and_grad(self, params: Any, batch: Any) -> Any:
+            return float(params["x"][0] ** 2) / 2, dict(params)
+
+        def validation(self, params: Any) -> float:
+            return float(params["x"][0] ** 2) / 2
+
+    found = module.search(Valley(), {"SGD": module.Entry(pr.SGD())}, 1, lambda share: None, grid=(-12, -4))["SGD"]
+    assert found["lr"] == 1.0
+    tried = [rate for rate, _ in found["tried"]]
+    assert 10**-0.25 in tried
+    assert 10**0.25 in tried
+    assert len(set(tried)) == len(tried)
+
+
+CHECKS: dict[str, tuple[Callable[[Any], None], Any]] = {
+    "statistics": (check_statistics, base),
+    "curvature": (check_curvature, curvature),
+    "bounds": (check_bounds, asgo),
+    "fisher": (check_fisher, mbf),
+    "half": (check_half, rootfree),
+    "tasks": (check_tasks, training),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_pieces(name: str) -> None:
+    check, module = CHECKS[name]
+    check(module)
+
+
+BUGS = {
+    "one standard error": ("statistics", "2 * statistics.stdev(gaps)", "statistics.stdev(gaps)"),
+    "mean of the seeds as the middle": (
+        "statistics", "statistics.median(found), found", "statistics.mean(found), found",
+    ),
+    "ties at the top": ("statistics", "- 0.5 * (count - 1)", ""),
+    "equal without the error": ("statistics", "abs(self.mean) + self.error <= margin", "abs(self.mean) <= margin"),
+    "below without the error": ("statistics", "self.mean < -self.error", "self.mean < 0"),
+    "forward differences": ("curvature", "gradient(i, -1.0)) / (2 * step)", "gradient(i, 0.0)) / step"),
+    "biases in one block of inputs": ("curvature", "(group >= 0)[:, None]", "True"),
+    "neurons of all layers together": (
+        "curvature", "outputs[name] = 1000 * number + rows[0]", "outputs[name] = rows[0]",
+    ),
+    "Frobenius for the operator norm": (
+        "bounds", "np.linalg.svd(X, compute_uv=False)[:, 0]", "np.linalg.norm(X, axis=(1, 2))",
+    ),
+    "fourth root of the left factor alone": (
+        "bounds", "trace(L, 0.25) * trace(R, 0.25)", "trace(L, 0.25) * trace(R, 0.5)",
+    ),
+    "rank left out": ("bounds", "math.sqrt(2 * r)", "math.sqrt(2)"),
+    "columns for rows": ("bounds", "np.sum(G**2, axis=(0, 2))", "np.sum(G**2, axis=(0, 1))"),
+    "factors exchanged": (
+        "fisher", "np.kron(signals.T @ signals / n, inputs.T @ inputs / n)",
+        "np.kron(inputs.T @ inputs / n, signals.T @ signals / n)",
+    ),
+    "sum of the blocks": ("fisher", "np.mean(blocks, axis=0)", "np.sum(blocks, axis=0)"),
+    "truncation": ("half", "bits + 0x7FFF + ((bits >> 16) & 1)", "bits"),
+    "ties away from zero": ("half", "0x7FFF + ((bits >> 16) & 1)", "0x8000"),
+    "square root": ("half", "fl(fl(square @ square) @ M)", "fl(square @ M)"),
+    "diagonal terms kept": ("tasks", " - x**2 @ np.sum(params[\"v\"] ** 2, axis=0)", ""),
+    "gradient of the diagonal kept": ("tasks", ' - params["v"] * (slope @ x**2)', ""),
+    "no quarter decades": ("tasks", "for k in (best - 1, best + 1):", "for k in (best,):"),
+    "a grid that stays": ("tasks", "loss(best + (2 if best == max(tried) else -2))", "pass"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(bug: str) -> None:
+    name, old, new = BUGS[bug]
+    check, module = CHECKS[name]
+    with pytest.raises(AssertionError):
+        check(mutated(module, (old, new)))
+
+
+# ---- verdicts follow from the numbers -------------------------------------------------------------------------------
+
+
+def of_losses(**means: float) -> list[base.Numbers]:
+    """Five seeds of a comparison with these mean losses; seeds differ, methods by their means alone."""
+    names = dict.fromkeys(language.ENTRIES, 3.0) | {k.replace("_", " "): v for k, v in means.items()}
+    rows = [
+        {n: {"validation": m + 0.1 * s, "test": m + 0.1 * s, "bytes": [50, 90]} for n, m in names.items()}
+        for s in range(5)
+    ]
+    for row in rows:
+        for name in row:
+            if name == "AdamW":
+                row[name]["bytes"] = [100, 200]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("judge", "runs", "word"),
+    [
+        (language.asgo, of_losses(ASGO=2.0, Muon=2.005, AdamW=2.1), base.HOLDS),
+        (language.asgo, of_losses(ASGO=2.0, Muon=1.9, AdamW=2.1), base.PART),
+        (language.asgo, of_losses(ASGO=2.2, Muon=2.3, AdamW=2.1), base.NOT),
+        (language.sketched, of_losses(**{"S-Shampoo 8": 2.005}, Shampoo=2.0, AdamW=2.0), base.HOLDS),
+        (language.sketched, of_losses(**{"S-Shampoo 8": 2.02}, Shampoo=2.0, AdamW=2.1), base.PART),
+        (language.sketched, of_losses(**{"S-Shampoo 8": 2.2}, Shampoo=2.0, AdamW=2.1), base.NOT),
+        (language.sublinear, of_losses(**{f"S-Shampoo {s}": 2.0 for s in language.SIZES}, AdamW=2.0), base.HOLDS),
+        (language.sublinear, of_losses(AdamW=2.0), base.NOT),
+        (language.agd, of_losses(AGD=2.0, AdamW=2.1, RMSProp=2.0), base.PART),
+        (language.agd, of_losses(AGD=2.0, AdamW=2.1, RMSProp=2.1), base.HOLDS),
+        (language.rootless, of_losses(**{"RF-RMSProp": 2.01, "RF-AdamW": 2.01}, RMSProp=2.0, AdamW=2.0), base.HOLDS),
+        (language.rootless, of_losses(**{"RF-RMSProp": 2.05, "RF-AdamW": 2.01}, RMSProp=2.0, AdamW=2.0), base.PART),
+    ],
+)
+def test_verdicts_of_the_language_model(judge: Any, runs: list[base.Numbers], word: str) -> None:
+    assert judge(runs).word == word
+
+
+def test_other_verdicts() -> None:
+    def accuracies(**means: float) -> list[base.Numbers]:
+        names = ("Adam", "AdamW", "RMSProp", "AGD", "AGD, delta 1e-3", "RF-RMSProp", "RF-AdamW", "MBF")
+        found = dict.fromkeys(names, 90.0) | {"SGD, momentum": 90.0} | means
+        return [{n: {"test": a + 0.1 * s, "validation": -a} for n, a in found.items()} for s in range(5)]
+
+    assert vision.premise(accuracies()).word == base.NOT
+    assert vision.closes(accuracies()).word == base.UNTESTED
+    gap = accuracies(**{"SGD, momentum": 91.0, "RF-RMSProp": 91.0, "RF-AdamW": 90.9})
+    assert (vision.premise(gap).word, vision.closes(gap).word) == (base.HOLDS, base.HOLDS)
+    assert vision.mini_block(accuracies(MBF=89.0)).word == base.NOT
+    assert vision.mini_block(accuracies(MBF=89.9)).word == base.HOLDS
+    assert vision.better(accuracies(AGD=91.0)).word == base.HOLDS
+    assert vision.better(accuracies(AGD=89.0)).word == base.NOT
+
+    def memory(*regrets: float, full: float) -> list[base.Numbers]:
+        sizes = {str(s): r for s, r in zip((1, 5, 20), regrets, strict=True)}
+        bound = {s: 100.0 - 10 * i for i, s in enumerate(sizes)}
+        return [
+            {
+                "regret": {**sizes, "full": full, "diagonal": 1.0},
+                "bound": bound,
+                "lost": {size: [1.0, 2.0] for size in sizes},
+            }
+        ] * 5
+
+    assert sketchy.monotone(memory(3.0, 2.0, 1.0, full=1.0)).word == base.HOLDS
+    assert sketchy.monotone(memory(3.0, 2.0, 2.5, full=1.0)).word == base.NOT
+    assert sketchy.up_to_tail(memory(3.0, 2.0, 1.0, full=1.0)).word == base.HOLDS
+    assert sketchy.up_to_tail(memory(300.0, 2.0, 1.0, full=1.0)).word == base.NOT
+    rising = [{t: {f"{d:g}": [0.1, 0.4 if d == 1e-3 else 0.1] for d in agd.DELTAS} for t in agd.TASKS}] * 5
+    assert agd.switches(rising).word == base.HOLDS
+    still = [{t: {f"{d:g}": [0.1, 0.2] for d in agd.DELTAS} for t in agd.TASKS}] * 5
+    assert agd.switches(still).word == base.NOT
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+def test_the_command_lists_runs_and_draws_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(*arguments: str) -> Any:
+        return CliRunner().invoke(cli.application(), ["experiments", *arguments])
+
+    listed = call().output
+    for name, experiment in ALL.items():
+        assert f"{name}  (decides {', '.join(claim.name for claim in experiment.claims)}; " in listed
+    done = call("laws", "--quick", "--seeds", "2", "--output", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "R6 The root is a fundamental difference" in done.output
+    record = json.loads((tmp_path / "laws.json").read_text())
+    assert record["seeds"] == [0, 1]
+    assert record["options"] == dict(ALL["laws"].small)
+    assert "**holds**" in (tmp_path / "verdicts.txt").read_text()
+    (tmp_path / "laws.svg").unlink()
+    assert call("laws", "--draw", "--output", str(tmp_path)).exit_code == 0
+    assert (tmp_path / "laws.svg").exists()
+    for arguments, message in {
+        ("nothing",): "error: no experiment is called nothing; there are hessian-blocks, ",
+        ("laws", "--seeds", "0"): "error: --seeds must be at least 1, got 0\n",
+        ("dials", "--draw", "--output", str(tmp_path)): f"error: {tmp_path / 'dials'}.json is not there: run ",
+        ("laws", "--output", str(tmp_path / "laws.json")): "error: ",
+    }.items():
+        refused = call(*arguments)
+        assert refused.exit_code == 2
+        assert refused.stderr.startswith(message)
+    monkeypatch.setenv("PRECOND_REF_DATA", str(tmp_path))
+    refused = call("recommendation", "--quick", "--output", str(tmp_path))
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: recommendation: looked for a9a")
