@@ -451,7 +451,10 @@ def show_report(report: Report, console: Console, verbose: bool = False) -> None
         )
         if lacking and all(r.status == "skipped" for r in cases):
             name = lacking.most_common(1)[0][0]
-            verdict += f"; if {name} has another name there: --map {name}=NAME"
+            verdict += (
+                f"; if {name} has another name there: --map {name}=NAME; if it has one value there, check a function "
+            )
+            verdict += f"that takes {name} and raises NotImplementedError for all others"
     elif report.ok:
         verdict = f"OK: {report.target} is {report.method} in {seen(report, cases)}"
         if expected := sum(r.bad for r in report.results):

@@ -33,6 +33,7 @@ EXACT: dict[str, Any] = {
 }
 SOAP = {"inner": "adam"}
 IDENTITY = {"start": "identity"}
+ONE = {"shampoo_beta": None, "beta1": 0.8125, "beta2": 0.9375, "eps": 0.15625}
 GIVEN: dict[str, Any] = {"lr": 0.34375, "version": 2}
 _case, _reject = maker("KLShampoo", FIELDS, (3, 2))
 _exact, _exact_reject = maker("KLShampoo", EXACT, (3, 2), "KLShampoo.exact")
@@ -163,12 +164,16 @@ CASES = [
         seed=514,
         change={**IDENTITY, "normalize": True},
     ),
+    case("one-beta-eigh", "The same with bases of eigenvectors from the first update on.", seed=551, change=ONE),
+    case("one-beta-decay", "The same with decoupled weight decay.", DECAY, seed=562, decay=0.28125, change=ONE),
+    case("one-beta-order-3", "The same for three axes.", shape=(2, 2, 2), seed=553, change={**ONE, **IDENTITY}),
+    case("one-beta-column", "The same for a column.", shape=(3, 1), seed=554, change={**ONE, **IDENTITY}),
     case(
         "one-beta",
         "The statistics take the decay of V.",
         "initial-one",
         seed=515,
-        change={**IDENTITY, "shampoo_beta": None, "beta1": 0.8125, "beta2": 0.9375, "eps": 0.15625},
+        change={**IDENTITY, **ONE},
     ),
     case(
         "soap",

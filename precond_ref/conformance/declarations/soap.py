@@ -36,6 +36,7 @@ FIELDS = {
 }
 _case, reject = maker("SOAP", FIELDS, (4, 3))
 case = partial(_case, lr=LR)
+ONE = {"shampoo_beta": None}
 ZERO_FIRST = integers(21, (5, 4, 3))
 ZERO_FIRST[0] = 0
 
@@ -51,6 +52,13 @@ CASES = [
     case("wide", "More columns than rows; L decays by beta2; the bases are renewed at each update.",
          "back-transposed exact", shape=(3, 4), seed=3,
          change={"shampoo_beta": None, "every": 1, "beta1": 26 / 32}),
+    case("one-beta", "L decays by beta2, which has no decay of its own.", "exact v-kept first-used renewed-always",
+         seed=40, steps=7, change=ONE),
+    case("one-beta-decay", "The same with decoupled weight decay.", DECAY, shape=(3, 2), seed=29, decay=13 / 32,
+         change=ONE),
+    case("one-beta-order-three", "The same for three axes.", shape=(2, 3, 4), seed=30, change=ONE),
+    case("one-beta-vector", "The same for a vector, which has no basis.", "vectors-preconditioned", shape=(2,), seed=31,
+         change=ONE),
     case("two-rounds", "Two rounds of orthogonal iteration in a renewal.", seed=4, change={"iterations": 2}),
     case("eigenvectors", "Eigenvectors at each renewal; the second moment is sorted.", "v-kept", seed=5,
          change={"basis": "eigh"}),
