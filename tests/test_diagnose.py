@@ -228,6 +228,22 @@ def test_a_mistake_has_its_name(what: str) -> None:
     assert names(report) == [(name,)]
 
 
+def floored_rfadamw(param, grad, state, *, lr, beta1, beta2, damping, batch_size, initial, weight_decay):
+    """The damping is the least denominator instead of added: the same as none, where the squares are larger."""
+    m, v = state or (0.0, initial)
+    m, v = beta1 * m + (1 - beta1) * grad, beta2 * v + (1 - beta2) * batch_size * grad**2
+    return (1 - lr * weight_decay) * param - lr * m / np.maximum(v, damping), (m, v)
+
+
+@pytest.mark.usefixtures("vectors_alone")
+def test_a_damping_as_the_least_denominator_is_not_called_none() -> None:
+    found = check(wrap(floored_rfadamw), "RFAdamW").diagnosis
+    assert found is not None
+    assert not found.matches
+    assert found.nearest is not None
+    assert found.nearest.unexplained == ("RFAdamW/much-damping",)
+
+
 LAST_FIRST = {"RFShampoo": "gauss-seidel-back", "IFShampoo": "gauss-seidel-back",
               "Shampoo": "statistic-of-preconditioned-back"}  # fmt: skip
 

@@ -302,6 +302,8 @@ CASES = [
           "batch-ignored", beta1=0.0, beta2=0.0),
     _case("RFAdamW", "no-momentum", (3, 2), "beta1 = 0 under bias correction", "correction-2-ignored", beta1=0.0),
     _case("RFAdamW", "uncorrected", (3, 2), "No bias correction", "corrected-1 corrected-2", bias_correction=False),
+    _case("RFAdamW", "much-damping", (3, 2), "A damping above and below the squares", "damping-ignored damping-inside",
+          bias_correction=False, initial=0.0, damping=27 / 32),
     _case("RFShampoo", "every-3", (3, 2), "Factors renewed at updates 1, 4, 7 under momentum",
           "every-ignored every-late every-multiples", every=3, steps=8),
     _case("RFShampoo", "order-four", (2, 3, 2, 2), "Four axes, four factors", steps=3, salt=1),
