@@ -15,7 +15,7 @@ from scipy import stats
 from typer.testing import CliRunner
 
 import precond_ref as pr
-from precond_ref import cli, experiments, problems, theory
+from precond_ref import cli, experiments, problems, regret, theory
 from precond_ref.experiments import agd, asgo, base, curvature, language, mbf, rootfree, sketchy, training, vision
 from precond_ref.problems import online
 
@@ -235,6 +235,67 @@ def check_tasks(module: Any) -> None:
     assert len(set(tried)) == len(tried)
 
 
+def check_memory(module: Any) -> None:
+    """The regret of each size against a loop with the method, and what the last round has of mass and bound."""
+    rng = np.random.default_rng(8)
+    features, signs = rng.standard_normal((60, 4)), rng.choice([-1.0, 1.0], 60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online, "libsvm", lambda name: (features, signs))
+        found = module.memory(3, lambda share: None, rounds=40, sizes=(2, 5), rates=3, peers=(2,))
+    order = np.random.default_rng([3, 7]).permutation(60)[:40]
+    a, y = features[order], signs[order]
+    best = regret.comparator_of_logistic(a, y, 5.0).point
+    for size in (2, 5):
+        regrets = []
+        for lr in 10.0 ** np.linspace(-1.5, 0.5, 3):
+            x, paid = np.zeros(4), 0.0
+            method = pr.SAdaGrad(size=size)
+            state = method.init(x)
+            for row, sign in zip(a, y, strict=True):
+                paid += np.logaddexp(0.0, -sign * (row @ x)) - np.logaddexp(0.0, -sign * (row @ best))
+                g = -sign * row / (1 + np.exp(sign * (row @ x)))
+                direction, state = method.update(g, state, x)
+                x = x - lr * direction
+            regrets.append((paid, float(state.sketch.escaped)))
+        assert (found["regret"][str(size)], found["lost"][str(size)][0]) == pytest.approx(min(regrets), rel=1e-8)
+        assert found["regret"][str(size)] <= found["bound"][str(size)]
+    assert found["lost"]["5"] == [0.0, 0.0]
+
+
+def check_spectra(module: Any) -> None:
+    """Ranks of matrices of rank one and with equal singular values; leading spaces of diagonal matrices."""
+    rng = np.random.default_rng(9)
+    q = np.linalg.qr(rng.standard_normal((6, 4)))[0]
+    assert module.concentration(q) == pytest.approx((1, 1), rel=1e-12)
+    assert module.concentration(np.outer(q[:, 0], np.arange(1, 5))) == pytest.approx((1 / 4, 1 / 4), rel=1e-12)
+    assert module.concentration(3 * np.diag([2.0, 1.0, 1.0])) == pytest.approx((6 / 4 / 3, 16 / 6 / 3), rel=1e-12)
+    values = np.array([8.0, 4.0, 2.0, 2.0, *[0.0] * 12])
+    assert module.shares(np.diag(values)) == pytest.approx([1, 12 / 16, 8 / 16], rel=1e-12)
+    turn, c = np.eye(16), np.cos(0.6)
+    turn[np.ix_([1, 5], [1, 5])] = [[c, -np.sin(0.6)], [np.sin(0.6), c]]
+    found = module.rotation({"a": np.diag(values)}, {"a": turn @ np.diag(values) @ turn.T})
+    assert found == pytest.approx([(1 + c**2) / 2, (8 + 4 * c**2) / 12], rel=1e-9)
+    averages: dict[str, Any] = {}
+    G = rng.standard_normal((16, 3))
+    for _ in range(2):
+        module.averaged(averages, {"w": G, "b": np.ones(3)})
+    assert averages.keys() == {"w left"}
+    np.testing.assert_allclose(averages["w left"], (1 - 0.99**2) * G @ G.T, rtol=1e-12)
+
+
+def check_difference(module: Any) -> None:
+    """The average of s^2 is AGD's b, from its own formulas."""
+    rng, method = np.random.default_rng(10), pr.AGD()
+    x = np.zeros(5)
+    state, mean, b = method.init(x), np.zeros(5), np.zeros(5)
+    for t in range(6):
+        g = rng.standard_normal(5)
+        s, mean = module.difference(g, mean, t)
+        b = 0.999 * b + 0.001 * s**2
+        _, state = method.update(g, state, x)
+        np.testing.assert_allclose(b, state.b, rtol=1e-10)
+
+
 CHECKS: dict[str, tuple[Callable[[Any], None], Any]] = {
     "statistics": (check_statistics, base),
     "curvature": (check_curvature, curvature),
@@ -242,6 +303,9 @@ CHECKS: dict[str, tuple[Callable[[Any], None], Any]] = {
     "fisher": (check_fisher, mbf),
     "half": (check_half, rootfree),
     "tasks": (check_tasks, training),
+    "memory": (check_memory, sketchy),
+    "spectra": (check_spectra, sketchy),
+    "difference": (check_difference, agd),
 }
 
 
@@ -282,6 +346,17 @@ BUGS = {
     "square root": ("half", "fl(fl(square @ square) @ M)", "fl(square @ M)"),
     "diagonal terms kept": ("tasks", " - x**2 @ np.sum(params[\"v\"] ** 2, axis=0)", ""),
     "gradient of the diagonal kept": ("tasks", ' - params["v"] * (slope @ x**2)', ""),
+    "regret of the first round": ("memory", "count=2", "count=1"),
+    "regret against zero": (
+        "memory", "lambda run: best, count", "lambda run: regret.Comparator(point=0 * best.point, how=''), count"
+    ),
+    "Frobenius for the nuclear norm": ("spectra", "np.sum(s) ** 2 / np.sum(s**2)", "np.sum(s**2)"),
+    "smallest eigenvalues": ("spectra", "w[-max(1, len(w) // part) :]", "w[: max(1, len(w) // part)]"),
+    "half of the leading space": ("spectra", "[:, -max(1, len(matrix) // 8) :]", "[:, -max(1, len(matrix) // 16) :]"),
+    "cosines not squared": ("spectra", "compute_uv=False) ** 2)))", "compute_uv=False))))"),
+    "sum for the average": ("spectra", "0.99 * averages.get", "1.0 * averages.get"),
+    "averages not corrected": ("difference", "(mean / (1 - 0.9**t) if t else 0.0)", "mean"),
+    "correction of the next step": ("difference", "1 - 0.9 ** (t + 1)", "1 - 0.9 ** (t + 2)"),
     "no quarter decades": ("tasks", "for k in (best - 1, best + 1):", "for k in (best,):"),
     "a grid that stays": ("tasks", "loss(best + (2 if best == max(tried) else -2))", "pass"),
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from precond_ref import problems
 from precond_ref.experiments.base import (
@@ -43,6 +43,12 @@ def both(a: Array, b: Array, sizes: list[int]) -> list[float]:
     return [spearman(a, b), float(np.mean(inside))]
 
 
+def difference(g: Array, mean: Array, t: int) -> tuple[Array, Array]:
+    """Return AGD's s of the update after ``t`` updates, and the new average of gradients."""
+    new = 0.9 * mean + 0.1 * g
+    return new / (1 - 0.9 ** (t + 1)) - (mean / (1 - 0.9**t) if t else 0.0), new
+
+
 def curvature(seed: int, tick: Tick, steps: int = 300, hidden: tuple[int, ...] = (16, 16)) -> Numbers:
     """Return correlations of AGD's s with H times the step, and of sqrt(b) and Adam's sqrt(v) with |diag H|."""
     found: Numbers = {}
@@ -52,16 +58,15 @@ def curvature(seed: int, tick: Tick, steps: int = 300, hidden: tuple[int, ...] =
         times = sorted({max(2, steps // 30), steps // 2, steps})
         v, before, mean = np.zeros(sum(sizes)), flat(problem.init()), np.zeros(sum(sizes))
         part: Numbers = {"steps": times, "difference": [], "sqrt(b)": [], "sqrt(v)": []}
-        for step in descend(problem, Entry(AGD()), LR, steps):
+        opt = Optimizer(AGD(), lr=LR)
+        for step in descend(problem, Entry(opt.method), LR, steps):
             g, x, t = flat(step.grads), flat(step.params), step.number
             v = 0.999 * v + 0.001 * g * g
-            new = 0.9 * mean + 0.1 * g
-            s = new / (1 - 0.9 ** (t + 1)) - (mean / (1 - 0.9**t) if t else 0.0)
-            mean = new
+            s, mean = difference(g, mean, t)
             if t in times:
                 H = hessian(problem, step.params)
-                states = dict(zip(problem.initial, b_of(problem, step.state), strict=True))
-                b = flat(states)
+                members = opt.unstack(step.params, step.state)
+                b = flat({name: members[name].b for name in step.params})
                 part["difference"].append(both(np.abs(s), np.abs(H @ (x - before)), sizes))
                 part["sqrt(b)"].append(both(np.sqrt(b), np.abs(np.diag(H)), sizes))
                 part["sqrt(v)"].append(both(np.sqrt(v), np.abs(np.diag(H)), sizes))
@@ -69,12 +74,6 @@ def curvature(seed: int, tick: Tick, steps: int = 300, hidden: tuple[int, ...] =
             before = x
         found[kind] = part
     return found
-
-
-def b_of(problem: Any, state: Any) -> list[Array]:
-    """Return AGD's b by parameter, in the order of the parameters."""
-    members = Optimizer(AGD(), lr=LR).unstack(problem.init(), state)
-    return [members[name].b for name in problem.initial]
 
 
 def least(runs: list[Numbers], kind: str, what: str, where: int) -> list[float]:
@@ -139,13 +138,13 @@ def switch(seed: int, tick: Tick, steps: int = 200) -> Numbers:
         found[task] = {}
         for delta in DELTAS:
             shares = []
-            for step in descend(problem, Entry(AGD(delta=delta)), LR, steps):
+            opt = Optimizer(AGD(delta=delta), lr=LR)
+            for step in descend(problem, Entry(opt.method), LR, steps):
                 if step.number in found["steps"]:
-                    members = [np.sqrt(b) for b in b_of(problem, step.state)]
-                    floor = delta * (1 - 0.999**step.number) ** 0.5
-                    shares.append(float(np.mean(np.concatenate([np.ravel(b) for b in members]) <= floor)))
+                    sgd = {name: report.is_sgd for name, report in opt.diagnose(step.params, step.state).items()}
+                    shares.append(float(np.mean(flat(sgd))))
                     if delta == 1e-3:
-                        layers = {n: float(np.mean(b <= floor)) for n, b in zip(problem.initial, members, strict=True)}
+                        layers = {name: float(np.mean(each)) for name, each in sgd.items()}
             found[task][f"{delta:g}"] = shares
         found[f"{task}, layers"] = {name: share for name, share in layers.items() if name.endswith("weight")}
         tick((i + 1) / len(TASKS))
@@ -193,7 +192,7 @@ def switch_figure(runs: list[Numbers]) -> Figure:
 EXPERIMENTS = (
     Experiment(
         name="curvature",
-        minutes=2.5,
+        minutes=1,
         title="digits-mlp with two hidden layers of 16 (1482 parameters), 300 steps of AGD at 10^-2.5, with "
         "batches and with the "
         "whole training set; Hessian of the loss on the training set at three times.",
@@ -223,7 +222,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         name="switch",
-        minutes=1.5,
+        minutes=0.2,
         title="AGD at 10^-2.5 on three problems of the digits, 200 steps, six values of delta.",
         claims=(
             Claim(

@@ -19,7 +19,6 @@ from precond_ref.experiments.base import (
     column,
     decided,
     line,
-    markdown,
     np,
     paired,
     panels,
@@ -276,21 +275,6 @@ def rank_helps(runs: list[Numbers]) -> Verdict:
     return decided(good, "; ".join(text))
 
 
-def dials_table(runs: list[Numbers]) -> str:
-    """Return the steps, and the losses."""
-    keys, spaces = list(runs[0]["steps"]["ASGO"]), list(runs[0]["losses"]["ASGO"])
-    return "\n".join((
-        markdown(
-            ("steps to 1 % of the first loss", *METHODS),
-            [(key, *(spread([run["steps"][n][key] for run in runs]) for n in METHODS)) for key in keys],
-        ),
-        markdown(
-            ("loss over the first, all gradients in a space of", *runs[0]["losses"]),
-            [(k, *(spread([run["losses"][n][k] for run in runs]) for n in runs[0]["losses"])) for k in spaces],
-        ),
-    ))  # fmt: skip
-
-
 def dials_figure(runs: list[Numbers]) -> Figure:
     """Draw steps against the coupling, and losses against the dimension of the common space."""
     figure, axes = panels(3, 4.4)
@@ -312,7 +296,7 @@ def dials_figure(runs: list[Numbers]) -> Figure:
 EXPERIMENTS = (
     Experiment(
         name="hessian-blocks",
-        minutes=1.5,
+        minutes=0.5,
         title="The Hessian of digits-mlp with two hidden layers of 16 (1482 parameters) over the whole training "
         "set, at "
         "three times of 300 steps of Adam.",
@@ -332,7 +316,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         name="bounds",
-        minutes=0.3,
+        minutes=0.1,
         title="The right sides of the regret bounds, at the best constant rate of each, for the gradients and "
         "points of "
         "200 steps of Adam on digits-mlp and digits-autoencoder; the comparator is the last point.",
@@ -353,7 +337,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         name="dials",
-        minutes=3,
+        minutes=0.1,
         title="tr(D^T A D B) / 2, 20 x 30, A rotated of condition 1000, B of condition 1000^c, target of rank 1 "
         "or 20; and an "
         "L1 loss with fresh gradients in a common space; 60 steps (61: not reached), the best of 13 rates.",
@@ -383,7 +367,6 @@ EXPERIMENTS = (
             ),
         ),
         one=dials,
-        table=dials_table,
         draw=dials_figure,
         small={"steps": 3, "count": 2},
     ),

@@ -250,13 +250,17 @@ def dots(axes: Axes, names: Sequence[str], values: Sequence[Sequence[float | Non
 
 def title(axes: Axes, text: str, **labels: Any) -> None:
     """Set the title at the left, labels and limits, and plain numbers on the axes."""
+    from matplotlib.ticker import LogLocator
+
     axes.set_title(text, loc="left", fontsize=10)
     axes.set(**labels)
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
             low, high = axis.get_view_interval()
+            if 0 < high < 200 * low:
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("{x:g}" if 0 < high < 10 * low else "")
+            axis.set_minor_formatter("")
     if axes.get_xscale() == "linear" and axes.get_legend_handles_labels()[1] == []:
         axes.locator_params(axis="x", nbins=5)
 
@@ -279,14 +283,19 @@ def read(experiment: Experiment, folder: Path) -> Numbers | None:
 
 
 def verdicts(experiments: Iterable[Experiment], folder: Path, untested: Iterable[Claim] = ()) -> str:
-    """Return Markdown tables of all claims, a row each, from the records in ``folder``."""
+    """Return Markdown tables of all claims, a row each, and the times, from the records in ``folder``."""
     papers: dict[str, list[tuple[Claim, Verdict, str]]] = {}
+    times: dict[str, float] = {}
     for experiment in experiments:
         record = read(experiment, folder)
+        if record:
+            times[experiment.name] = record["seconds"]
         for claim in experiment.claims:
             verdict = claim.judge(record["runs"]) if record else Verdict("not run", "")
             seeds = f", {len(record['seeds'])} seeds" if record else ""
-            papers.setdefault(claim.paper, []).append((claim, verdict, f"`experiments {experiment.name}`{seeds}"))
+            papers.setdefault(claim.paper, []).append(
+                (claim, verdict, f"`precond-ref experiments {experiment.name}`{seeds}")
+            )
     for claim in untested:
         papers.setdefault(claim.paper, []).append((claim, claim.judge([]), ""))
     parts = []
@@ -301,4 +310,6 @@ def verdicts(experiments: Iterable[Experiment], folder: Path, untested: Iterable
         ]
         cells = [[cell.replace("|", "\\|").replace("~", "\\~") for cell in row] for row in rows]
         parts.append(f"## {paper}\n\n" + markdown(("claim", "measured", "verdict, command"), cells))
+    each = ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items())
+    parts.append(f"## Time\n\nSeconds of processor time: {each}; together {sum(times.values()) / 60:.1f} minutes.\n")
     return "\n".join(parts)

@@ -274,7 +274,7 @@ def autoencoder_figure(runs: list[Numbers]) -> Figure:
 EXPERIMENTS = (
     Experiment(
         name="step-cost",
-        minutes=3,
+        minutes=1.8,
         needs=("mnist",),
         title="Autoencoders 784-w-w/2-w-784 on MNIST, batches of 500, processor time on one thread; MBF as in "
         "the authors' code "
@@ -295,7 +295,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         name="fisher",
-        minutes=1,
+        minutes=0.1,
         title="The empirical Fisher matrix of each layer of digits-mlp with two hidden layers of 16, at three "
         "times of 200 steps "
         "of Adam; and MBF with exact Jacobian blocks on wide two-layer networks.",

@@ -254,7 +254,7 @@ def laws_figure(runs: list[Numbers]) -> Figure:
 EXPERIMENTS = (
     Experiment(
         name="half-precision",
-        minutes=2,
+        minutes=0.5,
         title="digits-mlp, 280 steps, rates recorded for float32. bfloat16 is emulated: each stored number is "
         "rounded, sums are "
         "in float32; in the Newton roots every product is rounded.",
