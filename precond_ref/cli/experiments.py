@@ -83,6 +83,8 @@ def experiments_command(
             if record is None:
                 fail(f"{output / name}.json is not there: run `precond-ref experiments {name} --output {output}` first")
             base.write(known[name], record, output)
+            text = base.verdicts(known.values(), output, experiments.untested())
+            (output / "verdicts.txt").write_text(text, encoding="utf-8")
         except (FileNotFoundError, ModuleNotFoundError) as error:
             if all_of_them:
                 typer.echo(f"{name}: left out, {error}", err=True)
@@ -99,8 +101,6 @@ def experiments_command(
             console.print(
                 f"{claim.name} {claim.text}\n   holds here if: {claim.criterion}\n   {measured}\n   -> {word}\n"
             )
-    text = base.verdicts(known.values(), output, experiments.untested())
-    (output / "verdicts.txt").write_text(text, encoding="utf-8")
     console.print(f"written: {output}")
 
 

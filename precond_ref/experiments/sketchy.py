@@ -308,17 +308,17 @@ def earlier(runs: list[Numbers]) -> Verdict:
 
 def memory_figure(runs: list[Numbers]) -> Figure:
     """Draw regret and bound, and losses, against the size."""
-    figure, (left, right) = panels(2, 5.6)
+    figure, (left, middle, right) = panels(3, 4.4)
     sizes = list(runs[0]["bound"])
     numbers = [int(size) for size in sizes]
-    line(left, numbers, [[run["regret"][s] for s in sizes] for run in runs], "regret of S-AdaGrad", 0, marker="o")
-    line(left, numbers, [[run["bound"][s] for s in sizes] for run in runs], "bound", 1, marker="o")
+    line(left, numbers, [[run["regret"][s] for s in sizes] for run in runs], "S-AdaGrad", 0, marker="o")
     for rank, name in ((2, "full"), (3, "diagonal")):
-        left.axhline(
-            float(np.median(column(runs, "regret", name))), color=COLOURS[rank], linestyle=":", label=f"{name} AdaGrad"
-        )
+        level = float(np.median(column(runs, "regret", name)))
+        left.axhline(level, color=COLOURS[rank], linestyle=":", label=f"{name} AdaGrad")
     left.legend(frameon=False, fontsize=8)
-    title(left, "regret, a9a, against the size of the sketch", xlabel="size", xscale="log", yscale="log")
+    title(left, "regret on a9a", xlabel="size of the sketch", xscale="log")
+    line(middle, numbers, [[run["bound"][s] for s in sizes] for run in runs], "bound", 1, marker="o")
+    title(middle, "bound of the regret", xlabel="size of the sketch", xscale="log", ylim=(0, None))
     few = list(runs[0]["loss"]["S-AdaGrad"])
     for rank, name in enumerate(runs[0]["loss"]):
         line(
