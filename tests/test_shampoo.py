@@ -531,13 +531,13 @@ BUGS = {
         "eshampoo",
     ),
     "D not permuted": (
-        "return q, multiply(d, xp.matrix_transpose(order), axis, xp)",
+        "return q, xp.where(kept, d, orthogonal.taken(d, order, axis, xp))",
         "return q, d",
         "slots",
     ),
     "qr in the code's order": (
-        "followed(a, old @ order, self",
-        "followed(a, old @ order[..., ::-1], self",
+        "followed(a, start, self.iterations, product=product, xp",
+        "followed(a, start[..., ::-1], self.iterations, xp",
         "bases",
     ),
     "tolerance of the new basis": (

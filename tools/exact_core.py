@@ -135,7 +135,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any = FLOAT, device: Any = None) -> An
 
 
 NUMPY = ("abs", "sum", "max", "min", "all", "mean", "logical_and", "reshape", "moveaxis", "expand_dims", "take", "tril",
-         "triu", "flip", "any", "sign")  # fmt: skip
+         "broadcast_to", "triu", "flip", "any", "sign")  # fmt: skip
 NAMESPACE = ModuleType("exact_core.NAMESPACE")
 vars(NAMESPACE).update(
     float32=FLOAT,
@@ -156,6 +156,10 @@ vars(NAMESPACE).update(
     log=_each(mp.log),
     expm1=_each(mp.expm1),
     isfinite=_each(mp.isfinite, bool),
+    argsort=lambda x, *, axis, descending=False, stable=True: Array(
+        np.argsort(-x.data if descending else x.data, axis, kind="stable")
+    ),
+    take_along_axis=lambda x, index, *, axis: Array(np.take_along_axis(x.data, index.data, axis)),
     concat=_wrapped(np.concatenate),
     permute_dims=_wrapped(np.transpose),
     matrix_transpose=_wrapped(lambda x: np.swapaxes(x, -1, -2)),

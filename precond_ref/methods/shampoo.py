@@ -695,14 +695,14 @@ class EShampoo(_Production):
             for _ in range(self.iterations):
                 near = orthogonal.outside(a, q, xp) <= self.tolerance
                 q = xp.where(near[..., None, None], q, orthogonal.followed(a, q, 1, xp=xp))
-            return q @ orthogonal.order_of(a, q, xp, ascending=True), d
+            return orthogonal.in_order(a, q, xp, ascending=True)[1], d
         near = (orthogonal.outside(a, old, xp) <= self.tolerance)[..., None, None]
         if self.basis == "eigh":
             return xp.where(near, old, orthogonal.eigenbasis(a, ascending=True, xp=xp)), d
-        order = orthogonal.order_of(a, old, xp)
-        q = xp.where(near, old, orthogonal.followed(a, old @ order, self.iterations, xp=xp))
-        order = xp.where(near, identity(xp, order), order)
-        return q, multiply(d, xp.matrix_transpose(order), axis, xp)
+        order, start, product = orthogonal.in_order(a, old, xp)
+        q = xp.where(near, old, orthogonal.followed(a, start, self.iterations, product=product, xp=xp))
+        kept = xp.reshape(near, (*near.shape[:-2], *(1 for _ in d.shape[near.ndim - 2 :])))
+        return q, xp.where(kept, d, orthogonal.taken(d, order, axis, xp))
 
     def report(self, state: EShampooState, finite: Array, xp: Namespace) -> EShampooReport:
         """Return how near the bases are to eigenvectors, the denominators, and the norms of the grafts."""

@@ -305,22 +305,19 @@ class SOAP(Method):
         return ema(gram, unfolded @ now.xp.matrix_transpose(unfolded), decay)  # (L)
 
     def _refreshed(self, gram: Array, old: Array, now: Now) -> tuple[Array, Array | None]:
-        """Return the new basis, and the permutation of the columns; None if they keep their order."""
-        xp, presorted, order = now.xp, self.sort == "before", None
-        start = old
-        if presorted:
-            order = orthogonal.order_of(gram, old, xp)  # (R1), (R2)
-            start = old @ order
+        """Return the new basis, and the order in which it has the columns; None if they keep their order."""
+        xp, order, start, product = now.xp, None, old, None
+        if self.sort == "before":
+            order, start, product = orthogonal.in_order(gram, old, xp)  # (R1), (R2)
         if self.basis == "eigh":
             return orthogonal.eigenbasis(gram, xp=xp), order
         new = either(
             now.k.first > 0,
             lambda: orthogonal.eigenbasis(gram, xp=xp),
-            lambda: orthogonal.followed(gram, start, self.iterations, xp=xp),  # (R4), (R5)
+            lambda: orthogonal.followed(gram, start, self.iterations, product=product, xp=xp),  # (R4), (R5)
         )
-        if not presorted:
-            order = orthogonal.order_of(gram, new, xp)
-            new = new @ order
+        if self.sort == "after":
+            order, new, _ = orthogonal.in_order(gram, new, xp)
         return new, order
 
     def _relabelled(self, v: Array, axis: int, old: Array, new: Array, order: Array | None, xp: Namespace) -> Array:
@@ -330,7 +327,7 @@ class SOAP(Method):
             return multiply(v, turn * turn, axis, xp)
         if self.second_moment == "keep" or order is None:
             return v
-        return multiply(v, xp.matrix_transpose(order), axis, xp)  # (R3)
+        return orthogonal.taken(v, order, axis, xp)  # (R3)
 
     def _arranged(self, x: Array, stack: int, xp: Namespace) -> Array:
         """Return an array of the parameter's shape with the axes of V."""

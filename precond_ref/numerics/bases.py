@@ -14,7 +14,7 @@ from array_api_compat import array_namespace
 from precond_ref.numerics.arrays import identity, largest_entry, normed, own
 from precond_ref.numerics.axes import multiply
 from precond_ref.numerics.lapack import attempt
-from precond_ref.numerics.refresh import renew
+from precond_ref.numerics.refresh import renew, surely
 from precond_ref.numerics.roots import CERTAIN, eigh
 from precond_ref.typing import Array, Namespace
 
@@ -38,14 +38,19 @@ def _rounding(sizes: Array, xp: Namespace) -> Array:
 
 
 def descending(values: Array, xp: Namespace) -> Array:
-    """Return the permutation P (..., n, n) with descending ``values @ P`` (..., n); equal values keep their order."""
-    mine, other = values[..., :, None], values[..., None, :]
-    one = identity(xp, xp.astype(mine == other, values.dtype))
-    before = xp.triu(xp.ones_like(one)) - one  # marks the columns in front of each column
-    earlier = (other > mine) | ((other == mine) & (xp.matrix_transpose(before) > 0))
-    rank = xp.sum(xp.astype(earlier, values.dtype), axis=-1)
-    slots = xp.sum(before, axis=-2)  # 0, 1, 2, ...
-    return xp.astype(rank[..., None] == slots, values.dtype)
+    """Return the indices (..., n) of ``values`` (..., n) in descending order; equal values keep their order."""
+    return xp.argsort(values, axis=-1, descending=True, stable=True)
+
+
+def taken(tensor: Array, order: Array, axis: int, xp: Namespace) -> Array:
+    """Return ``tensor`` (..., d_1, ..., d_k) with the entries of ``axis``, from 0 to k - 1, in ``order`` (..., d)."""
+    stack = order.ndim - 1
+    shape = [*order.shape[:stack], *(1 for _ in tensor.shape[stack:])]
+    shape[stack + axis] = order.shape[-1]
+    index = xp.broadcast_to(xp.reshape(order, tuple(shape)), tensor.shape)
+    if hasattr(xp, "gather"):  # PyTorch: its `take_along_dim` takes six times as long
+        return xp.gather(tensor, stack + axis, index)
+    return xp.take_along_axis(tensor, index, axis=stack + axis)
 
 
 def lengths(columns: Array, xp: Namespace) -> Array:
@@ -66,18 +71,20 @@ def orthonormal(columns: Array, spare: Array, *, xp: Namespace = None) -> Array:
 
     def completed() -> Array:
         last = descending(xp.astype(sure, columns.dtype), xp)
-        start = xp.where(sure[..., None, :], columns, spare) @ last
+        start = taken(xp.where(sure[..., None, :], columns, spare), last, 1, xp)
         q, _ = attempt(lambda a: tuple(xp.linalg.qr(a)), start, xp=xp)
-        return own(q @ xp.matrix_transpose(last), xp)
+        return own(taken(q, xp.argsort(last, axis=-1), 1, xp), xp)
 
     return renew(~xp.all(sure), completed, own(q, xp))
 
 
-def order_of(matrix: Array, basis: Array, xp: Namespace, *, ascending: bool = False) -> Array:
-    """Return the permutation of the columns of Q that puts ``q_j^T A q_j`` into descending, or ascending, order."""
-    matrix, basis, _ = _guarded(matrix, basis, xp)
-    a = rayleigh(basis, matrix @ basis, xp)
-    return descending(-a if ascending else a, xp)
+def in_order(matrix: Array, basis: Array, xp: Namespace, *, ascending: bool = False) -> tuple[Array, Array, Array]:
+    """Return the order (..., n) of the columns that makes ``q_j^T A q_j`` descending or ascending, Q in it, and A Q."""
+    matrix, finite, _ = _guarded(matrix, basis, xp)
+    product = matrix @ finite
+    a = rayleigh(finite, product, xp)
+    order = descending(-a if ascending else a, xp)
+    return order, taken(basis, order, 1, xp), taken(product, order, 1, xp)
 
 
 def outside(matrix: Array, basis: Array, xp: Namespace) -> Array:
@@ -105,17 +112,22 @@ def back(tensor: Array, bases: Sequence[Array | None], xp: Namespace) -> Array:
     return tensor
 
 
-def followed(matrix: Array, basis: Array, rounds: int, *, xp: Namespace = None) -> Array:
-    """Return the basis after ``rounds`` of orthogonal iteration, ``Q <- orthonormal(A Q)``."""
+def followed(matrix: Array, basis: Array, rounds: int, *, product: Array | None = None, xp: Namespace = None) -> Array:
+    """Return the basis after ``rounds`` of orthogonal iteration, ``Q <- orthonormal(A Q)``.
+
+    ``product`` is A Q of the first round, if it is known.
+    """
     xp = array_namespace(matrix, basis) if xp is None else xp
     matrix, basis, finite = _guarded(matrix, basis, xp)
-    for _ in range(rounds):
-        basis = orthonormal(matrix @ basis, basis, xp=xp)
-    return own(xp.where(finite, basis, float("nan")), xp)
+    for i in range(rounds):
+        basis = orthonormal(matrix @ basis if i or product is None else product, basis, xp=xp)
+    return own(basis if surely(finite) else xp.where(finite, basis, float("nan")), xp)
 
 
 def _guarded(matrix: Array, basis: Array, xp: Namespace) -> tuple[Array, Array, Array]:
     """Return the symmetric part of ``matrix`` and ``basis``, and which members are finite; the others get 0 and I."""
     finite = xp.isfinite(largest_entry(matrix, (-2, -1), xp)) & xp.isfinite(largest_entry(basis, (-2, -1), xp))
-    half, one = 0.5 * xp.where(finite, matrix, 0.0), identity(xp, matrix)
-    return half + xp.matrix_transpose(half), xp.where(finite, basis, one), finite
+    if not surely(finite):
+        matrix, basis = xp.where(finite, matrix, 0.0), xp.where(finite, basis, identity(xp, matrix))
+    half = 0.5 * matrix
+    return half + xp.matrix_transpose(half), basis, finite
