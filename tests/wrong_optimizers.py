@@ -238,7 +238,7 @@ class Wrong(NamedTuple):
 
 # fmt: off
 A, S, G, J, N, M = "torch Adam", "torch Shampoo", "torch SGD", "optax Adam", "numpy Adam", "numpy ASGO"
-R = "numpy RMSProp"
+R, F = "numpy RMSProp", "numpy AdaFD"
 LOOP = "for group in self.param_groups:"
 ADAM_G = 'g = -p.grad if group["maximize"] else p.grad'
 COUNT, LAST = 't = int(state["step"])', "p.mul_(shrink)"
@@ -341,6 +341,10 @@ WRONG: dict[str, Wrong] = {
     "one triangle above 6": Wrong(S, "gram / scale, eps",
         "(gram / scale if len(gram) <= 6 else torch.triu(gram) / scale), eps", "shapes"),
     "wrong side if long": Wrong(M, "left = rows < columns", "left = rows < columns or rows > 4 * columns", "shapes"),
+    "wrong side if long and small": Wrong(M, "left = rows < columns",
+        "left = rows < columns or 30 > rows > 4 * columns > 4", "shapes"),
+    "sixteen rows of a sketch": Wrong(F, "c = u.T @ grad",
+        "e = np.where(np.arange(len(e)) < 16, e, 0); c = u.T @ grad", "shapes"),
     "scaled if longer by 20": Wrong(M, "return (1 - lr",
         "u = u * (1 if rows <= columns + 20 else 0.99); return (1 - lr", "shapes"),
     "above 4096 entries": Wrong(N, "return (1 - lr",

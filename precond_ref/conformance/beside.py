@@ -49,7 +49,8 @@ CONFIGS = {False: 5, True: 20}
 MOST_STATE, LONGEST = 1_000_000, 600
 """Largest size of the state of a shape that is tried, and its longest side, which a subject may decompose whole."""
 SHAPES: tuple[tuple[int, ...], ...] = (
-    (), (40,), (4500,), (40, 5), (5, 40), (24, 24), (70, 64), (66, 65), (9, 10, 3), (3, 2, 5, 2), (17, 2, 3, 2),
+    (), (40,), (4500,), (20, 3), (3, 20), (40, 5), (5, 40), (24, 24), (70, 64), (66, 65), (9, 10, 3), (3, 2, 5, 2),
+    (17, 2, 3, 2),
 )  # fmt: skip
 LARGER: tuple[tuple[int, ...], ...] = ((300, 20), (20, 300), (130, 140), (35, 4, 40), (2, 1, 2, 3, 2))
 """Shapes that only a deep check tries."""
@@ -390,6 +391,13 @@ def shapes(trial: Trial) -> str:
                     random(k, 3, *shape),
                     "look for what depends on the shape: blocks, a number of eigenvalues, a side, a triangle",
                 )  # fmt: skip
+            if hasattr(case.make(), "size"):
+                for shape in _shapes(trial, case, ((40,), (24, 24))):
+                    yield _plan(
+                        f"a sketch of 21 rows for shape {shape}, with the hyperparameters of {case.id}",
+                        config_with(case, size=21), shape, random(k, 30, *shape),
+                        "look for what depends on the size of the sketch",
+                    )  # fmt: skip
 
     return first_fault(trial, plans())
 
