@@ -16,7 +16,19 @@ from typer.testing import CliRunner
 
 import precond_ref as pr
 from precond_ref import cli, experiments, problems, regret, theory
-from precond_ref.experiments import agd, asgo, base, curvature, language, mbf, rootfree, sketchy, training, vision
+from precond_ref.experiments import (
+    agd,
+    asgo,
+    base,
+    curvature,
+    language,
+    mbf,
+    numbers,
+    rootfree,
+    sketchy,
+    training,
+    vision,
+)
 from precond_ref.problems import online
 
 FOLDER = Path(__file__).parents[1] / "docs" / "claims"
@@ -38,7 +50,9 @@ def test_the_page_says_what_the_records_say() -> None:
         if record is None:
             continue
         assert f"](claims/{name}.svg)" in page, name
-        assert (FOLDER / f"{name}.txt").read_text(encoding="utf-8") == (experiment.table or base.table)(record["runs"])
+        assert (FOLDER / f"{name}.txt").read_text(encoding="utf-8") == (experiment.table or numbers.table)(
+            record["runs"]
+        )
         assert record["options"] == {}, name
         assert record["seeds"] == [0, 1, 2, 3, 4]
         assert training.SEED not in record["seeds"]
@@ -297,7 +311,7 @@ def check_difference(module: Any) -> None:
 
 
 CHECKS: dict[str, tuple[Callable[[Any], None], Any]] = {
-    "statistics": (check_statistics, base),
+    "statistics": (check_statistics, numbers),
     "curvature": (check_curvature, curvature),
     "bounds": (check_bounds, asgo),
     "fisher": (check_fisher, mbf),
@@ -373,7 +387,7 @@ def test_planted_bug_is_caught(bug: str) -> None:
 # ---- verdicts follow from the numbers -------------------------------------------------------------------------------
 
 
-def of_losses(**means: float) -> list[base.Numbers]:
+def of_losses(**means: float) -> list[numbers.Numbers]:
     """Five seeds of a comparison with these mean losses; seeds differ, methods by their means alone."""
     names = dict.fromkeys(language.ENTRIES, 3.0) | {k.replace("_", " "): v for k, v in means.items()}
     rows = [
@@ -404,12 +418,12 @@ def of_losses(**means: float) -> list[base.Numbers]:
         (language.rootless, of_losses(**{"RF-RMSProp": 2.05, "RF-AdamW": 2.01}, RMSProp=2.0, AdamW=2.0), base.PART),
     ],
 )
-def test_verdicts_of_the_language_model(judge: Any, runs: list[base.Numbers], word: str) -> None:
+def test_verdicts_of_the_language_model(judge: Any, runs: list[numbers.Numbers], word: str) -> None:
     assert judge(runs).word == word
 
 
 def test_other_verdicts() -> None:
-    def accuracies(**means: float) -> list[base.Numbers]:
+    def accuracies(**means: float) -> list[numbers.Numbers]:
         names = ("Adam", "AdamW", "RMSProp", "AGD", "AGD, delta 1e-3", "RF-RMSProp", "RF-AdamW", "MBF")
         found = dict.fromkeys(names, 90.0) | {"SGD, momentum": 90.0} | means
         return [{n: {"test": a + 0.1 * s, "validation": -a} for n, a in found.items()} for s in range(5)]
@@ -423,7 +437,7 @@ def test_other_verdicts() -> None:
     assert vision.better(accuracies(AGD=91.0)).word == base.HOLDS
     assert vision.better(accuracies(AGD=89.0)).word == base.NOT
 
-    def memory(*regrets: float, full: float) -> list[base.Numbers]:
+    def memory(*regrets: float, full: float) -> list[numbers.Numbers]:
         sizes = {str(s): r for s, r in zip((1, 5, 20), regrets, strict=True)}
         bound = {s: 100.0 - 10 * i for i, s in enumerate(sizes)}
         return [

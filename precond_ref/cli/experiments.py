@@ -93,9 +93,8 @@ def experiments_command(
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
-        console.print(
-            f"{name}: {record['seconds']:g} s of processor time\n\n{(known[name].table or base.table)(record['runs'])}"
-        )
+        table = known[name].tabulated(record["runs"])
+        console.print(f"{name}: {record['seconds']:g} s of processor time\n\n{table}")
         for claim in known[name].claims:
             word, measured = claim.judge(record["runs"])
             console.print(

@@ -5,23 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from precond_ref import problems
-from precond_ref.experiments.base import (
-    Array,
-    Claim,
-    Experiment,
-    Numbers,
-    Tick,
-    Verdict,
-    decided,
-    line,
-    np,
-    paired,
-    panels,
-    spearman,
-    spread,
-    title,
-)
+from precond_ref.experiments.base import Claim, Experiment, Tick, Verdict, decided
 from precond_ref.experiments.curvature import flat, hessian
+from precond_ref.experiments.figures import line, panels, title
+from precond_ref.experiments.numbers import Array, Numbers, np, paired, spearman, spread
 from precond_ref.experiments.training import Entry, descend
 from precond_ref.methods.agd import AGD
 from precond_ref.optimizer import Optimizer

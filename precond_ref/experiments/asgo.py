@@ -8,24 +8,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from precond_ref import problems
-from precond_ref.experiments.base import (
-    COLOURS,
-    Array,
-    Claim,
-    Experiment,
-    Numbers,
-    Tick,
-    Verdict,
-    column,
-    decided,
-    line,
-    np,
-    paired,
-    panels,
-    spread,
-    title,
-)
+from precond_ref.experiments.base import Claim, Experiment, Tick, Verdict, decided
 from precond_ref.experiments.curvature import groups, hessian, share
+from precond_ref.experiments.figures import COLOURS, line, panels, title
+from precond_ref.experiments.numbers import Array, Numbers, column, np, paired, spread
 from precond_ref.experiments.training import Entry, descend
 from precond_ref.methods.asgo import ASGOTheory
 from precond_ref.methods.baselines import SGD, AdaGrad, Adam

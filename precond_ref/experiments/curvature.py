@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from precond_ref.experiments.base import Array, np
+from precond_ref.experiments.numbers import Array, np
 
 Params = dict[str, Array]
 

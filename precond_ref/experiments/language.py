@@ -7,24 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from precond_ref.compare.runs import array_bytes
 from precond_ref.experiments import training
-from precond_ref.experiments.base import (
-    COLOURS,
-    NOT,
-    Claim,
-    Experiment,
-    Numbers,
-    Tick,
-    Verdict,
-    column,
-    decided,
-    dots,
-    line,
-    markdown,
-    paired,
-    panels,
-    spread,
-    title,
-)
+from precond_ref.experiments.base import NOT, Claim, Experiment, Tick, Verdict, decided
+from precond_ref.experiments.figures import COLOURS, dots, line, panels, title
+from precond_ref.experiments.numbers import Numbers, column, markdown, paired, spread
 from precond_ref.experiments.training import Entry, Language
 from precond_ref.methods.agd import AGD
 from precond_ref.methods.asgo import ASGO

@@ -7,25 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from precond_ref import problems, theory
 from precond_ref.experiments import training
-from precond_ref.experiments.base import (
-    UNTESTED,
-    Array,
-    Claim,
-    Experiment,
-    Numbers,
-    Tick,
-    Verdict,
-    column,
-    decided,
-    dots,
-    line,
-    markdown,
-    np,
-    paired,
-    panels,
-    spread,
-    title,
-)
+from precond_ref.experiments.base import UNTESTED, Claim, Experiment, Tick, Verdict, decided
+from precond_ref.experiments.figures import dots, line, panels, title
+from precond_ref.experiments.numbers import Array, Numbers, column, markdown, np, paired, spread
 from precond_ref.experiments.training import Entry, Vision, descend
 from precond_ref.methods.baselines import SGD, Adam
 from precond_ref.methods.mbf import MBF
@@ -188,7 +172,7 @@ def fisher_figure(runs: list[Numbers]) -> Figure:
 
 TRAINED = {
     MOMENTUM: Entry(SGD(momentum=0.9)), "Adam": Entry(Adam()), "MBF": Entry(MBF.authors_code()),
-    "Shampoo, every 25": Entry(Shampoo(every=25)),
+    "Shampoo, every 5": Entry(Shampoo(every=5)),
 }  # fmt: skip
 
 
@@ -322,7 +306,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         name="autoencoder",
-        minutes=4,
+        minutes=2,
         needs=("mnist",),
         title="The autoencoder 784-100-30-100-784 on MNIST, 150 steps of 100 images, validation on 1600 images.",
         claims=(

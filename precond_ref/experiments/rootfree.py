@@ -6,20 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from precond_ref import problems
 from precond_ref.compare.rates import record
-from precond_ref.experiments.base import (
-    Array,
-    Claim,
-    Experiment,
-    Numbers,
-    Tick,
-    Verdict,
-    decided,
-    dots,
-    np,
-    panels,
-    spread,
-    title,
-)
+from precond_ref.experiments.base import Claim, Experiment, Tick, Verdict, decided
+from precond_ref.experiments.figures import dots, panels, title
+from precond_ref.experiments.numbers import Array, Numbers, np, spread
 from precond_ref.methods.baselines import Adam, RMSProp
 from precond_ref.methods.inverse_free import IFShampoo
 from precond_ref.methods.root_free import RFAdamW, RFRMSProp, RFShampoo

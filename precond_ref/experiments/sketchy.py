@@ -6,24 +6,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from precond_ref import problems, regret
-from precond_ref.experiments.base import (
-    COLOURS,
-    NOT,
-    Array,
-    Claim,
-    Experiment,
-    Numbers,
-    Tick,
-    Verdict,
-    column,
-    decided,
-    line,
-    np,
-    paired,
-    panels,
-    spread,
-    title,
-)
+from precond_ref.experiments.base import NOT, Claim, Experiment, Tick, Verdict, decided
+from precond_ref.experiments.figures import COLOURS, line, panels, title
+from precond_ref.experiments.numbers import Array, Numbers, column, np, paired, spread
 from precond_ref.experiments.training import Entry, Language, descend
 from precond_ref.methods.baselines import AdaGrad, Adam, FullAdaGrad
 from precond_ref.methods.online_sketches import FDSON, RFDSON, AdaFD

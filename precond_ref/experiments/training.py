@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from precond_ref import problems
-from precond_ref.experiments.base import Array, Numbers, Tick, np
+from precond_ref.experiments.base import Tick
+from precond_ref.experiments.numbers import Array, Numbers, np
 from precond_ref.methods.baselines import Adam
 from precond_ref.optimizer import Optimizer
 from precond_ref.problems import online

@@ -5,25 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from precond_ref.experiments import training
-from precond_ref.experiments.base import (
-    HOLDS,
-    NOT,
-    UNTESTED,
-    Claim,
-    Difference,
-    Experiment,
-    Numbers,
-    Tick,
-    Verdict,
-    column,
-    decided,
-    dots,
-    markdown,
-    paired,
-    panels,
-    spread,
-    title,
-)
+from precond_ref.experiments.base import HOLDS, NOT, UNTESTED, Claim, Experiment, Tick, Verdict, decided
+from precond_ref.experiments.figures import dots, panels, title
+from precond_ref.experiments.numbers import Difference, Numbers, column, markdown, paired, spread
 from precond_ref.experiments.training import Entry, Recommender, Vision
 from precond_ref.methods.agd import AGD
 from precond_ref.methods.baselines import SGD, Adam, RMSProp
