@@ -209,26 +209,27 @@ BUGS = {
     "clip inverted": (
         "self.clip / clamp(rms, self.clip, xp=xp)", "self.clip / clamp(rms, 0.0, self.clip, xp=xp)", "laws",
     ),
-    "clip missing": ("u * (self.clip / clamp(rms, self.clip, xp=xp))", "u", "torch"),
+    "clip missing": ("else self.clip / clamp(rms, self.clip, xp=xp)", "else 1.0", "torch"),
     "eps2 added": ("clamp(_rms(x, now.stack, xp), self.eps2, xp=xp)", "(_rms(x, now.stack, xp) + self.eps2)", "torch"),
-    "norm instead of RMS": ("(norm / math.sqrt(flat.shape[-1]))", "norm", "torch"),
+    "norm instead of RMS": (" / math.sqrt(flat.shape[-1])", "", "torch"),
     "floor of the mean squared": (
         "mean = clamp(mean, self._eps1(mean.dtype, xp), xp=xp)", "mean = clamp(mean, self._eps1(mean.dtype, xp) ** 2, "
         "xp=xp)", "torch",
     ),
     "no floor of the estimate": (
-        'return clamp(root, self._eps1(root.dtype, xp), xp=xp) if self.eps_form == "floor" else root', "return root",
+        "return clamp(root, eps1, xp=xp) if floor and", "return root if floor and",
         "torch",
     ),
     "eps1 twice": ("else g * g + eps1  # (1)", "else g * g + 2 * eps1  # (1)", "optax"),
-    "decay without the scale": ("(x if scale is None else scale * x)", "x", "decay"),
+    "decay without the scale": ("self.weight_decay * scale * x", "self.weight_decay * x", "decay"),
     "heavy ball": ("m = ema(state.m, u, self.beta1)", "m = self.beta1 * state.m + u", "optax"),
     "product underflows": (
         "quotient(over, xp.where(row == 0, math.inf, row), xp) * (1 / xp.where(col == 0, math.inf, col))",
         "(1 / xp.sqrt(xp.where(row * col == 0, math.inf, (row * col) ** 2))) * over", "small",
     ),
     "bad gradient forgotten without factors": ("square + bad  # (4)", "square  # (4)", "small"),
-    "bad entry alone": ("u = u + 0.0 * rms", "u = 1.0 * u", "small"),
+    "bad entry alone": ("clipped = 1.0 + 0.0 * rms if", "clipped = 1.0 if", "small"),
+    "no floor of V": ("floor and not surely(least >= eps1)", "floor and not surely(least >= 0)", "torch"),
     "smallest axes": ("(shape[i], i))[-2:]", "(shape[i], i))[:2]", "choice"),
     "above the least size": (">= self.min_size", "> self.min_size", "choice"),
     "leading only": ("pairs = [(0, 1), *pairs]", "pairs = [(0, 1)]", "choice"),

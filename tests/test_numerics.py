@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from mutation import mutated
 
 import precond_ref
-from precond_ref.numerics import refresh
-from precond_ref.numerics.arrays import largest_entry, normed
+from precond_ref.numerics import arrays, refresh
+from precond_ref.numerics.arrays import frobenius, largest_entry, normed
 from precond_ref.numerics.ema import accumulate, ema, one_minus_power, quotient, reciprocal, sqrt
 from precond_ref.numerics.grafting import scale_to_rms
 from precond_ref.numerics.refresh import renew
@@ -231,6 +231,57 @@ def test_norms_of_large_matrices_keep_their_digits() -> None:
     check_norm_of_many(normed, backend)
     with pytest.raises(AssertionError):
         check_norm_of_many(lambda a, axes, xp: (0, a, 10 * xp.linalg.vector_norm(a, axis=axes, keepdims=True)), backend)
+
+
+def check_frobenius(function: Any, backend: Backend) -> None:
+    """The norm in 100 digits at any scale; a member's bits do not depend on the others; NaN for what is not finite."""
+    rng = np.random.default_rng(0)
+    for dtype, bits in (("float32", 128), ("float64", 1024)):
+        u, tiny = np.finfo(dtype).eps, float(np.finfo(dtype).smallest_subnormal)
+        sizes = [2.0 ** round(share * bits) for share in (-0.9, -0.58, -0.34, -0.3, 0, 0.33, 0.36, 0.52, 0.96)]
+        rows = np.array(sizes)[:, None] * rng.uniform(0.5, 1, 50).astype(dtype) * rng.choice([-1, 1], 50)
+        rows = np.concatenate([rows, [np.zeros(50), np.full(50, tiny)]]).astype(dtype)
+        got = backend.numpy(function(backend.asarray(rows, dtype), (-1,), backend.xp))
+        assert got.shape == (11, 1)
+        assert got.dtype == dtype
+        for row, norm in zip(rows, got[:, 0], strict=True):
+            want = mpmath.sqrt(mpmath.fsum(mpmath.mpf(float(x)) ** 2 for x in row))
+            assert abs(mpmath.mpf(float(norm)) - want) <= 8 * u * want + mpmath.mpf(tiny) / 2
+        assert np.array_equal(got[:9, 0] / sizes, np.full(9, got[4, 0]))  # powers of two round nothing
+        alone = [backend.numpy(function(backend.asarray(row[None], dtype), (-1,), backend.xp)) for row in rows]
+        assert np.array_equal(np.concatenate(alone), got)
+        bad = np.stack([rows[4], rows[4], rows[4], rows[0]])
+        bad[:3, 7] = np.inf, -np.inf, np.nan
+        found = backend.numpy(function(backend.asarray(bad, dtype), (-1,), backend.xp))
+        assert np.array_equal(found[:, 0], [np.nan, np.nan, np.nan, got[0, 0]], equal_nan=True)
+
+
+def check_frobenius_in_both(function: Any) -> None:
+    with np.errstate(all="ignore"):
+        for name in ("numpy", "torch"):
+            check_frobenius(function, make_backend(name))
+
+
+def test_frobenius_norms() -> None:
+    check_frobenius_in_both(frobenius)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("(-0.35, 0.34, 0.69, -0.67)", "(-0.65, 0.34, 0.69, -0.67)"),
+        ("(-0.35, 0.34, 0.69, -0.67)", "(-0.35, 0.54, 0.69, -0.67)"),
+        ("(-0.35, 0.34, 0.69, -0.67)", "(-0.35, 0.34, 0.4, -0.67)"),
+        ("2.0 ** round(share * bits)", "2.0 ** (share * bits) / 3"),
+        ("/ scale + 0.0 * peak", "/ scale"),
+        ("-xp.min(array, axis=axes, keepdims=True)", "0.0"),
+        ("surely(scale == 1)", "surely(scale < 2)"),
+    ],
+)
+def test_a_planted_bug_in_a_norm_is_found(old: str, new: str) -> None:
+    copy = mutated(arrays, (old, new))
+    with pytest.raises(AssertionError):
+        check_frobenius_in_both(copy.frobenius)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1.0, 1e30])

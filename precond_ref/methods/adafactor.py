@@ -64,8 +64,9 @@ from typing import Any, ClassVar, NamedTuple
 from array_api_compat import array_namespace
 
 from precond_ref.fields import choice, flag, integer, is_python_number, is_zero, real
-from precond_ref.numerics.arrays import clamp, normed
+from precond_ref.numerics.arrays import clamp, frobenius
 from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal, sqrt
+from precond_ref.numerics.refresh import surely
 from precond_ref.numerics.template import zeros
 from precond_ref.protocol import Method, Now
 from precond_ref.typing import Array, Namespace, Scalar
@@ -272,20 +273,17 @@ class Adafactor(Method):
         new = AdafactorState(step=now.step, row=row, col=col, v=v, m=None, rms=state.rms)
         u = self._divided(g, new, now.stack, xp)  # (5)
         rms = _rms(u, now.stack, xp)
-        if self.clip is None:
-            u = u + 0.0 * rms  # NaN where one entry is
-        else:
-            u = u * (self.clip / clamp(rms, self.clip, xp=xp))  # (6)
+        clipped = 1.0 + 0.0 * rms if self.clip is None else self.clip / clamp(rms, self.clip, xp=xp)  # NaN if one is
         x: Any = None if param is None else xp.astype(param, dtype, copy=False)
-        scale = clamp(_rms(x, now.stack, xp), self.eps2, xp=xp) if self.parameter_scale else None  # (7)
+        scale = clamp(_rms(x, now.stack, xp), self.eps2, xp=xp) if self.parameter_scale else 1.0  # (7)
+        late = state.m is not None and self.momentum_of == "update"
+        u = u * (clipped if late else clipped * scale)  # (6), (8)
         m = None
-        if state.m is None or self.momentum_of == "step":
-            u = u if scale is None else u * scale  # (8)
         if state.m is not None:
             m = ema(state.m, u, self.beta1)  # (9)
-            u = m * scale if scale is not None and self.momentum_of == "update" else 1.0 * m
+            u = m * scale if late else 1.0 * m
         if not is_zero(self.weight_decay):
-            u = u + self.weight_decay * (x if scale is None else scale * x)  # (10)
+            u = u + self.weight_decay * scale * x  # (10)
         rms = xp.reshape(rms, state.rms.shape)
         return xp.astype(u, grad.dtype, copy=False), new._replace(m=m, rms=rms)
 
@@ -312,14 +310,17 @@ class Adafactor(Method):
 
     def _denominator(self, state: AdafactorState, stack: int, xp: Namespace) -> Array:
         """Return sqrt(V_t)."""
+        floor = self.eps_form == "floor"
         if state.v is not None:
-            root = xp.sqrt(state.v)
+            root = least = xp.sqrt(state.v)
         else:
             mean = xp.mean(state.row, axis=self._axes(state, stack)[0], keepdims=True)
-            if self.eps_form == "floor":
+            if floor:
                 mean = clamp(mean, self._eps1(mean.dtype, xp), xp=xp)
-            root = quotient(xp.sqrt(state.row), xp.sqrt(mean), xp) * xp.sqrt(state.col)  # (3)
-        return clamp(root, self._eps1(root.dtype, xp), xp=xp) if self.eps_form == "floor" else root
+            rows, columns = quotient(xp.sqrt(state.row), xp.sqrt(mean), xp), xp.sqrt(state.col)
+            root, least = rows * columns, xp.min(rows) * xp.min(columns)  # (3)
+        eps1 = self._eps1(root.dtype, xp)
+        return clamp(root, eps1, xp=xp) if floor and not surely(least >= eps1) else root
 
     def report(self, state: AdafactorState, finite: Array, xp: Namespace) -> AdafactorReport:
         """Return the denominator, and the size of U."""
@@ -342,5 +343,5 @@ def _counted(step: Any, offset: int, like: Array) -> tuple[Any, Any]:
 def _rms(array: Array, stack: int, xp: Namespace) -> Array:
     """Return the root mean square of each member, (..., 1, ..., 1)."""
     flat = xp.reshape(array, (*array.shape[:stack], -1))
-    peak, _, norm = normed(flat, (-1,), xp)
-    return xp.reshape(peak * (norm / math.sqrt(flat.shape[-1])), (*array.shape[:stack], *(1,) * (array.ndim - stack)))
+    rms = frobenius(flat, (-1,), xp) / math.sqrt(flat.shape[-1])
+    return xp.reshape(rms, (*array.shape[:stack], *(1,) * (array.ndim - stack)))

@@ -8,6 +8,7 @@ from typing import Any
 from array_api_compat import device as device_of
 from array_api_compat import is_jax_array
 
+from precond_ref.numerics.refresh import surely
 from precond_ref.typing import Array, Namespace, Scalar
 
 
@@ -74,6 +75,21 @@ def normed(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, A
     peak = largest_entry(array, axes, xp)
     unit = array / xp.where(peak == 0, 1.0, peak)
     return peak, unit, xp.sqrt(xp.sum(unit * unit, axis=axes, keepdims=True))
+
+
+def frobenius(array: Array, axes: tuple[int, ...], xp: Namespace) -> Array:
+    """Return the norms ``||X||_F`` over ``axes``, which stay with size 1; NaN for what is not finite.
+
+    Entries are multiplied by a power of two if the largest one is far from 1, so that no square over- or underflows.
+    This rounds nothing: a norm does not depend on whether another member needs it.
+    """
+    bits = math.log2(float(xp.finfo(array.dtype).max))
+    low, high, up, down = (2.0 ** round(share * bits) for share in (-0.35, 0.34, 0.69, -0.67))
+    peak = xp.maximum(xp.max(array, axis=axes, keepdims=True), -xp.min(array, axis=axes, keepdims=True))
+    one = xp.ones_like(peak)
+    scale = xp.where(peak > high, down * one, xp.where(peak < low, up * one, one))
+    unit = array if surely(scale == 1) else scale * array
+    return xp.sqrt(xp.sum(unit * unit, axis=axes, keepdims=True)) / scale + 0.0 * peak
 
 
 def clamp(array: Array, low: Scalar, high: Scalar | None = None, *, xp: Namespace) -> Array:
