@@ -133,6 +133,27 @@ def test_rounding_that_a_tiny_ridge_enlarges_is_no_failure(floor: float, monkeyp
     assert report.ran > 0
 
 
+class Reversed(Reference):
+    """The method with the entries of all axes in reverse: right, with other eigenvectors of multiple eigenvalues."""
+
+    def init(self, config: Any, params: Any, **options: Any) -> None:
+        super().init(config, [np.flip(p) for p in params], **options)
+
+    def step(self, grads: Any) -> Any:
+        return [np.flip(p) for p in super().step([None if g is None else np.flip(g) for g in grads])]
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+@pytest.mark.full
+def test_another_basis_of_a_multiple_eigenvalue_is_no_failure(noticed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not noticed:
+        monkeypatch.setattr(beside, "BASES", ())
+    monkeypatch.setattr(contract, "CHECKS", {"sizes": contract.CHECKS["sizes"]._replace(after=())})
+    monkeypatch.setattr(beside, "KINDS", {"sparse gradients": beside.KINDS["sparse gradients"]})
+    report = check(Reversed(), "SOAP", diagnose=False, deep=True)
+    assert [r.id for r in report.failures] == ["contract/sizes"] * (not noticed)
+
+
 MUON = """
 import numpy as np
 

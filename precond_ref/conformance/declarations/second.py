@@ -304,6 +304,8 @@ CASES = [
     _case("RFAdamW", "uncorrected", (3, 2), "No bias correction", "corrected-1 corrected-2", bias_correction=False),
     _case("RFAdamW", "small-uncorrected", (3, 2), "Gradients of 1e-8, no bias correction", "batch-ignored", scale=TINY,
           bias_correction=False, **squared("damping", "initial")[0]),
+    _case("KLShampoo", "clamp-turned", (3, 2), "Small gradients: the eigenvalues reach their bound", "clamp-ignored",
+          initial=2.0**-6, eps=2.0**-9, scale=2.0**-11),
     _case("Adafactor", "decay", (3, 2), "Weight decay times the scale of the parameter", "kappa-ignored kappa-unscaled",
           weight_decay=KAPPA),
     _case("RFAdamW", "much-damping", (3, 2), "A damping above and below the squares", "damping-ignored damping-inside",
