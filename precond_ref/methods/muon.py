@@ -412,7 +412,7 @@ class Muon(_Orthogonalized):
             c = self._factor(*piece.shape[-2:])
             if self.dual_norm:
                 c = c * xp.sum(piece * o, axis=(-2, -1), keepdims=True)
-            made.append(o if self.scale == "max" and self.rms is None and not self.dual_norm else c * o)  # (4)
+            made.append(o if is_python_number(c) and c == 1 else c * o)  # (4)
         direction = self._turned(self._joined(made, n.shape, xp), xp)
         return self._parameter(direction, grad.shape, now.stack, xp), MuonState(step=now.step, m=m)
 

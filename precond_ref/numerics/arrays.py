@@ -77,19 +77,26 @@ def normed(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, A
     return peak, unit, xp.sqrt(xp.sum(unit * unit, axis=axes, keepdims=True))
 
 
-def frobenius(array: Array, axes: tuple[int, ...], xp: Namespace) -> Array:
-    """Return the norms ``||X||_F`` over ``axes``, which stay with size 1; NaN for what is not finite.
+def in_range(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, Array, Array]:
+    """Return ``size``, ``unit`` and ``norm`` with ``array = size unit`` and ``norm = ||unit||_F`` over ``axes``.
 
-    Entries are multiplied by a power of two if the largest one is far from 1, so that no square over- or underflows.
-    This rounds nothing: a norm does not depend on whether another member needs it.
+    The axes stay with size 1. ``size`` is a power of two, 1 unless the largest entry is far from 1, so that no square
+    over- or underflows. This rounds nothing: a norm does not depend on whether another member needs it. The norm is NaN
+    if an entry is not finite.
     """
     bits = math.log2(float(xp.finfo(array.dtype).max))
-    low, high, up, down = (2.0 ** round(share * bits) for share in (-0.35, 0.34, 0.69, -0.67))
+    low, high, small, large = (2.0 ** round(share * bits) for share in (-0.35, 0.34, -0.69, 0.67))
     peak = xp.maximum(xp.max(array, axis=axes, keepdims=True), -xp.min(array, axis=axes, keepdims=True))
     one = xp.ones_like(peak)
-    scale = xp.where(peak > high, down * one, xp.where(peak < low, up * one, one))
-    unit = array if surely(scale == 1) else scale * array
-    return xp.sqrt(xp.sum(unit * unit, axis=axes, keepdims=True)) / scale + 0.0 * peak
+    size = xp.where(peak > high, large * one, xp.where(peak < low, small * one, one))
+    unit = array if surely(size == 1) else array * (1 / size)
+    return size, unit, xp.sqrt(xp.sum(unit * unit, axis=axes, keepdims=True)) + 0.0 * peak
+
+
+def frobenius(array: Array, axes: tuple[int, ...], xp: Namespace) -> Array:
+    """Return the norms ``||X||_F`` over ``axes``, which stay with size 1; NaN for what is not finite."""
+    size, _, norm = in_range(array, axes, xp)
+    return size * norm
 
 
 def clamp(array: Array, low: Scalar, high: Scalar | None = None, *, xp: Namespace) -> Array:

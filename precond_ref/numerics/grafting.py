@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from precond_ref.numerics.arrays import normed
+from precond_ref.numerics.arrays import in_range, normed
 from precond_ref.typing import Array, Namespace, Scalar
 
 
@@ -13,7 +13,7 @@ def scale_to_rms(update: Array, rms: Scalar, axes: tuple[int, ...], xp: Namespac
     count = math.prod([update.shape[axis] for axis in axes])
     if count == 0:
         return update
-    _, unit, norm = normed(update, axes, xp)
+    _, unit, norm = in_range(update, axes, xp)
     return unit * (rms * math.sqrt(count) / xp.where(norm == 0, 1.0, norm))  # rms sqrt(mn) U / ||U||_F
 
 
