@@ -58,6 +58,14 @@ METHODS: dict[str, tuple[str, str]] = {
     "IFShampoo": ("IFShampoo", "if_shampoo"),
     "AGD": ("AGD", "agd"),
     "MBF": ("MBF", "mbf"),
+    "Shampoo": ("Shampoo", "shampoo"),
+    "SOAP": ("SOAP", "soap"),
+    "KLShampoo": ("KLShampoo", "klshampoo"),
+    "KLShampoo.soap": ("KLShampoo.soap", "klshampoo_soap"),
+    "Muon": ("Muon", "muon"),
+    "NorMuon": ("NorMuon", "normuon"),
+    "AdaMuon": ("AdaMuon", "adamuon"),
+    "Adafactor": ("Adafactor", "adafactor"),
     "AdamW": ("", ""),
 }
 
@@ -444,7 +452,8 @@ def figure(runs: list[Curves], entropy: float, heading: str) -> Any:
         axes.annotate(
             f"{rank + 1}  {first.method}  {first.validation_loss:.3f}",
             xy=(first.points[-1][0], min(max(first.validation_loss, low), high)),
-            xytext=(1.06, 0.03 + 0.09 * rank), textcoords="axes fraction", va="center", fontsize=9.5, color=colour,
+            xytext=(1.06, 0.03 + min(0.09, 0.94 / len(ranked)) * rank), textcoords="axes fraction", va="center",
+            fontsize=9.5, color=colour,
             fontweight="bold" if rank == 0 else "normal", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 1, "color": colour},
         )  # fmt: skip

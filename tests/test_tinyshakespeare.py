@@ -29,6 +29,8 @@ SLACK = 0.02
 """By which a validation loss may fall below the entropy rate: the model sees 2048 of the chain's draws."""
 TOLERANCE = {"AGD": 1e-12, "AdamW": 1e-12}
 """Relative difference of two losses in float64 within `STEPS` steps; 1e-9 for the other methods, which factorise."""
+UNDETERMINED = ("SOAP", "KLShampoo", "KLShampoo.soap")
+"""Methods that depend on which basis a library finds in the null space of a first gradient of 32 x 8."""
 STEPS = 6
 
 
@@ -90,7 +92,9 @@ def difference(ours: list[float], theirs: list[float]) -> float:
 @pytest.mark.full
 def test_frameworks_agree(method: str, runs: Any) -> None:
     pair = {run.framework: run.batch_losses for run in runs if run.method == method}
-    assert difference(pair["torch"], pair["jax"]) < TOLERANCE.get(method, 1e-9)
+    if method in UNDETERMINED:  # the first bases are used in step 2 or 3
+        assert np.allclose(pair["torch"][:2], pair["jax"][:2], rtol=1e-12, atol=0)
+    assert difference(pair["torch"], pair["jax"]) < (1e-2 if method in UNDETERMINED else TOLERANCE.get(method, 1e-9))
     others = [run.batch_losses for run in runs if run.method != method and run.framework == "torch"]
     assert all(difference(pair["torch"], losses) > 1e-6 for losses in others)
 
@@ -199,7 +203,7 @@ def test_a_rate_that_is_not_the_best_is_seen() -> None:
 
 def test_published_table_is_of_the_recorded_rates() -> None:
     text = (ROOT / "docs" / "images" / "tinyshakespeare.txt").read_text(encoding="utf-8")
-    rows = re.findall(r"^(\d) +(\S+) +(\S+) +(\S+) +(\S+)", text, re.M)
+    rows = re.findall(r"^ *(\d+) +(\S+) +(\S+) +(\S+) +(\S+)", text, re.M)
     assert [int(row[0]) for row in rows] == list(range(1, len(RATES) + 1))
     assert {row[1]: float(row[2]) for row in rows} == {name: float(f"{lr:.4g}") for name, lr in RATES.items()}
     means = [float(row[3]) + float(row[4]) for row in rows]
