@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from precond_ref.compare.rates import SEEDS
 from precond_ref.compare.runs import array_bytes
 from precond_ref.experiments import training
 from precond_ref.experiments.base import NOT, Claim, Experiment, Tick, Verdict, decided
@@ -45,7 +46,7 @@ def search(tick: Tick, steps: int = 150, **options: Any) -> Numbers:
     """Search the rates; all sizes of S-Shampoo have that of `SIZE`."""
     others = [f"S-Shampoo {size}" for size in SIZES if size != SIZE]
     entries = {name: entry for name, entry in ENTRIES.items() if name not in others}
-    found = training.search(Language(training.SEED, **options), entries, steps, tick)
+    found = training.search([Language(seed, **options) for seed in SEEDS], entries, steps, tick)
     return {**found, **dict.fromkeys(others, found[f"S-Shampoo {SIZE}"])}
 
 

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from precond_ref import problems, theory
+from precond_ref.compare.rates import SEEDS
 from precond_ref.experiments import training
 from precond_ref.experiments.base import UNTESTED, Claim, Experiment, Tick, Verdict, decided
 from precond_ref.experiments.figures import dots, line, panels, title
@@ -178,8 +179,8 @@ TRAINED = {
 
 def search(tick: Tick, steps: int = 150, hidden: tuple[int, ...] = (100, 30, 100), batch: int = 100) -> Numbers:
     """Search the rates; MBF's are smaller, so the grid begins at 1e-5 for all."""
-    task = Vision("mnist-autoencoder", training.SEED, batch_size=batch, options={"hidden": hidden})
-    return training.search(task, TRAINED, steps, tick, grid=(-20, -2))
+    tasks = [Vision("mnist-autoencoder", seed, batch_size=batch, options={"hidden": hidden}) for seed in SEEDS]
+    return training.search(tasks, TRAINED, steps, tick, grid=(-20, -2))
 
 
 def autoencoder(
@@ -203,6 +204,8 @@ def reached(run: Numbers, name: str) -> tuple[float, float]:
     """Return steps and seconds to the last validation loss of SGD with momentum, infinite if it is not reached."""
     target, curve = run[MOMENTUM]["validation"], run[name]["curve"]
     step = next((step for step, loss in curve if loss <= target), float("inf"))
+    if run[name]["validation"] is None:
+        return float("inf"), float("inf")
     return step, step / curve[-1][0] * run[name]["seconds"]
 
 

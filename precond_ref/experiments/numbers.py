@@ -26,10 +26,15 @@ def plain(value: Any) -> Any:
 
 
 def spread(values: Iterable[float | None], digits: int = 3, form: str = "g") -> str:
-    """Return the median of the seeds with the least and the largest."""
-    found = sorted(float("inf") if value is None else value for value in values)
+    """Return the median of the seeds with the least and the largest, and how many diverged (None)."""
+    each = list(values)
+    found = sorted(value for value in each if value is not None)
+    lost = f"{len(each) - len(found)} of {len(each)} diverged" if len(found) < len(each) else ""
+    if not found:
+        return lost
     low, mid, high = (f"{x:.{digits}{form}}" for x in (found[0], statistics.median(found), found[-1]))
-    return f"{mid} ({low} to {high})" if low != high else mid
+    text = f"{mid} ({low} to {high})" if low != high else mid
+    return f"{text}, {lost}" if lost else text
 
 
 class Difference(NamedTuple):
@@ -39,7 +44,7 @@ class Difference(NamedTuple):
     error: float
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3g} ± {self.error:.2g}"
+        return f"{round(self.mean, 9):+.3g} ± {self.error:.2g}"  # 0 where it is rounding
 
     @property
     def below(self) -> bool:
@@ -56,10 +61,14 @@ class Difference(NamedTuple):
         return abs(self.mean) + self.error <= margin
 
 
-def paired(a: Sequence[float | None], b: Sequence[float | None]) -> Difference:
-    """Return the difference of two methods that ran on the same seeds; infinite if a run of ``a`` ended early."""
+def paired(a: Sequence[float | None], b: Sequence[float | None], smaller: bool = True) -> Difference:
+    """Return the difference of two methods that ran on the same seeds.
+
+    A run that ended early (None) is the worst: infinite where ``smaller`` numbers are better, else minus infinite.
+    """
     if None in a or None in b:
-        return Difference(float("inf") if None in a else float("-inf"), 0.0)
+        worst = float("inf") if smaller else float("-inf")
+        return Difference(worst if None in a else -worst, 0.0)
     gaps = [x - y for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     error = 2 * statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("inf")
     return Difference(statistics.mean(gaps), error)

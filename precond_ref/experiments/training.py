@@ -6,13 +6,14 @@ gradients PyTorch computes; `Vision` a problem of `precond_ref.problems` whose t
 validation; `Recommender` a factorization machine on a9a.
 
 The search is the same for every method of an experiment: the half decades of the learning rate from 1e-3 to 0.3 from
-seed 101, more if the best is at an end, then the two quarter decades beside the best. The best rate has the smallest
-validation loss after the last step. A run stops when its loss has doubled.
+the seeds of `precond_ref.compare.rates.SEEDS`, more if the best is at an end, then the two quarter decades beside the
+best. The best rate has the smallest mean validation loss after the last step. A run stops when its loss has doubled.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -26,8 +27,6 @@ from precond_ref.problems import online
 from precond_ref.protocol import Method
 
 Params = dict[str, Array]
-SEED = 101
-"""Of the search; the runs have other seeds."""
 
 
 class Step(NamedTuple):
@@ -84,9 +83,14 @@ def finish(task: Any, entry: Entry, lr: float, steps: int) -> Numbers:
 
 
 def search(
-    task: Any, entries: dict[str, Entry], steps: int, tick: Tick, grid: tuple[int, int] = (-12, -2), most: int = 4
+    tasks: list[Any],
+    entries: dict[str, Entry],
+    steps: int,
+    tick: Tick,
+    grid: tuple[int, int] = (-12, -2),
+    most: int = 4,
 ) -> Numbers:
-    """Return for each method its best rate, and every rate tried with its validation loss.
+    """Return for each method its best rate, and every rate tried with its mean validation loss over the ``tasks``.
 
     Rates are 10^(k / 4); ``grid`` has the first and the last k, every second is tried; it goes on by ``most`` at most.
     """
@@ -96,8 +100,12 @@ def search(
 
         def loss(k: int, entry: Entry = entry, tried: dict[int, float] = tried) -> float:
             if k not in tried:
-                *_, last = descend(task, entry, 10 ** (k / 4), steps)
-                tried[k] = math.inf if math.isnan(last.loss) else task.validation(last.params)
+                ends = [deque(descend(task, entry, 10 ** (k / 4), steps), maxlen=1)[0] for task in tasks]
+                losses = [
+                    math.inf if math.isnan(end.loss) else task.validation(end.params)
+                    for task, end in zip(tasks, ends, strict=True)
+                ]
+                tried[k] = sum(losses) / len(losses)
             return tried[k]
 
         for k in range(grid[0], grid[1] + 1, 2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from precond_ref.compare.rates import SEEDS
 from precond_ref.experiments import training
 from precond_ref.experiments.base import HOLDS, NOT, UNTESTED, Claim, Experiment, Tick, Verdict, decided
 from precond_ref.experiments.figures import dots, panels, title
@@ -30,9 +31,9 @@ ROOT_FREE = {"RF-RMSProp": Entry(RFRMSProp(batch_size=50.0)), "RF-AdamW": Entry(
 AGDS = ("AGD", "AGD, delta 1e-3")
 
 
-def gap(runs: list[Numbers], name: str, other: str, score: str = "test") -> Difference:
-    """Return the difference of two methods' scores."""
-    return paired(column(runs, name, score), column(runs, other, score))
+def gap(runs: list[Numbers], name: str, other: str, smaller: bool = False) -> Difference:
+    """Return the difference of two methods' test scores; ``smaller`` ones are better, or larger ones."""
+    return paired(column(runs, name, "test"), column(runs, other, "test"), smaller)
 
 
 def scores(runs: list[Numbers], *names: str) -> str:
@@ -100,7 +101,7 @@ def mini_block(runs: list[Numbers]) -> Verdict:
 def better(runs: list[Numbers], smaller: bool = False) -> Verdict:
     """G5 and G6: the better AGD by validation, against Adam, AdamW and RMSProp."""
     best = next(name for name in training.ranked(runs) if name in AGDS)
-    gaps = {name: gap(runs, best, name) for name in ("Adam", "AdamW", "RMSProp")}
+    gaps = {name: gap(runs, best, name, smaller) for name in ("Adam", "AdamW", "RMSProp")}
     good = {name: g.below if smaller else g.above for name, g in gaps.items()}
     text = f"{scores(runs, best, *gaps)}; minus " + ", ".join(f"{k} {g}" for k, g in gaps.items())
     return decided(good, f"Test {text}")
@@ -110,7 +111,8 @@ def images(name: str, entries: dict[str, Entry], default_steps: int, **fixed: An
     """Return search, run, table and figure of an experiment on a problem of `precond_ref.problems`."""
 
     def search(tick: Tick, steps: int = default_steps, **options: Any) -> Numbers:
-        return training.search(Vision(name, training.SEED, **{**fixed, **options}), entries, steps, tick)
+        tasks = [Vision(name, seed, **{**fixed, **options}) for seed in SEEDS]
+        return training.search(tasks, entries, steps, tick)
 
     def one(seed: int, tick: Tick, found: Numbers, steps: int = default_steps, **options: Any) -> Numbers:
         return training.compare(Vision(name, seed, **{**fixed, **options}), entries, steps, found, tick)
@@ -120,7 +122,7 @@ def images(name: str, entries: dict[str, Entry], default_steps: int, **fixed: An
 
 def search_machine(tick: Tick, steps: int = 300, size: int = 1000) -> Numbers:
     """Search the rates of the factorization machine."""
-    return training.search(Recommender(training.SEED, size=size), COMMON, steps, tick)
+    return training.search([Recommender(seed, size=size) for seed in SEEDS], COMMON, steps, tick)
 
 
 def machine(seed: int, tick: Tick, found: Numbers, steps: int = 300, size: int = 1000) -> Numbers:
