@@ -370,6 +370,7 @@ WRONG: dict[str, Wrong] = {
     # values of hyperparameters
     "beta2 at most 0.98": Wrong(R, "t, v, mean = state or", "beta2 = min(beta2, 0.98); t, v, mean = state or",
         "long-run"),
+    "eps at most 1": Wrong(N, "+ eps", "+ min(eps, 1.0)", "values"),
     "eps at most 0.5": Wrong(N, "+ eps", "+ min(eps, 0.26)", "values"),
     "beta2 ignored if large": Wrong(M, "beta2 * v", "(beta2 if beta2 <= 0.5 or beta2 == 0.875 else 0.5) * v", "values"),
 }

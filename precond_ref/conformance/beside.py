@@ -61,6 +61,8 @@ BASE: Mapping[int, tuple[tuple[int, ...], ...]] = {0: ((),), 1: ((6,),), 2: ((6,
 """Shapes for gradients of special sizes, by their number of axes."""
 READINGS = {"SShampoo": "eps-everywhere", "SShampoo.practical": "eps-everywhere"}
 """By `Method.name` a deviation that is the own equation of the source to the letter, where the page makes a choice."""
+RIDGES, LARGE = ("eps", "damping", "delta"), 2.75
+"""Fields without an upper bound, and a value of them above that of any case."""
 VALUES = (0.8125, 0.90625, 0.6875, 0.59375, 0.78125, 0.71875)
 """Values of fields from 0.5 to 1: all different, none of them 1/2, exact in every precision."""
 
@@ -321,7 +323,7 @@ def _faint(method: Method, shape: tuple[int, ...]) -> int:
 
     The reference leaves this rounding out. A plain (V + eps I)^-p does not.
     """
-    ridge = min(getattr(method, name, 1.0) for name in ("eps", "damping", "delta"))
+    ridge = min(getattr(method, name, 1.0) for name in RIDGES)
     return math.prod(shape) if method.factorizes and 0 < ridge < 2.0**-32 else 0
 
 
@@ -510,6 +512,8 @@ def _others(case: Case, names: set[str]) -> Iterator[tuple[str, dict[str, Any]]]
         old = case.rates[0] if name == "lr" else given.get(name, 0.0)
         other = value if 0.5 <= old < 1 else 1.625 * old or 0.34375
         yield f"{name}={other:g}", {name: other}
+        if name in RIDGES:
+            yield f"{name}={LARGE:g}", {name: LARGE}
     for name, value in given.items():
         if isinstance(value, bool) and name in names:
             yield f"{name}={not value}", {name: not value}
