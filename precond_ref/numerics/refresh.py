@@ -35,18 +35,20 @@ def _has_no_value(tensor: Any) -> bool:
     return tensor.is_meta or hasattr(tensor, "fake_mode") or functorch.is_batchedtensor(tensor)
 
 
-def surely(condition: Array) -> bool:
-    """Return whether all of ``condition`` is true, if this costs nothing to know: with NumPy, and PyTorch on the CPU.
+def readable(array: Array) -> bool:
+    """Return whether it costs nothing to know values of ``array``: with NumPy, and PyTorch on the CPU.
 
     Return False where a device would have to be waited for, and in what is traced or compiled.
     """
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(condition, torch.Tensor):
-        if torch.compiler.is_compiling() or condition.device.type != "cpu" or _has_no_value(condition):
-            return False
-    elif not is_numpy_array(condition):
-        return False
-    return bool(condition.all())
+    if torch is not None and isinstance(array, torch.Tensor):
+        return not (torch.compiler.is_compiling() or array.device.type != "cpu" or _has_no_value(array))
+    return bool(is_numpy_array(array))
+
+
+def surely(condition: Array) -> bool:
+    """Return whether all of ``condition`` is true, if it is `readable`; else False."""
+    return readable(condition) and bool(condition.all())
 
 
 def renew(due: Any, compute: Callable[[], Array], previous: Array | None) -> Array:
