@@ -24,7 +24,7 @@ from mutation import mutated
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -103,8 +103,13 @@ def _run(rank: int, jobs: Jobs, folder: Path) -> None:
         used = os.times()
         (folder / f"{rank}.pickle").write_bytes(pickle.dumps((values, used.user + used.system)))
     except BaseException:
-        (folder / f"{rank}.error").write_text(traceback.format_exc(), encoding="utf-8")
-        os._exit(1)  # the others would wait for this process
+        _fail(rank, folder)
+
+
+def _fail(rank: int, folder: Path) -> None:
+    """End this process with the exception in a file: the others would wait for it, and it for the others."""
+    (folder / f"{rank}.error").write_text(traceback.format_exc(), encoding="utf-8")
+    os._exit(1)
 
 
 class Place(NamedTuple):
@@ -127,9 +132,10 @@ class Place(NamedTuple):
         try:
             yield True
             dist.barrier()
-        finally:
-            gc.collect()  # freeing a DistributedDataParallel later would end gloo's threads, and keep the GIL from them
-            dist.destroy_process_group()
+        except BaseException:
+            _fail(self.rank, self.folder)
+        gc.collect()  # freeing a DistributedDataParallel later would end gloo's threads, and keep the GIL from them
+        dist.destroy_process_group()
 
 
 # ---- models, meshes, optimizers -------------------------------------------------------------------------------------
@@ -472,9 +478,143 @@ def agreement(place: Place, silent: bool = False) -> list[tuple[str, str]]:
 AGREE = optimizer.Optimizer._agree
 
 
-def _alone(self: Any, refusal: Exception | None) -> None:
+def _alone(self: Any, refusal: Exception | None, travels: bool) -> bool:
     if refusal is not None:
         raise refusal
+    return travels
+
+
+def attempt(model: nn.Module, opt: Any) -> tuple[str, bool]:
+    """The error of a step, with its first note; and whether all parameters and states are as before."""
+
+    def everything() -> list[Tensor]:
+        states = [value for entry in opt.state.values() for value in entry.values()]
+        return [sharding.local(value).detach().clone() for value in (*model.parameters(), *states)]
+
+    before, told = everything(), ""
+    try:
+        opt.step()
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        if notes := getattr(error, "__notes__", []):
+            told += f" ({notes[0]})"
+    return told, all(map(torch.equal, before, everything()))
+
+
+def failing(place: Place, silent: bool = False) -> tuple[str, bool, Any]:
+    """What a step tells on four ranks if the update of one matrix fails on its owner, whether all is as before, and
+    the departure after one more step. ``silent``: the planted mistake, that the owner raises and tells nobody."""
+    directions, hear = buckets.Bucket.directions, optimizer.Optimizer._hear
+
+    def fails(self: Any, *given: Any) -> Any:
+        if self.owner is not None and self.shapes[0] == (6, 10):
+            raise ArithmeticError("no decomposition")
+        return directions(self, *given)
+
+    with place.world(4):
+        model = spread("FSDP2", 4)
+        opt = KINDS["ASGO"](model)
+        rows = gradients(3)
+        feed(model, opt, rows[:1])
+        for name, p in model.named_parameters():
+            p.grad = laid(rows[1][name], p)
+        buckets.Bucket.directions = fails  # type: ignore[method-assign]
+        if silent:
+            optimizer.Optimizer._hear = _loud  # type: ignore[method-assign]
+        try:
+            told, kept = attempt(model, opt)
+        finally:
+            buckets.Bucket.directions = directions  # type: ignore[method-assign]
+            optimizer.Optimizer._hear = hear  # type: ignore[method-assign]
+        if silent:
+            return told, kept, None
+        feed(model, opt, rows[1:])
+        return told, kept, distance(model, alone("ASGO", 3))
+
+
+def _loud(self: Any, failure: Any) -> None:
+    if failure is not None:
+        raise failure[0]
+
+
+CHAINED = {"chain": ((0, 1), (1, 2), (2, 3)), "ring": ((0, 1), (1, 2), (2, 3), (0, 3))}
+"""Meshes that overlap, each with parameters of its own."""
+
+
+class Linked(nn.Module):
+    """Two matrices and a vector on each mesh that this rank is in; ranks name the meshes in different orders."""
+
+    def __init__(self, kind: str, rank: int) -> None:
+        super().__init__()
+        meshes = [DeviceMesh("cpu", list(ranks)) for ranks in CHAINED[kind]]
+        numbered = [(number, mesh) for number, mesh in enumerate(meshes) if mesh.get_coordinate() is not None]
+        for number, mesh in numbered if rank % 2 else reversed(numbered):
+            for name, value in linked(number, 0).items():
+                param = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None))
+                self.register_parameter(name, param)
+
+
+def linked(number: int, step: int) -> dict[str, Tensor]:
+    """Parameters of one mesh (step 0), or their gradients."""
+    generator = torch.Generator().manual_seed(10 * step + number)
+    shapes = {"first": (5, 3), "second": (3, 4), "bias": (3,)}
+    return {
+        f"{name}{number}": torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
+
+
+def chained(place: Place, kind: str, fault: str, planted: bool = False) -> tuple[str, bool, float]:
+    """What the second of three steps tells with a fault at one end of the meshes, whether all is as before, and the
+    departure from one process after the step is repeated. ``planted``: that only neighbours ask each other."""
+    ask, told_by, directions = sharding.Circle.ask, sharding.Circle.told, buckets.Bucket.directions
+    ends = {"lr": 0, "no gradient": 3, "refused": 0, "update": 3}
+    method: Any = pr.Adam() if planted else pr.ASGO(beta1=0.75, beta2=0.875, eps=0.25)  # which waits for nobody
+
+    def grads(step: int) -> dict[str, Tensor]:
+        return {name: value for number in range(4) for name, value in linked(number, step).items()}
+
+    def fails(self: Any, *given: Any) -> Any:
+        if self.owner is not None and place.rank == ends[fault]:
+            raise ArithmeticError("no decomposition")
+        return directions(self, *given)
+
+    with place.world(4):
+        if planted:
+            sharding.Circle.ask = mutated(ask, ("range(self.rounds)", "range(1)"))  # type: ignore[method-assign]
+            sharding.Circle.told = lambda self, teams, value: {self.me: value}  # type: ignore[method-assign]
+        try:
+            model = Linked(kind, place.rank)
+            opt = pt.Optimizer(model.named_parameters(), method, lr=0.125)
+            feed(model, opt, [grads(1)])
+            for name, p in model.named_parameters():
+                p.grad = laid(grads(2)[name], p)
+            if place.rank == ends.get(fault):
+                if fault == "no gradient":
+                    next(p for name, p in model.named_parameters() if name.startswith("first")).grad = None
+                opt.param_groups[0]["lr"] = 0.25 if fault == "lr" else 0.125
+                opt.param_groups[0]["maximize"] = "yes" if fault == "refused" else False
+            if fault == "update":
+                buckets.Bucket.directions = fails  # type: ignore[method-assign]
+            told, kept = attempt(model, opt) if fault else ("", True)
+        finally:
+            sharding.Circle.ask, sharding.Circle.told = ask, told_by  # type: ignore[method-assign]
+            buckets.Bucket.directions = directions  # type: ignore[method-assign]
+        if planted:
+            return told, kept, 0.0
+        opt.param_groups[0].update(lr=0.125, maximize=False)
+        feed(model, opt, [grads(2), grads(3)])
+        single = nn.Module()
+        for number in range(4):
+            for name, value in linked(number, 0).items():
+                single.register_parameter(name, nn.Parameter(value))
+        feed(single, pt.Optimizer(single.named_parameters(), method, lr=0.125), [grads(step) for step in (1, 2, 3)])
+        # no collective of DTensors: torch keeps the sizes of groups by their names, which the worlds before used too
+        expected = dict(single.named_parameters())
+        parts = [
+            (sharding.local(p), laid(expected[name].detach(), p).to_local()) for name, p in model.named_parameters()
+        ]
+        return told, kept, max(float((a - b).abs().max() / b.abs().max()) for a, b in parts if b.numel())
 
 
 def overflow(place: Place, agreed: bool) -> tuple[float, float, int]:

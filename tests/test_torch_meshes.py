@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from mesh_cases import CHAIN, KINDS, MESHES, OTHER, WAYS, Jobs, run
+from mesh_cases import CHAIN, CHAINED, KINDS, MESHES, OTHER, WAYS, Jobs, run
 
 import precond_ref as pr
 from precond_ref import cost
@@ -28,6 +28,15 @@ ROUNDING = 2.0**-53 * 64
 joined pair: one process moves it by strided parts of its direction, in two roundings, an owner's parts are packed."""
 FEW = ["Adam", "ASGO", "MBF, joined"]
 
+FAULTS = {
+    "": "",
+    "lr": "ValueError: parameter first0 has lr 0.25 on rank 0, 0.125 on rank 1",
+    "no gradient": "ValueError: parameter first2 has no gradient on rank 3, and one on the others",
+    "refused": "ValueError: the step was refused on rank 0: TypeError",
+    "update": "RuntimeError: the update of parameter second{} failed on rank 3: ArithmeticError('no decomposition')",
+}
+"""What ranks tell that have not the fault themselves."""
+
 COMPACT: Jobs = [
     ("exact", ("FSDP2", 4, list(KINDS))),
     ("exact", ("HSDP", 4, FEW)),
@@ -37,6 +46,8 @@ COMPACT: Jobs = [
     ("resharded", ("ASGO", "dcp")),
     ("resharded", ("MBF, joined", "full, offloaded, from rank 0")),
     ("agreement", ()),
+    ("failing", ()),
+    *(("chained", (kind, fault)) for kind in CHAINED for fault in FAULTS),
     ("overflow", (True,)),
     ("accumulated", ()),
     ("placed", ()),
@@ -50,6 +61,8 @@ COMPACT: Jobs = [
     # planted
     ("resharded", ("ASGO", "dcp", CHAIN[:2], True)),
     ("agreement", (True,)),
+    ("failing", (True,)),
+    ("chained", ("chain", "no gradient", True)),
     ("overflow", (False,)),
     ("accumulated", ("doubled gradient",)),
     ("accumulated", ("step per micro-batch",)),
@@ -137,6 +150,49 @@ def test_the_check_catches_a_gradient_missing_on_one_rank() -> None:
         check_agreement(True)
 
 
+def check_failing(*planted: Any) -> None:
+    """The owner raises its error, the others name it and the parameter; nothing has changed, and training goes on."""
+    found = compact("failing", *planted)
+    [(owner, told)] = [(rank, told) for rank, (told, *_) in enumerate(found) if told.startswith("ArithmeticError")]
+    text = f"the update of parameter down.weight failed on rank {owner}"
+    assert told == f"ArithmeticError: no decomposition ({text})"
+    for rank, (told, kept, departure) in enumerate(found):
+        assert rank == owner or told.startswith(f"RuntimeError: {text}: ArithmeticError('no decomposition')")
+        assert kept
+        assert departure == (0.0, 0.0)
+
+
+def test_an_update_that_fails_on_its_owner_fails_on_all_ranks() -> None:
+    check_failing()
+
+
+def test_the_check_catches_an_owner_that_fails_alone() -> None:
+    with pytest.raises(AssertionError):
+        check_failing(True)
+
+
+def check_chained(kind: str, fault: str, *planted: Any) -> None:
+    """Ranks that no mesh joins to the one with the fault raise too, and change nothing; then all goes on."""
+    for rank, (told, kept, departure) in enumerate(compact("chained", kind, fault, *planted)):
+        own = rank == {"refused": 0, "update": 3}.get(fault)
+        text = FAULTS[fault].format(2 if kind == "chain" else 3)
+        assert told.startswith({"refused": "TypeError", "update": "ArithmeticError"}[fault] if own else text)
+        assert bool(told) is bool(fault)
+        assert kept
+        assert departure <= ROUNDING
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("kind", CHAINED)
+def test_ranks_agree_over_meshes_that_overlap(kind: str, fault: str) -> None:
+    check_chained(kind, fault)
+
+
+def test_the_check_catches_a_refusal_that_only_neighbours_hear_of() -> None:
+    with pytest.raises(AssertionError):
+        check_chained("chain", "no gradient", True)
+
+
 def check_overflow(agreed: bool) -> None:
     """Every stage skips the step; scales agree."""
     assert compact("overflow", agreed) == [(2.0, 0.0, 2)] * 4
@@ -204,7 +260,7 @@ def test_exchanges_overlap_the_updates_before() -> None:
 
 def test_an_error_before_the_way_back_leaves_all_as_it_was() -> None:
     for told, kept in compact("interrupted")[:2]:
-        assert "as before the step: 0, 2, 6, 8 of group 0" in told
+        assert told.endswith("as before the step: 0-9 of group 0")
         assert kept
 
 

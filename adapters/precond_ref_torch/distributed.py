@@ -151,27 +151,84 @@ class Team:
         import torch.distributed as dist
 
         self.mesh, self.size = mesh, mesh.size()
-        ranks = mesh.mesh.flatten().tolist()
-        self.rank = ranks.index(dist.get_rank())
-        self.group = mesh.get_group() if mesh.ndim == 1 else dist.new_group(ranks, use_local_synchronization=True)
+        self.ranks, _ = place_of(mesh)
+        self.rank = self.ranks.index(dist.get_rank())
+        self.group = mesh.get_group() if mesh.ndim == 1 else dist.new_group(self.ranks, use_local_synchronization=True)
 
-    def differs(self, words: str, refused: bool) -> bool:
-        """Whether some ranks say other ``words``, or one has refused (a collective)."""
+    def ask(self, words: str, wrong: bool, travels: bool) -> tuple[bool, bool]:
+        """Return True if ranks have other ``words`` or one is ``wrong``; and if one ``travels`` (a collective)."""
         import torch.distributed as dist
 
         digest = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
-        flags = torch.tensor([digest, -digest, int(refused)], device=self.mesh.device_type)
+        flags = torch.tensor([digest, -digest, int(wrong), int(travels)], device=self.mesh.device_type)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
-        most, least, any_refused = flags.tolist()
-        return bool(any_refused or most != -least)
+        most, least, any_wrong, any_travels = flags.tolist()
+        return bool(any_wrong or most != -least), bool(any_travels)
 
     def told(self, value: Any) -> list[Any]:
-        """What each rank says (a collective)."""
+        """Return what each rank tells (a collective)."""
         import torch.distributed as dist
 
         result: list[Any] = [None] * self.size
         dist.all_gather_object(result, value, group=self.group)
         return result
+
+
+def place_of(mesh: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return ranks and shape of a mesh."""
+    return tuple(mesh.mesh.flatten().tolist()), tuple(mesh.shape)
+
+
+def order_of(mesh: Any) -> Any:
+    """Return the key by which all ranks sort meshes: in this order no rank waits for one that waits for it.
+
+    A mesh whose ranks have smaller meshes too comes after these, so that all its ranks know what those have found.
+    """
+    ranks, shape = place_of(mesh)
+    return len(ranks), ranks, shape
+
+
+class Circle:
+    """All ranks that the meshes of these teams link, also over meshes of other ranks: if one refuses, all do.
+
+    In each round the ranks of each team tell each other what they know (making it is a collective of all). All know
+    all after as many rounds as there are sets of ranks that lie in no other: on a shortest way no set comes twice.
+    """
+
+    def __init__(self, teams: Sequence[Team]) -> None:
+        import torch.distributed as dist
+
+        self.me = dist.get_rank()
+        heard, known = {self.me}, {frozenset(team.ranks) for team in teams}
+        self.rounds = 0
+        while True:
+            largest = [ranks for ranks in known if not any(ranks < other for other in known)]
+            self.ranks = frozenset().union(*largest)
+            if heard >= self.ranks and self.rounds >= len(largest):
+                break
+            for team in teams:
+                for theirs, meshes in team.told((heard, known)):
+                    heard, known = heard | theirs, known | meshes
+            self.rounds += 1
+
+    def ask(
+        self, teams: Sequence[Team], wrong: bool, travels: bool = False, words: Callable[[Any], str] | None = None
+    ) -> tuple[bool, bool]:
+        """Return True if a rank says ``wrong``, or ranks of a mesh other words; and if one says ``travels``."""
+        for number in range(self.rounds):
+            for team in teams:
+                differ, more = team.ask(words(team.mesh) if words and number == 0 else "", wrong, travels)
+                wrong, travels = wrong or differ, travels or more
+        return wrong, travels
+
+    def told(self, teams: Sequence[Team], value: Any) -> dict[int, Any]:
+        """Return what each rank tells, in the order of ranks."""
+        known = {self.me: value}
+        for _ in range(self.rounds):
+            for team in teams:
+                for theirs in team.told(known):
+                    known.update(theirs)
+        return dict(sorted(known.items()))
 
 
 class Move:

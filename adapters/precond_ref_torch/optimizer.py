@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import lru_cache
-from itertools import groupby, starmap, zip_longest
+from itertools import groupby, zip_longest
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -162,6 +162,7 @@ class Optimizer(torch.optim.Optimizer):
         """Whether each replica has owners of its own."""
         self._owners: dict[Any, int] = {}
         self._teams: dict[Any, sharding.Team] = {}
+        self._circle: sharding.Circle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         self._release()
@@ -197,6 +198,7 @@ class Optimizer(torch.optim.Optimizer):
             self._check(group)
             for _ in self._routed(group):
                 pass
+            self._check_meshes(group)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -222,6 +224,18 @@ class Optimizer(torch.optim.Optimizer):
             if not param.is_floating_point():
                 raise TypeError(f"{name} only supports floating-point parameters, got one of dtype {param.dtype}")
             check_engine(group["engine"], group["compile"], param.device)
+
+    def _check_meshes(self, group: Mapping[str, Any]) -> None:
+        """Raise ValueError for a parameter on ranks that would have to hear of refusals from now on."""
+        if self._circle is None:
+            return
+        for label, param in _labelled(len(self.param_groups) - 1, group):
+            ranks = sharding.place_of(param.device_mesh)[0] if sharding.is_sharded(param) else ()
+            if beyond := sorted(set(ranks).difference(self._circle.ranks)):
+                raise ValueError(
+                    f"parameter {label} lies on ranks {', '.join(map(str, beyond))} too, which no other parameter has "
+                    "linked to this rank: make a new optimizer for all parameters"
+                )
 
     def _routed(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Unit, Method]]:
         """Yield the group's units, each with its name and method; ValueError for a unit that no method takes."""
@@ -278,24 +292,55 @@ class Optimizer(torch.optim.Optimizer):
         return self._teams[mesh]
 
     def _all_teams(self) -> list[sharding.Team]:
-        """Of every mesh that has a parameter."""
+        """Return a team for every mesh that has a parameter, in the order of their collectives."""
         if self._meshes is None:
             params = [param for group in self.param_groups for param in group["params"] if sharding.is_sharded(param)]
-            self._meshes = list(dict.fromkeys(param.device_mesh for param in params))
+            self._meshes = sorted(dict.fromkeys(param.device_mesh for param in params), key=sharding.order_of)
         return [self._team(mesh) for mesh in self._meshes]
 
-    def _agree(self, refusal: Exception | None) -> None:
-        """Raise what this rank refuses, or ValueError for what makes the ranks of a mesh differ (a collective)."""
-        teams = self._all_teams()
-        differ = [team.differs(self._words(team.mesh), refusal is not None) for team in teams]
-        if len(teams) > 1:  # a rank that is in no differing mesh hears of it by one that is
-            differ = [team.differs("", any(differ)) for team in teams]
-        own = repr(refusal) if refusal else ""
-        told = [(t, t.told((own, self._seen(t.mesh)))) for t, d in zip(teams, differ, strict=True) if d]
-        if refusal is None and told:
-            refusal = ValueError(next(filter(None, starmap(_difference, told)), "the ranks of a mesh differ"))
+    def _everyone(self) -> sharding.Circle:
+        if self._circle is None:
+            self._circle = sharding.Circle(self._all_teams())
+        return self._circle
+
+    def _agree(self, refusal: Exception | None, travels: bool) -> bool:
+        """Raise what this rank refuses, or ValueError for what another refuses, or in what ranks of a mesh differ.
+
+        Return True if matrices travel (``travels``) on one of the ranks. It is a collective.
+        """
+        if teams := self._all_teams():
+            wrong, travels = self._everyone().ask(teams, refusal is not None, travels, self._words)
+            if wrong:
+                seen = {sharding.place_of(team.mesh): self._seen(team.mesh) for team in teams}
+                told = self._everyone().told(teams, (repr(refusal) if refusal else "", seen))
+                refusal = refusal or ValueError(_difference(told))
         if refusal is not None:
             raise refusal
+        return travels
+
+    def _hear(self, failure: tuple[Exception, Bucket] | None) -> None:
+        """Raise the error of this rank's update, or RuntimeError for one of another rank (a collective)."""
+        everyone, teams = self._everyone(), self._all_teams()
+        if not everyone.ask(teams, failure is not None)[0]:
+            return
+        if failure is None:
+            raise RuntimeError(next(filter(None, everyone.told(teams, "").values())))
+        error, bucket = failure
+        labels = {p: label for index, group in enumerate(self.param_groups) for label, p in _labelled(index, group)}
+        names = ", ".join(labels[param] for param in bucket.params)
+        text = f"the update of parameter {names} failed on rank {everyone.me}"
+        everyone.told(teams, f"{text}: {error!r}")
+        error.add_note(text)
+        raise error
+
+    def _whole(self, team: sharding.Team) -> list[Unit]:
+        """Return the matrices of a team's mesh."""
+        return [
+            unit
+            for group in self.param_groups
+            for _, unit, method in self._routed(group)
+            if sharding.is_sharded(unit[0]) and unit[0].device_mesh == team.mesh and not method.elementwise
+        ]
 
     def _words(self, mesh: Any) -> str:
         """What the ranks of a mesh must agree on before anything moves."""
@@ -315,9 +360,8 @@ class Optimizer(torch.optim.Optimizer):
         found = []
         for index, group in enumerate(self.param_groups):
             entries = {key: repr(value) for key, value in group.items() if key not in ("params", "param_names")}
-            for position, (name, param) in enumerate(_named(group)):
+            for label, param in _labelled(index, group):
                 if sharding.is_sharded(param) and param.device_mesh == mesh:
-                    label = name or f"{position} of group {index}"
                     step = _count(self.state.get(param, {}).get("step", 0))
                     found.append((label, param.grad is not None, {"step": repr(step), **entries}))
         return found
@@ -409,6 +453,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _update(self, statistics: Mapping[Any, Any], batch_size: float | None) -> None:
         self._settle()  # what a second interruption left
+        self._all_teams()  # their groups are made in one order on all ranks
         before: list[tuple[Any, Any]] = []
         found: list[tuple[Any, Bucket]] = []
         given: list[Any] = []
@@ -419,13 +464,10 @@ class Optimizer(torch.optim.Optimizer):
                 found, given = self._checked(statistics)
             except Exception as error:
                 refusal = error
-            self._agree(refusal)
+            travels = self._agree(refusal, any(bucket.move is not None for _, bucket in found))
             self._runs = [BucketStep(group, bucket, s) for (group, bucket), s in zip(found, given, strict=True)]
             numbers: dict[Any, Any] = {}
-            moves = dict.fromkeys(run.bucket.move for run in self._runs if run.bucket.move is not None)
-            flights = [Flight(move, [run for run in self._runs if run.bucket.move is move]) for move in moves]
-            for flight in flights[:1]:
-                flight.send()
+            flights = self._fly(numbers) if travels else []
             at_home = [run for run in self._runs if run.bucket.move is None]
             for in_place, some in groupby(at_home, attrgetter("in_place")):
                 runs = list(some)
@@ -436,14 +478,6 @@ class Optimizer(torch.optim.Optimizer):
                         run.advance()
                     for run in runs:
                         run.count()
-            for flight, *following in zip_longest(flights, flights[1:]):
-                if following[0] is not None:  # on its way while this one is computed
-                    following[0].send()
-                flight.receive()
-                for run in flight.runs:
-                    run.prepare(numbers, self._kernels)
-                    run.advance()
-                flight.send_back()
             for flight in flights:
                 flight.finish()
             self._runs = []
@@ -456,6 +490,32 @@ class Optimizer(torch.optim.Optimizer):
                 for fields, size in before:
                     fields["batch_size"] = size
             raise
+
+    def _fly(self, numbers: dict[Any, Any]) -> list[Flight]:
+        """Compute the directions of the matrices that travel, and return their flights back.
+
+        Nothing is written yet: if an update fails on one rank, all raise, with all parameters as before the step.
+        """
+        moves = {run.bucket.move: run.bucket.params[0].device_mesh for run in self._runs if run.bucket.move is not None}
+        ordered = sorted(moves, key=lambda move: sharding.order_of(moves[move]))
+        flights = [Flight(move, [run for run in self._runs if run.bucket.move is move]) for move in ordered]
+        failure: tuple[Exception, Bucket] | None = None
+        for flight in flights[:1]:
+            flight.send()
+        for flight, *following in zip_longest(flights, flights[1:]):
+            if following[0] is not None:  # on its way while this one is computed
+                following[0].send()
+            flight.receive()
+            for run in flight.runs if failure is None else ():
+                try:
+                    run.prepare(numbers, self._kernels)
+                    run.advance()
+                except Exception as error:  # the others wait for this rank's part
+                    failure = error, run.bucket
+                    break
+            flight.send_back()
+        self._hear(failure)
+        return flights
 
     def _settle(self) -> dict[Any, str]:
         """Complete each half-written piece after an exception. Return the outcome of every changed parameter."""
@@ -629,9 +689,10 @@ class Optimizer(torch.optim.Optimizer):
                         owned.setdefault(unit[0].device_mesh, []).append((entry, name, like, unit))
                 for bias in unit[1:]:
                     state.setdefault(bias, {})  # tools look for one of each parameter
-        for mesh, items in owned.items():
+        for team in self._all_teams():
+            items = owned.get(team.mesh, [])
             values = [(entry[name], like, *self._place(unit)) for entry, name, like, unit in items]
-            for (entry, name, _, _), value in zip(items, sharding.dealt(values, self._team(mesh)), strict=True):
+            for (entry, name, _, _), value in zip(items, sharding.dealt(values, team), strict=True):
                 entry[name] = value
         return state
 
@@ -642,7 +703,7 @@ class Optimizer(torch.optim.Optimizer):
         loads nothing then.
         Entries of wrappers in ``state`` stay. UserWarning for values that are not finite, and for
         parameters that have no state while others have one: they start afresh.
-        It is a collective if matrices are sharded among ranks: a state that one rank refuses, all refuse.
+        It is a collective if parameters are sharded among ranks: a state that one rank refuses, all refuse.
         """
         groups: list[dict[str, Any]] = []
         loaded: dict[Any, Any] = {}
@@ -652,20 +713,14 @@ class Optimizer(torch.optim.Optimizer):
             groups, loaded, others = self._read(state_dict)
         except Exception as error:
             refusal = error
-        whole = [
-            unit
-            for group in self.param_groups
-            for _, unit, method in self._routed(group)
-            if sharding.is_sharded(unit[0]) and not method.elementwise
-        ]
-        meshes = dict.fromkeys(unit[0].device_mesh for unit in whole)
-        elsewhere = [self._team(mesh).differs("", refusal is not None) for mesh in meshes]
+        teams = self._all_teams()
+        elsewhere = bool(teams) and self._everyone().ask(teams, refusal is not None)[0]
         if refusal is not None:
             raise refusal
-        if any(elsewhere):
+        if elsewhere:
             raise ValueError("loaded state dict was refused on another rank")
-        for mesh in meshes:
-            self._gather(loaded, [unit for unit in whole if unit[0].device_mesh == mesh], self._team(mesh))
+        for team in teams:
+            self._gather(loaded, team)
         state = copy.copy(self.state)
         state.clear()
         state.update(loaded)
@@ -792,10 +847,10 @@ class Optimizer(torch.optim.Optimizer):
             result[key] = sharding.wrap(value, param) if flat else value
         return result
 
-    def _gather(self, loaded: Mapping[Any, Any], units: list[Unit], team: sharding.Team) -> None:
-        """The whole states of sharded matrices for their owners (a collective)."""
+    def _gather(self, loaded: Mapping[Any, Any], team: sharding.Team) -> None:
+        """Give the owners of a team's matrices their whole states (a collective)."""
         items = []
-        for unit in units:
+        for unit in self._whole(team):
             entry = loaded.get(unit[0], {})
             for name, value in entry.items():
                 if sharding.is_sharded(value) and value.device_mesh == team.mesh:
@@ -986,10 +1041,16 @@ class Flight:
     def send_back(self) -> None:
         """Send each rank its parts of the directions that are computed here."""
         wholes: list[Tensor | None] = []
+        bucket = self.runs[0].bucket
+        like = torch.empty(0, dtype=bucket.dtype, device=bucket.device)
         for run in self.runs:
             bucket = run.bucket
-            wholes += bucket.parts(run.computed[0]) if bucket.mine else [None] * len(bucket.all_params)
-        like = torch.empty(0, dtype=bucket.dtype, device=bucket.device)
+            if not bucket.mine:
+                wholes += [None] * len(bucket.all_params)
+            elif len(run.computed[0]) == len(bucket):
+                wholes += bucket.parts(run.computed[0])
+            else:  # an update has failed, and nobody will write this
+                wholes += [like.new_zeros(1).expand(param.shape) for param in bucket.all_params]
         self.arriving = self.move.back(wholes, like)
 
     def finish(self) -> None:
@@ -1120,30 +1181,34 @@ def _checked_keys(state_dict: Any) -> list[list[Any]]:
     return keys
 
 
-def _difference(team: sharding.Team, told: list[tuple[str, list[tuple[str, bool, dict[str, str]]]]]) -> str:
-    """In what the ranks of a mesh differ, from what each says; "" if in nothing."""
-    ranks = team.mesh.mesh.flatten().tolist()
-    for rank, (refusal, _) in zip(ranks, told, strict=True):
+Seen = list[tuple[str, bool, dict[str, str]]]
+
+
+def _difference(told: Mapping[int, tuple[str, Mapping[Any, Seen]]]) -> str:
+    """Return in what the ranks of a mesh differ, or what one has refused, from what each rank tells."""
+    for rank, (refusal, _) in told.items():
         if refusal:
             return f"the step was refused on rank {rank}: {refusal}"
-    seen = [found for _, found in told]
-    if len({tuple(label for label, *_ in found) for found in seen}) > 1:
-        return f"ranks {', '.join(map(str, ranks))} have different parameters"
-    for rows in zip(*seen, strict=True):
-        label, _, first = rows[0]
-        without = [str(rank) for rank, (_, has, _) in zip(ranks, rows, strict=True) if not has]
-        if 0 < len(without) < len(ranks):
-            return (
-                f"parameter {label} has no gradient on rank {', '.join(without)}, and one on the others: a sharded "
-                "parameter needs one on every rank of its mesh, or on none"
-            )
-        for rank, (_, _, other) in zip(ranks, rows, strict=True):
-            for key in first:
-                if other.get(key) != first[key]:
-                    return (
-                        f"parameter {label} has {key} {first[key]} on rank {ranks[0]}, {other.get(key)} on rank {rank}"
-                    )
-    return ""
+    for place in dict.fromkeys(place for _, seen in told.values() for place in seen):
+        found = {rank: seen[place] for rank, (_, seen) in told.items() if place in seen}
+        if len({tuple(label for label, *_ in rows) for rows in found.values()}) > 1:
+            return f"ranks {', '.join(map(str, found))} have different parameters"
+        for rows in zip(*found.values(), strict=True):
+            label, _, first = rows[0]
+            without = [str(rank) for rank, (_, has, _) in zip(found, rows, strict=True) if not has]
+            if 0 < len(without) < len(found):
+                return (
+                    f"parameter {label} has no gradient on rank {', '.join(without)}, and one on the others: a sharded "
+                    "parameter needs one on every rank of its mesh, or on none"
+                )
+            for rank, (_, _, other) in zip(found, rows, strict=True):
+                for key in first:
+                    if other.get(key) != first[key]:
+                        return (
+                            f"parameter {label} has {key} {first[key]} on rank {next(iter(found))}, "
+                            f"{other.get(key)} on rank {rank}"
+                        )
+    return "the ranks of a mesh differ"
 
 
 def _called(name: str, param: Any) -> str:
@@ -1264,6 +1329,12 @@ def _named(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield name ("" without names) and tensor of each parameter of a group."""
     names = group.get("param_names", [""] * len(group["params"]))
     return zip(names, group["params"], strict=True)
+
+
+def _labelled(index: int, group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield each parameter of a group, with its name or place."""
+    for position, (name, param) in enumerate(_named(group)):
+        yield name or f"{position} of group {index}", param
 
 
 def _plain(method: Any) -> dict[str, Any] | None:
