@@ -612,7 +612,8 @@ def chained(place: Place, kind: str, fault: str, planted: bool = False) -> tuple
         # no collective of DTensors: torch keeps the sizes of groups by their names, which the worlds before used too
         expected = dict(single.named_parameters())
         parts = [
-            (sharding.local(p), laid(expected[name].detach(), p).to_local()) for name, p in model.named_parameters()
+            (sharding.local(p).detach(), laid(expected[name].detach(), p).to_local())
+            for name, p in model.named_parameters()
         ]
         return told, kept, max(float((a - b).abs().max() / b.abs().max()) for a, b in parts if b.numel())
 
