@@ -514,6 +514,7 @@ def test_what_is_an_edge() -> None:
     assert check(Variant({"eps-outside"}), "Shampoo").edges == ""
     assert check(Variant({"zero-nan"}), "ASGO").edges == "a gradient of zeros"
     assert check(Bent(skips="state"), "ASGO").edges == ""
+    assert check(Bent(lambda m: m.replace(merge=m.size)), "SShampoo.practical").edges == ""  # low rank, with a ridge
     assert check(Reference(), "Shampoo").edges == ""
 
 
@@ -600,7 +601,8 @@ DIAGNOSIS = [
       ("return len(match.unexplained) + len(match.contradicted)", "return len(match.unexplained)")],
      test_a_mistake_that_would_fail_what_passes_is_not_the_nearest),
     ([("if by_chance or 5 * fewer >= count else 0.0", "")], test_what_is_not_single_precision),
-    ([("    if singular:\n        return True\n", "")], test_what_is_an_edge),
+    ([("    if singular and (0 in ridges or not ridges):\n        return True\n", "")], test_what_is_an_edge),
+    ([("if singular and (0 in ridges or not ridges):", "if singular:")], test_what_is_an_edge),
     ([("<= 0.01 * longest:\n            return True", "<= 0.01 * longest:\n            return False")],
      test_what_is_an_edge),
 ]  # fmt: skip

@@ -223,8 +223,8 @@ def edges(report: Report) -> str:
 def at_edge(run: Run, step: int) -> bool:
     """Return whether a step is at an edge: the zeros of a singular statistic are left out, or the right step jumps.
 
-    A step jumps if a gradient changed by a millionth changes the step by more than a hundredth of the longest step. For
-    an elementwise method each entry is changed.
+    With positive `RIDGES` no zero is left out that a step could show. A step jumps if a gradient changed by a millionth
+    changes the step by more than a hundredth of the longest step. For an elementwise method each entry is changed.
     """
     case, given = run.case, run.tensors["grads"][:step]
 
@@ -235,7 +235,8 @@ def at_edge(run: Run, step: int) -> bool:
         return np.diff(trace.params, axis=0, prepend=param[None]), trace.singular[-1]
 
     (right, singular), draws = played(given), np.random.default_rng(0)
-    if singular:
+    ridges = [case.config[name] for name in RIDGES if name in case.config]
+    if singular and (0 in ridges or not ridges):
         return True
     longest = np.max(np.linalg.norm(right.reshape(step, -1), axis=1)) or case.rates[step - 1]
     for _ in range(4):
