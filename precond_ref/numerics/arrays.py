@@ -90,7 +90,10 @@ def in_range(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array,
         total = xp.sum(array * array, axis=axes, keepdims=True)
         if surely((total > low * low) & (total < high * high)):  # then size = 1 gives the same bits
             return xp.ones_like(total), array, xp.sqrt(total)
-    peak = xp.maximum(xp.max(array, axis=axes, keepdims=True), -xp.min(array, axis=axes, keepdims=True))
+    if 0 in array.shape:
+        peak = largest_entry(array, axes, xp)
+    else:
+        peak = xp.maximum(xp.max(array, axis=axes, keepdims=True), -xp.min(array, axis=axes, keepdims=True))
     one = xp.ones_like(peak)
     size = xp.where(peak > high, large * one, xp.where(peak < low, small * one, one))
     unit = array if surely(size == 1) else array * (1 / size)
