@@ -199,7 +199,7 @@ def _vector(constructor: str, tiny: Any, huge: Any, ill: Any = None, **changes: 
     ]  # fmt: skip
 
 
-def squared(name: str, *others: str) -> tuple[dict[str, float], dict[str, float]]:
+def squared(name: str, *others: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return fields in the ratios 1, 3, ... that scale like the squares of gradients of `TINY` and of `HUGE`."""
     return linear(name, *others, power=2)
 
