@@ -309,7 +309,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         name="autoencoder",
-        minutes=2,
+        minutes=3.2,
         needs=("mnist",),
         title="The autoencoder 784-100-30-100-784 on MNIST, 150 steps of 100 images, validation on 1600 images.",
         claims=(

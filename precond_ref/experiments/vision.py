@@ -134,7 +134,7 @@ CNN = Experiment(
     name="images",
     title="The convolutional classifier of mnist-cnn with 1000 training images, 160 steps of 50 (8 epochs), validation "
     "on 1600, test on 2000 images.",
-    minutes=9,
+    minutes=1.1,
     needs=("mnist",),
     claims=(
         Claim(
