@@ -80,20 +80,22 @@ def normed(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, A
 def in_range(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, Array, Array]:
     """Return ``size``, ``unit`` and ``norm`` with ``array = size unit`` and ``norm = ||unit||_F`` over ``axes``.
 
-    The axes stay with size 1. ``size`` is a power of two, 1 unless the largest entry is far from 1, so that no square
-    over- or underflows. This rounds nothing: a norm does not depend on whether another member needs it. The norm is NaN
-    if an entry is not finite.
+    The axes stay with size 1. No square over- or underflows. The norm is NaN if an entry is not finite. Where values
+    can be read, ``size`` is a power of two, 1 unless the largest entry is far from 1. This rounds nothing: a norm does
+    not depend on whether another member needs it. Elsewhere ``size`` is the largest entry, which takes fewer calls.
     """
+    if not readable(array):
+        peak = largest_entry(array, axes, xp)
+        size = xp.where(peak == 0, 1.0, peak)
+        unit = array / size
+        return size, unit, xp.sqrt(xp.sum(unit * unit, axis=axes, keepdims=True))
     bits = math.log2(float(xp.finfo(array.dtype).max))
     low, high, small, large = (2.0 ** round(share * bits) for share in (-0.35, 0.34, -0.69, 0.67))
-    if readable(array) and not is_numpy_array(array):  # NumPy would warn of squares that overflow
+    if not is_numpy_array(array):  # NumPy would warn of squares that overflow
         total = xp.sum(array * array, axis=axes, keepdims=True)
         if surely((total > low * low) & (total < high * high)):  # then size = 1 gives the same bits
             return xp.ones_like(total), array, xp.sqrt(total)
-    if 0 in array.shape:
-        peak = largest_entry(array, axes, xp)
-    else:
-        peak = xp.maximum(xp.max(array, axis=axes, keepdims=True), -xp.min(array, axis=axes, keepdims=True))
+    peak = xp.maximum(xp.max(array, axis=axes, keepdims=True), -xp.min(array, axis=axes, keepdims=True))
     one = xp.ones_like(peak)
     size = xp.where(peak > high, large * one, xp.where(peak < low, small * one, one))
     unit = array if surely(size == 1) else array * (1 / size)
