@@ -1,6 +1,6 @@
-"""What parameters that are DTensors (FSDP2, tensor parallelism) need: local shards, owners of whole matrices, movement.
+"""Parameters that are DTensors (FSDP2, tensor parallelism): local shards, owners of whole matrices, movement.
 
-Who owns what and what travels is `precond_ref.cost.movement`; here it is done with `torch.distributed`.
+`precond_ref.cost.movement` plans owners and movement; this module does it with `torch.distributed`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def restored(value: Tensor, like: Any, shape: torch.Size) -> Tensor:
 
 
 def layout_of(tensor: Any) -> Layout:
-    """How a DTensor lies on its mesh; ValueError for a placement that is neither a copy nor a cut along one axis."""
+    """Return the layout of a DTensor; ValueError for a placement that is neither a copy nor a cut along one axis."""
     cuts: list[Cut | None] = []
     for placement in tensor.placements:
         if placement.is_replicate():
@@ -102,9 +102,9 @@ def free_axes(unit: Sequence[Any], apart: bool) -> tuple[int, ...]:
 def owners(
     units: Sequence[tuple[tuple[Any, ...], str, float]], known: Mapping[Any, int], apart: bool
 ) -> dict[Any, int]:
-    """Which rank of its mesh updates each unit ``(parameters, name, cost)`` of DTensors, if that is not ``known``.
+    """Return the rank of the mesh that updates each unit ``(parameters, name, cost)`` of DTensors not in ``known``.
 
-    ``apart``: an owner in each replica, of which this is the first.
+    The keys are first parameters. ``apart``: each replica has an owner, and the rank is that of the first one.
     """
     result: dict[Any, int] = {}
     for mesh in dict.fromkeys(params[0].device_mesh for params, _, _ in units):
@@ -135,7 +135,7 @@ def _add(loads: list[float], places: Any, owner: int, free: tuple[int, ...], cos
 
 
 def owns(unit: Sequence[Any], owner: int, apart: bool) -> bool:
-    """Whether this process updates a unit whose (first) owner is that rank of its mesh."""
+    """Return True if this process updates a unit; ``owner`` is the rank of its (first) owner in the mesh."""
     mesh = unit[0].device_mesh
     own, free = coordinates(tuple(mesh.shape))[owner], free_axes(unit, apart)
     return all(axis in free or at == own[axis] for axis, at in enumerate(mesh.get_coordinate()))
@@ -191,8 +191,9 @@ def order_of(mesh: Any) -> Any:
 class Circle:
     """All ranks that the meshes of these teams link, also over meshes of other ranks: if one refuses, all do.
 
-    In each round the ranks of each team tell each other what they know (making it is a collective of all). All know
-    all after as many rounds as there are sets of ranks that lie in no other: on a shortest way no set comes twice.
+    Making it is a collective of all these ranks. In each round the ranks of each team tell each other all that they
+    have heard. News passes from rank to rank through meshes, on a shortest way through no mesh twice, and meshes that
+    lie in larger ones are not needed. So the number of the largest meshes is enough rounds.
     """
 
     def __init__(self, teams: Sequence[Team]) -> None:
@@ -232,18 +233,18 @@ class Circle:
 
 
 class Move:
-    """Tensors of one dtype from where they lie to the owners of their matrices, and back, in one exchange each."""
+    """Bring tensors of one dtype to the owners of their matrices, and directions back, in one exchange each way."""
 
     def __init__(self, parcels: Sequence[Parcel], team: Team) -> None:
         self.parcels, self.team = parcels, team
         rank, ranks = team.rank, range(team.size)
         self.mine = [rank in parcel.owners for parcel in parcels]
-        """Whether this rank is an owner, for each parcel."""
+        """True for each parcel that this rank owns."""
         held = [i for i, mine in enumerate(self.mine) if mine]
         self.sent: list[list[int]] = [[] for _ in ranks]
-        """To each rank, in order."""
+        """Indices of the parcels whose parts go to each rank, in order."""
         self.returned: list[list[int]] = [[] for _ in ranks]
-        """From each rank, in order."""
+        """Indices of the parcels whose directions come from each rank, in order."""
         for i, parcel in enumerate(parcels):
             for owner in parcel.owners:
                 if parcel.sends(rank, owner):
@@ -304,7 +305,7 @@ class Move:
     def _exchange(
         self, packed: list[list[Tensor]], counts: list[list[int]], like: Tensor
     ) -> Callable[[], list[Tensor]]:
-        """To each rank the tensors packed for it; those of ``counts`` entries from each, in order."""
+        """Send each rank the tensors packed for it; the function returned gives those that come, cut by ``counts``."""
         import torch.distributed as dist
 
         flat = [tensor.reshape(-1) for some in packed for tensor in some]
@@ -323,7 +324,10 @@ class Move:
 
 
 def gathered(values: Iterable[tuple[Tensor, int, tuple[int, ...]]], team: Team) -> list[Tensor | None]:
-    """Of each DTensor with owner and axes apart: the whole for its owner, for others None (a collective)."""
+    """Return the whole of each DTensor on its owner, and None on other ranks (a collective).
+
+    ``values``: DTensor, owner, and the axes of the mesh along which each has an owner of its own.
+    """
     items = list(values)
     result: list[Tensor | None] = [None] * len(items)
     for dtype in dict.fromkeys(value.dtype for value, _, _ in items):
@@ -336,8 +340,11 @@ def gathered(values: Iterable[tuple[Tensor, int, tuple[int, ...]]], team: Team) 
 
 
 def dealt(values: Iterable[tuple[Tensor, Any, int, tuple[int, ...]]], team: Team) -> list[Tensor]:
-    """Of each tensor (of its owner; others give any), its shape (of a `Spec`), owner and axes apart: a DTensor, cut
-    along its first axis among all ranks; what has no axis is copied (a collective)."""
+    """Return each tensor of an owner as a DTensor cut along its first axis among all ranks (a collective).
+
+    A tensor without axes is copied. ``values``: the tensor (ranks that do not own it give any), one of its shape and
+    dtype, its owner, and the axes of the mesh along which each has an owner of its own.
+    """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     items = list(values)

@@ -272,7 +272,7 @@ class Optimizer(torch.optim.Optimizer):
     # ---- several processes ------------------------------------------------------------------------------------------
 
     def _owner(self, param: Any) -> int:
-        """Which rank of its mesh updates a sharded matrix; those without one get theirs together."""
+        """Return the rank of the mesh that updates a sharded matrix; all that have none get theirs together."""
         if param not in self._owners:
             units = [
                 (unit, name or f"{index}.{position:06d}", work(method, shape_of(unit)))
@@ -343,7 +343,7 @@ class Optimizer(torch.optim.Optimizer):
         ]
 
     def _words(self, mesh: Any) -> str:
-        """What the ranks of a mesh must agree on before anything moves."""
+        """Return in words all that the ranks of a mesh must agree on before anything moves."""
         return repr(
             [
                 (plan.words[mesh], float(group["lr"]), float(group["weight_decay"]), group["maximize"], steps)
@@ -356,7 +356,7 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def _seen(self, mesh: Any) -> list[tuple[str, bool, dict[str, str]]]:
-        """Of each parameter of a mesh: its name, whether it has a gradient, its step and the group's entries."""
+        """Return name, True for a gradient, step and the group's entries of each parameter of a mesh."""
         found = []
         for index, group in enumerate(self.param_groups):
             entries = {key: repr(value) for key, value in group.items() if key not in ("params", "param_names")}
@@ -378,6 +378,10 @@ class Optimizer(torch.optim.Optimizer):
             statistics: the argument ``statistic`` of the method's ``update``, by parameter (by the weight for a joined
                 pair), or a function that returns it, called after the closure.
             batch_size: from now on the value of this field of every method that has it.
+
+        It is a collective if parameters are sharded among ranks. ValueError if the ranks differ in gradients, steps or
+        hyperparameters, or another rank refuses the step; RuntimeError if the update of a matrix fails on another
+        rank. Nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -594,7 +598,7 @@ class Optimizer(torch.optim.Optimizer):
         return buckets
 
     def _movement(self, key: str, buckets: list[Bucket]) -> dict[Any, str]:
-        """Give each bucket of sharded matrices what moves them; what the ranks of each mesh must agree on."""
+        """Give each bucket of sharded matrices its `Move`. Return what the ranks of each mesh must agree on."""
         together: dict[Any, list[Bucket]] = {}
         words: dict[Any, list[Any]] = {}
         for bucket in buckets:
@@ -863,7 +867,7 @@ class Optimizer(torch.optim.Optimizer):
             entry[name] = sharding.local(value).new_empty(0) if gathered is None else gathered
 
     def _place(self, unit: Unit) -> tuple[int, tuple[int, ...]]:
-        """The (first) owner of a sharded matrix, and the axes of its mesh along which there are several."""
+        """Return the (first) owner of a sharded matrix, and the axes of its mesh along which there are several."""
         return self._owner(unit[0]), sharding.free_axes(unit, self._apart)
 
     # ---- inspection -------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class Graph:
         self.seen: Any = None
         """The compiled graph and its arguments, of a call through Dynamo."""
         self.chosen: dict[Any, tuple[Callable[..., Any], list[int | None]]] = {}
-        """By entries and constants: the graph, and for each argument the index of its tensor (None: the entries)."""
+        """The graph by entries and constants, and the index of each argument's tensor (None: the number of entries)."""
 
         def kernel(
             grad: Tensor,
@@ -267,7 +267,7 @@ class Tape:
         self.results = [first[k] + i for k, i in (place(result, "") for result in results)]
 
     def __call__(self, grad: Tensor, arrays: list[Tensor], param: Tensor, scalars: Any) -> list[Tensor]:
-        """The direction, and the tensors of the new state."""
+        """Return the direction and the tensors of the new state."""
         if scalars is not self.scalars:
             self._renew(scalars)
         n = grad.shape[0]
@@ -280,7 +280,7 @@ class Tape:
         return [values[i] for i in self.results]
 
     def _renew(self, scalars: Any) -> None:
-        """The numbers of another step."""
+        """Take the numbers of another step."""
         for i, value in enumerate(scalars):
             self.fixed[i] = torch.tensor(value, dtype=torch.float64, device=self.device)
         for function, slots, options, slot in self.once:
@@ -297,7 +297,7 @@ class Tape:
 
 
 def record(method: Method, template: Any, dtype: torch.dtype, device: torch.device) -> Tape | None:
-    """The tape of ``method``; None if it does more than operations on each entry, or has another ``update``."""
+    """Return the tape of ``method``; None if it does more than operations on each entry, or has another ``update``."""
     tensors = any(isinstance(value, Tensor) for value in vars(method).values())
     if tensors or type(method).update is not Method.update or dtype not in (torch.float32, torch.float64):
         return None

@@ -1,4 +1,4 @@
-"""Which device of a mesh updates which matrix, and what travels for it: plain numbers, no framework and no device.
+"""Owners of matrices among the devices of a mesh, and the entries that travel for them: plain numbers, no device.
 
 A mesh is a grid of devices, such as 2 x 4; a device's rank counts them row by row. A tensor is laid out on it by one
 entry for each axis of the mesh: `Cut` along an axis of the tensor, or None, which means a copy on each. The PyTorch
@@ -39,18 +39,18 @@ class Layout(NamedTuple):
     cuts: tuple[Cut | None, ...]
 
     def copied(self) -> tuple[int, ...]:
-        """Axes of the mesh along which every device has the same."""
+        """Return the axes of the mesh along which every device has the same."""
         return tuple(axis for axis, cut in enumerate(self.cuts) if cut is None)
 
 
 @lru_cache(maxsize=4096)
 def coordinates(mesh: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Of each device, by rank."""
+    """Return the coordinates of each device, by rank."""
     return tuple(product(*map(range, mesh)))
 
 
 def _chunks(intervals: Sequence[Interval], number: int) -> list[list[Interval]]:
-    """``number`` chunks of equal size, ceil(n / number), but for the last ones."""
+    """Cut n indices into ``number`` chunks of ceil(n / number); the last ones are shorter or empty."""
     total = sum(stop - start for start, stop in intervals)
     size = -(-total // number)
     result = []
@@ -67,7 +67,7 @@ def _chunks(intervals: Sequence[Interval], number: int) -> list[list[Interval]]:
 
 @lru_cache(maxsize=4096)
 def regions(shape: Shape, layout: Layout) -> tuple[Region, ...]:
-    """What each device has of a tensor, by rank."""
+    """Return the indices that each device has of a tensor, by rank."""
     found = []
     for place in coordinates(layout.mesh):
         region: list[list[Interval]] = [[(0, size)] if size else [] for size in shape]
@@ -80,18 +80,18 @@ def regions(shape: Shape, layout: Layout) -> tuple[Region, ...]:
 
 
 def sizes(region: Region) -> Shape:
-    """The shape of what a device has."""
+    """Return the shape of the part with these indices."""
     return tuple(sum(stop - start for start, stop in intervals) for intervals in region)
 
 
 @lru_cache(maxsize=4096)
 def amounts(shape: Shape, layout: Layout) -> tuple[int, ...]:
-    """How many entries each device has, by rank."""
+    """Return the number of entries of each device, by rank."""
     return tuple(math.prod(sizes(region)) for region in regions(shape, layout))
 
 
 def blocks(region: Region) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """Slices of the whole tensor, each with those of a device's part that have the same entries."""
+    """Yield slices of the whole tensor, each with the slices of a device's part that have the same entries."""
     along = []
     for intervals in region:
         ends = list(accumulate(stop - start for start, stop in intervals))
@@ -118,16 +118,16 @@ class Parcel:
 
     @cached_property
     def regions(self) -> tuple[Region, ...]:
-        """What each device has."""
+        """The indices of each device, by rank."""
         return regions(self.shape, self.layout)
 
     @property
     def amounts(self) -> tuple[int, ...]:
-        """How many entries each has."""
+        """The number of entries of each device, by rank."""
         return amounts(self.shape, self.layout)
 
     def owner_of(self, rank: int) -> int:
-        """The device that updates the matrix for this one."""
+        """Return the rank of the device that updates the matrix for this one."""
         if not self.apart:
             return self.owner
         own, theirs = self.places[self.owner], self.places[rank]
@@ -139,11 +139,11 @@ class Parcel:
 
     @cached_property
     def owners(self) -> list[int]:
-        """All devices that update it."""
+        """The ranks of all devices that update it."""
         return sorted({self.owner_of(rank) for rank in range(len(self.places))})
 
     def sends(self, rank: int, owner: int) -> bool:
-        """Whether a device sends its part to an owner: of equal parts the owner takes the one beside it."""
+        """Return True if a device sends its part to an owner: of equal parts the owner takes the one of its replica."""
         own, theirs = self.places[owner], self.places[rank]
         return all(own[axis] == theirs[axis] for axis in self.copied)
 
@@ -156,7 +156,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(parcels: Sequence[Parcel]) -> Traffic:
-    """What the parcels of one mesh make each device send: parts to the owners, and parts of directions back."""
+    """Return the entries that each device sends for the parcels of one mesh: parts out, and directions back."""
     devices = len(parcels[0].places) if parcels else 0
     out, back = [0] * devices, [0] * devices
     for parcel in parcels:
@@ -177,9 +177,10 @@ def traffic(parcels: Sequence[Parcel]) -> Traffic:
 
 @lru_cache(maxsize=4096)
 def work(method: Method, shape: Shape) -> float:
-    """What an update costs an owner: flops, and one for each entry.
+    """Return the cost of one update: its flops, and one for each entry.
 
-    Where a step of one's own cannot be counted, entries times sum of sizes, which grows as a matrix product does.
+    A method outside this library, whose flops cannot be counted, costs entries times the sum of sizes, which grows like
+    a matrix product.
     """
     entries = math.prod(shape)
     try:
@@ -189,8 +190,10 @@ def work(method: Method, shape: Shape) -> float:
 
 
 def assign(costs: Sequence[float], names: Sequence[str], loads: Sequence[float]) -> list[int]:
-    """Which device gets each piece of work: the costliest that is left (of equal ones the first by name) goes to the
-    device with the least to do (Graham 1969: at most 4/3 - 1/(3 devices) times the best possible).
+    """Return the device that gets each piece of work.
+
+    The costliest piece that is left, of equal ones the first by name, goes to the device with the least to do. The
+    largest load is at most 4/3 - 1/(3 devices) times the best possible if ``loads`` are 0 (Graham 1969).
 
     ``loads``: what each device has to do already.
     """
