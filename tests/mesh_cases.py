@@ -1,4 +1,4 @@
-"""What each process of `test_torch_meshes` runs: models on meshes, optimizers, ways from one mesh to another."""
+"""Jobs that each process of `test_torch_meshes` runs: models on meshes, optimizers, ways from one mesh to another."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Jobs = list[tuple[str, tuple[Any, ...]]]
 
 
 def run(count: int, jobs: Jobs, folder: Path, killed: tuple[int, ...] = ()) -> list[list[Any]]:
-    """What ``count`` processes return of each job ``(name of a function here, arguments)``; an error if one failed.
+    """Return the results of ``count`` processes for each job ``(name of a function here, arguments)``, or raise.
 
     A function is called with a `Place` first, on all processes, one job after the other. Those ``killed`` return None.
     """
@@ -121,7 +121,7 @@ class Place(NamedTuple):
 
     @contextlib.contextmanager
     def world(self, size: int, name: str = "") -> Iterator[bool]:
-        """A process group of the first ``size`` processes; whether this is one of them."""
+        """Make a process group of the first ``size`` processes; yield True if this is one of them."""
         if self.rank >= size:
             yield False
             return
@@ -419,7 +419,7 @@ def killed(place: Place, same_folder: bool) -> None:
 
 
 def reloaded(place: Place, name: str) -> tuple[float, int] | str:
-    """Departure of a saved run from one process after one step, and its step; what loading says if it refuses."""
+    """Departure of a saved run from one process after one step, and its step; the error if loading is refused."""
     with place.world(1):
         model = spread("plain", 1)
         opt = KINDS["ASGO"](model)
@@ -435,7 +435,7 @@ def reloaded(place: Place, name: str) -> tuple[float, int] | str:
 
 
 def agreement(place: Place, silent: bool = False) -> list[tuple[str, str]]:
-    """For each mistake of one rank among four: what the step raises here; and whether all is as before and goes on.
+    """For each mistake of one rank among four: the error of the step here, and if all is as before and goes on.
 
     ``silent``: the planted mistake, that nobody asks.
     """
@@ -485,7 +485,7 @@ def _alone(self: Any, refusal: Exception | None, travels: bool) -> bool:
 
 
 def attempt(model: nn.Module, opt: Any) -> tuple[str, bool]:
-    """The error of a step, with its first note; and whether all parameters and states are as before."""
+    """The error of a step, with its first note; True if all parameters and states are as before."""
 
     def everything() -> list[Tensor]:
         states = [value for entry in opt.state.values() for value in entry.values()]
@@ -502,8 +502,8 @@ def attempt(model: nn.Module, opt: Any) -> tuple[str, bool]:
 
 
 def failing(place: Place, silent: bool = False) -> tuple[str, bool, Any]:
-    """What a step tells on four ranks if the update of one matrix fails on its owner, whether all is as before, and
-    the departure after one more step. ``silent``: the planted mistake, that the owner raises and tells nobody."""
+    """The error of a step on four ranks if the update of one matrix fails on its owner, True if all is as before, and
+    the departure after two more steps. ``silent``: the planted mistake, that the owner raises and tells nobody."""
     directions, hear = buckets.Bucket.directions, optimizer.Optimizer._hear
 
     def fails(self: Any, *given: Any) -> Any:
@@ -565,7 +565,7 @@ def linked(number: int, step: int) -> dict[str, Tensor]:
 
 
 def chained(place: Place, kind: str, fault: str, planted: bool = False) -> tuple[str, bool, float]:
-    """What the second of three steps tells with a fault at one end of the meshes, whether all is as before, and the
+    """The error of the second of three steps with a fault at one end of the meshes, True if all is as before, and the
     departure from one process after the step is repeated. ``planted``: that only neighbours ask each other."""
     ask, told_by, directions = sharding.Circle.ask, sharding.Circle.told, buckets.Bucket.directions
     ends = {"lr": 0, "no gradient": 3, "refused": 0, "update": 3}
@@ -735,7 +735,7 @@ def moved(place: Place, mesh: str, size: int, owner: str = "mesh") -> tuple[int,
 
 
 def overlapped(place: Place) -> list[str]:
-    """What one step does, in order: the second exchange begins before the first matrices are computed."""
+    """The calls of one step, in order: the second exchange begins before the first matrices are computed."""
     done: list[str] = []
     out, back, directions = sharding.Move.out, sharding.Move.back, buckets.Bucket.directions
     with place.world(2) as active:
@@ -758,7 +758,7 @@ def overlapped(place: Place) -> list[str]:
 
 
 def interrupted(place: Place) -> tuple[str, bool]:
-    """What an error at the way back of the second of four shapes tells, and whether all matrices are as before."""
+    """The note of an error at the way back of the second of four shapes; True if all matrices are as before."""
     back = sharding.Move.back
     with place.world(2) as active:
         if not active:
@@ -819,7 +819,7 @@ def per_shard(place: Place, kind: str) -> float:
 
 
 def full_states(place: Place, planted: str = "") -> str:
-    """What is wrong with the full state dict of two ranks, or with a copy of the sharded one; "" if nothing is."""
+    """The fault of the full state dict of two ranks, or of a copy of the sharded one; "" if there is none."""
     dealt, elsewhere = sharding.dealt, optimizer._elsewhere
     with place.world(2) as active:
         if not active:
@@ -853,7 +853,7 @@ def full_states(place: Place, planted: str = "") -> str:
 
 
 def averaged(place: Place) -> list[bool]:
-    """Whether all ranks have the same bits under DistributedDataParallel, each with other data, for each kind."""
+    """For each kind: True if all ranks have the same bits under DistributedDataParallel, each with other data."""
     with place.world(3) as active:
         return [_same_bits(kind, place.rank) for kind in KINDS] if active else []
 

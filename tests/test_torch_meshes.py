@@ -35,7 +35,7 @@ FAULTS = {
     "refused": "ValueError: the step was refused on rank 0: TypeError",
     "update": "RuntimeError: the update of parameter second{} failed on rank 3: ArithmeticError('no decomposition')",
 }
-"""What ranks tell that have not the fault themselves."""
+"""By fault: the error of the ranks that do not have it themselves."""
 
 LINKED = [*(("chain", fault) for fault in FAULTS), ("ring", ""), ("ring", "update")]
 
@@ -84,7 +84,7 @@ DEEP: Jobs = [
 
 @lru_cache
 def seen(deep: bool) -> dict[Any, list[Any]]:
-    """What each rank returned of each job."""
+    """Return the results of each rank by job."""
     jobs = DEEP if deep else COMPACT
     with TemporaryDirectory() as folder:
         return {repr(job): values for job, values in zip(jobs, run(4, jobs, Path(folder)), strict=True)}
