@@ -487,6 +487,8 @@ def sizes(trial: Trial) -> str:
                 : 2 - trial.slow
             ]:
                 for what, (make, likely) in KINDS.items():
+                    if what.startswith("sparse") and type(case.make()).__name__ == "EShampoo":
+                        continue  # the basis of a null space is the eigensolver's, and reversed axes do not show it
                     grads = np.stack([make(g) for g in random(k, 4, *shape)])
                     if what.startswith("large"):
                         grads *= 1e4 if case.make().elementwise else 1.0 if trial.dtype == "float64" else 0.03125

@@ -306,6 +306,8 @@ CASES = [
           bias_correction=False, **squared("damping", "initial")[0]),
     _case("KLShampoo", "clamp-turned", (3, 2), "Small gradients: the eigenvalues reach their bound", "clamp-ignored",
           initial=2.0**-6, eps=2.0**-9, scale=2.0**-11),
+    _case("SOAP", "zero-between", (3, 2), "A zero gradient between renewals makes older gradients weigh less",
+          steps=8, zero=(3,), every=3),
     _case("RFAdamW", "decay-uncorrected", (3, 2), "Decoupled weight decay of a matrix, no bias correction", DECAY,
           decay=KAPPA, bias_correction=False),
     _case("Adafactor", "decay", (3, 2), "Weight decay times the scale of the parameter", "kappa-ignored kappa-unscaled",
