@@ -992,8 +992,8 @@ TWELVE = (
 )
 EMERGING = ("NVIDIA-NeMo/Emerging-Optimizers==fd77292", TORCH)
 META, DION = ("facebookresearch/optimizers==f606606", TORCH), ("microsoft/dion==0a059a4", TORCH)
-OLDEST = {"pytorch_optimizer": "2.12.0", "timm": "0.9.12"}
-"""The first release of the last three years, of packages whose rows have changed in them."""
+OLDEST = {"heavyball": "1.0.0", "keras": "3.0.0", "pytorch_optimizer": "2.12.0", "timm": "0.9.12"}
+"""The first release that is tried, at most three years old, of packages whose rows have changed since."""
 
 TARGETS = (
     Target(torch_sgd, "SGD", (TORCH,), "torch.optim.SGD"),
@@ -1109,7 +1109,8 @@ TARGETS = (
     Target(
         keras_adafactor, "Adafactor", KERAS, "keras.optimizers.Adafactor", dtype="float32",
         note=f"{BACKEND} With relative_step=False; its rate is min(lr, 1 / sqrt(t)) all the same, which long-run and "
-        "values show. In float32: so are some of its steps, whatever the parameter's precision.",
+        "values show. In float32: so are some of its steps, whatever the parameter's precision. Earlier releases were "
+        "tried with h5py beside them, which they import.",
     ),
     Target(
         atorch_agd, "AGD", ("atorch==0.2.5", TORCH), "atorch.optimizers.AGD", without_dependencies=True,
