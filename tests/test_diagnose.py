@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -549,6 +550,19 @@ def test_what_an_update_may_be_off() -> None:
     assert tolerance.relative("float64", 0.5, 0.5) == 16 * U
 
 
+def test_what_a_case_may_be_off() -> None:
+    """Each step has a conditioning of its own; products in bfloat16, and primitives, have another law."""
+
+    def about(**more: Any) -> Any:
+        return SimpleNamespace(**{"conditioning": given, "kind": "trace", "narrow": False} | more)
+
+    given = {"kappa": [4.0, 9.0], "exponent": 0.25, "stale": False, "decompositions": [1, 3]}
+    assert tolerance.of_case(about(), "float64", 1) == 16 * U * 4**0.75
+    assert tolerance.of_case(about(), "float64", 2) == 16 * U * 3 * 9**0.75
+    assert tolerance.of_case(about(kind="primitive"), "float64", 2) == 16 * U * 3 * 9
+    assert tolerance.of_case(about(narrow=True), "float64", 2) == 0.25 * 2.0**-8 * 9
+
+
 @pytest.mark.parametrize(("share", "ok"), [(0.5, True), (1.5, False)])
 def test_a_check_fails_beyond_its_tolerance_and_no_sooner(share: float, ok: bool) -> None:
     """An update off by a share of what rounding may make it."""
@@ -580,6 +594,11 @@ CHECKER = [
     (tolerance, "max(kappa, 1.0)", "kappa", test_what_an_update_may_be_off),
     (tolerance, "* decompositions *", "*", test_what_an_update_may_be_off),
     (tolerance, "exponent + 0.5", "exponent + 1.0", test_what_an_update_may_be_off),
+    (tolerance, "if case.narrow:", "if False:", test_what_a_case_may_be_off),
+    (tolerance, "PRODUCTS * BFLOAT16 *", "PRODUCTS *", test_what_a_case_may_be_off),
+    (tolerance, 'float(about["kappa"][step - 1])', 'float(about["kappa"][step - 2])', test_what_a_case_may_be_off),
+    (tolerance, ' or case.kind == "primitive"', "", test_what_a_case_may_be_off),
+    (tolerance, 'about["decompositions"][step - 1]', 'about["decompositions"][step - 2]', test_what_a_case_may_be_off),
 ]
 
 
@@ -588,7 +607,7 @@ def test_a_planted_bug_in_the_checker_is_caught(
     module: Any, old: str, new: str, test: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = mutated(module, (old, new))
-    for name in ("gap", "of_update", "of_lengths", "relative"):
+    for name in ("gap", "of_case", "of_update", "of_lengths", "relative"):
         if hasattr(copy, name) and hasattr(module, name):
             monkeypatch.setattr(module, name, getattr(copy, name))
     with pytest.raises(AssertionError):
