@@ -152,7 +152,7 @@ class Shaped:
     def __add__(self, other: Any) -> Shaped:
         shape = broadcast(self.shape, getattr(other, "shape", ()))
         for kept, added in ((self, other), (other, self)):
-            if getattr(added, "mark", False) and shape == kept.shape:
+            if getattr(added, "mark", False) and isinstance(kept, Shaped) and shape == kept.shape:
                 return kept
         return self.xp.made(self, other, shape=shape)
 
@@ -323,6 +323,12 @@ class Counting:
     def take(self, x: Shaped, indices: Shaped, *, axis: int) -> Shaped:
         at = axis % x.ndim
         return self.made(x, indices, shape=(*x.shape[:at], *indices.shape, *x.shape[at + 1 :]), dtype=x.dtype)
+
+    def argsort(self, x: Shaped, **_: Any) -> Shaped:
+        return self.made(x, dtype=self.int64)
+
+    def take_along_axis(self, x: Shaped, indices: Shaped, *, axis: int) -> Shaped:
+        return self.made(x, indices, shape=indices.shape, dtype=x.dtype)
 
     def reduced(self, name: str, x: Shaped, *, dtype: Any = None, **options: Any) -> Shaped:
         dtype = DTYPES.get(name) if dtype is None else dtype
