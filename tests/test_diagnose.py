@@ -242,7 +242,7 @@ def test_a_damping_as_the_least_denominator_is_not_called_none() -> None:
     assert found is not None
     assert not found.matches
     assert found.nearest is not None
-    assert found.nearest.unexplained == ("RFAdamW/much-damping",)
+    assert found.nearest.unexplained == ("RFAdamW/much-damping", "RFAdamW/small-uncorrected")
 
 
 LAST_FIRST = {"RFShampoo": "gauss-seidel-back", "IFShampoo": "gauss-seidel-back",

@@ -84,7 +84,7 @@ def in_range(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array,
     can be read, ``size`` is a power of two, 1 unless the largest entry is far from 1. This rounds nothing: a norm does
     not depend on whether another member needs it. Elsewhere ``size`` is the largest entry, which takes fewer calls.
     """
-    if not readable(array):
+    if 0 in array.shape or not readable(array):
         peak = largest_entry(array, axes, xp)
         size = xp.where(peak == 0, 1.0, peak)
         unit = array / size
