@@ -17,7 +17,7 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from precond_ref.fields import is_python_number, is_zero
-from precond_ref.numerics.arrays import frobenius, in_range
+from precond_ref.numerics.arrays import normed
 from precond_ref.numerics.ema import sqrt
 from precond_ref.numerics.roots import POLAR_EXPRESS, SAFETY, eigenvalues
 from precond_ref.typing import Array, Namespace, Scalar
@@ -141,14 +141,16 @@ def normalized(
 ) -> Array:
     """Return ``N / nu`` of (..., m, n); zero stays zero. See `orthogonalized`.
 
-    A very large or small matrix is first multiplied by a power of two, so that no norm over- or underflows.
+    The matrix is first divided by its largest magnitude, so that no norm over- or underflows.
     """
-    size, unit, norm = in_range(matrix, (-2, -1), xp)
+    peak, unit, norm = normed(matrix, (-2, -1), xp)
+    size = 1.0 if is_zero(eps) else xp.where(peak == 0, 1.0, peak)
     if normalization in ("schatten4", "aol"):
         wide = unit if not flipped else xp.matrix_transpose(unit)
         gram = wide @ xp.matrix_transpose(wide)
         if normalization == "schatten4":
-            square = frobenius(gram, (-2, -1), xp)
+            square = normed(gram, (-2, -1), xp)
+            square = square[0] * square[2]
         else:
             square = xp.sum(xp.abs(gram), axis=-1, keepdims=True)
         nu = xp.sqrt(square) if is_zero(eps) else xp.maximum(xp.sqrt(square), sqrt(eps) / size)
