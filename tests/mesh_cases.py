@@ -475,6 +475,62 @@ def agreement(place: Place, silent: bool = False) -> list[tuple[str, str]]:
     return found
 
 
+def crossed(place: Place, matrices: bool, planted: bool = False) -> str:
+    """The error if rank 0 has no gradient of one parameter, and rank 1 none of another of its shape and owner.
+
+    ``planted``: parameters are compared by shape and owner alone.
+    """
+    movement = optimizer.Optimizer._movement
+    with place.world(2) as active:
+        if not active:
+            return ""
+        mesh, shape = init_device_mesh("cpu", (2,)), (6, 4) if matrices else (6,)
+        value = torch.ones(shape, dtype=torch.float64)
+        params = [nn.Parameter(distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None)) for _ in range(4)]
+        opt = pt.Optimizer(list(zip("abcd", params, strict=True)), pr.ASGO(eps=0.25), lr=0.125)
+        for p in params:
+            p.grad = laid(value, p)
+        params[3 if place.rank else 1].grad = None  # of four equal matrices, rank 1 owns the second and the fourth
+        if planted:
+            optimizer.Optimizer._movement = mutated(  # type: ignore[method-assign]
+                movement, ("(*places[param], ", "(0, "), ("places[param][0]", "0")
+            )
+        try:
+            return attempt(nn.ParameterList(params), opt)[0]
+        finally:
+            optimizer.Optimizer._movement = movement  # type: ignore[method-assign]
+
+
+def uneven(place: Place, planted: bool = False) -> str | float:
+    """Departure from one process if only one rank's part of a parameter is too large for a common buffer; the error.
+
+    ``planted``: the ranks compare their buckets in order.
+    """
+    movement = optimizer.Optimizer._movement
+    with place.world(2) as active:
+        if not active:
+            return 0.0
+        mesh, departures = init_device_mesh("cpu", (2,)), []
+        values = [torch.ones(2 * optimizer.LARGEST_MEMBER["cpu"] + 1), torch.ones(7)]
+        params = [nn.Parameter(distribute_tensor(v, mesh, [Shard(0)], src_data_rank=None)) for v in values]
+        single = [nn.Parameter(v.clone()) for v in values]
+        if planted:
+            optimizer.Optimizer._movement = mutated(  # type: ignore[method-assign]
+                movement, ("sorted(found, key=itemgetter(0))", "found")
+            )
+        try:
+            for some in (params, single):
+                for p in some:
+                    p.grad = laid(torch.full(p.shape, 0.5), p)
+                pt.Optimizer(some, pr.Adam(), lr=0.125).step()
+            departures = [float((whole(a) - b.detach()).abs().max()) for a, b in zip(params, single, strict=True)]
+        except ValueError as error:
+            return str(error)
+        finally:
+            optimizer.Optimizer._movement = movement  # type: ignore[method-assign]
+        return max(departures)
+
+
 AGREE = optimizer.Optimizer._agree
 
 

@@ -48,6 +48,9 @@ COMPACT: Jobs = [
     ("resharded", ("ASGO", "dcp")),
     ("resharded", ("MBF, joined", "full, offloaded, from rank 0")),
     ("agreement", ()),
+    ("crossed", (True,)),
+    ("crossed", (False,)),
+    ("uneven", ()),
     ("failing", ()),
     *(("chained", given) for given in LINKED),
     ("overflow", (True,)),
@@ -63,6 +66,9 @@ COMPACT: Jobs = [
     # planted
     ("resharded", ("ASGO", "dcp", CHAIN[:2], True)),
     ("agreement", (True,)),
+    ("crossed", (True, True)),
+    ("crossed", (False, True)),
+    ("uneven", (True,)),
     ("failing", (True,)),
     ("chained", ("chain", "no gradient", True)),
     ("overflow", (False,)),
@@ -150,6 +156,31 @@ def test_ranks_agree_before_anything_moves() -> None:
 def test_the_check_catches_a_gradient_missing_on_one_rank() -> None:
     with pytest.raises(AssertionError):
         check_agreement(True)
+
+
+def check_crossed(*given: bool) -> None:
+    """Gradients missing on two ranks, of parameters of one shape, are told apart."""
+    for told in compact("crossed", *given)[:2]:
+        assert told.startswith("ValueError: parameter b has no gradient on rank 0, and one on the others")
+
+
+@pytest.mark.parametrize("matrices", [True, False])
+def test_gradients_of_one_shape_missing_on_two_ranks_are_refused(matrices: bool) -> None:
+    check_crossed(matrices)
+
+
+@pytest.mark.parametrize("matrices", [True, False])
+def test_the_check_catches_parameters_compared_by_shape_alone(matrices: bool) -> None:
+    with pytest.raises(AssertionError):
+        check_crossed(matrices, True)
+
+
+def test_ranks_may_cut_their_buffers_differently() -> None:
+    assert compact("uneven") == [0.0] * 4
+
+
+def test_the_check_catches_buffers_that_ranks_compare() -> None:
+    assert compact("uneven", True)[:2] == ["the ranks of a mesh differ"] * 2
 
 
 def check_failing(*planted: Any) -> None:

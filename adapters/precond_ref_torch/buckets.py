@@ -122,6 +122,8 @@ class Bucket:
         self.mine = mine
         self.move: sharding.Move | None = None
         """How its matrices come to their owners; several buckets share it."""
+        self.places: list[int] = []
+        """Of each of `all_params`, its number among those of its mesh; empty for unsharded ones."""
         parts = [sharding.local(p) if flat else p for p in params]
         self.shapes = [tuple(part.shape) for part in parts] if flat else [shape_of(unit) for unit in units]
         self.uniform = not flat or len(set(self.shapes)) == 1

@@ -343,7 +343,10 @@ class Optimizer(torch.optim.Optimizer):
         ]
 
     def _words(self, mesh: Any) -> str:
-        """Return in words all that the ranks of a mesh must agree on before anything moves."""
+        """Return in words all that the ranks of a mesh must agree on before anything moves.
+
+        Buckets are no part of it: they are cut by the sizes of shards, which differ.
+        """
         return repr(
             [
                 (plan.words[mesh], float(group["lr"]), float(group["weight_decay"]), group["maximize"], steps)
@@ -351,7 +354,8 @@ class Optimizer(torch.optim.Optimizer):
                     self.param_groups, map(self._plans.get, range(len(self.param_groups))), strict=True
                 )
                 if plan is not None and mesh in plan.words
-                for steps in [[b.now for b in plan.buckets if b.sharded and b.params[0].device_mesh == mesh]]
+                for mine in [[b for b in plan.buckets if b.sharded and b.params[0].device_mesh == mesh]]
+                for steps in [sorted((place, b.now) for b in mine for place in b.places)]
             ]
         )
 
@@ -601,11 +605,14 @@ class Optimizer(torch.optim.Optimizer):
         """Give each bucket of sharded matrices its `Move`. Return what the ranks of each mesh must agree on."""
         together: dict[Any, list[Bucket]] = {}
         words: dict[Any, list[Any]] = {}
+        places = self._places() if any(bucket.sharded for bucket in buckets) else {}
         for bucket in buckets:
             if bucket.sharded:
                 mesh = bucket.params[0].device_mesh
-                shapes = [tuple(param.shape) for param in bucket.all_params]
-                words.setdefault(mesh, []).append((str(bucket.params[0].grad.dtype), bucket.owner, shapes))
+                common = str(bucket.params[0].grad.dtype), bucket.owner
+                bucket.places = [places[param][0] for param in bucket.all_params]
+                found = [(*places[param], tuple(param.shape), *common) for param in bucket.all_params]
+                words.setdefault(mesh, []).extend(found)
             if bucket.owner is not None:
                 kind = (*bucket.kernel_key, mesh, bucket.params[0].grad.dtype, bucket.now)
                 together.setdefault(kind, []).append(bucket)
@@ -619,7 +626,18 @@ class Optimizer(torch.optim.Optimizer):
             move = sharding.Move(parcels, self._team(some[0].params[0].device_mesh))
             for bucket in some:
                 bucket.move = move
-        return {mesh: repr((key, *found)) for mesh, found in words.items()}
+        return {mesh: repr((key, sorted(found, key=itemgetter(0)))) for mesh, found in words.items()}
+
+    def _places(self) -> dict[Any, tuple[int, str]]:
+        """Return of each sharded parameter its number among those of its mesh in all groups, and its name."""
+        counts: dict[Any, int] = {}
+        result = {}
+        for group in self.param_groups:
+            for name, param in _named(group):
+                if sharding.is_sharded(param):
+                    number = counts.get(param.device_mesh, 0)
+                    result[param], counts[param.device_mesh] = (number, name), number + 1
+        return result
 
     def _labels(self, group: Mapping[str, Any]) -> Iterator[tuple[Any, int, Any]]:
         """Yield for each parameter with a gradient: the label that its bucket shares, its size, and itself."""
