@@ -114,7 +114,7 @@ def mesh_notes(estimates: list[Estimate]) -> list[str]:
     return [
         *lines,
         "state: of the device with the most. Parameters of elementwise methods are cut evenly.",
-        "sent: bytes that leave all devices per step beyond what data parallelism sends anyway: gradients to the owners,",
+        "sent: bytes that leave all devices a step beyond what data parallelism sends anyway: gradients to the owners,",
         "directions back in the dtype of the arithmetic. sent by one: by the device that sends most.",
         "idle: devices without a matrix. floor: that of the slowest device.",
         "balance: flops of the busiest device over an equal share of the flops of one device, 1 is even.",
