@@ -163,9 +163,9 @@ FORM_BUGS = [
     ("adam", "square * k.inverse_sqrt_c2**2) + self.eps_root", "square + self.eps_root) * k.inverse_sqrt_c2**2"),
     ("rmsprop", "v=full(self.initial, *shape), buffer", "v=zeros(*shape), buffer"),
     ("rmsprop", 'xp.sqrt(square + eps) if form == "inside" else', 'xp.sqrt(square) + eps if form == "inside" else'),
-    ("rmsprop-centered", "(mean * k.correction) * (mean * k.correction)", "mean * mean * 0"),
+    ("rmsprop-centered", "state.v - state.mean * mean", "state.v"),
     ("rmsprop-centered", "direction + self.momentum * buffer if", "buffer if"),
-    ("rmsprop-corrected", "v * k.correction if self.bias_correction else v", "v"),
+    ("rmsprop-corrected", "average * correction if self.bias_correction else average", "average"),
 ]
 
 

@@ -17,6 +17,8 @@ from precond_ref.conformance import results
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import mutate
 
+FORKS = pytest.mark.filterwarnings("ignore:.*os.fork:RuntimeWarning")
+"""Other tests of this process may have imported JAX, which the children do not use."""
 SOURCE = '''"""Text."""
 
 class Method:
@@ -106,6 +108,7 @@ def test_fates() -> None:
     check_fates(mutate)
 
 
+@FORKS
 @pytest.mark.full
 def test_tests_see_the_mutant() -> None:
     check_tested(mutate)
@@ -143,6 +146,7 @@ def test_a_planted_bug_is_caught(what: str, tmp_path: Path, monkeypatch: pytest.
     caught(*PLANTED[what], tmp_path, monkeypatch)
 
 
+@FORKS
 @pytest.mark.full
 @pytest.mark.parametrize("what", PLANTED_IN_PROCESSES)
 def test_a_planted_bug_in_what_runs_is_caught(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

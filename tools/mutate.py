@@ -607,6 +607,9 @@ def tested(mutant: Mutant | None, files: list[str]) -> dict[str, Any]:
 
     os.chdir(ROOT)
     exchange({})
+    for name, module in list(sys.modules.items()):  # test modules that know the library without the mutant
+        if str(getattr(module, "__file__", None)).startswith(str(ROOT / "tests")):
+            del sys.modules[name]
     first, options = First(), ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--assert=plain"]
     with edited(mutant):  # pytest would rewrite the assertions of the library, from its file
         code = pytest.main([*options, *files], plugins=[first])
