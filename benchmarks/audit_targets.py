@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -848,40 +849,42 @@ def _distributed_shampoo(
     )  # fmt: skip
 
 
-def distributed_shampoo(
-    params: Any, lr: float, beta1: float, beta3: float | None, beta2: float, eps: float, every: int,
-    start: int | None, bias_correction: bool, drop_weight: bool, graft: str | None, graft_beta2: float,
-    graft_eps: float, momentum: float, dampening: float, nesterov: bool, weight_decay: float, decay_form: str,
-    max_dim: int, target: int | None, exponents: Any, trace_scaling: float, root: str,
-) -> Any:  # fmt: skip
+def _of_distributed_shampoo(config: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the target whose preconditioner ``config`` makes; it has the fields of both functions."""
+    own = inspect.signature(config)
+    shared = [p for p in inspect.signature(_distributed_shampoo).parameters.values() if p.name != "config"]
+
+    @wraps(config)
+    def target(params: Any, lr: float, **fields: Any) -> Any:
+        made = config(**{name: fields.pop(name) for name in own.parameters if name in fields})
+        return _distributed_shampoo(params, made, lr, **fields)
+
+    more = [p.replace(kind=p.KEYWORD_ONLY) for p in own.parameters.values()]
+    target.__signature__ = own.replace(parameters=shared + more)  # type: ignore[attr-defined]
+    return target
+
+
+@_of_distributed_shampoo
+def distributed_shampoo(drop_weight: bool, exponents: Any, trace_scaling: float, root: str) -> Any:
     """With roots by eigendecomposition."""
     import distributed_shampoo as ds
 
     _only(root=(root, "eigh"))
     powers = {axis: power for axis, power in enumerate(exponents) if power is not None}
     scaled = {"use_trace_scaling": True, "trace_scaling_exponent": trace_scaling} if trace_scaling else {}
-    config = ds.RootInvShampooPreconditionerConfig(
+    return ds.RootInvShampooPreconditionerConfig(
         drop_weighting_factor_on_gsquare=drop_weight,
         inverse_exponent_override={
             order: {axis: power for axis, power in powers.items() if axis < order} for order in range(1, 5)
         },
         **scaled,
     )
-    return _distributed_shampoo(
-        params, config, lr, beta1=beta1, beta3=beta3, beta2=beta2, eps=eps, every=every, start=start,
-        bias_correction=bias_correction, graft=graft, graft_beta2=graft_beta2, graft_eps=graft_eps, momentum=momentum,
-        dampening=dampening, nesterov=nesterov, weight_decay=weight_decay, decay_form=decay_form, max_dim=max_dim,
-        target=target,
-    )  # fmt: skip
 
 
+@_of_distributed_shampoo
 def distributed_eshampoo(
-    params: Any, lr: float, beta1: float, beta3: float | None, beta2: float, eps: float, every: int,
-    start: int | None, bias_correction: bool, drop_weight: bool, graft: str | None, graft_beta2: float,
-    graft_eps: float, momentum: float, dampening: float, nesterov: bool, weight_decay: float, decay_form: str,
-    max_dim: int, target: int | None, exponent: float, tolerance: float, iterations: int, ignored_axes: Any,
-    basis: str = "eigh",
-) -> Any:  # fmt: skip
+    drop_weight: bool, exponent: float, tolerance: float, iterations: int, ignored_axes: Any, basis: str = "eigh"
+) -> Any:
     """Its QR, from columns in ascending order, is `basis="qr_meta"`."""
     import distributed_shampoo as ds
 
@@ -889,16 +892,10 @@ def distributed_eshampoo(
     how = ds.EighEigendecompositionConfig(tolerance=tolerance)
     if basis == "qr_meta":
         how = ds.QREigendecompositionConfig(tolerance=tolerance, max_iterations=iterations)
-    config = ds.EigenvalueCorrectedShampooPreconditionerConfig(
+    return ds.EigenvalueCorrectedShampooPreconditionerConfig(
         amortized_computation_config=how, drop_weighting_factor_on_gsquare=drop_weight,
         inverse_exponent_override=dict.fromkeys(range(5), exponent),
         ignored_basis_change_dims={n: [axis for axis in ignored_axes if axis < n] for n in range(1, 5)},
-    )  # fmt: skip
-    return _distributed_shampoo(
-        params, config, lr, beta1=beta1, beta3=beta3, beta2=beta2, eps=eps, every=every, start=start,
-        bias_correction=bias_correction, graft=graft, graft_beta2=graft_beta2, graft_eps=graft_eps, momentum=momentum,
-        dampening=dampening, nesterov=nesterov, weight_decay=weight_decay, decay_form=decay_form, max_dim=max_dim,
-        target=target,
     )  # fmt: skip
 
 

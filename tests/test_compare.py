@@ -27,9 +27,9 @@ def entrant(method: pr.Method, name: str = "SGD") -> runs.Entrant:
     return runs.Entrant(name=name, method=method, chosen={}, to_adam=(), share=1.0, state_bytes_per_parameter=0.0)
 
 
-def done(name: str, loss: float, metric: float = 0.5, batch_loss: float = 1.0, seed: int = 0) -> runs.Run:
+def done(name: str, loss: float, metric: float = 0.5, batch_loss: float = 1.0, seed: int = 0) -> runs.Training:
     """A finished run with these results."""
-    return runs.Run(
+    return runs.Training(
         entrant=entrant(pr.SGD(), name),
         lr=0.1,
         lr_source="given",
@@ -42,7 +42,7 @@ def done(name: str, loss: float, metric: float = 0.5, batch_loss: float = 1.0, s
     )
 
 
-def comparison(*finished: runs.Run) -> compare.Comparison:
+def comparison(*finished: runs.Training) -> compare.Comparison:
     """A comparison on digits-softmax that has these results."""
     return compare.Comparison(
         problems=[problems.load("digits-softmax", seed=seed) for seed in sorted({run.seed for run in finished})],
@@ -211,7 +211,7 @@ def check_time() -> None:
     slow = SimpleNamespace(
         init=lambda: {"x": np.ones(2)}, batch=lambda step: None, loss_and_grad=loss_and_grad, loss=None, metric=None
     )
-    run = runs.Run(entrant=entrant(Slow()), lr=0.1, lr_source="given")
+    run = runs.Training(entrant=entrant(Slow()), lr=0.1, lr_source="given")
     runs.Trainer(slow, "numpy").train(run, 4, curves=False)  # type: ignore[arg-type]
     assert len(run.step_ms) == 3
     assert 2.0 <= run.median_ms < 200.0  # one that counted the gradient would take 202 or more
@@ -297,7 +297,7 @@ def test_jax_compiles_in_the_first_step_only() -> None:
             return super().update(grad, *args, **kwargs)
 
     trainer = runs.Trainer(runs.load_problem("quadratic", "jax", "float32", 0), "jax")
-    run = runs.Run(entrant=entrant(Counted()), lr=0.1, lr_source="given")
+    run = runs.Training(entrant=entrant(Counted()), lr=0.1, lr_source="given")
     seen: list[int] = []
     trainer.train(run, 5, on_step=lambda loss: seen.append(len(traced)))
     assert all(traced)
@@ -316,7 +316,7 @@ def test_cupy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = SimpleNamespace(synchronize=lambda: waits.append(1))
     fake = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream))
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    run = runs.Run(entrant=entrant(pr.SGD()), lr=0.1, lr_source="given")
+    run = runs.Training(entrant=entrant(pr.SGD()), lr=0.1, lr_source="given")
     runs.Trainer(problems.load("quadratic"), "cupy").train(run, 3)
     assert len(waits) == 2 * 3
 
@@ -845,7 +845,7 @@ def test_steps_and_time_to_a_target() -> None:
 def test_planted_bug_of_the_target_is_caught(
     name: str, change: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs.Run, name, mutated(getattr(runs.Run, name), change))
+    monkeypatch.setattr(runs.Training, name, mutated(getattr(runs.Training, name), change))
     with pytest.raises(AssertionError):
         check_target()
 

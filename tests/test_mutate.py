@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from precond_ref.conformance import results
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import mutate
 
-FORKS = pytest.mark.filterwarnings("ignore:.*os.fork:RuntimeWarning")
-"""Other tests of this process may have imported JAX, which the children do not use."""
+FOLDERS = Path(__file__).parent, Path(mutate.__file__).parent
 SOURCE = '''"""Text."""
 
 class Method:
@@ -108,10 +108,19 @@ def test_fates() -> None:
     check_fates(mutate)
 
 
-@FORKS
+def apart(check: Callable[[Any], None], *changes: tuple[str, str]) -> None:
+    """Make the check in a fresh process: the tool forks it, and a process with JAX must not be forked."""
+    code = (
+        f"import sys; sys.path[:0] = {[*map(str, FOLDERS)]!r}; import mutate, mutation, test_mutate; "
+        f"test_mutate.{check.__name__}(mutation.mutated(mutate, *{changes!r}))"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert made.returncode == 0, made.stderr
+
+
 @pytest.mark.full
 def test_tests_see_the_mutant() -> None:
-    check_tested(mutate)
+    apart(check_tested)
 
 
 KEPT = "ours())\n    finally:\n        "
@@ -123,10 +132,9 @@ PLANTED = {
     "the subject is the library": (check_apart, (SUBJECT, "if True:\n            return super")),
     "no mutant is imported": (check_apart, ("if name == self.name else None", "if not name else None")),
 }  # fmt: skip
-PLANTED_IN_PROCESSES = {
+PLANTED_IN_A_LONG_CHECK = {
     "failures are not seen": (check_fates, ("            if report.failures:", "            if False:")),
     "all is killed": (check_fates, ("if len(report.failures) > len(edge)", "if True")),
-    "pytest takes the file": (check_tested, (', "--assert=plain"', "")),
 }
 
 
@@ -146,8 +154,13 @@ def test_a_planted_bug_is_caught(what: str, tmp_path: Path, monkeypatch: pytest.
     caught(*PLANTED[what], tmp_path, monkeypatch)
 
 
-@FORKS
 @pytest.mark.full
-@pytest.mark.parametrize("what", PLANTED_IN_PROCESSES)
+@pytest.mark.parametrize("what", PLANTED_IN_A_LONG_CHECK)
 def test_a_planted_bug_in_what_runs_is_caught(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    caught(*PLANTED_IN_PROCESSES[what], tmp_path, monkeypatch)
+    caught(*PLANTED_IN_A_LONG_CHECK[what], tmp_path, monkeypatch)
+
+
+@pytest.mark.full
+def test_a_planted_bug_in_the_tests_is_caught() -> None:
+    with pytest.raises(AssertionError, match="found.mutant. =="):  # pytest takes the file, which has no mutant
+        apart(check_tested, (', "--assert=plain"', ""))

@@ -13,7 +13,7 @@ from precond_ref.cli.terminal import EXTRA, check_files, fail, own_method, progr
 from precond_ref.problems import list_problems
 
 if TYPE_CHECKING:
-    from precond_ref.compare import Comparison, Run
+    from precond_ref.compare import Comparison, Training
 
 EXAMPLES = """\b
 Examples:
@@ -127,7 +127,7 @@ def train(comparison: Comparison) -> bool:
     with progress() as bar:
         task = bar.add_task("", total=count * comparison.steps, loss="")
 
-        def on_run(run: Run) -> None:
+        def on_run(run: Training) -> None:
             done = len(comparison.finished)
             name = f"{run.entrant.name} ({done + 1} of {count})"  # of the runs: each method once for each seed
             bar.update(task, description=name, completed=done * comparison.steps)

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from precond_ref.compare.rates import parse_rates, planned, tune
-from precond_ref.compare.runs import Result, Run, Trainer, UsageError, choose, load_problem
+from precond_ref.compare.runs import Result, Trainer, Training, UsageError, choose, load_problem
 from precond_ref.problems import Problem
 from precond_ref.registry import parse_list
 
-__all__ = ["Comparison", "Result", "Run", "UsageError", "prepare", "tune"]
+__all__ = ["Comparison", "Result", "Training", "UsageError", "prepare", "tune"]
 
 YARDSTICK = "Adam"
 """Method whose final loss is the target of the others, if no target is given and it takes part."""
@@ -35,11 +35,11 @@ class Comparison:
     """The problem, once for each seed."""
     backend: str
     steps: int
-    planned: list[Run]
+    planned: list[Training]
     """Runs with their seeds and learning rates, in the order of training, before they are trained."""
     left_out: Mapping[str, str]
     """Reasons for which methods do not take part, by name."""
-    finished: list[Run] = field(default_factory=list)
+    finished: list[Training] = field(default_factory=list)
     """Finished runs, in the order of training."""
     given_target: float | None = None
     """Loss on the training set to which steps and time are counted; None: chosen, see `target`."""
@@ -54,7 +54,9 @@ class Comparison:
         """The seeds, in the order of training."""
         return [problem.seed for problem in self.problems]
 
-    def train(self, on_run: Callable[[Run], Any] | None = None, on_step: Callable[[float], Any] | None = None) -> None:
+    def train(
+        self, on_run: Callable[[Training], Any] | None = None, on_step: Callable[[float], Any] | None = None
+    ) -> None:
         """Train all methods; ``on_run`` is called before each run, ``on_step`` with each batch loss."""
         trainers = {problem.seed: Trainer(problem, self.backend) for problem in self.problems}
         for run in self.planned:
@@ -65,7 +67,7 @@ class Comparison:
     @property
     def results(self) -> list[Result]:
         """The finished runs of each method together, in the order of training."""
-        runs: dict[str, list[Run]] = {}
+        runs: dict[str, list[Training]] = {}
         for run in self.finished:
             runs.setdefault(run.entrant.name, []).append(run)
         return [Result(runs=each) for each in runs.values()]

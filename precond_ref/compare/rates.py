@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from precond_ref import problems
-from precond_ref.compare.runs import Entrant, Run, Trainer, UsageError, choose, load_problem
+from precond_ref.compare.runs import Entrant, Trainer, Training, UsageError, choose, load_problem
 from precond_ref.registry import constructors
 
 FILE = Path(problems.__file__).with_name("learning_rates.json")
@@ -73,7 +73,7 @@ def _key(name: str) -> str:
 
 def planned(
     problem: str, entrants: Sequence[Entrant], given: Mapping[str, float], seeds: Sequence[int] = (0,)
-) -> list[Run]:
+) -> list[Training]:
     """Return untrained runs, for each entrant one of each seed.
 
     The rate is the one given, or the one recorded for the entrant's name, or `FALLBACK`.
@@ -88,7 +88,7 @@ def planned(
             lr, source = recorded, "recorded" if entrant.name == entrant.plain else "default fields"
         else:
             lr, source = FALLBACK, "fallback"
-        runs += [Run(entrant=entrant, lr=lr, lr_source=source, seed=seed) for seed in seeds]
+        runs += [Training(entrant=entrant, lr=lr, lr_source=source, seed=seed) for seed in seeds]
     return runs
 
 
@@ -155,7 +155,7 @@ def tune(
             on_method(entrant.name, number, len(entrants))
 
         def measure(lr: float, entrant: Entrant = entrant) -> list[float]:
-            runs = [Run(entrant=entrant, lr=lr, lr_source="given") for _ in trainers]
+            runs = [Training(entrant=entrant, lr=lr, lr_source="given") for _ in trainers]
             losses = [
                 end_loss(trainer.train(run, steps, curves=False).batch_losses)
                 for trainer, run in zip(trainers, runs, strict=True)

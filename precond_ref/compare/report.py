@@ -14,7 +14,7 @@ import precond_ref
 from precond_ref import problems
 from precond_ref.compare import Comparison, UsageError
 from precond_ref.compare.rates import FALLBACK, record
-from precond_ref.compare.runs import CURVE_POINTS, Result, Run
+from precond_ref.compare.runs import CURVE_POINTS, Result, Training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -215,7 +215,7 @@ def _result(result: Result, target: tuple[float, str] | None) -> dict[str, Any]:
     }
 
 
-def _run(run: Run) -> dict[str, Any]:
+def _run(run: Training) -> dict[str, Any]:
     return {
         "seed": run.seed,
         "diverged": run.diverged,

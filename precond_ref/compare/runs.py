@@ -61,7 +61,7 @@ class Entrant:
 
 
 @dataclass(kw_only=True)
-class Run:
+class Training:
     """The results of one training run; losses and metrics may be NaN or infinite."""
 
     entrant: Entrant
@@ -117,7 +117,7 @@ class Run:
 class Result:
     """The runs of one method, one for each seed. Each number is the median over the seeds."""
 
-    runs: list[Run]
+    runs: list[Training]
 
     @property
     def entrant(self) -> Entrant:
@@ -131,7 +131,7 @@ class Result:
 
     @property
     def lr_source(self) -> str:
-        """See `Run.lr_source`."""
+        """See `Training.lr_source`."""
         return self.runs[0].lr_source
 
     @property
@@ -303,7 +303,9 @@ class Trainer:
         self._loss = self._compile(problem.loss)
         self._metric = self._compile(problem.metric)
 
-    def train(self, run: Run, steps: int, *, curves: bool = True, on_step: Callable[[float], Any] | None = None) -> Run:
+    def train(
+        self, run: Training, steps: int, *, curves: bool = True, on_step: Callable[[float], Any] | None = None
+    ) -> Training:
         """Train ``steps`` steps, or up to the first loss that is not finite, and fill ``run``.
 
         ``curves=False`` leaves out the whole training and test sets; ``on_step`` is called with each batch loss.
@@ -340,7 +342,7 @@ class Trainer:
         del run.gradient_ms[: len(run.gradient_ms) > 1]
         return run
 
-    def _look(self, run: Run, params: Any) -> None:
+    def _look(self, run: Training, params: Any) -> None:
         run.steps.append(len(run.step_ms))
         run.train_losses.append(float(self._loss(params, self.problem.train or None)))
         run.metrics.append(float(self._metric(params)))

@@ -13,7 +13,7 @@ import numpy as np
 from precond_ref.conformance import tolerance, variants
 
 if TYPE_CHECKING:
-    from precond_ref.conformance.results import Report, Run
+    from precond_ref.conformance.results import Replay, Report
 
 SLACK = 30.0
 """A variant agrees with the subject up to this many tolerances, because it may be worse conditioned than the method."""
@@ -158,12 +158,12 @@ MOST = 0.75
 SINGLE = "What is left is of the size of single precision's rounding, in every case: something is computed in it."
 
 
-def _finite(run: Run) -> bool:
+def _finite(run: Replay) -> bool:
     """Return whether some update of the run can be compared."""
     return bool((np.isfinite(run.params[1:]) & np.isfinite(run.params[:-1])).any())
 
 
-def _derived(runs: Sequence[Run], failing: frozenset[str], edges: str, dtype: str) -> Match | None:
+def _derived(runs: Sequence[Replay], failing: frozenset[str], edges: str, dtype: str) -> Match | None:
     """Return a mistake that no variant has: other treatment of later parameters, powers of eigenvalues below zero."""
     wrong = [run for run in runs if run.case.id in failing]
     method = {run.case.id: _members(run, dtype) for run in wrong}
@@ -179,7 +179,7 @@ def _derived(runs: Sequence[Run], failing: frozenset[str], edges: str, dtype: st
     return None
 
 
-def _nan_of_zeros(run: Run) -> bool:
+def _nan_of_zeros(run: Replay) -> bool:
     """Return whether, at the first step that is not finite, this is so only where all gradients so far were zero."""
     bad = next((t for t, params in enumerate(run.params[1:]) if not np.isfinite(params).all()), None)
     if bad is None:
@@ -188,11 +188,11 @@ def _nan_of_zeros(run: Run) -> bool:
     return not seen[~np.isfinite(run.params[bad + 1])].any()
 
 
-def _all_finite(run: Run) -> bool:
+def _all_finite(run: Replay) -> bool:
     return bool(np.isfinite(run.params).all())
 
 
-def _members(run: Run, dtype: str) -> list[float]:
+def _members(run: Replay, dtype: str) -> list[float]:
     """Return for each parameter of a stack its largest error over the tolerance, against the method itself."""
     want = _trace(run, frozenset(), run.case.steps)
     members = [slice(i, i + 1) for i in range(want.shape[1])]
@@ -220,7 +220,7 @@ def edges(report: Report) -> str:
     return " and ".join(dict.fromkeys(found))
 
 
-def at_edge(run: Run, step: int) -> bool:
+def at_edge(run: Replay, step: int) -> bool:
     """Return whether a step is at an edge: the zeros of a singular statistic are left out, or the right step jumps.
 
     With positive `RIDGES` no zero is left out that a step could show. A step jumps if a gradient changed by a millionth
@@ -250,7 +250,7 @@ def at_edge(run: Run, step: int) -> bool:
 
 
 def _search(
-    runs: Sequence[Run], failing: frozenset[str], known: variants.Variants, dtype: str, size: int
+    runs: Sequence[Replay], failing: frozenset[str], known: variants.Variants, dtype: str, size: int
 ) -> tuple[Match, ...]:
     """Return the variants of ``size`` flags that explain all runs to the tolerance of ``dtype``."""
     plain, found = max(error for error, _ in _explain(runs, frozenset(), dtype)), []
@@ -269,7 +269,9 @@ def _search(
     return tuple(m for m in found if m.error <= max(10 * found[0].error, 1e-14))
 
 
-def _greedy(runs: Sequence[Run], failing: frozenset[str], known: variants.Variants, dtype: str, pairs: bool) -> Match:
+def _greedy(
+    runs: Sequence[Replay], failing: frozenset[str], known: variants.Variants, dtype: str, pairs: bool
+) -> Match:
     """Return the flag or pair that agrees with most cases, extended by the flag that adds most cases, and so on.
 
     The result has no flag if the method itself agrees with as many cases.
@@ -296,7 +298,7 @@ def _against(match: Match) -> int:
 
 
 def _explained(
-    runs: Sequence[Run],
+    runs: Sequence[Replay],
     failing: frozenset[str],
     known: variants.Variants,
     flags: frozenset[str],
@@ -322,7 +324,7 @@ def _explained(
     return Match(tuple(sorted(flags)), text, max(good), wrong - len(unexplained), unexplained, contradicted)
 
 
-def _single(runs: Sequence[Run], flags: frozenset[str]) -> float:
+def _single(runs: Sequence[Replay], flags: frozenset[str]) -> float:
     """Return the share of the cases with errors if these are the rounding of single precision, else 0.
 
     Then no error is above the tolerance of single precision, or smaller than its rounding. And some steps are too long
@@ -349,7 +351,9 @@ def _single(runs: Sequence[Run], flags: frozenset[str]) -> float:
     return wrong / len(runs) if by_chance or 5 * fewer >= count else 0.0  # steps of one run are not independent
 
 
-def _explain(runs: Sequence[Run], flags: frozenset[str], dtype: str, stop: bool = False) -> list[tuple[float, float]]:
+def _explain(
+    runs: Sequence[Replay], flags: frozenset[str], dtype: str, stop: bool = False
+) -> list[tuple[float, float]]:
     """Return for each run the variant's largest error and its ratio to the tolerance; ``stop``: up to a failure."""
     out = []
     if stop and not (first := _replayed(runs[0], flags, dtype, 1))[1] <= SLACK:  # most variants end here
@@ -361,7 +365,7 @@ def _explain(runs: Sequence[Run], flags: frozenset[str], dtype: str, stop: bool 
     return out
 
 
-def _trace(run: Run, flags: frozenset[str], steps: int) -> np.ndarray:
+def _trace(run: Replay, flags: frozenset[str], steps: int) -> np.ndarray:
     """Return the parameters (steps, members, *shape) of a variant on the first ``steps`` gradients of a run."""
     case, grads = run.case, run.tensors["grads"][:steps]
     trace = variants.run(
@@ -376,13 +380,13 @@ def _trace(run: Run, flags: frozenset[str], steps: int) -> np.ndarray:
     return trace.params.reshape(len(grads), *run.params.shape[1:])
 
 
-def _replayed(run: Run, flags: frozenset[str], dtype: str, steps: int) -> tuple[float, float]:
+def _replayed(run: Replay, flags: frozenset[str], dtype: str, steps: int) -> tuple[float, float]:
     """Return `_distance` of a run from a variant on the first ``steps`` gradients."""
     return _distance(run, _trace(run, flags, steps), dtype)
 
 
 @np.errstate(over="ignore")  # a mistake may grow without bound
-def _distance(run: Run, params: np.ndarray, dtype: str) -> tuple[float, float]:
+def _distance(run: Replay, params: np.ndarray, dtype: str) -> tuple[float, float]:
     """Return the largest normwise error of the updates and its largest ratio to the tolerance; NaN agrees with NaN."""
     worst, worst_ratio = 0.0, 0.0
     want = np.concatenate([run.params[:1], params])

@@ -78,7 +78,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Run:
+class Replay:
     """The run of a subject on one trace: parameters (T + 1, members, *shape), from the first ones on, and states."""
 
     case: Case
@@ -96,7 +96,7 @@ class Report:
     dtype: str
     level: int
     results: list[Result] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
+    runs: list[Replay] = field(default_factory=list)
     xfails: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     require: str = ""

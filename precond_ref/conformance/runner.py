@@ -17,9 +17,9 @@ from precond_ref.conformance.results import (
     PASSED,
     SKIPPED,
     Gap,
+    Replay,
     Report,
     Result,
-    Run,
     cases,
     config_of,
     gap,
@@ -179,7 +179,7 @@ def _kinds(value: Any) -> str:
     return type(value).__name__
 
 
-def _trace(subject: Subject, case: Case, dtype: str, level: int, touched: list[str]) -> tuple[Result, Run | None]:
+def _trace(subject: Subject, case: Case, dtype: str, level: int, touched: list[str]) -> tuple[Result, Replay | None]:
     tensors = vectors.load(case)
     show = getattr(subject, "state", None) if level else None
     states: list[list[dict[str, np.ndarray]]] = []
@@ -202,7 +202,7 @@ def _trace(subject: Subject, case: Case, dtype: str, level: int, touched: list[s
         return Result(case.id, case.tier, SKIPPED, case.why, message=words(error)), None
     except RAISED as error:
         return Result(case.id, case.tier, ERROR, case.why, message=said(error)), None
-    run = Run(case, tensors, np.stack(params), states)
+    run = Replay(case, tensors, np.stack(params), states)
     with np.errstate(all="ignore"):
         found = list(gaps(run, dtype))
     failing = [g for g in found if not g.ratio <= 1]
@@ -219,7 +219,7 @@ def _set_rate(subject: Any, factor: float) -> None:
         raise Unsupported("the subject's learning rate cannot be changed during a run: it has no change(lr=factor)")
 
 
-def gaps(run: Run, dtype: str) -> Iterator[Gap]:
+def gaps(run: Replay, dtype: str) -> Iterator[Gap]:
     """Yield the gap of every compared quantity at every step with results; for a stack, the worst member's."""
     case = run.case
     wanted = {name: members(tensor, case, 1) for name, tensor in run.tensors.items() if name not in case.inputs}
@@ -239,7 +239,7 @@ def gaps(run: Run, dtype: str) -> Iterator[Gap]:
             yield max(found, key=lambda g: math.inf if math.isnan(g.ratio) else g.ratio)
 
 
-def _update(run: Run, t: int, i: int, dtype: str, direction: np.ndarray, after: np.ndarray) -> Gap:
+def _update(run: Replay, t: int, i: int, dtype: str, direction: np.ndarray, after: np.ndarray) -> Gap:
     """Return the gap of the change that step ``t`` makes to member ``i``."""
     case, rate = run.case, run.case.rates[t - 1]
     before = (after + rate * direction) / (1 - rate * case.decay)
@@ -249,7 +249,7 @@ def _update(run: Run, t: int, i: int, dtype: str, direction: np.ndarray, after: 
     return _gap(t, "update", got, step, limit, case.fold)
 
 
-def _path(run: Run, t: int, i: int, dtype: str, direction: np.ndarray, after: np.ndarray) -> Gap:
+def _path(run: Replay, t: int, i: int, dtype: str, direction: np.ndarray, after: np.ndarray) -> Gap:
     """Return the gap of member ``i`` after step ``t``, with the errors of all steps so far; not all have results."""
     seen = run.params[: t + 1, i].reshape(t + 1, -1)
     sizes, lengths = np.linalg.norm(seen, axis=1), np.linalg.norm(seen[1:] - seen[:-1], axis=1)

@@ -16,7 +16,18 @@ from typing import Any
 
 from precond_ref.numerics import nystrom
 from precond_ref.numerics import sketch as fd
-from precond_ref.theory.base import Array, Run, Sides, Source, about, np, pseudo_power, statement, trace_power
+from precond_ref.theory.base import (
+    Array,
+    Run,
+    Sides,
+    Source,
+    Statement,
+    about,
+    np,
+    pseudo_power,
+    statement,
+    trace_power,
+)
 
 PAGE = "methods/sketchy.md#what-is-proved"
 sadagrad, sshampoo = about("SAdaGrad"), about("SShampoo")
@@ -283,9 +294,13 @@ def low_rank(s: Sketched) -> Sides:
 @statement("sketch.root-trace", "tr Gtil_t^{1/2} <= tr G_t^{1/2} + sqrt(d (d - l)_+ rho_{1:t})", Source.PROVED, PAGE)
 def root_trace(s: Sketched) -> Sides:
     """(vii)."""
+    return _root_trace(s, s.size)
+
+
+def _root_trace(s: Sketched, size: Any) -> Sides:
     d = s.dimension
     left = trace_power(s.bound, 0.5)
-    right = np.sum(np.sqrt(s.spectrum), axis=1) + np.sqrt(d * max(d - s.size, 0) * s.escaped)
+    right = np.sum(np.sqrt(s.spectrum), axis=1) + np.sqrt(d * np.maximum(d - size, 0) * s.escaped)
     t = int(np.argmax(left / np.maximum(right, 1e-300)))
     # an eigenvalue 0 is good to u lambda_1, its root to sqrt(u)
     return Sides(left=left[t], right=right[t], rounding=4 * d * 2.0**-26 * right[t], symbols=_symbols(s, t))
@@ -294,22 +309,28 @@ def root_trace(s: Sketched) -> Sides:
 # ---- certified sketches ---------------------------------------------------------------------------------------------
 
 
-@statement("nystrom.lower", "Gbar_t <= G_t, certified sketch", Source.PROVED, PAGE)
-def certified_lower(s: Sketched) -> Sides:
-    """(i), left half, whatever was found of the leading eigenvectors."""
-    return _order(s, s.low, s.gram)
+def _certified(exact: Statement, formula: str, about: str) -> Statement:
+    """Register ``exact`` for certified sketches too: "sketch.lower" as "nystrom.lower", `certified_lower`."""
+
+    @functools.wraps(exact.function)
+    def function(*given: Any) -> Sides:
+        sides = exact.function(*given)
+        if not exact.methods:
+            return sides
+        met = {name: met for name, met in sides.assumptions.items() if name != "exact cuts"}
+        run, *others = given
+        return replace(sides, assumptions={**met, "certified": run.form(SShampooForm, *others).certified})
+
+    name = exact.name.partition(".")[2]
+    function.__name__, function.__doc__ = f"certified_{name.replace('-', '_')}", about
+    return statement(f"nystrom.{name}", formula, Source.PROVED, PAGE, methods=exact.methods)(function)
 
 
-@statement("nystrom.error", "|G_t - Gbar_t| <= rho_{1:t}, certified", Source.PROVED, PAGE)
-def certified_error(s: Sketched) -> Sides:
-    """(i), right half."""
-    return _worst(s, np.linalg.norm(s.gram - s.low, 2, axis=(1, 2)), s.escaped)
-
-
-@statement("nystrom.growth", "beta2 Gtil_{t-1} + M_t <= Gtil_t, certified", Source.PROVED, PAGE)
-def certified_growth(s: Sketched) -> Sides:
-    """(iii)."""
-    return _order(s, s.beta2 * s.before(s.bound) + s.news, s.bound)
+certified_lower = _certified(
+    lower, "Gbar_t <= G_t, certified sketch", "(i), left half, whatever was found of the leading eigenvectors."
+)
+certified_error = _certified(error, "|G_t - Gbar_t| <= rho_{1:t}, certified", "(i), right half.")
+certified_growth = _certified(growth, "beta2 Gtil_{t-1} + M_t <= Gtil_t, certified", "(iii).")
 
 
 def _cuts(s: Sketched) -> Array:
@@ -356,12 +377,7 @@ def certified_mass(s: Sketched) -> Sides:
 )
 def certified_root_trace(s: Sketched) -> Sides:
     """(vii)."""
-    d = s.dimension
-    spare = np.maximum(d - effective(s.size, s.lost, s.escaped), 0)
-    left = trace_power(s.bound, 0.5)
-    right = np.sum(np.sqrt(s.spectrum), axis=1) + np.sqrt(d * spare * s.escaped)
-    t = int(np.argmax(left / np.maximum(right, 1e-300)))
-    return Sides(left=left[t], right=right[t], rounding=4 * d * 2.0**-26 * right[t], symbols=_symbols(s, t))
+    return _root_trace(s, effective(s.size, s.lost, s.escaped))
 
 
 # ---- S-AdaGrad ------------------------------------------------------------------------------------------------------
@@ -564,12 +580,6 @@ def sshampoo_regret(run: Run, comparator: Array, rank: int) -> Sides:
 )
 def theorem_5(run: Run, comparator: Array, rank: int) -> Sides:
     """The paper's Theorem 5."""
-    sides = _theorem_5(run, comparator, rank)
-    exact = not run.form(SShampooForm, comparator, rank).certified
-    return replace(sides, assumptions={**sides.assumptions, "exact cuts": exact})
-
-
-def _theorem_5(run: Run, comparator: Array, rank: int) -> Sides:
     form: SShampooForm = run.form(SShampooForm, comparator, rank)
     right = np.sqrt(2 * rank) * form.D
     for own, d, tail in zip(form.own, form.shape, form.omegas, strict=True):
@@ -579,46 +589,25 @@ def _theorem_5(run: Run, comparator: Array, rank: int) -> Sides:
         left=form.regret,
         right=right,
         symbols=form.symbols,
-        assumptions={**form.assumptions, "eta = D / sqrt(2 r)": tuned},
+        assumptions={**form.assumptions, "exact cuts": not form.certified, "eta = D / sqrt(2 r)": tuned},
     )
 
 
-@sshampoo(
-    "nystrom.regret",
+certified_regret = _certified(
+    sshampoo_regret,
     "R_T <= D^2/(2 eta) tr Ltil_T^{1/4} tr Rtil_T^{1/4} + eta r tr L_T^{1/4} tr R_T^{1/4}, certified",
-    Source.PROVED,
-    PAGE,
+    "Any rate, with the masses that were reported.",
 )
-def certified_regret(run: Run, comparator: Array, rank: int) -> Sides:
-    """Any rate, with the masses that were reported."""
-    return _certified(sshampoo_regret.function(run, comparator, rank), run, comparator, rank)
-
-
-def _certified(sides: Sides, run: Run, comparator: Array, rank: int) -> Sides:
-    certified = run.form(SShampooForm, comparator, rank).certified
-    return replace(sides, assumptions={**sides.assumptions, "certified": certified})
-
-
-@sshampoo(
-    "nystrom.quadratic",
+certified_quadratic = _certified(
+    sshampoo_quadratic,
     "sum <G_t, Ltil_t^{-1/4} G_t Rtil_t^{-1/4}> <= 2 r tr L_T^{1/4} tr R_T^{1/4}, certified",
-    Source.PROVED,
-    PAGE,
+    "Shampoo's lemma.",
 )
-def certified_quadratic(run: Run, comparator: Array, rank: int) -> Sides:
-    """Shampoo's lemma."""
-    return _certified(sshampoo_quadratic.function(run, comparator, rank), run, comparator, rank)
-
-
-@sshampoo(
-    "nystrom.theorem-5",
+certified_theorem_5 = _certified(
+    theorem_5,
     "R_T <= sqrt(2 r) D (tr L_T^{1/4} + m Omega_{L, kappa l}^{1/4}) (tr R_T^{1/4} + n Omega_{R, kappa l}^{1/4})",
-    Source.PROVED,
-    PAGE,
+    "Theorem 5 with the kappa of each side as measured, eta = D / sqrt(2 r).",
 )
-def certified_theorem_5(run: Run, comparator: Array, rank: int) -> Sides:
-    """Theorem 5 with the kappa of each side as measured, eta = D / sqrt(2 r)."""
-    return _certified(_theorem_5(run, comparator, rank), run, comparator, rank)
 
 
 def comparator_at_distance(run: Run, distance: float) -> Array | None:
