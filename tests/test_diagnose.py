@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from typer.testing import CliRunner
 from precond_ref.cli import application
 from precond_ref.conformance import check, diagnose, invariance, isolation, results, tolerance, variants, wrap
 from precond_ref.conformance.subjects import Reference
-from precond_ref.methods import agd, asgo, inverse_free, muon, sketchy
+from precond_ref.methods import agd, asgo, baselines, inverse_free, muon, sketchy
 from precond_ref.numerics import sketch
 
 U = 2.0**-53
@@ -519,6 +521,84 @@ def test_what_is_an_edge() -> None:
     assert check(Reference(), "Shampoo").edges == ""
 
 
+@np.errstate(all="ignore")
+def all_nan_adagrad(param, grad, state, *, lr, eps, initial, weight_decay):
+    """A single entry without a gradient so far, and no ridge: NaN in all entries."""
+    state = (initial + 0 * grad if state is None else state) + grad**2
+    spoilt = 0 if eps else 0 / state.min()
+    return (1 - lr * weight_decay) * param - lr * (grad / (np.sqrt(state) + eps) + spoilt), state
+
+
+@pytest.mark.usefixtures("vectors_alone")
+def test_an_elementwise_method_at_an_edge_has_no_eigenvalues() -> None:
+    report = check(wrap(all_nan_adagrad), "AdaGrad")
+    assert report.edges == "eps = 0"
+    assert names(report) == []
+
+
+def test_an_entry_far_below_the_others_is_no_edge() -> None:
+    """Each entry of an elementwise step is moved by its own size: the sign of a small one does not jump."""
+    case = SimpleNamespace(
+        config={"eps": 1e-20},
+        rates=[1.0],
+        decay=0.0,
+        stack_ndim=0,
+        make=lambda: baselines.AdaGrad(eps=1e-20, initial=0.0),
+    )
+    for small, jumps in ((1e-8, False), (0.0, True)):
+        run = SimpleNamespace(case=case, tensors={"param": np.zeros(2), "grads": np.array([[1.0, small]])})
+        assert diagnose.at_edge(run, 1) == jumps
+
+
+# ---- limits of the diagnosis ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("vectors_alone")
+def test_rounding_beyond_the_tolerance_is_told() -> None:
+    """The steps are those of float64, and a case fails: the hint says by how much, at worst, and not of a state."""
+    report = check(Reference(), "SGD", diagnose=False)
+    first, second, third = [i for i, r in enumerate(report.results) if r.status == "passed"][:3]
+
+    def fails(i: int, quantity: str, ratio: float) -> None:
+        gap = replace(results.gap(1, quantity, np.ones(2), np.ones(2), 1.0), ratio=ratio)
+        report.results[i] = replace(report.results[i], status="failed", gap=gap)
+
+    fails(third, "momentum", 7.0)
+    assert not any("rounding" in hint for hint in diagnose.diagnose(report).hints)
+    fails(first, "update", 1.5)
+    fails(second, "update", 1.25)
+    said = "What fails is rounding, 1.5 times the tolerance: float64 alone comes to as much."
+    assert diagnose.diagnose(report).hints[-1] == said
+
+
+@pytest.mark.usefixtures("vectors_alone")
+def test_the_search_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by a second at each look, the search tries ten variants, and so does the extension."""
+    report = check(Reference(), "SGD", diagnose=False)
+    ticks = itertools.count()
+    monkeypatch.setattr(diagnose.time, "process_time", lambda: float(next(ticks)))
+    tried: list[Any] = []
+    known = variants.of(FIRST["SGD"].make())
+
+    def choices(*_: Any) -> Any:
+        for i in range(100):
+            tried.append(i)
+            yield frozenset({"sign"})
+
+    monkeypatch.setattr(variants, "choices", choices)
+    diagnose._search(report.runs, frozenset(), known, "float64", 1)
+    assert len(tried) == 11
+    ticks = itertools.count()
+    tried.clear()
+    asked: list[Any] = []
+    explained = diagnose._explained
+    monkeypatch.setattr(
+        diagnose, "_explained", lambda *a: asked.append(a) or (None if len(asked) > 1 else explained(*a))
+    )
+    diagnose._greedy(report.runs, frozenset(), known, "float64", True)
+    assert len(asked) <= 11
+
+
 # ---- the checker ----------------------------------------------------------------------------------------------------
 
 
@@ -624,6 +704,16 @@ DIAGNOSIS = [
     ([("if singular and (0 in ridges or not ridges):", "if singular:")], test_what_is_an_edge),
     ([("<= 0.01 * longest:\n            return True", "<= 0.01 * longest:\n            return False")],
      test_what_is_an_edge),
+    ([("if case.make().elementwise else largest", "if False else largest")],
+     test_an_entry_far_below_the_others_is_no_edge),
+    ([(" and not wrong[0].case.make().elementwise", "")], test_an_elementwise_method_at_an_edge_has_no_eigenvalues),
+    ([(' and r.gap.quantity == "update"]\n        if over', ']\n        if over')],
+     test_rounding_beyond_the_tolerance_is_told),
+    ([("{max(over):.2g}", "{over[-1]:.2g}")], test_rounding_beyond_the_tolerance_is_told),
+    ([("        if time.process_time() > end:\n            break\n        errors", "        errors")],
+     test_the_search_ends_in_time),
+    ([("            if time.process_time() > end:\n                break\n            best", "            best")],
+     test_the_search_ends_in_time),
 ]  # fmt: skip
 
 
@@ -634,7 +724,7 @@ def test_a_planted_bug_in_the_diagnosis_is_caught(
     changes: list[tuple[str, str]], test: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = mutated(diagnose, *changes)
-    for name in ("diagnose", "edges", "_single", "at_edge", "Match", "Diagnosis"):
+    for name in ("diagnose", "edges", "_single", "_search", "_greedy", "at_edge", "Match", "Diagnosis"):
         monkeypatch.setattr(diagnose, name, getattr(copy, name))
     with pytest.raises(AssertionError):
         test()

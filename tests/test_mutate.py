@@ -90,13 +90,21 @@ def test_edits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_tested(tool: Any) -> None:
-    """The tests see the mutant, and pass without it."""
-    file = "tests/test_diagnose.py::test_what_an_update_may_be_off"
-    mutant = named("max(kappa, 1.0) -> kappa", "precond_ref.conformance.tolerance")
-    work = [(m, tool.tested, (m, [file])) for m in (None, mutant)]
-    found = dict(tool.in_processes(1, work, 300))
-    assert found[None]["fate"] == "survivor", found
-    assert found[mutant] == {"fate": "killed", "by": file}
+    """A test sees the mutant in its lines, and passes without it; a line that it does not run has no test."""
+    test, module, found = (
+        "tests/test_diagnose.py::test_what_an_update_may_be_off",
+        "precond_ref.conformance.tolerance",
+        [],
+    )
+    both = [named("before + after -> (before - after)", module), named("step - 1 -> (step + 1)", module)]
+
+    def then(tests: Any) -> None:
+        ((_, ran),) = tool.in_processes(1, [(None, tool.watched, (tests, [module]))], 300)
+        told = dict(tool.in_processes(1, [(m, tool.tested, (m, tests, [test])) for m in both], 300))
+        found.extend([ran["failed"], *([tool.running(m, ran), told[m]["fate"]] for m in both)])
+
+    tool.with_tests([test], False, then)
+    assert found == ["", [[test], "killed"], [[], "survivor"]]
 
 
 def test_the_library_is_kept_apart() -> None:
@@ -161,6 +169,14 @@ def test_a_planted_bug_in_what_runs_is_caught(what: str, tmp_path: Path, monkeyp
 
 
 @pytest.mark.full
-def test_a_planted_bug_in_the_tests_is_caught() -> None:
-    with pytest.raises(AssertionError, match="found.mutant. =="):  # pytest takes the file, which has no mutant
-        apart(check_tested, (', "--assert=plain"', ""))
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("function.__code__ = new[", "_ = new["),
+        ("if own & lines)", "if lines)"),
+        ("report.nodeid * report.failed", '""'),
+    ],
+)
+def test_a_planted_bug_in_the_tests_is_caught(change: tuple[str, str]) -> None:
+    with pytest.raises(AssertionError, match="assert found =="):
+        apart(check_tested, change)

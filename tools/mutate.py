@@ -17,8 +17,9 @@ other inputs, with drawn fields, shapes and gradients. Without a difference ther
 python tools/mutate.py                               # 2000 mutants; the table, and the survivors
 python tools/mutate.py --sample 0 --json all.jsonl   # every mutant; begun again, it goes on where it ended
 python tools/mutate.py --sample 100 --diagnose       # what the diagnosis says about those that a case kills
-python tools/mutate.py --sample 100 --tests          # the quick tests of the module in the place of the check
+python tools/mutate.py --sample 100 --tests          # the quick tests that run the line, in the place of the check
 python tools/mutate.py --sample 100 --checker        # mutants of the checker itself, tried by its quick tests
+python tools/mutate.py --only said.jsonl --checker --full    # those that its quick tests let pass, by all its tests
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import argparse
 import ast
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.machinery
 import importlib.util
@@ -39,6 +41,7 @@ import math
 import random
 import resource
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -47,6 +50,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import connection, get_context
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -70,7 +74,7 @@ TESTS = {
     "contract": "wrong_optimizers", "beside": "wrong_optimizers",
 }  # fmt: skip
 """Names of the test files of a module, if they are not its own name; `test_files` has those of all modules."""
-SECONDS, GIGABYTES = 60.0, 4
+SECONDS, TEST_SECONDS, GIGABYTES = 60.0, 300.0, 4
 SAME = 1e-6
 SUBJECTS = 5
 """Largest number of methods tried among those that run through a line of ``numerics``."""
@@ -456,10 +460,9 @@ def constructors() -> list[str]:
     return list(dict.fromkeys(case.constructor for case in vectors.cases(kind="trace")))
 
 
-def reached(mutated: list[str]) -> dict[str, tuple[set[tuple[str, int]], list[Any]]]:
-    """Return by constructor the lines (module, line) that its vectors and drawn inputs run, and its steps."""
+def tracer(mutated: list[str], lines: set[tuple[str, int]]) -> Callable[..., Any]:
+    """Return a function for `sys.settrace` that adds the lines (module, line) of these modules that run."""
     names = {str(path_of(m)): m for m in mutated}
-    lines: set[tuple[str, int]] = set()
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
         module = names.get(frame.f_code.co_filename)
@@ -469,7 +472,13 @@ def reached(mutated: list[str]) -> dict[str, tuple[set[tuple[str, int]], list[An
             lines.add((module, frame.f_lineno))
         return trace
 
-    found = {}
+    return trace
+
+
+def reached(mutated: list[str]) -> dict[str, tuple[set[tuple[str, int]], list[Any]]]:
+    """Return by constructor the lines (module, line) that its vectors and drawn inputs run, and its steps."""
+    lines: set[tuple[str, int]] = set()
+    trace, found = tracer(mutated, lines), {}
     for constructor in constructors():
         lines.clear()
         sys.settrace(trace)
@@ -529,10 +538,12 @@ def judged(mutant: Mutant | None, subjects: list[str], truth: dict[str, list[Any
 
 def child(pipe: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """Do the work and send its result."""
-    gigabytes = GIGABYTES * (4 if work is tested else 1)  # the tests import torch and JAX
+    gigabytes = GIGABYTES * (4 if work in (tested, watched) else 1)  # the tests import torch and JAX
     resource.setrlimit(resource.RLIMIT_AS, (gigabytes * 2**30,) * 2)
     warnings.simplefilter("ignore")
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for descriptor in (1, 2):
+        os.dup2(sys.stdout.fileno(), descriptor)
     try:
         pipe.send(work(*arguments))
     except BaseException as error:
@@ -574,46 +585,110 @@ def in_processes(
                 yield key, {"fate": "killed", "by": f"took more than {seconds:g} s"}
 
 
-# ---- the quick tests ------------------------------------------------------------------------------------------------
+# ---- the tests ------------------------------------------------------------------------------------------------------
 
 
 def test_files(module: str) -> list[str]:
-    """Return the test files that are run for a mutant of a module: first its own, then those of its kind."""
+    """Return the test files that are collected for a module: first its own, then those of its kind."""
     name, common = module.rpartition(".")[2], "conformance" if ".conformance." in module else "vectors"
     names = [*TESTS.get(name, name).split(), common]
     return [file for file in (f"tests/test_{n}.py" for n in dict.fromkeys(names)) if (ROOT / file).exists()]
 
 
-class First:
-    """A plugin of pytest that keeps the first failure."""
+class Tests:
+    """A plugin of pytest that hands over the collected tests, in the place of running them."""
 
-    by = ""
+    def __init__(self, then: Callable[[Tests], None]):
+        self.then, self.items, self.failed = then, dict[str, Any](), ""
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        """Call ``then`` with the tests; pytest runs none."""
+        self.items = {item.nodeid: item for item in session.items}
+        self.then(self)
+        return True
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Keep the name of a test that fails."""
-        self.by = self.by or report.nodeid * report.failed
+        """Keep the name of the first test that fails."""
+        self.failed = self.failed or report.nodeid * report.failed
 
-    def pytest_collectreport(self, report: Any) -> None:
-        """Keep the name of a file that cannot be imported."""
-        self.by = self.by or report.nodeid * report.failed
+    def run(self, names: list[str]) -> Iterator[str]:
+        """Run the tests of these names, and yield each name after its test; stops at the first failure."""
+        for name, after in zip(names, [*names[1:], ""], strict=False):
+            item = self.items[name]
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=self.items.get(after))
+            yield name
+            if self.failed:
+                return
 
 
-def tested(mutant: Mutant | None, files: list[str]) -> dict[str, Any]:
-    """Run the quick tests of these files with the mutant in the place of its module; only in a process of its own.
-
-    Processes that a test starts have the module as it is.
-    """
+def with_tests(files: list[str], full: bool, then: Callable[[Tests], None]) -> None:
+    """Collect the tests of these files and call ``then`` with them."""
     import pytest
 
     os.chdir(ROOT)
-    exchange({})
-    for name, module in list(sys.modules.items()):  # test modules that know the library without the mutant
-        if str(getattr(module, "__file__", None)).startswith(str(ROOT / "tests")):
-            del sys.modules[name]
-    first, options = First(), ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--assert=plain"]
-    with edited(mutant):  # pytest would rewrite the assertions of the library, from its file
-        code = pytest.main([*options, *files], plugins=[first])
-    return {"fate": "killed" if code else "survivor", "by": first.by or f"exit code {int(code)}"}
+    options = ["-q", "-s", "-n", "0", "-p", "no:cacheprovider", "--assert=plain", *["--full"] * full]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        code = pytest.main([*options, *files], plugins=[Tests(then)])
+    if code:
+        raise SystemExit(f"pytest ends with exit code {int(code)}: {' '.join([*options, *files])}")
+
+
+def watched(tests: Tests, mutated: list[str]) -> dict[str, Any]:
+    """Run all tests and return their lines (module, line) of these modules; only in a process of its own."""
+    seconds, lines, own = dict[str, float](), dict[str, set[tuple[str, int]]](), set[tuple[str, int]]()
+    trace = tracer(mutated, own)
+    threading.settrace(trace)
+    sys.settrace(trace)
+    start = time.process_time()
+    for name in tests.run(list(tests.items)):
+        seconds[name], lines[name] = time.process_time() - start, set(own)
+        own.clear()
+        start = time.process_time()
+        sys.settrace(trace)  # a test may have ended it
+    return {"failed": tests.failed, "seconds": seconds, "lines": lines}
+
+
+def exchange_code(mutant: Mutant) -> None:
+    """Give the functions of the module, imported as they are, the code of the mutant."""
+
+    def codes(code: CodeType) -> Iterator[tuple[tuple[str, int], CodeType]]:
+        """Yield each code with its name and the number of codes before it that have the same name."""
+        found, waiting = Counter[str](), [code]
+        while waiting:
+            for inner in (c for c in waiting.pop().co_consts if isinstance(c, CodeType)):
+                yield (inner.co_qualname, found[inner.co_qualname]), inner
+                found[inner.co_qualname] += 1
+                waiting.append(inner)
+
+    source, path = path_of(mutant.module).read_text(encoding="utf-8"), str(path_of(mutant.module))
+    names = {(code.co_qualname, code.co_firstlineno): key for key, code in codes(compile(source, path, "exec"))}
+    new = dict(codes(compile(applied(mutant, source), path, "exec")))
+    for function in gc.get_objects():
+        if isinstance(function, FunctionType) and function.__code__.co_filename == path:
+            code = function.__code__
+            function.__code__ = new[names[code.co_qualname, code.co_firstlineno]]
+
+
+def tested(mutant: Mutant, tests: Tests, names: list[str]) -> dict[str, Any]:
+    """Run these tests with the mutant in the place of its module; only in a process of its own.
+
+    Processes that a test starts have the module as it is.
+    """
+    try:
+        exchange_code(mutant)
+    except (KeyError, ValueError) as error:  # a variable of the enclosing function that is used no longer
+        return {"fate": "not tried", "by": str(error)}
+    ran = list(tests.run(names))
+    if tests.failed:
+        return {"fate": "killed", "by": tests.failed, "tests": len(ran)}
+    return {"fate": "survivor", "by": f"{len(ran)} tests pass" if ran else "no test runs the line", "tests": len(ran)}
+
+
+def running(mutant: Mutant, ran: dict[str, Any]) -> list[str]:
+    """Return the tests that run a line of the mutant, quick ones first."""
+    rows = path_of(mutant.module).read_text(encoding="utf-8")[mutant.start : mutant.end].count("\n") + 1
+    lines = {(mutant.module, mutant.line + i) for i in range(rows)}
+    return sorted((n for n, own in ran["lines"].items() if own & lines), key=lambda n: ran["seconds"][n])
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -627,9 +702,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--modules", default="", help="parts of module names, separated by commas (default: all)")
     parser.add_argument("--only", type=Path, metavar="FILE", help="the survivors of a report, again")
     parser.add_argument("--diagnose", action="store_true", help="keep the diagnosis of each mutant")
-    parser.add_argument("--tests", action="store_true", help="run the module's quick tests instead of check")
+    parser.add_argument("--tests", action="store_true", help="run the quick tests of the module instead of check")
     parser.add_argument("--checker", action="store_true", help="mutate the checker; implies --tests")
-    parser.add_argument("--seconds", type=float, default=None, help=f"limit for one mutant (default: {SECONDS:g})")
+    parser.add_argument("--full", action="store_true", help="with --tests: all tests but the deep ones")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=None,
+        help=f"limit for one mutant (default: {SECONDS:g}; tests: {TEST_SECONDS:g})",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the fate of each mutant")
     return parser.parse_args()
 
@@ -650,16 +731,15 @@ def main() -> None:
         m for module in modules(given.checker) if any(part in module for part in given.modules.split(","))
         for m in mutants(module)
     ]  # fmt: skip
-    run, work = every, list[tuple[Any, Callable[..., Any], tuple[Any, ...]]]()
+    by_tests = given.tests or given.checker
+    run, lines = every, dict[tuple[str, int], list[str]]()
     if not given.checker:
         prepare()
         with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
             base = reached(modules())
-        lines: dict[tuple[str, int], list[str]] = {}
         for constructor, (seen, _) in base.items():
             for line in seen:
                 lines.setdefault(line, []).append(constructor)
-        truth, quick = {c: t for c, (_, t) in base.items()}, {c: len(seen) for c, (seen, _) in base.items()}
         run = [m for m in every if (m.module, m.line) in lines]
     in_updates = len(run)
     if given.only:
@@ -670,29 +750,39 @@ def main() -> None:
         run = sorted(random.Random(given.seed).sample(run, given.sample), key=lambda m: (m.module, m.start))
     said = "" if given.checker else f", {in_updates} of them in lines that updates run"
     console.print(f"{len(every)} mutants{said}; {len(run)} are tried")
-    if given.tests or given.checker:
-        files = sorted({file for m in run for file in test_files(m.module)})
-        for _, fate in in_processes(1, [(None, tested, (None, files))], 1800):
-            if fate["fate"] == "killed":
-                raise SystemExit(f"the tests fail without an edit: {fate['by']}")
-        work = [(m, tested, (m, test_files(m.module))) for m in run]
-    else:
-        work = [
-            (m, judged, (m, own, {c: truth[c] for c in own}, given.diagnose))
-            for m, own in ((m, subjects(m, lines[m.module, m.line], quick)) for m in run)
-        ]
     done = written(given.json) if given.json and given.json.exists() else {}
-    work = [(m, *rest) for m, *rest in work if m not in done]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    seconds = given.seconds or (SECONDS if not (given.tests or given.checker) else 600)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("mutants", total=len(work))
-        for mutant, fate in in_processes(given.jobs, work, seconds):
-            done[mutant] = fate
-            if given.json:
-                with given.json.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**asdict(mutant), **fate}) + "\n")
-            bar.advance(task)
+    left = [m for m in run if m not in done]
+
+    def go(function: Callable[..., Any], arguments: Callable[[Mutant], tuple[Any, ...]]) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        seconds = given.seconds or (TEST_SECONDS if by_tests else SECONDS)
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("mutants", total=len(left))
+            for mutant, fate in in_processes(given.jobs, [(m, function, (m, *arguments(m))) for m in left], seconds):
+                done[mutant] = fate
+                if given.json:
+                    with given.json.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({**asdict(mutant), **fate}) + "\n")
+                bar.advance(task)
+
+    def go_with(tests: Tests) -> None:
+        mutated = sorted({m.module for m in left})
+        ((_, ran),) = in_processes(1, [(None, watched, (tests, mutated))], math.inf)
+        if failed := ran.get("failed", ran.get("by")):
+            raise SystemExit(f"the tests fail without an edit: {failed}")
+        console.print(f"{len(tests.items)} tests, {sum(ran['seconds'].values()):.0f} s of processor time")
+        go(tested, lambda m: (tests, running(m, ran)))
+
+    if by_tests:
+        with_tests(sorted({file for m in run for file in test_files(m.module)}), given.full, go_with)
+    else:
+        truth, quick = {c: t for c, (_, t) in base.items()}, {c: len(seen) for c, (seen, _) in base.items()}
+
+        def its(m: Mutant) -> tuple[Any, ...]:
+            own = subjects(m, lines[m.module, m.line], quick)
+            return own, {c: truth[c] for c in own}, given.diagnose
+
+        go(judged, its)
     ordered = {m: done[m] for m in run}
     for mutant, fate in ordered.items():
         if fate["fate"] == "survivor":
@@ -703,7 +793,9 @@ def main() -> None:
 def table(fates: dict[Mutant, dict[str, Any]]) -> str:
     """Return the table of fates by module."""
     kinds = [
-        k for k in ("killed", "edge", "may", "equivalent", "survivor") if any(f["fate"] == k for f in fates.values())
+        k
+        for k in ("killed", "edge", "may", "equivalent", "survivor", "not tried")
+        if any(f["fate"] == k for f in fates.values())
     ]
     out = [f"| module | mutants | {' | '.join(kinds)} |", "|---|---|" + "---|" * len(kinds)]
     for module in [*dict.fromkeys(m.module for m in fates), ""]:
