@@ -118,7 +118,7 @@ class Method:
         cls.presets = cls.__dict__.get("presets", ())
         if not isinstance(cls.ndims, property) and not (isinstance(cls.ndims, tuple) and len(cls.ndims) == 2):
             raise TypeError(f"ndims of {cls.__qualname__} must be two numbers, as (2, 2), got {cls.ndims!r}")
-        place = "" if cls.__module__.startswith("precond_ref.") else f"{cls.__module__}:"
+        place = "" if cls.__module__.startswith("precond_ref.methods.") else f"{cls.__module__}:"
         if preset:
             cls.__qualname__ = preset  # the name by which it is printed and found
             owner, _, attribute = f"{place}{preset}".rpartition(".")

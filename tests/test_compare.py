@@ -777,6 +777,7 @@ def check_seeds(module: Any = report) -> None:
     assert data["seeds"] == [3, 4, 5]
     assert [run["seed"] for run in data["results"][0]["runs"]] == [3, 4, 5]
     assert "median of 3 seeds (3 to 5)" in report.heading(made)
+    assert module.figure(made).axes[0].texts[-1].get_text() == "bands: least to largest"
 
 
 def test_several_seeds() -> None:
@@ -791,6 +792,7 @@ def test_several_seeds() -> None:
         (rates, "planned", ("lr_source=source, seed=seed", "lr_source=source, seed=seeds[0]")),
         (runs.Result, "curve", ("statistics.median(each)", "statistics.mean(each)")),
         (runs.Result, "curve", ("max(each)", "statistics.median(each)")),
+        (report, "_label", ("any(len(each.runs) > 1 for each in best)", "False")),
     ],
 )
 def test_planted_bug_of_the_seeds_is_caught(

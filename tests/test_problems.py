@@ -606,8 +606,8 @@ BUGS = {
     "loss without its linear term": Bug("losses", " - logits * targets", "", "digits-autoencoder"),
     "slope of tanh not squared": Bug("mlp", "1.0 - a * a", "1.0 - a", "digits-mlp"),
     "slope of ReLU everywhere 1": Bug("mlp", "a > 0.0", "a >= 0.0", "digits-mlp-relu"),
-    "activation not propagated through": Bug("mlp", ' * slope(xp, values[layer - 1])', "", "digits-mlp"),
-    "mean instead of sum in the bias": Bug("mlp", "xp.sum(delta, axis=0)", "xp.mean(delta, axis=0)", "mnist-mlp"),
+    "activation not propagated through": Bug("mlp", " * slope(self.space.xp, a)", "", "digits-mlp"),
+    "mean instead of sum in the bias": Bug("mlp", "xp.sum(signal, axis=0)", "xp.mean(signal, axis=0)", "mnist-mlp"),
     "logits through the activation": Bug(
         "mlp", "phi(self.space.xp, s) if layer < depth else s", "phi(self.space.xp, s)", "mnist-autoencoder"
     ),

@@ -83,7 +83,7 @@ def experiments_command(
             if record is None:
                 fail(f"{output / name}.json is not there: run `precond-ref experiments {name} --output {output}` first")
             base.write(known[name], record, output)
-            text = base.verdicts(known.values(), output, experiments.untested())
+            text = base.verdicts(known.values(), output)
             (output / "verdicts.txt").write_text(text, encoding="utf-8")
         except (FileNotFoundError, ModuleNotFoundError) as error:
             if all_of_them:

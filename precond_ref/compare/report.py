@@ -333,6 +333,7 @@ def _label(axes: Axes, comparison: Comparison) -> None:
         )
     diverged = [each.entrant.name for each in results if each.diverged]
     others = len(results) - len(best) - len(diverged)
-    text = [f"{others} others in grey"] * (others > 0) + [f"diverged: {', '.join(diverged)}"] * bool(diverged)
+    text = ["bands: least to largest"] * any(len(each.runs) > 1 for each in best)
+    text += [f"{others} others in grey"] * (others > 0) + [f"diverged: {', '.join(diverged)}"] * bool(diverged)
     if text:
         axes.annotate("; ".join(text), xy=(0.02, 0.02), xycoords="axes fraction", fontsize=8.5, color=GREY_TEXT)

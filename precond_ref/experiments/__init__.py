@@ -10,7 +10,7 @@ from functools import cache
 
 from precond_ref.experiments.base import Claim, Experiment
 
-__all__ = ["Claim", "Experiment", "list_experiments", "untested"]
+__all__ = ["Claim", "Experiment", "list_experiments"]
 
 FAMILIES = ("asgo", "sketchy", "rootfree", "mbf", "agd", "language", "vision")
 
@@ -20,9 +20,3 @@ def list_experiments() -> dict[str, Experiment]:
     """Return the experiments by name."""
     modules = [importlib.import_module(f"precond_ref.experiments.{name}") for name in FAMILIES]
     return {each.name: each for module in modules for each in module.EXPERIMENTS}
-
-
-def untested() -> list[Claim]:
-    """Return the claims that no experiment of this size can test, with the reasons as their verdicts."""
-    modules = [importlib.import_module(f"precond_ref.experiments.{name}") for name in FAMILIES]
-    return [claim for module in modules for claim in getattr(module, "UNTESTED_CLAIMS", ())]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from precond_ref import problems
-from precond_ref.experiments.base import Claim, Experiment, Tick, Verdict, decided
+from precond_ref.experiments.base import Experiment, Tick, Verdict, claim, decided
 from precond_ref.experiments.curvature import flat, hessian
-from precond_ref.experiments.figures import line, panels, title
-from precond_ref.experiments.numbers import Array, Numbers, np, paired, spearman, spread
+from precond_ref.experiments.figures import line, lines, panels, title
+from precond_ref.experiments.numbers import Array, Numbers, column, np, paired, spearman, spread
 from precond_ref.experiments.training import Entry, descend
 from precond_ref.methods.agd import AGD
 from precond_ref.optimizer import Optimizer
@@ -16,7 +16,9 @@ from precond_ref.optimizer import Optimizer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAPER = "AGD"
+PAIRS = {
+    "difference": "|s| with |H dx|", "sqrt(b)": "sqrt(b) with |diag H|", "sqrt(v)": "Adam's sqrt(v) with |diag H|",
+}  # fmt: skip
 BATCHES = ("batches of 100", "full batch")
 LR = 10**-2.5
 
@@ -44,7 +46,7 @@ def curvature(seed: int, tick: Tick, steps: int = 300, hidden: tuple[int, ...] =
         sizes = [value.size for value in problem.initial.values()]
         times = sorted({max(2, steps // 30), steps // 2, steps})
         v, before, mean = np.zeros(sum(sizes)), flat(problem.init()), np.zeros(sum(sizes))
-        part: Numbers = {"steps": times, "difference": [], "sqrt(b)": [], "sqrt(v)": []}
+        part: Numbers = {"steps": times, **{what: [] for what in PAIRS}}
         opt = Optimizer(AGD(), lr=LR)
         for step in descend(problem, Entry(opt.method), LR, steps):
             g, x, t = flat(step.grads), flat(step.params), step.number
@@ -68,8 +70,13 @@ def least(runs: list[Numbers], kind: str, what: str, where: int) -> list[float]:
     return [min(each[where] for each in run[kind][what]) for run in runs]
 
 
+@claim("G1")
 def differences(runs: list[Numbers]) -> Verdict:
-    """G1."""
+    """The difference of gradients is the Hessian's rows times the step.
+
+    Holds here if: Spearman's correlation of |s| with |H dx| above 0.9 at every time, over all entries and within
+    layers, with batches and without.
+    """
     found = {(k, w): least(runs, k, "difference", w) for k in BATCHES for w in (0, 1)}
     good = {f"{k}{', within layers' if w else ''}": float(np.median(each)) > 0.9 for (k, w), each in found.items()}
     last = spread([run["full batch"]["difference"][-1][0] for run in runs], 2)
@@ -79,8 +86,13 @@ def differences(runs: list[Numbers]) -> Verdict:
     return decided(good, f"Least correlation along the run: {text}; full batch at the end {last}")
 
 
+@claim("G2")
 def follows(runs: list[Numbers]) -> Verdict:
-    """G2."""
+    """Its square root follows the Hessian's diagonal.
+
+    Holds here if: correlation of sqrt(b) with |diag H| within layers above 0.5 and above that of Adam's sqrt(v),
+    along the same run, with batches and without.
+    """
     text, good = [], {}
     for kind in BATCHES:
         ours, adam = (least(runs, kind, what, 1) for what in ("sqrt(b)", "sqrt(v)"))
@@ -98,10 +110,7 @@ def curvature_figure(runs: list[Numbers]) -> Figure:
     """Draw the correlations by time."""
     figure, axes = panels(2, 5.4)
     for panel, kind in zip(axes, BATCHES, strict=True):
-        for rank, what in enumerate(("difference", "sqrt(b)", "sqrt(v)")):
-            label = {"difference": "|s| with |H dx|", "sqrt(v)": "Adam's sqrt(v) with |diag H|"}.get(
-                what, "sqrt(b) with |diag H|"
-            )
+        for rank, (what, label) in enumerate(PAIRS.items()):
             for where, style in ((0, "-"), (1, "--")):
                 curves = [[each[where] for each in run[kind][what]] for run in runs]
                 name = label + (", within layers" if where else "")
@@ -138,8 +147,13 @@ def switch(seed: int, tick: Tick, steps: int = 200) -> Numbers:
     return found
 
 
+@claim("G3")
 def switches(runs: list[Numbers]) -> Verdict:
-    """G3."""
+    """It switches between SGD and the adaptive step by itself.
+
+    Holds here if: the share of coordinates that take SGD's step changes by more than 0.2 in a run, at one delta on
+    all three tasks.
+    """
     change = {
         (task, f"{d:g}"): [max(run[task][f"{d:g}"]) - min(run[task][f"{d:g}"]) for run in runs]
         for task in TASKS
@@ -161,69 +175,22 @@ def switch_figure(runs: list[Numbers]) -> Figure:
     """Draw the shares by time."""
     figure, axes = panels(3, 4.2)
     for panel, task in zip(axes, TASKS, strict=True):
-        for rank, delta in enumerate(runs[0][task]):
-            line(
-                panel,
-                runs[0]["steps"],
-                [run[task][delta] for run in runs],
-                f"delta {delta}",
-                rank,
-                marker="o",
-                markersize=3,
-            )
-        title(panel, f"share of SGD's steps, {task}", xlabel="steps", ylim=(-0.02, 1.02))
-    axes[0].legend(frameon=False, fontsize=8)
+        shares = {f"delta {delta}": column(runs, task, delta) for delta in runs[0][task]}
+        text, legend = f"share of SGD's steps, {task}", 8 * (task == TASKS[0])
+        lines(panel, runs[0]["steps"], shares, text, legend, xlabel="steps", ylim=(-0.02, 1.02))
     return figure
 
 
 EXPERIMENTS = (
     Experiment(
-        name="curvature",
-        minutes=1,
-        title="digits-mlp with two hidden layers of 16 (1482 parameters), 300 steps of AGD at 10^-2.5, with "
-        "batches and with the "
-        "whole training set; Hessian of the loss on the training set at three times.",
-        claims=(
-            Claim(
-                name="G1",
-                paper=PAPER,
-                text="The difference of gradients is the Hessian's rows times the step.",
-                criterion="Spearman's correlation of |s| with |H dx| above 0.9 at every time, over all entries "
-                "and within "
-                "layers, with batches and without",
-                judge=differences,
-            ),
-            Claim(
-                name="G2",
-                paper=PAPER,
-                text="Its square root follows the Hessian's diagonal.",
-                criterion="correlation of sqrt(b) with |diag H| within layers above 0.5 and above that of "
-                "Adam's sqrt(v), along "
-                "the same run, with batches and without",
-                judge=follows,
-            ),
-        ),
-        one=curvature,
-        draw=curvature_figure,
-        small={"steps": 4, "hidden": (2,)},
+        name="curvature", minutes=1, claims=(differences, follows),
+        title="digits-mlp with two hidden layers of 16 (1482 parameters), 300 steps of AGD at 10^-2.5, with batches "
+              "and with the whole training set; Hessian of the loss on the training set at three times.",
+        one=curvature, draw=curvature_figure, small={"steps": 4, "hidden": (2,)},
     ),
     Experiment(
-        name="switch",
-        minutes=0.2,
+        name="switch", minutes=0.2, claims=(switches,),
         title="AGD at 10^-2.5 on three problems of the digits, 200 steps, six values of delta.",
-        claims=(
-            Claim(
-                name="G3",
-                paper=PAPER,
-                text="It switches between SGD and the adaptive step by itself.",
-                criterion="the share of coordinates that take SGD's step changes by more than 0.2 in a run, at "
-                "one delta on all "
-                "three tasks",
-                judge=switches,
-            ),
-        ),
-        one=switch,
-        draw=switch_figure,
-        small={"steps": 10},
+        one=switch, draw=switch_figure, small={"steps": 10},
     ),
-)
+)  # fmt: skip

@@ -8,9 +8,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from precond_ref import problems
-from precond_ref.experiments.base import Claim, Experiment, Tick, Verdict, decided
+from precond_ref.experiments.base import Experiment, Tick, Verdict, claim, decided
 from precond_ref.experiments.curvature import groups, hessian, share
-from precond_ref.experiments.figures import COLOURS, line, panels, title
+from precond_ref.experiments.figures import COLOURS, line, lines, panels, title
 from precond_ref.experiments.numbers import Array, Numbers, column, np, paired, spread
 from precond_ref.experiments.training import Entry, descend
 from precond_ref.methods.asgo import ASGOTheory
@@ -21,7 +21,6 @@ from precond_ref.methods.shampoo import Shampoo
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAPER = "ASGO"
 
 # ---- blocks of the Hessian ------------------------------------------------------------------------------------------
 
@@ -45,8 +44,13 @@ def blocks(seed: int, tick: Tick, steps: int = 300, hidden: tuple[int, ...] = (1
     return found
 
 
+@claim("A2")
 def block_diagonal(runs: list[Numbers]) -> Verdict:
-    """A2."""
+    """Hessians are nearly block-diagonal.
+
+    Holds here if: at every time, more than 0.9 of the squared Frobenius norm in the layers' blocks and more than 0.5
+    in those of the output neurons; control: blocks of the same sizes at random.
+    """
     least = {part: [min(run[part]) for run in runs] for part in PARTS}
     text = "; ".join(
         f"{part} {spread(least[part], 2)}, at random {spread([max(run[f'{part}, random']) for run in runs], 2)}"
@@ -113,18 +117,21 @@ def bounds(seed: int, tick: Tick, steps: int = 200) -> Numbers:
     return found
 
 
+@claim("A3")
 def smallest(runs: list[Numbers]) -> Verdict:
-    """A3."""
+    """Its rate is better than those of other structured methods.
+
+    Holds here if: its right side is the smallest of the five in more than 90 % of the records (in part: of the four
+    without SGD); this compares upper bounds only.
+    """
     records = [record for run in runs for record in run.values()]
     winners = [min(record, key=record.__getitem__) for record in records]
     structured = [min(record, key=lambda k: record[k] if k != "SGD" else math.inf) for record in records]
     counts = ", ".join(f"{k} {winners.count(k) / len(winners):.0%}" for k in BOUNDS)
     alone = structured.count("ASGO") / len(structured)
     shampoo = sum(record["ASGO"] < record["Shampoo"] for record in records) / len(records)
-    text = (
-        f"Smallest of {len(records)} records: {counts}; without SGD, ASGO in {alone:.0%}; below Shampoo's in "
-        f"{shampoo:.0%}"
-    )
+    text = f"Smallest of {len(records)} records: {counts}; without SGD, ASGO in {alone:.0%}; "
+    text += f"below Shampoo's in {shampoo:.0%}"
     won = winners.count("ASGO") / len(winners)
     return decided({"the four without SGD": alone > 0.9, "all five": won > 0.9}, text)
 
@@ -221,8 +228,12 @@ def steps_of(runs: list[Numbers], name: str, key: str) -> float:
     return float(np.median([run["steps"][name][key] for run in runs]))
 
 
+@claim("A4")
 def fewest(runs: list[Numbers]) -> Verdict:
-    """A4."""
+    """The better rate shows in iterations.
+
+    Holds here if: fewest steps of five methods to 1 % of the first loss, at all six settings of the dials.
+    """
     keys = list(runs[0]["steps"]["ASGO"])
     good = {key: steps_of(runs, "ASGO", key) <= min(steps_of(runs, n, key) for n in METHODS) for key in keys}
     text = "; ".join(
@@ -236,8 +247,12 @@ def lead(runs: list[Numbers], other: str, key: str) -> list[float]:
     return [run["steps"][other][key] / max(run["steps"]["ASGO"][key], 1) for run in runs]
 
 
+@claim("A5")
 def blocks_help(runs: list[Numbers]) -> Verdict:
-    """A5."""
+    """It benefits from block-diagonal Hessians.
+
+    Holds here if: Shampoo's steps over ASGO's grow as c falls from 1 to 0 (equal blocks), for both ranks.
+    """
     good, text = {}, []
     for rank in RANKS:
         ratios = {c: lead(runs, "Shampoo", f"c = {c:g}, rank {rank}") for c in COUPLINGS}
@@ -246,8 +261,13 @@ def blocks_help(runs: list[Numbers]) -> Verdict:
     return decided(good, f"Shampoo's steps over ASGO's, {'; '.join(text)}")
 
 
+@claim("A6")
 def rank_helps(runs: list[Numbers]) -> Verdict:
-    """A6."""
+    """It benefits from gradients of low rank.
+
+    Holds here if: AdaGrad's steps over ASGO's are larger for the target of rank 1 than of 20, and ASGO's loss over
+    SGD's and over Shampoo's is smaller in a space of dimension 1 than of 20.
+    """
     leads = [lead(runs, "AdaGrad", f"c = 0, rank {rank}") for rank in RANKS]
     good = {"the target, over AdaGrad": bool(np.median(leads[0]) > np.median(leads[-1]))}
     text = [f"Target: AdaGrad's steps over ASGO's {spread(leads[0], 2)} at rank 1, {spread(leads[-1], 2)} at 20"]
@@ -265,95 +285,36 @@ def dials_figure(runs: list[Numbers]) -> Figure:
     """Draw steps against the coupling, and losses against the dimension of the common space."""
     figure, axes = panels(3, 4.4)
     for panel, rank in zip(axes, RANKS, strict=False):
-        for i, name in enumerate(METHODS):
-            curves = [[run["steps"][name][f"c = {c:g}, rank {rank}"] for c in COUPLINGS] for run in runs]
-            line(panel, COUPLINGS, curves, name, i, marker="o")
-        title(panel, f"steps to 1 %, target of rank {rank}", xlabel="coupling c (0: equal blocks)", yscale="log")
+        steps = {n: [[run["steps"][n][f"c = {c:g}, rank {rank}"] for c in COUPLINGS] for run in runs] for n in METHODS}
+        text, legend = f"steps to 1 %, target of rank {rank}", 8 * (rank == RANKS[0])
+        lines(panel, COUPLINGS, steps, text, legend, xlabel="coupling c (0: equal blocks)", yscale="log")
     for name in runs[0]["losses"]:
         curves = [[run["losses"][name][f"rank {r}"] for r in SPACES] for run in runs]
         line(axes[2], SPACES, curves, name, list(METHODS).index(name), marker="o")
     title(
         axes[2], "L1 loss of the mean iterate", xlabel="dimension of the gradients' space", xscale="log", yscale="log"
     )
-    axes[0].legend(frameon=False, fontsize=8)
     return figure
 
 
 EXPERIMENTS = (
     Experiment(
-        name="hessian-blocks",
-        minutes=0.5,
-        title="The Hessian of digits-mlp with two hidden layers of 16 (1482 parameters) over the whole training "
-        "set, at "
-        "three times of 300 steps of Adam.",
-        claims=(
-            Claim(
-                name="A2",
-                paper=PAPER,
-                text="Hessians are nearly block-diagonal.",
-                criterion="at every time, more than 0.9 of the squared Frobenius norm in the layers' blocks and more "
-                "than 0.5 in those of the output neurons; control: blocks of the same sizes at random",
-                judge=block_diagonal,
-            ),
-        ),
-        one=blocks,
-        draw=blocks_figure,
-        small={"steps": 2, "hidden": (2,), "looks": 2},
+        name="hessian-blocks", minutes=0.5, claims=(block_diagonal,),
+        title="The Hessian of digits-mlp with two hidden layers of 16 (1482 parameters) over the whole training set, "
+              "at three times of 300 steps of Adam.",
+        one=blocks, draw=blocks_figure, small={"steps": 2, "hidden": (2,), "looks": 2},
     ),
     Experiment(
-        name="bounds",
-        minutes=0.1,
-        title="The right sides of the regret bounds, at the best constant rate of each, for the gradients and "
-        "points of "
-        "200 steps of Adam on digits-mlp and digits-autoencoder; the comparator is the last point.",
-        claims=(
-            Claim(
-                name="A3",
-                paper=PAPER,
-                text="Its rate is better than those of other structured methods.",
-                criterion="its right side is the smallest of the five in more than 90 % of the records (in "
-                "part: of the "
-                "four without SGD); this compares upper bounds only",
-                judge=smallest,
-            ),
-        ),
-        one=bounds,
-        draw=bounds_figure,
-        small={"steps": 20},
+        name="bounds", minutes=0.1, claims=(smallest,),
+        title="The right sides of the regret bounds, at the best constant rate of each, for the gradients and points "
+              "of 200 steps of Adam on digits-mlp and digits-autoencoder; the comparator is the last point.",
+        one=bounds, draw=bounds_figure, small={"steps": 20},
     ),
     Experiment(
-        name="dials",
-        minutes=0.1,
-        title="tr(D^T A D B) / 2, 20 x 30, A rotated of condition 1000, B of condition 1000^c, target of rank 1 "
-        "or 20; and an "
-        "L1 loss with fresh gradients in a common space; 60 steps (61: not reached), the best of 13 rates.",
-        claims=(
-            Claim(
-                name="A4",
-                paper=PAPER,
-                text="The better rate shows in iterations.",
-                criterion="fewest steps of five methods to 1 % of the first loss, at all six settings of the dials",
-                judge=fewest,
-            ),
-            Claim(
-                name="A5",
-                paper=PAPER,
-                text="It benefits from block-diagonal Hessians.",
-                criterion="Shampoo's steps over ASGO's grow as c falls from 1 to 0 (equal blocks), for both ranks",
-                judge=blocks_help,
-            ),
-            Claim(
-                name="A6",
-                paper=PAPER,
-                text="It benefits from gradients of low rank.",
-                criterion="AdaGrad's steps over ASGO's are larger for the target of rank 1 than of 20, and "
-                "ASGO's loss over "
-                "SGD's and over Shampoo's is smaller in a space of dimension 1 than of 20",
-                judge=rank_helps,
-            ),
-        ),
-        one=dials,
-        draw=dials_figure,
-        small={"steps": 3, "count": 2},
+        name="dials", minutes=0.1, claims=(fewest, blocks_help, rank_helps),
+        title="tr(D^T A D B) / 2, 20 x 30, A rotated of condition 1000, B of condition 1000^c, target of rank 1 or 20; "
+              "and an L1 loss with fresh gradients in a common space; 60 steps (61: not reached), the best of 13 "
+              "rates.",
+        one=dials, draw=dials_figure, small={"steps": 3, "count": 2},
     ),
-)
+)  # fmt: skip

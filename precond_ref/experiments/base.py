@@ -24,6 +24,8 @@ Tick = Callable[[float], None]
 """Told the share of its work that a function has done."""
 
 HOLDS, PART, NOT, UNTESTED = "holds", "holds in part", "does not hold here", "cannot be tested here"
+PAPERS = {"A": "ASGO", "S": "Sketchy", "R": "Root-free", "M": "MBF", "G": "AGD"}
+"""The papers by the first letters of their claims."""
 
 
 class Verdict(NamedTuple):
@@ -49,13 +51,30 @@ class Claim:
 
     name: str
     """Letter and number, such as "A1"."""
-    paper: str
     text: str
     """The claim in our words."""
     criterion: str
     """The claim holds here if ..."""
     judge: Callable[[list[Numbers]], Verdict]
     """The verdict from the numbers of all seeds."""
+
+    @property
+    def paper(self) -> str:
+        """Name of the paper's method."""
+        return PAPERS[self.name[0]]
+
+    def __call__(self, runs: list[Numbers]) -> Verdict:
+        return self.judge(runs)
+
+
+def claim(name: str) -> Callable[[Callable[[list[Numbers]], Verdict]], Claim]:
+    """Return a decorator of a judge, whose docstring has the claim in its first line, then "Holds here if: ..."."""
+
+    def made(judge: Callable[[list[Numbers]], Verdict]) -> Claim:
+        text, _, criterion = " ".join((judge.__doc__ or "").split()).partition(" Holds here if: ")
+        return Claim(name=name, text=text, criterion=criterion.removesuffix("."), judge=judge)
+
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +141,7 @@ def read(experiment: Experiment, folder: Path) -> Numbers | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def verdicts(experiments: Iterable[Experiment], folder: Path, untested: Iterable[Claim] = ()) -> str:
+def verdicts(experiments: Iterable[Experiment], folder: Path) -> str:
     """Return Markdown tables of all claims, a row each, and the times, from the records in ``folder``."""
     papers: dict[str, list[tuple[Claim, Verdict, str]]] = {}
     times: dict[str, float] = {}
@@ -136,8 +155,6 @@ def verdicts(experiments: Iterable[Experiment], folder: Path, untested: Iterable
             papers.setdefault(claim.paper, []).append(
                 (claim, verdict, f"`precond-ref experiments {experiment.name}`{seeds}")
             )
-    for claim in untested:
-        papers.setdefault(claim.paper, []).append((claim, claim.judge([]), ""))
     parts = []
     for paper, found in papers.items():
         rows = [

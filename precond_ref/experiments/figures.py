@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from precond_ref.experiments.numbers import np
@@ -37,6 +37,22 @@ def line(axes: Axes, x: Sequence[float], curves: Sequence[Sequence[Any]], label:
     colour = COLOURS[rank % len(COLOURS)]
     axes.plot(x, np.median(values, axis=0), color=colour, label=label, **{"linewidth": 1.8, **style})
     axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.16, linewidth=0)
+
+
+def lines(
+    axes: Axes,
+    x: Sequence[float],
+    named: Mapping[str, Sequence[Sequence[Any]]],
+    text: str,
+    legend: int = 8,
+    **labels: Any,
+) -> None:
+    """Draw `line` for each name, with a mark at each x, a legend of this font size (0: none) and the `title`."""
+    for rank, (name, curves) in enumerate(named.items()):
+        line(axes, x, curves, name, rank, marker="o", markersize=3)
+    if legend:
+        axes.legend(frameon=False, fontsize=legend)
+    title(axes, text, **labels)
 
 
 def dots(axes: Axes, names: Sequence[str], values: Sequence[Sequence[float | None]], best: int | None = None) -> None:

@@ -1,5 +1,4 @@
-"""The comparisons on a language model: claims of ASGO, Sketchy, root-free methods and AGD, decided by one "
-"experiment."""
+"""The comparisons on a language model: claims of ASGO, Sketchy, root-free methods and AGD, by one experiment."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from precond_ref.compare.rates import SEEDS
 from precond_ref.compare.runs import array_bytes
 from precond_ref.experiments import training
-from precond_ref.experiments.base import NOT, Claim, Experiment, Tick, Verdict, decided
+from precond_ref.experiments.base import NOT, Experiment, Tick, Verdict, claim, decided
 from precond_ref.experiments.figures import COLOURS, dots, line, panels, title
 from precond_ref.experiments.numbers import Numbers, column, markdown, paired, spread
 from precond_ref.experiments.training import Entry, Language
@@ -79,8 +78,13 @@ def no_worse(runs: list[Numbers], name: str, other: str, margin: float) -> bool:
     return gap.mean + gap.error <= margin
 
 
+@claim("A7")
 def asgo(runs: list[Numbers]) -> Verdict:
-    """A7."""
+    """Its practical form is effective on language models.
+
+    Holds here if: validation loss below AdamW's, and equal to Muon's within 0.01 nats or below; learning rates
+    searched alike, the matrices of the layers only.
+    """
     adam, muon = (paired(losses(runs, "ASGO"), losses(runs, other)) for other in ("AdamW", "Muon"))
     text = versus(runs, "ASGO", "AdamW", "Muon", "SOAP", "Shampoo")
     if not adam.below:
@@ -88,15 +92,23 @@ def asgo(runs: list[Numbers]) -> Verdict:
     return decided({"AdamW": True, "Muon": muon.within(0.01) or muon.below}, text)
 
 
+@claim("S6")
 def sketched(runs: list[Numbers]) -> Verdict:
-    """S6."""
+    """S-Shampoo is competitive with Shampoo and Adam.
+
+    Holds here if: S-Shampoo of size 8 at most 0.01 nats worse than each.
+    """
     others = ("Shampoo", "AdamW")
     good = {other: no_worse(runs, "S-Shampoo 8", other, 0.01) for other in others}
     return decided(good, versus(runs, "S-Shampoo 8", *others))
 
 
+@claim("S7")
 def sublinear(runs: list[Numbers]) -> Verdict:
-    """S7."""
+    """This at a memory for second moments that is sub-linear in the weights.
+
+    Holds here if: at most 0.01 nats worse than AdamW at all sizes whose sketches are smaller than the weights.
+    """
     adam = runs[0]["AdamW"]["bytes"]
     good, text = {}, []
     for size in SIZES:
@@ -111,15 +123,24 @@ def sublinear(runs: list[Numbers]) -> Verdict:
     return decided(good, "; ".join(text))
 
 
+@claim("R3")
 def rootless(runs: list[Numbers]) -> Verdict:
-    """R3."""
+    """Nothing is lost on transformers without the root.
+
+    Holds here if: RF-RMSProp at most 0.02 nats worse than RMSProp, and RF-AdamW than AdamW; rates searched, other
+    fields at their defaults (RF-RMSProp also with momentum 0.9, the better counts).
+    """
     best = min(("RF-RMSProp", "RF-RMSProp, momentum"), key=lambda name: sum(x or 99.0 for x in losses(runs, name)))
     good = {name: no_worse(runs, ours, name, 0.02) for ours, name in ((best, "RMSProp"), ("RF-AdamW", "AdamW"))}
     return decided(good, f"{versus(runs, best, 'RMSProp')}. {versus(runs, 'RF-AdamW', 'AdamW')}")
 
 
+@claim("G4")
 def agd(runs: list[Numbers]) -> Verdict:
-    """G4."""
+    """It generalizes better than Adam and its like on language.
+
+    Holds here if: validation loss below those of AdamW and RMSProp.
+    """
     others = ("AdamW", "RMSProp")
     good = {other: paired(losses(runs, "AGD"), losses(runs, other)).below for other in others}
     return decided(good, versus(runs, "AGD", *others))
@@ -166,54 +187,12 @@ def draw(runs: list[Numbers]) -> Figure:
     return figure
 
 
-SAME = "learning rates searched alike, the matrices of the layers only"
-LANGUAGE = Experiment(
-    name="language",
-    title="A transformer of two layers, width 32, on tinyshakespeare, 150 steps of 512 characters, 13 methods.",
-    minutes=4,
-    needs=("tinyshakespeare", "torch"),
-    claims=(
-        Claim(
-            name="A7",
-            paper="ASGO",
-            text="Its practical form is effective on language models.",
-            criterion=f"validation loss below AdamW's, and equal to Muon's within 0.01 nats or below; {SAME}",
-            judge=asgo,
-        ),
-        Claim(
-            name="S6",
-            paper="Sketchy",
-            text="S-Shampoo is competitive with Shampoo and Adam.",
-            criterion="S-Shampoo of size 8 at most 0.01 nats worse than each",
-            judge=sketched,
-        ),
-        Claim(
-            name="S7",
-            paper="Sketchy",
-            text="This at a memory for second moments that is sub-linear in the weights.",
-            criterion="at most 0.01 nats worse than AdamW at all sizes whose sketches are smaller than the weights",
-            judge=sublinear,
-        ),
-        Claim(
-            name="R3",
-            paper="Root-free",
-            text="Nothing is lost on transformers without the root.",
-            criterion="RF-RMSProp at most 0.02 nats worse than RMSProp, and RF-AdamW than AdamW; rates searched, other "
-            "fields at their defaults (RF-RMSProp also with momentum 0.9, the better counts)",
-            judge=rootless,
-        ),
-        Claim(
-            name="G4",
-            paper="AGD",
-            text="It generalizes better than Adam and its like on language.",
-            criterion="validation loss below those of AdamW and RMSProp",
-            judge=agd,
-        ),
+EXPERIMENTS = (
+    Experiment(
+        name="language", minutes=4, needs=("tinyshakespeare", "torch"),
+        claims=(asgo, sketched, sublinear, rootless, agd),
+        title="A transformer of two layers, width 32, on tinyshakespeare, 150 steps of 512 characters, 13 methods.",
+        search=search, one=one, table=table, draw=draw,
+        small={"steps": 2, "width": 8, "context": 8, "batch": 2, "layers": 1},
     ),
-    search=search,
-    one=one,
-    table=table,
-    draw=draw,
-    small={"steps": 2, "width": 8, "context": 8, "batch": 2, "layers": 1},
-)
-EXPERIMENTS = (LANGUAGE,)
+)  # fmt: skip

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from precond_ref import problems
 from precond_ref.compare.rates import record
-from precond_ref.experiments.base import Claim, Experiment, Tick, Verdict, decided
+from precond_ref.experiments.base import Experiment, Tick, Verdict, claim, decided
 from precond_ref.experiments.figures import dots, panels, title
 from precond_ref.experiments.numbers import Array, Numbers, np, spread
 from precond_ref.methods.baselines import Adam, RMSProp
@@ -19,7 +19,6 @@ from precond_ref.problems import online
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAPER = "Root-free"
 
 # ---- half precision -------------------------------------------------------------------------------------------------
 
@@ -137,8 +136,13 @@ def rise(runs: list[Numbers], key: str, plain: str) -> list[float]:
     return [float("inf") if run[key] is None else run[key] / run[plain] for run in runs]
 
 
+@claim("R5")
 def breaks(runs: list[Numbers]) -> Verdict:
-    """R5."""
+    """It works in half precision, where Shampoo's roots fail.
+
+    Holds here if: Shampoo with statistics or with Newton roots in bfloat16 is NaN or its median loss rises by more
+    than 10 %, at each of three eps, and IF-Shampoo's rises by less, with parameters and with everything in bfloat16.
+    """
     text, good = [], {}
     for eps in [key.split(",")[1] for key in runs[0] if key.startswith("Shampoo") and key.endswith(", float32")]:
         for name in ("statistics in bfloat16", "Newton roots in bfloat16"):
@@ -170,8 +174,7 @@ def half_figure(runs: list[Numbers]) -> Figure:
 
 
 def laws(seed: int, tick: Tick, steps: int = 50) -> Numbers:
-    """Return the error of runs in other coordinates W = A W' M^T, and of the laws of scale u(s g) = u(g) and "
-    "u(g) / s."""
+    """Return the error of runs in other coordinates W = A W' M^T, and of the laws of scale."""
     rng = np.random.default_rng([seed, 8])
     f = online.smooth("log-cosh", (6, 5), seed)
     A, M = (np.eye(d) + 0.2 * rng.standard_normal((d, d)) for d in (6, 5))
@@ -210,21 +213,29 @@ def laws(seed: int, tick: Tick, steps: int = 50) -> Numbers:
     return found
 
 
+@claim("R4")
 def invariant(runs: list[Numbers]) -> Verdict:
-    """R4."""
+    """Invariance gives root-free methods that are not diagonal.
+
+    Holds here if: runs of RF-Shampoo without damping in coordinates W = A W' M^T differ by less than 1e-11, those of
+    Shampoo by more than 1e-2.
+    """
     ours, theirs = ([run["invariance"][name] for run in runs] for name in ("RF-Shampoo", "Shampoo"))
     good = {"RF-Shampoo": max(ours) < 1e-11, "Shampoo": min(theirs) > 1e-2}
     ill = max(run["invariance"]["RF-Shampoo, beta2 0.1"] for run in runs)
     text = (
         f"Distance of the runs: RF-Shampoo at most {max(ours):.1e} (with beta2 = 0.1, whose factors become "
-        f"ill-conditioned, "
-        f"rounding grows to {ill:.1e}), Shampoo {spread(theirs, 2)}"
+        f"ill-conditioned, rounding grows to {ill:.1e}), Shampoo {spread(theirs, 2)}"
     )
     return decided(good, text)
 
 
+@claim("R6")
 def scales(runs: list[Numbers]) -> Verdict:
-    """R6."""
+    """The root is a fundamental difference, not a detail.
+
+    Holds here if: u(4 g) = u(g) with the root and u(g) / 4 without, to 1e-12.
+    """
     worst = {name: max(run["scale"][name] for run in runs) for name in runs[0]["scale"]}
     text = "Largest deviation: " + ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
     return decided({name: value < 1e-12 for name, value in worst.items()}, text)
@@ -242,51 +253,14 @@ def laws_figure(runs: list[Numbers]) -> Figure:
 
 EXPERIMENTS = (
     Experiment(
-        name="half-precision",
-        minutes=0.5,
-        title="digits-mlp, 280 steps, rates recorded for float32. bfloat16 is emulated: each stored number is "
-        "rounded, sums are "
-        "in float32; in the Newton roots every product is rounded.",
-        claims=(
-            Claim(
-                name="R5",
-                paper=PAPER,
-                text="It works in half precision, where Shampoo's roots fail.",
-                criterion="Shampoo with statistics or with Newton roots in bfloat16 is NaN or its median loss "
-                "rises by more than "
-                "10 %, at each of three eps, and IF-Shampoo's rises by less, with parameters and with "
-                "everything in bfloat16",
-                judge=breaks,
-            ),
-        ),
-        one=half,
-        draw=half_figure,
-        small={"steps": 3, "epsilons": (1e-4,)},
+        name="half-precision", minutes=0.5, claims=(breaks,),
+        title="digits-mlp, 280 steps, rates recorded for float32. bfloat16 is emulated: each stored number is rounded, "
+              "sums are in float32; in the Newton roots every product is rounded.",
+        one=half, draw=half_figure, small={"steps": 3, "epsilons": (1e-4,)},
     ),
     Experiment(
-        name="laws",
-        minutes=0.1,
+        name="laws", minutes=0.1, claims=(invariant, scales),
         title="50 steps on a log-cosh loss, 6 x 5, in two coordinate systems; gradients times 4.",
-        claims=(
-            Claim(
-                name="R4",
-                paper=PAPER,
-                text="Invariance gives root-free methods that are not diagonal.",
-                criterion="runs of RF-Shampoo without damping in coordinates W = A W' M^T differ by less than "
-                "1e-11, those of Shampoo by more "
-                "than 1e-2",
-                judge=invariant,
-            ),
-            Claim(
-                name="R6",
-                paper=PAPER,
-                text="The root is a fundamental difference, not a detail.",
-                criterion="u(4 g) = u(g) with the root and u(g) / 4 without, to 1e-12",
-                judge=scales,
-            ),
-        ),
-        one=laws,
-        draw=laws_figure,
-        small={"steps": 5},
+        one=laws, draw=laws_figure, small={"steps": 5},
     ),
-)
+)  # fmt: skip

@@ -6,8 +6,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from precond_ref import problems, regret
-from precond_ref.experiments.base import NOT, Claim, Experiment, Tick, Verdict, decided
-from precond_ref.experiments.figures import COLOURS, line, panels, title
+from precond_ref.experiments.base import NOT, Experiment, Tick, Verdict, claim, decided
+from precond_ref.experiments.figures import COLOURS, line, lines, panels, title
 from precond_ref.experiments.numbers import Array, Numbers, column, np, paired, spread
 from precond_ref.experiments.training import Entry, Language, descend
 from precond_ref.methods.baselines import AdaGrad, Adam, FullAdaGrad
@@ -18,7 +18,6 @@ from precond_ref.problems import online
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAPER = "Sketchy"
 
 # ---- spectra along a training ---------------------------------------------------------------------------------------
 
@@ -108,8 +107,13 @@ def spectra(seed: int, tick: Tick, steps: int = 300, width: int = 64, batch: int
     return found
 
 
+@claim("A1")
 def low_rank(runs: list[Numbers]) -> Verdict:
-    """A1."""
+    """Gradients have low rank.
+
+    Holds here if: stable rank and (nuclear/Frobenius)^2, medians over the matrices, below 1/4 of those of Gaussian
+    matrices at every time, on both networks.
+    """
     good, text = {}, []
     for task in TASKS:
         for i, measure in enumerate(("stable", "nuclear")):
@@ -122,8 +126,12 @@ def low_rank(runs: list[Numbers]) -> Verdict:
     return decided(good, f"Largest share of the control along the run: {'; '.join(text)}")
 
 
+@claim("S1")
 def concentrated(runs: list[Numbers]) -> Verdict:
-    """S1."""
+    """The spectra of the Kronecker factors concentrate on a small leading space.
+
+    Holds here if: median share of the leading quarter above 0.9 from step 99 on, on both networks.
+    """
     worst = {task: [min(share[0] for share in run[task]["shares"]) for run in runs] for task in TASKS}
     text = "; ".join(
         f"{task} {spread(each, 2)}, least factor {spread([min(run[task]['least']) for run in runs], 2)}"
@@ -133,8 +141,12 @@ def concentrated(runs: list[Numbers]) -> Verdict:
     return decided(good, f"Least median share of the top quarter along the run: {text}")
 
 
+@claim("S2")
 def turns(runs: list[Numbers]) -> Verdict:
-    """S2."""
+    """This leading space changes during training.
+
+    Holds here if: it turns more than with frozen weights, beyond two standard errors, on both networks.
+    """
     good, text = {}, []
     for task in TASKS:
         moved, still = ([run[task][key][0] for run in runs] for key in ("rotation", "frozen"))
@@ -245,8 +257,12 @@ def memory(
     return found
 
 
+@claim("S3")
 def monotone(runs: list[Numbers]) -> Verdict:
-    """S3."""
+    """One dial leads from d k to d^2 memory.
+
+    Holds here if: median regret falls with the size and ends within 2 % of full AdaGrad's.
+    """
     sizes = list(runs[0]["bound"])
     medians = [float(np.median(column(runs, "regret", size))) for size in sizes]
     ends = paired(column(runs, "regret", sizes[-1]), column(runs, "regret", "full"))
@@ -258,8 +274,12 @@ def monotone(runs: list[Numbers]) -> Verdict:
     return decided(good, f"Regret by size {text}; size {sizes[-1]} minus full {ends}")
 
 
+@claim("S4")
 def up_to_tail(runs: list[Numbers]) -> Verdict:
-    """S4."""
+    """The regret is that of the full matrix up to the bottom eigenvalues.
+
+    Holds here if: escaped mass at most Omega, regret at most the bound, at every size, and the bound falls with it.
+    """
     sizes = list(runs[0]["bound"])
     medians = [float(np.median(column(runs, "bound", s))) for s in sizes]
     good = {
@@ -278,8 +298,12 @@ def up_to_tail(runs: list[Numbers]) -> Verdict:
     return decided(good, text)
 
 
+@claim("S5")
 def earlier(runs: list[Numbers]) -> Verdict:
-    """S5."""
+    """It is better than earlier methods with Frequent Directions.
+
+    Holds here if: mean loss at the best setting below those of RFD-SON, Ada-FD and FD-SON, at all three sizes.
+    """
     good: dict[str, bool] = {}
     sizes, text = list(runs[0]["loss"]["S-AdaGrad"]), []
     for name in ("RFD-SON", "Ada-FD", "FD-SON"):
@@ -296,94 +320,31 @@ def memory_figure(runs: list[Numbers]) -> Figure:
     figure, (left, middle, right) = panels(3, 4.4)
     sizes = list(runs[0]["bound"])
     numbers = [int(size) for size in sizes]
-    line(left, numbers, [[run["regret"][s] for s in sizes] for run in runs], "S-AdaGrad", 0, marker="o")
     for rank, name in ((2, "full"), (3, "diagonal")):
         level = float(np.median(column(runs, "regret", name)))
         left.axhline(level, color=COLOURS[rank], linestyle=":", label=f"{name} AdaGrad")
-    left.legend(frameon=False, fontsize=8)
-    title(left, "regret on a9a", xlabel="size of the sketch", xscale="log")
+    regrets = {"S-AdaGrad": [[run["regret"][s] for s in sizes] for run in runs]}
+    lines(left, numbers, regrets, "regret on a9a", xlabel="size of the sketch", xscale="log")
     line(middle, numbers, [[run["bound"][s] for s in sizes] for run in runs], "bound", 1, marker="o")
     title(middle, "bound of the regret", xlabel="size of the sketch", xscale="log", ylim=(0, None))
     few = list(runs[0]["loss"]["S-AdaGrad"])
-    for rank, name in enumerate(runs[0]["loss"]):
-        line(
-            right, [int(s) for s in few], [[run["loss"][name][s] for s in few] for run in runs], name, rank, marker="o"
-        )
-    right.legend(frameon=False, fontsize=8)
-    title(right, "mean loss of one pass, best setting", xlabel="size", xscale="log")
+    losses = {name: [[run["loss"][name][s] for s in few] for run in runs] for name in runs[0]["loss"]}
+    lines(right, [int(s) for s in few], losses, "mean loss of one pass, best setting", xlabel="size", xscale="log")
     return figure
 
 
 EXPERIMENTS = (
     Experiment(
-        name="spectra",
-        minutes=0.6,
-        needs=("tinyshakespeare", "mnist", "torch"),
-        title="300 steps of Adam on a transformer (two layers of width 64, tinyshakespeare) and on mnist-cnn: "
-        "the gradients of "
-        "matrices, and averages (0.99) of GG^T and G^TG with at least 16 rows.",
-        claims=(
-            Claim(
-                name="A1",
-                paper="ASGO",
-                text="Gradients have low rank.",
-                criterion="stable rank and (nuclear/Frobenius)^2, medians over the matrices, below 1/4 of those "
-                "of Gaussian "
-                "matrices at every time, on both networks",
-                judge=low_rank,
-            ),
-            Claim(
-                name="S1",
-                paper=PAPER,
-                text="The spectra of the Kronecker factors concentrate on a small leading space.",
-                criterion="median share of the leading quarter above 0.9 from step 99 on, on both networks",
-                judge=concentrated,
-            ),
-            Claim(
-                name="S2",
-                paper=PAPER,
-                text="This leading space changes during training.",
-                criterion="it turns more than with frozen weights, beyond two standard errors, on both networks",
-                judge=turns,
-            ),
-        ),
-        one=spectra,
-        draw=spectra_figure,
-        small={"steps": 40, "width": 16, "batch": 2},
+        name="spectra", minutes=0.6, needs=("tinyshakespeare", "mnist", "torch"),
+        claims=(low_rank, concentrated, turns),
+        title="300 steps of Adam on a transformer (two layers of width 64, tinyshakespeare) and on mnist-cnn: the "
+              "gradients of matrices, and averages (0.99) of GG^T and G^TG with at least 16 rows.",
+        one=spectra, draw=spectra_figure, small={"steps": 40, "width": 16, "batch": 2},
     ),
     Experiment(
-        name="memory",
-        minutes=4,
-        needs=("a9a",),
-        title="Online logistic regression on 2000 rows of a9a (another order for each seed), comparator in a "
-        "ball of radius 5, "
-        "the best of 9 rates (3 for the full matrix; times 3 offsets for Ada-FD and FD-SON).",
-        claims=(
-            Claim(
-                name="S3",
-                paper=PAPER,
-                text="One dial leads from d k to d^2 memory.",
-                criterion="median regret falls with the size and ends within 2 % of full AdaGrad's",
-                judge=monotone,
-            ),
-            Claim(
-                name="S4",
-                paper=PAPER,
-                text="The regret is that of the full matrix up to the bottom eigenvalues.",
-                criterion="escaped mass at most Omega, regret at most the bound, at every size, and the bound "
-                "falls with it",
-                judge=up_to_tail,
-            ),
-            Claim(
-                name="S5",
-                paper=PAPER,
-                text="It is better than earlier methods with Frequent Directions.",
-                criterion="mean loss at the best setting below those of RFD-SON, Ada-FD and FD-SON, at all three sizes",
-                judge=earlier,
-            ),
-        ),
-        one=memory,
-        draw=memory_figure,
-        small={"rounds": 40, "sizes": (1, 3), "rates": 3, "peers": (2,)},
+        name="memory", minutes=4, needs=("a9a",), claims=(monotone, up_to_tail, earlier),
+        title="Online logistic regression on 2000 rows of a9a (another order for each seed), comparator in a ball of "
+              "radius 5, the best of 9 rates (3 for the full matrix; times 3 offsets for Ada-FD and FD-SON).",
+        one=memory, draw=memory_figure, small={"rounds": 40, "sizes": (1, 3), "rates": 3, "peers": (2,)},
     ),
-)
+)  # fmt: skip

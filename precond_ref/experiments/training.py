@@ -13,13 +13,16 @@ best. The best rate has the smallest mean validation loss after the last step. A
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from precond_ref import problems
+from precond_ref.compare.rates import SEEDS
 from precond_ref.experiments.base import Tick
+from precond_ref.experiments.kfac import KFAC, factors
 from precond_ref.experiments.numbers import Array, Numbers, np
 from precond_ref.methods.baselines import Adam
 from precond_ref.optimizer import Optimizer
@@ -65,21 +68,26 @@ def descend(task: Any, entry: Entry, lr: float, steps: int) -> Iterator[Step]:
         yield Step(number, loss, params, grads, state)
         if number == steps or math.isnan(loss):
             return
+        given = None
+        if isinstance(entry.method, KFAC) and number % entry.method.statistics_every == 0:
+            given = factors(task.problem, params, task.batch(number)[0], np.random.default_rng([task.seed, 5, number]))
         with np.errstate(all="ignore"):
-            mine, state = main.step(mine, {k: grads[k] for k in mine}, state)
+            mine, state = main.step(mine, {k: grads[k] for k in mine}, state, statistics=given)
             others, other_state = rest.step(others, {k: grads[k] for k in others}, other_state)
 
 
 def finish(task: Any, entry: Entry, lr: float, steps: int) -> Numbers:
-    """Return the scores after the last step, and the validation losses along the run."""
+    """Return the scores after the last step, the validation losses along the run, and its processor time."""
     curve: list[tuple[int, float]] = []
-    every = max(1, steps // getattr(task, "points", 1))
+    every, seconds, start = max(1, steps // getattr(task, "points", 1)), 0.0, time.process_time()
     for step in descend(task, entry, lr, steps):
+        seconds += time.process_time() - start  # of gradients and steps alone
         if math.isnan(step.loss):
-            return {"validation": None, "test": None, "train": None, "curve": curve}
+            return {"validation": None, "test": None, "train": None, "curve": curve, "seconds": seconds}
         if step.number % every == 0:
             curve.append((step.number, task.validation(step.params)))
-    return {"validation": curve[-1][1], **task.scores(step.params), "curve": curve}
+        start = time.process_time()
+    return {"validation": curve[-1][1], **task.scores(step.params), "curve": curve, "seconds": seconds}
 
 
 def search(
@@ -131,6 +139,20 @@ def compare(task: Any, entries: dict[str, Entry], steps: int, found: Numbers, ti
         result[name] = finish(task, entry, found[name]["lr"], steps)
         tick((i + 1) / len(entries))
     return result
+
+
+def comparison(
+    make: Callable[..., Any], entries: dict[str, Entry], length: int, **how: Any
+) -> dict[str, Callable[..., Numbers]]:
+    """Return search and run of an experiment that compares methods on the tasks ``make(seed, **options)``."""
+
+    def rates(tick: Tick, steps: int = length, **options: Any) -> Numbers:
+        return search([make(seed, **options) for seed in SEEDS], entries, steps, tick, **how)
+
+    def one(seed: int, tick: Tick, found: Numbers, steps: int = length, **options: Any) -> Numbers:
+        return compare(make(seed, **options), entries, steps, found, tick)
+
+    return {"search": rates, "one": one}
 
 
 # ---- tasks ----------------------------------------------------------------------------------------------------------

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from precond_ref.compare.rates import SEEDS
 from precond_ref.experiments import training
-from precond_ref.experiments.base import HOLDS, NOT, UNTESTED, Claim, Experiment, Tick, Verdict, decided
+from precond_ref.experiments.base import HOLDS, NOT, UNTESTED, Experiment, Verdict, claim, decided
 from precond_ref.experiments.figures import dots, panels, title
 from precond_ref.experiments.numbers import Difference, Numbers, column, markdown, paired, spread
-from precond_ref.experiments.training import Entry, Recommender, Vision
+from precond_ref.experiments.training import Entry, Recommender, Vision, comparison
 from precond_ref.methods.agd import AGD
 from precond_ref.methods.baselines import SGD, Adam, RMSProp
 from precond_ref.methods.mbf import MBF
@@ -28,6 +28,7 @@ COMMON = {
     "AGD, delta 1e-3": Entry(AGD(delta=1e-3)),
 }
 ROOT_FREE = {"RF-RMSProp": Entry(RFRMSProp(batch_size=50.0)), "RF-AdamW": Entry(RFAdamW(batch_size=50.0))}
+BLOCKS = {"MBF": Entry(MBF.authors_code("cnn"))}
 AGDS = ("AGD", "AGD, delta 1e-3")
 
 
@@ -68,8 +69,12 @@ def draw(runs: list[Numbers]) -> Figure:
     return figure
 
 
+@claim("R1")
 def premise(runs: list[Numbers]) -> Verdict:
-    """R1."""
+    """Premise: Adam generalizes worse than SGD on convolutional networks.
+
+    Holds here if: test accuracy of SGD with momentum above those of Adam and RMSProp, beyond two standard errors.
+    """
     gaps = {name: gap(runs, MOMENTUM, name) for name in ("Adam", "RMSProp")}
     text = f"Test accuracy {scores(runs, MOMENTUM, *gaps)}; SGD minus " + ", minus ".join(
         f"{n} {g}" for n, g in gaps.items()
@@ -77,8 +82,12 @@ def premise(runs: list[Numbers]) -> Verdict:
     return decided({name: each.above for name, each in gaps.items()}, text)
 
 
+@claim("R2")
 def closes(runs: list[Numbers]) -> Verdict:
-    """R2."""
+    """Without the root this gap closes.
+
+    Holds here if: R1 holds, and RF-RMSProp and RF-AdamW are at most 0.2 % below SGD.
+    """
     gaps = {name: gap(runs, name, MOMENTUM) for name in ROOT_FREE}
     text = f"{scores(runs, *ROOT_FREE)}; minus SGD {' and '.join(map(str, gaps.values()))}"
     if premise(runs).word != HOLDS:
@@ -87,8 +96,12 @@ def closes(runs: list[Numbers]) -> Verdict:
     return decided({name: each.mean - each.error >= -0.2 for name, each in gaps.items()}, text)
 
 
+@claim("M3")
 def mini_block(runs: list[Numbers]) -> Verdict:
-    """M3."""
+    """It generalizes as well as first-order methods on convolutional networks.
+
+    Holds here if: test accuracy at the same epochs at most 0.3 % below that of SGD with momentum.
+    """
     found = gap(runs, "MBF", MOMENTUM)
     text = f"test accuracy {scores(runs, 'MBF', MOMENTUM, 'Adam')}; MBF minus SGD {found}"
     if found.mean - found.error >= -0.3:
@@ -99,7 +112,7 @@ def mini_block(runs: list[Numbers]) -> Verdict:
 
 
 def better(runs: list[Numbers], smaller: bool = False) -> Verdict:
-    """G5 and G6: the better AGD by validation, against Adam, AdamW and RMSProp."""
+    """Return whether the better AGD by validation is better than Adam, AdamW and RMSProp."""
     best = next(name for name in training.ranked(runs) if name in AGDS)
     gaps = {name: gap(runs, best, name, smaller) for name in ("Adam", "AdamW", "RMSProp")}
     good = {name: g.below if smaller else g.above for name, g in gaps.items()}
@@ -107,91 +120,38 @@ def better(runs: list[Numbers], smaller: bool = False) -> Verdict:
     return decided(good, f"Test {text}")
 
 
-def images(name: str, entries: dict[str, Entry], default_steps: int, **fixed: Any) -> dict[str, Any]:
-    """Return search, run, table and figure of an experiment on a problem of `precond_ref.problems`."""
+@claim("G5")
+def classifies(runs: list[Numbers]) -> Verdict:
+    """It generalizes better than Adam and its like on vision.
 
-    def search(tick: Tick, steps: int = default_steps, **options: Any) -> Numbers:
-        tasks = [Vision(name, seed, **{**fixed, **options}) for seed in SEEDS]
-        return training.search(tasks, entries, steps, tick)
-
-    def one(seed: int, tick: Tick, found: Numbers, steps: int = default_steps, **options: Any) -> Numbers:
-        return training.compare(Vision(name, seed, **{**fixed, **options}), entries, steps, found, tick)
-
-    return {"search": search, "one": one, "table": table, "draw": draw}
+    Holds here if: test accuracy of the better of two delta above those of Adam, AdamW and RMSProp.
+    """
+    return better(runs)
 
 
-def search_machine(tick: Tick, steps: int = 300, size: int = 1000) -> Numbers:
-    """Search the rates of the factorization machine."""
-    return training.search([Recommender(seed, size=size) for seed in SEEDS], COMMON, steps, tick)
+@claim("G6")
+def recommends(runs: list[Numbers]) -> Verdict:
+    """It generalizes better than Adam and its like on recommendation.
+
+    Holds here if: test log-loss of the better of two delta below those of Adam, AdamW and RMSProp; a9a is a table of
+    people and stands in for a set of recommendations.
+    """
+    return better(runs, smaller=True)
 
 
-def machine(seed: int, tick: Tick, found: Numbers, steps: int = 300, size: int = 1000) -> Numbers:
-    """Train the factorization machine."""
-    return training.compare(Recommender(seed, size=size), COMMON, steps, found, tick)
-
-
-CNN = Experiment(
-    name="images",
-    title="The convolutional classifier of mnist-cnn with 1000 training images, 160 steps of 50 (8 epochs), validation "
-    "on 1600, test on 2000 images.",
-    minutes=1.1,
-    needs=("mnist",),
-    claims=(
-        Claim(
-            name="R1",
-            paper="Root-free",
-            text="Premise: Adam generalizes worse than SGD on convolutional networks.",
-            criterion="test accuracy of SGD with momentum above those of Adam and RMSProp, beyond two standard errors",
-            judge=premise,
-        ),
-        Claim(
-            name="R2",
-            paper="Root-free",
-            text="Without the root this gap closes.",
-            criterion="R1 holds, and RF-RMSProp and RF-AdamW are at most 0.2 % below SGD",
-            judge=closes,
-        ),
-        Claim(
-            name="M3",
-            paper="MBF",
-            text="It generalizes as well as first-order methods on convolutional networks.",
-            criterion="test accuracy at the same epochs at most 0.3 % below that of SGD with momentum",
-            judge=mini_block,
-        ),
-        Claim(
-            name="G5",
-            paper="AGD",
-            text="It generalizes better than Adam and its like on vision.",
-            criterion="test accuracy of the better of two delta above those of Adam, AdamW and RMSProp",
-            judge=better,
-        ),
+EXPERIMENTS = (
+    Experiment(
+        name="images", minutes=1.1, needs=("mnist",), claims=(premise, closes, mini_block, classifies),
+        title="The convolutional classifier of mnist-cnn with 1000 training images, 160 steps of 50 (8 epochs), "
+              "validation on 1600, test on 2000 images.",
+        **comparison(partial(Vision, "mnist-cnn", images=1000, batch_size=50), {**COMMON, **ROOT_FREE, **BLOCKS}, 160),
+        table=table, draw=draw, small={"steps": 2, "images": 100, "batch_size": 5},
     ),
-    small={"steps": 2, "images": 100, "batch_size": 5},
-    **images(
-        "mnist-cnn", {**COMMON, **ROOT_FREE, "MBF": Entry(MBF.authors_code("cnn"))}, 160, images=1000, batch_size=50
+    Experiment(
+        name="recommendation", minutes=0.2, needs=("a9a",), claims=(recommends,),
+        title="A factorization machine of rank 8 on a9a, 300 batches of 1000 rows, validation on 4000, test on 8000 "
+              "rows.",
+        **comparison(Recommender, COMMON, 300),
+        table=table, draw=draw, small={"steps": 2, "size": 20},
     ),
-)
-
-FACTORS = Experiment(
-    name="recommendation",
-    title="A factorization machine of rank 8 on a9a, 300 batches of 1000 rows, validation on 4000, test on 8000 rows.",
-    minutes=0.2,
-    needs=("a9a",),
-    claims=(
-        Claim(
-            name="G6",
-            paper="AGD",
-            text="It generalizes better than Adam and its like on recommendation.",
-            criterion="test log-loss of the better of two delta below those of Adam, AdamW and RMSProp; a9a is a table "
-            "of people and stands in for a set of recommendations",
-            judge=lambda runs: better(runs, smaller=True),
-        ),
-    ),
-    search=search_machine,
-    one=machine,
-    table=table,
-    draw=draw,
-    small={"steps": 2, "size": 20},
-)
-
-EXPERIMENTS = (CNN, FACTORS)
+)  # fmt: skip

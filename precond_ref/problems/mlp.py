@@ -62,16 +62,21 @@ class Network(Problem):
             values.append(phi(self.space.xp, s) if layer < depth else s)  # (2)
         return values
 
+    def signals(self, params: Params, values: list[Array], delta: Array) -> list[Array]:
+        """Return delta_1, ..., delta_L from ``values`` (of `activations`) and ``delta`` = delta_L (n, O_L)."""
+        _, slope = ACTIVATIONS[self.activation]
+        found = [delta]
+        for layer in range(len(values) - 1, 1, -1):
+            a = values[layer - 1]
+            found.append((found[-1] @ params[f"fc{layer}/weight"]) * slope(self.space.xp, a))  # (5)
+        return found[::-1]
+
     def backward(self, params: Params, values: list[Array], delta: Array) -> Params:
         """Return the gradients from ``values`` (of `activations`) and ``delta`` = d loss / d logits (n, O_L)."""
-        xp = self.space.xp
-        _, slope = ACTIVATIONS[self.activation]
         grads: Params = {}
-        for layer in range(len(values) - 1, 0, -1):
-            grads[f"fc{layer}/weight"] = delta.T @ values[layer - 1]  # (3)
-            grads[f"fc{layer}/bias"] = xp.sum(delta, axis=0)  # (4)
-            if layer > 1:
-                delta = (delta @ params[f"fc{layer}/weight"]) * slope(xp, values[layer - 1])  # (5)
+        for layer, (a, signal) in enumerate(zip(values, self.signals(params, values, delta), strict=False), start=1):
+            grads[f"fc{layer}/weight"] = signal.T @ a  # (3)
+            grads[f"fc{layer}/bias"] = self.space.xp.sum(signal, axis=0)  # (4)
         return {name: grads[name] for name in params}
 
     @abstractmethod
