@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from array_api_compat import array_namespace
 from helpers import directions, distance, gradients
 from mutation import mutated
 
@@ -524,10 +525,31 @@ def test_products_are_added_in_one_call() -> None:
     for old, new in (
         ("beta=beta, alpha=alpha", "beta=alpha, alpha=beta"),
         ("fused(c, a, b,", "fused(c, a, a,"),
-        ("    x = xp.reshape(x, shape)\n", ""),
+        ("    x = xp.reshape(x, matrix.shape)\n", ""),
+        ("(x, poly) if flipped", "(poly, x) if flipped"),
     ):
         with pytest.raises((AssertionError, RuntimeError)):
             check_one_call(mutated(orthogonal, (old, new)))
+
+
+def check_symmetric(lib: Any = orthogonal) -> None:
+    """Large products with a transpose, of which PyTorch computes three quarters, with an odd side too."""
+    rng = np.random.default_rng(7)
+    for shape in ((257, 512), (257, 640)):
+        x = rng.integers(-8, 8, shape).astype(np.float64)  # exact sums
+        for xp, rows in ((torch, torch.tensor(x)), (torch, torch.tensor(x.T.copy()).T), (np, x)):
+            assert np.array_equal(np.asarray(lib._gram(rows, array_namespace(rows))), x @ x.T), xp
+
+
+def test_large_products_are_symmetric() -> None:
+    check_symmetric()
+    for old, new in (
+        ("xp.matrix_transpose(upper[:, half:])", "xp.matrix_transpose(upper[:, :half])"),
+        ("xp.matrix_transpose(upper[:, half:])", "upper[:, half:]"),
+        ("x[half:, :] @ xp.matrix_transpose(x[half:, :])", "x[half:, :] @ xp.matrix_transpose(x[:half, :])"),
+    ):
+        with pytest.raises((AssertionError, RuntimeError)):
+            check_symmetric(mutated(orthogonal, (old, new)))
 
 
 def test_a_planted_bug_in_the_rank_is_caught() -> None:

@@ -14,11 +14,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_numpy_array
 
 from precond_ref.fields import is_python_number, is_zero
-from precond_ref.numerics.arrays import normed
+from precond_ref.numerics.arrays import in_range, normed
 from precond_ref.numerics.ema import sqrt
+from precond_ref.numerics.refresh import readable
 from precond_ref.numerics.roots import POLAR_EXPRESS, SAFETY, eigenvalues
 from precond_ref.typing import Array, Namespace, Scalar
 
@@ -137,13 +138,15 @@ def _best(low: float, high: float) -> Triple:
 
 
 def normalized(
-    matrix: Array, normalization: str, factor: Scalar, eps: Scalar, eps_rule: str, flipped: bool, xp: Namespace
-) -> Array:
+    matrix: Array, normalization: str, factor: Scalar, eps: Scalar, eps_rule: str, flipped: bool, rounded: bool,
+    xp: Namespace,
+) -> Array:  # fmt: skip
     """Return ``N / nu`` of (..., m, n); zero stays zero. See `orthogonalized`.
 
-    The matrix is first divided by its largest magnitude, so that no norm over- or underflows.
+    The matrix is first divided by its largest magnitude, so that no norm over- or underflows; if the result is
+    ``rounded`` to fewer digits, only where one would, which takes fewer passes.
     """
-    peak, unit, norm = normed(matrix, (-2, -1), xp)
+    peak, unit, norm = (in_range if rounded else normed)(matrix, (-2, -1), xp)
     size = 1.0 if is_zero(eps) else xp.where(peak == 0, 1.0, peak)
     if normalization in ("schatten4", "aol"):
         wide = unit if not flipped else xp.matrix_transpose(unit)
@@ -191,18 +194,26 @@ def orthogonalized(
         return matrix
     flipped = matrix.shape[-2] > matrix.shape[-1] if flipped is None else flipped
     low = _rounding(matrix, compute_dtype, xp)
-    x = low(normalized(matrix, normalization, factor, eps, eps_rule, flipped, xp))
-    x = xp.matrix_transpose(x) if flipped else x
-    shape = x.shape
-    if math.prod(shape[:-2]) == 1:
-        x = xp.reshape(x, shape[-2:])  # PyTorch copies what it multiplies in a stack
+    x = low(normalized(matrix, normalization, factor, eps, eps_rule, flipped, compute_dtype is not None, xp))
+    if math.prod(x.shape[:-2]) == 1:
+        x = xp.reshape(x, x.shape[-2:])  # PyTorch copies what it multiplies in a stack
     for a, b, c in polynomials:
-        gram = low(x @ xp.matrix_transpose(x))
+        gram = low(_gram(xp.matrix_transpose(x) if flipped else x, xp))
         poly = low(b * gram) if c == 0 else _sum(b, gram, c, gram, gram, low, xp)
-        x = _sum(a, x, 1.0, poly, x, low, xp)
-    x = xp.reshape(x, shape)
-    x = xp.matrix_transpose(x) if flipped else x
+        x = _sum(a, x, 1.0, *((x, poly) if flipped else (poly, x)), low, xp)
+    x = xp.reshape(x, matrix.shape)
     return x if compute_dtype is None else xp.astype(x, matrix.dtype)
+
+
+def _gram(x: Array, xp: Namespace) -> Array:
+    """``X X^T``. On PyTorch's CPU, where no product knows that it is symmetric, a quarter of a large one is copied."""
+    n, k = x.shape[-2:]
+    if x.ndim > 2 or n < 256 or n * k < 2**17 or is_numpy_array(x) or not readable(x):
+        return x @ xp.matrix_transpose(x)
+    half = n // 2
+    upper, corner = x[:half, :] @ xp.matrix_transpose(x), x[half:, :] @ xp.matrix_transpose(x[half:, :])
+    lower = xp.concat([xp.matrix_transpose(upper[:, half:]), corner], axis=1)
+    return xp.concat([upper, lower], axis=0)
 
 
 def _sum(
