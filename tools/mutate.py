@@ -71,7 +71,7 @@ TESTS = {
     "online_sketches": "sketchy", "arrays": "numerics", "axes": "numerics", "bases": "soap", "ema": "numerics",
     "grafting": "shampoo sketchy", "lapack": "numerics", "orthogonal": "muon", "refresh": "shampoo asgo",
     "template": "numerics", "tolerance": "diagnose", "results": "diagnose", "runner": "diagnose",
-    "contract": "wrong_optimizers", "beside": "wrong_optimizers",
+    "contract": "wrong_optimizers", "beside": "beside wrong_optimizers",
 }  # fmt: skip
 """Names of the test files of a module, if they are not its own name; `test_files` has those of all modules."""
 SECONDS, TEST_SECONDS, GIGABYTES = 60.0, 300.0, 4
