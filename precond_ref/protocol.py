@@ -67,7 +67,8 @@ class Method:
     paper: ClassVar[str] = ""
     """Authors, title and arXiv id."""
     state_type: ClassVar[Any] = tuple
-    """The NamedTuple that ``init`` and ``update`` return; its first field is ``step``."""
+    """The NamedTuple that ``init`` and ``update`` return; its first field is ``step``. If a class does not give it, it
+    is what the annotation of `state_of` says."""
     elementwise: ClassVar[bool] = False
     """True if every entry of the parameter is updated independently of the others."""
     ndims: ClassVar[tuple[int, int]] = (0, 64)
@@ -112,6 +113,8 @@ class Method:
         for name in (cls.__dict__.keys() | annotated) - declared.keys():
             if not (name.startswith("_") or hasattr(super(cls, cls), name)):
                 _refuse_slip(cls, name)
+        if "state_type" not in cls.__dict__ and hasattr(state := _returned(cls.__dict__.get("state_of")), "_fields"):
+            cls.state_type = state
         cls.symbols = MappingProxyType({name: _symbol(field) for name, field in declared.items()})
         cls.refreshes = cls.refreshes or "every" in declared
         cls.decays = cls.decays or "weight_decay" in declared
@@ -226,7 +229,7 @@ class Method:
     def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
         """Return whether the default routing gives a parameter of this shape and path to this method (else to Adam)."""
         low, high = self.ndims
-        return self.elementwise or max(low, 2) <= len(shape) <= high
+        return self.elementwise or min(max(low, 2), high) <= len(shape) <= high
 
     def for_shape(self, shape: tuple[int, ...], path: str = "") -> Method | None:
         """Return the method that the default routing gives to a parameter of this shape and path; None means Adam."""
@@ -461,6 +464,12 @@ def class_hint(value: Any) -> str:
     """Return a hint for the error about a ``value`` that is the class of a method instead of a method, else ""."""
     is_class = isinstance(value, type) and issubclass(value, Method)
     return f": that is the class, an instance is {value.name}(...)" if is_class else ""
+
+
+def _returned(function: Any) -> Any:
+    """Return the class that ``function`` returns by its annotation; None if it is not found or there is no function."""
+    given = getattr(function, "__annotations__", {}).get("return")
+    return function.__globals__.get(given) if isinstance(given, str) else given
 
 
 def _by_name(init: Callable[..., None]) -> Callable[..., None]:

@@ -164,7 +164,7 @@ FORM_BUGS = [
     ("rmsprop", "v=full(self.initial, *shape), buffer", "v=zeros(*shape), buffer"),
     ("rmsprop", 'xp.sqrt(square + eps) if form == "inside" else', 'xp.sqrt(square) + eps if form == "inside" else'),
     ("rmsprop-centered", "state.v - state.mean * mean", "state.v"),
-    ("rmsprop-centered", "direction + self.momentum * buffer if", "buffer if"),
+    ("rmsprop-centered", "direction, self.momentum, self.nesterov)", "direction, self.momentum)"),
     ("rmsprop-corrected", "average * correction if self.bias_correction else average", "average"),
 ]
 
@@ -282,8 +282,7 @@ def test_no_variance() -> None:
     [
         ("if mean is None else self._variance(grad, state, now.k, xp)",
          "if mean is None else clamp(v * now.k.correction - (mean * now.k.correction) ** 2, 0.0, xp=xp)"),
-        ("reciprocal(before), self.beta2 * before * correction, (1 - self.beta2)",
-         "reciprocal(before), 1 - (1 - self.beta2) * correction, (1 - self.beta2)"),
+        ("kept=self.beta2 * before * correction", "kept=1 - new"),
         ("return self.beta2 * k.correction * clamp(", "return k.kept * clamp("),
     ],
     ids=["difference", "rest of 1", "initial lost"],
@@ -329,11 +328,15 @@ BUGS = {
         "inverse_c1 = reciprocal(one_minus_power(beta1, step, like=like)) if first else 1.0",
         "inverse_c1 = 1.0",
     ),
-    "damped momentum": ("SGD-momentum", "buffer + grad  #", "buffer + (1 - self.momentum) * grad  #"),
+    "damped momentum": (
+        "SGD-momentum",
+        "heavy_ball(state.buffer, grad,",
+        "heavy_ball(state.buffer, (1 - self.momentum) * grad,",
+    ),
     "momentum of the gradient": (
         "RMSProp",
-        "self.momentum * state.buffer + direction",
-        "self.momentum * state.buffer + grad",
+        "heavy_ball(state.buffer, direction,",
+        "heavy_ball(state.buffer, grad,",
     ),
     "the sum before": ("AdaGrad", "self._denominator(total, xp)", "self._denominator(state.total, xp)"),
 }

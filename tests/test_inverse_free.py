@@ -216,7 +216,7 @@ MUTANTS = {
         "(grad + self.weight_decay * param, factors",
         "descent",
     ),
-    "averaged momentum": ("self.momentum * state.buffer + u", "ema(state.buffer, u, self.momentum)", "vectors"),
+    "averaged momentum": ("state.buffer, u, self", "state.buffer, (1 - self.momentum) * u, self", "vectors"),
     "renewed after the first interval": ("now.due", "now.step % self.every == 0", "vectors"),
     "gradient instead of statistic": ("samples(grad, statistic,", "samples(grad, None,", "fixed_point"),
     "structures reversed": ("return self.structure\n", "return self.structure[::-1]\n", "permutation"),

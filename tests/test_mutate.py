@@ -37,11 +37,11 @@ EDITS = {
 }  # fmt: skip
 
 
-def named(text: str, module: str = "precond_ref.methods.baselines") -> Any:
+def named(text: str, module: str = "precond_ref.numerics.ema") -> Any:
     return next(m for m in mutate.mutants(module) if str(m).endswith(text))
 
 
-HEAVY = "self.momentum * state.buffer + grad -> (self.momentum * state.buffer - grad)"
+HEAVY = "momentum * buffer + new -> (momentum * buffer - new)"
 
 
 @pytest.fixture(autouse=True)

@@ -120,8 +120,8 @@ MUTANTS = {
         "diagonal_affine",
     ),
     "RMSProp averaged momentum": (
-        "None if state.buffer is None else self.momentum * state.buffer + u",
-        "None if state.buffer is None else ema(state.buffer, u, self.momentum)",
+        "heavy_ball(state.buffer, u, self.momentum)  # (3)\n        return xp.astype",
+        "heavy_ball(state.buffer, (1 - self.momentum) * u, self.momentum)\n        return xp.astype",
         "vectors",
     ),
     "samples summed": ("** 2, axis=0)", "** 2, axis=0) * len(statistic)", "statistic"),

@@ -166,7 +166,7 @@ HOLES = {
         sketchy, [("grad * grad, self.graft_beta2)", "grad * grad, 1 - self.graft_beta2 % 1)")],
         "SShampoo/practical-forty-steps"),
     "momentum_ema with momentum for 1 - momentum": (
-        sketchy, [("(1.0 - self.momentum) * u if", "self.momentum * u if")], "SShampoo/practical-ema-nesterov"),
+        sketchy, [("(1.0 - self.momentum) * u\n", "self.momentum * u\n")], "SShampoo/practical-ema-nesterov"),
     "the plain gradient for the graft at the start": (
         sketchy, [("(1.0 - k.preconditioned) * n", "(1.0 - k.preconditioned) * grad")],
         "SShampoo/practical-start-rmsprop"),
@@ -228,14 +228,14 @@ HOLES = {
                 "root.eigenvalues))\n")],
         "ASGO/outside-pseudo-inverse"),
     "momentum only where the factors are renewed": (
-        root_free, [("self.momentum * state.buffer + u  # (3)\n        return 1.0",
-                     "self.momentum * now.due * state.buffer + u\n        return 1.0")],
+        root_free, [("u, self.momentum)  # (3)\n        return direction,",
+                     "u, self.momentum * now.due)\n        return direction,")],
         "RFShampoo/every-3"),
     "beta1 = 0 replaced": (
-        root_free, [("one_minus_power(self.beta1, step", "one_minus_power(self.beta1 or 0.25, step")],
+        root_free, [("in (self.beta1, self.beta2)", "in (self.beta1 or 0.25, self.beta2)")],
         "RFAdamW/no-momentum"),
     "beta2 = 0 replaced": (
-        root_free, [("one_minus_power(self.beta2, step", "one_minus_power(self.beta2 or 0.25, step")],
+        root_free, [("in (self.beta1, self.beta2)", "in (self.beta1, self.beta2 or 0.25)")],
         "RFAdamW/no-averaging"),
     "no early inverses at T1 = 1": (
         mbf, [("((step <= t2) & statistics) |", "((step <= t2) & statistics & (self.statistics_every > 1)) |")],

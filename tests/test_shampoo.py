@@ -471,13 +471,13 @@ BUGS = {
         "model",
     ),
     "dampening ignored": (
-        "p = p if is_zero(self.dampening) else",
-        "p = p if True else",
+        "and not is_zero(self.dampening)",
+        "and False",
         "model",
     ),
     "Nesterov ignored": (
-        "if self.nesterov else 1.0 * buffer",
-        "if False else 1.0 * buffer",
+        "p, self.momentum, self.nesterov)",
+        "p, self.momentum)",
         "model",
     ),
     "sum with weight 1 - beta2": (

@@ -158,7 +158,7 @@ PLANTED = [
     (asgo, "ema(state.gram, g @", "ema(state.gram, 2 * g @", "ASGO/heads"),
     (asgo, "decompose(gram, law, xp=xp)  # (2)", "decompose(state.gram, law)", "ASGO/theory"),
     (asgo, "xp.sum(grad * grad, axis=-2)", "xp.mean(grad * grad, axis=-2)", "DASGO/columns"),
-    (baselines, "grad + self.momentum * buffer if self.nesterov", "buffer if self.nesterov", "SGD/nesterov"),
+    (baselines, "grad, self.momentum, self.nesterov)", "grad, self.momentum)", "SGD/nesterov"),
     (baselines, 'uncorrected" else self.eps)', 'uncorrected" else 1.1 * self.eps)', "Adam/plain"),
     (
         shampoo,

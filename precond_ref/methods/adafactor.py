@@ -65,7 +65,7 @@ from array_api_compat import array_namespace
 
 from precond_ref.fields import choice, flag, integer, is_python_number, is_zero, real
 from precond_ref.numerics.arrays import clamp, frobenius
-from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal, sqrt
+from precond_ref.numerics.ema import ema, expm1, number, one_minus_power, quotient, reciprocal, sqrt
 from precond_ref.numerics.refresh import surely
 from precond_ref.numerics.template import zeros
 from precond_ref.protocol import Method, Now
@@ -150,7 +150,6 @@ class Adafactor(Method):
     weight_decay: float = real("times s_t and the parameter, outside the average", default=0.0, ge=0)
 
     paper: ClassVar[str] = "Shazeer, Stern: Adafactor, ICML 2018, arXiv 1804.04235"
-    state_type: ClassVar[Any] = AdafactorState
     presets: ClassVar[tuple[str, ...]] = ("torch", "optax", "timm", "big_vision")
 
     @staticmethod
@@ -248,7 +247,7 @@ class Adafactor(Method):
         else:
             t, log = _counted(step, self.decay_offset, like)
             power = -rate * log
-            old = -math.expm1(power) if is_python_number(power) else -array_namespace(power).expm1(power)
+            old = -expm1(power)
             new = t**-rate  # neither is the difference of the other from 1, which would lose digits
         if all(map(is_python_number, (old, cap))):
             return AdafactorScalars(min(old, cap), max(new, 1 - cap))
@@ -336,7 +335,7 @@ def _counted(step: Any, offset: int, like: Array) -> tuple[Any, Any]:
         t = float(max(step - offset, 1))
         return t, math.log(t)
     xp = array_namespace(step)
-    t = clamp(xp.astype(step, like.dtype if xp.finfo(like.dtype).bits >= 32 else xp.float32) - offset, 1.0, xp=xp)
+    t = clamp(number(step, like) - offset, 1.0, xp=xp)
     return t, xp.log(t)
 
 

@@ -104,12 +104,9 @@ class AGD(Method):
     beta2: float = real("beta_2, decay of the averaged squared difference", default=0.999, ge=0, lt=1)
     delta: float = real("delta, threshold between SGD and the adaptive step", default=1e-5, ge=0)
     amsgrad: bool = flag("use the running maximum of b_t", default=False)
-    clip: float | None = real(
-        "bound on |m_t / max(sqrt(b_t), delta sqrt(1 - beta_2^t))|", default=None, gt=0, optional=True
-    )
+    clip: float | None = real("bound on |m_t / max(...)| in (x)", default=None, gt=0, optional=True)
 
     paper: ClassVar[str] = "Yue, Ye, Jiang, Liu, Zhang: AGD, NeurIPS 2023, arXiv 2312.01658v2"
-    state_type: ClassVar[Any] = AGDState
     elementwise: ClassVar[bool] = True
 
     def state_of(self, shape: tuple[int, ...]) -> AGDState:

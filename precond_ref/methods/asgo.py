@@ -57,7 +57,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.fields import choice, integer, real
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import bad_as_nan, finite_members, t, whole
+from precond_ref.numerics.arrays import bad_as_nan, t, whole
 from precond_ref.numerics.ema import ema
 from precond_ref.numerics.grafting import scale_to_rms
 from precond_ref.numerics.refresh import renew
@@ -99,14 +99,9 @@ class ASGOReport(NamedTuple):
 
 
 def _gram_report(gram: Array, finite: Array, law: roots.Law, xp: Namespace) -> ASGOReport:
-    w = roots.eigenvalues(gram, xp=xp)
-    return ASGOReport(
-        eigenvalues=w,
-        root_trace=xp.sum(xp.sqrt(w), axis=-1),
-        rank=xp.sum(xp.astype(roots.live(w, xp), xp.int32), axis=-1, dtype=xp.int32),
-        finite=finite & finite_members(xp, w, core_ndims=(w.ndim - finite.ndim,)),
-        accuracy=roots.accuracy(w, law, xp=xp),
-    )
+    (w,), finite, (accuracy,) = roots.report((gram,), finite, [law], xp)
+    rank = xp.sum(xp.astype(roots.live(w, xp), xp.int32), axis=-1, dtype=xp.int32)
+    return ASGOReport(w, xp.sum(xp.sqrt(w), axis=-1), rank, finite, accuracy)
 
 
 class _ASGO(Method):
@@ -138,7 +133,6 @@ class ASGO(_ASGO):
     every: int = integer("tau, updates between two roots", default=1, ge=1)
     heads: int | None = integer("blocks of rows with a left V each", default=None, ge=1, optional=True)
 
-    state_type: ClassVar[Any] = ASGOState
     theory: ClassVar[type[ASGOTheory]]
 
     @property
@@ -214,7 +208,6 @@ class ASGOTheory(_ASGO, preset="ASGO.theory"):
     eps: float = real("epsilon, added to V^{1/2} (0: pseudo-inverse)", default=0.0, ge=0)
     side: str = choice("'left' (the paper) or 'right'", default="left", of=("left", "right"))
 
-    state_type: ClassVar[Any] = ASGOTheoryState
     factorizes = True
     refreshes: ClassVar[bool] = True
 
@@ -273,7 +266,6 @@ class DASGO(_ASGO):
     eps: float = real("epsilon, under the root (0: pseudo-inverse)", default=1e-8, ge=0)
     rms: float | None = real("root mean square of the direction; None: the raw one", default=0.2, gt=0, optional=True)
 
-    state_type: ClassVar[Any] = DASGOState
     theory: ClassVar[type[DASGOTheory]]
 
     def state_of(self, shape: tuple[int, ...]) -> DASGOState:
@@ -312,8 +304,6 @@ class DASGOTheory(_ASGO, preset="DASGO.theory"):
     """
 
     eps: float = real("epsilon, added to the root (0: pseudo-inverse)", default=0.0, ge=0)
-
-    state_type: ClassVar[Any] = DASGOTheoryState
 
     def state_of(self, shape: tuple[int, ...]) -> DASGOTheoryState:
         return DASGOTheoryState(step=0, d=zeros(shape[0]))

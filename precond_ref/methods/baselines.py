@@ -19,7 +19,7 @@ from array_api_compat import array_namespace
 from precond_ref.fields import choice, flag, is_python_number, is_zero, real
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import clamp
-from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal, sqrt
+from precond_ref.numerics.ema import ema, exp, expm1, heavy_ball, number, one_minus_power, quotient, reciprocal, sqrt
 from precond_ref.numerics.roots import GramReport
 from precond_ref.numerics.template import full, zeros
 from precond_ref.protocol import Method, Now
@@ -54,7 +54,6 @@ class SGD(Method):
     nesterov: bool = flag("direction g + mu b instead of b; needs momentum", default=False)
 
     paper: ClassVar[str] = "Polyak 1964; Sutskever et al., ICML 2013 (Nesterov)"
-    state_type: ClassVar[Any] = SGDState
     elementwise: ClassVar[bool] = True
 
     def rules(self) -> None:
@@ -67,8 +66,7 @@ class SGD(Method):
     def step(self, grad: Array, state: SGDState, param: Array, now: Now) -> tuple[Array, SGDState]:
         if state.buffer is None:
             return 1.0 * grad, SGDState(step=now.step, buffer=None)  # a new array, never the caller's
-        buffer = self.momentum * state.buffer + grad  # b_t
-        direction = grad + self.momentum * buffer if self.nesterov else 1.0 * buffer
+        buffer, direction = heavy_ball(state.buffer, grad, self.momentum, self.nesterov)  # b_t
         return direction, SGDState(step=now.step, buffer=buffer)
 
     def report(self, state: SGDState, finite: Array, xp: Namespace) -> ElementwiseReport:
@@ -101,7 +99,6 @@ class AdaGrad(Method):
     eps_form: str = choice("eps 'outside' of the root, or 'inside'", default="outside", of=("outside", "inside"))
 
     paper: ClassVar[str] = "Duchi, Hazan, Singer: Adaptive subgradient methods, JMLR 2011"
-    state_type: ClassVar[Any] = AdaGradState
     elementwise: ClassVar[bool] = True
 
     def state_of(self, shape: tuple[int, ...]) -> AdaGradState:
@@ -139,7 +136,6 @@ class FullAdaGrad(Method):
     eps: float = real("delta, added to the root (0: pseudo-inverse)", default=0.0, ge=0)
 
     paper: ClassVar[str] = "Duchi, Hazan, Singer: Adaptive subgradient methods, JMLR 2011"
-    state_type: ClassVar[Any] = FullAdaGradState
     ndims: ClassVar[tuple[int, int]] = (1, 64)
     factorizes = True
 
@@ -214,7 +210,6 @@ class RMSProp(Method):
     nesterov: bool = flag("look ahead; needs momentum", default=False)
 
     paper: ClassVar[str] = "Tieleman, Hinton: Lecture 6.5, 2012"
-    state_type: ClassVar[Any] = RMSPropState
     elementwise: ClassVar[bool] = True
 
     def rules(self) -> None:
@@ -229,13 +224,10 @@ class RMSProp(Method):
     def scalars(self, step: Any, *, like: Array = None) -> RMSPropScalars:
         if not self.bias_correction:
             return RMSPropScalars(correction=1.0, earlier=1.0, kept=self.beta2, new=1 - self.beta2)
-        before, correction = one_minus_power(self.beta2, step - 1, like=like), self._correction(step, like)
-        return RMSPropScalars(
-            correction, reciprocal(before), self.beta2 * before * correction, (1 - self.beta2) * correction
-        )
-
-    def _correction(self, step: Any, like: Array) -> Scalar:
-        return reciprocal(one_minus_power(self.beta2, step, like=like)) if self.bias_correction else 1.0
+        before = one_minus_power(self.beta2, step - 1, like=like)
+        correction = reciprocal(one_minus_power(self.beta2, step, like=like))
+        new = (1 - self.beta2) * correction
+        return RMSPropScalars(correction, earlier=reciprocal(before), kept=self.beta2 * before * correction, new=new)
 
     def step(self, grad: Array, state: RMSPropState, param: Array, now: Now) -> tuple[Array, RMSPropState]:
         xp = now.xp
@@ -243,10 +235,7 @@ class RMSProp(Method):
         mean = None if state.mean is None else ema(state.mean, grad, self.beta2)
         square = self._corrected(v, now.k.correction) if mean is None else self._variance(grad, state, now.k, xp)
         direction = quotient(grad, _root(square, self.eps, self.eps_form, xp), xp, bound=self.eps)
-        if state.buffer is None:
-            return direction, RMSPropState(step=now.step, v=v, buffer=None, mean=mean)
-        buffer = self.momentum * state.buffer + direction
-        direction = direction + self.momentum * buffer if self.nesterov else 1.0 * buffer
+        buffer, direction = heavy_ball(state.buffer, direction, self.momentum, self.nesterov)
         return direction, RMSPropState(step=now.step, v=v, buffer=buffer, mean=mean)
 
     def _variance(self, grad: Array, state: RMSPropState, k: RMSPropScalars, xp: Namespace) -> Array:
@@ -260,7 +249,7 @@ class RMSProp(Method):
 
     def report(self, state: RMSPropState, finite: Array, xp: Namespace) -> ElementwiseReport:
         """Return the denominator."""
-        correction = self._correction(state.step, state.v)
+        correction = self.scalars(state.step, like=state.v).correction
         square = self._corrected(state.v, correction)
         if state.mean is not None:
             mean = self._corrected(state.mean, correction)
@@ -325,15 +314,12 @@ class Adam(Method):
                                  of=("uncorrected", "corrected"), optional=True)  # fmt: skip
     nesterov: str | None = choice("NAdam with 'constant' or 'scheduled' momentum", default=None,
                                   of=("constant", "scheduled"), optional=True)  # fmt: skip
-    momentum_decay: float | None = real(
-        "psi, of the scheduled momentum (None: 0.004)", default=None, ge=0, optional=True
-    )
+    momentum_decay: float | None = real("psi of 'scheduled' (None: 0.004)", default=None, ge=0, optional=True)
     rectify: bool = flag("RAdam's factor", default=False)
     bias_correction: str = choice("of 'both' averages, the 'second', or 'none'", default="both",
                                   of=("both", "second", "none"))  # fmt: skip
 
     paper: ClassVar[str] = "Kingma, Ba: Adam, ICLR 2015, arXiv 1412.6980"
-    state_type: ClassVar[Any] = AdamState
     elementwise: ClassVar[bool] = True
 
     presets: ClassVar[tuple[str, ...]] = ("torch_nadam", "optax_nadam", "keras", "keras_nadam", "torch_radam")
@@ -421,25 +407,23 @@ def _scheduled(beta1: Scalar, psi: Scalar, step: Any, like: Array, product: bool
     log(P_t / beta1^t) is the sum of log(1 - q^i / 2), q = 0.96^psi. Each power of its series in 1/2 has a geometric sum
     in q; the terms after 60 powers are below the rounding of float64. Up to 64 factors are multiplied one by one.
     """
-    few = isinstance(step, int) and step <= 64
-    t = step if isinstance(step, int) else _real(step, like)
+    t = number(step, like)
     mu = beta1 * (1 - 0.5 * 0.96 ** (t * psi))
     if not product:
         return mu, mu
-    if few:
+    if isinstance(step, int) and step <= 64:
         return mu, math.prod(beta1 * (1 - 0.5 * 0.96 ** (i * psi)) for i in range(1, step + 1))
     log_q, total = math.log(0.96) * psi, 0.0
     for k in range(1, 61):
-        ratio = _expm1(t * (k * log_q)) / _expm1(k * log_q) if not is_zero(psi) else t
-        total = total + 0.5**k / k * _power(k * log_q) * ratio
-    return mu, (1 - one_minus_power(beta1, step, like=like)) * _power(-total)
+        ratio = expm1(t * (k * log_q)) / expm1(k * log_q) if not is_zero(psi) else t
+        total = total + 0.5**k / k * exp(k * log_q) * ratio
+    return mu, (1 - one_minus_power(beta1, step, like=like)) * exp(-total)
 
 
 def _rectification(beta2: Scalar, step: Any, c2: Scalar, like: Array) -> tuple[Scalar, Scalar]:
     """Return the factor of RAdam (0 for rho <= 5), and the factor of the plain direction (1 there, else 0)."""
-    t = step if isinstance(step, int) else _real(step, like)
     limit = 2 / (1 - beta2) - 1
-    rho = limit - 2 * t * (1 - c2) * reciprocal(c2)
+    rho = limit - 2 * number(step, like) * (1 - c2) * reciprocal(c2)
     if is_python_number(rho):
         if rho <= 5:
             return 0.0, 1.0
@@ -449,18 +433,3 @@ def _rectification(beta2: Scalar, step: Any, c2: Scalar, like: Array) -> tuple[S
     apart = (limit - 4) * (limit - 2)
     factor = sqrt((safe - 4) * (safe - 2) * limit / (apart * safe))
     return xp.where(rho > 5, factor, 0.0), xp.where(rho > 5, 0.0 * rho, 1.0)
-
-
-def _real(step: Any, like: Array) -> Array:
-    """Return a traced number in the dtype of ``like``, but float32 at least."""
-    xp = array_namespace(step)
-    return xp.astype(step, like.dtype if xp.finfo(like.dtype).bits >= 32 else xp.float32)
-
-
-def _expm1(value: Scalar) -> Scalar:
-    return math.expm1(value) if is_python_number(value) else array_namespace(value).expm1(value)
-
-
-def _power(value: Scalar) -> Scalar:
-    """Return e to the power ``value``."""
-    return math.exp(value) if is_python_number(value) else array_namespace(value).exp(value)

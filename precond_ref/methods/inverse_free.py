@@ -71,12 +71,14 @@ from precond_ref.fields import declared, flag, integer, is_zero, real
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import bad_as_nan, clamp, identity, largest_entry, normed, state_dtype, t
 from precond_ref.numerics.axes import multiply, samples, squeezed, unfold
-from precond_ref.numerics.ema import ema, sqrt
+from precond_ref.numerics.ema import ema, heavy_ball, sqrt
 from precond_ref.numerics.refresh import renew
 from precond_ref.numerics.structured import parse, project
 from precond_ref.numerics.template import eye, zeros
 from precond_ref.protocol import Method, Now, warn_if_decay
 from precond_ref.typing import Array, Arrays, Namespace
+
+PAPER = "Lin, Dangel, Eschenhagen, Bae, Turner, Makhzani: root-free adaptive methods, ICML 2024, arXiv 2402.03496"
 
 
 class IFShampooState(NamedTuple):
@@ -117,25 +119,18 @@ class IFShampoo(Method):
     Warns: UserWarning for ``beta2 > 0.5``, which looks like a decay.
     """
 
-    beta2: float = real(
-        "beta_2, step size of the factors, weight of the NEW term (1 - decay)", default=0.01, gt=0, lt=1
-    )
+    beta2: float = real("beta_2, step size of K_n, weight of the NEW term (1 - decay)", default=0.01, gt=0, lt=1)
     damping: float = real("lambda, added to the curvature", default=1e-3, ge=0)
     momentum: float = real("alpha_1, heavy-ball momentum on the preconditioned gradient", default=0.9, ge=0, lt=1)
     riemannian_momentum: float = real("alpha_2, decay of the factors' momentum", default=0.5, ge=0, lt=1)
     weight_decay: float = real("kappa, times the parameter inside the momentum", default=0.0, ge=0)
     batch_size: float = real("B, independent terms whose mean is the loss", default=1.0, gt=0)
     every: int = integer("T, updates between two renewals of the factors", default=1, ge=1)
-    structure: str | tuple[str, ...] = declared(
-        "of the factors: one for all axes of size other than 1, or a tuple with one each", default="dense"
-    )
+    structure: str | tuple[str, ...] = declared("of all factors, or a tuple with one for each", default="dense")
     clip: bool = flag("divide m_n by its Frobenius norm where that is above 1", default=True)
     narrow_state: bool = flag("keep the state in the parameter's dtype also below float32", default=False)
 
-    paper: ClassVar[str] = (
-        "Lin, Dangel, Eschenhagen, Bae, Turner, Makhzani: root-free adaptive methods, ICML 2024, arXiv 2402.03496"
-    )
-    state_type: ClassVar[Any] = IFShampooState
+    paper: ClassVar[str] = PAPER
     takes_statistic: ClassVar[bool] = True
 
     def rules(self) -> None:
@@ -185,9 +180,8 @@ class IFShampoo(Method):
         u = self._precondition(xp.astype(grad, dtype, copy=False), factors, dims, xp)
         if self.reads_param:
             u = u + self.weight_decay * xp.astype(param, dtype, copy=False)  # (5)
-        buffer = None if state.buffer is None else self.momentum * state.buffer + u  # (6)
-        direction = xp.astype(u if buffer is None else buffer, grad.dtype)
-        return direction, IFShampooState(now.step, factors, momenta, buffer)
+        buffer, direction = heavy_ball(state.buffer, u, self.momentum)  # (6)
+        return xp.astype(direction, grad.dtype, copy=False), IFShampooState(now.step, factors, momenta, buffer)
 
     def _renewed(
         self, g: Array, factors: Arrays, momenta: Arrays | None, structures: tuple[str, ...], xp: Namespace

@@ -149,7 +149,6 @@ class KLShampoo(Method):
                         of=("eigh", "identity"))  # fmt: skip
 
     paper: ClassVar[str] = PAPER
-    state_type: ClassVar[Any] = KLShampooState
     presets: ClassVar[tuple[str, ...]] = ("soap", "meta")
     factorizes = True
 
@@ -308,7 +307,6 @@ class KLShampooExact(Method, preset="KLShampoo.exact"):
     bias_correction: bool = flag("divide averages by 1 - beta^t", default=False)
 
     paper: ClassVar[str] = PAPER
-    state_type: ClassVar[Any] = KLShampooExactState
     factorizes = True
 
     def state_of(self, shape: tuple[int, ...]) -> KLShampooExactState:

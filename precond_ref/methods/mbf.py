@@ -76,7 +76,7 @@ from array_api_compat import array_namespace
 
 from precond_ref.fields import choice, flag, integer, real
 from precond_ref.numerics import roots
-from precond_ref.numerics.arrays import finite_members, whole
+from precond_ref.numerics.arrays import whole
 from precond_ref.numerics.ema import ema, one_minus_power, reciprocal, sqrt
 from precond_ref.numerics.refresh import renew
 from precond_ref.numerics.roots import Root
@@ -84,6 +84,7 @@ from precond_ref.numerics.template import zeros
 from precond_ref.protocol import Method, Now
 from precond_ref.typing import Array, Namespace, Scalar
 
+LAYOUTS = ("per_output", "per_input", "contiguous")
 NDIMS = {"fc": (2, 2), "conv": (4, 4), "diagonal": (0, 64)}
 # Constants of the diagonal rule in the authors' code.
 DIAGONAL_DECAY, DIAGONAL_SQUARE_DECAY, DIAGONAL_EPS = 0.9, 0.999, 1e-8
@@ -158,16 +159,8 @@ class MBF(Method):
     Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
     """
 
-    kind: str = choice(
-        "'fc' (weights (O, J)), 'conv' (weights (O, I, kh, kw)) or 'diagonal' (anything else)",
-        default="fc",
-        of=tuple(NDIMS),
-    )
-    layout: str = choice(
-        "mini-blocks of 'fc': 'per_output', 'per_input' or 'contiguous'",
-        default="per_output",
-        of=("per_output", "per_input", "contiguous"),
-    )
+    kind: str = choice("'fc' (O, J), 'conv' (O, I, kh, kw) or 'diagonal' (any shape)", default="fc", of=tuple(NDIMS))
+    layout: str = choice("of 'fc': 'per_output', 'per_input' or 'contiguous'", default="per_output", of=LAYOUTS)
     average: bool = flag("'fc': one F, the mean over the blocks, instead of one per block", default=True)
     damping: float = real("lambda, added to F (0: pseudo-inverse)", default=3e-4, ge=0)
     decay: float = real("rho, decay of F", default=0.9, ge=0, lt=1)
@@ -176,7 +169,6 @@ class MBF(Method):
     inverse_every: int = integer("T2, updates between two inverses (every T1 up to update T2)", default=1, ge=1)
 
     paper: ClassVar[str] = "Bahamou, Goldfarb, Ren: Mini-Block Fisher, AISTATS 2023, arXiv 2202.04124v4"
-    state_type: ClassVar[Any] = MBFState
     joins_bias: ClassVar[bool] = True
     refreshes: ClassVar[bool] = True
     takes_statistic: ClassVar[bool] = True
@@ -237,10 +229,6 @@ class MBF(Method):
     def _averaged(self) -> bool:
         return self.kind == "fc" and self.average
 
-    @property
-    def _keeps_no_inverse(self) -> bool:
-        return self.kind == "diagonal" or self.inverse_every == 1
-
     def _statistic_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if self.kind == "diagonal":
             return tuple(shape)
@@ -288,7 +276,8 @@ class MBF(Method):
 
     def state_of(self, shape: tuple[int, ...]) -> MBFState:
         side = self._statistic_shape(shape)
-        inverse = None if self._keeps_no_inverse else roots.identity_root(*side, scale=reciprocal(self.damping))
+        kept = self.kind != "diagonal" and self.inverse_every > 1
+        inverse = roots.identity_root(*side, scale=reciprocal(self.damping)) if kept else None
         return MBFState(step=0, m=zeros(*shape), statistic=zeros(*side), inverse=inverse)
 
     def warm_start(self, state: MBFState, grads: Array) -> MBFState:
@@ -390,13 +379,11 @@ class MBF(Method):
             k = self.scalars(state.step, like=state.m)
             denominator = xp.sqrt(state.statistic) * k.inverse_sqrt_c + DIAGONAL_EPS
             return MBFReport(None, None, denominator, finite, None)
-        w = roots.eigenvalues(state.statistic, xp=xp)
+        (w,), finite, (accuracy,) = roots.report((state.statistic,), finite, [roots.Law(-1.0, self.damping)], xp)
         if w.shape[-1] == 0:  # blocks without entries
             condition = xp.sum(w, axis=-1) + 1.0
         else:
             condition = (w[..., -1] + self.damping) / (w[..., 0] + self.damping)
-        finite = finite & finite_members(xp, w, core_ndims=(w.ndim - finite.ndim,))
-        accuracy = roots.accuracy(w, roots.Law(-1.0, self.damping), xp=xp)
         if state.inverse is None:
             by_lu = roots.by_lu(state.statistic, self.damping, xp)[..., 0, 0]
             accuracy = xp.where(by_lu, 8 * xp.finfo(w.dtype).eps * condition, accuracy)

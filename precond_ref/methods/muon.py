@@ -395,7 +395,6 @@ class Muon(_Orthogonalized):
     dual_norm: bool = flag("multiply by <N, O>", default=False)
 
     paper: ClassVar[str] = "Jordan et al.: Muon, 2024"
-    state_type: ClassVar[Any] = MuonState
     presets: ClassVar[tuple[str, ...]] = (
         "exact", "jordan", "torch", "moonlight", "optax", "pytorch_optimizer", "heavyball", "emerging", "dion",
     )  # fmt: skip
@@ -560,7 +559,6 @@ class NorMuon(_Rescaled):
     )
 
     paper: ClassVar[str] = "Li et al.: NorMuon, 2025, arXiv 2510.05491"
-    state_type: ClassVar[Any] = NorMuonState
     presets: ClassVar[tuple[str, ...]] = ("article", "pytorch_optimizer", "emerging", "dion")
 
     def _length(self, r: int, k: int) -> int:
@@ -650,7 +648,6 @@ class AdaMuon(_Rescaled):
     v_bias_correction: bool = flag("divide v by 1 - beta2^t", default=False)
 
     paper: ClassVar[str] = "Si et al.: AdaMuon, 2025, arXiv 2507.11005"
-    state_type: ClassVar[Any] = AdaMuonState
     presets: ClassVar[tuple[str, ...]] = ("pytorch_optimizer", "emerging")
 
     def scalars(self, step: Any, *, like: Array = None) -> MuonScalars:

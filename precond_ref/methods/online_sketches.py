@@ -25,10 +25,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
-from array_api_compat import array_namespace
-
 from precond_ref.fields import integer, real
 from precond_ref.numerics import sketch as fd
+from precond_ref.numerics.ema import number
 from precond_ref.numerics.sketch import Sketch, SketchReport
 from precond_ref.protocol import Method, Now
 from precond_ref.typing import Array, Namespace, Scalar
@@ -55,14 +54,9 @@ class _OnlineSketch(Method):
 
     size: int = integer("sketch size; the sketch has rank size - 1", ge=1)
 
-    state_type: ClassVar[Any] = OnlineSketchState
     ndims: ClassVar[tuple[int, int]] = (1, 1)
     factorizes = True
     refreshes: ClassVar[bool] = True
-
-    def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
-        """Return True for vectors."""
-        return len(shape) == 1
 
     def state_of(self, shape: tuple[int, ...]) -> OnlineSketchState:
         return OnlineSketchState(step=0, sketch=fd.empty(shape[0], self.size))
@@ -107,7 +101,7 @@ class FDSON(_OnlineSketch):
     paper: ClassVar[str] = "Luo, Agarwal, Cesa-Bianchi, Langford: Sketched online Newton, arXiv 1602.02202"
 
     def scalars(self, step: Any, *, like: Array = None) -> OnlineSketchScalars:
-        return OnlineSketchScalars(weight=(self.learning_rate * _real(step, like) ** 0.5) ** -0.5)
+        return OnlineSketchScalars(weight=(self.learning_rate * number(step, like) ** 0.5) ** -0.5)
 
     def step(self, grad: Array, state: OnlineSketchState, param: Array, now: Now) -> tuple[Array, OnlineSketchState]:
         xp, (sketch, weight) = now.xp, self._sketch(grad, state, now)
@@ -125,15 +119,10 @@ class RFDSON(_OnlineSketch):
     paper: ClassVar[str] = "Luo, Chen, Zhang, Li, Zhang: Robust frequent directions, JMLR 2019, arXiv 1705.05067"
 
     def scalars(self, step: Any, *, like: Array = None) -> OnlineSketchScalars:
-        return OnlineSketchScalars(weight=(self.learning_rate * _real(step, like)) ** -0.5)
+        return OnlineSketchScalars(weight=(self.learning_rate * number(step, like)) ** -0.5)
 
     def step(self, grad: Array, state: OnlineSketchState, param: Array, now: Now) -> tuple[Array, OnlineSketchState]:
         xp, (sketch, weight) = now.xp, self._sketch(grad, state, now)
         shift = 0.5 * sketch.escaped + self.delta
         direction = self._apply(grad, sketch, shift, weight, xp)
         return direction / self.learning_rate, OnlineSketchState(step=now.step, sketch=sketch)  # (3)
-
-
-def _real(step: Any, like: Array) -> Scalar:
-    """Return ``step`` as a float, or as a 0-D array in the dtype of ``like``."""
-    return float(step) if isinstance(step, int) else array_namespace(step).astype(step, like.dtype)

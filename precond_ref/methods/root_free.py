@@ -73,7 +73,7 @@ from precond_ref.fields import flag, integer, is_python_number, is_zero, real
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import bad_as_nan, eye_like, largest_entry, t
 from precond_ref.numerics.axes import multiply, samples, squeezed, unfold
-from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal
+from precond_ref.numerics.ema import ema, heavy_ball, one_minus_power, quotient, reciprocal
 from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.refresh import renew
 from precond_ref.numerics.template import eye, full, zeros
@@ -111,9 +111,7 @@ class RFRMSProp(Method):
     Warns: UserWarning for ``beta2 > 0.5``, which looks like a decay.
     """
 
-    beta2: float = real(
-        "beta_2, weight of the NEW term in the averaged curvature (1 - decay)", default=0.01, gt=0, le=1
-    )
+    beta2: float = real("beta_2, weight of the NEW term in s_t (1 - decay)", default=0.01, gt=0, le=1)
     damping: float = real("lambda, added to the averaged curvature", default=1e-4, ge=0)
     momentum: float = real("alpha_1, heavy-ball momentum on the preconditioned gradient", default=0.0, ge=0, lt=1)
     weight_decay: float = real("kappa, times the parameter inside the momentum", default=0.0, ge=0)
@@ -122,7 +120,6 @@ class RFRMSProp(Method):
     narrow_state: bool = flag("keep the state in the parameter's dtype also below float32", default=False)
 
     paper: ClassVar[str] = PAPER
-    state_type: ClassVar[Any] = RFRMSPropState
     elementwise: ClassVar[bool] = True
     takes_statistic: ClassVar[bool] = True
 
@@ -142,9 +139,8 @@ class RFRMSProp(Method):
         u = quotient(g, s + self.damping, xp, bound=self.damping)  # (2)
         if self.reads_param:
             u = u + self.weight_decay * xp.astype(param, dtype, copy=False)
-        buffer = None if state.buffer is None else self.momentum * state.buffer + u  # (3)
-        direction = xp.astype(u if buffer is None else buffer, grad.dtype)
-        return direction, RFRMSPropState(step=now.step, s=s, buffer=buffer)
+        buffer, direction = heavy_ball(state.buffer, u, self.momentum)  # (3)
+        return xp.astype(direction, grad.dtype, copy=False), RFRMSPropState(step=now.step, s=s, buffer=buffer)
 
     def report(self, state: RFRMSPropState, finite: Array, xp: Namespace) -> RFReport:
         """Return the denominator."""
@@ -188,7 +184,6 @@ class RFAdamW(Method):
     narrow_state: bool = flag("keep the state in the parameter's dtype also below float32", default=False)
 
     paper: ClassVar[str] = PAPER
-    state_type: ClassVar[Any] = RFAdamWState
     elementwise: ClassVar[bool] = True
 
     def state_of(self, shape: tuple[int, ...]) -> RFAdamWState:
@@ -199,10 +194,8 @@ class RFAdamW(Method):
     def scalars(self, step: Any, *, like: Array = None) -> RFAdamWScalars:
         if not self.bias_correction:
             return RFAdamWScalars(inverse_c1=1.0, inverse_c2=1.0)
-        return RFAdamWScalars(
-            inverse_c1=reciprocal(one_minus_power(self.beta1, step, like=like)),
-            inverse_c2=reciprocal(one_minus_power(self.beta2, step, like=like)),
-        )
+        c1, c2 = (one_minus_power(beta, step, like=like) for beta in (self.beta1, self.beta2))
+        return RFAdamWScalars(inverse_c1=reciprocal(c1), inverse_c2=reciprocal(c2))
 
     def step(self, grad: Array, state: RFAdamWState, param: Array, now: Now) -> tuple[Array, RFAdamWState]:
         xp, k = now.xp, now.k
@@ -259,7 +252,6 @@ class RFShampoo(Method):
     every: int = integer("T, updates between two renewals of the factors", default=1, ge=1)
 
     paper: ClassVar[str] = PAPER
-    state_type: ClassVar[Any] = RFShampooState
     factorizes = True
     takes_statistic: ClassVar[bool] = True
 
@@ -294,10 +286,8 @@ class RFShampoo(Method):
         u = xp.reshape(u, grad.shape)
         if self.reads_param:
             u = u + self.weight_decay * param  # (9)
-        if state.buffer is None:
-            return u, RFShampooState(now.step, factors, inverses, None)
-        buffer = self.momentum * state.buffer + u  # (3)
-        return 1.0 * buffer, RFShampooState(now.step, factors, inverses, buffer)
+        buffer, direction = heavy_ball(state.buffer, u, self.momentum)  # (3)
+        return direction, RFShampooState(now.step, factors, inverses, buffer)
 
     def _renewed(self, g: Array, factors: Arrays, inverses: Arrays, xp: Namespace) -> tuple[Arrays, Arrays]:
         """Return S_n and S_n^-1 after (7) and (8), from pseudo-gradients (..., d_1, ..., d_N, q)."""

@@ -97,7 +97,7 @@ from precond_ref.numerics import bases as orthogonal
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import identity, whole
 from precond_ref.numerics.axes import multiply, squeezed, unfold
-from precond_ref.numerics.ema import accumulate, ema, one_minus_power, quotient, reciprocal, sqrt
+from precond_ref.numerics.ema import accumulate, ema, heavy_ball, number, one_minus_power, quotient, reciprocal, sqrt
 from precond_ref.numerics.grafting import grafted
 from precond_ref.numerics.refresh import check_refresh, renew
 from precond_ref.numerics.roots import GramReport, Root
@@ -141,16 +141,12 @@ class Shampoo(Method):
     bias_correction: bool = flag("divide the average by 1 - beta2^t; needs beta2 < 1", default=False)
 
     paper: ClassVar[str] = "Gupta, Koren, Singer: Shampoo, ICML 2018, arXiv 1802.09568"
-    state_type: ClassVar[Any] = ShampooState
     ndims: ClassVar[tuple[int, int]] = (1, 64)
     factorizes = True
 
     def rules(self) -> None:
-        if self.bias_correction and self._is_sum():
+        if self.bias_correction and _is_one(self.beta2):
             raise ValueError("bias_correction=True needs an average, beta2 < 1, got beta2=1")
-
-    def _is_sum(self) -> bool:
-        return isinstance(self.beta2, (int, float)) and self.beta2 == 1
 
     def state_of(self, shape: tuple[int, ...]) -> ShampooState:
         kept = tuple(roots.identity_root(d, d) for d in shape) if self.every > 1 else None
@@ -339,8 +335,7 @@ class _Production(Method):
             graft = reciprocal(sqrt(one_minus_power(self.graft_beta2, step, like=like)))
         begun: Scalar = 1.0
         if self.graft is not None:
-            begun = step >= self._first
-            begun = float(begun) if isinstance(step, int) else array_namespace(step).astype(begun, like.dtype)
+            begun = number(step >= self._first, like)
         return _ProductionScalars(begun, correction, inverse_filter, graft)
 
     def step(self, grad: Array, state: Any, param: Array, now: Now) -> tuple[Array, Any]:
@@ -361,11 +356,9 @@ class _Production(Method):
             p, new, norms = self._cut(grad, f, n, state, now, dims, blocks)
         if self.reads_param and self.decay_form == "decoupled":
             p = p + self.weight_decay * param  # (wd)
-        buffer = None
-        if state.buffer is not None:
-            p = p if is_zero(self.dampening) else (1.0 - _unless_zero(self.momentum, self.dampening)) * p
-            buffer = self.momentum * state.buffer + p  # (B)
-            p = p + self.momentum * buffer if self.nesterov else 1.0 * buffer
+        if state.buffer is not None and not is_zero(self.dampening):
+            p = (1.0 - _unless_zero(self.momentum, self.dampening)) * p
+        buffer, p = heavy_ball(state.buffer, p, self.momentum, self.nesterov)  # (B)
         return p, self.state_type(step=now.step, m=m, v=v, buffer=buffer, norms=norms, **new)
 
     def _marked(self, grad: Array, state: Any, xp: Namespace) -> Array:
@@ -477,7 +470,6 @@ class ShampooProduction(_Production, preset="Shampoo.production"):
     root_steps: int = integer("iterations of the roots other than 'eigh'", default=20, ge=1)
 
     paper: ClassVar[str] = "Shi et al.: Distributed Shampoo, arXiv 2309.06497"
-    state_type: ClassVar[Any] = ShampooProductionState
 
     def rules(self) -> None:
         super().rules()
@@ -621,7 +613,6 @@ class EShampoo(_Production):
     ignored_axes: tuple[int, ...] = declared("axes after merging, from 0, that have no basis", default=())
 
     paper: ClassVar[str] = "Shi et al.: Distributed Shampoo, arXiv 2309.06497; Eschenhagen et al., arXiv 2506.03595"
-    state_type: ClassVar[Any] = EShampooState
     presets: ClassVar[tuple[str, ...]] = ("meta_soap",)
 
     @staticmethod

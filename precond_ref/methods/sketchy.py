@@ -62,13 +62,11 @@ import math
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
-from array_api_compat import array_namespace
-
 from precond_ref.fields import choice, flag, integer, is_zero, real
 from precond_ref.numerics import nystrom
 from precond_ref.numerics import sketch as fd
 from precond_ref.numerics.arrays import bad_as_nan
-from precond_ref.numerics.ema import accumulate, quotient
+from precond_ref.numerics.ema import accumulate, heavy_ball, number, quotient
 from precond_ref.numerics.grafting import scale_to_norm
 from precond_ref.numerics.nystrom import CertifiedSketch
 from precond_ref.numerics.refresh import renew
@@ -78,6 +76,7 @@ from precond_ref.protocol import Method, Now
 from precond_ref.typing import Array, Namespace, Scalar
 
 PAPER = "Feinberg, Chen, Sun, Anil, Hazan: Sketchy, NeurIPS 2023, arXiv 2302.03764"
+GRAFTS = ("rmsprop", "sgd")
 LARGEST_AXIS = 4096
 """A parameter with a longer axis gets the grafted update only (`SShampoo.practical`)."""
 
@@ -104,24 +103,17 @@ class SAdaGrad(Method):
     solver: str = choice("'svd' (the definition) or 'gram64' (Gram matrix in float64)", default="svd", of=fd.SOLVERS)
 
     paper: ClassVar[str] = PAPER
-    state_type: ClassVar[Any] = SAdaGradState
     ndims: ClassVar[tuple[int, int]] = (1, 1)
     factorizes = True
     refreshes: ClassVar[bool] = True
-
-    def takes(self, shape: tuple[int, ...], path: str = "") -> bool:
-        """Vectors."""
-        return len(shape) == 1
 
     def state_of(self, shape: tuple[int, ...]) -> SAdaGradState:
         return SAdaGradState(step=0, sketch=fd.empty(shape[0], self.size, self.delta))
 
     def step(self, grad: Array, state: SAdaGradState, param: Array, now: Now) -> tuple[Array, SAdaGradState]:
-        xp = now.xp
-        rows = grad[..., None, :]
+        xp, rows = now.xp, grad[..., None, :]
         sketch = fd.update(state.sketch, rows, self.beta2, size=self.size, solver=self.solver, xp=xp)  # (FD)
-        u, e, rho = sketch
-        direction = fd.apply_power(u, e, rho, -0.5, grad[..., None], weight=1.0, xp=xp)[..., 0]  # (x)
+        direction = fd.apply_power(*sketch, -0.5, grad[..., None], weight=1.0, xp=xp)[..., 0]  # (x)
         return direction, SAdaGradState(step=now.step, sketch=sketch)
 
     def report(self, state: SAdaGradState, finite: Array, xp: Namespace) -> SketchReport:
@@ -143,9 +135,7 @@ class _Sketched(Method):
 
     size: int = integer("l, sketch size of every axis; the sketch has rank l - 1", ge=1)
     beta2: float = real("beta_2, decay of the sketches; 1 is the sum", default=1.0, ge=0, le=1)
-    eps: float = real(
-        "epsilon, added to eigenvalues and escaped mass under the root (0: pseudo-inverse)", default=0.0, ge=0
-    )
+    eps: float = real("epsilon, added to eigenvalues and mass under the root (0: pseudo-inverse)", default=0.0, ge=0)
     relative_eps: bool = flag("eps in units of the largest eigenvalue of the sketch with its mass", default=False)
     every: int = integer("updates from one sketched gradient to the next", default=1, ge=1)
     tail_decay: float | None = real("decay of the escaped mass; None: beta_2", default=None, ge=0, le=1, optional=True)
@@ -181,7 +171,6 @@ class SShampoo(_Sketched):
     Errors: ValueError or TypeError for a field out of range, and for arrays that do not fit together.
     """
 
-    state_type: ClassVar[Any] = SShampooState
     ndims: ClassVar[tuple[int, int]] = (1, 64)
     practical: ClassVar[type[SShampooPractical]]
 
@@ -253,10 +242,7 @@ class SShampooPractical(_Sketched, preset="SShampoo.practical"):
     beta2: float = 0.999
     eps: float = 1e-7
     relative_eps: bool = True
-    graft: str | None = choice(
-        "where the update's norm comes from: 'rmsprop', 'sgd' or None",
-        default="rmsprop", of=("rmsprop", "sgd"), optional=True,
-    )  # fmt: skip
+    graft: str | None = choice("gives the norm: 'rmsprop', 'sgd' or None", default="rmsprop", of=GRAFTS, optional=True)
     graft_beta2: float = real("decay of the graft's averaged square; 1 is the sum", default=0.999, ge=0, le=1)
     graft_eps: float = real("added to the average under the root", default=1e-23, ge=0)
     start: int = integer("updates that take the graft alone; needs a graft", default=0, ge=0)
@@ -264,12 +250,9 @@ class SShampooPractical(_Sketched, preset="SShampoo.practical"):
     nesterov: bool = flag("direction U + momentum M instead of M", default=True)
     momentum_ema: bool = flag("U enters multiplied by 1 - momentum", default=False)
     weight_decay: float = real("decay inside the direction", default=0.0, ge=0)
-    decay_after_momentum: bool = flag(
-        "added to the direction (decoupled) instead of to U before the momentum", default=True
-    )
+    decay_after_momentum: bool = flag("added to the direction (decoupled), not to U before (M)", default=True)
     merge: int = integer("largest product of merged axes", default=1024, ge=1)
 
-    state_type: ClassVar[Any] = SShampooPracticalState
     ndims: ClassVar[tuple[int, int]] = (0, 64)
 
     def rules(self) -> None:
@@ -304,9 +287,7 @@ class SShampooPractical(_Sketched, preset="SShampoo.practical"):
         return state.sketches[0].escaped.ndim if state.sketches else None
 
     def scalars(self, step: Any, *, like: Array = None) -> SShampooPracticalScalars:
-        if isinstance(step, int):
-            return SShampooPracticalScalars(preconditioned=float(step > self.start))
-        return SShampooPracticalScalars(preconditioned=array_namespace(step).astype(step > self.start, like.dtype))
+        return SShampooPracticalScalars(preconditioned=number(step > self.start, like))
 
     def step(
         self, grad: Array, state: SShampooPracticalState, param: Array, now: Now
@@ -326,11 +307,9 @@ class SShampooPractical(_Sketched, preset="SShampoo.practical"):
             u = 1.0 * n
         if self.reads_param and not self.decay_after_momentum:
             u = u + self.weight_decay * param
-        m = None
-        if state.m is not None:
-            u = (1.0 - self.momentum) * u if self.momentum_ema else u
-            m = self.momentum * state.m + u  # (M)
-            u = u + self.momentum * m if self.nesterov else 1.0 * m
+        if state.m is not None and self.momentum_ema:
+            u = (1.0 - self.momentum) * u
+        m, u = heavy_ball(state.m, u, self.momentum, self.nesterov)  # (M)
         if self.reads_param and self.decay_after_momentum:
             u = u + self.weight_decay * param  # (W)
         return u, SShampooPracticalState(step=now.step, sketches=sketches, v=v, m=m)

@@ -167,7 +167,6 @@ class SOAP(Method):
     nesterov: bool = flag("look ahead with the current gradient", default=False)
 
     paper: ClassVar[str] = PAPER
-    state_type: ClassVar[Any] = SOAPState
     factorizes = True
     presets: ClassVar[tuple[str, ...]] = ("nvidia",)
 

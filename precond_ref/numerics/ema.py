@@ -26,6 +26,19 @@ def accumulate(old: Array, new: Array, decay: Scalar) -> Array:
     return decay * old + xp.where(decay == 1, 1.0, 1 - decay) * new
 
 
+def heavy_ball(
+    buffer: Array | None, new: Array, momentum: Scalar, nesterov: bool = False
+) -> tuple[Array | None, Array]:
+    """Return the average ``b = momentum b + new`` and the direction, b or with ``nesterov`` ``new + momentum b``.
+
+    Without a ``buffer`` there is no average, and the direction is ``new`` itself.
+    """
+    if buffer is None:
+        return None, new
+    buffer = momentum * buffer + new
+    return buffer, new + momentum * buffer if nesterov else 1.0 * buffer
+
+
 def one_minus_power(beta: Scalar, step: Any, *, like: Array = None) -> Scalar:
     """Return ``1 - beta**step`` for ``0 <= beta < 1``, without cancellation.
 
@@ -60,9 +73,31 @@ def reciprocal(value: Scalar) -> Scalar:
     return xp.where(value == 0, 0.0, 1.0 / xp.where(value == 0, 1.0, value))
 
 
+def number(step: Any, like: Array) -> Scalar:
+    """Return a Python ``step`` or bool as a float, else a 0-D array in the dtype of ``like``, float32 at least."""
+    if isinstance(step, int):
+        return float(step)
+    xp = array_namespace(step)
+    return xp.astype(step, like.dtype if xp.finfo(like.dtype).bits >= 32 else xp.float32)
+
+
+def _by_name(name: str, value: Scalar) -> Scalar:
+    return getattr(math if is_python_number(value) else array_namespace(value), name)(value)
+
+
 def sqrt(value: Scalar) -> Scalar:
     """Return the square root of a Python number or a 0-D array."""
-    return math.sqrt(value) if is_python_number(value) else array_namespace(value).sqrt(value)
+    return _by_name("sqrt", value)
+
+
+def exp(value: Scalar) -> Scalar:
+    """Return e to the power of a Python number or a 0-D array."""
+    return _by_name("exp", value)
+
+
+def expm1(value: Scalar) -> Scalar:
+    """Return ``exp(value) - 1`` without cancellation."""
+    return _by_name("expm1", value)
 
 
 def quotient(numerator: Array, denominator: Array, xp: Namespace, *, bound: Scalar = 0.0) -> Array:

@@ -194,7 +194,7 @@ def report(matrices: Sequence[Array], finite: Array, laws: Sequence[Law], xp: Na
     """Return the spectra of ``matrices`` (..., d, d), each with its law; ``finite`` marks the finite members."""
     w = tuple(eigenvalues(matrix, xp=xp) for matrix in matrices)
     if w:
-        finite = finite & finite_members(xp, *w, core_ndims=(1,) * len(w))
+        finite = finite & finite_members(xp, *w, core_ndims=tuple(each.ndim - finite.ndim for each in w))
     return GramReport(w, finite, tuple(accuracy(each, law, xp=xp) for each, law in zip(w, laws, strict=True)))
 
 
