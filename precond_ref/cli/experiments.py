@@ -1,5 +1,4 @@
-"""``precond-ref experiments``: the claims of the papers, tested. The command imports heavy libraries only when "
-"it runs."""
+"""``precond-ref experiments``: the claims of the papers, tested; it imports heavy libraries only when it runs."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ EXAMPLES = """\b
 Examples:
   precond-ref experiments                             # the list, with times
   precond-ref experiments dials spectra --output out  # two of them
-  precond-ref experiments --all --seeds 5             # all of them
+  precond-ref experiments --all                       # all of them
   precond-ref experiments dials --draw                # table, figure and verdicts again, from dials.json
   precond-ref experiments --all --quick               # some steps of each, to see that they run
 
@@ -34,7 +33,10 @@ Each experiment writes into the folder of --output:
 def experiments_command(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Experiments of the list.")] = None,
     all_of_them: Annotated[bool, typer.Option("--all", help="Run all experiments.")] = False,
-    seeds: Annotated[int, typer.Option(metavar="N", help="Seeds 0 to N - 1; the rates are searched from others.")] = 5,
+    seeds: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Seeds 0 to N - 1 [default: the experiment's]; the rates have others."),
+    ] = None,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the results.")] = Path(
         "precond-ref-experiments"
     ),
@@ -64,7 +66,9 @@ def experiments_command(
         for experiment in known.values():
             claims = ", ".join(claim.name for claim in experiment.claims)
             needs = f", needs {', '.join(experiment.needs)}" if experiment.needs else ""
-            console.print(f"{experiment.name}  (decides {claims}; {experiment.minutes:g} min{needs})")
+            console.print(
+                f"{experiment.name}  (decides {claims}; {experiment.minutes:g} min, {experiment.seeds} seeds{needs})"
+            )
             console.print(f"    {experiment.title}")
             for claim in experiment.claims:
                 console.print(f"    {claim.name} {claim.paper}: {claim.text}")
@@ -73,13 +77,13 @@ def experiments_command(
     chosen = list(known) if all_of_them else list(dict.fromkeys(names or ()))
     if unknown := [name for name in chosen if name not in known]:
         fail(f"no experiment is called {', '.join(unknown)}; there are {', '.join(known)}")
-    if seeds < 1:
+    if seeds is not None and seeds < 1:
         fail(f"--seeds must be at least 1, got {seeds}")
     if output.exists() and not output.is_dir():
         fail(f"{output} is no folder")
     for name in chosen:
         try:
-            record = base.read(known[name], output) if draw else _run(known[name], seeds, quick)
+            record = base.read(known[name], output) if draw else _run(known[name], seeds or known[name].seeds, quick)
             if record is None:
                 fail(f"{output / name}.json is not there: run `precond-ref experiments {name} --output {output}` first")
             base.write(known[name], record, output)

@@ -68,7 +68,7 @@ def blocks_figure(runs: list[Numbers]) -> Figure:
         line(axes, runs[0]["steps"], column(runs, part), part, rank, marker="o")
         line(axes, runs[0]["steps"], column(runs, f"{part}, random"), f"{part}, at random", rank, linestyle=":")
     axes.legend(frameon=False, fontsize=8, ncols=2)
-    title(axes, "share of the Hessian's squared norm in blocks", xlabel="steps", ylim=(0, 1))
+    title(axes, "share of the Hessian's squared norm in blocks", xlabel="steps", ylim=(0, 1.2))
     return figure
 
 

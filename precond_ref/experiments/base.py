@@ -85,7 +85,9 @@ class Experiment:
     title: str
     """The setting, in one sentence."""
     minutes: float
-    """Processor time with five seeds, measured."""
+    """Processor time with ``seeds``, measured."""
+    seeds: int = 5
+    """Number of seeds unless the command names another."""
     claims: tuple[Claim, ...]
     one: Callable[..., Numbers]
     """``one(seed, tick, **options)``, and ``found=`` if there is a search: the numbers of one seed."""

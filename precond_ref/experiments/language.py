@@ -9,7 +9,7 @@ from precond_ref.compare.runs import array_bytes
 from precond_ref.experiments import training
 from precond_ref.experiments.base import NOT, Experiment, Tick, Verdict, claim, decided
 from precond_ref.experiments.figures import COLOURS, dots, line, panels, title
-from precond_ref.experiments.numbers import Numbers, column, markdown, paired, spread
+from precond_ref.experiments.numbers import Numbers, column, paired, spread
 from precond_ref.experiments.training import Entry, Language
 from precond_ref.methods.agd import AGD
 from precond_ref.methods.asgo import ASGO
@@ -149,18 +149,11 @@ def agd(runs: list[Numbers]) -> Verdict:
 def table(runs: list[Numbers]) -> str:
     """Return the methods, the best first."""
     weights = runs[0]["AdamW"]["bytes"][0] / 4
-    return markdown(
-        ("method", "validation loss, nats", "minus AdamW", "bytes of state per weight"),
-        [
-            (
-                name,
-                show,
-                paired(losses(runs, name), losses(runs, "AdamW")),
-                f"{runs[0][name]['bytes'][1] / weights:.1f}",
-            )
-            for name, show in training.rows(runs, lambda each: spread(each, 4))
-        ],
-    )
+    columns = {
+        "minus AdamW": lambda name: paired(losses(runs, name), losses(runs, "AdamW")),
+        "bytes of state per weight": lambda name: f"{runs[0][name]['bytes'][1] / weights:.1f}",
+    }
+    return training.table(runs, columns, ", nats")
 
 
 def draw(runs: list[Numbers]) -> Figure:

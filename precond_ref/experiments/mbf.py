@@ -10,7 +10,7 @@ from precond_ref.experiments import training
 from precond_ref.experiments.base import Experiment, Tick, Verdict, claim, decided
 from precond_ref.experiments.figures import dots, line, lines, panels, title
 from precond_ref.experiments.kfac import KFAC, factors
-from precond_ref.experiments.numbers import Array, Numbers, column, markdown, np, paired, spread
+from precond_ref.experiments.numbers import Array, Numbers, column, np, paired, spread
 from precond_ref.experiments.training import Entry, Vision, comparison, descend
 from precond_ref.methods.baselines import SGD, Adam
 from precond_ref.methods.mbf import MBF
@@ -236,18 +236,16 @@ def faster(runs: list[Numbers], *others: str) -> Verdict:
 
 def autoencoder_table(runs: list[Numbers]) -> str:
     """Return loss and time."""
-    return markdown(
-        ("method", "validation loss", "steps to SGD's last loss", "seconds to it", "seconds in all"),
-        [
-            (
-                name,
-                show,
-                *(spread([reached(run, name)[i] for run in runs]).replace("inf", "not reached") for i in (0, 1)),
-                spread(column(runs, name, "seconds")),
-            )
-            for name, show in training.rows(runs, lambda each: spread(each, 4))
-        ],
-    )
+
+    def until(name: str, i: int) -> str:
+        return spread([reached(run, name)[i] for run in runs]).replace("inf", "not reached")
+
+    columns = {
+        "steps to SGD's last loss": lambda name: until(name, 0),
+        "seconds to it": lambda name: until(name, 1),
+        "seconds in all": lambda name: spread(column(runs, name, "seconds")),
+    }
+    return training.table(runs, columns)
 
 
 def autoencoder_figure(runs: list[Numbers]) -> Figure:

@@ -194,7 +194,7 @@ def spectra_figure(runs: list[Numbers]) -> Figure:
 RADIUS = 5.0
 
 
-def one_pass(method: Any, features: Array, signs: Array, rates: Array, power: float = 0.0) -> Array:
+def one_pass(method: Any, features: Array, signs: Array, rates: Array) -> Array:
     """Return the sum of the logistic losses of a pass from zero, for all rates at once, (rates,)."""
     x = np.zeros((len(rates), features.shape[1]))
     state, total = method.init(x, stack_ndim=1), np.zeros(len(rates))

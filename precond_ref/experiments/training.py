@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from precond_ref import problems
 from precond_ref.compare.rates import SEEDS
 from precond_ref.experiments.base import Tick
 from precond_ref.experiments.kfac import KFAC, factors
-from precond_ref.experiments.numbers import Array, Numbers, np
+from precond_ref.experiments.numbers import Array, Numbers, column, markdown, np, spread
 from precond_ref.methods.baselines import Adam
 from precond_ref.optimizer import Optimizer
 from precond_ref.problems import online
@@ -141,9 +141,7 @@ def compare(task: Any, entries: dict[str, Entry], steps: int, found: Numbers, ti
     return result
 
 
-def comparison(
-    make: Callable[..., Any], entries: dict[str, Entry], length: int, **how: Any
-) -> dict[str, Callable[..., Numbers]]:
+def comparison(make: Callable[..., Any], entries: dict[str, Entry], length: int, **how: Any) -> dict[str, Any]:
     """Return search and run of an experiment that compares methods on the tasks ``make(seed, **options)``."""
 
     def rates(tick: Tick, steps: int = length, **options: Any) -> Numbers:
@@ -315,17 +313,20 @@ class Recommender:
 # ---- results --------------------------------------------------------------------------------------------------------
 
 
-def ranked(runs: Sequence[Numbers], score: str = "validation", largest: bool = False) -> list[str]:
-    """Return the methods of a comparison, the best mean score first."""
-    sign = -1.0 if largest else 1.0
+def ranked(runs: list[Numbers]) -> list[str]:
+    """Return the methods of a comparison, the smallest mean validation loss first."""
 
     def mean(name: str) -> float:
-        found = [run[name][score] for run in runs]
-        return math.inf if None in found else sign * sum(found) / len(found)
+        found = column(runs, name, "validation")
+        return math.inf if None in found else sum(found) / len(found)
 
     return sorted(runs[0], key=mean)
 
 
-def rows(runs: Sequence[Numbers], show: Callable[[list[Any]], str], score: str = "validation") -> list[tuple[str, str]]:
-    """Return rows of a table, the best first."""
-    return [(name, show([run[name][score] for run in runs])) for name in ranked(runs, score)]
+def table(runs: list[Numbers], columns: Mapping[str, Callable[[str], Any]], unit: str = "") -> str:
+    """Return a Markdown table of the methods, the best first: validation loss, and each column's cells."""
+    rows = [
+        (name, spread(column(runs, name, "validation"), 4), *(cell(name) for cell in columns.values()))
+        for name in ranked(runs)
+    ]
+    return markdown(("method", f"validation loss{unit}", *columns), rows)
