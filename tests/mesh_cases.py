@@ -7,6 +7,7 @@ import copy
 import datetime
 import faulthandler
 import gc
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -15,7 +16,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
@@ -88,18 +89,20 @@ def run(count: int, jobs: Jobs, folder: Path, killed: tuple[int, ...] = ()) -> l
 def _work(rank: int, jobs: Jobs, folder: Path) -> None:
     torch.set_num_threads(1)
     with (folder / f"{rank}.stuck").open("w", encoding="utf-8") as stuck:
-        faulthandler.dump_traceback_later(LONGEST, exit=True, file=stuck)
-        _run(rank, jobs, folder)
+        _run(rank, jobs, folder, stuck)
         faulthandler.cancel_dump_traceback_later()
 
 
 LONGEST = 300
-"""Seconds after which a process says where it is, and ends."""
+"""Seconds of one job after which a process says where it is, and ends."""
 
 
-def _run(rank: int, jobs: Jobs, folder: Path) -> None:
+def _run(rank: int, jobs: Jobs, folder: Path, stuck: TextIO) -> None:
+    values = []
     try:
-        values = [globals()[name](Place(rank, folder, f"{i}"), *given) for i, (name, given) in enumerate(jobs)]
+        for i, (name, given) in enumerate(jobs):
+            faulthandler.dump_traceback_later(LONGEST, exit=True, file=stuck)
+            values.append(globals()[name](Place(rank, folder, f"{i}"), *given))
         used = os.times()
         (folder / f"{rank}.pickle").write_bytes(pickle.dumps((values, used.user + used.system)))
     except BaseException:
@@ -475,6 +478,62 @@ def agreement(place: Place, silent: bool = False) -> list[tuple[str, str]]:
     return found
 
 
+def lacking(place: Place, kind: str, planted: str = "") -> dict[str, Any]:
+    """What two ranks see if one lacks something. By mistake: the error, and True if all is as before.
+
+    "first step": the first step, gradients missing. "load": a state missing in what is loaded. "save": one missing in
+    the optimizer. "then": the departure after the right steps. ``planted``: "silent" or "entries stay".
+    """
+    found: dict[str, Any] = {}
+    agree, unmake = optimizer.Optimizer._agree, optimizer.Optimizer._unmake
+    with place.world(2) as active:
+        if not active:
+            return found
+        if planted == "silent":
+            optimizer.Optimizer._agree = _alone  # type: ignore[method-assign]
+        if planted == "entries stay":
+            optimizer.Optimizer._unmake = lambda self, stepped: self._made.clear()  # type: ignore[method-assign]
+        model = spread("FSDP2", 2)
+        opt, rows, named = KINDS[kind](model), gradients(3), dict(model.named_parameters())
+
+        def attempted(call: Callable[[], Any]) -> tuple[str, bool]:
+            def everything() -> list[Any]:
+                states = [(named_of[p], key, v) for p, entry in opt.state.items() for key, v in entry.items()]
+                return [(*at, sharding.local(v).detach().clone()) for *at, v in (*states, *named.items())]
+
+            named_of = {p: name for name, p in named.items()}
+            before, told = everything(), ""
+            try:
+                call()
+            except (ValueError, KeyError) as error:
+                told = f"{type(error).__name__}: {error}"
+            pairs = list(itertools.zip_longest(before, everything(), fillvalue=("",)))
+            return told, all(a[:-1] == b[:-1] and torch.equal(a[-1], b[-1]) for a, b in pairs)
+
+        try:
+            for name, p in named.items():
+                p.grad = laid(rows[0][name], p)
+            if place.rank == 1:
+                named["down.weight"].grad = named["twin.weight"].grad = None
+            found["first step"] = attempted(opt.step)
+            if planted:
+                return found
+            assert not opt.state_dict()["state"]
+            feed(model, opt, rows[:2])
+            saved = copy.deepcopy(opt.state_dict())
+            lost = opt.state[named["up.weight"]]
+            if place.rank == 1:
+                del saved["state"][0], opt.state[named["up.weight"]]
+            found["save"] = attempted(opt.state_dict)
+            opt.state[named["up.weight"]] = lost
+            found["load"] = attempted(lambda: opt.load_state_dict(saved))
+            feed(model, opt, rows[2:])
+            found["then"] = distance(model, alone(kind, 3))
+        finally:
+            optimizer.Optimizer._agree, optimizer.Optimizer._unmake = agree, unmake  # type: ignore[method-assign]
+    return found
+
+
 def crossed(place: Place, matrices: bool, planted: bool = False) -> str:
     """The error if rank 0 has no gradient of one parameter, and rank 1 none of another of its shape and owner.
 
@@ -534,7 +593,7 @@ def uneven(place: Place, planted: bool = False) -> str | float:
 AGREE = optimizer.Optimizer._agree
 
 
-def _alone(self: Any, refusal: Exception | None, travels: bool) -> bool:
+def _alone(self: Any, refusal: Exception | None, *given: Any, travels: bool, **more: Any) -> bool:
     if refusal is not None:
         raise refusal
     return travels
@@ -901,7 +960,7 @@ def full_states(place: Place, planted: str = "") -> str:
                     other_value = found["state"][name][key]
                     if other_value.shape != value.shape or (other_value - value).abs().max() > 1e-12:
                         return f"{key} of {name}"
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, ValueError) as error:
             return type(error).__name__
         finally:
             sharding.dealt, optimizer._elsewhere = dealt, elsewhere

@@ -124,4 +124,4 @@ def test_full_states_are_those_of_one_process(world: int, kind: str) -> None:
 def test_a_checkpoint_of_another_rank_is_refused(world: int) -> None:
     messages = [seen["foreign"] for seen in run(world)]
     assert "has step for parameter 0, ASGO keeps step, m, gram" in messages[0]
-    assert set(messages[1:]) == {"loaded state dict was refused on another rank"}
+    assert all(text.startswith("the state dict was refused on rank 0: ValueError(") for text in messages[1:])

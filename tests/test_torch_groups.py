@@ -408,6 +408,44 @@ def test_what_a_method_no_longer_keeps_does_not_come_back() -> None:
     assert int(opt.state[params[0]]["step"]) == 2
 
 
+def check_refused_steps() -> None:
+    """A refused step makes no state, and loses nothing that a method kept; what is outdated goes with the next step."""
+    start, grads = recorded([SHAPE], 4)
+
+    def refused(opt: pt.Optimizer) -> None:
+        with pytest.raises(ValueError, match="statistics has 1 keys"):
+            opt.step(statistics={torch.ones(2): torch.ones(2)})
+
+    params, same = parameters(start), parameters(start)
+    opt, other = (pt.Shampoo(p, every=2, eps=0.25) for p in (params, same))
+    params[0].grad = grads[0][0].clone()
+    refused(opt)
+    assert not opt.state
+    feed(other, same, grads)
+    feed(opt, params, grads[:2])
+    kept = list(opt.state[params[0]])
+    opt.param_groups[0]["every"] = 1
+    refused(opt)
+    assert sorted(opt.state[params[0]]) == sorted(kept)
+    opt.param_groups[0]["every"] = 2
+    feed(opt, params, grads[2:])
+    assert torch.equal(params[0], same[0])
+    opt.param_groups[0]["every"] = 1
+    refused(opt)
+    feed(opt, params, grads[:1])
+    assert list(opt.state[params[0]]) == ["step", "grams.0", "grams.1"]
+
+
+def test_refused_steps_change_no_state() -> None:
+    check_refused_steps()
+
+
+def test_the_check_catches_state_of_a_refused_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pt.Optimizer, "_unmake", lambda self, stepped: self._made.clear())
+    with pytest.raises(AssertionError):
+        check_refused_steps()
+
+
 def test_fields_may_be_tensors() -> None:
     """Scalars of the step are made in the dtype of the arithmetic then, whatever else is updated."""
     start, grads = recorded([SHAPE], 3)

@@ -48,6 +48,8 @@ COMPACT: Jobs = [
     ("resharded", ("ASGO", "dcp")),
     ("resharded", ("MBF, joined", "full, offloaded, from rank 0")),
     ("agreement", ()),
+    ("lacking", ("ASGO",)),
+    ("lacking", ("Adam",)),
     ("crossed", (True,)),
     ("crossed", (False,)),
     ("uneven", ()),
@@ -66,6 +68,8 @@ COMPACT: Jobs = [
     # planted
     ("resharded", ("ASGO", "dcp", CHAIN[:2], True)),
     ("agreement", (True,)),
+    ("lacking", ("Adam", "silent")),
+    ("lacking", ("ASGO", "entries stay")),
     ("crossed", (True, True)),
     ("crossed", (False, True)),
     ("uneven", (True,)),
@@ -89,11 +93,21 @@ DEEP: Jobs = [
 
 
 @lru_cache
-def seen(deep: bool) -> dict[Any, list[Any]]:
-    """Return the results of each rank by job."""
+def ran(deep: bool) -> dict[str, list[Any]] | AssertionError:
+    """Return the results of each rank by job; the error if a rank failed."""
     jobs = DEEP if deep else COMPACT
     with TemporaryDirectory() as folder:
-        return {repr(job): values for job, values in zip(jobs, run(4, jobs, Path(folder)), strict=True)}
+        try:
+            return {repr(job): values for job, values in zip(jobs, run(4, jobs, Path(folder)), strict=True)}
+        except AssertionError as error:
+            return error
+
+
+def seen(deep: bool) -> dict[str, list[Any]]:
+    found = ran(deep)
+    if isinstance(found, AssertionError):
+        pytest.fail(str(found))
+    return found
 
 
 def both(name: str) -> Any:
@@ -156,6 +170,29 @@ def test_ranks_agree_before_anything_moves() -> None:
 def test_the_check_catches_a_gradient_missing_on_one_rank() -> None:
     with pytest.raises(AssertionError):
         check_agreement(True)
+
+
+def check_lacking(*given: str) -> None:
+    """Both ranks refuse alike, naming parameter and rank; all is as before, and training goes on."""
+    for found in compact("lacking", *given)[:2]:
+        names = {"first step": "down.weight has no gradient", "save": "up.weight has no state",
+                 "load": "up.weight has no state"}  # fmt: skip
+        for call, text in names.items():
+            told, kept = found[call]
+            assert told.startswith(f"ValueError: parameter {text} on rank 1, and one on the others")
+            assert kept
+        assert found["then"] == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["ASGO", "Adam"])
+def test_what_one_rank_lacks_is_refused_by_all(kind: str) -> None:
+    check_lacking(kind)
+
+
+@pytest.mark.parametrize(("kind", "planted"), [("Adam", "silent"), ("ASGO", "entries stay")])
+def test_the_check_catches_what_one_rank_lacks(kind: str, planted: str) -> None:
+    with pytest.raises(AssertionError):
+        check_lacking(kind, planted)
 
 
 def check_crossed(*given: bool) -> None:

@@ -32,6 +32,11 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def words_of(tensor: Any) -> str:
+    """Return mesh and placements in words; "whole" for a tensor that is no DTensor."""
+    return f"{place_of(tensor.device_mesh)} {tensor.placements}" if is_sharded(tensor) else "whole"
+
+
 def shard_of(full: Tensor, like: Any) -> Tensor:
     """Return the part of ``full`` that this rank has of the DTensor ``like``; no communication."""
     from torch.distributed.tensor import DTensor, Replicate

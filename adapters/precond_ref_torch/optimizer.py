@@ -59,6 +59,10 @@ LAYOUT = attrgetter("shape", "dtype", "device")
 COUNTER = (torch.Size(), torch.int64, torch.device("cpu"))
 
 
+Seen = list[tuple[str, bool, dict[str, str]]]
+"""What the ranks of a mesh compare: name of a parameter, True if it has the thing in question, and more in words."""
+
+
 class Plan(NamedTuple):
     """The buckets of a group, and the entries that they were made for."""
 
@@ -156,6 +160,10 @@ class Optimizer(torch.optim.Optimizer):
         self._warned = False
         self._runs: list[BucketStep] = []
         self._lent: set[Any] = set()
+        self._names: dict[Any, set[str]] = {}
+        """Names of the tensors that the last buckets keep in the entry of each parameter."""
+        self._made: list[tuple[Any, set[str], dict[str, Any]]] = []
+        """What this step has done to entries before it began: parameter, names that are new, tensors removed."""
 
     def _begin(self, apart: bool) -> None:
         self._apart = apart
@@ -303,17 +311,26 @@ class Optimizer(torch.optim.Optimizer):
             self._circle = sharding.Circle(self._all_teams())
         return self._circle
 
-    def _agree(self, refusal: Exception | None, travels: bool) -> bool:
+    def _agree(
+        self,
+        refusal: Exception | None,
+        seen: Callable[[Any], Seen],
+        what: tuple[str, str] = ("step", "gradient"),
+        words: Callable[[Any], str] | None = None,
+        travels: bool = False,
+    ) -> bool:
         """Raise what this rank refuses, or ValueError for what another refuses, or in what ranks of a mesh differ.
 
-        Return True if matrices travel (``travels``) on one of the ranks. It is a collective.
+        ``seen`` gives what a mesh's ranks compare, ``words`` a shorter text of it; ``what`` names the call and what a
+        parameter may lack. Return True if matrices travel (``travels``) on one of the ranks. It is a collective.
         """
         if teams := self._all_teams():
-            wrong, travels = self._everyone().ask(teams, refusal is not None, travels, self._words)
+            words = words or (lambda mesh: repr(seen(mesh)))
+            wrong, travels = self._everyone().ask(teams, refusal is not None, travels, words)
             if wrong:
-                seen = {sharding.place_of(team.mesh): self._seen(team.mesh) for team in teams}
-                told = self._everyone().told(teams, (repr(refusal) if refusal else "", seen))
-                refusal = refusal or ValueError(_difference(told))
+                rows = {sharding.place_of(team.mesh): seen(team.mesh) for team in teams}
+                told = self._everyone().told(teams, (repr(refusal) if refusal else "", rows))
+                refusal = refusal or ValueError(_difference(told, *what))
         if refusal is not None:
             raise refusal
         return travels
@@ -333,15 +350,6 @@ class Optimizer(torch.optim.Optimizer):
         error.add_note(text)
         raise error
 
-    def _whole(self, team: sharding.Team) -> list[Unit]:
-        """Return the matrices of a team's mesh."""
-        return [
-            unit
-            for group in self.param_groups
-            for _, unit, method in self._routed(group)
-            if sharding.is_sharded(unit[0]) and unit[0].device_mesh == team.mesh and not method.elementwise
-        ]
-
     def _words(self, mesh: Any) -> str:
         """Return in words all that the ranks of a mesh must agree on before anything moves.
 
@@ -359,7 +367,7 @@ class Optimizer(torch.optim.Optimizer):
             ]
         )
 
-    def _seen(self, mesh: Any) -> list[tuple[str, bool, dict[str, str]]]:
+    def _seen(self, mesh: Any) -> Seen:
         """Return name, True for a gradient, step and the group's entries of each parameter of a mesh."""
         found = []
         for index, group in enumerate(self.param_groups):
@@ -368,6 +376,18 @@ class Optimizer(torch.optim.Optimizer):
                 if sharding.is_sharded(param) and param.device_mesh == mesh:
                     step = _count(self.state.get(param, {}).get("step", 0))
                     found.append((label, param.grad is not None, {"step": repr(step), **entries}))
+        return found
+
+    def _kept(self, state: Mapping[Any, Any], groups: list[dict[str, Any]], mesh: Any) -> Seen:
+        """Return name, True for a state, its step and the layout of each tensor, of each parameter of a mesh."""
+        found = []
+        for index, group in enumerate(groups):
+            keys = {unit[0]: _expected(unit, method) for _, unit, method in self._routed(group)}
+            for label, param in _labelled(index, group):
+                if sharding.is_sharded(param) and param.device_mesh == mesh:
+                    entry = state.get(param, {})
+                    layouts = {k: sharding.words_of(entry[k]) for k in keys.get(param, ()) if k in entry}
+                    found.append((label, "step" in entry, {"step": repr(_count(entry.get("step", 0))), **layouts}))
         return found
 
     # ---- the step ---------------------------------------------------------------------------------------------------
@@ -472,7 +492,8 @@ class Optimizer(torch.optim.Optimizer):
                 found, given = self._checked(statistics)
             except Exception as error:
                 refusal = error
-            travels = self._agree(refusal, any(bucket.move is not None for _, bucket in found))
+            moves = any(bucket.move is not None for _, bucket in found)
+            travels = self._agree(refusal, self._seen, words=self._words, travels=moves)
             self._runs = [BucketStep(group, bucket, s) for (group, bucket), s in zip(found, given, strict=True)]
             numbers: dict[Any, Any] = {}
             flights = self._fly(numbers) if travels else []
@@ -489,9 +510,11 @@ class Optimizer(torch.optim.Optimizer):
             for flight in flights:
                 flight.finish()
             self._runs = []
+            self._made.clear()
         except BaseException as error:
             begun = bool(self._runs)
             stepped = self._settle()
+            self._unmake(stepped)
             if begun:
                 error.add_note(self._told(stepped))
             if not stepped:
@@ -534,6 +557,21 @@ class Optimizer(torch.optim.Optimizer):
                     result.update(run.settle())
                 self._runs = []
         return result
+
+    def _unmake(self, stepped: Mapping[Any, str]) -> None:
+        """Give the entries of parameters that have not stepped the names that they had before the step."""
+        if self._made:
+            self._release()
+        for param, new, removed in self._made:
+            if param not in stepped:
+                entry = self.state[param]
+                for name in new:
+                    entry.pop(name, None)
+                entry.update(removed)
+                self._names[param] = (self._names.get(param, set()) | removed.keys()) - new
+                if not entry:
+                    del self.state[param]
+        self._made.clear()
 
     def _told(self, came_out: Mapping[Any, str]) -> str:
         """Return the message about the parameters of a step that an exception ended."""
@@ -584,14 +622,15 @@ class Optimizer(torch.optim.Optimizer):
         device = active[0].device.type if active else "other"
         limits = (sizes.get(device, sizes["other"]) for sizes in (LARGEST_BUFFER, LARGEST_MEMBER))
         cut = partition(self._labels(group), *limits)
-        before = old.buckets if old else []
-        kept = {unit[0]: views.keys() for b in before for unit, views in zip(b.units, b.views, strict=True)}
         buckets = []
         for members in cut:
             (method, flat, owner, mine), units = members[0][0], [unit for _, unit in members]
             for unit in units:  # what a method with other fields kept would be out of date if they came back
-                for name in kept.get(unit[0], {"step"}) - _expected(unit, method).keys() - {"step"}:
-                    self.state[unit[0]].pop(name, None)
+                entry, names = self.state[unit[0]], {*_expected(unit, method)}
+                outdated = (self._names.get(unit[0], names) - names) & entry.keys()
+                if removed := {name: entry.pop(name) for name in outdated}:
+                    self._made.append((unit[0], set(), removed))
+                self._names[unit[0]] = names
             params = [unit[0] for unit in units]
             lent = not self._lent.isdisjoint(params)
             buckets.append(Bucket(method, units, [self.state[param] for param in params], flat, owner, mine, lent))
@@ -658,8 +697,10 @@ class Optimizer(torch.optim.Optimizer):
             entry = self.state[param]
             mine = owner is None or self._owns(unit)
             if "step" not in entry:
-                arrays = _fresh(method, unit, flat) if mine else _elsewhere(method, unit)
-                entry.update(step=torch.zeros((), dtype=torch.int64, device="cpu"), **arrays)
+                tensors = _fresh(method, unit, flat) if mine else _elsewhere(method, unit)
+                arrays = {"step": torch.zeros((), dtype=torch.int64, device="cpu"), **tensors}
+                self._made.append((param, {*arrays}, {name: entry[name] for name in arrays.keys() & entry.keys()}))
+                entry.update(arrays)
             elif not isinstance(entry["step"], Tensor) or LAYOUT(entry["step"]) != COUNTER:
                 step = _count(entry["step"])
                 if step is None:
@@ -677,11 +718,13 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state for `load_state_dict`: tensors with memory of their own, which later steps do not change.
 
-        It is a collective if matrices are sharded among ranks: their states are then sharded along the first axis.
+        It is a collective if parameters are sharded among ranks: the states of matrices are then sharded along the
+        first axis. ValueError if one rank has a state that another of its mesh has not.
         """
         with torch.no_grad():
             self._settle()
             self._release()
+            self._agree(None, lambda mesh: self._kept(self.state, self.param_groups, mesh), ("state dict", "state"))
             held, self.state = self.state, self._handed()
         try:
             return super().state_dict()
@@ -725,7 +768,7 @@ class Optimizer(torch.optim.Optimizer):
         loads nothing then.
         Entries of wrappers in ``state`` stay. UserWarning for values that are not finite, and for
         parameters that have no state while others have one: they start afresh.
-        It is a collective if parameters are sharded among ranks: a state that one rank refuses, all refuse.
+        It is a collective if parameters are sharded among ranks: a state that one rank refuses or lacks, all refuse.
         """
         groups: list[dict[str, Any]] = []
         loaded: dict[Any, Any] = {}
@@ -735,14 +778,9 @@ class Optimizer(torch.optim.Optimizer):
             groups, loaded, others = self._read(state_dict)
         except Exception as error:
             refusal = error
-        teams = self._all_teams()
-        elsewhere = bool(teams) and self._everyone().ask(teams, refusal is not None)[0]
-        if refusal is not None:
-            raise refusal
-        if elsewhere:
-            raise ValueError("loaded state dict was refused on another rank")
-        for team in teams:
-            self._gather(loaded, team)
+        self._agree(refusal, lambda mesh: self._kept(loaded, groups, mesh), ("state dict", "state"))
+        for team in self._all_teams():
+            self._gather(loaded, groups, team)
         state = copy.copy(self.state)
         state.clear()
         state.update(loaded)
@@ -855,29 +893,33 @@ class Optimizer(torch.optim.Optimizer):
             if not dense or states.has_value(part) > states.has_value(value):
                 kind = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"loaded state dict has {key} for {label} as {kind}, it must be a dense tensor")
-            value = sharding.restored(value, param, like.shape) if flat else value
-            if value.shape != like.shape or value.dtype != like.dtype:
+            moves = sharded and sharding.is_sharded(value)  # once all ranks are known to load it
+            value = sharding.restored(value, param, like.shape) if flat and not moves else value
+            shape = param.shape if flat and moves else like.shape
+            if value.shape != shape or value.dtype != like.dtype:
                 raise ValueError(
                     f"loaded state dict has {key} of shape {list(value.shape)} and dtype {value.dtype} for {label}, "
-                    f"it must have shape {list(like.shape)} and dtype {like.dtype}"
+                    f"it must have shape {list(shape)} and dtype {like.dtype}"
                 )
-            value = value.detach()
-            if sharded and not flat and sharding.is_sharded(value):
-                result[key] = value  # until all ranks are known to load it
-                continue
-            value = sharding.whole(value).to(part.device, copy=True, memory_format=torch.contiguous_format)
-            result[key] = sharding.wrap(value, param) if flat else value
+            result[key] = value.detach() if moves else _placed(sharding.whole(value.detach()), param, flat)
         return result
 
-    def _gather(self, loaded: Mapping[Any, Any], team: sharding.Team) -> None:
-        """Give the owners of a team's matrices their whole states (a collective)."""
+    def _gather(self, loaded: Mapping[Any, Any], groups: list[dict[str, Any]], team: sharding.Team) -> None:
+        """Give each rank its parts of the states of a mesh, and owners the whole ones of matrices (a collective)."""
         items = []
-        for unit in self._whole(team):
-            entry = loaded.get(unit[0], {})
-            for name, value in entry.items():
-                if sharding.is_sharded(value) and value.device_mesh == team.mesh:
+        for unit, method in (found[1:] for group in groups for found in self._routed(group)):
+            entry, flat = loaded.get(unit[0], {}), method.elementwise
+            if not sharding.is_sharded(unit[0]) or unit[0].device_mesh != team.mesh:
+                continue
+            for name in _expected(unit, method):
+                value = entry.get(name)
+                if not sharding.is_sharded(value):
+                    continue
+                if flat:
+                    entry[name] = _placed(sharding.restored(value, unit[0], value.shape), unit[0], flat)
+                elif value.device_mesh == team.mesh:
                     items.append((entry, name, value, *self._place(unit)))
-                elif sharding.is_sharded(value):
+                else:
                     full = sharding.whole(value)
                     entry[name] = full.to(unit[0].device, copy=True) if self._owns(unit) else full.new_empty(0)
         wholes = sharding.gathered([item[2:] for item in items], team)
@@ -1203,33 +1245,37 @@ def _checked_keys(state_dict: Any) -> list[list[Any]]:
     return keys
 
 
-Seen = list[tuple[str, bool, dict[str, str]]]
+def _placed(value: Tensor, param: Any, flat: bool) -> Tensor:
+    """Return a copy of a loaded tensor on the parameter's device; laid out as the parameter if ``flat``."""
+    value = value.to(sharding.local(param).device, copy=True, memory_format=torch.contiguous_format)
+    return sharding.wrap(value, param) if flat else value
 
 
-def _difference(told: Mapping[int, tuple[str, Mapping[Any, Seen]]]) -> str:
-    """Return in what the ranks of a mesh differ, or what one has refused, from what each rank tells."""
+def _difference(told: Mapping[int, tuple[str, Mapping[Any, Seen]]], call: str, has: str) -> str:
+    """Return in what the ranks of a mesh differ, or what one has refused, from what each rank tells.
+
+    ``call``: what is refused. ``has``: what a parameter may lack.
+    """
     for rank, (refusal, _) in told.items():
         if refusal:
-            return f"the step was refused on rank {rank}: {refusal}"
+            return f"the {call} was refused on rank {rank}: {refusal}"
     for place in dict.fromkeys(place for _, seen in told.values() for place in seen):
         found = {rank: seen[place] for rank, (_, seen) in told.items() if place in seen}
         if len({tuple(label for label, *_ in rows) for rows in found.values()}) > 1:
             return f"ranks {', '.join(map(str, found))} have different parameters"
         for rows in zip(*found.values(), strict=True):
             label, _, first = rows[0]
-            without = [str(rank) for rank, (_, has, _) in zip(found, rows, strict=True) if not has]
+            without = [str(rank) for rank, (_, there, _) in zip(found, rows, strict=True) if not there]
             if 0 < len(without) < len(found):
                 return (
-                    f"parameter {label} has no gradient on rank {', '.join(without)}, and one on the others: a sharded "
+                    f"parameter {label} has no {has} on rank {', '.join(without)}, and one on the others: a sharded "
                     "parameter needs one on every rank of its mesh, or on none"
                 )
             for rank, (_, _, other) in zip(found, rows, strict=True):
-                for key in first:
-                    if other.get(key) != first[key]:
-                        return (
-                            f"parameter {label} has {key} {first[key]} on rank {next(iter(found))}, "
-                            f"{other.get(key)} on rank {rank}"
-                        )
+                for key in {**first, **other}:
+                    here, there = first.get(key, "none"), other.get(key, "none")
+                    if here != there:
+                        return f"parameter {label} has {key} {here} on rank {next(iter(found))}, {there} on rank {rank}"
     return "the ranks of a mesh differ"
 
 
