@@ -449,6 +449,7 @@ def test_single_precision_is_told(constructor: str) -> None:
     assert found.lines()[0].startswith(f"It is {constructor} in single precision: all ")
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("vectors_alone")
 def test_single_precision_in_some_cases_is_a_hint() -> None:
     """With one eps of several, and so in half of the cases, which is no verdict."""

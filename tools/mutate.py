@@ -36,6 +36,7 @@ import gc
 import importlib
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import math
 import random
@@ -684,11 +685,13 @@ def tested(mutant: Mutant, tests: Tests, names: list[str]) -> dict[str, Any]:
     return {"fate": "survivor", "by": f"{len(ran)} tests pass" if ran else "no test runs the line", "tests": len(ran)}
 
 
-def running(mutant: Mutant, ran: dict[str, Any]) -> list[str]:
-    """Return the tests that run a line of the mutant, quick ones first."""
+def running(mutant: Mutant, ran: dict[str, Any], most: float = math.inf) -> list[str]:
+    """Return the tests that run a line of the mutant, quick ones first, ``most`` seconds of them."""
     rows = path_of(mutant.module).read_text(encoding="utf-8")[mutant.start : mutant.end].count("\n") + 1
     lines = {(mutant.module, mutant.line + i) for i in range(rows)}
-    return sorted((n for n, own in ran["lines"].items() if own & lines), key=lambda n: ran["seconds"][n])
+    names = sorted((n for n, own in ran["lines"].items() if own & lines), key=lambda n: ran["seconds"][n])
+    ends = itertools.accumulate(ran["seconds"][n] for n in names)
+    return [n for n, end in zip(names, ends, strict=True) if end <= most]
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -705,6 +708,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tests", action="store_true", help="run the quick tests of the module instead of check")
     parser.add_argument("--checker", action="store_true", help="mutate the checker; implies --tests")
     parser.add_argument("--full", action="store_true", help="with --tests: all tests but the deep ones")
+    parser.add_argument("--most", type=float, default=math.inf, help="seconds of tests for a mutant (default: all)")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -771,7 +775,7 @@ def main() -> None:
         if failed := ran.get("failed", ran.get("by")):
             raise SystemExit(f"the tests fail without an edit: {failed}")
         console.print(f"{len(tests.items)} tests, {sum(ran['seconds'].values()):.0f} s of processor time")
-        go(tested, lambda m: (tests, running(m, ran)))
+        go(tested, lambda m: (tests, running(m, ran, given.most)))
 
     if by_tests:
         with_tests(sorted({file for m in run for file in test_files(m.module)}), given.full, go_with)
