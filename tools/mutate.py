@@ -71,8 +71,8 @@ CHECKER = ("tolerance", "results", "runner", "diagnose", "contract", "beside")
 TESTS = {
     "online_sketches": "sketchy", "arrays": "numerics", "axes": "numerics", "bases": "soap", "ema": "numerics",
     "grafting": "shampoo sketchy", "lapack": "numerics", "orthogonal": "muon", "refresh": "shampoo asgo",
-    "template": "numerics", "tolerance": "diagnose", "results": "diagnose", "runner": "diagnose",
-    "contract": "wrong_optimizers", "beside": "beside wrong_optimizers",
+    "template": "numerics", "tolerance": "diagnose", "results": "checker diagnose", "runner": "checker diagnose",
+    "diagnose": "checker diagnose", "contract": "wrong_optimizers", "beside": "beside wrong_optimizers",
 }  # fmt: skip
 """Names of the test files of a module, if they are not its own name; `test_files` has those of all modules."""
 SECONDS, TEST_SECONDS, GIGABYTES = 60.0, 300.0, 4
