@@ -6,6 +6,10 @@ methods on all meshes.
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -355,6 +359,42 @@ def test_the_check_catches_states_that_are_not_handed_round(planted: str) -> Non
 def test_the_check_catches_states_forgotten_while_loading() -> None:
     found = compact("resharded", "ASGO", "dcp", CHAIN[:2], True)
     assert min(most for most, _ in found[:2]) > 1e-3
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SESSION = re.compile(r"```shell\n((?:torchrun .*\n)+)```\n\n```text\n(.*?)```", re.DOTALL)
+
+
+def check_example(folder: Path, *changes: tuple[str, str]) -> None:
+    """The commands of the page print what it says; ``changes`` are made in the program."""
+    [(commands, expected)] = SESSION.findall((ROOT / "docs" / "distributed.md").read_text(encoding="utf-8"))
+    program, text = folder / "many_devices.py", (ROOT / "examples" / "many_devices.py").read_text(encoding="utf-8")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    program.write_text(text, encoding="utf-8")
+    printed = ""
+    for command in commands.splitlines():
+        _, *words = command.replace("examples/many_devices.py", str(program)).split()
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *words],
+            cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        printed += done.stdout
+    assert printed == expected
+
+
+def test_the_example_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    check_example(tmp_path)
+
+
+@pytest.mark.deep
+def test_the_check_catches_an_example_that_forgets_the_state(tmp_path: Path) -> None:
+    begin = "    if begin:\n"
+    changes = ("=optimizer_state)", "=fresh)"), (begin, f"{begin}        fresh = get_state_dict(model, optimizer)[1]\n")
+    with pytest.raises(AssertionError, match="step 5, 4 ra"):  # it runs, and prints other losses
+        check_example(tmp_path, *changes)
 
 
 def check_cut_short(folder: Path, same_folder: bool) -> None:
