@@ -95,10 +95,16 @@ def check_rank_one(module: ModuleType) -> None:
 
 
 def check_adam(module: ModuleType) -> None:
-    """Adam's schedule without factors is Adam with beta1 = eps = 0."""
-    grads = gradients((5, 3), STEPS)
+    """Adam's schedule is Adam with beta1 = eps = 0: without factors, or where the squares are of rank one."""
+    grads, adam = gradients((5, 3), STEPS), pr.Adam(beta1=0.0, beta2=0.75, eps=0.0)
     method = module.Adafactor(decay_schedule="adam", decay_rate=0.75, eps1=0.0, factored_axes=None, **PLAIN)
-    assert distance(directions(method, grads), directions(pr.Adam(beta1=0.0, beta2=0.75, eps=0.0), grads)) <= 1e-14
+    assert distance(directions(method, grads), directions(adam, grads)) <= 1e-14
+    rows, columns = np.random.default_rng(1).uniform(0.5, 2, (2, 5))
+    scale = np.arange(1, STEPS + 1)[:, None, None]
+    rank_one = np.sign(grads) * np.sqrt(scale * np.outer(rows, columns[:3]))
+    factored = method.replace(factored_axes="last")
+    assert distance(directions(factored, rank_one), directions(adam, rank_one)) <= 1e-14
+    assert distance(directions(factored, grads), directions(adam, grads)) > 0.1
 
 
 def check_laws(module: ModuleType) -> None:
