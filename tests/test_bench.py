@@ -14,9 +14,11 @@ from typing import Any
 
 import pyperf
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from precond_ref.bench import harness, memory, report, suites, worker
+import precond_ref_torch
+from precond_ref.bench import by_hand, harness, memory, report, suites, worker
 from precond_ref.bench.contenders import OURS
 from precond_ref.bench.harness import Race, Result, Sweep
 from precond_ref.bench.peers import PEERS
@@ -334,3 +336,39 @@ def test_a_long_step_is_timed_once_and_over_whole_periods(gpu: Any, monkeypatch:
     counts.clear()
     assert library.seconds(lambda: 0.001, period=10) == 0.001
     assert counts == [1, 1, 10, *[40] * 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "update", "shape", "fields"),
+    [
+        ("AGD", by_hand.agd, (3, 40), {"weight_decay": 1e-2}),
+        ("ASGO", by_hand.asgo, (5, 7), {}),
+        ("ASGO", by_hand.asgo, (7, 5), {}),
+        ("Shampoo", by_hand.shampoo, (5, 7), {}),
+        ("IFShampoo", by_hand.if_shampoo, (5, 7), {}),
+        ("SOAP", by_hand.soap(3), (5, 7), {"every": 3}),
+    ],
+)
+def test_steps_by_hand_are_those_of_the_method(name: str, update: Any, shape: tuple[int, int], fields: Any) -> None:
+    assert by_hand_differs(name, update, shape, fields) < 1e-3
+    assert by_hand_differs(name, lambda g, x, s: update(g.flip(-1), x, s), shape, fields) > 1e-3
+
+
+def by_hand_differs(name: str, update: Any, shape: tuple[int, int], fields: Any) -> float:
+    """Return the distance of both after nine steps, as a share of the way."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *shape, generator=generator)
+    start, param = x.clone(), torch.nn.Parameter(x[0].clone())
+    optimizer = getattr(precond_ref_torch, name)([param], lr=1e-2, **fields)
+    state: dict[str, Any] = {"lr": 1e-2, "t": 0}
+    for step in range(9):
+        g = torch.randn(1, *shape, generator=generator)
+        param.grad = g[0].clone()
+        optimizer.step()
+        if step == 0 and name == "SOAP":  # the first update makes the bases
+            names = {"m": "m", "v": "v", "p": "bases.0", "q": "bases.1", "left": "grams.0", "right": "grams.1"}
+            state |= {mine: optimizer.state[param][theirs][None].clone() for mine, theirs in names.items()}
+            x = param.detach()[None].clone()
+        else:
+            update(g, x, state)
+    return float((param.detach() - x[0]).norm() / (param.detach() - start[0]).norm())

@@ -248,6 +248,33 @@ def check_real_part(library: str = "numpy", scales: tuple[float, ...] = SCALES) 
             assert error <= 16 * U[dtype] * rounding, (law, eps, scale, dtype, share, i, error)
 
 
+def check_long() -> None:
+    """A matrix with known eigenvalues is formed for long gradients, and for these alone."""
+    rng, original = np.random.default_rng(8), roots.form
+    for (law, form), dtype, kappa, columns in itertools.product(LAWS.values(), U, (1e2, 1e4), (4, 3)):
+        q = np.linalg.qr(rng.standard_normal((2, 2)))[0]
+        matrix = (q * np.asarray([1.0, 1 / kappa]) @ q.T).astype(dtype)
+        matrix, eps = (matrix + matrix.T) / 2, 2.0**-20
+        tensor, form = rng.standard_normal((2, columns)).astype(dtype), form._replace(ridge=eps)
+        formed: list[Any] = []
+
+        def spy(root: Any, formed: list[Any] = formed, **options: Any) -> Any:
+            formed.append(root)
+            return original(root, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(roots, "form", spy)
+            got = roots.apply(tensor, {0: roots.decompose(matrix, form)}, form)
+        assert len(formed) == (columns == 4)
+        with mpmath.workdps(50):
+            expected = from_mp(law.of(to_mp(matrix.astype(float)), eps) * to_mp(tensor.astype(float)))
+        assert gap(got.astype(float), expected) <= 16 * U[dtype] * kappa, (law, dtype, kappa, columns)
+
+
+def test_a_matrix_is_formed_for_long_gradients() -> None:
+    check_long()
+
+
 def check_real_part_of_methods() -> None:
     """The same where a method meets it: a gradient that its statistic does not hold."""
     y, z = INSIDE @ PART, ACROSS @ BEYOND
@@ -490,6 +517,9 @@ MATRICES = in_range("ASGO.theory", "FullAdaGrad", "Shampoo", "ASGO(every=2)", "M
 BUGS: dict[str, tuple[Callable[[], None], Any, str, Any]] = {
     "a matrix formed": (MATRICES, roots, "apply", formed),
     "a matrix formed, on networks": (check_networks, roots, "apply", formed),
+    "a matrix formed of rounding": (MATRICES, roots, "_by_matrix", lambda *given: True),
+    "a matrix formed for short gradients": (check_long, roots, "_by_matrix", ("if any(2 *", "if any(1 *")),
+    "a matrix formed of its roots": (check_long, roots, "form", ("root.eigenvalues[", "root.eigenvalues[..., ::-1][")),
     "all is rounding": (check_real_part, roots, "_gain", (REAL, " > math.inf * top")),
     "all is rounding, in methods": (check_real_part_of_methods, roots, "_gain", (REAL, " > math.inf * top")),
     "nothing is rounding": (MATRICES, roots, "_gain", (REAL, " > 0.0 * top")),

@@ -285,8 +285,7 @@ def test_module_exports_every_method() -> None:
 
 def test_many_shapes_on_flat_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also cut: several pieces per buffer, several buffers per group."""
-    for size in ("CHUNK_BYTES", "FLAT_BYTES"):
-        monkeypatch.setattr(buckets, size, 64)
+    monkeypatch.setattr(buckets, "PIECE_BYTES", 64)
     monkeypatch.setattr("precond_ref_torch.optimizer.LARGEST_BUFFER", {"other": 40})
     shapes: list[tuple[int, ...]] = [(3, 4), (), (7,), (2, 3, 4), (0, 3), (50,), (1,)]
     start, grads = recorded(shapes, 5)

@@ -223,8 +223,7 @@ def _spread(count: int, most: int | None) -> list[int]:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for size in ("CHUNK_BYTES", "FLAT_BYTES"):
-        monkeypatch.setattr(buckets, size, 16 * 8)
+    monkeypatch.setattr(buckets, "PIECE_BYTES", 16 * 8)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -272,6 +271,10 @@ def _witness_left(original: Any) -> Any:
     return lambda group, bucket, params, directions: original(group, bucket, params[:-1], directions[:-1])
 
 
+def _moved_twice(original: Any) -> Any:
+    return lambda self, marks, piece: original(self, marks, piece) and False
+
+
 def _written_early(old: Any, new: Any) -> Any:
     pairs = list(zip(old, new, strict=True))
     buckets.write(pairs)
@@ -294,6 +297,8 @@ PLANTED: dict[str, tuple[Any, str, Any, str]] = {
         _rest_left(optimizer.BucketStep._write),
         "SGD",
     ),
+    "averages moved, and the rest left": (passes.Marks, "begun", lambda self, piece: False, "Adam"),
+    "averages moved twice": (passes.Tape, "start", _moved_twice(passes.Tape.start), "Adam"),
 }
 
 

@@ -121,7 +121,7 @@ def check_pieces_of_a_stack(cls: Any) -> None:
         for count in (2, 1):
             params = parameters(start)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(buckets, "CHUNK_BYTES", count * start[0].nbytes)
+                patch.setattr(buckets, "PIECE_BYTES", count * start[0].nbytes)
                 opt = cls(params, **forced(method, lr=0.125))
                 feed(opt, params, grads)
             assert distance(params, expected) <= 1e-13

@@ -17,12 +17,10 @@ from torch import Tensor
 from precond_ref import Method
 from precond_ref_torch import distributed as sharding
 from precond_ref_torch import states
-from precond_ref_torch.passes import XP, Graph, Tape, Task, record
+from precond_ref_torch.passes import XP, Graph, Marks, Tape, Task, record
 
-CHUNK_BYTES = 2**18
-"""Stacks on a CPU go through the method in pieces whose temporaries stay in its cache."""
-FLAT_BYTES = 2**20
-"""The same for flat buffers. They need three or four arrays of this size, and each piece costs a dozen calls."""
+PIECE_BYTES = 2**20
+"""Stacks and flat buffers on a CPU go through the method in pieces of this size, for its cache; calls cost time too."""
 Foreign = tuple[Any, Callable[[Tensor], Any], Callable[[Any], Tensor], Callable[[], Any]]
 EVERY = slice(None)
 Pairs = list[tuple[Tensor, Tensor]]
@@ -170,7 +168,7 @@ class Bucket:
 
     def _pieces(self) -> Iterator[Piece]:
         """Yield neighbours that fit in a CPU's cache together, and parts of this size of larger units."""
-        size = max((FLAT_BYTES if self.flat else CHUNK_BYTES) // self.dtype.itemsize, 1)
+        size = max(PIECE_BYTES // self.dtype.itemsize, 1)
         first, start, end = 0, 0, 0
         for index, shape in enumerate([*self.shapes, (size + 1,)]):
             if end + math.prod(shape) > start + size and index > first:
@@ -289,12 +287,13 @@ class Bucket:
         scalars: Any,
         options: Mapping[str, Any],
         kernels: Any,
-        statistic: Any = None,
+        statistic: Any,
+        marks: Marks,
         pieces: Sequence[Piece] = (WHOLE,),
     ) -> Iterator[tuple[Piece, list[Tensor], Pairs]]:
         """Yield for each piece: itself, its directions in the dtype of the arithmetic, and its new states.
 
-        No parameter or state is changed yet. The next piece may overwrite directions and new states.
+        Only states that ``marks`` tells of are changed yet. The next piece may overwrite directions and new states.
         """
         given = {} if statistic is None else {"statistic": statistic}
         members: slice | None = None
@@ -315,7 +314,7 @@ class Bucket:
                 found, pairs = self._foreign(grad, param, step, scalars, given, cupy_engine(self.device))
             else:
                 tape = None if given else self._tape(kernels)
-                found, pairs = self._eager(grad, param, step, scalars, given, piece.span, tape)
+                found, pairs = self._eager(grad, param, step, scalars, given, piece, tape, marks)
             if found.shape != grad.shape:
                 raise ValueError(f"update returned a direction of shape {list(found.shape)} for {list(grad.shape)}")
             yield piece, self._split(found, members) if piece.part is None else [found], pairs
@@ -331,15 +330,24 @@ class Bucket:
         return found
 
     def _eager(
-        self, grad: Tensor, param: Tensor, step: int, scalars: Any, given: Any, span: slice, tape: Tape | None
+        self,
+        grad: Tensor,
+        param: Tensor,
+        step: int,
+        scalars: Any,
+        given: Any,
+        piece: Piece,
+        tape: Tape | None,
+        marks: Marks,
     ) -> tuple[Tensor, Pairs]:
-        arrays = self.arrays
+        arrays, span = self.arrays, piece.span
         if span is not EVERY:
             if span.start not in self.spans:
                 self.spans[span.start] = [array[span] for array in self.arrays]
             arrays = self.spans[span.start]
-        if tape is not None and grad.numel() <= FLAT_BYTES // self.dtype.itemsize:
-            direction, *new = tape(grad, arrays, param, scalars)
+        if tape is not None and grad.numel() <= PIECE_BYTES // self.dtype.itemsize:
+            again = tape.start(marks, piece)
+            direction, *new = tape(grad, arrays, param, scalars, marks.tensors, again)
             return direction, _changed(arrays, new)
         state = states.fill(self.template, iter(arrays), step)
         direction, made = self.method.update(grad, state, param, scalars=scalars, xp=XP, **given)

@@ -38,7 +38,7 @@ from precond_ref_torch.buckets import (
     write,
 )
 from precond_ref_torch.interrupts import interrupts_deferred
-from precond_ref_torch.passes import Task
+from precond_ref_torch.passes import Marks, Task
 
 LARGEST_BUFFER = {"cpu": 2**19, "other": 2**22}
 """Entries in one flat buffer of several parameters, by device."""
@@ -969,6 +969,7 @@ class BucketStep:
         """Directions and states of an owner, until the directions are exchanged."""
         self.done: tuple[int, tuple[Pairs, list[Tensor], list[Tensor]] | None] = 0, None
         """Number of pieces written, and the part of the next one that is being written."""
+        self.marks = Marks()
         self.in_place = bool(group["compile"]) and bucket.method.elementwise
         """True if a compiled update writes by itself."""
         self.in_graph = False
@@ -995,7 +996,7 @@ class BucketStep:
     def prepare(self, found: dict[Any, Any], kernels: dict[Any, Any]) -> None:
         """Prepare the arguments of the update. ``found`` keeps the values that the buckets of a step share."""
         scalars, common = self._numbers(found)
-        self.given = self.grads, self.params, self.step, scalars, self.group, kernels, self.statistic
+        self.given = self.grads, self.params, self.step, scalars, self.group, kernels, self.statistic, self.marks
         if self.in_place:
             graph = self.bucket.graph(self.group["compile"], kernels)
             self.common: Any = graph, *common, {} if self.statistic is None else {"statistic": self.statistic}
@@ -1051,16 +1052,19 @@ class BucketStep:
                 _apply(self.group, bucket, params, directions)
             done += 1
             self.done = done, None
-        if done == 0:
+        begun = done + any(map(self.marks.begun, self.pieces[done : done + 1]))
+        if begun == 0:
             unknown = "of unknown state and value (those of a compiled graph; load a checkpoint)"
             return dict.fromkeys(bucket.all_params, unknown) if self.in_graph else {}
-        last = self.pieces[done - 1].members
+        last = self.pieces[begun - 1].members
         units = bucket.units[: last.stop]
         result = {param: "stepped" for unit in units for param in unit}
         try:
             self._write([piece for piece in self.pieces[done:] if piece.members == last])
         except Exception as error:
-            result[units.pop()[0]] = f"half stepped, as {type(error).__name__} came again (load a checkpoint)"
+            half = f"half stepped, as {type(error).__name__} came again (load a checkpoint)"
+            result |= {param: half for unit in units[last] for param in unit}
+            del units[last]
         bucket.count(len(units), self.step + 1)
         return result
 

@@ -171,13 +171,28 @@ class Call(NamedTuple):
     options: dict[str, Any]
     slot: int
     """The slot of its result."""
+    mark: int | None
+    """For an average that is written into its state: the number of its mark."""
+
+
+class Marks:
+    """How far a tape has come: a state of ``piece`` is renewed if the tensor in its place is not zero."""
+
+    def __init__(self) -> None:
+        self.piece: Any = None
+        self.tensors: list[Tensor] = []
+
+    def begun(self, piece: Any) -> bool:
+        """Return True if a state of ``piece`` is renewed."""
+        return piece is self.piece and any(map(bool, self.tensors))
 
 
 class Tape:
     """The operations of one eager update, recorded once and repeated without any of the Python between them.
 
-    Results lie until the next call in kept memory, with as many arrays as are in use at a time; the arguments are
-    not changed. Numbers that depend on the step are 0-D float64 tensors, which round like Python's.
+    A state that is read by its own average alone is written in place, in one call with a mark: a tape that was
+    interrupted and is called again leaves it out. Other results lie until the next call in kept memory, with as many
+    arrays as are in use at a time. Numbers that depend on the step are 0-D float64 tensors, which round like Python's.
     """
 
     def __init__(self, method: Method, template: Any, dtype: torch.dtype, device: torch.device) -> None:
@@ -192,10 +207,15 @@ class Tape:
             state = states.fill(template, iter(inputs[1:-1]), 1)
             scalars = type(made)(*numbers) if numbers else made
             direction, new = method.update(inputs[0], state, inputs[-1], scalars=scalars, xp=XP)
-        self.scalars: Any = None
+        self.scalars: Any = self  # no step's
         self.fixed: list[Any] = []
         """The values after the inputs: the step's numbers, results from these alone, and constants."""
-        self.places = len(numbers)
+        self.numbers: list[Any] = []
+        """The same in the dtype of the arrays, so that no call converts them."""
+        self.marks = 0
+        """The number of states that are written in place."""
+        self.unused: list[Tensor] = []
+        self.one = torch.ones((), dtype=dtype, device=device)
         self.once: list[Call] = []
         """The calls whose arguments are the step's numbers alone."""
         self.each: list[Call] = []
@@ -217,6 +237,7 @@ class Tape:
             if func.overloadpacket.__name__ == "_to_copy" and LAYOUT(args[0]) == LAYOUT(result):
                 same[id(result)] = same.get(id(args[0]), id(args[0]))
         last.update({same.get(id(result), id(result)): len(calls) for result in results})
+        own = self._averages(inputs, calls, results, same)
         free: list[int] = []
 
         def place(value: Any, function: str) -> Any:
@@ -244,47 +265,83 @@ class Tape:
                 raise ValueError(f"{func} has a tensor by name")
             arguments = [place(value, name) for value in args]
             vector = result.shape == (SAMPLE,)
+            mark = None
             if vector:
                 for value in dict.fromkeys(same.get(id(v), id(v)) for v in args if isinstance(v, Tensor)):
                     if places[value][0] == "kept" and last[value] == at:
                         free.append(places[value][1])
                 slot = next((i for i in free if self.kinds[i] == result.dtype), None)
-                if slot is None:
-                    slot = len(self.kinds)
+                if at in own:
+                    mark, self.marks = self.marks, self.marks + 1
+                    places[id(result)] = places[id(args[0])]
+                elif slot is None:
+                    places[id(result)] = "kept", len(self.kinds)
                     self.kinds.append(result.dtype)
                 else:
                     free.remove(slot)
-                places[id(result)] = "kept", slot
+                    places[id(result)] = "kept", slot
             else:
                 self.fixed.append(None)
                 places[id(result)] = "fixed", len(self.fixed) - 1
-            found.append((getattr(torch, name), arguments, kwargs, places[id(result)], vector))
+            found.append((getattr(torch, name), arguments, kwargs, places[id(result)], mark, vector))
         first = {"input": 0, "fixed": len(inputs), "kept": len(inputs) + len(self.fixed)}
         self.inputs = len(inputs)
-        for function, arguments, kwargs, (kind, index), vector in found:
-            call = Call(function, [first[k] + i for k, i in arguments], kwargs, first[kind] + index)
+        for function, arguments, kwargs, (kind, index), mark, vector in found:
+            call = Call(function, [first[k] + i for k, i in arguments], kwargs, first[kind] + index, mark)
             (self.each if vector else self.once).append(call)
         self.results = [first[k] + i for k, i in (place(result, "") for result in results)]
 
-    def __call__(self, grad: Tensor, arrays: list[Tensor], param: Tensor, scalars: Any) -> list[Tensor]:
-        """Return the direction and the tensors of the new state."""
+    def _averages(self, inputs: list[Tensor], calls: list[Any], results: list[Tensor], same: Any) -> set[int]:
+        """Return the calls ``old.lerp(new, weight)`` that make a state from the old one, which is read nowhere else."""
+        made = {id(result): at for at, (*_, result) in enumerate(calls)}
+        reads = [
+            same.get(id(value), id(value)) for _, args, _, _ in calls for value in args if isinstance(value, Tensor)
+        ]
+        averages = set()
+        for old, new in zip(inputs[1:-1], results[1:], strict=True):
+            at = made.get(id(new), 0)
+            func, args, _, result = calls[at]
+            if result is new and func is torch.ops.aten.lerp.Scalar and args[0] is old and reads.count(id(old)) == 1:
+                averages.add(at)
+        return averages
+
+    def start(self, marks: Marks, piece: Any) -> bool:
+        """Say that the next call updates ``piece``. Return True if a call for it was interrupted."""
+        again = marks.piece is piece
+        if not again:
+            if len(self.unused) < self.marks:
+                self.unused = list(torch.zeros(64 * self.marks, dtype=self.dtype, device=self.device).unbind())
+            marks.tensors = [self.unused.pop() for _ in range(self.marks)]
+            marks.piece = piece
+        return again
+
+    def __call__(
+        self, grad: Tensor, arrays: list[Tensor], param: Tensor, scalars: Any, marks: list[Tensor], again: bool = False
+    ) -> list[Tensor]:
+        """Return the direction and the tensors of the new state; ``again`` after an interrupted call."""
         if scalars is not self.scalars:
             self._renew(scalars)
         n = grad.shape[0]
         kept = self.kept.get(n)
         if kept is None:
             kept = self._room(n)
-        values: list[Any] = [grad, *arrays, param, *self.fixed, *kept]
-        for function, slots, options, slot in self.each:
-            function(*[values[i] for i in slots], out=values[slot], **options)
+        values: list[Any] = [grad, *arrays, param, *self.numbers, *kept]
+        for function, slots, options, slot, mark in self.each:
+            given = [values[i] for i in slots]
+            if mark is None:
+                function(*given, out=values[slot], **options)
+            elif not (again and marks[mark]):
+                torch._foreach_lerp_([given[0], marks[mark]], [given[1], self.one], given[2])
         return [values[i] for i in self.results]
 
     def _renew(self, scalars: Any) -> None:
         """Take the numbers of another step."""
         for i, value in enumerate(scalars):
             self.fixed[i] = torch.tensor(value, dtype=torch.float64, device=self.device)
-        for function, slots, options, slot in self.once:
+        for function, slots, options, slot, _ in self.once:
             self.fixed[slot - self.inputs] = function(*[self.fixed[i - self.inputs] for i in slots], **options)
+        wide = torch.float64
+        self.numbers = [v.to(self.dtype) if isinstance(v, Tensor) and v.dtype == wide else v for v in self.fixed]
         self.scalars = scalars
 
     def _room(self, n: int) -> list[Tensor]:

@@ -9,6 +9,8 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from precond_ref.bench import by_hand as hand
+from precond_ref.bench.by_hand import by_hand
 from precond_ref.bench.peers import GRADIENTS, Step, jax_step, torch_step, with_adam
 from precond_ref.bench.workloads import Shapes, split
 
@@ -357,9 +359,11 @@ OURS: dict[str, Callable[[Shapes], Step]] = {
     "torch Muon": _torch_matrices("Muon"),
     "torch Adafactor": _torch_own("Adafactor"),
     "AGD": _torch("AGD", weight_decay=1e-2),
+    "AGD, by hand": by_hand(hand.agd, LR, elementwise=True),
     "AGD, compile": _torch("AGD", compiled=True, weight_decay=1e-2),
     "ASGO": _torch("ASGO"),
     "ASGO, every=10": _torch("ASGO", every=10),
+    "ASGO, by hand": by_hand(hand.asgo, LR),
     "ASGO, bare": _bare(_asgo),
     "DASGO": _torch("DASGO"),
     "Muon": _torch("Muon"),
@@ -367,13 +371,16 @@ OURS: dict[str, Callable[[Shapes], Step]] = {
     "Adafactor.torch": _torch("Adafactor", preset="torch"),
     "KLShampoo": _torch("KLShampoo"),
     "Shampoo": _torch("Shampoo"),
+    "Shampoo, by hand": by_hand(hand.shampoo, LR),
     "Shampoo, bare": _bare(_shampoo),
     "SOAP": _torch("SOAP"),
     "SOAP, every step": _torch("SOAP", every=1),
+    "SOAP, by hand": by_hand(hand.soap(10), LR),
     "SOAP, bare": _bare(_soap(10)),
     "SOAP, bare, every step": _bare(_soap(1)),
     "IFShampoo": _torch("IFShampoo"),
     "IFShampoo, compile": _torch("IFShampoo", compiled=True),
+    "IFShampoo, by hand": by_hand(hand.if_shampoo, LR),
     "IFShampoo, bare": _bare(_if_shampoo),
     "RFShampoo": _torch("RFShampoo"),
     "RFRMSProp": _torch("RFRMSProp"),

@@ -18,25 +18,49 @@ ROOTS_OF = (
 )
 
 STEPS = (
-    Race("AGD, torch", "matrices", ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, compile", "atorch AGD")),
-    Race("AGD, torch", "transformer", ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, compile", "atorch AGD")),
-    Race("AGD, torch", "large", ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, compile", "atorch AGD")),
-    Race("AGD, torch", "tiny", ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, compile", "atorch AGD")),
+    Race(
+        "AGD, torch",
+        "matrices",
+        ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, by hand", "AGD, compile", "atorch AGD"),
+    ),
+    Race(
+        "AGD, torch",
+        "transformer",
+        ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, by hand", "AGD, compile", "atorch AGD"),
+    ),
+    Race(
+        "AGD, torch",
+        "large",
+        ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, by hand", "AGD, compile", "atorch AGD"),
+    ),
+    Race(
+        "AGD, torch",
+        "tiny",
+        ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, by hand", "AGD, compile", "atorch AGD"),
+    ),
     Race("elementwise, JAX", "matrices", ("optax.adam", "agd")),
     Race("elementwise, JAX", "transformer", ("optax.adam", "agd")),
     Race("elementwise, JAX", "large", ("optax.adam", "agd")),
     Race("matrix methods in JAX", "matrices", ("optax.adam", "asgo", "shampoo", "if_shampoo", "mbf")),
     Race("matrix methods in JAX", "convolutions", ("optax.adam", "mbf")),
-    Race("ASGO, torch", "transformer", ("ASGO", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side")),
-    Race("ASGO, torch", "matrices", ("ASGO", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side")),
-    Race("ASGO, torch", "large", ("ASGO", "ASGO, bare")),
-    Race("Shampoo, torch", "matrices", ("Shampoo", "Shampoo, bare", "pytorch_optimizer Shampoo")),
+    Race(
+        "ASGO, torch",
+        "transformer",
+        ("ASGO", "ASGO, by hand", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side"),
+    ),
+    Race(
+        "ASGO, torch",
+        "matrices",
+        ("ASGO", "ASGO, by hand", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side"),
+    ),
+    Race("ASGO, torch", "large", ("ASGO", "ASGO, by hand", "ASGO, bare")),
+    Race("Shampoo, torch", "matrices", ("Shampoo", "Shampoo, by hand", "Shampoo, bare", "pytorch_optimizer Shampoo")),
     *(
         Race(
             "SOAP, torch",
             workload,
-            ("SOAP", "SOAP, bare", "pytorch_optimizer SOAP", "heavyball SOAP"),
-            dict.fromkeys(("SOAP", "SOAP, bare", "pytorch_optimizer SOAP", "heavyball SOAP"), 10),
+            ("SOAP", "SOAP, by hand", "SOAP, bare", "pytorch_optimizer SOAP", "heavyball SOAP"),
+            dict.fromkeys(("SOAP", "SOAP, by hand", "SOAP, bare", "pytorch_optimizer SOAP", "heavyball SOAP"), 10),
         )
         for workload in ("matrices", "transformer")
     ),
@@ -59,8 +83,8 @@ STEPS = (
         Race("Adafactor, torch", workload, ("torch Adafactor", "Adafactor.torch"))
         for workload in ("matrices", "transformer")
     ),
-    Race("IF-Shampoo, torch", "matrices", ("IFShampoo", "IFShampoo, bare", "sirfshampoo")),
-    Race("IF-Shampoo, torch", "transformer", ("IFShampoo", "IFShampoo, bare", "sirfshampoo")),
+    Race("IF-Shampoo, torch", "matrices", ("IFShampoo", "IFShampoo, by hand", "IFShampoo, bare", "sirfshampoo")),
+    Race("IF-Shampoo, torch", "transformer", ("IFShampoo", "IFShampoo, by hand", "IFShampoo, bare", "sirfshampoo")),
     Race("S-Shampoo", "few", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
     Race("S-Shampoo", "squares", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
     *(
