@@ -56,6 +56,38 @@ def _product(shape: tuple[int, ...]) -> int:
     return result
 
 
+def check_any_method(run: Any) -> None:
+    """A class of a file in this folder is timed beside AdamW, at steps that belong together."""
+    result = run("--method", "mine:Mine(every=3)", "--smoke", "--rounds", "2", "--json", "--only", "matrices")
+    assert result.exit_code == 0, result.output
+    (race,) = json.loads(result.stdout)["results"]
+    names = [row["name"] for row in race["contenders"]]
+    assert names == ["torch AdamW foreach", "mine:Mine(every=3)"]
+    assert all(len(row["seconds_per_step"]) == 2 for row in race["contenders"])
+
+
+@pytest.mark.full
+def test_any_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("import precond_ref\n\nclass Mine(precond_ref.ASGO):\n    pass\n")
+    check_any_method(run_bench)
+    with pytest.raises(AssertionError):  # a command that leaves its method out
+        check_any_method(lambda _, name, *others: run_bench("--method", "ASGO", *others))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "ASG"), "no method is called ASG"),
+        (("--method", "ASGO", "--suite", "memory"), "--method goes with --suite steps"),
+    ],
+)
+def test_methods_that_cannot_be_timed(arguments: tuple[str, ...], message: str) -> None:
+    result = run_bench(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output.replace("\n", " ")
+
+
 @pytest.mark.full
 def test_steps_of_one_race_and_its_pyperf_file(tmp_path: Path) -> None:
     file = tmp_path / "times.json"
@@ -142,9 +174,9 @@ def test_an_error_and_a_missing_environment_are_shown_and_stop_nobody(tmp_path: 
     ours, unknown, peer = harness.run(race, threads=1, rounds=2, smoke=True, peers=tmp_path)
     assert ours.error is None
     assert len(ours.seconds) == 2
-    assert unknown.error == "KeyError: 'no such contender'"
+    assert str(unknown.error).startswith("ValueError: no method is called no such contender")
     assert "bash benchmarks/peers.sh" in str(peer.error)
-    assert "KeyError" in str(list(report.race_table(race, [ours, unknown, peer]).columns[1].cells))
+    assert "ValueError" in str(list(report.race_table(race, [ours, unknown, peer]).columns[1].cells))
     assert harness.run(Race("", "matrices", ("sirfshampoo",)), threads=1, rounds=2, smoke=True, peers=None) == []
 
 

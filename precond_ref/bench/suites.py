@@ -133,6 +133,14 @@ SKETCH = (
 RACES = {"steps": STEPS, "roots": ROOTS, "sketch": SKETCH}
 
 
+def races_of(method: str, period: int) -> tuple[Race, ...]:
+    """Return the races beside AdamW of any method, such as "mine:Fast(beta2=0.5)", with work due every ``period``."""
+    return tuple(
+        Race(method, workload, ("torch AdamW foreach", method), {method: period})
+        for workload in ("matrices", "transformer")
+    )
+
+
 def sweeps(smoke: bool) -> list[Sweep]:
     """Return the sweeps of step times; the exponent of theory is that of the leading term in `precond_ref.cost`."""
 

@@ -34,9 +34,10 @@ def make(order: dict[str, Any]) -> Callable[[], None]:
     name = order["make"]
     if name in PEERS:
         return PEERS[name][1](shapes(order["workload"], order["smoke"]))
-    from precond_ref.bench.contenders import OURS
+    from precond_ref.bench.contenders import OURS, adapter
 
-    return OURS[name](shapes(order["workload"], order["smoke"]))
+    found = shapes(order["workload"], order["smoke"])
+    return OURS[name](found) if name in OURS else adapter(name, found)[0]
 
 
 def main() -> None:

@@ -12,11 +12,16 @@ import typer
 from precond_ref.cli.terminal import check_files, fail, progress, standard_output
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
+
+    from precond_ref.bench.harness import Race
 
 EXAMPLES = """\b
 Examples:
   precond-ref bench
+  precond-ref bench --method "my_module:Fast(beta2=0.5)"
   precond-ref bench --suite memory
   precond-ref bench --suite scaling --only "matrices of" --rounds 3 --figure growth.svg
   precond-ref bench --only S-Shampoo --rounds 40 --threads 2
@@ -37,6 +42,10 @@ EXTRA = 'pip install "precond-ref[bench,torch,jax]"'
 
 def bench_command(
     suite: Annotated[str, typer.Option(metavar="NAME", help="One of the suites below.")] = "steps",
+    method: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Time this method alone, also module:Class, beside AdamW; --suite steps."),
+    ] = None,
     against: Annotated[
         str | None, typer.Option(metavar="peers", help="Also time other packages, in environments of their own.")
     ] = None,
@@ -76,6 +85,8 @@ def bench_command(
         fail("--against peers needs --peers FOLDER with what `bash benchmarks/peers.sh FOLDER` makes")
     if against and suite != "steps":
         fail(f"--against peers goes with --suite steps, got {suite}")
+    if method is not None and (suite != "steps" or against):
+        fail("--method goes with --suite steps and without --against")
     if output is not None and suite == "memory":
         fail("--output is for times, and --suite memory has none; --json writes what it has")
     if figure is not None and suite != "scaling":
@@ -91,7 +102,8 @@ def bench_command(
 
         console = standard_output()
         folder = peers.absolute() if against and peers else None
-        shown, data, entries, swept = measured(suite, only, threads, rounds, smoke, folder, clock)
+        races = suites.RACES.get(suite, ()) if method is None else races_of(method)
+        shown, data, entries, swept = measured(suite, races, only, threads, rounds, smoke, folder, clock)
         if figure is not None:
             growth = [(sweep, points) for sweep, points in swept if suites.GROWTH in sweep.title]
             if not growth or not all(result.seconds for _, points in growth for result in points.values()):
@@ -102,7 +114,7 @@ def bench_command(
     except OSError as error:
         fail(error)
     if not shown:
-        fail(f"nothing in suite {suite} has {only!r} in its title; there are {'; '.join(titles(suite))}")
+        fail(f"nothing in suite {suite} has {only!r} in its title; there are {'; '.join(titles(suite, races))}")
     if output is not None:
         times = report.suite(entries, threads, clock)
         if times is None:
@@ -129,7 +141,20 @@ def bench_command(
             console.print(line)
 
 
-def titles(suite: str) -> list[str]:
+def races_of(method: str) -> Sequence[Race]:
+    """Return the races of a method; a text that names none ends the command."""
+    from precond_ref.bench import suites
+    from precond_ref.cost.report import SIZE
+    from precond_ref.registry import parse
+
+    try:
+        periods = parse(method).made(size=SIZE).periods
+    except (ValueError, ImportError) as error:
+        fail(error)
+    return suites.races_of(method, periods if isinstance(periods, int) else max(periods))
+
+
+def titles(suite: str, races: Sequence[Race]) -> list[str]:
     """Return the titles of a suite, which ``--only`` searches."""
     from precond_ref.bench import memory, suites
 
@@ -137,11 +162,18 @@ def titles(suite: str) -> list[str]:
         return [f"{workload}: {method}" for workload, methods in memory.METHODS.items() for method in methods]
     if suite == "scaling":
         return [sweep.title for sweep in suites.sweeps(smoke=False)]
-    return [f"{race.title}, {race.workload}" for race in suites.RACES[suite]]
+    return [f"{race.title}, {race.workload}" for race in races]
 
 
 def measured(
-    suite: str, only: str | None, threads: int, rounds: int, smoke: bool, peers: Path | None, clock: str
+    suite: str,
+    races: Sequence[Race],
+    only: str | None,
+    threads: int,
+    rounds: int,
+    smoke: bool,
+    peers: Path | None,
+    clock: str,
 ) -> tuple[list[Table], list[dict[str, Any]], list[Any], list[Any]]:
     """Return the tables, the same as plain data, and all times with their titles."""
     from precond_ref.bench import harness, memory, report, suites
@@ -174,7 +206,7 @@ def measured(
                     entries += [(sweep.title, result) for result in points.values()]
                     swept.append((sweep, points))
         else:
-            for race in suites.RACES[suite]:
+            for race in races:
                 if wanted(f"{race.title}, {race.workload}"):
                     results = harness.run(
                         race,

@@ -162,7 +162,7 @@ def check_command(
     if mesh != "fsdp":
         fail("--mesh goes with --world")
     if not method:
-        fail("--method NAME must say which method it should be; `precond-ref list` names them")
+        fail("--method NAME must say which method of `precond-ref list` it should be, or --against which other target")
     if (target is None) == (command is None):
         fail("give either TARGET (module:attribute) or --command")
     subject: Any = None

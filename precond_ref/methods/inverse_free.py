@@ -205,9 +205,9 @@ class IFShampoo(Method):
             m = project(h - identity(xp, h), structure, xp)
             if momenta is not None:
                 m = ema(momenta[n], m, self.riemannian_momentum)  # (3)
-            peak, unit, norm = normed(m, (-2, -1), xp)
-            length = clamp(peak * norm, 1.0, xp=xp) if self.clip else 1.0
-            new_factors.append(k - (self.beta2 * peak / length) * (k @ unit))  # (4)
+            size, unit, norm = normed(m, (-2, -1), xp)
+            length = clamp(size * norm, 1.0, xp=xp) if self.clip else 1.0
+            new_factors.append(k - (self.beta2 * size / length) * (k @ unit))  # (4)
             new_momenta.append(m)
         return tuple(new_factors), None if momenta is None else tuple(new_momenta)
 

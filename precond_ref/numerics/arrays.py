@@ -66,18 +66,15 @@ def largest_entry(array: Array, axes: tuple[int, ...], xp: Namespace) -> Array:
     return xp.max(xp.abs(array), axis=axes, keepdims=True)
 
 
-def normed(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, Array, Array]:
-    """Return ``peak``, ``unit`` and ``norm`` with ``array = peak unit`` and ``norm = ||unit||_F`` over ``axes``.
-
-    The axes stay with size 1. The largest magnitude in ``unit`` is 1, so that no square over- or underflows; zero stays
-    zero.
-    """
+def by_largest(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, Array, Array]:
+    """Return `normed` with the largest magnitude as ``size``, and 1 for zero."""
     peak = largest_entry(array, axes, xp)
-    unit = array / xp.where(peak == 0, 1.0, peak)
-    return peak, unit, xp.sqrt(xp.sum(unit * unit, axis=axes, keepdims=True))
+    size = xp.where(peak == 0, 1.0, peak)
+    unit = array / size
+    return size, unit, xp.sqrt(xp.sum(unit * unit, axis=axes, keepdims=True))
 
 
-def in_range(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, Array, Array]:
+def normed(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, Array, Array]:
     """Return ``size``, ``unit`` and ``norm`` with ``array = size unit`` and ``norm = ||unit||_F`` over ``axes``.
 
     The axes stay with size 1. No square over- or underflows. The norm is NaN if an entry is not finite. Where values
@@ -85,10 +82,7 @@ def in_range(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array,
     not depend on whether another member needs it. Elsewhere ``size`` is the largest entry, which takes fewer calls.
     """
     if 0 in array.shape or not readable(array):
-        peak = largest_entry(array, axes, xp)
-        size = xp.where(peak == 0, 1.0, peak)
-        unit = array / size
-        return size, unit, xp.sqrt(xp.sum(unit * unit, axis=axes, keepdims=True))
+        return by_largest(array, axes, xp)
     bits = math.log2(float(xp.finfo(array.dtype).max))
     low, high, small, large = (2.0 ** round(share * bits) for share in (-0.35, 0.34, -0.69, 0.67))
     if not is_numpy_array(array):  # NumPy would warn of squares that overflow
@@ -104,7 +98,7 @@ def in_range(array: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array,
 
 def frobenius(array: Array, axes: tuple[int, ...], xp: Namespace) -> Array:
     """Return the norms ``||X||_F`` over ``axes``, which stay with size 1; NaN for what is not finite."""
-    size, _, norm = in_range(array, axes, xp)
+    size, _, norm = normed(array, axes, xp)
     return size * norm
 
 

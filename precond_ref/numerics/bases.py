@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from array_api_compat import array_namespace
 
-from precond_ref.numerics.arrays import frobenius, identity, in_range, largest_entry, own
+from precond_ref.numerics.arrays import frobenius, identity, largest_entry, normed, own
 from precond_ref.numerics.axes import multiply
 from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.refresh import renew, surely
@@ -89,7 +89,7 @@ def in_order(matrix: Array, basis: Array, xp: Namespace, *, ascending: bool = Fa
 def outside(matrix: Array, basis: Array, xp: Namespace) -> Array:
     """Return the Frobenius norm of ``Q^T A Q`` outside its diagonal over the whole norm, (...); 0 for A = 0."""
     inner = xp.matrix_transpose(basis) @ matrix @ basis
-    _, unit, norm = in_range(inner, (-2, -1), xp)
+    _, unit, norm = normed(inner, (-2, -1), xp)
     rest = unit - unit * identity(xp, unit)
     size = xp.sqrt(xp.sum(rest * rest, axis=(-2, -1)))
     return size / xp.where(norm == 0, 1.0, norm)[..., 0, 0]

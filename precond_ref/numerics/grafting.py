@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from precond_ref.numerics.arrays import in_range, normed
+from precond_ref.numerics.arrays import normed
 from precond_ref.typing import Array, Namespace, Scalar
 
 
@@ -13,7 +13,7 @@ def scale_to_rms(update: Array, rms: Scalar, axes: tuple[int, ...], xp: Namespac
     count = math.prod([update.shape[axis] for axis in axes])
     if count == 0:
         return update
-    _, unit, norm = in_range(update, axes, xp)
+    _, unit, norm = normed(update, axes, xp)
     return unit * (rms * math.sqrt(count) / xp.where(norm == 0, 1.0, norm))  # rms sqrt(mn) U / ||U||_F
 
 
@@ -25,6 +25,6 @@ def scale_to_norm(update: Array, like: Array, axes: tuple[int, ...], xp: Namespa
 def grafted(update: Array, like: Array, axes: tuple[int, ...], xp: Namespace) -> tuple[Array, Array]:
     """Return `scale_to_norm`, and the norm of ``like`` without ``axes``."""
     _, unit, own = normed(update, axes, xp)
-    peak, _, norm = normed(like, axes, xp)
-    whole = xp.reshape(peak * norm, tuple(d for i, d in enumerate(norm.shape) if i not in axes))
-    return unit * (peak * (norm / xp.where(own == 0, 1.0, own))), whole  # U ||N||_F / ||U||_F
+    size, _, norm = normed(like, axes, xp)
+    whole = xp.reshape(size * norm, tuple(d for i, d in enumerate(norm.shape) if i not in axes))
+    return unit * (size * (norm / xp.where(own == 0, 1.0, own))), whole  # U ||N||_F / ||U||_F

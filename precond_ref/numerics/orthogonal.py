@@ -17,7 +17,7 @@ from typing import Any
 from array_api_compat import array_namespace, is_numpy_array
 
 from precond_ref.fields import is_python_number, is_zero
-from precond_ref.numerics.arrays import in_range, normed
+from precond_ref.numerics.arrays import by_largest, frobenius, normed
 from precond_ref.numerics.ema import sqrt
 from precond_ref.numerics.refresh import readable
 from precond_ref.numerics.roots import POLAR_EXPRESS, SAFETY, eigenvalues
@@ -146,14 +146,12 @@ def normalized(
     The matrix is first divided by its largest magnitude, so that no norm over- or underflows; if the result is
     ``rounded`` to fewer digits, only where one would, which takes fewer passes.
     """
-    peak, unit, norm = (in_range if rounded else normed)(matrix, (-2, -1), xp)
-    size = 1.0 if is_zero(eps) else xp.where(peak == 0, 1.0, peak)
+    size, unit, norm = (normed if rounded else by_largest)(matrix, (-2, -1), xp)
     if normalization in ("schatten4", "aol"):
         wide = unit if not flipped else xp.matrix_transpose(unit)
         gram = wide @ xp.matrix_transpose(wide)
         if normalization == "schatten4":
-            square = normed(gram, (-2, -1), xp)
-            square = square[0] * square[2]
+            square = frobenius(gram, (-2, -1), xp)
         else:
             square = xp.sum(xp.abs(gram), axis=-1, keepdims=True)
         nu = xp.sqrt(square) if is_zero(eps) else xp.maximum(xp.sqrt(square), sqrt(eps) / size)

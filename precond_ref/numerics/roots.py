@@ -36,7 +36,17 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from precond_ref.fields import is_python_number, is_zero
-from precond_ref.numerics.arrays import clamp, eye_like, finite_members, identity, largest_entry, normed, own, square
+from precond_ref.numerics.arrays import (
+    clamp,
+    eye_like,
+    finite_members,
+    frobenius,
+    identity,
+    largest_entry,
+    normed,
+    own,
+    square,
+)
 from precond_ref.numerics.axes import multiply
 from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.refresh import renew, surely
@@ -344,7 +354,7 @@ def inverse_sqrt_newton_schulz(matrix: Array, ridge: Scalar, steps: int, *, xp: 
     xp = array_namespace(matrix) if xp is None else xp
     if 0 in matrix.shape:
         return matrix
-    norm = _frobenius(matrix, xp) + ridge
+    norm = frobenius(matrix, (-2, -1), xp) + ridge
     norm = xp.where(norm == 0, 1.0, norm)
     start = (matrix + ridge * eye_like(xp, matrix)) / norm
     return _coupled_quintic(start, [(2.0, -1.5, 0.5)] * steps, xp) / xp.sqrt(norm)
@@ -358,7 +368,7 @@ def inverse_sqrt_polar_express(matrix: Array, ridge: Scalar, steps: int, *, xp: 
     xp = array_namespace(matrix) if xp is None else xp
     if 0 in matrix.shape:
         return matrix
-    norm = SAFETY * _frobenius(matrix + ridge * eye_like(xp, matrix), xp)
+    norm = SAFETY * frobenius(matrix + ridge * eye_like(xp, matrix), (-2, -1), xp)
     norm = xp.where(norm == 0, 1.0, norm)
     last = len(POLAR_EXPRESS) - 1
     triples = []
@@ -374,9 +384,9 @@ def inverse_root_coupled_newton(matrix: Array, order: int, ridge: Scalar, steps:
     if 0 in matrix.shape:
         return matrix
     identity = eye_like(xp, matrix)
-    peak, unit, norm = normed(matrix + ridge * identity, (-2, -1), xp)  # peak * norm may overflow
+    size, unit, norm = normed(matrix + ridge * identity, (-2, -1), xp)  # size * norm may overflow
     scale = (1 + order) / (2 * xp.where(norm == 0, 1.0, norm))
-    m, x = unit * scale, identity * (scale / xp.where(peak == 0, 1.0, peak)) ** (1 / order)
+    m, x = unit * scale, identity * (scale / size) ** (1 / order)
     for _ in range(steps):
         t = ((order + 1) * identity - m) / order
         x, m = x @ t, xp.linalg.matrix_power(t, order) @ m
@@ -415,12 +425,6 @@ def inverse_sqrt(matrix: Array, ridge: Scalar, solver: str, steps: int, *, xp: N
     if solver == "newton_schulz":
         return inverse_sqrt_newton_schulz(matrix, ridge, steps, xp=xp)
     return inverse_root_coupled_newton(matrix, 2, ridge, steps, xp=xp)
-
-
-def _frobenius(matrix: Array, xp: Namespace) -> Array:
-    """Return the Frobenius norm (..., 1, 1)."""
-    peak, _, norm = normed(matrix, (-2, -1), xp)
-    return peak * norm
 
 
 def _coupled_quintic(y: Array, triples: list[tuple[float, float, float]], xp: Namespace) -> Array:
