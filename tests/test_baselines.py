@@ -50,38 +50,24 @@ def torch_trajectory(make: Any, grads: np.ndarray) -> np.ndarray:
 PAIRS = {
     "SGD": (pr.SGD(), lambda p: torch.optim.SGD(p, lr=LR)),
     "SGD-momentum": (pr.SGD(momentum=0.75), lambda p: torch.optim.SGD(p, lr=LR, momentum=0.75)),
-    "SGD-nesterov": (
-        pr.SGD(momentum=0.75, nesterov=True),
-        lambda p: torch.optim.SGD(p, lr=LR, momentum=0.75, nesterov=True),
-    ),
-    "AdaGrad": (
-        pr.AdaGrad(eps=0.25, initial=0.5),
-        lambda p: torch.optim.Adagrad(p, lr=LR, eps=0.25, initial_accumulator_value=0.5),
-    ),
+    "SGD-nesterov": (pr.SGD(momentum=0.75, nesterov=True),
+        lambda p: torch.optim.SGD(p, lr=LR, momentum=0.75, nesterov=True)),
+    "AdaGrad": (pr.AdaGrad(eps=0.25, initial=0.5),
+        lambda p: torch.optim.Adagrad(p, lr=LR, eps=0.25, initial_accumulator_value=0.5)),
     "AdaGrad-defaults": (pr.AdaGrad(), lambda p: torch.optim.Adagrad(p, lr=LR)),
-    "RMSProp": (
-        pr.RMSProp(beta2=0.75, eps=0.25, momentum=0.5),
-        lambda p: torch.optim.RMSprop(p, lr=LR, alpha=0.75, eps=0.25, momentum=0.5),
-    ),
+    "RMSProp": (pr.RMSProp(beta2=0.75, eps=0.25, momentum=0.5),
+        lambda p: torch.optim.RMSprop(p, lr=LR, alpha=0.75, eps=0.25, momentum=0.5)),
     "RMSProp-defaults": (pr.RMSProp(), lambda p: torch.optim.RMSprop(p, lr=LR)),
-    "Adam": (
-        pr.Adam(beta1=0.75, beta2=0.875, eps=0.25),
-        lambda p: torch.optim.Adam(p, lr=LR, betas=(0.75, 0.875), eps=0.25),
-    ),
+    "Adam": (pr.Adam(beta1=0.75, beta2=0.875, eps=0.25),
+        lambda p: torch.optim.Adam(p, lr=LR, betas=(0.75, 0.875), eps=0.25)),
     "Adam-defaults": (pr.Adam(), lambda p: torch.optim.Adam(p, lr=LR)),
-    "Adam-amsgrad": (
-        pr.Adam(beta1=0.75, beta2=0.875, eps=0.25, amsgrad="uncorrected"),
-        lambda p: torch.optim.Adam(p, lr=LR, betas=(0.75, 0.875), eps=0.25, amsgrad=True),
-    ),
-    "RAdam": (
-        pr.Adam.torch_radam(beta1=0.75, beta2=0.875, eps=0.25),
-        lambda p: torch.optim.RAdam(p, lr=LR, betas=(0.75, 0.875), eps=0.25),
-    ),
-    "RMSProp-centered": (
-        pr.RMSProp(beta2=0.75, eps=0.25, momentum=0.625, centered=True),
-        lambda p: torch.optim.RMSprop(p, lr=LR, alpha=0.75, eps=0.25, momentum=0.625, centered=True),
-    ),
-}
+    "Adam-amsgrad": (pr.Adam(beta1=0.75, beta2=0.875, eps=0.25, amsgrad="uncorrected"),
+        lambda p: torch.optim.Adam(p, lr=LR, betas=(0.75, 0.875), eps=0.25, amsgrad=True)),
+    "RAdam": (pr.Adam.torch_radam(beta1=0.75, beta2=0.875, eps=0.25),
+        lambda p: torch.optim.RAdam(p, lr=LR, betas=(0.75, 0.875), eps=0.25)),
+    "RMSProp-centered": (pr.RMSProp(beta2=0.75, eps=0.25, momentum=0.625, centered=True),
+        lambda p: torch.optim.RMSprop(p, lr=LR, alpha=0.75, eps=0.25, momentum=0.625, centered=True)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -318,28 +304,16 @@ def test_decoupled_decay_equals_adamw() -> None:
 
 
 BUGS = {
-    "eps under the root": (
-        "Adam",
+    "eps under the root": ("Adam",
         'return root + (self.eps * k.inverse_sqrt_c2 if self.eps_form == "uncorrected" else self.eps)',
-        "return xp.sqrt(root * root + self.eps)",
-    ),
-    "no bias correction": (
-        "Adam",
-        "inverse_c1 = reciprocal(one_minus_power(beta1, step, like=like)) if first else 1.0",
-        "inverse_c1 = 1.0",
-    ),
-    "damped momentum": (
-        "SGD-momentum",
-        "heavy_ball(state.buffer, grad,",
-        "heavy_ball(state.buffer, (1 - self.momentum) * grad,",
-    ),
-    "momentum of the gradient": (
-        "RMSProp",
-        "heavy_ball(state.buffer, direction,",
-        "heavy_ball(state.buffer, grad,",
-    ),
+        "return xp.sqrt(root * root + self.eps)"),
+    "no bias correction": ("Adam", "inverse_c1 = reciprocal(one_minus_power(beta1, step, like=like)) if first else 1.0",
+        "inverse_c1 = 1.0"),
+    "damped momentum": ("SGD-momentum", "heavy_ball(state.buffer, grad,",
+        "heavy_ball(state.buffer, (1 - self.momentum) * grad,"),
+    "momentum of the gradient": ("RMSProp", "heavy_ball(state.buffer, direction,", "heavy_ball(state.buffer, grad,"),
     "the sum before": ("AdaGrad", "self._denominator(total, xp)", "self._denominator(state.total, xp)"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BUGS)

@@ -596,76 +596,40 @@ def updated(statistic: Any = None, method: Any = FC, **more: Any) -> Any:
 REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "kind as an array": (lambda: pr.MBF(kind=np.asarray("fc")), TypeError, "kind must be one of .* got array"),
     "network": (lambda: pr.MBF.authors_code("gcn"), ValueError, "network must be 'autoencoder' or 'cnn', got 'gcn'"),
-    "another layout's state": (
-        lambda: FC.update(G, pr.MBF(layout="per_input").init(G), G),
-        ValueError,
-        r"state.statistic must have shape \(3, 3\)",
-    ),
-    "refresh": (
-        lambda: updated(refresh=1),
-        TypeError,
-        r"refresh must be a pair of bools \(statistics, inverse\).* got 1",
-    ),
+    "another layout's state": (lambda: FC.update(G, pr.MBF(layout="per_input").init(G), G), ValueError,
+        r"state.statistic must have shape \(3, 3\)"),
+    "refresh": (lambda: updated(refresh=1), TypeError,
+        r"refresh must be a pair of bools \(statistics, inverse\).* got 1"),
     "refresh length": (lambda: updated(refresh=(True,)), TypeError, "refresh must be a pair"),
     "refresh kinds": (lambda: updated(refresh=(True, 0)), TypeError, "refresh must be a pair"),
     "no inverse kept": (lambda: updated(refresh=(True, False)), ValueError, "needs inverse_every > 1"),
     "statistic": (lambda: updated(G), TypeError, "statistic must be an MBF.Samples, MBF.Factors or MBF.Blocks"),
-    "statistic of diagonal": (
-        lambda: updated(pr.MBF.Samples(G[None]), pr.MBF(kind="diagonal")),
-        ValueError,
-        "must be None for kind='diagonal'",
-    ),
-    "samples": (
-        lambda: updated(pr.MBF.Samples(G)),
-        ValueError,
-        r"statistic.grads must have shape \(n >= 1, 2, 3\), got \(2, 3\)",
-    ),
+    "statistic of diagonal": (lambda: updated(pr.MBF.Samples(G[None]), pr.MBF(kind="diagonal")), ValueError,
+        "must be None for kind='diagonal'"),
+    "samples": (lambda: updated(pr.MBF.Samples(G)), ValueError,
+        r"statistic.grads must have shape \(n >= 1, 2, 3\), got \(2, 3\)"),
     "no samples": (lambda: updated(pr.MBF.Samples(np.ones((0, 2, 3)))), ValueError, r"got \(0, 2, 3\)"),
-    "samples' dtype": (
-        lambda: updated(pr.MBF.Samples(G[None].astype("float32"))),
-        TypeError,
-        "grads must have dtype float64, got float32",
-    ),
-    "inputs": (
-        lambda: updated(pr.MBF.Factors(np.ones((4, 2)), np.ones((4, 2)))),
-        ValueError,
-        r"inputs must have shape \(n >= 1, 3\)",
-    ),
-    "signals": (
-        lambda: updated(pr.MBF.Factors(np.ones((4, 3)), np.ones((5, 2)))),
-        ValueError,
-        r"signals must have shape \(4, 2\)",
-    ),
-    "factors of conv": (
-        lambda: updated(pr.MBF.Factors(G, G), pr.MBF(kind="conv")),
-        ValueError,
-        "needs kind='fc', got kind='conv'",
-    ),
-    "blocks": (
-        lambda: updated(pr.MBF.Blocks(np.ones((2, 2)))),
-        ValueError,
-        r"statistic must have shape \(3, 3\), got \(2, 2\)",
-    ),
-    "warm start late": (
-        lambda: FC.warm_start(updated()[1], G[None]),
-        ValueError,
-        "before the first update, got a state after 1",
-    ),
-    "warm start": (
-        lambda: FC.warm_start(FC.init(G), G),
-        ValueError,
-        r"grads must have shape \(n >= 1, 2, 3\), got \(2, 3\)",
-    ),
-    "warm start's dtype": (
-        lambda: FC.warm_start(FC.init(G), G[None].astype("float32")),
-        TypeError,
-        "grads must have dtype float64",
-    ),
+    "samples' dtype": (lambda: updated(pr.MBF.Samples(G[None].astype("float32"))), TypeError,
+        "grads must have dtype float64, got float32"),
+    "inputs": (lambda: updated(pr.MBF.Factors(np.ones((4, 2)), np.ones((4, 2)))), ValueError,
+        r"inputs must have shape \(n >= 1, 3\)"),
+    "signals": (lambda: updated(pr.MBF.Factors(np.ones((4, 3)), np.ones((5, 2)))), ValueError,
+        r"signals must have shape \(4, 2\)"),
+    "factors of conv": (lambda: updated(pr.MBF.Factors(G, G), pr.MBF(kind="conv")), ValueError,
+        "needs kind='fc', got kind='conv'"),
+    "blocks": (lambda: updated(pr.MBF.Blocks(np.ones((2, 2)))), ValueError,
+        r"statistic must have shape \(3, 3\), got \(2, 2\)"),
+    "warm start late": (lambda: FC.warm_start(updated()[1], G[None]), ValueError,
+        "before the first update, got a state after 1"),
+    "warm start": (lambda: FC.warm_start(FC.init(G), G), ValueError,
+        r"grads must have shape \(n >= 1, 2, 3\), got \(2, 3\)"),
+    "warm start's dtype": (lambda: FC.warm_start(FC.init(G), G[None].astype("float32")), TypeError,
+        "grads must have dtype float64"),
     "warm start's axes": (lambda: FC.warm_start(FC.init(G), G[0]), ValueError, "grads must have shape"),
     "warm start of a list": (lambda: FC.warm_start(FC.init(G), [1.0]), TypeError, "grads must be an array, got list"),
     "warm start of no state": (lambda: FC.warm_start(None, G[None]), TypeError, "state must be a MBFState"),
     "warm start of nothing": (lambda: FC.warm_start(FC.init(G), G[:0][None]), ValueError, "grads must have shape"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -681,84 +645,54 @@ def test_refused(what: str) -> None:
 SOLVE = "roots.solve(f, columns, self.damping, own, xp=xp)"
 KEPT = "law = roots.Law(-1.0, self.damping)"
 BUGS = {
-    "square root of F": Bug(
-        SOLVE, "roots.power(f, -0.5, self.damping, xp=xp) @ columns", ("vectors", "e5", "e10", "t0", "t1")
-    ),
+    "square root of F": Bug(SOLVE, "roots.power(f, -0.5, self.damping, xp=xp) @ columns",
+        ("vectors", "e5", "e10", "t0", "t1")),
     "square root of F kept": Bug(KEPT, KEPT.replace("-1.0", "-0.5"), ("vectors", "schedule")),
     "damping left out": Bug(SOLVE, "roots.solve(f, columns, 0.0, own, xp=xp)", ("vectors", "e5", "t0")),
     "damping left out of the inverse kept": Bug(KEPT, KEPT.replace("self.damping", "0.0"), ("vectors", "t2")),
     "statistic of the momentum": Bug("xp.expand_dims(grad,", "xp.expand_dims(m,", ("vectors", "e7")),
-    "averaged momentum": Bug(
-        "self.momentum * state.m + grad", "self.momentum * state.m + (1 - self.momentum) * grad", ("vectors", "e5")
-    ),
+    "averaged momentum": Bug("self.momentum * state.m + grad", "self.momentum * state.m + (1 - self.momentum) * grad",
+        ("vectors", "e5")),
     "momentum left out": Bug("self.to_blocks(m, xp=xp)", "self.to_blocks(grad, xp=xp)", ("vectors", "schedule")),
-    "decay the weight of the new": Bug(
-        "new_statistic(), self.decay)", "new_statistic(), 1 - self.decay)", ("vectors", "schedule", "warm_start")
-    ),
+    "decay the weight of the new": Bug("new_statistic(), self.decay)", "new_statistic(), 1 - self.decay)",
+        ("vectors", "schedule", "warm_start")),
     "sum over the blocks": Bug("/ max(rows.shape[-2], 1)", "/ 1", ("vectors", "warm_start", "e7", "e9")),
     "columns by default": Bug('default="per_output"', 'default="per_input"', ("e1", "e7")),
-    "contiguous as it was meant": Bug(
-        "return xp.reshape(array, (*lead, d2, d1))", "return xp.matrix_transpose(array)", ("vectors", "e7")
-    ),
-    "columns not put back": Bug(
-        "return xp.matrix_transpose(blocks)", "return xp.reshape(blocks, shape)", ("vectors", "e6")
-    ),
-    "samples and blocks mixed": Bug(
-        "xp.moveaxis(blocks, -2 - self.ndims[0] // 2, -2)",
-        "xp.reshape(blocks, xp.moveaxis(blocks, -2 - self.ndims[0] // 2, -2).shape)",
-        ("e2", "e8", "e9"),
-    ),
+    "contiguous as it was meant": Bug("return xp.reshape(array, (*lead, d2, d1))", "return xp.matrix_transpose(array)",
+        ("vectors", "e7")),
+    "columns not put back": Bug("return xp.matrix_transpose(blocks)", "return xp.reshape(blocks, shape)",
+        ("vectors", "e6")),
+    "samples and blocks mixed": Bug("xp.moveaxis(blocks, -2 - self.ndims[0] // 2, -2)",
+        "xp.reshape(blocks, xp.moveaxis(blocks, -2 - self.ndims[0] // 2, -2).shape)", ("e2", "e8", "e9")),
     "inverse of the previous statistic": Bug(SOLVE, SOLVE.replace("f,", "state.statistic,"), ("vectors", "e5")),
-    "inverse of the previous statistic kept": Bug(
-        "roots.renewed(inverse_due, f,", "roots.renewed(inverse_due, state.statistic,", ("vectors", "schedule")
-    ),
+    "inverse of the previous statistic kept": Bug("roots.renewed(inverse_due, f,",
+        "roots.renewed(inverse_due, state.statistic,", ("vectors", "schedule")),
     "no fresh inverses at first": Bug("((step <= t2) & statistics) | ", "", ("vectors", "schedule")),
     "fresh inverses once more": Bug("step <= t2", "step <= t2 + 1", ("schedule",)),
-    "updates counted from one": Bug(
-        "step % self.statistics_every == 0, self",
-        "(step + 1) % self.statistics_every == 0, self",
-        ("vectors", "schedule"),
-    ),
-    "inverse with every statistic": Bug(
-        "return statistics, ((step <= t2) & statistics) | (step % t2 == 0)",
-        "return statistics, statistics",
-        ("vectors", "schedule"),
-    ),
+    "updates counted from one": Bug("step % self.statistics_every == 0, self",
+        "(step + 1) % self.statistics_every == 0, self", ("vectors", "schedule")),
+    "inverse with every statistic": Bug("return statistics, ((step <= t2) & statistics) | (step % t2 == 0)",
+        "return statistics, statistics", ("vectors", "schedule")),
     "inverse starts at the identity": Bug(", scale=reciprocal(self.damping)", "", ("refresh",)),
     "refresh pair exchanged": Bug("return pair\n", "return pair[::-1]\n", ("refresh",)),
-    "warm start of the last batch": Bug(
-        "self._mean_outer(xp.moveaxis(grads, 0,",
-        "self._mean_outer(xp.moveaxis(grads[-1:, ...], 0,",
-        ("warm_start", "e3_e4"),
-    ),
-    "warm start over the stack": Bug(
-        "xp.moveaxis(grads, 0, -1 - self.ndims[0])",
+    "warm start of the last batch": Bug("self._mean_outer(xp.moveaxis(grads, 0,",
+        "self._mean_outer(xp.moveaxis(grads[-1:, ...], 0,", ("warm_start", "e3_e4")),
+    "warm start over the stack": Bug("xp.moveaxis(grads, 0, -1 - self.ndims[0])",
         "xp.reshape(grads, (*state.m.shape[:-self.ndims[0]], grads.shape[0], *state.m.shape[-self.ndims[0]:]))",
-        ("warm_start",),
-    ),
+        ("warm_start",)),
     "back-signals not squared": Bug("xp.sum(other * other,", "xp.sum(other,", ("e1", "e8", "e9")),
     "mean over the samples only": Bug("other.shape[-2] * other.shape[-1]", "other.shape[-2]", ("e1", "e8", "e9")),
-    "samples summed": Bug(
-        "rows / max(rows.shape[-2], 1)",
-        "rows / max(rows.shape[-2] if self._averaged else 1, 1)",
-        ("e2", "e3_e4", "e5", "e8", "t0"),
-    ),
+    "samples summed": Bug("rows / max(rows.shape[-2], 1)", "rows / max(rows.shape[-2] if self._averaged else 1, 1)",
+        ("e2", "e3_e4", "e5", "e8", "t0")),
     "squares of the gradient": Bug("ema(state.statistic, n * n,", "ema(state.statistic, grad * grad,", ("vectors",)),
-    "eps under the root": Bug(
-        "n / (xp.sqrt(v) * k.inverse_sqrt_c + DIAGONAL_EPS)",
-        "n / (xp.sqrt(v + DIAGONAL_EPS) * k.inverse_sqrt_c)",
-        ("vectors",),
-    ),
+    "eps under the root": Bug("n / (xp.sqrt(v) * k.inverse_sqrt_c + DIAGONAL_EPS)",
+        "n / (xp.sqrt(v + DIAGONAL_EPS) * k.inverse_sqrt_c)", ("vectors",)),
     "no correction of v": Bug("xp.sqrt(v) * k.inverse_sqrt_c", "xp.sqrt(v)", ("vectors",)),
-    "NaN from the second update": Bug(
-        "return direction, MBFState(step=now.step, m=m",
-        "return direction * (xp.nan if state.step else 1), MBFState(step=now.step, m=m",
-        ("vectors",),
-    ),
-    "Adam's first decay corrected": Bug(
-        "direction = n / (xp", "direction = n / (1 - 0.9 ** (state.step + 1)) / (xp", ("vectors",)
-    ),
-}
+    "NaN from the second update": Bug("return direction, MBFState(step=now.step, m=m",
+        "return direction * (xp.nan if state.step else 1), MBFState(step=now.step, m=m", ("vectors",)),
+    "Adam's first decay corrected": Bug("direction = n / (xp", "direction = n / (1 - 0.9 ** (state.step + 1)) / (xp",
+        ("vectors",)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "check"), [(name, check) for name, bug in BUGS.items() for check in bug.checks])

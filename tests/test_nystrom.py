@@ -340,31 +340,21 @@ def test_check(name: str) -> None:
 MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "s_l^2 for the mass": ("invariant", (("xp.sqrt(bound)[..., None], 0.0", "cut, 0.0"),)),
     "the Ritz value for the mass": ("invariant", (("c[..., 0] + _raised(gram, c, xp)", "c[..., 0] / (1 + SLACK)"),)),
-    "pivots raised and not added": (
-        "invariant",
-        (("STEPS = 12", "STEPS = 2"), ("c[..., 0] + _raised(gram, c, xp)", "c[..., 0]")),
-    ),
-    "what W misses certified without what was deflated": (
-        "invariant",
-        (("u @ ((h[..., None] * vt[..., :size, :]) @ t(w))", "(b @ w) @ t(w)"),),
-    ),
-    "a Frobenius norm without its root": (
-        "invariant",
-        (("_raised(gram, c, xp), xp.sqrt(square))", "_raised(gram, c, xp), square)"),),
-    ),
+    "pivots raised and not added": ("invariant",
+        (("STEPS = 12", "STEPS = 2"), ("c[..., 0] + _raised(gram, c, xp)", "c[..., 0]"))),
+    "what W misses certified without what was deflated": ("invariant",
+        (("u @ ((h[..., None] * vt[..., :size, :]) @ t(w))", "(b @ w) @ t(w)"),)),
+    "a Frobenius norm without its root": ("invariant",
+        (("_raised(gram, c, xp), xp.sqrt(square))", "_raised(gram, c, xp), square)"),)),
     "W not orthonormal": ("invariant", (("w = qr(bt @ qr(x))", "w = bt @ qr(x)"),)),
-    "the old sketch not decayed": (
-        "invariant",
-        (("fd.concatenated(sketch, rows, beta2, size", "fd.concatenated(sketch, rows, 1.0, size"),),
-    ),
+    "the old sketch not decayed": ("invariant",
+        (("fd.concatenated(sketch, rows, beta2, size", "fd.concatenated(sketch, rows, 1.0, size"),)),
     "the unit forgotten": ("invariant", (("for part in (cut, mass, lost)", "for part in (cut, mass / unit, lost)"),)),
     "the mass not decayed": ("invariant", (("escaped=tail_decay * sketch.escaped", "escaped=sketch.escaped * 0.99"),)),
     "the mass is no square": ("invariant", (("mass * mass,", "mass,"),)),
     "cut at the next one": ("invariant", (("s[..., size - 1 : size]\n    h", "s[..., size : size + 1]\n    h"),)),
-    "the largest pivot's rise of the last block alone": (
-        "blind",
-        (("delta = xp.maximum(delta, xp.max(raised - pivots, axis=-1))", "delta = xp.max(raised - pivots, axis=-1)"),),
-    ),
+    "the largest pivot's rise of the last block alone": ("blind",
+        (("delta = xp.maximum(delta, xp.max(raised - pivots, axis=-1))", "delta = xp.max(raised - pivots, axis=-1)"),)),
     "the rows below forgotten": ("blind", (("+ below @ t(below), m - size", ", m - size"),)),
     "Rayleigh and Ritz in the place of Nystrom": (
         "blind",
@@ -375,10 +365,8 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
             ),
         ),
     ),
-    "s_l^2 added back to the eigenvalues": (
-        "trace",
-        (("(h * unit) * (total * unit),", "(h * unit) * (total * unit) + (cut * unit) ** 2,"),),
-    ),
+    "s_l^2 added back to the eigenvalues": ("trace",
+        (("(h * unit) * (total * unit),", "(h * unit) * (total * unit) + (cut * unit) ** 2,"),)),
     "the lost trace decayed like the mass": ("trace", (("lost=beta2", "lost=tail_decay"),)),
     "the trace of R is its largest eigenvalue": ("trace", (("mass, lost))", "mass, mass))"),)),
     "a lost trace too large": ("mass_bound", (("+ lost * lost", "+ 4 * lost * lost"),)),
@@ -389,40 +377,29 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "rounding certified": ("low_rank", (("(cut > 0) | (lost > 4 * rounding)", "(cut >= 0)"),)),
     "c far above": ("certificate", (("SLACK = 1 / 32", "SLACK = 1 / 4"),)),
     "one step": ("certificate", (("STEPS = 12", "STEPS = 1"),)),
-    "directions of rounding found twice": (
-        "certificate",
-        (("@ found, rounding)", "@ found, 0.0 * rounding)"),),
-    ),
-    "not the smaller Gram matrix": (
-        "certificate",
-        (("if d > n else residual @ t(residual)", "if d > n else t(residual) @ residual"),),
-    ),
+    "directions of rounding found twice": ("certificate", (("@ found, rounding)", "@ found, 0.0 * rounding)"),)),
+    "not the smaller Gram matrix": ("certificate",
+        (("if d > n else residual @ t(residual)", "if d > n else t(residual) @ residual"),)),
     "growth not bounded": (
         "growth",
         (("xp.maximum(xp.maximum(pivots, c / 50), xp.sum(below * below, axis=-2) / c)", "xp.maximum(pivots, c / 50)"),),
     ),
     "the sign of U": ("signs", (("xp.where(xp.sum(old * new, axis=-2, keepdims=True) < 0, -new, new)", "new"),)),
     "the exact one's trace": ("exact_where_it_costs_no_more", (("xp.minimum(s, cut) ** 2", "s ** 2"),)),
-    "never exact": (
-        "exact_where_it_costs_no_more",
-        (("return size > d or 2 * (size + spare) > min(d, n)", "return size > d"),),
-    ),
+    "never exact": ("exact_where_it_costs_no_more",
+        (("return size > d or 2 * (size + spare) > min(d, n)", "return size > d"),)),
     "NaN reaches LAPACK": ("bad_members", (("xp.where(finite, factor, 0.0) / unit", "factor / unit"),)),
     "NaN repaired": ("bad_members", (("unit, math.nan)", "unit, unit)"),)),
     "overflow repaired": ("bad_members", (("finite[..., 0] & (s[..., :1] * unit < math.inf)", "finite[..., 0]"),)),
-    "one bad member spoils all": (
-        "bad_members",
-        (("largest_entry(factor, (-2, -1)", "largest_entry(factor, tuple(range(factor.ndim))"),),
-    ),
+    "one bad member spoils all": ("bad_members",
+        (("largest_entry(factor, (-2, -1)", "largest_entry(factor, tuple(range(factor.ndim))"),)),
     "kappa without l": ("report", (("s.eigenvalues.shape[-1] * s.escaped", "s.escaped"),)),
     "nothing over nothing": ("report", (("math.inf, 1.0 + over)", "math.inf, over)"),)),
-    "NaN reported as 1": (
-        "report",
-        (("math.inf, 1.0 + over)", "math.inf, 1.0)"), ("under == 0, xp", "~(under > 0), xp")),
-    ),
+    "NaN reported as 1": ("report",
+        (("math.inf, 1.0 + over)", "math.inf, 1.0)"), ("under == 0, xp", "~(under > 0), xp"))),
     "the square of the unit": ("scales", (("(h * unit) * (total * unit),", "h * total * (unit * unit),"),)),
     "no unit": ("scales", (("xp.where(finite & (peak > 0), peak, 1.0)", "xp.ones_like(peak)"),)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -270,64 +270,34 @@ def step(statistics: Any, method: Any = None, **options: Any) -> Any:
 
 SAMPLES = pr.MBF.Samples(np.ones((2, 3, 5)))
 REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
-    "a pair, not pairs": (
-        lambda: pr.Optimizer(pr.MBF(), join=("a/weight", "a/bias")),
-        ValueError,
-        r"join must be pairs of paths \(weight, bias\), no path twice, got \('a/weight', 'a/bias'\)",
-    ),
+    "a pair, not pairs": (lambda: pr.Optimizer(pr.MBF(), join=("a/weight", "a/bias")), ValueError,
+        r"join must be pairs of paths \(weight, bias\), no path twice, got \('a/weight', 'a/bias'\)"),
     "a triple": (lambda: pr.Optimizer(pr.MBF(), join=(("a", "b", "c"),)), ValueError, "join must be pairs"),
     "twice": (lambda: pr.Optimizer(pr.MBF(), join=(("a", "b"), ("c", "b"))), ValueError, "no path twice"),
     "join that is no tuple": (lambda: pr.Optimizer(pr.MBF(), join=5), TypeError, "join must be a tuple of pairs"),
     "join of numbers": (lambda: pr.Optimizer(pr.MBF(), join=(5,)), ValueError, "join must be pairs"),
     "statistics that are no mapping": (lambda: step([SAMPLES]), TypeError, "statistics must be a mapping .* got list"),
-    "statistics of a list": (
-        lambda: step({"c/weight": pr.MBF.Samples([[1.0]])}),
-        TypeError,
-        "statistic.grads must be an array, got list",
-    ),
+    "statistics of a list": (lambda: step({"c/weight": pr.MBF.Samples([[1.0]])}), TypeError,
+        "statistic.grads must be an array, got list"),
     "two letters": (lambda: pr.Optimizer(pr.MBF(), join=("ab",)), ValueError, "join must be pairs"),
-    "unknown": (
-        lambda: pr.Optimizer(pr.MBF(), join=(("a/weight", "a/bias0"),)).init(tree(0)),
-        ValueError,
-        "join names 'a/bias0', which the parameters do not have",
-    ),
-    "shapes": (
-        lambda: pr.Optimizer(pr.MBF(), join=(("a/weight", "norm"),)).init(tree(0)),
-        ValueError,
-        r"join needs a weight \(O, I\) and a bias \(O,\), got 'a/weight' \(3, 4\) and 'norm' \(5,\)",
-    ),
-    "conv with bias": (
-        lambda: pr.Optimizer(pr.MBF(), join=(("conv/weight", "conv/bias"),)).init(tree(0)),
-        ValueError,
-        "join needs a weight",
-    ),
-    "statistics of the bias": (
-        lambda: step({"a/bias": SAMPLES}),
-        ValueError,
-        "statistics names a/bias: no parameter, or one joined",
-    ),
+    "unknown": (lambda: pr.Optimizer(pr.MBF(), join=(("a/weight", "a/bias0"),)).init(tree(0)), ValueError,
+        "join names 'a/bias0', which the parameters do not have"),
+    "shapes": (lambda: pr.Optimizer(pr.MBF(), join=(("a/weight", "norm"),)).init(tree(0)), ValueError,
+        r"join needs a weight \(O, I\) and a bias \(O,\), got 'a/weight' \(3, 4\) and 'norm' \(5,\)"),
+    "conv with bias": (lambda: pr.Optimizer(pr.MBF(), join=(("conv/weight", "conv/bias"),)).init(tree(0)), ValueError,
+        "join needs a weight"),
+    "statistics of the bias": (lambda: step({"a/bias": SAMPLES}), ValueError,
+        "statistics names a/bias: no parameter, or one joined"),
     "statistics of blocks": (lambda: step({"a/weight": SAMPLES}, block_size=2), ValueError, "cut into blocks"),
-    "statistics of half a stack": (
-        lambda: step({"a/weight": SAMPLES}),
-        ValueError,
-        r"statistics must be of one type for all of a/weight, b/weight \(updated together\), or none",
-    ),
-    "statistics of two types": (
-        lambda: step({"a/weight": SAMPLES, "b/weight": pr.MBF.Blocks(np.eye(5))}),
-        ValueError,
-        "of one type",
-    ),
-    "statistics of a wrong shape": (
-        lambda: step({"c/weight": SAMPLES}),
-        ValueError,
-        r"^c/weight: statistic.grads must have shape",
-    ),
-    "statistics for Adam": (
-        lambda: step({"norm": SAMPLES}, pr.Adam(), fuse=False),
-        ValueError,
-        "^norm: statistic must not be given for Adam",
-    ),
-}
+    "statistics of half a stack": (lambda: step({"a/weight": SAMPLES}), ValueError,
+        r"statistics must be of one type for all of a/weight, b/weight \(updated together\), or none"),
+    "statistics of two types": (lambda: step({"a/weight": SAMPLES, "b/weight": pr.MBF.Blocks(np.eye(5))}), ValueError,
+        "of one type"),
+    "statistics of a wrong shape": (lambda: step({"c/weight": SAMPLES}), ValueError,
+        r"^c/weight: statistic.grads must have shape"),
+    "statistics for Adam": (lambda: step({"norm": SAMPLES}, pr.Adam(), fuse=False), ValueError,
+        "^norm: statistic must not be given for Adam"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -342,36 +312,23 @@ def test_refused(what: str) -> None:
 
 BUGS = {
     "bias first": Bug("concat([w, b[:, None]], axis=1)", "concat([b[:, None], w], axis=1)", ("by_hand", "statistics")),
-    "bias from the first column": Bug(
-        "merged[weight][:, :-1], merged[weight][:, -1]", "merged[weight][:, 1:], merged[weight][:, 0]", ("by_hand",)
-    ),
-    "gradients not joined like parameters": Bug(
-        "self._joined(leaves), self._joined(gradients)",
+    "bias from the first column": Bug("merged[weight][:, :-1], merged[weight][:, -1]",
+        "merged[weight][:, 1:], merged[weight][:, 0]", ("by_hand",)),
+    "gradients not joined like parameters": Bug("self._joined(leaves), self._joined(gradients)",
         "self._joined(leaves), self._joined({k: g * (g.ndim > 1) for k, g in gradients.items()})",
-        ("by_hand", "by_hand_unfused"),
-    ),
+        ("by_hand", "by_hand_unfused")),
     "statistics ignored": Bug('{"statistic": parts[0]} if parts else {}', "{}", ("statistics", "statistics_unfused")),
-    "first member's statistics for all": Bug(
-        "xp.stack(list(arrays))", "xp.stack([arrays[0] for _ in arrays])", ("statistics",)
-    ),
+    "first member's statistics for all": Bug("xp.stack(list(arrays))", "xp.stack([arrays[0] for _ in arrays])",
+        ("statistics",)),
     "statistics in reverse": Bug("xp.stack(list(arrays))", "xp.stack(list(arrays)[::-1])", ("statistics",)),
-    "decay checked for numbers only": Bug(
-        "not is_zero(method.weight_decay) and not is_zero(self.weight_decay)",
-        "not is_zero(method.weight_decay) and self.weight_decay == 0.5",
-        ("decay",),
-    ),
+    "decay checked for numbers only": Bug("not is_zero(method.weight_decay) and not is_zero(self.weight_decay)",
+        "not is_zero(method.weight_decay) and self.weight_decay == 0.5", ("decay",)),
     "routed methods not checked": Bug("        self._check_decay(method)\n", "", ("decay",)),
-    "one kind for all matrices and tensors": Bug(
-        "self.method.for_shape(tuple(array.shape), path)",
-        "self.method.for_shape(tuple(array.shape)[:2], path)",
-        ("routing",),
-    ),
-    "Adam for what is no matrix": Bug(
-        "self.method.for_shape(tuple(array.shape), path) or Adam()",
-        "(self.method.for_shape(tuple(array.shape), path) if array.ndim > 1 else Adam())",
-        ("routing", "by_hand"),
-    ),
-}
+    "one kind for all matrices and tensors": Bug("self.method.for_shape(tuple(array.shape), path)",
+        "self.method.for_shape(tuple(array.shape)[:2], path)", ("routing",)),
+    "Adam for what is no matrix": Bug("self.method.for_shape(tuple(array.shape), path) or Adam()",
+        "(self.method.for_shape(tuple(array.shape), path) if array.ndim > 1 else Adam())", ("routing", "by_hand")),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "check"), [(name, check) for name, bug in BUGS.items() for check in bug.checks])

@@ -593,75 +593,49 @@ class Bug(NamedTuple):
 
 
 BUGS = {
-    "sum instead of mean over the samples": Bug(
-        "losses", "(xp.exp(log_p) - one_hot) / n", "(xp.exp(log_p) - one_hot)", "digits-softmax"
-    ),
-    "gradient of the wrong sign": Bug(
-        "losses", "(sigmoid(xp, logits) - targets) / n", "(targets - sigmoid(xp, logits)) / n", "digits-autoencoder"
-    ),
-    "mean over the pixels too": Bug(
-        "losses", "(sigmoid(xp, logits) - targets) / n", "(sigmoid(xp, logits) - targets) / n / 64",
-        "digits-autoencoder",
-    ),
+    "sum instead of mean over the samples": Bug("losses", "(xp.exp(log_p) - one_hot) / n", "(xp.exp(log_p) - one_hot)",
+        "digits-softmax"),
+    "gradient of the wrong sign": Bug("losses", "(sigmoid(xp, logits) - targets) / n",
+        "(targets - sigmoid(xp, logits)) / n", "digits-autoencoder"),
+    "mean over the pixels too": Bug("losses", "(sigmoid(xp, logits) - targets) / n",
+        "(sigmoid(xp, logits) - targets) / n / 64", "digits-autoencoder"),
     "loss without its linear term": Bug("losses", " - logits * targets", "", "digits-autoencoder"),
     "slope of tanh not squared": Bug("mlp", "1.0 - a * a", "1.0 - a", "digits-mlp"),
     "slope of ReLU everywhere 1": Bug("mlp", "a > 0.0", "a >= 0.0", "digits-mlp-relu"),
     "activation not propagated through": Bug("mlp", " * slope(self.space.xp, a)", "", "digits-mlp"),
     "mean instead of sum in the bias": Bug("mlp", "xp.sum(signal, axis=0)", "xp.mean(signal, axis=0)", "mnist-mlp"),
-    "logits through the activation": Bug(
-        "mlp", "phi(self.space.xp, s) if layer < depth else s", "phi(self.space.xp, s)", "mnist-autoencoder"
-    ),
+    "logits through the activation": Bug("mlp", "phi(self.space.xp, s) if layer < depth else s",
+        "phi(self.space.xp, s)", "mnist-autoencoder"),
     "bias left out": Bug("mlp", ' + params[f"fc{layer}/bias"]', "", "digits-softmax", (check_autograd, check_metric)),
-    "eigenvalues left out": Bug(
-        "synthetic", "self.basis @ (self.eigenvalues * c)", "self.basis @ c",
-        "quadratic", (check_autograd, check_hessian),
-    ),
-    "eigenvectors as rows": Bug(
-        "synthetic", "self.basis @ (self.eigenvalues * c)", "self.basis.T @ (self.eigenvalues * c)",
-        "quadratic", (check_autograd, check_hessian),
-    ),
-    "right factor not transposed": Bug(
-        "synthetic", "scaled @ self.right_basis.T", "scaled @ self.right_basis",
-        "matrix-quadratic", (check_autograd, check_hessian),
-    ),
-    "left spectrum squared": Bug(
-        "synthetic", "self.left_eigenvalues[:, None] * c", "self.left_eigenvalues[:, None] ** 2 * c",
-        "matrix-quadratic", (check_autograd, check_hessian),
-    ),
-    "factor 2 lost in the regression": Bug(
-        "synthetic", "residual.T @ inputs / inputs.shape[0]", "residual.T @ inputs / (2 * inputs.shape[0])",
-        "matrix-regression",
-    ),
-    "gap without its factor 1/2": Bug(
-        "synthetic", "xp.sum(distance * distance) / (2 *", "xp.sum(distance * distance) / (1 *",
-        "matrix-regression", (check_metric,),
-    ),
-    "accuracy of the training set": Bug(
-        "mlp", "inputs, labels = self.test", "inputs, labels = self.train", "digits-softmax", (check_metric,)
-    ),
-    "reconstruction without its sigmoid": Bug(
-        "mlp", "sigmoid(xp, self.activations(params, inputs)[-1])", "self.activations(params, inputs)[-1]",
-        "digits-autoencoder", (check_metric,),
-    ),
+    "eigenvalues left out": Bug("synthetic", "self.basis @ (self.eigenvalues * c)", "self.basis @ c", "quadratic",
+        (check_autograd, check_hessian)),
+    "eigenvectors as rows": Bug("synthetic", "self.basis @ (self.eigenvalues * c)",
+        "self.basis.T @ (self.eigenvalues * c)", "quadratic", (check_autograd, check_hessian)),
+    "right factor not transposed": Bug("synthetic", "scaled @ self.right_basis.T", "scaled @ self.right_basis",
+        "matrix-quadratic", (check_autograd, check_hessian)),
+    "left spectrum squared": Bug("synthetic", "self.left_eigenvalues[:, None] * c",
+        "self.left_eigenvalues[:, None] ** 2 * c", "matrix-quadratic", (check_autograd, check_hessian)),
+    "factor 2 lost in the regression": Bug("synthetic", "residual.T @ inputs / inputs.shape[0]",
+        "residual.T @ inputs / (2 * inputs.shape[0])", "matrix-regression"),
+    "gap without its factor 1/2": Bug("synthetic", "xp.sum(distance * distance) / (2 *",
+        "xp.sum(distance * distance) / (1 *", "matrix-regression", (check_metric,)),
+    "accuracy of the training set": Bug("mlp", "inputs, labels = self.test", "inputs, labels = self.train",
+        "digits-softmax", (check_metric,)),
+    "reconstruction without its sigmoid": Bug("mlp", "sigmoid(xp, self.activations(params, inputs)[-1])",
+        "self.activations(params, inputs)[-1]", "digits-autoencoder", (check_metric,)),
     "kernels not turned": Bug("cnn", "xp.flip(weight, axis=(2, 3))", "weight", "digits-cnn"),
     "kernels turned to and fro": Bug("cnn", "axis=(2, 3)", "axis=(2,)", "digits-cnn"),
     "bias of one position": Bug("cnn", "xp.sum(signal, axis=(0, 2))", "xp.sum(signal[:, :, 0], axis=0)", "digits-cnn"),
     "kernels lose their slope": Bug("cnn", "@ q * slope(xp, a)", "@ q", "digits-cnn"),
-    "zeros before instead of after": Bug(
-        "cnn", "[rows, xp.zeros_like(rows)]", "[xp.zeros_like(rows), rows]", "digits-cnn"
-    ),
-    "taps transposed": Bug(
-        "cnn", "for i in range(3) for j in range(3)", "for j in range(3) for i in range(3)",
-        "digits-cnn", (check_autograd, check_metric),
-    ),
-    "overlapping batches": Bug(
-        "base", "start = position * self.batch_size", "start = position", "digits-mlp", (check_epochs,)
-    ),
+    "zeros before instead of after": Bug("cnn", "[rows, xp.zeros_like(rows)]", "[xp.zeros_like(rows), rows]",
+        "digits-cnn"),
+    "taps transposed": Bug("cnn", "for i in range(3) for j in range(3)", "for j in range(3) for i in range(3)",
+        "digits-cnn", (check_autograd, check_metric)),
+    "overlapping batches": Bug("base", "start = position * self.batch_size", "start = position", "digits-mlp",
+        (check_epochs,)),
     "the same order each epoch": Bug("base", '"batches", epoch)', '"batches", 0)', "digits-mlp", (check_epochs,)),
-    "labels not shuffled": Bug(
-        "base", "xp.take(array, index, axis=0)", "xp.take(array, index * (array.ndim > 1), axis=0)",
-        "digits-mlp", (check_epochs,),
-    ),
+    "labels not shuffled": Bug("base", "xp.take(array, index, axis=0)",
+        "xp.take(array, index * (array.ndim > 1), axis=0)", "digits-mlp", (check_epochs,)),
 }  # fmt: skip
 
 

@@ -294,31 +294,19 @@ MISTAKES = {
     "state alone": (RETURNED, "S(now.step, state.m)", TURNED + "(int, ndarray)"),
     "a dict": (RETURNED, "grad, {'step': now.step, 'm': grad}", TURNED + "(ndarray, dict)"),
     "a number": ("xp.sign(grad)", "xp.sum(grad)", "a direction of the gradient's shape (2, 3), got ()"),
-    "another dtype": (
-        "xp.sign(grad)",
-        "xp.astype(grad, now.xp.float32)",
-        "step of {}:M must return a direction of the gradient's dtype float64, got float32",
-    ),
-    "a slip in an attribute": (
-        "state_type = S",
-        "state_typ = S",
+    "another dtype": ("xp.sign(grad)", "xp.astype(grad, now.xp.float32)",
+        "step of {}:M must return a direction of the gradient's dtype float64, got float32"),
+    "a slip in an attribute": ("state_type = S", "state_typ = S",
         "M has an attribute state_typ, which no method has: is "
-        "it state_type? What is your own may begin with an underscore, or be a field",
-    ),
-    "a slip in a declared attribute": (
-        "state_type = S",
-        "state_type = S; elementwize = True",
-        "M has an attribute elementwize, which no method has: is it elementwise?",
-    ),
-    "a slip in a function": (
-        "def state_of",
-        "def satte_of",
-        "has an attribute satte_of, which no method has: is it state_of?",
-    ),
+        "it state_type? What is your own may begin with an underscore, or be a field"),
+    "a slip in a declared attribute": ("state_type = S", "state_type = S; elementwize = True",
+        "M has an attribute elementwize, which no method has: is it elementwise?"),
+    "a slip in a function": ("def state_of", "def satte_of",
+        "has an attribute satte_of, which no method has: is it state_of?"),
     "the old step": ("S(now.step,", "S(state.step,", "with now.step, here 1, as its step, got 0"),
     "a step more": ("S(now.step,", "S(now.step + 1,", "with now.step, here 1, as its step, got 2"),
     "fields of the state mixed up": ("S(now.step, state.m + grad)", "S(grad, now.step)", "as its step, got ndarray"),
-}
+}  # fmt: skip
 
 
 def one_update(source: str) -> tuple[pr.Method, Any]:

@@ -95,71 +95,44 @@ def test_check(check):
 
 
 MUTANTS = {
-    "square root": (
-        "u = quotient(g, s + self.damping",
-        "u = quotient(g, xp.sqrt(s) + self.damping",
-        "diagonal_scaling",
-    ),
+    "square root": ("u = quotient(g, s + self.damping", "u = quotient(g, xp.sqrt(s) + self.damping",
+        "diagonal_scaling"),
     "old s used": ("u = quotient(g, s + self.damping", "u = quotient(g, state.s + self.damping", "vectors"),
-    "damping inside the average": (
-        "self.beta2 * (self.batch_size * square)",
-        "self.beta2 * (self.batch_size * square + self.damping)",
-        "vectors",
-    ),
+    "damping inside the average": ("self.beta2 * (self.batch_size * square)",
+        "self.beta2 * (self.batch_size * square + self.damping)", "vectors"),
     "no B": ("self.beta2 * (self.batch_size * square)", "self.beta2 * square", "diagonal_reduction"),
     "B squared": ("(self.batch_size * square)", "(self.batch_size**2 * square)", "diagonal_reduction"),
-    "beta2 as a decay": (
-        "s = (1 - self.beta2) * state.s + self.beta2 * (",
-        "s = self.beta2 * state.s + (1 - self.beta2) * (",
-        "vectors",
-    ),
+    "beta2 as a decay": ("s = (1 - self.beta2) * state.s + self.beta2 * (",
+        "s = self.beta2 * state.s + (1 - self.beta2) * (", "vectors"),
     "s starts at 0": ("s=full(self.initial, *shape), buffer", "s=zeros(*shape), buffer", "vectors"),
-    "RMSProp decay before the preconditioner": (
-        "u = quotient(g, s",
-        "u = quotient(g + self.weight_decay * param, s",
-        "diagonal_affine",
-    ),
-    "RMSProp averaged momentum": (
-        "heavy_ball(state.buffer, u, self.momentum)  # (3)\n        return xp.astype",
-        "heavy_ball(state.buffer, (1 - self.momentum) * u, self.momentum)\n        return xp.astype",
-        "vectors",
-    ),
+    "RMSProp decay before the preconditioner": ("u = quotient(g, s", "u = quotient(g + self.weight_decay * param, s",
+        "diagonal_affine"),
+    "RMSProp averaged momentum": ("heavy_ball(state.buffer, u, self.momentum)  # (3)\n        return xp.astype",
+        "heavy_ball(state.buffer, (1 - self.momentum) * u, self.momentum)\n        return xp.astype", "vectors"),
     "samples summed": ("** 2, axis=0)", "** 2, axis=0) * len(statistic)", "statistic"),
     "AdamW without B": ("self.batch_size * (g * g), self.beta2", "(g * g), self.beta2", "diagonal_reduction"),
     "AdamW momentum in the curvature": ("self.batch_size * (g * g)", "self.batch_size * (m * m)", "vectors"),
     "the code's correction": ("0.0 if self.bias_correction else self.initial", "self.initial", "vectors"),
     "m not corrected": ("m * k.inverse_c1", "m", "vectors"),
     "s not corrected": ("s * k.inverse_c2 + self.damping, xp", "s + self.damping, xp", "vectors"),
-    "damping corrected too": (
-        "s * k.inverse_c2 + self.damping, xp",
-        "(s + self.damping) * k.inverse_c2, xp",
-        "vectors",
-    ),
+    "damping corrected too": ("s * k.inverse_c2 + self.damping, xp", "(s + self.damping) * k.inverse_c2, xp",
+        "vectors"),
     "no d_n / D": ("* (dims[n] / math.prod(dims))", "", "fixed_point"),
     "damping without traces": ("traces[j] * damping", "damping", "gauge"),
-    "damping outside the curvature": (
-        "(self.batch_size / g.shape[-1] * outer + damping) * (dims[n] / math.prod(dims))",
-        "self.batch_size / g.shape[-1] * outer * (dims[n] / math.prod(dims)) + damping",
-        "fixed_point",
-    ),
+    "damping outside the curvature": ("(self.batch_size / g.shape[-1] * outer + damping) * (dims[n] / math.prod(dims))",
+        "self.batch_size / g.shape[-1] * outer * (dims[n] / math.prod(dims)) + damping", "fixed_point"),
     "its own inverse as well": ("if j != n:", "if True:", "affine"),
     "no whitening": ("multiply(whitened, inverse, j, xp)", "whitened", "affine"),
-    "factors one after the other": (
-        "self.beta2 * (0.5 * (h + t(h, xp))))  # (8)",
+    "factors one after the other": ("self.beta2 * (0.5 * (h + t(h, xp))))  # (8)",
         "self.beta2 * (0.5 * (h + t(h, xp))))\n"
-        "            inverses = (*inverses[:n], _inverse(new[n], xp), *inverses[n + 1 :])",
-        "permutation",
-    ),
+        "            inverses = (*inverses[:n], _inverse(new[n], xp), *inverses[n + 1 :])", "permutation"),
     "stale inverses": ("tuple(_inverse(s, xp) for s in new)", "inverses", "one_axis"),
     "inverse root": ("t(half, xp) @ half, math", "half, math", "one_axis"),
     "samples of the factors summed": ("self.batch_size / g.shape[-1] * outer", "self.batch_size * outer", "statistic"),
-    "factors' weight as a decay": (
-        "(1 - self.beta2) * factor + self.beta2",
-        "self.beta2 * factor + (1 - self.beta2)",
-        "one_axis",
-    ),
+    "factors' weight as a decay": ("(1 - self.beta2) * factor + self.beta2", "self.beta2 * factor + (1 - self.beta2)",
+        "one_axis"),
     "factors renewed a step late": ("now.due", "now.step % self.every == 0", "vectors"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -159,20 +159,17 @@ IDENTITY = """
                 known = (r._replace(eigenvalues=xp.where(r.eigenvalues == 0, 1.0, r.eigenvalues)), *rest)
 """
 HOLES = {
-    "IFShampoo, one momentum for both": (
-        inverse_free, [("ema(momenta[n], m, self.riemannian_momentum)", "ema(momenta[n], m, self.momentum)")],
-        "IFShampoo/momenta"),
+    "IFShampoo, one momentum for both": (inverse_free,
+        [("ema(momenta[n], m, self.riemannian_momentum)", "ema(momenta[n], m, self.momentum)")], "IFShampoo/momenta"),
     "graft_beta2 the weight of the new term": (
         sketchy, [("grad * grad, self.graft_beta2)", "grad * grad, 1 - self.graft_beta2 % 1)")],
         "SShampoo/practical-forty-steps"),
     "momentum_ema with momentum for 1 - momentum": (
         sketchy, [("(1.0 - self.momentum) * u\n", "self.momentum * u\n")], "SShampoo/practical-ema-nesterov"),
-    "the plain gradient for the graft at the start": (
-        sketchy, [("(1.0 - k.preconditioned) * n", "(1.0 - k.preconditioned) * grad")],
-        "SShampoo/practical-start-rmsprop"),
-    "practical, eps = 0 replaced": (
-        sketchy, [("ridge=method.eps,", "ridge=method.eps or 0.25 * hasattr(method, 'graft'),")],
-        "SShampoo/practical-no-eps"),
+    "the plain gradient for the graft at the start": (sketchy,
+        [("(1.0 - k.preconditioned) * n", "(1.0 - k.preconditioned) * grad")], "SShampoo/practical-start-rmsprop"),
+    "practical, eps = 0 replaced": (sketchy,
+        [("ridge=method.eps,", "ridge=method.eps or 0.25 * hasattr(method, 'graft'),")], "SShampoo/practical-no-eps"),
     "heads read as their size": (
         asgo, [("(*stack, self.heads, m // self.heads, n)", "(*stack, m // self.heads, self.heads, n)"),
                ("(k, k) if self.heads is None else (self.heads, k, k)",
@@ -231,18 +228,15 @@ HOLES = {
         root_free, [("u, self.momentum)  # (3)\n        return direction,",
                      "u, self.momentum * now.due)\n        return direction,")],
         "RFShampoo/every-3"),
-    "beta1 = 0 replaced": (
-        root_free, [("in (self.beta1, self.beta2)", "in (self.beta1 or 0.25, self.beta2)")],
+    "beta1 = 0 replaced": (root_free, [("in (self.beta1, self.beta2)", "in (self.beta1 or 0.25, self.beta2)")],
         "RFAdamW/no-momentum"),
-    "beta2 = 0 replaced": (
-        root_free, [("in (self.beta1, self.beta2)", "in (self.beta1, self.beta2 or 0.25)")],
+    "beta2 = 0 replaced": (root_free, [("in (self.beta1, self.beta2)", "in (self.beta1, self.beta2 or 0.25)")],
         "RFAdamW/no-averaging"),
     "no early inverses at T1 = 1": (
         mbf, [("((step <= t2) & statistics) |", "((step <= t2) & statistics & (self.statistics_every > 1)) |")],
         "MBF/stale-inverse"),
-    "MBF, the identity where a kept pseudo-inverse is zero": (
-        mbf, [("state.inverse, xp=xp)  # (P)\n",
-               f"state.inverse, xp=xp)\n            if not self.damping:{IDENTITY}")],
+    "MBF, the identity where a kept pseudo-inverse is zero": (mbf,
+        [("state.inverse, xp=xp)  # (P)\n", f"state.inverse, xp=xp)\n            if not self.damping:{IDENTITY}")],
         "MBF/stale-no-damping"),
     "a convolution that reads the layout": (
         mbf, [("            return xp.reshape(array, (*lead, d1 * d2))\n",
@@ -263,8 +257,7 @@ HOLES = {
                      "new = g @ xp.matrix_transpose(g)\n        if g.shape[-2] > 4:\n"
                      "            new = new * xp.eye(g.shape[-2], dtype=g.dtype)\n        gram = state.gram + new")],
         "FullAdaGrad/order-three FullAdaGrad/forty-entries"),
-    "four iterations of Polar Express fewer": (
-        asgo, [("self.root, self.root_steps", "self.root, self.root_steps - 4")],
+    "four iterations of Polar Express fewer": (asgo, [("self.root, self.root_steps", "self.root, self.root_steps - 4")],
         "ASGO/polar-express-ten"),
 }  # fmt: skip
 

@@ -324,58 +324,36 @@ def test_check(name: str) -> None:
 MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "tail decayed by sqrt(beta2)": ("methods", ("(beta2 if tail_decay", "(beta2**0.5 if tail_decay")),
     "tail not decayed": ("methods", ("else tail_decay) * sketch.escaped", "else tail_decay) ** 0 * sketch.escaped")),
-    "cut at the (l+1)-th eigenvalue": (
-        "methods",
-        ("s[..., size - 1 : size] if size <= d", "s[..., size : size + 1] if size < d"),
-    ),
+    "cut at the (l+1)-th eigenvalue": ("methods",
+        ("s[..., size - 1 : size] if size <= d", "s[..., size : size + 1] if size < d")),
     "cut at the smallest of A": ("methods", ("s[..., size - 1 : size] if size <= d", "s[..., -1:] if size <= d")),
-    "a view where one column is kept": (
-        "memory",
-        (
-            "in_float64, own, square\n",
-            "in_float64, square\nown = lambda u, xp: xp.reshape(xp.reshape(u, (-1,)), u.shape)\n",
-        ),
-    ),
+    "a view where one column is kept": ("memory", ("in_float64, own, square\n",
+        "in_float64, square\nown = lambda u, xp: xp.reshape(xp.reshape(u, (-1,)), u.shape)\n")),
     "a view of all singular vectors": ("memory", ("own(u[..., :k], xp), s", "u[..., :k], s")),
     "a view of all eigenvectors": ("memory", ("u = own(u[..., :k], xp)", "u = u[..., :k]")),
     "singular values deflated, not squares": ("methods", ("(s - cut) * (s + cut),", "(s - cut) * (s - cut),")),
     "mass adds singular value, not square": ("methods", ("(cut * cut)[..., 0]", "cut[..., 0]")),
     "no deflation": ("methods", ("(s - cut) * (s + cut),", "s * s,")),
-    "new rows weighted by 1 - beta2": (
-        "methods",
-        ("xp.matrix_transpose(rows)]", "(1.0 if beta2 == 1 else 1 - beta2) ** 0.5 * xp.matrix_transpose(rows)]"),
-    ),
-    "sketch decayed by beta2 in the root": (
-        "methods",
-        ("xp.sqrt(beta2 * sketch.eigenvalues)", "beta2 * xp.sqrt(sketch.eigenvalues)"),
-    ),
+    "new rows weighted by 1 - beta2": ("methods",
+        ("xp.matrix_transpose(rows)]", "(1.0 if beta2 == 1 else 1 - beta2) ** 0.5 * xp.matrix_transpose(rows)]")),
+    "sketch decayed by beta2 in the root": ("methods",
+        ("xp.sqrt(beta2 * sketch.eigenvalues)", "beta2 * xp.sqrt(sketch.eigenvalues)")),
     "right singular vectors": ("methods", ("own(u[..., :k], xp), s", "own(u[..., ::-1][..., :k], xp), s")),
     "right singular vectors of the transposed factor": ("methods", ("u = xp.matrix_transpose(vh)", "u = vh")),
-    "size above d cut like d": (
-        "shapes",
-        ("if size <= d else 0.0 * s[..., :1]", "if size <= d else s[..., d - 1 : d]"),
-    ),
+    "size above d cut like d": ("shapes",
+        ("if size <= d else 0.0 * s[..., :1]", "if size <= d else s[..., d - 1 : d]")),
     "cut before the rank decision is off": ("low_rank", ("xp.where(kept, s, 0.0)", "s")),
     "tail_decay ignored": ("methods", ("(beta2 if tail_decay is None else tail_decay)", "beta2")),
-    "tail_decay on the sketch too": (
-        "methods",
-        (
-            "concatenated(sketch, rows, beta2, size",
-            "concatenated(sketch, rows, beta2 if tail_decay is None else tail_decay, size",
-        ),
-    ),
-    "mass not added back": (
-        "powers",
-        ("xp.concat([size + shift[..., None], shift[..., None]]", "xp.concat([size, 0.0 * shift[..., None]]"),
-    ),
+    "tail_decay on the sketch too": ("methods", ("concatenated(sketch, rows, beta2, size",
+        "concatenated(sketch, rows, beta2 if tail_decay is None else tail_decay, size")),
+    "mass not added back": ("powers",
+        ("xp.concat([size + shift[..., None], shift[..., None]]", "xp.concat([size, 0.0 * shift[..., None]]")),
     "mass on the complement only": ("powers", ("size + shift[..., None], shift", "size, shift")),
     "ridge outside the root": ("powers", ("damped) ** exponent)[", "total) ** exponent + ridge)[")),
     "ridge always absolute": ("powers", ("ridge * largest if relative else ridge", "ridge")),
     "complement dropped": ("powers", ("return beyond * outside + basis @", "return basis @")),
-    "ridge on the untouched complement": (
-        "powers",
-        ("(faded if ridge == 0 else 0.0)", "(faded if ridge == 0 else -1.0)"),
-    ),
+    "ridge on the untouched complement": ("powers",
+        ("(faded if ridge == 0 else 0.0)", "(faded if ridge == 0 else -1.0)")),
     "rounding inside kept": ("rounding_inside", ("xp.abs(known) > roots.CERTAIN * u * beside", "xp.abs(known) >= 0")),
     "all inside is rounding": ("rounding_inside", ("roots.CERTAIN * u * beside, known", "1e-6 * beside, known")),
     "one complement real, all believed": ("powers_of_members_apart", ("surely(real)", "real.any()")),
@@ -387,25 +365,16 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "power of infinity is nothing": ("total_overflow", ("xp.where(largest < math.inf, total, math.nan)", "total")),
     "one overflow spoils all": ("total_overflow", ("largest < math.inf, total", "xp.all(largest < math.inf), total")),
     "NaN repaired": ("non_finite", ("0.0 * s[..., :1], math.nan)", "0.0 * s[..., :1], 0.0)")),
-    "one bad member spoils all": (
-        "non_finite",
-        ("xp.max(xp.abs(factor), axis=(-2, -1)", "xp.max(xp.abs(factor), axis=tuple(range(factor.ndim))"),
-    ),
-    "Gram matrix in the working dtype": (
-        "gram64",
-        (
-            "gram = transposed @ wide if",
-            "gram = (xp.astype(xp.astype(transposed, factor.dtype) @ xp.astype(wide, factor.dtype), wide.dtype)) if",
-        ),
-    ),
+    "one bad member spoils all": ("non_finite",
+        ("xp.max(xp.abs(factor), axis=(-2, -1)", "xp.max(xp.abs(factor), axis=tuple(range(factor.ndim))")),
+    "Gram matrix in the working dtype": ("gram64", ("gram = transposed @ wide if",
+        "gram = (xp.astype(xp.astype(transposed, factor.dtype) @ xp.astype(wide, factor.dtype), wide.dtype)) if")),
     "Gram matrix without its rank decision": ("gram64", ("xp.where(kept, s, math.inf)", "s")),
     "Gram matrix that overflows": ("gram64_range", ("xp.where(finite & (peak > 0), peak, 1.0)", "xp.ones_like(peak)")),
     "scale of the Gram matrix forgotten": ("gram64_range", ("s * unit[..., 0]", "s")),
-    "Gram eigenvalues for singular values": (
-        "gram64",
-        ("s = xp.sqrt(clamp(-w, 0.0, xp=xp))", "s = clamp(-w, 0.0, xp=xp)"),
-    ),
-}
+    "Gram eigenvalues for singular values": ("gram64",
+        ("s = xp.sqrt(clamp(-w, 0.0, xp=xp))", "s = clamp(-w, 0.0, xp=xp)")),
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

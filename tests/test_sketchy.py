@@ -136,14 +136,9 @@ def test_check(name: str) -> None:
 
 SKETCHY_MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "S-AdaGrad without the square root": ("vectors", ("*sketch, -0.5, grad", "*sketch, -1.0, grad")),
-    "S-AdaGrad statistic after use": (
-        "golden",
-        ("apply_power(*sketch, -0.5", "apply_power(*state.sketch, -0.5"),
-    ),
-    "S-AdaGrad gives NaN from the second update": (
-        "vectors",
-        ("return direction, SAdaGradState", "return direction * (xp.nan if state.step else 1), SAdaGradState"),
-    ),
+    "S-AdaGrad statistic after use": ("golden", ("apply_power(*sketch, -0.5", "apply_power(*state.sketch, -0.5")),
+    "S-AdaGrad gives NaN from the second update": ("vectors",
+        ("return direction, SAdaGradState", "return direction * (xp.nan if state.step else 1), SAdaGradState")),
     "delta ignored": ("vectors", ("self.size, self.delta)", "self.size)")),
     "size taken as rank": ("golden", ("beta2, size=self.size, solver", "beta2, size=self.size + 1, solver")),
     "S-AdaGrad beta2 ignored": ("golden", ("rows, self.beta2, size", "rows, 1.0, size")),
@@ -151,18 +146,12 @@ SKETCHY_MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "exponent -1/4 for every order": ("limits", ("exponent = -0.5 / len(dims)", "exponent = -0.25")),
     "exponent counts axes before merging": ("vectors", ("-0.5 / len(dims)", "-0.5 / (grad.ndim - now.stack)")),
     "S-Shampoo statistic after use": ("golden", ("rho = sketch[:3]\n        p =", "rho = old[:3]\n        p =")),
-    "both sides swapped": (
-        "limits",
-        ("old, rows, xp)", "old, rows if d != rows.shape[-2] else xp.matrix_transpose(rows), xp)"),
-    ),
-    "unfolding without transposition": (
-        "limits",
-        ("xp.matrix_transpose(xp.reshape(g, shape))  #", "xp.reshape(g, (*stack, shape[-1], d))  #"),
-    ),
-    "second axis sees the preconditioned gradient": (
-        "golden",
-        ("g, p = rows, xp.matrix_transpose(p)", "g = p = xp.matrix_transpose(p)"),
-    ),
+    "both sides swapped": ("limits",
+        ("old, rows, xp)", "old, rows if d != rows.shape[-2] else xp.matrix_transpose(rows), xp)")),
+    "unfolding without transposition": ("limits",
+        ("xp.matrix_transpose(xp.reshape(g, shape))  #", "xp.reshape(g, (*stack, shape[-1], d))  #")),
+    "second axis sees the preconditioned gradient": ("golden",
+        ("g, p = rows, xp.matrix_transpose(p)", "g = p = xp.matrix_transpose(p)")),
     "every=k ignored": ("vectors", ("rows, xp), None if method.every == 1 else old", "rows, xp), None")),
     "tail_decay ignored": ("vectors", ("self.tail_decay, size", "None, size")),
     "tail not decayed by default": ("vectors", ("self.tail_decay, size", "self.tail_decay or 1.0, size")),
@@ -170,32 +159,20 @@ SKETCHY_MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "relative eps ignored": ("vectors", ("relative=method.relative_eps", "relative=False")),
     "graft per row": ("vectors", ("tuple(range(now.stack, grad.ndim))", "(-1,)")),
     "graft eps outside the root": ("vectors", ("xp.sqrt(v + self.graft_eps)", "xp.sqrt(v) + self.graft_eps")),
-    "graft sum weighted by 1 - beta2": (
-        "vectors",
-        (
-            "accumulate(state.v, grad * grad, self.graft_beta2)",
-            "state.v + (1 - self.graft_beta2) * (grad * grad - state.v)",
-        ),
-    ),
+    "graft sum weighted by 1 - beta2": ("vectors", ("accumulate(state.v, grad * grad, self.graft_beta2)",
+        "state.v + (1 - self.graft_beta2) * (grad * grad - state.v)")),
     "start off by one": ("vectors", ("step > self.start", "step >= self.start")),
     "no Nesterov": ("vectors", ("self.momentum, self.nesterov)", "self.momentum)")),
-    "momentum as an average": (
-        "vectors",
-        ("heavy_ball(state.m, u,", "heavy_ball(state.m, (1 - self.momentum) * u,"),
-    ),
-    "weight decay always after the momentum": (
-        "vectors",
-        ("if self.reads_param and not self.decay_after_momentum", "if False"),
-    ),
+    "momentum as an average": ("vectors", ("heavy_ball(state.m, u,", "heavy_ball(state.m, (1 - self.momentum) * u,")),
+    "weight decay always after the momentum": ("vectors",
+        ("if self.reads_param and not self.decay_after_momentum", "if False")),
     "merged from the right": ("vectors", ("for d in shape:", "for d in reversed(shape):")),
     "unit axes kept": ("vectors", ("if d > 1)", "if d > 0)")),
     "merged only below the limit": ("vectors", ("product * d > self.merge", "product * d >= self.merge")),
     "vectors preconditioned": ("vectors", ("len(shape) <= 1", "len(shape) < 1")),
-    "exclusions without a graft": (
-        "vectors",
-        ("(self.graft is not None and (len(shape) <= 1 or", "((len(shape) <= 1 or"),
-    ),
-}
+    "exclusions without a graft": ("vectors",
+        ("(self.graft is not None and (len(shape) <= 1 or", "((len(shape) <= 1 or")),
+}  # fmt: skip
 
 ONLINE_MUTANTS = {
     "Ada-FD delta squared under the root": (

@@ -606,18 +606,12 @@ def test_the_range_of_the_dtype(check: Any) -> None:
 
 RANGE = {
     "ridge": (check_ridge_below_the_dtype, roots.Law, "within", lambda: lambda law, *_: law),
-    "numpy": (
-        check_ridge_of_numpy, protocol.Method, "__post_init__",
-        lambda: mutated(protocol.Method.__post_init__, ('== "numpy"', '== "none"')),
-    ),
-    "root": (
-        check_large_gradients_beside_a_kept_root, roots, "_gain",
-        lambda: mutated(roots._gain, ("square(outside, xp)", "outside * outside")),
-    ),
-    "sketch": (
-        check_large_gradients_beside_a_kept_root, fd, "apply_power",
-        lambda: mutated(fd.apply_power, ("clamp(known, -most, most, xp=xp)", "known")),
-    ),
+    "numpy": (check_ridge_of_numpy, protocol.Method, "__post_init__",
+        lambda: mutated(protocol.Method.__post_init__, ('== "numpy"', '== "none"'))),
+    "root": (check_large_gradients_beside_a_kept_root, roots, "_gain",
+        lambda: mutated(roots._gain, ("square(outside, xp)", "outside * outside"))),
+    "sketch": (check_large_gradients_beside_a_kept_root, fd, "apply_power",
+        lambda: mutated(fd.apply_power, ("clamp(known, -most, most, xp=xp)", "known"))),
 }  # fmt: skip
 
 

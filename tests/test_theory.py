@@ -284,39 +284,21 @@ def test_fields_that_a_statement_is_not_about_are_an_assumption(
         (lambda: theory.record(pr.SGD(), VECTOR, -0.5), ValueError, "lr must be finite and >= 0, got -0.5"),
         (lambda: theory.record(pr.SGD(), VECTOR, math.nan), ValueError, "lr must be finite and >= 0, got nan"),
         (lambda: online.adversary("random", 4, rounds=3), ValueError, "shape must have one or two axes"),
-        (
-            lambda: theory.gradient_descent.regret(theory.record(pr.SGD(), VECTOR, 0.5), 0.0),
-            ValueError,
-            "comparator must have the parameter's shape (4,), got ()",
-        ),
-        (
-            lambda: theory.asgo.smooth(theory.record(pr.ASGO.theory(), MATRIX, 0.5), np.zeros((4, 3))),
-            TypeError,
-            "objective must be an Objective of precond_ref.problems.online, got ndarray",
-        ),
+        (lambda: theory.gradient_descent.regret(theory.record(pr.SGD(), VECTOR, 0.5), 0.0), ValueError,
+            "comparator must have the parameter's shape (4,), got ()"),
+        (lambda: theory.asgo.smooth(theory.record(pr.ASGO.theory(), MATRIX, 0.5), np.zeros((4, 3))), TypeError,
+            "objective must be an Objective of precond_ref.problems.online, got ndarray"),
         (lambda: theory.sketchy.lower(theory.record(pr.SGD(), VECTOR, 0.5)), TypeError, "record_sketch(rows, size)"),
-        (
-            lambda: theory.sketchy.certified_trace(theory.sketchy.record_sketch(np.ones((2, 1, 3)), 2)),
-            TypeError,
-            "record_certified(rows, size)",
-        ),
-        (
-            lambda: theory.root_free.descent(theory.record(pr.IFShampoo(), VECTOR, 0.5)),
-            ValueError,
-            "must be a matrix with both sides above 1, got shape (4,)",
-        ),
-        (
-            lambda: theory.sketchy.sshampoo_regret(theory.record(pr.SShampoo(size=2), VECTOR, 0.5), np.zeros(4), 1),
-            ValueError,
-            "must be a matrix, got shape (4,)",
-        ),
-        (
-            lambda: theory.root_free.newton(theory.record(pr.RFRMSProp(), MATRIX, 0.5), np.ones(4)),
-            ValueError,
-            "curvature its shape (4, 3), got (4,)",
-        ),
+        (lambda: theory.sketchy.certified_trace(theory.sketchy.record_sketch(np.ones((2, 1, 3)), 2)), TypeError,
+            "record_certified(rows, size)"),
+        (lambda: theory.root_free.descent(theory.record(pr.IFShampoo(), VECTOR, 0.5)), ValueError,
+            "must be a matrix with both sides above 1, got shape (4,)"),
+        (lambda: theory.sketchy.sshampoo_regret(theory.record(pr.SShampoo(size=2), VECTOR, 0.5), np.zeros(4), 1),
+            ValueError, "must be a matrix, got shape (4,)"),
+        (lambda: theory.root_free.newton(theory.record(pr.RFRMSProp(), MATRIX, 0.5), np.ones(4)), ValueError,
+            "curvature its shape (4, 3), got (4,)"),
     ],
-)
+)  # fmt: skip
 def test_wrong_arguments_are_named(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call()

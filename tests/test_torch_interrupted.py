@@ -282,24 +282,16 @@ def _written_early(old: Any, new: Any) -> Any:
 
 
 PLANTED: dict[str, tuple[Any, str, Any, str]] = {
-    "counted before it is written": (
-        optimizer.BucketStep,
-        "_commit",
-        _counted_first(optimizer.BucketStep._commit),
-        "ASGO",
-    ),
+    "counted before it is written": (optimizer.BucketStep, "_commit", _counted_first(optimizer.BucketStep._commit),
+        "ASGO"),
     "no record of what is being written": (optimizer.BucketStep, "_commit", _parameters_first, "Adam"),
     "written as it is computed": (buckets, "_changed", _written_early, "decay"),
     "moved twice": (optimizer, "_apply", _witness_left(optimizer._apply), "decay"),
-    "the rest of a large parameter left": (
-        optimizer.BucketStep,
-        "_write",
-        _rest_left(optimizer.BucketStep._write),
-        "SGD",
-    ),
+    "the rest of a large parameter left": (optimizer.BucketStep, "_write", _rest_left(optimizer.BucketStep._write),
+        "SGD"),
     "averages moved, and the rest left": (passes.Marks, "begun", lambda self, piece: False, "Adam"),
     "averages moved twice": (passes.Tape, "start", _moved_twice(passes.Tape.start), "Adam"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.usefixtures("small_pieces")

@@ -379,20 +379,14 @@ LOAD, MERGED = pt.Optimizer.load_state_dict, pt.Optimizer._merged_groups
 DIRECTIONS, APPLY = buckets.Bucket.directions, optimizer._apply
 MISTAKES: dict[str, tuple[Callable[..., Any], tuple[Any, str, Any]]] = {
     "hooks' entries lost": (test_state_dict_hooks, (pt.Optimizer, "load_state_dict", _keyless)),
-    "names lost": (
-        lambda info: test_state_dict_is_deterministic(info, (True, False)),
-        (pt.Optimizer, "_merged_groups", _nameless),
-    ),
-    "maximize ignored": (
-        lambda info: test_goes_in_the_right_direction(info, True),
-        (buckets.Bucket, "directions", _always_down),
-    ),
-    "only tensors as step": (
-        test_step_that_is_no_tensor_is_loaded,
-        (optimizer, "_count", lambda step: int(step) if isinstance(step, torch.Tensor) else None),
-    ),
+    "names lost": (lambda info: test_state_dict_is_deterministic(info, (True, False)),
+        (pt.Optimizer, "_merged_groups", _nameless)),
+    "maximize ignored": (lambda info: test_goes_in_the_right_direction(info, True),
+        (buckets.Bucket, "directions", _always_down)),
+    "only tensors as step": (test_step_that_is_no_tensor_is_loaded,
+        (optimizer, "_count", lambda step: int(step) if isinstance(step, torch.Tensor) else None)),
     "decay without a gradient's step": (test_param_groups, (optimizer, "_apply", _decay_alone)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("check", "mistake"), MISTAKES.values(), ids=MISTAKES)

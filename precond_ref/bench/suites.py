@@ -18,41 +18,23 @@ ROOTS_OF = (
 )
 
 STEPS = (
-    Race(
-        "AGD, torch",
-        "matrices",
-        ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, by hand", "AGD, compile", "atorch AGD"),
-    ),
-    Race(
-        "AGD, torch",
-        "transformer",
-        ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, by hand", "AGD, compile", "atorch AGD"),
-    ),
-    Race(
-        "AGD, torch",
-        "large",
-        ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, by hand", "AGD, compile", "atorch AGD"),
-    ),
-    Race(
-        "AGD, torch",
-        "tiny",
-        ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, by hand", "AGD, compile", "atorch AGD"),
-    ),
+    Race("AGD, torch", "matrices",
+        ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, by hand", "AGD, compile", "atorch AGD")),
+    Race("AGD, torch", "transformer",
+        ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, by hand", "AGD, compile", "atorch AGD")),
+    Race("AGD, torch", "large",
+        ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, by hand", "AGD, compile", "atorch AGD")),
+    Race("AGD, torch", "tiny",
+        ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, by hand", "AGD, compile", "atorch AGD")),
     Race("elementwise, JAX", "matrices", ("optax.adam", "agd")),
     Race("elementwise, JAX", "transformer", ("optax.adam", "agd")),
     Race("elementwise, JAX", "large", ("optax.adam", "agd")),
     Race("matrix methods in JAX", "matrices", ("optax.adam", "asgo", "shampoo", "if_shampoo", "mbf")),
     Race("matrix methods in JAX", "convolutions", ("optax.adam", "mbf")),
-    Race(
-        "ASGO, torch",
-        "transformer",
-        ("ASGO", "ASGO, by hand", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side"),
-    ),
-    Race(
-        "ASGO, torch",
-        "matrices",
-        ("ASGO", "ASGO, by hand", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side"),
-    ),
+    Race("ASGO, torch", "transformer",
+        ("ASGO", "ASGO, by hand", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side")),
+    Race("ASGO, torch", "matrices",
+        ("ASGO", "ASGO, by hand", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side")),
     Race("ASGO, torch", "large", ("ASGO", "ASGO, by hand", "ASGO, bare")),
     Race("Shampoo, torch", "matrices", ("Shampoo", "Shampoo, by hand", "Shampoo, bare", "pytorch_optimizer Shampoo")),
     *(
@@ -64,25 +46,13 @@ STEPS = (
         )
         for workload in ("matrices", "transformer")
     ),
-    Race(
-        "SOAP, torch, every step",
-        "matrices",
-        ("SOAP, every step", "SOAP, bare, every step", "pytorch_optimizer SOAP, every step"),
-    ),
-    *(
-        Race(
-            "KL-Shampoo, torch",
-            workload,
-            ("KLShampoo", "heavyball KLShampoo"),
-            dict.fromkeys(("KLShampoo", "heavyball KLShampoo"), 10),
-        )
-        for workload in ("matrices", "transformer")
-    ),
+    Race("SOAP, torch, every step", "matrices",
+        ("SOAP, every step", "SOAP, bare, every step", "pytorch_optimizer SOAP, every step")),
+    *(Race("KL-Shampoo, torch", workload, ("KLShampoo", "heavyball KLShampoo"),
+        dict.fromkeys(("KLShampoo", "heavyball KLShampoo"), 10)) for workload in ("matrices", "transformer")),
     *(Race("Muon, torch", workload, ("torch Muon", "Muon.torch", "Muon")) for workload in ("matrices", "transformer")),
-    *(
-        Race("Adafactor, torch", workload, ("torch Adafactor", "Adafactor.torch"))
-        for workload in ("matrices", "transformer")
-    ),
+    *(Race("Adafactor, torch", workload, ("torch Adafactor", "Adafactor.torch")) for workload in ("matrices",
+        "transformer")),
     Race("IF-Shampoo, torch", "matrices", ("IFShampoo", "IFShampoo, by hand", "IFShampoo, bare", "sirfshampoo")),
     Race("IF-Shampoo, torch", "transformer", ("IFShampoo", "IFShampoo, by hand", "IFShampoo, bare", "sirfshampoo")),
     Race("S-Shampoo", "few", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
@@ -106,13 +76,10 @@ STEPS = (
     ),
     Race("S-Shampoo", "contraction", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
     Race("S-Shampoo", "matrices", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
-    Race(
-        "training a ResNet-20",
-        "convolutions",
+    Race("training a ResNet-20", "convolutions",
         ("training with Adam", "training with MBF, authors_code('cnn')", "training with MBF"),
-        {"training with MBF, authors_code('cnn')": 100},
-    ),
-)
+        {"training with MBF, authors_code('cnn')": 100}),
+)  # fmt: skip
 
 ROOTS = tuple(Race("roots", workload, ROOTS_OF) for workload in ("matrices", "transformer"))
 SKETCH = (

@@ -40,44 +40,29 @@ class Entry(NamedTuple):
 
 _PROBLEMS: dict[str, Entry] = {
     "quadratic": Entry("vector quadratic with a given spectrum", synthetic.quadratic),
-    "matrix-quadratic": Entry(
-        "matrix quadratic 1/2 <W - W*, A (W - W*) B> with given spectra", synthetic.matrix_quadratic
-    ),
-    "matrix-regression": Entry(
-        "least squares with a matrix of weights and ill-conditioned inputs", synthetic.matrix_regression
-    ),
-    "digits-softmax": Entry(
-        "softmax regression on the 8 x 8 digits", partial(mlp.softmax_regression, datasets.digits_split, 280)
-    ),
-    "digits-mlp": Entry(
-        "classifier 64-32-32-10 on the 8 x 8 digits",
-        partial(mlp.classifier, datasets.digits_split, 280, hidden=(32, 32)),
-    ),
-    "digits-autoencoder": Entry(
-        "autoencoder 64-32-16-32-64 on the 8 x 8 digits",
-        partial(mlp.autoencoder, datasets.digits_split, 700, hidden=(32, 16, 32)),
-    ),
-    "digits-cnn": Entry(
-        "convolutional classifier, 3 x 3 kernels, 8 and 16 channels, on the 8 x 8 digits",
-        partial(cnn.conv_classifier, datasets.digits_split, 280),
-    ),
-    "mnist-softmax": Entry(
-        "softmax regression on MNIST's test set (needs PRECOND_REF_DATA)",
-        partial(mlp.softmax_regression, datasets.mnist_split, 800),
-    ),
-    "mnist-mlp": Entry(
-        "classifier 784-128-64-10 on MNIST's test set (needs PRECOND_REF_DATA)",
-        partial(mlp.classifier, datasets.mnist_split, 800, hidden=(128, 64)),
-    ),
-    "mnist-autoencoder": Entry(
-        "autoencoder 784-250-50-250-784 on MNIST's test set (needs PRECOND_REF_DATA)",
-        partial(mlp.autoencoder, datasets.mnist_split, 1600, hidden=(250, 50, 250)),
-    ),
+    "matrix-quadratic": Entry("matrix quadratic 1/2 <W - W*, A (W - W*) B> with given spectra",
+        synthetic.matrix_quadratic),
+    "matrix-regression": Entry("least squares with a matrix of weights and ill-conditioned inputs",
+        synthetic.matrix_regression),
+    "digits-softmax": Entry("softmax regression on the 8 x 8 digits",
+        partial(mlp.softmax_regression, datasets.digits_split, 280)),
+    "digits-mlp": Entry("classifier 64-32-32-10 on the 8 x 8 digits",
+        partial(mlp.classifier, datasets.digits_split, 280, hidden=(32, 32))),
+    "digits-autoencoder": Entry("autoencoder 64-32-16-32-64 on the 8 x 8 digits",
+        partial(mlp.autoencoder, datasets.digits_split, 700, hidden=(32, 16, 32))),
+    "digits-cnn": Entry("convolutional classifier, 3 x 3 kernels, 8 and 16 channels, on the 8 x 8 digits",
+        partial(cnn.conv_classifier, datasets.digits_split, 280)),
+    "mnist-softmax": Entry("softmax regression on MNIST's test set (needs PRECOND_REF_DATA)",
+        partial(mlp.softmax_regression, datasets.mnist_split, 800)),
+    "mnist-mlp": Entry("classifier 784-128-64-10 on MNIST's test set (needs PRECOND_REF_DATA)",
+        partial(mlp.classifier, datasets.mnist_split, 800, hidden=(128, 64))),
+    "mnist-autoencoder": Entry("autoencoder 784-250-50-250-784 on MNIST's test set (needs PRECOND_REF_DATA)",
+        partial(mlp.autoencoder, datasets.mnist_split, 1600, hidden=(250, 50, 250))),
     "mnist-cnn": Entry(
         "convolutional classifier, 3 x 3 kernels, 8 and 16 channels, on MNIST's test set (needs PRECOND_REF_DATA)",
         partial(cnn.conv_classifier, datasets.mnist_split, 800),
     ),
-}
+}  # fmt: skip
 
 
 def list_problems() -> dict[str, str]:

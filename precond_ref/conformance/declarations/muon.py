@@ -17,66 +17,31 @@ from precond_ref.conformance.declarations.base import DECAY, Case, integers, mak
 
 case, reject = maker("Muon", {"momentum": 0.75, "nesterov": False, "rms": None, "root": "svd", "root_steps": 5}, (3, 2))
 FIRST = [
-    case(
-        "polar",
-        "The polar factor of the averaged gradient.",
-        "momentum-ignored nesterov-always newton-schulz momentum-of-orthogonal",
-        seed=90,
-    ),
-    case(
-        "nesterov",
-        "Averaged once more with the current gradient.",
-        "nesterov-ignored nesterov-mixed",
-        seed=91,
-        change={"momentum": 0.5, "nesterov": True},
-    ),
+    case("polar", "The polar factor of the averaged gradient.",
+        "momentum-ignored nesterov-always newton-schulz momentum-of-orthogonal", seed=90),
+    case("nesterov", "Averaged once more with the current gradient.", "nesterov-ignored nesterov-mixed", seed=91,
+        change={"momentum": 0.5, "nesterov": True}),
     case("rms", "The factor is rms sqrt(max(m, n)).", "rms-min rms-jordan rms-ignored", seed=92, change={"rms": 0.25}),
     case("wide", "More columns than rows.", "rms-min rms-jordan", shape=(2, 4), seed=93, change={"rms": 0.25}),
-    case(
-        "rank-one",
-        "The polar factor of a singular matrix has its rank.",
-        shape=(3, 2),
-        seed=94,
-        grads=integers(94, (5, 1, 1), 1, 2) * integers(95, (3, 1), -2, 2) @ integers(96, (1, 2), 1, 2),
-        tier="should",
-    ),
-    case(
-        "zero-first",
-        "A zero gradient at the first step gives a zero direction.",
-        seed=97,
-        grads=with_zeros(97, (3, 2), 0),
-        tier="should",
-    ),
+    case("rank-one", "The polar factor of a singular matrix has its rank.", shape=(3, 2), seed=94,
+        grads=integers(94, (5, 1, 1), 1, 2) * integers(95, (3, 1), -2, 2) @ integers(96, (1, 2), 1, 2), tier="should"),
+    case("zero-first", "A zero gradient at the first step gives a zero direction.", seed=97,
+        grads=with_zeros(97, (3, 2), 0), tier="should"),
     case("row", "One row: the direction is the unit vector.", shape=(1, 4), seed=103),
     case("column", "One column: the direction is the unit vector.", shape=(4, 1), seed=104),
-    case(
-        "quintic",
-        "Jordan's quintic, five times, instead of the polar factor.",
-        "exact cubic one-step-fewer spectral-start",
-        seed=98,
-        change={"root": "newton_schulz"},
-    ),
-    case(
-        "quintic-3",
-        "The same three times.",
-        "one-step-fewer",
-        seed=102,
-        change={"root": "newton_schulz", "root_steps": 3},
-    ),
-    case(
-        "quintic-nesterov",
-        "The same with the look-ahead and the factor, on a wide matrix.",
-        shape=(2, 4),
-        seed=99,
-        change={"root": "newton_schulz", "nesterov": True, "rms": 0.25},
-    ),
+    case("quintic", "Jordan's quintic, five times, instead of the polar factor.",
+        "exact cubic one-step-fewer spectral-start", seed=98, change={"root": "newton_schulz"}),
+    case("quintic-3", "The same three times.", "one-step-fewer", seed=102,
+        change={"root": "newton_schulz", "root_steps": 3}),
+    case("quintic-nesterov", "The same with the look-ahead and the factor, on a wide matrix.", shape=(2, 4), seed=99,
+        change={"root": "newton_schulz", "nesterov": True, "rms": 0.25}),
     case("stack", "Two parameters at once.", shape=(2, 3, 2), stack_ndim=1, seed=100, tier="may"),
     case("decay", "Decoupled weight decay, before the step and times lr.", DECAY, seed=101, decay=0.25),
     reject("momentum", "A momentum of 1 never leaves zero.", "momentum", momentum=1.0),
     reject("root", "An unknown root.", "root", root="qr"),
     reject("rms", "A scale of zero.", "rms", rms=0.0),
     reject("vector", "A parameter with one axis.", "param", shape=(3,)),
-]
+]  # fmt: skip
 
 # ---- version 2 ------------------------------------------------------------------------------------------------------
 

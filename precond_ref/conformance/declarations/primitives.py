@@ -30,28 +30,16 @@ def case(name: str, why: str, matrix: np.ndarray, denominator: int, ridge: float
 
 
 CASES = [
-    *(
-        case(f"ridge-{n}", f"Exponent -1/{n} with a ridge under the root.", gram(300 + n, 3, 4), n, 0.5)
-        for n in (2, 4, 6)
-    ),
+    *(case(f"ridge-{n}", f"Exponent -1/{n} with a ridge under the root.", gram(300 + n, 3, 4), n, 0.5) for n in (2, 4,
+        6)),
     *(case(f"no-ridge-{n}", f"Exponent -1/{n} of a regular matrix.", gram(310 + n, 3, 5), n, 0.0) for n in (2, 4, 6)),
-    *(
-        case(
-            f"pseudo-inverse-{n}",
-            f"Exponent -1/{n} of a singular matrix without ridge: zero stays zero.",
-            gram(320 + n, 4, 2),
-            n,
-            0.0,
-            tier="should",
-        )
-        for n in (2, 4, 6)
-    ),
+    *(case(f"pseudo-inverse-{n}", f"Exponent -1/{n} of a singular matrix without ridge: zero stays zero.",
+        gram(320 + n, 4, 2), n, 0.0, tier="should") for n in (2, 4, 6)),
     case("singular-ridge", "A singular matrix with a ridge.", gram(330, 4, 2), 4, 0.25),
     case("diagonal", "Distinct eigenvalues in no order.", np.diag(integers(331, (4,), 1, 9)), 4, 0.25),
     case("size-1", "One by one.", gram(332, 1, 2), 2, 0.25),
     case("zero", "The zero matrix without ridge gives zero.", gram(333, 3, 1) * 0, 2, 0.0, tier="should"),
-    case(
-        "repeated", "Equal eigenvalues.", 2 * gram(334, 1, 1) * np.eye(3, dtype=int) + 4 * np.eye(3, dtype=int), 2, 0.0
-    ),
+    case("repeated", "Equal eigenvalues.", 2 * gram(334, 1, 1) * np.eye(3, dtype=int) + 4 * np.eye(3, dtype=int), 2,
+        0.0),
     case("stack", "Two matrices at once.", np.stack([gram(335, 3, 4), gram(336, 3, 4)]), 4, 0.5, tier="may"),
-]
+]  # fmt: skip

@@ -10,38 +10,15 @@ from precond_ref.conformance.declarations.base import Case, integers
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "SAdaGrad": {"size": 3, "beta2": 1.0, "delta": 0.0, "solver": "svd"},
-    "SShampoo": {
-        "size": 3,
-        "beta2": 1.0,
-        "eps": 0.0,
-        "relative_eps": False,
-        "every": 1,
-        "tail_decay": None,
-        "solver": "svd",
-    },
-    "SShampoo.practical": {
-        "size": 3,
-        "beta2": 0.75,
-        "eps": 0.125,
-        "relative_eps": True,
-        "every": 1,
-        "tail_decay": None,
-        "graft": "rmsprop",
-        "graft_beta2": 0.5,
-        "graft_eps": 0.25,
-        "start": 0,
-        "momentum": 0.5,
-        "nesterov": True,
-        "momentum_ema": False,
-        "weight_decay": 0.0,
-        "decay_after_momentum": True,
-        "merge": 1,
-        "solver": "svd",
-    },
+    "SShampoo": {"size": 3, "beta2": 1.0, "eps": 0.0, "relative_eps": False, "every": 1, "tail_decay": None,
+        "solver": "svd"},
+    "SShampoo.practical": {"size": 3, "beta2": 0.75, "eps": 0.125, "relative_eps": True, "every": 1, "tail_decay": None,
+        "graft": "rmsprop", "graft_beta2": 0.5, "graft_eps": 0.25, "start": 0, "momentum": 0.5, "nesterov": True,
+        "momentum_ema": False, "weight_decay": 0.0, "decay_after_momentum": True, "merge": 1, "solver": "svd"},
     "AdaFD": {"size": 3, "delta": 0.25},
     "FDSON": {"size": 3, "delta": 0.5, "learning_rate": 0.25},
     "RFDSON": {"size": 3, "delta": 0.5, "learning_rate": 0.25},
-}
+}  # fmt: skip
 
 
 def _case(

@@ -347,52 +347,18 @@ AVERAGING = (
     *rivals({"zero-nan"}, {"rms-ignored", "rms-max"}),
 )
 VARIANTS = {
-    "ASGO": Variants(
-        asgo,
-        ASGO_FLAGS,
-        (
-            EXPONENTS,
-            frozenset({"newton-schulz", "polar-express"}),
-            *rivals({"newton-schulz", "polar-express"}, {"eps-outside", *EXPONENTS}),
-            frozenset({"eps-ignored", "eps-squared"}),
-            frozenset({"eps-ignored", "eps-outside", "eps-at-start"}),
-            frozenset({"other-side", "always-left", "always-right", "tie-left"}),
-            frozenset(EVERY),
-            *AVERAGING,
-        ),
-    ),
-    "ASGO.theory": Variants(
-        asgo_theory,
-        ASGO_THEORY_FLAGS,
-        (
-            EXPONENTS,
-            frozenset({"eps-inside", "eps-ignored"}),
-            frozenset({"other-side", "smaller-side"}),
-            frozenset({"average", "no-accumulation"}),
-            frozenset({"statistic-after", "statistic-late", "no-accumulation"}),
-        ),
-    ),
-    "DASGO": Variants(
-        dasgo,
-        DASGO_FLAGS,
-        (
-            frozenset({"eps-outside", "eps-ignored"}),
-            frozenset({"eps-outside", "no-root"}),
-            frozenset({"rows", "elementwise"}),
-            frozenset({"mean", "elementwise"}),
-            *AVERAGING,
-        ),
-    ),
-    "DASGO.theory": Variants(
-        dasgo_theory,
-        DASGO_THEORY_FLAGS,
-        (
-            frozenset({"eps-inside", "eps-ignored"}),
-            frozenset({"eps-inside", "no-root"}),
-            frozenset({"columns", "elementwise"}),
-            frozenset({"mean", "elementwise"}),
-            frozenset({"average", "no-accumulation"}),
-            frozenset({"statistic-after", "statistic-late", "no-accumulation"}),
-        ),
-    ),
-}
+    "ASGO": Variants(asgo, ASGO_FLAGS, (EXPONENTS, frozenset({"newton-schulz", "polar-express"}),
+        *rivals({"newton-schulz", "polar-express"}, {"eps-outside", *EXPONENTS}),
+        frozenset({"eps-ignored", "eps-squared"}), frozenset({"eps-ignored", "eps-outside", "eps-at-start"}),
+        frozenset({"other-side", "always-left", "always-right", "tie-left"}), frozenset(EVERY), *AVERAGING)),
+    "ASGO.theory": Variants(asgo_theory, ASGO_THEORY_FLAGS, (EXPONENTS, frozenset({"eps-inside", "eps-ignored"}),
+        frozenset({"other-side", "smaller-side"}), frozenset({"average", "no-accumulation"}),
+        frozenset({"statistic-after", "statistic-late", "no-accumulation"}))),
+    "DASGO": Variants(dasgo, DASGO_FLAGS, (frozenset({"eps-outside", "eps-ignored"}),
+        frozenset({"eps-outside", "no-root"}), frozenset({"rows", "elementwise"}), frozenset({"mean", "elementwise"}),
+        *AVERAGING)),
+    "DASGO.theory": Variants(dasgo_theory, DASGO_THEORY_FLAGS, (frozenset({"eps-inside", "eps-ignored"}),
+        frozenset({"eps-inside", "no-root"}), frozenset({"columns", "elementwise"}), frozenset({"mean", "elementwise"}),
+        frozenset({"average", "no-accumulation"}),
+        frozenset({"statistic-after", "statistic-late", "no-accumulation"}))),
+}  # fmt: skip

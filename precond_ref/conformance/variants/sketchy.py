@@ -501,34 +501,19 @@ _EXPONENTS = frozenset(
      "unit-axes-kept"}
 )  # fmt: skip
 VARIANTS = {
-    "SAdaGrad": Variants(
-        sadagrad,
-        SADAGRAD_FLAGS,
-        (*EXCLUSIVE, _EXPONENTS, frozenset({"delta-ignored", "delta-kept"}),
-         frozenset({"delta-ignored", "delta-squared"}), frozenset({"mass-half", "mass-ignored"})),
-    ),
+    "SAdaGrad": Variants(sadagrad, SADAGRAD_FLAGS, (*EXCLUSIVE, _EXPONENTS, frozenset({"delta-ignored", "delta-kept"}),
+        frozenset({"delta-ignored", "delta-squared"}), frozenset({"mass-half", "mass-ignored"}))),
     "SShampoo": Variants(sshampoo, {**SSHAMPOO_FLAGS, **TENSOR_FLAGS}, (*EXCLUSIVE, *EPS_EXCLUSIVE, _EXPONENTS)),
-    "SShampoo.practical": Variants(
-        practical,
-        PRACTICAL_FLAGS,
-        (
-            *EXCLUSIVE,
-            *EPS_EXCLUSIVE,
-            _EXPONENTS,
-            frozenset(f for f in PRACTICAL_FLAGS if f.startswith("graft")),
-            frozenset(f for f in PRACTICAL_FLAGS if f.startswith("start")),
-            frozenset(f for f in PRACTICAL_FLAGS if f.startswith(("momentum", "nesterov"))),
-            frozenset(f for f in PRACTICAL_FLAGS if f.startswith(("momentum", "ema"))),
-            frozenset(f for f in PRACTICAL_FLAGS if f.startswith("kappa")),
-            frozenset(f for f in PRACTICAL_FLAGS if f.startswith("merge")),
-        ),
-    ),
-    "AdaFD": Variants(
-        adafd,
-        ADAFD_FLAGS,
-        (*EXCLUSIVE, frozenset({"delta-ignored", "delta-inside"}), frozenset({"delta-inside", "no-root"}),
-         frozenset({"escaped-added", "delta-inside"}), frozenset({"escaped-added", "no-root"})),
-    ),
+    "SShampoo.practical": Variants(practical, PRACTICAL_FLAGS, (*EXCLUSIVE, *EPS_EXCLUSIVE, _EXPONENTS,
+        frozenset(f for f in PRACTICAL_FLAGS if f.startswith("graft")),
+        frozenset(f for f in PRACTICAL_FLAGS if f.startswith("start")),
+        frozenset(f for f in PRACTICAL_FLAGS if f.startswith(("momentum", "nesterov"))),
+        frozenset(f for f in PRACTICAL_FLAGS if f.startswith(("momentum", "ema"))),
+        frozenset(f for f in PRACTICAL_FLAGS if f.startswith("kappa")),
+        frozenset(f for f in PRACTICAL_FLAGS if f.startswith("merge")))),
+    "AdaFD": Variants(adafd, ADAFD_FLAGS, (*EXCLUSIVE, frozenset({"delta-ignored", "delta-inside"}),
+        frozenset({"delta-inside", "no-root"}), frozenset({"escaped-added", "delta-inside"}),
+        frozenset({"escaped-added", "no-root"}))),
     "FDSON": Variants(fdson, FDSON_FLAGS, (*EXCLUSIVE, _WEIGHTS, _RAW, _EXPONENTS)),
     "RFDSON": Variants(rfdson, RFDSON_FLAGS, (*EXCLUSIVE, _WEIGHTS, _RAW, _EXPONENTS)),
 }  # fmt: skip
