@@ -17,6 +17,7 @@ from precond_ref.conformance.ranks import Trace, _raised, shares
 
 PLANTED = {
     "PerShard": ("fsdp", "steps", "each shard is updated by itself: wide.weight, uneven.weight, small.weight"),
+    "PerShardLoaded": ("fsdp", "resume-from-1", "each shard is updated by itself: wide.weight"),
     "LocalGram": ("fsdp", "steps", "a local Gram"),
     "LocalHeads": ("fsdp", "steps", "split by local rows: one process has blocks of 4 rows, the ranks cut their own"),
     "LocalNorm": ("fsdp", "steps", "another length on each rank"),

@@ -75,6 +75,15 @@ class PerShard(Right):
         return group["lr"] * self.direction(local(p.grad), self.state[p], p)
 
 
+class PerShardLoaded(Right):
+    """Each shard is updated by itself; its state is a DTensor, which any number of ranks can load."""
+
+    def change(self, p: Any, group: dict[str, Any]) -> Tensor:
+        momentum = self.state[p].setdefault("m", torch.zeros_like(p))
+        m = local(momentum.mul_(0.5).add_(p.grad))
+        return group["lr"] * (self.root(m, m.T @ m) if m.ndim == 2 else m)
+
+
 class LocalGram(Right):
     """The length is the whole's, the Gram matrix the shard's."""
 

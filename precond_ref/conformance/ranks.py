@@ -1,8 +1,8 @@
-"""The runs of `worlds`: an optimizer on the ranks of a mesh, each rank a process that may hang or die.
+"""Run an optimizer on the ranks of a mesh for `worlds`. Each rank is a process, which may hang or die.
 
-`serve` is the process between. It imports PyTorch or JAX once and forks the ranks, and never runs the subject itself.
-A rank imports the subject, spreads a small model over the mesh, and sends its part of each parameter. With JAX the
-ranks are devices of one process.
+`serve` runs in a process between `worlds` and the ranks. It imports PyTorch or JAX once and forks the ranks; it never
+runs the subject. A rank imports the subject, spreads a small model over the mesh, and sends back its part of each
+parameter. With JAX the ranks are devices of one process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from precond_ref.conformance import isolation, subjects
 
 Named = dict[str, np.ndarray]
 LOUD = {"lr": 2.0**-4, "learning_rate": 2.0**-4, "weight_decay": 2.0**-3}
-"""Arguments that are given to a target that has them."""
+"""Arguments for every target that has them; their effect is large enough to be seen."""
 MESHES = {
     "torch": ("fsdp", "hsdp", "tp", "fsdp-tp", "ddp"),
     "jax": ("fsdp", "hsdp", "tp"),
@@ -54,36 +54,36 @@ PRELOAD = {
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of the ranks: its inputs and options."""
+class Job:
+    """What the ranks do in one run: its inputs and options."""
 
     params: Named
     """Whole parameters at the start, ``<layer>.weight`` (O, I) and ``<layer>.bias`` (O,)."""
     grads: Sequence[Sequence[Named]]
-    """By step, micro-batch and name: whole gradients, the mean over the ranks. A name left out has no gradient."""
+    """By step, micro-batch and name: whole gradients (the mean over ranks). A name that is missing has no gradient."""
     dtype: str = "float64"
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the target beside those in its brackets."""
+    """Arguments of the target, besides those in its brackets."""
     load: str = ""
-    """Folder of a checkpoint to begin with."""
+    """Folder of the checkpoint that is loaded first; "" for none."""
     save: str = ""
-    """Folder for a checkpoint at the end."""
+    """Folder for a checkpoint at the end; "" for none."""
     each: str = ""
-    """A wrong last step: one after each micro-batch, with the sum so far ("partial") or its own gradient ("alone")."""
+    """A mistake in the last step: a step after each micro-batch, of the sum so far ("partial") or of it ("alone")."""
     spoil: tuple[str, str] = ("", "")
-    """A change of the state before the first step: see `_spoil`. The state was made by the steps of `before`."""
+    """A mistake in the state that the steps of `before` have made: see `_Torch._spoil`."""
     before: Sequence[Sequence[Named]] = ()
-    """Gradients of the steps before the steps that count."""
+    """Gradients of steps that are made first and not recorded."""
 
 
 @dataclass
 class Trace:
-    """The parameters and states of one rank."""
+    """What one rank sends back of a run."""
 
     index: Named
-    """Places of its entries in each whole parameter, shaped as its part."""
+    """By parameter, in the shape of its part: the place of each entry in the whole parameter."""
     values: list[Named] = field(default_factory=list)
-    """Its part of each parameter: at the start, and after each step."""
+    """Its part of each parameter at the start and after each step."""
     saved: dict[str, str] = field(default_factory=dict)
     """Dtypes of the tensors of the state by ``parameter: key``, before saving."""
     loaded: dict[str, str] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class Outcome:
         return "; ".join(([f"it raises {self.raised}"] if self.raised else []) + [self.ended] * bool(self.ended))
 
 
-# ---- between --------------------------------------------------------------------------------------------------------
+# ---- the process between --------------------------------------------------------------------------------------------
 
 
 def serve() -> NoReturn:
@@ -125,7 +125,10 @@ def serve() -> NoReturn:
 
 
 def _kind(target: str, devices: int) -> tuple[str, str]:
-    """Return "torch", "jax" or "error", with its text; the framework's modules are then imported, for the ranks."""
+    """Import the framework of a target. Return its name, "torch" or "jax"; or "error" with a text.
+
+    The target itself is imported in a process of its own.
+    """
     here, there = os.pipe()
     if not (pid := os.fork()):
         os.close(here)
@@ -167,8 +170,8 @@ def _kind_of(found: Any) -> str:
     return "torch" if first in ("params", "model") else "jax"
 
 
-def _session(kind: str, target: str, world: int, mesh: str, runs: Sequence[Run], seconds: float) -> list[Outcome]:
-    """Do the runs in order, up to the first that does not come to its end."""
+def _session(kind: str, target: str, world: int, mesh: str, jobs: Sequence[Job], seconds: float) -> list[Outcome]:
+    """Return the outcomes of the jobs in order, up to the first that does not come to its end."""
     folder = Path(tempfile.mkdtemp(prefix="precond-ref-"))
     number = world if kind == "torch" else 1
     processes: dict[int, int] = {}  # pipe, pid
@@ -177,11 +180,11 @@ def _session(kind: str, target: str, world: int, mesh: str, runs: Sequence[Run],
         if not (pid := os.fork()):
             for other in (here, *processes):
                 os.close(other)
-            _rank(kind, target, rank, world, mesh, runs, folder, there)
+            _rank(kind, target, rank, world, mesh, jobs, folder, there)
         os.close(there)
         processes[here] = pid
     try:
-        return _watch([*processes.items()], len(runs), seconds, folder)
+        return _watch([*processes.items()], len(jobs), seconds, folder)
     finally:
         for pipe, pid in processes.items():
             with contextlib.suppress(ProcessLookupError):
@@ -196,13 +199,16 @@ def _session(kind: str, target: str, world: int, mesh: str, runs: Sequence[Run],
 
 
 def _said(folder: Path, rank: int) -> list[bytes]:
-    """Return the lines of a rank's error stream, without gloo's message that it begins."""
+    """Return the lines that a rank has printed, without gloo's greeting and PyTorch's log."""
     lines = (folder / f"said-{rank}").read_bytes().splitlines(keepends=True)
     return [line for line in lines if b"[Gloo] Rank" not in line and b"[rank" not in line[:6]]
 
 
-def _watch(processes: list[tuple[int, int]], runs: int, seconds: float, folder: Path) -> list[Outcome]:
-    """Wait for the ranks' replies, and return them as outcomes."""
+def _watch(processes: list[tuple[int, int]], jobs: int, seconds: float, folder: Path) -> list[Outcome]:
+    """Wait for the replies of the ranks (pipe and process of each), and return them as outcomes.
+
+    ``seconds``: the time for one job.
+    """
     number = len(processes)
     buffers, at = [b""] * number, [""] * number
     replies: list[list[Any]] = [[] for _ in processes]
@@ -224,7 +230,7 @@ def _watch(processes: list[tuple[int, int]], runs: int, seconds: float, folder: 
                 gone[rank] = _how(os.waitpid(processes[rank][1], 0)[1], folder, rank)
         if all(len(r) > done for r in replies):
             done, deadline = done + 1, time.monotonic() + seconds
-            if done == runs or (number > 1 and any(r[done - 1][0] == "raised" for r in replies)):
+            if done == jobs or (number > 1 and any(r[done - 1][0] == "raised" for r in replies)):
                 break
             continue
         stopped = [r for r in range(number) if len(replies[r]) > done and replies[r][done][0] == "raised"]
@@ -240,7 +246,7 @@ def _watch(processes: list[tuple[int, int]], runs: int, seconds: float, folder: 
                 over = f" for more than {seconds:g} s" * (late and not trouble)
                 ended.append(f"ranks {waits} wait{over}{(places and ' in ' + ' and '.join(places)) or ''}")
             raised = {r: replies[r][done][1] for r in range(number) if r in stopped}
-            outcomes = _outcomes(replies, done)  # who lost the connection to a dead rank says nothing of its own
+            outcomes = _outcomes(replies, done)  # other ranks only report the lost connection
             return [*outcomes, Outcome(raised="" if dead else _raised(raised, number), ended="; ".join(ended))]
     return _outcomes(replies, done)
 
@@ -255,7 +261,7 @@ def _outcomes(replies: list[list[Any]], done: int) -> list[Outcome]:
 
 
 def _raised(texts: Mapping[int, str], number: int) -> str:
-    """Return the exception in words, with its ranks if these are not all."""
+    """Return the exceptions in words, each with its ranks unless all have it."""
     same: dict[str, list[int]] = {}
     for rank, text in texts.items():
         first = text.strip().partition("\n")[0]
@@ -264,7 +270,7 @@ def _raised(texts: Mapping[int, str], number: int) -> str:
 
 
 def _how(status: int, folder: Path, rank: int) -> str:
-    """Return the way in which a rank ended, with the reason that C++ printed."""
+    """Return the way in which a rank ended, with the reason that its C++ code has printed."""
     text = b"".join(_said(folder, rank)).decode(errors="backslashreplace")
     reason = re.search(r"what\(\): *(.*)", text)
     said = f" ({reason[1][:200]})" if reason else ""
@@ -278,7 +284,7 @@ def _how(status: int, folder: Path, rank: int) -> str:
 
 
 def _rank(
-    kind: str, target: str, rank: int, world: int, mesh: str, runs: Sequence[Run], folder: Path, pipe: int
+    kind: str, target: str, rank: int, world: int, mesh: str, jobs: Sequence[Job], folder: Path, pipe: int
 ) -> NoReturn:
     """Do all of a rank's work; replies go through ``pipe``."""
     isolation._end_with_parent()
@@ -295,16 +301,16 @@ def _rank(
         place, fields = registry.split(target)
         found = subjects.load_target(place)
         host = (_Torch if kind == "torch" else _Jax)(found, fields, rank, world, mesh, folder)
-        for run in runs:
+        for job in jobs:
             try:
-                send("ran", host.run(run, lambda place: send("at", place)))
+                send("ran", host.run(job, lambda place: send("at", place)))
             except BaseException as error:
-                if world > 1 and kind == "torch":  # the ranks are out of step
+                if world > 1 and kind == "torch":  # the other ranks are elsewhere now
                     raise
                 send("raised", _words(error))
-    except BaseException as error:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # BaseException: torch's CheckpointException
         send("raised", _words(error))
-        if kind == "torch":  # the others may wait for it: who dies here ends them with another message
+        if kind == "torch":  # they would raise because of its end
             time.sleep(2 * PATIENCE)
     os._exit(0)
 
@@ -318,7 +324,7 @@ def _words(error: BaseException) -> str:
 
 
 def _given(make: Any, fields: Mapping[str, Any], first: bool) -> dict[str, Any]:
-    """Return the keyword arguments for a target: those in brackets, and the `LOUD` ones that it has."""
+    """Return the keyword arguments for a target: those in its brackets, and those of `LOUD` that it has."""
     stub = subjects._without_first(make) if first else make
     named = {name for name, p in inspect.signature(stub).parameters.items() if p.kind is not p.VAR_KEYWORD}
     return {name: value for name, value in LOUD.items() if name in named} | dict(fields)
@@ -345,7 +351,10 @@ class _Torch:
         return init_device_mesh("cpu", half.get(self.mesh, (self.world,)), mesh_dim_names=names)
 
     def model(self, params: Named) -> Any:
-        """Return a module on this mesh with a loss of chosen gradients, and a trace with the places of its parts."""
+        """Return a model on this mesh, the module to call, and a trace with the places of its parts.
+
+        The module returns a loss with the gradients that it is given.
+        """
         torch = self.torch
         dtype = getattr(torch, self.run_dtype)
         model: Any = torch.nn.Module()
@@ -418,7 +427,7 @@ class _Torch:
         return self.found(model if first == "model" else list(model.parameters()), **given)
 
     def share(self, whole: Named, salt: int) -> Named:
-        """Return this rank's gradients; their mean over the ranks with other data is ``whole``, and sums are exact."""
+        """Return this rank's gradients. Their mean over the ranks that have other data is exactly ``whole``."""
         ranks, mine = self.world, self.rank
         if self.mesh in ("tp", "one"):
             return whole
@@ -426,35 +435,35 @@ class _Torch:
             ranks, mine = self.world // 2, self.rank // 2
         return shares(whole, ranks, salt)[mine]
 
-    def run(self, run: Run, at: Any) -> list[Trace]:
+    def run(self, job: Job, at: Any) -> list[Trace]:
         torch = self.torch
         torch.manual_seed(0)
-        self.run_dtype = run.dtype
-        model, outer, trace = self.model(run.params)
-        optimizer = self.optimizer(model, run.fields)
-        for t, micros in enumerate(run.before):
+        self.run_dtype = job.dtype
+        model, outer, trace = self.model(job.params)
+        optimizer = self.optimizer(model, job.fields)
+        for t, micros in enumerate(job.before):
             self._step(model, outer, optimizer, micros, t, "")
-        if run.before:
-            optimizer = self._spoil(model, optimizer, run)
-        if run.load:
+        if job.before:
+            optimizer = self._spoil(model, optimizer, job)
+        if job.load:
             at("loading")
-            self._checkpoint(model, outer, optimizer, run.load, load=True)
+            self._checkpoint(model, outer, optimizer, job.load, load=True)
             trace.loaded = self._dtypes(model, optimizer)
         trace.values.append(self._parts(model))
-        for t, micros in enumerate(run.grads):
+        for t, micros in enumerate(job.grads):
             at(f"step {t + 1}")
-            self._step(model, outer, optimizer, micros, t, run.each if t == len(run.grads) - 1 else "")
+            self._step(model, outer, optimizer, micros, t, job.each if t == len(job.grads) - 1 else "")
             trace.values.append(self._parts(model))
         state = getattr(optimizer, "state", {})
         trace.keys = sorted({str(k) for s in state.values() if isinstance(s, Mapping) for k in s})
-        if run.save:
+        if job.save:
             at("saving")
             trace.saved = self._dtypes(model, optimizer)
-            self._checkpoint(model, outer, optimizer, run.save, load=False)
+            self._checkpoint(model, outer, optimizer, job.save, load=False)
         return [trace]
 
     def _step(self, model: Any, outer: Any, optimizer: Any, micros: Sequence[Named], t: int, each: str) -> None:
-        """Do a step after some micro-batches; every second step exchanges gradients after the last of them only."""
+        """Step after some micro-batches. Every second step exchanges gradients only after the last of them."""
         for k, wanted in enumerate(micros):
             last = k == len(micros) - 1
             sync = last or t % 2 == 0
@@ -472,11 +481,11 @@ class _Torch:
         optimizer.step()
         optimizer.zero_grad()
 
-    def _spoil(self, model: Any, optimizer: Any, run: Run) -> Any:
-        """Lose the whole state ("new"), a key of it ("key"), its tensors or numbers, or precision ("cast")."""
-        what, which = run.spoil
+    def _spoil(self, model: Any, optimizer: Any, job: Job) -> Any:
+        """Lose the whole state ("new"), a key of it ("key"), its tensors, its numbers, or its precision ("cast")."""
+        what, which = job.spoil
         if what == "new":
-            return self.optimizer(model, run.fields)
+            return self.optimizer(model, job.fields)
         for entry in (s for s in optimizer.state.values() if isinstance(s, dict)):
             for key, value in entry.items():
                 number = not isinstance(value, self.torch.Tensor) or value.ndim == 0
@@ -517,7 +526,7 @@ class _Torch:
 
 
 def shares(whole: Named, ranks: int, salt: int) -> list[Named]:
-    """Return the gradients of each rank, whose mean is ``whole``; the differences are multiples of 1/64."""
+    """Return gradients of each rank, with mean ``whole``; they differ from it by multiples of 1/64."""
     random = np.random.default_rng(salt)
     parts: list[Named] = [{} for _ in range(ranks)]
     for name, value in whole.items():
@@ -529,39 +538,39 @@ def shares(whole: Named, ranks: int, salt: int) -> list[Named]:
 
 
 class _Jax:
-    """Devices of JAX, all in this process; one trace each."""
+    """Devices of JAX, all in one process; a run gives a trace for each."""
 
     def __init__(self, found: Any, fields: Mapping[str, Any], rank: int, world: int, mesh: str, folder: Path):
         import jax
 
         self.jax, self.found, self.fields, self.world, self.mesh = jax, found, fields, world, mesh
 
-    def run(self, run: Run, at: Any) -> list[Trace]:
+    def run(self, job: Job, at: Any) -> list[Trace]:
         jax = self.jax
-        jax.config.update("jax_enable_x64", run.dtype == "float64")
+        jax.config.update("jax_enable_x64", job.dtype == "float64")
         devices = jax.devices()[: self.world]
         axes = (2, self.world // 2) if self.mesh == "hsdp" else (self.world,)
         mesh = jax.sharding.Mesh(np.array(devices).reshape(axes), ("replicate", "shard")[2 - len(axes) :])
         with jax.set_mesh(mesh):
-            return self._run(run, at, devices, mesh)
+            return self._run(job, at, devices, mesh)
 
-    def _run(self, run: Run, at: Any, devices: list[Any], mesh: Any) -> list[Trace]:
+    def _run(self, job: Job, at: Any, devices: list[Any], mesh: Any) -> list[Trace]:
         jax = self.jax
-        init, update = self.compiled(repr(dict(run.fields)))
-        place = {name: self._sharding(mesh, value, i) for i, (name, value) in enumerate(run.params.items())}
+        init, update = self.compiled(repr(dict(job.fields)))
+        place = {name: self._sharding(mesh, value, i) for i, (name, value) in enumerate(job.params.items())}
 
         def put(values: Named) -> Any:
-            return {name: jax.device_put(np.asarray(value, run.dtype), place[name]) for name, value in values.items()}
+            return {name: jax.device_put(np.asarray(value, job.dtype), place[name]) for name, value in values.items()}
 
-        params = put(run.params)
-        numbers = {name: np.arange(value.size).reshape(value.shape) for name, value in run.params.items()}
+        params = put(job.params)
+        numbers = {name: np.arange(value.size).reshape(value.shape) for name, value in job.params.items()}
         traces = [Trace({}) for _ in devices]
         for name in params:
             for device, shard in self._shards(params[name], devices):
                 traces[device].index[name] = numbers[name][shard.index]
         state = init(params)
-        if run.load:
-            saved = pickle.loads(Path(run.load, "state").read_bytes())
+        if job.load:
+            saved = pickle.loads(Path(job.load, "state").read_bytes())
             params = put(saved["params"])
             everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
@@ -579,21 +588,21 @@ class _Jax:
                     traces[device].values[-1][name] = np.array(shard.data, np.float64)
 
         record()
-        for t, parts in enumerate(run.grads):
+        for t, parts in enumerate(job.grads):
             at(f"step {t + 1}")
             for wanted in parts:
                 params, state = update(put(wanted), state, params)
                 params = {name: jax.device_put(p, place[name]) for name, p in params.items()}
             record()
-        if run.save:
-            Path(run.save).mkdir(parents=True, exist_ok=True)
+        if job.save:
+            Path(job.save).mkdir(parents=True, exist_ok=True)
             host = jax.device_get({"params": params, "state": state})
-            Path(run.save, "state").write_bytes(pickle.dumps(host))
+            Path(job.save, "state").write_bytes(pickle.dumps(host))
         return traces
 
     @cache  # noqa: B019 (one object per process)
     def compiled(self, key: str) -> tuple[Any, Any]:
-        """Return ``init`` and a whole step, compiled once for all runs."""
+        """Return ``init`` and a step with the update applied, compiled once for all jobs."""
         import optax
 
         transformation = self.found(**_given(self.found, {**self.fields, **ast.literal_eval(key)}, first=False))
@@ -607,7 +616,7 @@ class _Jax:
         return self.jax.jit(transformation.init), self.jax.jit(step)
 
     def _sharding(self, mesh: Any, value: np.ndarray, i: int) -> Any:
-        """Return the sharding along the first axis that ``mesh`` divides; "tp" tries axis 1 first for every other."""
+        """Return the sharding along the first axis that can be cut evenly; along the last for "tp" and odd ``i``."""
         size = mesh.shape["shard"]
         axes = [*range(value.ndim)]
         if self.mesh == "tp" and i % 2:

@@ -1,8 +1,9 @@
-"""Checks that an optimizer makes the same steps on the ranks of a mesh as in one process, and names its mistake.
+"""Check that an optimizer makes the same steps on the ranks of a mesh as in one process, and name its mistake.
 
-The truth is the subject itself in one process, on whole matrices. `ranks` runs it on a mesh; here its parts are
-compared with those of the truth, rank by rank. A part that departs is compared with the results of known mistakes:
-these, too, are runs in one process, on the parts of one rank, with other gradients, or with a spoiled state.
+The truth is the subject itself in one process, on whole matrices. `ranks` runs the subject on a mesh. This module
+compares the part of each parameter that a rank has with the same part of the truth. If a part departs, the module
+looks for a known mistake with the same result: it runs the subject in one process on the part alone, with wrong
+gradients, or with a spoiled state.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 
 from precond_ref import registry
 from precond_ref.conformance.processes import Ended, Limits, Program
-from precond_ref.conformance.ranks import MESHES, Named, Outcome, Run, Trace, shares
+from precond_ref.conformance.ranks import MESHES, Job, Named, Outcome, Trace, shares
 from precond_ref.conformance.results import ERROR, FAILED, PASSED, SKIPPED, Gap, Result, _finite
 
 SHAPES = {
@@ -31,19 +32,19 @@ SHAPES = {
     "jax": {"wide.weight": (12, 8), "wide.bias": (12,), "uneven.weight": (6, 4), "small.weight": (4, 10),
             "square.weight": (8, 8), "twin.weight": (8, 8)},
 }  # fmt: skip
-"""Shapes of the parameters by framework. Of five rows four ranks have 2, 2, 1 and 0; JAX puts no uneven parts."""
+"""Shapes of the parameters by framework. Four ranks have 2, 2, 1 and 0 of five rows; JAX has no uneven parts."""
 STEPS, FEW, HALF, MICROS = 12, 6, 3, 3
 """Steps of the longest run, of the others, and before a checkpoint; micro-batches of a step."""
 LATE = "uneven.weight"
 """The parameter without a gradient in one step."""
 UNITS = {"float64": 36, "float32": 12}
-"""Entries of gradients are multiples of 2 to minus this."""
+"""By dtype, k: entries of parameters and gradients are multiples of 2^-k."""
 MOST_NOISE = 0.25
 """Largest tolerance: a subject with more noise cannot be judged."""
 NARROW = {"float32": (2.0**-40, 2.0**-22), "bfloat16": (2.0**-20, 2.0**-9)}
-"""A change of the gradients that arithmetic of this type swallows, and one of the size of its rounding."""
+"""By dtype: a relative change of gradients below its rounding, and one of the size of its rounding."""
 NEAR = 0.03
-"""Share of a departure up to which a mistake explains it."""
+"""A mistake explains a departure if its result is this close, as a share of the departure."""
 
 
 @dataclass
@@ -57,9 +58,9 @@ class Report:
     results: list[Result] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     noise: float = 0.0
-    """Largest change of one process's steps when rounding changes its gradients, over the movement."""
+    """Largest change of the parameters of one process, over their movement, if its gradients change by rounding."""
     narrow: dict[str, str] = field(default_factory=dict)
-    """Parameters whose steps are computed in a dtype narrower than theirs, with this dtype."""
+    """By parameter: the dtype of its arithmetic, if this is narrower than its own."""
     ended: str = ""
     """The reason why no run could be compared."""
     xfails: tuple[str, ...] = ()
@@ -109,7 +110,7 @@ class Departure(NamedTuple):
     name: str
     rank: int
     error: float
-    """Norm of the difference over that of the whole parameter's movement."""
+    """Norm of the difference over the norm of the movement of the whole parameter."""
     limit: float
 
 
@@ -123,8 +124,10 @@ class Truth:
     keys: list[str]
 
     def departures(self, traces: Sequence[Trace], start: int = 0) -> tuple[list[Departure], Departure]:
-        """Return the departures of the first step that has any, and the worst comparison of all. Values begin at
-        ``start``."""
+        """Return the departures of the first step that has any, and the comparison nearest to its limit, or worst.
+
+        ``start``: the step of the first values of the traces.
+        """
         worst = Departure(start, next(iter(traces[0].index)), 0, 0.0, 0.0)
         for t in range(len(traces[0].values)):
             found = []
@@ -141,7 +144,7 @@ class Truth:
         return [], worst
 
     def steps(self, t: int) -> Named:
-        """The t-th of each parameter."""
+        """Return the change of each parameter in step t."""
         return {name: value - self.values[t - 1][name] for name, value in self.values[t].items()}
 
     def error(self, t: int, name: str, part: np.ndarray | None, index: np.ndarray) -> float:
@@ -157,7 +160,7 @@ class Truth:
 
 Fit = tuple[float, float]
 Mistakes = dict[str, list[list[Named] | None]]
-"""By name and rank: the values that a mistake gives to the rank's parts, from the start on; None: not this rank's."""
+"""By name of the mistake and rank: the values of the rank's parts, from the start on; None if there are none."""
 
 
 def check(
@@ -171,7 +174,8 @@ def check(
 ) -> Report:
     """Run ``module:attribute`` (fields in brackets) on these numbers of ranks, and compare with one process.
 
-    Raises ValueError for an object that is no target, or has no such mesh. ``on_run`` is told each number of ranks.
+    Raises ValueError for an object that is no target, or has no such mesh. ``on_run`` is called with
+    a text for each number of ranks.
     """
     worlds = tuple(worlds)
     if not worlds or any(not isinstance(n, int) or not 2 <= n <= 16 for n in worlds) or len({*worlds}) < len(worlds):
@@ -215,12 +219,12 @@ class Fleet:
             raise
         self.program.limits = limits._replace(seconds=math.inf)  # each run has its own
 
-    def session(self, world: int, mesh: str, runs: Sequence[Run]) -> list[Outcome]:
-        """Do the runs on this mesh; there are fewer outcomes than runs after one that did not come to its end."""
-        return self._ask("session", self.kind, self.target, world, mesh, runs, self.seconds)
+    def session(self, world: int, mesh: str, jobs: Sequence[Job]) -> list[Outcome]:
+        """Return the outcomes of the jobs on this mesh, up to the first that does not come to its end."""
+        return self._ask("session", self.kind, self.target, world, mesh, jobs, self.seconds)
 
     def close(self) -> None:
-        """End the process, with the ranks."""
+        """End the process and its ranks."""
         self.program.close()
 
     def _ask(self, what: str, *arguments: Any) -> Any:
@@ -241,7 +245,7 @@ class Checking:
         self.eps = float(np.finfo(report.dtype).eps)
 
     def all(self, on_run: Callable[[str], None]) -> None:
-        """Try every world; a checkpoint goes from one process to the first world, to the next, ..., and back."""
+        """Try all numbers of ranks. A checkpoint goes from one process to the first, to the next, ..., and back."""
         on_run("one process")
         if not self._begin():
             return
@@ -253,19 +257,19 @@ class Checking:
             saved = self._world(world, names, saved) or saved
         if resumes and saved is not None and saved.world > 1:
             on_run("one process")
-            run = self._rest(saved.names, saved)
-            (outcome,) = self.fleet.session(1, self.plain, [run])
-            self._judge(f"one/resume-from-{saved.world}", 1, outcome, run, saved=saved)
+            job = self._rest(saved.names, saved)
+            (outcome,) = self.fleet.session(1, self.plain, [job])
+            self._judge(f"one/resume-from-{saved.world}", 1, outcome, job, saved=saved)
         if self.hardly:
             self.note(
                 f"only departures of more than {MOST_NOISE:g} are seen of {', '.join(names)}: so noisy are the steps"
             )
 
-    def run(self, names: Sequence[str], steps: int, *, absent: bool = False, micros: int = 1, **more: Any) -> Run:
-        """Return the inputs of a run."""
+    def job(self, names: Sequence[str], steps: int, *, absent: bool = False, micros: int = 1, **more: Any) -> Job:
+        """Return a job of so many steps on these parameters; ``absent``: `LATE` has no gradient in the second one."""
         random, unit = np.random.default_rng(7), 2.0 ** -UNITS[self.report.dtype]
 
-        def drawn(shape: tuple[int, ...]) -> np.ndarray:  # sums of some of them are exact, and none is a float32
+        def drawn(shape: tuple[int, ...]) -> np.ndarray:  # few bits: sums of some are exact; too many for float32
             return np.rint(random.uniform(-2, 2, shape) / unit) * unit
 
         params = {n: drawn(s) for n, s in self.shapes.items()}
@@ -278,7 +282,7 @@ class Checking:
             row = [*parts, rest] if micros > 1 else [whole]
             grads.append([{n: g for n, g in part.items() if not (absent and t == 1 and n == LATE)} for part in row])
         kept = [[{n: g[n] for n in names if n in g} for g in row] for row in grads]
-        return Run({n: params[n] for n in names}, kept, self.report.dtype, **more)
+        return Job({n: params[n] for n in names}, kept, self.report.dtype, **more)
 
     def _begin(self) -> bool:
         """Find the parameters that the subject takes in one process; return False if it takes none."""
@@ -286,7 +290,7 @@ class Checking:
         for mesh in dict.fromkeys((self.plain, "fsdp")):
             said = []
             for names in ([*self.shapes], without):
-                (outcome,) = self.fleet.session(1, mesh, [self.run(names, 2)])
+                (outcome,) = self.fleet.session(1, mesh, [self.job(names, 2)])
                 if outcome.traces:
                     break
                 said.append(outcome.said())
@@ -301,18 +305,18 @@ class Checking:
         return False
 
     def truth(self, names: Sequence[str], absent: bool = False) -> Truth:
-        """Return the steps of one process, and the size of its answer to rounding."""
+        """Return the parameters of one process after each step, with limits from its answer to changed gradients."""
         key = (*names, absent)
         if key in self.truths:
             return self.truths[key]
         steps = FEW if absent else STEPS
-        run = self.run(names, steps, absent=absent)
-        first = replace(run, grads=run.grads[:HALF])
+        job = self.job(names, steps, absent=absent)
+        first = replace(job, grads=job.grads[:HALF])
         levels = {k: v for k, v in NARROW.items() if np.dtype(self.report.dtype).itemsize == 8 or k == "bfloat16"}
-        runs = [run, *(_shaken(run, 4 * self.eps, seed) for seed in (1, 2))]
+        jobs = [job, *(_shaken(job, 4 * self.eps, seed) for seed in (1, 2))]
         for swallowed, rounding in levels.values():
-            runs += [_shaken(first, swallowed, 3), *(_shaken(run, rounding, seed) for seed in (4, 5))]
-        found = self._traces(1, self.plain, runs)
+            jobs += [_shaken(first, swallowed, 3), *(_shaken(job, rounding, seed) for seed in (4, 5))]
+        found = self._traces(1, self.plain, jobs)
         if found is None:
             raise Ended(f"{self.report.target} does not make the same steps twice in one process")
         values = found[0].values
@@ -329,7 +333,9 @@ class Checking:
                 if moved and np.array_equal(probe.values[1][name], values[1][name]):
                     small, large = (made.error(HALF, name, r.values[HALF][name], index) for r in (probe, rough[0]))
                     share = levels[type_][0] / levels[type_][1]
-                    if large and not 0.1 * share * large < small < 10 * share * large:  # else it is a first sign
+                    if (
+                        large and not 0.1 * share * large < small < 10 * share * large
+                    ):  # else the step depends on signs alone
                         shaken, self.report.narrow[name] = rough, type_
             noise = 0.0
             for t in range(1, steps + 1):
@@ -354,16 +360,16 @@ class Checking:
         if text not in self.report.notes:
             self.report.notes.append(text)
 
-    def _traces(self, world: int, mesh: str, runs: Sequence[Run]) -> list[Trace] | None:
-        """Return the traces of runs in one process; None if one did not come to its end."""
-        outcomes = self.fleet.session(world, mesh, runs)
+    def _traces(self, world: int, mesh: str, jobs: Sequence[Job]) -> list[Trace] | None:
+        """Return the traces of jobs in one process; None if one did not come to its end."""
+        outcomes = self.fleet.session(world, mesh, jobs)
         return (
-            [o.traces[0] for o in outcomes] if len(outcomes) == len(runs) and all(o.traces for o in outcomes) else None
+            [o.traces[0] for o in outcomes] if len(outcomes) == len(jobs) and all(o.traces for o in outcomes) else None
         )
 
     def _control(self, names: tuple[str, ...]) -> Saved | None:
-        """Return a checkpoint of one process, if one process goes on from it as without; else None."""
-        saving = self.run(names, HALF, save=str(self.folder / "from-1"))
+        """Return a checkpoint of one process; None if a process that loads it does not go on as without."""
+        saving = self.job(names, HALF, save=str(self.folder / "from-1"))
         saved = Saved(1, saving.save, names, {})
         loading = self._rest(names, saved)
         outcomes = self._each(1, self.plain, [saving, loading])
@@ -376,23 +382,23 @@ class Checking:
         self._judge("one/resume", 1, outcomes[1], loading, saved=saved)
         if self.report.results[-1].status == FAILED:
             return None
-        del self.report.results[before:]  # the same is seen on the way back
+        del self.report.results[before:]  # the last run of all sees the same
         return saved
 
-    def _rest(self, names: Sequence[str], saved: Saved) -> Run:
-        run = self.run([n for n in names if n in saved.names], FEW, load=saved.folder)
-        return replace(run, grads=run.grads[HALF:])
+    def _rest(self, names: Sequence[str], saved: Saved) -> Job:
+        job = self.job([n for n in names if n in saved.names], FEW, load=saved.folder)
+        return replace(job, grads=job.grads[HALF:])
 
     def _world(self, world: int, names: tuple[str, ...], origin: Saved | None) -> Saved | None:
-        """Do all runs on one number of ranks; return its checkpoint."""
+        """Do all jobs on one number of ranks. Return its checkpoint; None if its steps are wrong."""
         label = f"{self.report.mesh}-{world}"
-        plan = {"steps": self.run(names, STEPS)}
-        if self.fleet.kind == "torch":  # else it does not see micro-batches
-            plan["accumulation"] = self.run(names, FEW, micros=MICROS)
+        plan = {"steps": self.job(names, STEPS)}
+        if self.fleet.kind == "torch":  # optax sees whole gradients only
+            plan["accumulation"] = self.job(names, FEW, micros=MICROS)
         if self.report.mesh != "ddp" and self.fleet.kind == "torch":
-            plan["no-gradient"] = self.run(names, FEW, absent=True)
+            plan["no-gradient"] = self.job(names, FEW, absent=True)
         if origin is not None:
-            plan["save"] = self.run(names, HALF, save=str(self.folder / f"from-{world}"))
+            plan["save"] = self.job(names, HALF, save=str(self.folder / f"from-{world}"))
             plan[f"resume-from-{origin.world}"] = self._rest(names, origin)
         outcomes = self.fleet.session(world, self.report.mesh, [*plan.values()])
         kept = tuple(n for n in names if self._filled(n, world))
@@ -405,18 +411,18 @@ class Checking:
             saved = self._world(world, kept, origin)
             if self.report.results[first + 1].message == self.report.results[first].message:
                 del self.report.results[first + 1]
-            else:  # it is right where each rank has rows
+            else:  # it says something else where each rank has rows
                 left = ", ".join(n for n in names if n not in kept)
                 self.report.results[first] = replace(self.report.results[first], id=f"{label}/few-rows")
                 self.note(f"{label}: all but few-rows is without {left}, of which some ranks have nothing")
             return saved
         outcomes += self._each(world, self.report.mesh, [*plan.values()][len(outcomes) :])
         saved, before = None, len(self.report.results)
-        for (what, run), outcome in zip(plan.items(), outcomes, strict=True):
+        for (what, job), outcome in zip(plan.items(), outcomes, strict=True):
             if what == "save" and outcome.traces:
-                saved = Saved(world, run.save, names, _types(outcome))
+                saved = Saved(world, job.save, names, _types(outcome))
             else:
-                self._judge(f"{label}/{what}", world, outcome, run, saved=origin if run.load else None)
+                self._judge(f"{label}/{what}", world, outcome, job, saved=origin if job.load else None)
         return saved if self.report.results[before].status == PASSED else None
 
     def _filled(self, name: str, world: int) -> bool:
@@ -424,26 +430,26 @@ class Checking:
         sides = self.shapes[name] if self.report.mesh in ("tp", "fsdp-tp") else self.shapes[name][:1]
         return all(-(-n // world) * (world - 1) < n for n in sides)
 
-    def _each(self, world: int, mesh: str, runs: Sequence[Run]) -> list[Outcome]:
-        """Return the outcomes of all runs; after one that did not come to its end the others have new ranks."""
+    def _each(self, world: int, mesh: str, jobs: Sequence[Job]) -> list[Outcome]:
+        """Return the outcomes of all jobs; new processes go on after a job that did not come to its end."""
         outcomes: list[Outcome] = []
-        while len(outcomes) < len(runs):
-            outcomes += self.fleet.session(world, mesh, runs[len(outcomes) :])
+        while len(outcomes) < len(jobs):
+            outcomes += self.fleet.session(world, mesh, jobs[len(outcomes) :])
         return outcomes
 
-    def _judge(self, id: str, world: int, outcome: Outcome, run: Run, saved: Saved | None = None) -> None:
+    def _judge(self, id: str, world: int, outcome: Outcome, job: Job, saved: Saved | None = None) -> None:
         """Add one result to the report."""
         if not outcome.traces:
             status = ERROR if outcome.raised else FAILED
             self.report.results.append(Result(id, "must", status, message=outcome.said()))
             return
-        truth = self.truth(tuple(run.params), absent=any(len(g) < len(run.params) for r in run.grads for g in r))
+        truth = self.truth(tuple(job.params), absent=any(len(g) < len(job.params) for r in job.grads for g in r))
         start = HALF if saved else 0
         found, worst = truth.departures(outcome.traces, start)
         message = ""
         if found:
             worst = max(found, key=lambda d: d.error)
-            message = self._named(found, outcome.traces, truth, run, world, start)
+            message = self._named(found, outcome.traces, truth, job, world, start)
         elif saved:
             message = _changed(saved.types, _types(outcome, loaded=True))
         status = FAILED if message else PASSED
@@ -453,19 +459,19 @@ class Checking:
     # ---- what departs -----------------------------------------------------------------------------------------------
 
     def _named(
-        self, found: list[Departure], traces: list[Trace], truth: Truth, run: Run, world: int, start: int
+        self, found: list[Departure], traces: list[Trace], truth: Truth, job: Job, world: int, start: int
     ) -> str:
         """Return in words the ranks and parameters that depart, and their mistake."""
-        t, before = found[0].step - start, self.run(tuple(run.params), HALF) if start else None
+        t, before = found[0].step - start, self.job(tuple(job.params), HALF) if start else None
         seen = (world, t, start, *((d, traces[d.rank].values[t].get(d.name, np.empty(0)).tobytes()) for d in found))
-        if seen in self.explained:  # other runs begin with the same step
+        if seen in self.explained:  # jobs that begin with the same steps share it
             return self.explained[seen]
-        cut = replace(run, grads=run.grads[:t], load="", save="")
+        cut = replace(job, grads=job.grads[:t], load="", save="")
         mistakes: Mistakes = {}
-        whole = [(text, r) for text, r in self._wrong_runs(cut, world, before, truth)]
+        whole = [(text, r) for text, r in self._wrong_jobs(cut, world, before, truth)]
         parts = [self._part(cut, trace, before) for trace in traces] if world > 1 else []
-        runs = [*(r for _, r in whole), *(p for p in parts if p is not None)]
-        outcomes = self._each(1, self.plain, runs) if runs else []
+        jobs = [*(r for _, r in whole), *(p for p in parts if p is not None)]
+        outcomes = self._each(1, self.plain, jobs) if jobs else []
         rest = iter(outcomes[len(whole) :])
         alone = [next(rest) if p is not None else Outcome() for p in parts]
         for (text, _), outcome in zip(whole, outcomes, strict=False):
@@ -527,8 +533,10 @@ class Checking:
             if fit is not None:
                 return _times(*fit, one.error) + suffix
             lone = mistakes[SHARD][one.rank] if mistakes[SHARD] else None
-            if lone and name in lone[t] and _fit(now - last, lone[t][name] - lone[t - 1][name], last):
-                return LENGTH + suffix
+            if lone and name in lone[t]:  # after loading, the parameters differ: two decays
+                alone = _fit(now - last, lone[t][name] - lone[t - 1][name], last, lone[t - 1][name])
+                if alone is not None:
+                    return (SHARD if abs(alone[0] - 1) < 1e-3 else LENGTH) + suffix
             if one.step > 1 and _once(now - last, truth.steps(one.step - 1)[name].ravel()[index], last):
                 return "the step before, once more: it is one step late" + suffix
             for other, step in truth.steps(one.step).items():
@@ -541,8 +549,8 @@ class Checking:
         rough = distance <= 3 * NEAR * one.error and name in self.report.narrow
         return text + suffix if rough else suffix.removeprefix(", so ")
 
-    def _part(self, run: Run, trace: Trace, before: Run | None) -> Run | None:
-        """Return the run of one rank's parts, as if they were whole parameters; None if it has none."""
+    def _part(self, job: Job, trace: Trace, before: Job | None) -> Job | None:
+        """Return the job in which one rank's parts are whole parameters; None if it has no entries."""
         index = {n: i for n, i in trace.index.items() if i.size}
         index = {n: i for n, i in index.items() if n.endswith("weight") or n.replace("bias", "weight") in index}
         index = {n: i for n, i in index.items() if i.ndim == 2 or len(i) == len(index[n.replace("bias", "weight")])}
@@ -552,14 +560,14 @@ class Checking:
 
         if not index:
             return None
-        params = {n: run.params[n].ravel()[i] for n, i in index.items()}
+        params = {n: job.params[n].ravel()[i] for n, i in index.items()}
         more: dict[str, Any] = {"before": of(before.grads), "spoil": ("nothing", "")} if before is not None else {}
-        return replace(run, params=params, grads=of(run.grads), **more)
+        return replace(job, params=params, grads=of(job.grads), **more)
 
-    def _wrong_runs(self, run: Run, world: int, before: Run | None, truth: Truth) -> list[tuple[str, Run]]:
-        """Return the known mistakes that are a run in one process, each with its name."""
-        found: list[tuple[str, Run]] = []
-        right, (row, *_) = run.grads[:-1], run.grads[-1:] or [[]]
+    def _wrong_jobs(self, job: Job, world: int, before: Job | None, truth: Truth) -> list[tuple[str, Job]]:
+        """Return the known mistakes that one process can make on whole parameters, each with its name."""
+        found: list[tuple[str, Job]] = []
+        right, (row, *_) = job.grads[:-1], job.grads[-1:] or [[]]
         if before is not None:
             spoiled = [
                 ("its state is lost on loading (an owner without state), as if begun anew", ("new", "")),
@@ -569,24 +577,24 @@ class Checking:
                 ("its state is cast to float32 on loading", ("cast", "float32")),
                 ("its state is cast to bfloat16 on loading", ("cast", "bfloat16")),
             ]
-            run = replace(run, before=before.grads, spoil=("nothing", ""))
-            found = [(text, replace(run, spoil=spoil)) for text, spoil in spoiled] if self.fleet.kind == "torch" else []
+            job = replace(job, before=before.grads, spoil=("nothing", ""))
+            found = [(text, replace(job, spoil=spoil)) for text, spoil in spoiled] if self.fleet.kind == "torch" else []
 
-        def summed(*weights: float) -> Run:  # of the micro-batches of the last step: the others are right
+        def summed(*weights: float) -> Job:  # in the last step, of its micro-batches
             last = {n: np.sum([w * g[n] for w, g in zip(weights, row, strict=True)], 0) for n in row[0]}
-            return replace(run, grads=[*right, [last]])
+            return replace(job, grads=[*right, [last]])
 
         if not row:
             return found
         if right and before is None and self.fleet.kind == "torch":
-            anew = replace(run, before=right, grads=[row], spoil=("new", ""))
+            anew = replace(job, before=right, grads=[row], spoil=("new", ""))
             found.append(("its state is lost at this step, as if begun anew", anew))
         micros = len(row)
         ones = [1.0] * micros
         if micros > 1:
             found += [
-                ("a step after each micro-batch", replace(run, each="partial")),
-                ("a step after each micro-batch, with its gradient alone", replace(run, each="alone")),
+                ("a step after each micro-batch", replace(job, each="partial")),
+                ("a step after each micro-batch, with its gradient alone", replace(job, each="alone")),
                 ("the gradient of the last micro-batch alone", summed(*[0.0] * (micros - 1), 1.0)),
                 ("the gradient of the first micro-batch alone", summed(1.0, *[0.0] * (micros - 1))),
                 ("double accumulation: running sums of the micro-batches are added",
@@ -602,25 +610,25 @@ class Checking:
             factors |= {1.0 / world: f"x1/{world}: averaged twice"}
         found += [(f"as if the gradient were {text}", summed(*[c * x for x in ones])) for c, text in factors.items()]
         found += [
-            ("without weight decay", replace(run, fields={"weight_decay": 0.0})),
-            ("with weight decay twice", replace(run, fields={"weight_decay": 2.0**-2})),
+            ("without weight decay", replace(job, fields={"weight_decay": 0.0})),
+            ("with weight decay twice", replace(job, fields={"weight_decay": 2.0**-2})),
         ]
         if self.report.mesh == "ddp" and world > 1 and micros == 1:
             for rank in range(world):
                 own = shares(row[0], world, 97 * len(right))[rank]
                 text = f"the gradient of the data of rank {rank} alone"
-                found.append((text, replace(run, grads=[*right, [own]])))
+                found.append((text, replace(job, grads=[*right, [own]])))
         return found
 
-    def _blocks(self, ones: list[Departure], run: Run, traces: list[Trace], truth: Truth, start: int) -> str:
-        """Return a remark if one process treats blocks of rows by themselves: the ranks have cut their own rows."""
+    def _blocks(self, ones: list[Departure], job: Job, traces: list[Trace], truth: Truth, start: int) -> str:
+        """Return a remark if one process updates blocks of rows by themselves, so that ranks may have cut others."""
         name = ones[0].name
         rows = self.shapes[name][0]
-        if start or not run.grads or len(self.shapes[name]) < 2:
+        if start or not job.grads or len(self.shapes[name]) < 2:
             return ""
-        changed = {**run.grads[0][0], name: run.grads[0][0][name].copy()}
+        changed = {**job.grads[0][0], name: job.grads[0][0][name].copy()}
         changed[name][0] *= 0.5
-        pair = self._traces(1, self.plain, [replace(run, grads=[[g]]) for g in (run.grads[0][0], changed)])
+        pair = self._traces(1, self.plain, [replace(job, grads=[[g]]) for g in (job.grads[0][0], changed)])
         if pair is None:
             return ""
         steps = [trace.values[1][name] for trace in pair]
@@ -635,16 +643,19 @@ LENGTH = "a local Gram: each shard goes in the direction that it has by itself, 
 STILL = "did not step"
 
 
-def _shaken(run: Run, size: float, seed: int) -> Run:
-    """Return the run with gradients changed by the share ``size`` of themselves."""
+def _shaken(job: Job, size: float, seed: int) -> Job:
+    """Return the job with every entry of the gradients changed by the share ``size`` of itself, up or down."""
     random = np.random.default_rng(seed)
     grads = [[{n: g * (1 + size * random.choice([-1.0, 1.0], g.shape)) for n, g in row.items()} for row in r]
-             for r in run.grads]  # fmt: skip
-    return replace(run, grads=grads)
+             for r in job.grads]  # fmt: skip
+    return replace(job, grads=grads)
 
 
 def _fit(step: np.ndarray, right: np.ndarray, *params: np.ndarray) -> Fit | None:
-    """Return ``a, b`` of a step that is ``a right + b param``; None if it is none, or has few entries."""
+    """Return the first two factors of a step that is ``a right + b param + ...``; None if it is no such sum.
+
+    Fewer than five entries give None: too few to tell.
+    """
     if any(step.shape != a.shape for a in (right, *params)) or step.size < 5 or not np.linalg.norm(right):
         return None
     columns = np.stack([a.ravel() for a in (right, *params)], 1)
@@ -654,7 +665,7 @@ def _fit(step: np.ndarray, right: np.ndarray, *params: np.ndarray) -> Fit | None
 
 
 def _joint(ones: list[Departure], traces: list[Trace], truth: Truth, t: int) -> Fit | None:
-    """Return the fit of all ranks that depart in a parameter together: their parts may have too few entries."""
+    """Return `_fit` of the parts of all ranks that depart in a parameter: one part may have too few entries."""
     if not t or not ones or not ones[0].step:
         return None
     step, name = ones[0].step, ones[0].name
@@ -675,7 +686,7 @@ def _once(step: np.ndarray, right: np.ndarray, *params: np.ndarray) -> bool:
 
 
 def _times(a: float, b: float, error: float) -> str:
-    """Return a fit in words."""
+    """Return in words the factors ``a, b`` of a step ``a right + b param``."""
     words = {2.0: ": twice", 0.5: ": half", -1.0: ": the wrong sign", 4.0: ": four times", 0.25: ": a quarter"}
     if abs(a - 1) < 1e-4 and abs(b) > 1e-4:
         return f"the right step with another weight decay ({-b:+.2g} of the parameter)"
@@ -688,7 +699,7 @@ def _times(a: float, b: float, error: float) -> str:
 
 
 def _gap(worst: Departure, traces: list[Trace], truth: Truth, start: int) -> Gap:
-    """Return the departure for the table: over the movement since the first step."""
+    """Return the departure as a row of the table, over the movement since the first step."""
     part = traces[worst.rank].values[worst.step - start].get(worst.name)
     index = traces[worst.rank].index[worst.name]
     cosine = norms = math.nan
@@ -703,7 +714,7 @@ def _gap(worst: Departure, traces: list[Trace], truth: Truth, start: int) -> Gap
 
 
 def _types(outcome: Outcome, loaded: bool = False) -> dict[str, str]:
-    """Return the dtypes of the state's tensors over all ranks: before saving or after loading."""
+    """Return the dtypes of the tensors of the state on all ranks, before saving or after loading."""
     return {k: v for trace in outcome.traces for k, v in (trace.loaded if loaded else trace.saved).items()}
 
 
