@@ -119,9 +119,9 @@ class Bucket:
         self.all_params = [param for unit in units for param in unit]
         self.mine = mine
         self.move: sharding.Move | None = None
-        """How its matrices come to their owners; several buckets share it."""
+        """Brings its matrices to their owners; several buckets share it. None if nothing travels."""
         self.places: list[int] = []
-        """Of each of `all_params`, its number among those of its mesh; empty for unsharded ones."""
+        """Number of each of `all_params` among the parameters of its mesh; empty for unsharded ones."""
         parts = [sharding.local(p) if flat else p for p in params]
         self.shapes = [tuple(part.shape) for part in parts] if flat else [shape_of(unit) for unit in units]
         self.uniform = not flat or len(set(self.shapes)) == 1

@@ -155,7 +155,7 @@ class Optimizer(torch.optim.Optimizer):
     def _reset(self) -> None:
         self._plans: dict[int, Plan] = {}
         self._meshes: list[Any] | None = None
-        """Those of the parameters, once they are asked for."""
+        """The meshes of the parameters; None until they are asked for."""
         self._kernels: dict[Any, Any] = {}
         self._warned = False
         self._runs: list[BucketStep] = []
@@ -167,7 +167,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _begin(self, apart: bool) -> None:
         self._apart = apart
-        """Whether each replica has owners of its own."""
+        """True if each replica has owners of its own."""
         self._owners: dict[Any, int] = {}
         self._teams: dict[Any, sharding.Team] = {}
         self._circle: sharding.Circle | None = None
@@ -1485,7 +1485,7 @@ def _signature(function: Any) -> dict[str, inspect.Parameter]:
 
 
 def _split(own: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments for the method (or preset), and the adapter's."""
+    """Return the arguments of the method (or preset), and those of the adapter."""
     options = {k: v for k, v in arguments.items() if k in (*OPTIONS, "owner", *FLAGS) and k not in own}
     return {k: v for k, v in arguments.items() if k not in options}, options
 

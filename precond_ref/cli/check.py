@@ -301,7 +301,7 @@ def on_ranks(
 
 
 def show_ranks(report: Any, console: Console, verbose: bool = False) -> None:
-    """A report of `worlds.check` for a person."""
+    """Print a report of `worlds.check` for a person."""
     on = f"{' and '.join(map(str, report.worlds))} ranks ({report.mesh})"
     console.print(f"{report.target} on {on}: {report.dtype}", end="\n\n")
     rows = [r for r in report.results if verbose or r.status != "passed"]

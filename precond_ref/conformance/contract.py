@@ -285,7 +285,7 @@ def independent(trial: Trial) -> str:
 
 
 def groups(trial: Trial) -> str:
-    """The same in three groups, the first with two parameters."""
+    """Each of several parameters in three groups makes its steps alone; the first group has two parameters."""
     part, mirror = trial.together[0], trial.mirrored
     found = trial.departs([part, mirror, mirror, part], groups=(2, 1, 1))
     return found and f"in three groups (of 2, 1, 1): {found}"
@@ -385,7 +385,7 @@ def resume(trial: Trial) -> str:
 
 
 def resume_values(trial: Trial) -> str:
-    """The same with learning rate and weight decay of groups changed before saving."""
+    """A fresh subject resumes a run whose groups changed learning rate and weight decay before saving."""
     case = next((c for c in trial.right if c.decay or c.config.get("weight_decay")), trial.longest.case)
     part = next(part for part in trial.parts if part.case.id == case.id)
     found = _interrupted(trial, [_repeated(part)], changed=True)

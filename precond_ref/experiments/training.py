@@ -235,7 +235,7 @@ class Language:
 class Vision:
     """A problem of `precond_ref.problems`; the last fifth of its training set is for validation.
 
-    ``images`` keeps only so many for training, ``options`` are the problem's.
+    ``images`` is the number of images kept for training (None: all), ``options`` are the problem's.
     """
 
     name: str
