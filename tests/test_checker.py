@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from mutation import mutated
 
-from precond_ref.conformance import diagnose, results, runner, tolerance, vectors
+from precond_ref.conformance import contract, diagnose, results, runner, tolerance, vectors
+from precond_ref.conformance.processes import Ended
 from precond_ref.conformance.results import Gap, Report, Result
+from precond_ref.conformance.subjects import Reference
 
 U = 2.0**-53
 
@@ -70,6 +72,21 @@ def check_distance(tool: ModuleType) -> None:
     assert distance(spoilt, path) == distance(path, spoilt) == (math.inf, math.inf)
     assert distance(spoilt, spoilt) == (0.0, 0.0)
     assert distance([[0.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]])[0] == math.inf
+
+
+def check_zeros(tool: ModuleType) -> None:
+    """NaN where all gradients up to that step were zero, and nowhere else."""
+
+    def of(grads: Any, *params: Any) -> bool:
+        made = np.array(params, float)[:, None, :]
+        return tool._nan_of_zeros(SimpleNamespace(tensors={"grads": np.array(grads, float)}, params=made))
+
+    nan, grads = math.nan, [[0, 1], [0, 1], [1, 1]]
+    assert of(grads, [0, 0], [nan, 1], [nan, 2], [nan, 3])
+    assert of(grads, [0, 0], [0, 1], [nan, 2], [nan, nan])  # the first step that is not finite
+    assert not of(grads, [0, 0], [nan, nan], [nan, nan], [nan, nan])
+    assert not of(grads, [0, 0], [0, 1], [0, 2], [nan, 3])
+    assert not of(grads, [0, 0], [0, 1], [0, 2], [1, 3])
 
 
 def check_ties(tool: ModuleType) -> None:
@@ -154,6 +171,24 @@ def check_primitive(tool: ModuleType) -> None:
     assert case.id in tool.ids("SGD", level=2)
 
 
+def check_one_case(tool: ModuleType) -> None:
+    """A case by itself passes or fails; a process that ended is an error of its."""
+    case = next(c for c in results.cases("SGD") if c.tier == "must" and not c.config["momentum"])
+
+    class Longer(Reference):
+        def step(self, grads: Any) -> Any:
+            return super().step([1.25 * g for g in grads])
+
+    class Gone(Reference):
+        def step(self, grads: Any) -> Any:
+            raise Ended("it ended")
+
+    found = [tool.run_case(subject(), case) for subject in (Reference, Longer, Gone)]
+    assert [r.status for r in found] == ["passed", "failed", "error"]
+    assert found[1].gap.norm_ratio == pytest.approx(1.25)
+    assert found[2].message == "it ended"
+
+
 def check_path(tool: ModuleType) -> None:
     """After three steps the errors of all three may have come together, each by its own length."""
     about = {"kappa": [1.0, 4.0, 9.0], "exponent": 0.5, "stale": False, "decompositions": [1] * 3}
@@ -188,9 +223,39 @@ def check_count(tool: ModuleType) -> None:
     ]  # fmt: skip
 
 
+def check_contract(tool: ModuleType) -> None:
+    """A changed gradient and another dtype are told apart; which parameter departs from its steps alone is told."""
+    seen = ["dtype float32 came back", "the gradient is changed", "the gradient is changed again"]
+    assert tool.purity(SimpleNamespace(touched=seen)) == "the gradient is changed"
+    assert tool.purity(SimpleNamespace(touched=seen[:1])) == ""
+    assert tool.precision(SimpleNamespace(touched=seen, longest=None, dtype="float64")) == seen[0]
+    for dtypes, said in (("float32", ""), ("float64", "a parameter of float32 comes back as float64")):
+
+        def step(grads: Any, dtype: str = dtypes) -> Any:
+            return [np.array(g, dtype) for g in grads]
+
+        subject = SimpleNamespace(features=("single",), step=step)
+        trial = SimpleNamespace(subject=subject, begin=lambda parts, single: None)
+        assert tool._single(trial, SimpleNamespace(grads=np.zeros((3, 2)))) == said
+        subject.features = ()
+        assert tool._single(trial, SimpleNamespace(grads=np.zeros((3, 2)))) == ""
+    still, moved = np.zeros((3, 2)), np.cumsum(np.ones((3, 2)), axis=0)
+    part = SimpleNamespace(alone=moved, gap=lambda seen, dtype: 0.0 if seen is moved else 7.0)
+    for paths, said in (
+        ([moved, moved], ""),
+        ([moved, 2 * moved], "of 2 parameters, number 2 makes other steps than alone, by 7 times"),
+        ([still, moved], "of 2 parameters, number 1 does not move"),
+    ):  # fmt: skip
+        played = SimpleNamespace(dtype="float64", played=lambda parts, paths=paths: paths)
+        found = tool.Trial.departs(played, [part, part])
+        assert found.startswith(said)
+        assert bool(found) == bool(said)
+
+
 CHECKS: dict[Callable[[Any], None], ModuleType] = {
-    check_hints: diagnose, check_distance: diagnose, check_ties: diagnose, check_extension: diagnose,
-    check_refusal: runner, check_primitive: runner, check_path: runner, check_count: results,
+    check_hints: diagnose, check_distance: diagnose, check_zeros: diagnose, check_ties: diagnose, check_extension: diagnose,
+    check_refusal: runner, check_one_case: runner, check_primitive: runner, check_path: runner,
+    check_count: results, check_contract: contract,
 }  # fmt: skip
 
 
@@ -209,6 +274,9 @@ PLANTED = [
     (check_distance, "worst, worst_ratio = 0.0, 0.0", "worst, worst_ratio = -1.0, 0.0"),
     (check_distance, "return math.inf, math.inf\n            keep", "pass\n            keep"),
     (check_distance, "difference / size if size else math.inf", "difference / size if size else 0.0"),
+    (check_zeros, '["grads"][: bad + 1]', '["grads"][: bad + 2]'),
+    (check_zeros, '["grads"][: bad + 1]', '["grads"][:bad]'),
+    (check_zeros, "if bad is None:\n        return False", "if bad is None:\n        return True"),
     (check_ties, "max(10 * found[0].error, 1e-14)", "10 * found[0].error"),
     (check_ties, "max(10 * found[0].error, 1e-14)", "1e-14"),
     (check_ties, "<= known.generic.keys()] or found[:1]", "<= known.generic.keys()]"),
@@ -218,8 +286,14 @@ PLANTED = [
     (check_refusal, "except (ValueError, TypeError) as error:", "except ValueError as error:"),
     (check_primitive, "PASSED if worst.ratio <= 1 else FAILED", "PASSED"),
     (check_primitive, "worst = max(found", "worst = min(found"),
+    (check_one_case, "return _trace(subject, case, dtype, level, [])[0]", "return case"),
+    (check_one_case, "case.why, gap=failing[0]", "case.why, gap=None"),
     (check_path, "seen[1:] - seen[:-1]", "seen[1:]"),
     (check_path, "for s in range(1, t + 1)", "for s in range(t, t + 1)"),
+    (check_contract, 'if not m.startswith("dtype")', 'if not "dtype"'),
+    (check_contract, '(dtypes != {"float32"})', '(dtypes == {"float32"})'),
+    (check_contract, "enumerate(zip(parts, self.played(parts, **options), strict=True), start=1)",
+     "enumerate(zip(parts, self.played(parts, **options), strict=True))"),
     (check_count, "in self.xfails and r.status == PASSED", "in self.xfails and r.status != PASSED"),
     (check_count, "TIERS.index(self.require) + 1", "TIERS.index(self.require)"),
     (check_count, "2 * len(self.left_out", "len(self.left_out"),
@@ -228,5 +302,5 @@ PLANTED = [
 
 @pytest.mark.parametrize(("check", "old", "new"), PLANTED, ids=[f"{old} -> {new}" for _, old, new in PLANTED])
 def test_a_planted_bug_is_caught(check: Callable[[Any], None], old: str, new: str) -> None:
-    with pytest.raises((AssertionError, ValueError, IndexError)):
+    with pytest.raises((AssertionError, ValueError, IndexError, AttributeError)):
         check(mutated(CHECKS[check], (old, new)))

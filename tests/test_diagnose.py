@@ -474,11 +474,11 @@ def test_single_precision_in_some_cases_is_a_hint() -> None:
 
 
 def test_few_ids_are_named() -> None:
-    match = diagnose.Match(("a",), "with a", 0.5, 7, ("1", "2", "3", "4", "5"), ("6", "7"))
+    match = diagnose.Match(("a",), "with a", 0.5, 7, ("1", "2", "3", "4", "5"), ("6", "7", "8", "9"))
     assert diagnose.Diagnosis("SGD", 14, (), match, ("A hint.",)).lines() == [
         "Nearest: SGD with a: 7 of the 12 cases that fail agree, to 0.5.",
         "Not explained: 1, 2, 3, 4, ....",
-        "It does not explain why these pass: 6, 7.",
+        "It does not explain why these pass: 6, 7, 8, 9.",
         "A hint.",
     ]
     several = tuple(diagnose.Match((str(i),), f"with {i}", 0.5, 7) for i in range(6))
@@ -506,6 +506,7 @@ def test_what_is_not_single_precision() -> None:
         assert not report.ok
         found = diagnose.diagnose(report, pairs=False)
         assert not found.single, found.lines()
+        assert not any("single precision" in hint for hint in found.hints)
         assert "as it should be" not in found.lines()[0]
 
 
@@ -745,9 +746,10 @@ DIAGNOSIS = [
     ([(' and r.gap.quantity == "update"]\n        if over', ']\n        if over')],
      test_rounding_beyond_the_tolerance_is_told),
     ([("{max(over):.2g}", "{over[-1]:.2g}")], test_rounding_beyond_the_tolerance_is_told),
+    ([("if share and largest < 2**-12:", "if share or largest < 2**-12:")], test_what_is_not_single_precision),
     ([("if share and largest < 2**-12:", "if False:")], test_single_precision_in_some_cases_is_a_hint),
     ([("if share >= MOST:", "if share:")], test_single_precision_in_some_cases_is_a_hint),
-    ([("if len(ids) > 4", "if len(ids) >= 2")], test_few_ids_are_named),
+    ([("if len(ids) > 4", "if len(ids) >= 4")], test_few_ids_are_named),
     ([("for m in others[:4]]", "for m in others[:3]]")], test_few_ids_are_named),
     ([("        if time.process_time() > end:\n            break\n        errors", "        errors")],
      test_the_search_ends_in_time),
