@@ -253,7 +253,8 @@ def check_contract(tool: ModuleType) -> None:
 
 
 CHECKS: dict[Callable[[Any], None], ModuleType] = {
-    check_hints: diagnose, check_distance: diagnose, check_zeros: diagnose, check_ties: diagnose, check_extension: diagnose,
+    check_hints: diagnose, check_distance: diagnose, check_zeros: diagnose, check_ties: diagnose,
+    check_extension: diagnose,
     check_refusal: runner, check_one_case: runner, check_primitive: runner, check_path: runner,
     check_count: results, check_contract: contract,
 }  # fmt: skip
