@@ -407,11 +407,25 @@ def of_losses(**means: float) -> list[numbers.Numbers]:
     return rows
 
 
+def slower(runs: list[numbers.Numbers]) -> list[numbers.Numbers]:
+    """The same runs, of which those of ASGO took twice the time."""
+    for run in runs:
+        run["ASGO"]["seconds"] = 4.0
+    return runs
+
+
+def test_the_loss_at_a_fixed_time_lies_on_the_curve() -> None:
+    result = {"validation": 1.0, "seconds": 2.0, "curve": [[0, 4.0], [10, 3.0], [20, 1.0]]}
+    assert language.at(result, 1.5) == 2.0
+    assert language.at({**result, "validation": None}, 1.5) is None
+
+
 @pytest.mark.parametrize(
     ("judge", "runs", "word"),
     [
         (language.asgo, of_losses(ASGO=2.0, Muon=2.005, AdamW=2.1), base.HOLDS),
         (language.asgo, of_losses(ASGO=2.0, Muon=1.9, AdamW=2.1), base.PART),
+        (language.asgo, slower(of_losses(ASGO=2.0, Muon=2.005, AdamW=2.1)), base.PART),
         (language.asgo, of_losses(ASGO=2.2, Muon=2.3, AdamW=2.1), base.NOT),
         (language.sketched, of_losses(**{"S-Shampoo 8": 2.005}, Shampoo=2.0, AdamW=2.0), base.HOLDS),
         (language.sketched, of_losses(**{"S-Shampoo 8": 2.02}, Shampoo=2.0, AdamW=2.1), base.PART),

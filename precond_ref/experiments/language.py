@@ -8,8 +8,8 @@ from precond_ref.compare.rates import SEEDS
 from precond_ref.compare.runs import array_bytes
 from precond_ref.experiments import training
 from precond_ref.experiments.base import NOT, Experiment, Tick, Verdict, claim, decided
-from precond_ref.experiments.figures import COLOURS, dots, line, panels, title
-from precond_ref.experiments.numbers import Numbers, column, paired, spread
+from precond_ref.experiments.figures import COLOURS, dots, panels, title
+from precond_ref.experiments.numbers import Numbers, column, np, paired, spread
 from precond_ref.experiments.training import Entry, Language
 from precond_ref.methods.agd import AGD
 from precond_ref.methods.asgo import ASGO
@@ -66,6 +66,14 @@ def losses(runs: list[Numbers], name: str) -> list[Any]:
     return column(runs, name, "validation")
 
 
+def at(result: Numbers, seconds: float) -> float | None:
+    """Return the validation loss after so much processor time, between the points of the curve; None if diverged."""
+    if result["validation"] is None:
+        return None
+    steps, curve = zip(*result["curve"], strict=True)
+    return float(np.interp(seconds * steps[-1] / result["seconds"], steps, curve))
+
+
 def versus(runs: list[Numbers], name: str, *others: str) -> str:
     """Return the loss of a method and its differences to others, as a sentence."""
     gaps = "; ".join(f"minus {other} {paired(losses(runs, name), losses(runs, other))}" for other in others)
@@ -82,14 +90,23 @@ def no_worse(runs: list[Numbers], name: str, other: str, margin: float) -> bool:
 def asgo(runs: list[Numbers]) -> Verdict:
     """Its practical form is effective on language models.
 
-    Holds here if: validation loss below AdamW's, and equal to Muon's within 0.01 nats or below; learning rates
-    searched alike, the matrices of the layers only.
+    Holds here if: validation loss below AdamW's, and equal to Muon's within 0.01 nats or below, at fixed steps and at
+    fixed processor time; learning rates searched alike, the matrices of the layers only.
     """
-    adam, muon = (paired(losses(runs, "ASGO"), losses(runs, other)) for other in ("AdamW", "Muon"))
-    text = versus(runs, "ASGO", "AdamW", "Muon", "SOAP", "Shampoo")
-    if not adam.below:
+    others = ("AdamW", "Muon", "SOAP", "Shampoo")
+    seconds = [min(run[name]["seconds"] for name in ("ASGO", *others)) for run in runs]
+    timed = {name: [at(run[name], s) for run, s in zip(runs, seconds, strict=True)] for name in ("ASGO", *others)}
+    sooner = {other: paired(timed["ASGO"], timed[other]) for other in others}
+    gaps = {other: paired(losses(runs, "ASGO"), losses(runs, other)) for other in others}
+    text = versus(runs, "ASGO", *others) + f". After {spread(seconds, 2)} s of processor time, where the fastest ends, "
+    text += f"ASGO {spread(timed['ASGO'], 4)}; " + "; ".join(f"minus {name} {gap}" for name, gap in sooner.items())
+    if not (gaps["AdamW"].below or sooner["AdamW"].below):
         return Verdict(NOT, text)
-    return decided({"AdamW": True, "Muon": muon.within(0.01) or muon.below}, text)
+    good = {}
+    for kind, found in {"steps": gaps, "time": sooner}.items():
+        good[f"AdamW at fixed {kind}"] = found["AdamW"].below
+        good[f"Muon at fixed {kind}"] = found["Muon"].within(0.01) or found["Muon"].below
+    return decided(good, text)
 
 
 @claim("S6")
@@ -152,21 +169,20 @@ def table(runs: list[Numbers]) -> str:
     columns = {
         "minus AdamW": lambda name: paired(losses(runs, name), losses(runs, "AdamW")),
         "bytes of state per weight": lambda name: f"{runs[0][name]['bytes'][1] / weights:.1f}",
+        "processor seconds": lambda name: spread(column(runs, name, "seconds"), 2),
     }
     return training.table(runs, columns, ", nats")
 
 
 def draw(runs: list[Numbers]) -> Figure:
-    """Draw curves, final losses, and losses against bytes."""
+    """Draw curves against steps and time, final losses, and losses against bytes."""
     names = training.ranked(runs)
-    figure, (left, middle, right) = panels(3, 4.6, 4.4)
+    figure, (left, timed, middle, right) = panels(4, 4.4, 4.4)
     shown = [name for name in names if name in ("ASGO", "Muon", "SOAP", "Shampoo", "S-Shampoo 8", "AdamW", "AGD")]
-    for rank, name in enumerate(shown):
-        curves = column(runs, name, "curve")
-        x = [step for step, _ in curves[0]]
-        line(left, x[1:], [[loss for _, loss in curve][1:] for curve in curves], name, rank)
+    training.descents(left, timed, runs, shown, first=1)
     left.legend(frameon=False, fontsize=8)
     title(left, "validation loss, median and band", xlabel="steps", ylabel="nats per character")
+    title(timed, "the same against processor time", xlabel="seconds")
     dots(middle, names, [losses(runs, name) for name in names], names.index("AdamW"))
     title(middle, "last validation loss of each seed (blue: AdamW)", xlabel="nats per character")
     for rank, name in enumerate((*(f"S-Shampoo {size}" for size in SIZES), "Shampoo", "AdamW")):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from precond_ref import problems, theory
 from precond_ref.experiments import training
 from precond_ref.experiments.base import Experiment, Tick, Verdict, claim, decided
-from precond_ref.experiments.figures import dots, line, lines, panels, title
+from precond_ref.experiments.figures import dots, lines, panels, title
 from precond_ref.experiments.kfac import KFAC, factors
 from precond_ref.experiments.numbers import Array, Numbers, column, np, paired, spread
 from precond_ref.experiments.training import Entry, Vision, comparison, descend
@@ -251,12 +251,7 @@ def autoencoder_table(runs: list[Numbers]) -> str:
 def autoencoder_figure(runs: list[Numbers]) -> Figure:
     """Draw the losses against steps and against seconds."""
     figure, (left, right, last) = panels(3, 4.4)
-    for rank, name in enumerate(TRAINED):
-        curves = column(runs, name, "curve")
-        x = np.array([step for step, _ in curves[0]])
-        seconds = float(np.median(column(runs, name, "seconds"))) / x[-1]
-        for axes, scale in ((left, 1.0), (right, seconds)):
-            line(axes, scale * x, [[loss for _, loss in curve] for curve in curves], name, rank)
+    training.descents(left, right, runs, list(TRAINED))
     dots(last, list(TRAINED), [column(runs, name, "validation") for name in TRAINED])
     title(left, "validation loss per image", xlabel="steps", yscale="log")
     title(right, "the same against processor time", xlabel="seconds", yscale="log")

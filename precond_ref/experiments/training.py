@@ -17,17 +17,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from precond_ref import problems
 from precond_ref.compare.rates import SEEDS
 from precond_ref.experiments.base import Tick
+from precond_ref.experiments.figures import line
 from precond_ref.experiments.kfac import KFAC, factors
 from precond_ref.experiments.numbers import Array, Numbers, column, markdown, np, spread
 from precond_ref.methods.baselines import Adam
 from precond_ref.optimizer import Optimizer
 from precond_ref.problems import online
 from precond_ref.protocol import Method
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Params = dict[str, Array]
 
@@ -330,3 +334,12 @@ def table(runs: list[Numbers], columns: Mapping[str, Callable[[str], Any]], unit
         for name in ranked(runs)
     ]
     return markdown(("method", f"validation loss{unit}", *columns), rows)
+
+
+def descents(steps: Axes, seconds: Axes, runs: list[Numbers], names: list[str], first: int = 0) -> None:
+    """Draw the validation losses from the point ``first`` on, against steps and against processor time."""
+    for rank, name in enumerate(names):
+        curves = [curve[first:] for curve in column(runs, name, "curve")]
+        x = np.array([step for step, _ in curves[0]])
+        for axes, unit in ((steps, 1.0), (seconds, float(np.median(column(runs, name, "seconds"))) / x[-1])):
+            line(axes, unit * x, [[loss for _, loss in curve] for curve in curves], name, rank)
