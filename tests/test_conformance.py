@@ -15,9 +15,11 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mpmath as mp
 import numpy as np
 import pytest
 from conformance_subjects import Broken, Here, Variant, optax_target, torch_target
@@ -701,6 +703,52 @@ def test_tolerances_follow_from_precision_and_conditioning() -> None:
     seen = {case.id: case.conditioning["decompositions"] for case in vectors.cases(method="SShampoo", kind="trace")}
     assert seen["SShampoo/sum"] == list(range(1, len(seen["SShampoo/sum"]) + 1))
     assert seen["SShampoo/every"][:4] == [1, 1, 1, 2]
+
+
+def test_kappa_of_an_iteration_by_the_definition_with_50_digits() -> None:
+    """For the cases that record the condition number alone; no other case that iterates does."""
+    from precond_ref.conformance.build import exact, number
+    from precond_ref.conformance.variants import muon
+
+    iterate = {c.id: c for c in vectors.cases("Muon", kind="trace") if c.config.get("root") == "newton_schulz"}
+    assert vectors.QUINTIC.keys() == {name for name, c in iterate.items() if "compute_dtype" not in c.config}
+    recorded = {entry["id"]: entry["conditioning"]["kappa"] for entry in vectors.entries() if entry["id"] in iterate}
+    for name, kappas in vectors.QUINTIC.items():
+        case, tensors = iterate[name], vectors.load(iterate[name])
+        config = {**muon.DEFAULTS, **case.config, "compute_dtype": None}
+        with mp.workdps(50):
+            mu, m = number(float(config["momentum"])), 0 * exact(tensors["param"])
+            for t, g in enumerate(exact(tensors["grads"])):
+                m = mu * m + (1 - mu) * g
+                n = (1 - mu) * g + mu * m if config["nesterov"] else m
+                want = max(float(mp.nstr(number(muon.condition(n, config)), 6)), recorded[name][t])
+                assert kappas[t] == want == case.conditioning["kappa"][t]
+
+
+def test_an_iteration_in_another_order_is_no_failure() -> None:
+    """Along the longer side, and as A (A X): right, and more than the condition number allows."""
+
+    def product(a: Any, b: Any) -> Any:
+        return np.sum(a[:, :, None] * b, axis=1)  # the same rounding on every machine
+
+    case = next(c for c in vectors.cases("Muon") if c.id == "Muon/quintic-nesterov")
+    recorded = next(e for e in vectors.entries() if e["id"] == case.id)["conditioning"]
+    mu, tensors, ratios = case.config["momentum"], vectors.load(case), []
+    m = 0 * tensors["param"]
+    for t, (grad, want) in enumerate(zip(tensors["grads"], tensors["directions"], strict=True)):
+        m = mu * m + (1 - mu) * grad
+        x = ((1 - mu) * grad + mu * m).T  # 4 x 2
+        x = x / np.sqrt(np.sum(x * x))
+        for _ in range(5):
+            gram = product(x, x.T)
+            y = product(gram, x)
+            x = 3.4445 * x - 4.775 * y + 2.0315 * product(gram, y)
+        off = np.linalg.norm(case.config["rms"] * 2 * x.T - want) / np.linalg.norm(want)
+        both = (case, replace(case, conditioning=recorded))
+        ratios.append([off / tolerance.of_case(c, "float64", t + 1) for c in both])
+    ours, before = np.max(ratios, axis=0)
+    assert ours <= 0.1
+    assert before > 1
 
 
 def test_a_gap_is_measured_normwise() -> None:

@@ -103,6 +103,57 @@ def test_a_step_that_widens_single_precision_is_noted() -> None:
         assert (said in report.notes) == noted
 
 
+class Limited(Reference):
+    """The method with a limit that its own fields rarely reach, on its direction or its state."""
+
+    def __init__(self, limit: Any):
+        super().__init__()
+        self.limit = limit
+
+    def init(self, config: Any, params: Any, **options: Any) -> None:
+        super().init(config, params, **options)
+        method, limit = self.method, self.limit
+
+        class Method:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(method, name)
+
+            def update(self, *given: Any) -> Any:
+                return limit(*method.update(*given))
+
+        self.method: Any = Method()
+
+
+def _up_to_10(direction: Any, state: Any) -> Any:
+    return np.clip(direction, -10, 10), state
+
+
+def _rms_up_to_3(direction: Any, state: Any) -> Any:
+    axes = tuple(range(state.m.ndim - direction.ndim, direction.ndim))
+    size = np.sqrt(np.mean(direction**2, axis=axes, keepdims=True))
+    return direction / np.maximum(1, size / 3), state
+
+
+def _eigenvalues_from_1e_12(direction: Any, state: Any) -> Any:
+    def floored(root: Any) -> Any:
+        least = 1e-12 * np.max(root.eigenvalues, axis=-1, keepdims=True)
+        return root._replace(eigenvalues=np.maximum(root.eigenvalues, least))
+
+    return direction, state._replace(factors=tuple(map(floored, state.factors)))
+
+
+LIMITS = {"Adam": _up_to_10, "SOAP": _rms_up_to_3, "KLShampoo": _eigenvalues_from_1e_12}
+
+
+@pytest.mark.parametrize("method", LIMITS)
+@pytest.mark.full
+def test_a_limit_that_few_steps_reach_is_seen_by_a_deep_check(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "CHECKS", {"bursts": contract.CHECKS["bursts"]._replace(after=())})
+    assert check(Limited(lambda *out: out), method, deep=True, diagnose=False).failures == []
+    report = check(Limited(LIMITS[method]), method, deep=True, diagnose=False)
+    assert [r.id for r in report.failures] == ["contract/bursts"]
+
+
 PRODUCTION = """
 import numpy as np
 

@@ -367,6 +367,12 @@ WRONG: dict[str, Wrong] = {
         "grad = np.where(np.abs(grad) < 1e-6, 0, grad); t, m, v = t + 1,", "sizes"),
     "clamped at 5": Wrong(A, ADAM_G, ADAM_G + "; g = g.clamp(-5, 5)", "sizes"),
     "float32 statistic": Wrong(N, "(1 - beta2) * grad**2", "(1 - beta2) * grad.astype('f').astype('d')**2", "inputs"),
+    # sizes that change during the run
+    "entries of a step up to 4": Wrong(N, "return (1 - lr", "u = np.clip(u, -4, 4); return (1 - lr", "bursts"),
+    "rms of a step up to 2": Wrong(N, "return (1 - lr",
+        "u = u / max(1, np.sqrt(np.mean(u * u)) / 2); return (1 - lr", "bursts"),
+    "norm of a step up to 200": Wrong(M, "return (1 - lr",
+        "u = u / max(1, np.linalg.norm(u) / 200); return (1 - lr", "bursts"),
     # values of hyperparameters
     "beta2 at most 0.98": Wrong(R, "t, v, mean = state or", "beta2 = min(beta2, 0.98); t, v, mean = state or",
         "long-run"),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,6 +64,14 @@ READINGS = {"SShampoo": "eps-everywhere", "SShampoo.practical": "eps-everywhere"
 """By `Method.name` a deviation that is the own equation of the source to the letter, where the page makes a choice."""
 RIDGES, LARGE = ("eps", "damping", "delta"), 2.75
 """Fields without an upper bound, and a value of them above that of any case."""
+FORGETS, KEEPS = 2.0**-5, 1 - 2.0**-9
+"""Small and large weights of the old in an average: with both, a step may be many times as long as usual."""
+RIDGE = 2.0**-40
+"""An eps that hides no limit of an eigenvalue or of a root."""
+OWN_LIMITS = ("clip", "clamp", "rms")
+"""Fields that limit or fix the length of a step, or an eigenvalue, and may be None."""
+WAITS, LOUD, ASLEEP = {False: 40, True: 256}, 2.0**10, 2.0**-30
+"""Number of small gradients before the first large one, for a plain and a deep check; the factors of both."""
 VALUES = (0.8125, 0.90625, 0.6875, 0.59375, 0.78125, 0.71875)
 """Values of fields from 0.5 to 1: all different, none of them 1/2, exact in every precision."""
 
@@ -498,6 +507,64 @@ def sizes(trial: Trial) -> str:
     return first_fault(trial, plans())
 
 
+def _varied(trial: Trial) -> set[str]:
+    """Return the hyperparameters that the subject takes, as far as this is known."""
+    varied: dict[str, set[str]] = {}
+    for case in trial.right:
+        for name, value in {**case.config, "lr": case.lr, "weight_decay": case.decay}.items():
+            varied.setdefault(name, set()).add(repr(value))
+    return trial.fields or {name for name, seen in varied.items() if len(seen) > 1} | {"lr"}
+
+
+def _forgetting(case: Case, names: set[str]) -> Iterator[tuple[str, dict[str, float | None]]]:
+    """Yield values for the weights of the old in averages: one of them small and the others near 1, and the reverse.
+
+    With them the method's own limits are off, and once more with a small eps if it is added to the roots of entries.
+    """
+    method = case.make()
+    given = {name: case.config.get(name, getattr(method, name)) for name in method.symbols if name in names}
+    off: dict[str, float | None] = {name: None for name in OWN_LIMITS if isinstance(given.get(name), (int, float))}
+    weights = [name for name in given if re.search("beta|momentum", name)]
+    weights = [name for name in weights if isinstance(given[name], float) and 0 <= given[name] < 1]
+    apart = method.elementwise or type(method).__name__ in BASES
+    small: dict[str, float | None] = {"eps": RIDGE} if apart and given.get("eps", 0) > RIDGE else {}
+    for one, others, more in ((FORGETS, KEEPS, {}), (KEEPS, FORGETS, {}), (FORGETS, KEEPS, small))[: 2 + bool(small)]:
+        for name in weights[: None if len(weights) > 1 else 1]:
+            fields = off | more | {other: one if other == name else others for other in weights}
+            yield ", ".join(f"{k}={v}" for k, v in fields.items()), fields
+
+
+def bursts(trial: Trial) -> str:
+    """Try gradients that are small for long and then large, and rows that are, also with extreme averages."""
+    names = _varied(trial)
+
+    def plans() -> Iterator[Plan]:
+        for k, case in enumerate(chosen(trial)[: 1 if trial.slow else 8 if trial.deep else 3]):
+            waits = WAITS[trial.deep and k < 2]
+            extreme = _forgetting(case, names) if trial.deep or (k == 0 and not trial.slow) else ()
+            for what, fields in (("", {}), *extreme):
+                try:
+                    config = config_with(case, **fields)
+                except (ValueError, TypeError):
+                    continue
+                grads = random(k, waits + 6, *case.shape)
+                awake = np.isin(np.arange(waits + 6), (waits, waits + 2, waits + 3))
+                scale = np.where(awake, LOUD, 1.0).reshape(-1, *(1,) * len(case.shape))
+                kinds = {"gradients": grads * scale}
+                if case.shape and case.shape[0] > 1:
+                    kinds["rows"] = grads.copy()
+                    kinds["rows"][:, 0] *= np.where(awake, 1.0, ASLEEP).reshape(-1, *(1,) * (len(case.shape) - 1))
+                for kind, made in kinds.items():
+                    yield _plan(
+                        f"{kind} that are small for {waits} steps and then large, with the hyperparameters of {case.id}"
+                        + f" and {what}" * bool(what), config, case.shape, made,
+                        "look for a limit of the step, of an entry, an eigenvalue or a norm", digits=FEW_DIGITS,
+                        options={"compiled": True} if trial.slow else {}, faint=_faint(config.method, case.shape),
+                    )  # fmt: skip
+
+    return first_fault(trial, plans())
+
+
 def _others(case: Case, names: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield other values of fields, one at a time, and of all real fields at once."""
     method = case.make()
@@ -525,11 +592,7 @@ def _others(case: Case, names: set[str]) -> Iterator[tuple[str, dict[str, Any]]]
 
 def values(trial: Trial) -> str:
     """Try values of the subject's hyperparameters that the cases do not have."""
-    varied: dict[str, set[str]] = {}
-    for case in trial.right:
-        for name, value in {**case.config, "lr": case.lr, "weight_decay": case.decay}.items():
-            varied.setdefault(name, set()).add(repr(value))
-    names = trial.fields or {name for name, seen in varied.items() if len(seen) > 1} | {"lr"}
+    names = _varied(trial)
 
     def plans() -> Iterator[Plan]:
         for k, case in enumerate(chosen(trial)[: 1 if trial.slow else None if trial.deep else 3]):
