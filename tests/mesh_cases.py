@@ -733,12 +733,15 @@ def chained(place: Place, kind: str, fault: str, planted: bool = False) -> tuple
         return told, kept, max(float((a - b).abs().max() / b.abs().max()) for a, b in parts if b.numel())
 
 
-def overflow(place: Place, agreed: bool) -> tuple[float, float, int]:
-    """Two stages; the first has an infinite gradient at the second step. Scale, departure from a run without that
-    step, steps of the first parameter."""
+def overflow(place: Place, agreed: bool, mesh: str = "stages", size: int = 4) -> Any:
+    """An infinite entry in one gradient at the second step, on one rank alone. Scale, departure from a run without
+    that step, steps of the first parameter; the error if the scaler raises. ``agreed``: PyTorch's scaler that asks
+    all ranks."""
     rows = gradients(3)
-    with place.world(4):
-        model = spread("stages", 4)
+    with place.world(size) as active:
+        if not active:
+            return None
+        model = spread(mesh, size)
         opt = KINDS["ASGO"](model)
         scaler: Any = torch.amp.GradScaler("cpu", init_scale=4.0)
         if agreed:
@@ -750,7 +753,10 @@ def overflow(place: Place, agreed: bool) -> tuple[float, float, int]:
                 if number == 1 and name == "up.weight":
                     grad[0, 0] = torch.inf
                 p.grad = laid(grad, p)
-            scaler.step(opt)
+            try:
+                scaler.step(opt)
+            except RuntimeError as error:
+                return str(error)
             scaler.update()
         single = net()
         feed(single, KINDS["ASGO"](single), [rows[0], rows[2]])

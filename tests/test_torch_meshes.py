@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 import torch
 from mesh_cases import CHAIN, KINDS, MESHES, OTHER, WAYS, Jobs, run
+from typer.testing import CliRunner
 
 import precond_ref as pr
 from precond_ref import cost
+from precond_ref.cli import application
 
 pytestmark = pytest.mark.full
 
@@ -59,7 +61,8 @@ COMPACT: Jobs = [
     ("uneven", ()),
     ("failing", ()),
     *(("chained", given) for given in LINKED),
-    ("overflow", (True,)),
+    ("overflow", (True, "stages")),
+    *(("overflow", (False, mesh)) for mesh in ("FSDP2", "HSDP", "FSDP2 x TP", "TP")),
     ("accumulated", ()),
     ("placed", ()),
     ("moved", ("FSDP2", 4, "mesh")),
@@ -79,7 +82,7 @@ COMPACT: Jobs = [
     ("uneven", (True,)),
     ("failing", (True,)),
     ("chained", ("chain", "no gradient", True)),
-    ("overflow", (False,)),
+    ("overflow", (False, "stages")),
     ("accumulated", ("doubled gradient",)),
     ("accumulated", ("step per micro-batch",)),
     ("placed", (True,)),
@@ -266,18 +269,25 @@ def test_the_check_catches_a_refusal_that_only_neighbours_hear_of() -> None:
         check_chained("chain", "no gradient", True)
 
 
-def check_overflow(agreed: bool) -> None:
-    """Every stage skips the step; scales agree."""
-    assert compact("overflow", agreed) == [(2.0, 0.0, 2)] * 4
+def check_overflow(agreed: bool, mesh: str) -> None:
+    """Every rank skips the step; scales agree."""
+    assert compact("overflow", agreed, mesh) == [(2.0, 0.0, 2)] * 4
 
 
-def test_all_stages_skip_an_overflow() -> None:
-    check_overflow(True)
+@pytest.mark.parametrize(
+    ("agreed", "mesh"), [(True, "stages"), (False, "FSDP2"), (False, "HSDP"), (False, "FSDP2 x TP")]
+)
+def test_all_ranks_skip_an_overflow(agreed: bool, mesh: str) -> None:
+    check_overflow(agreed, mesh)
 
 
 def test_the_check_catches_a_stage_that_steps() -> None:
     with pytest.raises(AssertionError):
-        check_overflow(False)
+        check_overflow(False, "stages")
+
+
+def test_no_scaler_takes_sharded_and_plain_parameters_together() -> None:
+    assert all("got mixed torch.Tensor and DTensor" in told for told in compact("overflow", False, "TP"))
 
 
 def test_gradient_accumulation() -> None:
@@ -395,6 +405,41 @@ def test_the_check_catches_an_example_that_forgets_the_state(tmp_path: Path) -> 
     changes = ("=optimizer_state)", "=fresh)"), (begin, f"{begin}        fresh = get_state_dict(model, optimizer)[1]\n")
     with pytest.raises(AssertionError, match="step 5, 4 ra"):  # it runs, and prints other losses
         check_example(tmp_path, *changes)
+
+
+def check_llama(page: str) -> None:
+    """The rows of the table are those that the command prints."""
+    rows = [
+        line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"\| [0-9x]+ \| (Muon|ASGO) \|", line)
+    ]
+    for mesh in dict.fromkeys(row[0] for row in rows):
+        options = ["--preset", "llama-70b", "--mesh", mesh, "--method", "Muon", "--method", "ASGO"]
+        printed = CliRunner().invoke(application(), ["cost", *options]).stdout
+        found, method = [], ""
+        for line in re.findall(
+            r"^(?:Muon|ASGO| {4}).*\b(?:owner|replica|cut).*", printed[printed.index("\nOn ") :], re.M
+        ):
+            first, *cells = re.split(r" {2,}", line)
+            method = first or method
+            found.append([mesh, method, *cells[:-1]])
+        assert found == [row for row in rows if row[0] == mesh]
+    assert rows
+
+
+@pytest.mark.deep
+def test_the_page_counts_llama_as_the_command_does() -> None:
+    check_llama((ROOT / "docs" / "distributed.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.deep
+def test_the_check_catches_another_number_on_the_page() -> None:
+    rows = [
+        "| 8 | Muon | owner | 35.1 GB | 481 GB | 60.5 GB | 0 | 1.0{} |",
+        "| 8 | ASGO | owner | 48.5 GB | 481 GB | 60.6 GB | 0 | 1.01 |",
+    ]
+    check_llama("\n".join(rows).format(0))
+    with pytest.raises(AssertionError):
+        check_llama("\n".join(rows).format(2))
 
 
 def check_cut_short(folder: Path, same_folder: bool) -> None:
