@@ -336,13 +336,20 @@ class Tape:
 
     def _renew(self, scalars: Any) -> None:
         """Take the numbers of another step."""
-        for i, value in enumerate(scalars):
-            self.fixed[i] = torch.tensor(value, dtype=torch.float64, device=self.device)
+        first, self.scalars = not self.numbers, self
+        made = torch.tensor(scalars, dtype=torch.float64, device=self.device).unbind()
+        self.fixed[: len(made)] = made
+        changed = list(range(len(self.fixed) if first else len(made)))
         for function, slots, options, slot, _ in self.once:
             self.fixed[slot - self.inputs] = function(*[self.fixed[i - self.inputs] for i in slots], **options)
-        wide = torch.float64
-        self.numbers = [v.to(self.dtype) if isinstance(v, Tensor) and v.dtype == wide else v for v in self.fixed]
-        self.scalars = scalars
+            changed += [] if first else [slot - self.inputs]
+        numbers = list(self.fixed) if first else self.numbers
+        wide = [i for i in changed if isinstance(self.fixed[i], Tensor) and self.fixed[i].dtype == torch.float64]
+        if wide:  # in one conversion
+            narrow = torch.stack([self.fixed[i] for i in wide]).to(self.dtype).unbind()
+            for i, value in zip(wide, narrow, strict=True):
+                numbers[i] = value
+        self.numbers, self.scalars = numbers, scalars
 
     def _room(self, n: int) -> list[Tensor]:
         whole = self.kept.get(max(self.kept, default=0))
