@@ -737,7 +737,7 @@ def main() -> None:
     ]  # fmt: skip
     by_tests = given.tests or given.checker
     run, lines = every, dict[tuple[str, int], list[str]]()
-    if not given.checker:
+    if not by_tests:
         prepare()
         with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
             base = reached(modules())
@@ -752,7 +752,7 @@ def main() -> None:
         run = [m for m in run if (m.module, m.kind, m.old, m.new) in kept]  # lines may have moved
     if given.sample and given.sample < len(run):
         run = sorted(random.Random(given.seed).sample(run, given.sample), key=lambda m: (m.module, m.start))
-    said = "" if given.checker else f", {in_updates} of them in lines that updates run"
+    said = "" if by_tests else f", {in_updates} of them in lines that updates run"
     console.print(f"{len(every)} mutants{said}; {len(run)} are tried")
     done = written(given.json) if given.json and given.json.exists() else {}
     left = [m for m in run if m not in done]
