@@ -265,6 +265,33 @@ def test_routing() -> None:
     assert [pr.SShampoo.practical().takes(s) for s in ((), (3,), (3, 2))] == [True, True, True]
 
 
+def check_diagnosed(lib: Any) -> None:
+    """The report of a vector by S-Shampoo, |g|^2 once; that of a Nystrom sketch, of rank one, has its certificate."""
+    g = np.array([2.0, -1.0, 0.5, 3.0])
+    method = lib.SShampoo(size=2)
+    found = method.diagnose(method.update(g, method.init(g), g)[1])
+    assert np.allclose(found.eigenvalues[0], [g @ g, 0.0])
+    method = lib.SShampoo(size=2, solver="nystrom")
+    found = method.diagnose(method.update(g, method.init(g), g)[1])
+    assert [len(found.certificate), len(found.kappa)] == [1, 1]
+    assert np.isfinite(found.certificate[0])
+
+
+def test_diagnosed() -> None:
+    check_diagnosed(pr)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("SShampooState) -> int:\n        return state.sketches[0].escaped.ndim",
+      "SShampooState) -> int:\n        return state.sketches[1].escaped.ndim"),
+     ('if self.solver == "nystrom" else found', 'if self.solver != "nystrom" else found')],
+)  # fmt: skip
+def test_a_planted_bug_of_the_report_is_caught(old: str, new: str) -> None:
+    with pytest.raises((AssertionError, IndexError, ValueError)):
+        check_diagnosed(mutated(sketchy, (old, new)))
+
+
 # ---- real data ------------------------------------------------------------------------------------------------------
 
 
