@@ -665,14 +665,10 @@ def test_planted_bug_is_caught(monkeypatch: Any, name: str, check: Callable[[Any
 
 
 UNSAFE = {
-    "largest logit not subtracted": (
-        "logits - xp.max(logits, axis=1, keepdims=True)", "logits - 0.0", check_extreme_cross_entropy
-    ),
-    "logarithm of the softmax": (
-        "shifted - xp.log(xp.sum(xp.exp(shifted), axis=1, keepdims=True))",
-        "xp.log(xp.exp(shifted) / xp.sum(xp.exp(shifted), axis=1, keepdims=True))",
-        check_extreme_cross_entropy,
-    ),
+    "largest logit not subtracted": ("logits - xp.max(logits, axis=1, keepdims=True)", "logits - 0.0",
+        check_extreme_cross_entropy),
+    "logarithm of the softmax": ("shifted - xp.log(xp.sum(xp.exp(shifted), axis=1, keepdims=True))",
+        "xp.log(xp.exp(shifted) / xp.sum(xp.exp(shifted), axis=1, keepdims=True))", check_extreme_cross_entropy),
     "exponential of both signs": ("log1p(xp.exp(-xp.abs(logits)))", "log1p(xp.exp(-logits))", check_extreme_binary),
     "sigmoid of both signs": ("small = xp.exp(-xp.abs(logits))", "small = xp.exp(-logits)", check_extreme_binary),
 }  # fmt: skip

@@ -170,64 +170,46 @@ HOLES = {
         [("(1.0 - k.preconditioned) * n", "(1.0 - k.preconditioned) * grad")], "SShampoo/practical-start-rmsprop"),
     "practical, eps = 0 replaced": (sketchy,
         [("ridge=method.eps,", "ridge=method.eps or 0.25 * hasattr(method, 'graft'),")], "SShampoo/practical-no-eps"),
-    "heads read as their size": (
-        asgo, [("(*stack, self.heads, m // self.heads, n)", "(*stack, m // self.heads, self.heads, n)"),
-               ("(k, k) if self.heads is None else (self.heads, k, k)",
-                "(k, k) if self.heads is None else (k, self.heads, self.heads)")],
-        "ASGO/three-heads"),
-    "zero outside of the range of a kept root's V": (
-        asgo, [("root, w = roots.renewed(due, gram, law, state.root, xp=xp)  # (P)",
-                "root, w = roots.renewed(due, gram, law, state.root, xp=xp)\n"
-                "            if self.every > 1 and self.eps:\n"
-                "                seen = root.eigenvalues < (1 - 1e-9) * self.eps**-0.5\n"
-                "                root = roots.Root(root.basis, xp.where(seen, root.eigenvalues, 0.0))")],
-        "ASGO/outside-left"),
-    "AdaFD, nothing cut at size = d": (
-        online_sketches, [("size=self.size, xp=now.xp)",
-                           "size=self.size + (type(self) is AdaFD and self.size == grad.shape[-1]), xp=now.xp)")],
+    "heads read as their size": (asgo, [("(*stack, self.heads, m // self.heads, n)",
+        "(*stack, m // self.heads, self.heads, n)"), ("(k, k) if self.heads is None else (self.heads, k, k)",
+        "(k, k) if self.heads is None else (k, self.heads, self.heads)")], "ASGO/three-heads"),
+    "zero outside of the range of a kept root's V": (asgo,
+        [("root, w = roots.renewed(due, gram, law, state.root, xp=xp)  # (P)",
+        "root, w = roots.renewed(due, gram, law, state.root, xp=xp)\n" "            if self.every > 1 and self.eps:\n"
+        "                seen = root.eigenvalues < (1 - 1e-9) * self.eps**-0.5\n"
+        "                root = roots.Root(root.basis, xp.where(seen, root.eigenvalues, 0.0))")], "ASGO/outside-left"),
+    "AdaFD, nothing cut at size = d": (online_sketches, [("size=self.size, xp=now.xp)",
+        "size=self.size + (type(self) is AdaFD and self.size == grad.shape[-1]), xp=now.xp)")],
         "AdaFD/size-is-dimension"),
-    "FDSON, nothing cut at size = d": (
-        online_sketches, [("size=self.size, xp=now.xp)",
-                           "size=self.size + (type(self) is FDSON and self.size == grad.shape[-1]), xp=now.xp)")],
+    "FDSON, nothing cut at size = d": (online_sketches, [("size=self.size, xp=now.xp)",
+        "size=self.size + (type(self) is FDSON and self.size == grad.shape[-1]), xp=now.xp)")],
         "FDSON/size-is-dimension"),
-    "RFDSON, nothing cut at size = d": (
-        online_sketches, [("size=self.size, xp=now.xp)",
-                           "size=self.size + (type(self) is RFDSON and self.size == grad.shape[-1]), xp=now.xp)")],
+    "RFDSON, nothing cut at size = d": (online_sketches, [("size=self.size, xp=now.xp)",
+        "size=self.size + (type(self) is RFDSON and self.size == grad.shape[-1]), xp=now.xp)")],
         "RFDSON/size-is-dimension"),
-    "RFDSON, a cut at d for size > d": (
-        online_sketches, [("size=self.size, xp=now.xp)",
-                           "size=min(self.size, grad.shape[-1]) if type(self) is RFDSON else self.size, xp=now.xp)")],
+    "RFDSON, a cut at d for size > d": (online_sketches, [("size=self.size, xp=now.xp)",
+        "size=min(self.size, grad.shape[-1]) if type(self) is RFDSON else self.size, xp=now.xp)")],
         "RFDSON/size-exceeds-dimension"),
-    "FDSON, delta = 0 replaced": (
-        online_sketches, [("return direction / self.learning_rate, OnlineSketchState(step=now.step, sketch=sketch)"
-                           "  # (2)",
-                           "return self._apply(grad, sketch, shift + 0.25 * (self.delta == 0), weight, xp) / "
-                           "self.learning_rate, OnlineSketchState(now.step, sketch)")],
-        "FDSON/no-delta"),
-    "tail_decay ignored where size = d": (
-        sketchy, [("self.tail_decay, size=self.size",
-                   "None if self.size == rows.shape[-1] else self.tail_decay, size=self.size")],
-        "SShampoo/size-is-dimension"),
-    "the exponent of at most three axes": (
-        shampoo, [("law = roots.Law(-0.5 / len(state.grams), self.eps)\n        grams",
-                     "law = roots.Law(-0.5 / min(len(state.grams), 3), self.eps)\n        grams")],
-        "Shampoo/order-four"),
-    "Shampoo, the identity where a kept pseudo-inverse is zero": (
-        shampoo, [("law, kept, xp=xp)  # (L_i + eps I)^{-1/(2k)}\n",
-                     "law, kept, xp=xp)\n            if self.every > 1 and not self.eps:\n"
-                     "                root = root._replace(eigenvalues=xp.where(root.eigenvalues == 0, 1.0, "
-                     "root.eigenvalues))\n")],
-        "Shampoo/outside-pseudo-inverse"),
-    "ASGO, the identity where a kept pseudo-inverse is zero": (
-        asgo, [("law, state.root, xp=xp)  # (P)\n",
-                "law, state.root, xp=xp)\n            if self.every > 1 and not self.eps:\n"
-                "                root = root._replace(eigenvalues=xp.where(root.eigenvalues == 0, 1.0, "
-                "root.eigenvalues))\n")],
-        "ASGO/outside-pseudo-inverse"),
-    "momentum only where the factors are renewed": (
-        root_free, [("u, self.momentum)  # (3)\n        return direction,",
-                     "u, self.momentum * now.due)\n        return direction,")],
-        "RFShampoo/every-3"),
+    "FDSON, delta = 0 replaced": (online_sketches,
+        [("return direction / self.learning_rate, OnlineSketchState(step=now.step, sketch=sketch)" "  # (2)",
+        "return self._apply(grad, sketch, shift + 0.25 * (self.delta == 0), weight, xp) / "
+        "self.learning_rate, OnlineSketchState(now.step, sketch)")], "FDSON/no-delta"),
+    "tail_decay ignored where size = d": (sketchy, [("self.tail_decay, size=self.size",
+        "None if self.size == rows.shape[-1] else self.tail_decay, size=self.size")], "SShampoo/size-is-dimension"),
+    "the exponent of at most three axes": (shampoo,
+        [("law = roots.Law(-0.5 / len(state.grams), self.eps)\n        grams",
+        "law = roots.Law(-0.5 / min(len(state.grams), 3), self.eps)\n        grams")], "Shampoo/order-four"),
+    "Shampoo, the identity where a kept pseudo-inverse is zero": (shampoo,
+        [("law, kept, xp=xp)  # (L_i + eps I)^{-1/(2k)}\n",
+        "law, kept, xp=xp)\n            if self.every > 1 and not self.eps:\n"
+        "                root = root._replace(eigenvalues=xp.where(root.eigenvalues == 0, 1.0, "
+        "root.eigenvalues))\n")], "Shampoo/outside-pseudo-inverse"),
+    "ASGO, the identity where a kept pseudo-inverse is zero": (asgo, [("law, state.root, xp=xp)  # (P)\n",
+        "law, state.root, xp=xp)\n            if self.every > 1 and not self.eps:\n"
+        "                root = root._replace(eigenvalues=xp.where(root.eigenvalues == 0, 1.0, "
+        "root.eigenvalues))\n")], "ASGO/outside-pseudo-inverse"),
+    "momentum only where the factors are renewed": (root_free, [("u, self.momentum)  # (3)\n        return direction,",
+        "u, self.momentum * now.due)\n        return direction,")], "RFShampoo/every-3"),
     "beta1 = 0 replaced": (root_free, [("in (self.beta1, self.beta2)", "in (self.beta1 or 0.25, self.beta2)")],
         "RFAdamW/no-momentum"),
     "beta2 = 0 replaced": (root_free, [("in (self.beta1, self.beta2)", "in (self.beta1, self.beta2 or 0.25)")],
@@ -238,11 +220,9 @@ HOLES = {
     "MBF, the identity where a kept pseudo-inverse is zero": (mbf,
         [("state.inverse, xp=xp)  # (P)\n", f"state.inverse, xp=xp)\n            if not self.damping:{IDENTITY}")],
         "MBF/stale-no-damping"),
-    "a convolution that reads the layout": (
-        mbf, [("            return xp.reshape(array, (*lead, d1 * d2))\n",
-               "            array = xp.matrix_transpose(array) if self.layout == 'contiguous' else array\n"
-               "            return xp.reshape(array, (*lead, d1 * d2))\n")],
-        "MBF/conv-layout"),
+    "a convolution that reads the layout": (mbf, [("            return xp.reshape(array, (*lead, d1 * d2))\n",
+        "            array = xp.matrix_transpose(array) if self.layout == 'contiguous' else array\n"
+        "            return xp.reshape(array, (*lead, d1 * d2))\n")], "MBF/conv-layout"),
     "ASGO, no rms for a row, a column, a single entry": (
         asgo, [("grad.shape)\n        if self.rms is not None:", f"grad.shape)\n        {RMS}")],
         "ASGO/row-rms ASGO/column-rms ASGO/single-entry-rms"),
@@ -252,10 +232,9 @@ HOLES = {
     "Muon, no rms for a row, a column, a single entry": (
         muon, [("return 1.0 if self.rms is None else", "return 1.0 if self.rms is None or 1 in (r, k) else")],
         "Muon/row-rms Muon/column-rms"),
-    "FullAdaGrad diagonal above four entries": (
-        baselines, [("gram = state.gram + g @ xp.matrix_transpose(g)",
-                     "new = g @ xp.matrix_transpose(g)\n        if g.shape[-2] > 4:\n"
-                     "            new = new * xp.eye(g.shape[-2], dtype=g.dtype)\n        gram = state.gram + new")],
+    "FullAdaGrad diagonal above four entries": (baselines, [("gram = state.gram + g @ xp.matrix_transpose(g)",
+        "new = g @ xp.matrix_transpose(g)\n        if g.shape[-2] > 4:\n"
+        "            new = new * xp.eye(g.shape[-2], dtype=g.dtype)\n        gram = state.gram + new")],
         "FullAdaGrad/order-three FullAdaGrad/forty-entries"),
     "four iterations of Polar Express fewer": (asgo, [("self.root, self.root_steps", "self.root, self.root_steps - 4")],
         "ASGO/polar-express-ten"),

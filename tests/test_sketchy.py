@@ -175,19 +175,15 @@ SKETCHY_MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
 }  # fmt: skip
 
 ONLINE_MUTANTS = {
-    "Ada-FD delta squared under the root": (
-        "self._apply(grad, sketch, shift, weight, xp, root=True)",
-        "self._apply(grad, sketch._replace(eigenvalues=sketch[1] + self.delta**2), shift, weight, xp, root=True)",
-    ),
+    "Ada-FD delta squared under the root": ("self._apply(grad, sketch, shift, weight, xp, root=True)",
+        "self._apply(grad, sketch._replace(eigenvalues=sketch[1] + self.delta**2), shift, weight, xp, root=True)"),
     "Ada-FD without the root": ("weight, xp, root=True)", "weight, xp)"),
-    "FD-SON decays like RFD-SON": (
-        "self.learning_rate * number(step, like) ** 0.5)",
-        "self.learning_rate * number(step, like))",
-    ),
+    "FD-SON decays like RFD-SON": ("self.learning_rate * number(step, like) ** 0.5)",
+        "self.learning_rate * number(step, like))"),
     "RFD-SON adds the whole mass": ("0.5 * sketch.escaped", "1.0 * sketch.escaped"),
     "RFD-SON without delta": ("sketch.escaped + self.delta", "sketch.escaped"),
     "sketch of unscaled gradients": ("grad[..., None, :] * weight", "grad[..., None, :]"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

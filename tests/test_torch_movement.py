@@ -90,16 +90,12 @@ def test_moves() -> None:
 
 
 MUTANTS = {
-    "results to the first replica only": (
-        "parcels[i].owner_of(target) == rank]",
-        "parcels[i].owner_of(target) == rank and parcels[i].sends(target, rank)]",
-    ),
-    "parts in another order": (
-        "for there, here in blocks(region):\n                        full",
-        "full = full.flip(0)\n                    for there, here in blocks(region):\n                        full",
-    ),
+    "results to the first replica only": ("parcels[i].owner_of(target) == rank]",
+        "parcels[i].owner_of(target) == rank and parcels[i].sends(target, rank)]"),
+    "parts in another order": ("for there, here in blocks(region):\n                        full",
+        "full = full.flip(0)\n                    for there, here in blocks(region):\n                        full"),
     "the part of the owner alone": ("self._part(i, target, wholes[i])", "self._part(i, self.team.rank, wholes[i])"),
-}
+}  # fmt: skip
 PLAN_MUTANTS = {
     "replicas send, too": ("return all(own[axis] == theirs[axis] for axis in self.copied)", "return True"),
     "an owner in each replica, but one sends": ("if axis in self.apart else own[axis]", "if False else own[axis]"),

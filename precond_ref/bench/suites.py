@@ -37,15 +37,9 @@ STEPS = (
         ("ASGO", "ASGO, by hand", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side")),
     Race("ASGO, torch", "large", ("ASGO", "ASGO, by hand", "ASGO, bare")),
     Race("Shampoo, torch", "matrices", ("Shampoo", "Shampoo, by hand", "Shampoo, bare", "pytorch_optimizer Shampoo")),
-    *(
-        Race(
-            "SOAP, torch",
-            workload,
-            ("SOAP", "SOAP, by hand", "SOAP, bare", "pytorch_optimizer SOAP", "heavyball SOAP"),
-            dict.fromkeys(("SOAP", "SOAP, by hand", "SOAP, bare", "pytorch_optimizer SOAP", "heavyball SOAP"), 10),
-        )
-        for workload in ("matrices", "transformer")
-    ),
+    *(Race("SOAP, torch", workload, ("SOAP", "SOAP, by hand", "SOAP, bare", "pytorch_optimizer SOAP", "heavyball SOAP"),
+        dict.fromkeys(("SOAP", "SOAP, by hand", "SOAP, bare", "pytorch_optimizer SOAP", "heavyball SOAP"),
+        10)) for workload in ("matrices", "transformer")),
     Race("SOAP, torch, every step", "matrices",
         ("SOAP, every step", "SOAP, bare, every step", "pytorch_optimizer SOAP, every step")),
     *(Race("KL-Shampoo, torch", workload, ("KLShampoo", "heavyball KLShampoo"),
@@ -57,23 +51,10 @@ STEPS = (
     Race("IF-Shampoo, torch", "transformer", ("IFShampoo", "IFShampoo, by hand", "IFShampoo, bare", "sirfshampoo")),
     Race("S-Shampoo", "few", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
     Race("S-Shampoo", "squares", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
-    *(
-        Race(
-            f"certified S-Shampoo of size {size}",
-            workload,
-            (
-                f"SShampoo{part}",
-                f"SShampoo{part}, nystrom",
-                f"s_shampoo{part}",
-                f"s_shampoo{part}, nystrom",
-                f"SShampoo, NumPy{part}",
-                f"SShampoo, NumPy{part}, nystrom",
-                f"precondition_opt FD{part}",
-            ),
-        )
-        for size, part in ((32, ""), (128, ", size 128"))
-        for workload in ("squares", "square")
-    ),
+    *(Race(f"certified S-Shampoo of size {size}", workload, (f"SShampoo{part}", f"SShampoo{part}, nystrom",
+        f"s_shampoo{part}", f"s_shampoo{part}, nystrom", f"SShampoo, NumPy{part}", f"SShampoo, NumPy{part}, nystrom",
+        f"precondition_opt FD{part}")) for size, part in ((32, ""), (128, ", size 128")) for workload in ("squares",
+        "square")),
     Race("S-Shampoo", "contraction", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
     Race("S-Shampoo", "matrices", ("SShampoo", "SShampoo, gram64", "s_shampoo", "precondition_opt FD")),
     Race("training a ResNet-20", "convolutions",

@@ -533,80 +533,51 @@ CHECKS: Mapping[str, Check] = {
     "gradient-untouched": Check("a step leaves the gradient as it was", "must", purity),
     "dtype": Check("parameters of {dtype} stay {dtype}, gradients are read as {dtype}", "must", precision),
     "repeatable": Check("the same inputs give the same steps", "must", repeatable),
-    "independent": Check(
-        "each of several parameters makes the steps that it makes alone", "must", independent, after="repeatable"
-    ),
+    "independent": Check("each of several parameters makes the steps that it makes alone", "must", independent,
+        after="repeatable"),
     "groups": Check("so does each in several parameter groups", "must", groups, 1, "independent", "groups"),
-    "no-gradient": Check(
-        "a parameter without a gradient stays, and the others make their steps",
-        "must",
-        absent,
-        1,
-        "independent",
-        "absent",
-    ),
+    "no-gradient": Check("a parameter without a gradient stays, and the others make their steps", "must", absent, 1,
+        "independent", "absent"),
     "nonfinite": Check("a NaN stays with its parameter and is seen", "should", nonfinite, 2, "independent"),
     "resume": Check("saved and loaded half way, it goes on as if nothing had been", "must", resume, 2, "independent"),
-    "resume-values": Check(
-        "so it does with values that were changed in its groups", "must", resume_values, 2, "resume", "groups", True
-    ),
-    "resume-dtypes": Check(
-        "a state comes back in the precision that it had", "should", resume_narrow, 2, "resume", "groups", True
-    ),
+    "resume-values": Check("so it does with values that were changed in its groups", "must", resume_values, 2, "resume",
+        "groups", True),
+    "resume-dtypes": Check("a state comes back in the precision that it had", "should", resume_narrow, 2, "resume",
+        "groups", True),
     "maximize": Check("maximize=True makes the steps for -grad", "must", maximize, 1, "repeatable", "groups", True),
-    "engines": Check(
-        "each engine that it offers is used and makes the same steps", "must", engines, 1, "independent", right=True
-    ),
+    "engines": Check("each engine that it offers is used and makes the same steps", "must", engines, 1, "independent",
+        right=True),
     "options": Check("(notes)", "may", options, right=True),
     "inputs": Check("random gradients are right", "must", beside.inputs, 1, "repeatable", right=True),
     "long-run": Check("hundreds of steps are right", "must", beside.long_run, 2, ("inputs", "engines"), right=True),
-    "axes": Check(
-        "every option holds for every number of axes", "must", beside.axes, 1, ("independent", "inputs"), right=True
-    ),
+    "axes": Check("every option holds for every number of axes", "must", beside.axes, 1, ("independent", "inputs"),
+        right=True),
     "shapes": Check("large and long parameters are right", "must", beside.shapes, 1, ("inputs", "axes"), right=True),
     "sizes": Check("gradients of any size are right", "must", beside.sizes, 1, "inputs", right=True),
     "bursts": Check("so are gradients that grow at once", "must", beside.bursts, 2, ("sizes", "long-run"), right=True),
     "values": Check("hyperparameters of other values are right", "must", beside.values, 1, "inputs", right=True),
     "many": Check("many parameters are right", "must", beside.many, 1, ("independent", "inputs"), right=True),
     "schedule": Check("values that change during the run are used", "must", beside.schedule, 2, "inputs", right=True),
-    "group-values": Check(
-        "each group has its own values", "must", beside.group_values, 1, ("groups", "schedule"), "groups", True
-    ),
-    "unfreezing": Check(
-        "steps without a gradient do not count", "must", unfreezing, 1, ("no-gradient", "engines"), "absent", True
-    ),
-    "gradient-buffer": Check(
-        "gradients may be kept in one tensor",
-        "must",
-        _habit("one gradient buffer, zero_grad(set_to_none=False)", likely="look for a state that *is* p.grad"),
-        1, "independent", "groups", True,
-    ),
-    "accumulation": Check(
-        "two micro-batches make one step",
-        "must",
-        _habit("two micro-batches a step", likely="look for a hook that takes each backward pass for a step"),
-        1, "independent", "groups", True,
-    ),
-    "closure": Check(
-        "step(closure) computes and returns the loss",
-        "must",
-        _habit("step(closure)", "step(closure) under torch.no_grad()",
-               likely="torch's own: `with torch.enable_grad(): loss = closure()`, and `return loss`"),
-        1, "independent", "groups", True,
-    ),
-    "skipped-step": Check(
-        "a step that GradScaler skips leaves the state",
-        "must",
-        _habit("a GradScaler that skips steps", likely="look for hooks, and for found_inf if it scales by itself"),
-        1, "independent", "groups", True,
-    ),
-    "layout": Check(
-        "tensors need not be contiguous",
-        "must",
-        _habit("gradients that are not contiguous", "parameters that are not contiguous",
-               likely="look for storage or strides where `reshape` is meant"),
-        1, "independent", "groups", True,
-    ),
+    "group-values": Check("each group has its own values", "must", beside.group_values, 1, ("groups", "schedule"),
+        "groups", True),
+    "unfreezing": Check("steps without a gradient do not count", "must", unfreezing, 1, ("no-gradient", "engines"),
+        "absent", True),
+    "gradient-buffer": Check("gradients may be kept in one tensor", "must",
+        _habit("one gradient buffer, zero_grad(set_to_none=False)", likely="look for a state that *is* p.grad"), 1,
+        "independent", "groups", True),
+    "accumulation": Check("two micro-batches make one step", "must",
+        _habit("two micro-batches a step", likely="look for a hook that takes each backward pass for a step"), 1,
+        "independent", "groups", True),
+    "closure": Check("step(closure) computes and returns the loss", "must", _habit("step(closure)",
+        "step(closure) under torch.no_grad()",
+        likely="torch's own: `with torch.enable_grad(): loss = closure()`, and `return loss`"), 1, "independent",
+        "groups", True),
+    "skipped-step": Check("a step that GradScaler skips leaves the state", "must",
+        _habit("a GradScaler that skips steps", likely="look for hooks, and for found_inf if it scales by itself"), 1,
+        "independent", "groups", True),
+    "layout": Check("tensors need not be contiguous", "must", _habit("gradients that are not contiguous",
+        "parameters that are not contiguous", likely="look for storage or strides where `reshape` is meant"), 1,
+        "independent", "groups", True),
     "process-untouched": Check("settings of the process stay as they were", "should", considerate),
 }  # fmt: skip
 

@@ -253,21 +253,13 @@ LAWS: Mapping[str, Law] = {
     "zero": Law("zero gradients from the start give no step", lambda m: not decays(m), _zero),
     "permutation": Law("exchanging entries of an axis exchanges them in the step", permutable, _permutation),
     "rotation": Law("rotating every axis rotates the step", _rotates, _rotation),
-    "scale": Law(
-        "gradients times 4, with eps or its like in proportion, give the same step (or one in proportion)",
-        lambda m: (
-            m.name in SCALES
-            and classic(m)
-            and not decays(m)
-            and getattr(m, "clip", None) is None
-            and (m.name != "Muon" or plain_muon(m))
-        ),
-        _scale,
-    ),
+    "scale": Law("gradients times 4, with eps or its like in proportion, give the same step (or one in proportion)",
+        lambda m: (m.name in SCALES and classic(m) and not decays(m) and getattr(m, "clip",
+        None) is None and (m.name != "Muon" or plain_muon(m))), _scale),
     "coordinates": Law("an entry's steps depend on its own gradients only", lambda m: m.elementwise, _coordinates),
     "order": Law("a sum of statistics forgets the order of past gradients", adds_up, _order),
     "first-step": Law("the first step has its closed form", _first_applies, _first),
-}
+}  # fmt: skip
 
 
 # ---- trying them ----------------------------------------------------------------------------------------------------

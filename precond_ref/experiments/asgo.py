@@ -298,23 +298,16 @@ def dials_figure(runs: list[Numbers]) -> Figure:
 
 
 EXPERIMENTS = (
-    Experiment(
-        name="hessian-blocks", minutes=0.5, claims=(block_diagonal,),
+    Experiment(name="hessian-blocks", minutes=0.5, claims=(block_diagonal,),
         title="The Hessian of digits-mlp with two hidden layers of 16 (1482 parameters) over the whole training set, "
-              "at three times of 300 steps of Adam.",
-        one=blocks, draw=blocks_figure, small={"steps": 2, "hidden": (2,), "looks": 2},
-    ),
-    Experiment(
-        name="bounds", minutes=0.1, claims=(smallest,),
+        "at three times of 300 steps of Adam.", one=blocks, draw=blocks_figure,
+        small={"steps": 2, "hidden": (2,), "looks": 2}),
+    Experiment(name="bounds", minutes=0.1, claims=(smallest,),
         title="The right sides of the regret bounds, at the best constant rate of each, for the gradients and points "
-              "of 200 steps of Adam on digits-mlp and digits-autoencoder; the comparator is the last point.",
-        one=bounds, draw=bounds_figure, small={"steps": 20},
-    ),
-    Experiment(
-        name="dials", minutes=0.1, claims=(fewest, blocks_help, rank_helps),
+        "of 200 steps of Adam on digits-mlp and digits-autoencoder; the comparator is the last point.", one=bounds,
+        draw=bounds_figure, small={"steps": 20}),
+    Experiment(name="dials", minutes=0.1, claims=(fewest, blocks_help, rank_helps),
         title="tr(D^T A D B) / 2, 20 x 30, A rotated of condition 1000, B of condition 1000^c, target of rank 1 or 20; "
-              "and an L1 loss with fresh gradients in a common space; 60 steps (61: not reached), the best of 13 "
-              "rates.",
-        one=dials, draw=dials_figure, small={"steps": 3, "count": 2},
-    ),
+        "and an L1 loss with fresh gradients in a common space; 60 steps (61: not reached), the best of 13 " "rates.",
+        one=dials, draw=dials_figure, small={"steps": 3, "count": 2}),
 )  # fmt: skip

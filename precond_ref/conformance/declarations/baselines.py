@@ -60,18 +60,14 @@ SGD = [
 
 case, reject = maker("AdaGrad", {"eps": 0.25, "initial": 0.5}, (2, 3))
 ADAGRAD = [
-    case(
-        "plain",
-        "The sum of squares starts above zero.",
-        "eps-inside mean initial-ignored initial-squared statistic-after no-root",
-        seed=30,
-    ),
+    case("plain", "The sum of squares starts above zero.",
+        "eps-inside mean initial-ignored initial-squared statistic-after no-root", seed=30),
     case("no-initial", "The sum starts at zero.", "eps-inside", seed=31, change={"initial": 0.0}),
     no_eps(case, initial=0.0),
     *elementwise(case, 32),
     reject("eps", "A negative epsilon.", "eps", eps=-0.25),
     reject("initial", "A negative sum of squares.", "initial", initial=-0.5),
-]
+]  # fmt: skip
 
 case, reject = maker("RMSProp", {"beta2": 0.75, "eps": 0.25, "momentum": 0.0}, (2, 3))
 RMSPROP = [

@@ -571,24 +571,12 @@ SECOND = (
 
 VARIANTS = {
     "Muon": Variants(muon, MUON_FLAGS, (*EXCLUSIVE, frozenset({"dual-ignored", "dual-always"}))),
-    "NorMuon": Variants(
-        normuon,
-        {name: text for name, text in NORMUON_FLAGS.items() if name not in ("rms-exact", "flatten-ignored")},
-        (
-            *EXCLUSIVE,
-            *SECOND,
-            frozenset(name for name in NORMUON_FLAGS if name.startswith("statistic-")),
-            *rivals({"v-ignored"}, {name for name in NORMUON_FLAGS if name.startswith("statistic-")}),
-        ),
-    ),
-    "AdaMuon": Variants(
-        adamuon,
-        {name: text for name, text in ADAMUON_FLAGS.items() if name not in ("rms-exact", "flatten-ignored")},
-        (
-            *EXCLUSIVE,
-            *SECOND,
-            frozenset({"sign-ignored", "sign-always", "sign-of-gradient"}),
-            frozenset({"v-correction-ignored", "v-corrected", "v-ignored"}),
-        ),
-    ),
-}
+    "NorMuon": Variants(normuon, {name: text for name,
+        text in NORMUON_FLAGS.items() if name not in ("rms-exact", "flatten-ignored")}, (*EXCLUSIVE, *SECOND,
+        frozenset(name for name in NORMUON_FLAGS if name.startswith("statistic-")),
+        *rivals({"v-ignored"}, {name for name in NORMUON_FLAGS if name.startswith("statistic-")}))),
+    "AdaMuon": Variants(adamuon, {name: text for name,
+        text in ADAMUON_FLAGS.items() if name not in ("rms-exact", "flatten-ignored")}, (*EXCLUSIVE, *SECOND,
+        frozenset({"sign-ignored", "sign-always", "sign-of-gradient"}),
+        frozenset({"v-correction-ignored", "v-corrected", "v-ignored"}))),
+}  # fmt: skip

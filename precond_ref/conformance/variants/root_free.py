@@ -297,28 +297,14 @@ def rf_shampoo(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozens
 
 VARIANTS = {
     "RFRMSProp": Variants(rf_rmsprop, RMSPROP_FLAGS, (*SQUARE_EXCLUSIVE, *BALL_EXCLUSIVE)),
-    "RFAdamW": Variants(
-        rf_adamw,
-        ADAMW_FLAGS,
-        (
-            *SQUARE_EXCLUSIVE,
-            frozenset({"heavy-ball", "momentum-ignored", "momentum-of-preconditioned"}),
-            frozenset({"momentum-ignored", "nesterov"}),
-            frozenset({"momentum-of-preconditioned", "nesterov"}),
-            frozenset({"betas-swapped", "weights-swapped", "momentum-ignored"}),
-            frozenset({"correction-ignored", "correction-1-ignored"}),
-            frozenset({"correction-ignored", "correction-2-ignored"}),
-            frozenset({"correction-inflates", "correction-2-ignored"}),
-            frozenset({"correction-ahead", "correction-ignored"}),
-        ),
-    ),
-    "RFShampoo": Variants(
-        rf_shampoo,
-        SHAMPOO_FLAGS,
-        (
-            *FACTOR_EXCLUSIVE,
-            frozenset({"exponent-half", "exponent-shampoo"}),
-            *rivals(GAUSS_SEIDEL, {"unwhitened"}),
-        ),
-    ),
-}
+    "RFAdamW": Variants(rf_adamw, ADAMW_FLAGS, (*SQUARE_EXCLUSIVE,
+        frozenset({"heavy-ball", "momentum-ignored", "momentum-of-preconditioned"}),
+        frozenset({"momentum-ignored", "nesterov"}), frozenset({"momentum-of-preconditioned", "nesterov"}),
+        frozenset({"betas-swapped", "weights-swapped", "momentum-ignored"}),
+        frozenset({"correction-ignored", "correction-1-ignored"}),
+        frozenset({"correction-ignored", "correction-2-ignored"}),
+        frozenset({"correction-inflates", "correction-2-ignored"}),
+        frozenset({"correction-ahead", "correction-ignored"}))),
+    "RFShampoo": Variants(rf_shampoo, SHAMPOO_FLAGS,
+        (*FACTOR_EXCLUSIVE, frozenset({"exponent-half", "exponent-shampoo"}), *rivals(GAUSS_SEIDEL, {"unwhitened"}))),
+}  # fmt: skip
