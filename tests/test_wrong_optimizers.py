@@ -205,6 +205,22 @@ def test_another_basis_of_a_multiple_eigenvalue_is_no_failure(noticed: bool, mon
     assert [r.id for r in report.failures] == ["contract/sizes"] * (not noticed)
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.full
+def test_a_row_of_zeros_is_tried_where_a_larger_null_space_has_no_basis(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Longer(Reference):
+        def step(self, grads: Any) -> Any:
+            before, after = [np.array(p) for p in self.params], super().step(grads)
+            asleep = wrong and any(g is not None and g.ndim and g.any() and not g[0].any() for g in grads)
+            return [q + 0.01 * asleep * (q - p) for p, q in zip(before, after, strict=True)] if asleep else after
+
+    monkeypatch.setattr(contract, "CHECKS", {"sizes": contract.CHECKS["sizes"]._replace(after=())})
+    report = check(Longer(), "EShampoo", diagnose=False)
+    assert [r.id for r in report.failures if r.id.startswith("contract/")] == ["contract/sizes"] * wrong
+
+
 MUON = """
 import numpy as np
 

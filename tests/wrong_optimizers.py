@@ -305,6 +305,12 @@ WRONG: dict[str, Wrong] = {
         "        for group in self.param_groups: group['lr'] = self.defaults['lr']\n"
         "\n"
         "    @torch.no_grad()", "resume-values"),
+    "decay lost on loading": Wrong(A, "    @torch.no_grad()",
+        "    def __setstate__(self, state):\n"
+        "        super().__setstate__(state)\n"
+        "        for group in self.param_groups: group['weight_decay'] = 0.0\n"
+        "\n"
+        "    @torch.no_grad()", "resume"),
     "the first parameter saved": Wrong(A, "    @torch.no_grad()",
         "    def state_dict(self):\n"
         "        out = super().state_dict()\n"
@@ -369,6 +375,7 @@ WRONG: dict[str, Wrong] = {
     "float32 statistic": Wrong(N, "(1 - beta2) * grad**2", "(1 - beta2) * grad.astype('f').astype('d')**2", "inputs"),
     # sizes that change during the run
     "entries of a step up to 4": Wrong(N, "return (1 - lr", "u = np.clip(u, -4, 4); return (1 - lr", "bursts"),
+    "lr in single precision": Wrong(N, "return (1 - lr", "lr = float(np.float32(lr)); return (1 - lr", "long-run"),
     "rms of a step up to 2": Wrong(N, "return (1 - lr",
         "u = u / max(1, np.sqrt(np.mean(u * u)) / 2); return (1 - lr", "bursts"),
     "norm of a step up to 200": Wrong(M, "return (1 - lr",
