@@ -909,6 +909,49 @@ def interrupted(place: Place) -> tuple[str, bool]:
         )
 
 
+SHAPED: list[tuple[tuple[int, ...], int, Any]] = [
+    ((6, 6), 1, pr.ASGO(eps=0.25)),
+    ((4, 5, 3), 0, pr.ASGO(eps=0.25)),
+    ((4, 5, 3), 2, pr.Muon()),
+    ((5, 3, 2, 2), 0, pr.SOAP(eps=0.25)),
+    ((5, 3, 2, 2), 1, pr.ASGO(eps=0.25)),
+    ((1, 9), 0, pr.ASGO(eps=0.25)),
+    ((9, 1), 1, pr.Muon()),
+    ((5, 7), 1, pr.Adam()),
+]
+"""A matrix, stacks, a convolution, a row and a column, a part of each on a rank: shape, axis that is cut, method."""
+
+
+def shaped(place: Place, planted: bool = False) -> list[float]:
+    """Departure of each of `SHAPED` on three ranks from one process, saved and loaded after two of three steps.
+
+    ``planted``: the first one alone, read as if its rows were cut.
+    """
+    found = []
+    layout_of = sharding.layout_of
+    with place.world(3) as active:
+        if active and planted:
+            sharding.layout_of = lambda tensor: movement.Layout((3,), (movement.Cut(0),))
+        try:
+            for shape, axis, method in SHAPED[: 1 if planted else None] if active else ():
+                generator = torch.Generator().manual_seed(0)
+                value, *grads = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4))
+                mesh = init_device_mesh("cpu", (3,))
+                param = nn.Parameter(distribute_tensor(value, mesh, [Shard(axis)], src_data_rank=None))
+                single = nn.Parameter(value.clone())
+                opts = [pt.Optimizer([("x", p)], method, lr=0.125, weight_decay=0.25) for p in (param, single)]
+                for number, grad in enumerate(grads):
+                    for p, opt in zip((param, single), opts, strict=True):
+                        p.grad = laid(grad, p)
+                        opt.step()
+                        if number == 1:
+                            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+                found.append(float((whole(param) - single.detach()).abs().max()))
+        finally:
+            sharding.layout_of = layout_of
+    return found
+
+
 # ---- planted mistakes of checkpoints, and of updates per shard ------------------------------------------------------
 
 

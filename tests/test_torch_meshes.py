@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from mesh_cases import CHAIN, KINDS, MESHES, OTHER, WAYS, Jobs, run
+from mesh_cases import CHAIN, KINDS, MESHES, OTHER, SHAPED, WAYS, Jobs, run
 from typer.testing import CliRunner
 
 import precond_ref as pr
@@ -68,6 +68,7 @@ COMPACT: Jobs = [
     ("moved", ("FSDP2", 4, "mesh")),
     ("moved", ("HSDP", 4, "mesh")),
     ("moved", ("HSDP", 4, "replica")),
+    ("shaped", ()),
     ("overlapped", ()),
     ("interrupted", ()),
     ("full_states", ()),
@@ -86,6 +87,7 @@ COMPACT: Jobs = [
     ("accumulated", ("doubled gradient",)),
     ("accumulated", ("step per micro-batch",)),
     ("placed", (True,)),
+    ("shaped", (True,)),
     ("per_shard", ("matrix",)),
     ("per_shard", ("heads",)),
     ("full_states", ("rank 0's matrices only",)),
@@ -137,6 +139,21 @@ def test_updates_are_those_of_one_process(job: Any, deep: bool) -> None:
         for kind, (most, stacked) in found.items():
             assert most <= limit(kind), f"{kind} on {mesh}, rank {rank}: {most}"
             assert stacked <= ROUNDING, f"{kind} on {mesh}, rank {rank}: {stacked}"
+
+
+def check_shaped(*planted: bool) -> None:
+    """Stacks, convolutions, rows and columns, cut along any axis."""
+    assert all(departure == 0.0 for found in compact("shaped", *planted)[:3] for departure in found)
+
+
+def test_parameters_of_other_shapes() -> None:
+    check_shaped()
+    assert [len(found) for found in compact("shaped")] == [len(SHAPED)] * 3 + [0]
+
+
+def test_the_check_catches_columns_read_as_rows() -> None:
+    with pytest.raises(AssertionError):
+        check_shaped(True)
 
 
 @pytest.mark.parametrize(("job", "deep"), both("resharded"))
