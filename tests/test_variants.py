@@ -218,12 +218,12 @@ def test_flag_is_another_configuration(case_id, flag, changes):
 
 EXCHANGED = [
     (sketchy, S + "sum", "exponent-double", [("exponent = -0.5 / len(dims)", "exponent = -1.0 / len(dims)")]),
-    (sketchy, "SAdaGrad/sum", "exponent-quarter", [("e, rho, -0.5, grad", "e, rho, -0.25, grad")]),
+    (sketchy, "SAdaGrad/sum", "exponent-quarter", [("*sketch, -0.5, grad", "*sketch, -0.25, grad")]),
     (
         sketchy,
         "SAdaGrad/average",
         "mass-half",
-        [("u, e, rho = sketch\n        direction", "u, e, rho = sketch\n        rho = rho / 2\n        direction")],
+        [("apply_power(*sketch,", "apply_power(*sketch._replace(escaped=sketch.escaped / 2),")],
     ),
     (sketchy, S + "practical", "graft-eps-outside", [("xp.sqrt(v + self.graft_eps)", "(xp.sqrt(v) + self.graft_eps)")]),
     (
@@ -243,7 +243,12 @@ EXCHANGED = [
         root_free,
         RF + "matrix",
         "momentum-ema",
-        [("+ u  # (3)\n        return 1.0", "+ (1 - self.momentum) * u\n        return 1.0")],
+        [
+            (
+                "u, self.momentum)  # (3)\n        return direction,",
+                "(1 - self.momentum) * u, self.momentum)\n        return direction,",
+            )
+        ],
     ),
     (inverse_free, IF + "dense", "factor-dropped", [("(k @ unit)", "unit")]),
     (inverse_free, IF + "dense", "factor-right", [("(k @ unit)", "(unit @ k)")]),

@@ -132,7 +132,7 @@ MUTANTS: dict[str, Mutant] = {
     "rf: batch left out of H": Mutant("root_free", "(self.batch_size / g.shape[-1] * outer", "(outer"),
     "if: no clip": Mutant("inverse_free", "if self.clip else 1.0", "if False else 1.0"),
     "if: K m on the wrong side": Mutant("inverse_free", "(k @ unit)", "(unit @ k)"),
-    "if: twice the step": Mutant("inverse_free", "k - (self.beta2 * peak", "k - (2 * self.beta2 * peak"),
+    "if: twice the step": Mutant("inverse_free", "k - (self.beta2 * size", "k - (2 * self.beta2 * size"),
     "if: K without transpose": Mutant(
         "inverse_free",
         "multiply(multiply(u, t(small, xp), n, xp), small, n, xp)",

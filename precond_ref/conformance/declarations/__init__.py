@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 
 from precond_ref.conformance.declarations.base import Case
 
-FAMILIES = ("agd", "asgo", "baselines", "primitives", "sketchy", "root_free", "inverse_free", "mbf", "muon",
-            "adafactor", "klshampoo", "adam_forms", "soap", "production", "second")  # fmt: skip
-"""Modules of this folder that export ``CASES``; those of the last six are version 2, and some of "muon"."""
+FAMILIES = tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+"""Modules of this folder that export ``CASES``."""
 
 TIERS = {"SShampoo/every-outside-eps": "may", "SShampoo/practical-every-outside": "may"}
 """Tiers that version 2 has for cases of version 1, whose files never change.

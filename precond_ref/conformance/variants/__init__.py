@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import pkgutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -42,9 +43,8 @@ from precond_ref.protocol import Method
 
 Walk = Generator[Any, tuple[np.ndarray, np.ndarray], None]
 
-FAMILIES = ("adafactor", "agd", "asgo", "elementwise", "shampoo", "sketchy", "root_free", "inverse_free", "klshampoo",
-            "mbf", "muon", "soap", "production")  # fmt: skip
-"""Modules of this folder that export ``VARIANTS``."""
+FAMILIES = tuple(module.name for module in pkgutil.iter_modules(__path__))
+"""Modules of this folder, which export ``VARIANTS``."""
 
 COMMON: Mapping[str, str] = MappingProxyType(
     {
