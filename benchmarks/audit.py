@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from audit_targets import SPREAD, TARGETS, TORCH, Spread, Target  # type: ignore[import-not-found]  # noqa: E402
+from audit_targets import BESIDE, SPREAD, TARGETS, TORCH, WHOLE, Spread, Target  # type: ignore[import-not-found]  # noqa: E402
 
 from precond_ref.conformance.diagnose import Diagnosis, Match  # noqa: E402
 
@@ -52,9 +53,11 @@ does not have, such as an average or decoupled weight decay. *contract* names th
 [known mistakes](mistakes.md), that explain all cases that ran to their end, or the number given; the sections below
 describe them in words.
 
-*since* is the earliest release of the last three years with the same two last cells, found by bisection, for packages
-whose rows changed in that time; "or before" where the release before does not run beside today's PyTorch. The sections
-name the releases that were tried. "-": none was tried, also for implementations of SGD, Adam, RMSProp and AdaGrad.
+*since* is the earliest release of the last three years with the same two last cells, found by bisection: not all
+releases between were tried, the sections name those that were. Of a repository it is a commit with its day. "or
+before": the release before does not run beside today's packages. "-": none was tried, or there is none. Of torch, the
+files of `torch.optim` are those of the release, beside the rest of 2.13.0. Earlier releases of optax ran with JAX
+0.8.1.
 
 [Bugs](bugs.md) has the errors of packages, in these and in earlier releases.
 
@@ -81,7 +84,7 @@ class Verdict:
     @property
     def since(self) -> str:
         """The earliest release that is the same as this one and all tried in between."""
-        since = self.target.version if self.releases else "-"
+        since = self.target.version if self.releases or self.target.oldest == self.target.version else "-"
         for version, summary in self.releases:
             if summary != self.summary:
                 return f"{since} or before" if summary == NOT_HERE else since
@@ -179,6 +182,25 @@ def page(verdicts: list[Verdict]) -> str:
     return "\n".join([INTRO, made, table([v.row for v in verdicts]) + "\n", *(v.section() for v in verdicts)])
 
 
+OPTIM = """\
+import importlib.util
+import sys
+from pathlib import Path
+
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torch.optim":
+            folder = Path(__file__).with_name("torch_files") / "optim"
+            return importlib.util.spec_from_file_location(
+                name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+            )
+
+
+sys.meta_path.insert(0, Finder)
+"""
+"""A module that Python imports at its start: it gives the files beside it as `torch.optim`."""
 RANKS = """\
 ## On several ranks
 
@@ -246,30 +268,53 @@ def _run(*command: str | Path) -> str:
     return done.stdout
 
 
-def source(target: Target, folder: Path) -> Path:
-    """Return the folder with the modules of the target's repository at its commit; clone it if it is missing."""
-    clone = folder / target.repository
+def source(target: Target, version: str, folder: Path) -> Path:
+    """Return the folder with the modules of the target's repository at a commit; make it, and the clone, if missing."""
+    clone, home = folder / target.repository, folder / f"{target.repository}-{version}"
     if not clone.is_dir():
         _run("git", "clone", "--quiet", f"https://github.com/{target.package}", clone)
-    _run("git", "-C", clone, "checkout", "--quiet", target.version)
-    return clone / target.folder
+    if not home.is_dir():
+        _run("git", "-C", clone, "worktree", "add", "--quiet", "--detach", home, version)
+        for file in home.rglob("registry.py"):  # a type parameter is a name of the module before Python 3.12
+            text = file.read_text(encoding="utf-8")
+            file.write_text(
+                re.sub(r"(?m)^def (\w+)\[(\w+): ([\w.]+)\]", r"\2 = \3\n\n\ndef \1", text), encoding="utf-8"
+            )
+    return home / target.folder
 
 
-def release(target: Target, version: str, bin_folder: Path, folder: Path) -> Path | None:
-    """Return a folder with another version of the target's package alone; None if there is no wheel."""
+def release(target: Target, version: str, bin_folder: Path, folder: Path, sources: Path) -> Path | None:
+    """Return a folder with another version of the target's package, with few dependencies; None without a wheel."""
+    if target.repository:
+        return source(target, version.partition(" ")[0], sources)
     home = folder / "releases" / f"{target.package}-{version}"
     if not home.is_dir():
-        pip = (bin_folder / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:")
-        done = subprocess.run([*pip, "--target", home, f"{target.package}=={version}"], capture_output=True, text=True)
-        if done.returncode:
-            return None
+        pip, quiet = (bin_folder / "python", "-m", "pip"), ["--quiet", "--only-binary", ":all:"]
+        if target.package not in WHOLE:
+            quiet.append("--no-deps")
+        wanted = (f"{target.package}=={version}", *BESIDE.get(target.package, ()))
+        with tempfile.TemporaryDirectory() as temporary:
+            command = [*pip, "install", *quiet, "--target", home, *wanted]
+            if target.package == "torch":  # a wheel of another system has the same Python and is a tenth of the size
+                command = [*pip, "download", *quiet, "--platform", "macosx_11_0_arm64", "--dest", temporary, *wanted]
+            if subprocess.run(command, capture_output=True).returncode:
+                return None
+            for wheel in Path(temporary).glob("*.whl"):
+                with zipfile.ZipFile(wheel) as files:
+                    files.extractall(home, [name for name in files.namelist() if name.startswith("torch/optim/")])
+                (home / "torch").rename(home / "torch_files")
+                (home / "sitecustomize.py").write_text(OPTIM, encoding="utf-8")
     return home
 
 
-def versions(target: Target, bin_folder: Path) -> list[str]:
-    """Return the releases older than the target's, the newest first, back to its ``oldest``."""
+def versions(target: Target, bin_folder: Path, sources: Path) -> list[str]:
+    """Return the releases, or commits and days, older than the target's, the newest first, back to its ``oldest``."""
     if not target.oldest:
         return []
+    if target.repository:
+        source(target, target.version, sources)
+        log = ("git", "-C", sources / target.repository, "log", "--format=%h of %cs", "--abbrev=7")
+        return _run(*log, f"--since={target.oldest}", target.version, "--", "*.py").splitlines()[1:]
     said = _run(bin_folder / "python", "-m", "pip", "index", "versions", target.package)
     found = re.search(r"Available versions: (.*)", said)
     listed = found[1].split(", ") if found else []
@@ -301,7 +346,7 @@ def ask(command: list[str], bin_folder: Path, path: Path | None = None) -> dict[
             [bin_folder / program, *arguments, "--json", file], cwd=ROOT / "benchmarks", env=variables,
             capture_output=True, text=True,
         )  # fmt: skip
-        if done.returncode in (0, 1, 3) and file.is_file():
+        if done.returncode in (0, 1, 3, 4) and file.is_file():
             found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return found
         print(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}", file=sys.stderr)
@@ -321,21 +366,22 @@ def on_ranks(environments: Path) -> str:
 def audit(target: Target, folder: Path, sources: Path) -> Verdict:
     """Run the target's command in its environment, then with the oldest release and those that bisection asks for."""
     bin_folder = environment(target, folder)
-    report = checked(target, bin_folder, source(target, sources) if target.repository else None)
+    report = checked(target, bin_folder, source(target, target.version, sources) if target.repository else None)
     if report is None:
         raise SystemExit(f"{target.command} failed")
-    newest, older, tried = Verdict(target, report), versions(target, bin_folder), dict[int, str]()
+    newest, older, tried = Verdict(target, report), versions(target, bin_folder, sources), dict[int, str]()
 
     def same(index: int) -> bool:
-        path = release(target, older[index], bin_folder, folder)
+        path = release(target, older[index], bin_folder, folder, sources)
         found = None if path is None else checked(target, bin_folder, path)
         ran = found is not None and any(
             r["status"] in ("passed", "failed") and not r["id"].startswith("contract/") and "/reject-" not in r["id"]
             for r in found["results"]
         )
         tried[index] = Verdict(target, found).summary if found is not None and ran else NOT_HERE
-        if found is not None and any("has no attribute" in r["message"] for r in found["results"]):
-            tried[index] = "has none"
+        for text, meaning in (("unexpected keyword", "takes other arguments"), ("has no attribute", "has none")):
+            if found is not None and any(text in r["message"] for r in found["results"]):
+                tried[index] = meaning
         return tried[index] == newest.summary
 
     low, high = -1, len(older)  # the last that is the same, the first that is not

@@ -55,8 +55,8 @@ class Target:
 
     @property
     def oldest(self) -> str:
-        """The release from which on others are tried; empty: none are."""
-        return "" if self.method in ("SGD", "Adam", "RMSProp", "AdaGrad") else OLDEST.get(self.package, "")
+        """The release from which on others are tried, of a repository the day; empty: none are."""
+        return THREE_YEARS if self.repository else OLDEST.get(self.package, "")
 
     @property
     def repository(self) -> str:
@@ -989,8 +989,18 @@ TWELVE = (
 )
 EMERGING = ("NVIDIA-NeMo/Emerging-Optimizers==fd77292", TORCH)
 META, DION = ("facebookresearch/optimizers==f606606", TORCH), ("microsoft/dion==0a059a4", TORCH)
-OLDEST = {"heavyball": "1.0.0", "keras": "3.0.0", "pytorch_optimizer": "2.12.0", "timm": "0.9.12"}
-"""The first release that is tried, at most three years old, of packages whose rows have changed since."""
+THREE_YEARS = "2023-11-24"
+"""The day from which on commits are tried."""
+OLDEST = {
+    "atorch": "0.1.0", "bitsandbytes": "0.41.3", "heavyball": "1.0.0", "keras": "3.0.0", "muon-optimizer": "0.1.0",
+    "optax": "0.1.8", "pytorch_optimizer": "2.12.0", "singd": "0.0.1", "sirfshampoo": "0.0.1", "timm": "0.9.12",
+    "torch": "2.1.2", "torch-optimi": "0.1.1", "transformers": "4.36.0",
+}  # fmt: skip
+"""The first release since that day; torch_optimizer has none."""
+BESIDE = {"keras": ("h5py",), "optax": ("jax==0.8.1", "jaxlib==0.8.1", "chex", "toolz")}
+"""Packages that earlier releases import, or import in another version."""
+WHOLE = {"transformers"}
+"""Packages whose earlier releases look for their dependencies' versions; torch is none of them."""
 
 TARGETS = (
     Target(torch_sgd, "SGD", (TORCH,), "torch.optim.SGD"),
@@ -1106,8 +1116,7 @@ TARGETS = (
     Target(
         keras_adafactor, "Adafactor", KERAS, "keras.optimizers.Adafactor", dtype="float32",
         note=f"{BACKEND} With relative_step=False; its rate is min(lr, 1 / sqrt(t)) all the same, which long-run and "
-        "values show. In float32: so are some of its steps, whatever the parameter's precision. Earlier releases were "
-        "tried with h5py beside them, which they import.",
+        "values show. In float32: so are some of its steps, whatever the parameter's precision.",
     ),
     Target(
         atorch_agd, "AGD", ("atorch==0.2.5", TORCH), "atorch.optimizers.AGD", without_dependencies=True,

@@ -145,8 +145,8 @@ def test_releases_are_found_by_bisection(monkeypatch: pytest.MonkeyPatch, tmp_pa
             return report if older.index(path.name) < last else {**report, "results": wrong}
 
         monkeypatch.setattr(audit, "environment", lambda target, folder: folder)
-        monkeypatch.setattr(audit, "versions", lambda target, folder: older)
-        monkeypatch.setattr(audit, "release", lambda target, version, folder, home: home / version)
+        monkeypatch.setattr(audit, "versions", lambda target, folder, sources: older)
+        monkeypatch.setattr(audit, "release", lambda target, version, folder, home, sources: home / version)
         monkeypatch.setattr(audit, "checked", checked)
         found = audit.audit(target, tmp_path, tmp_path)
         assert found.since == (older[last - 1] if last > 0 else target.version)
