@@ -4,6 +4,7 @@
     python examples/tinyshakespeare.py --output curves.svg        # python -m pip install -e ".[cli,torch,jax]"
     python examples/tinyshakespeare.py --framework torch --methods ASGO,AdamW --steps 100
     python examples/tinyshakespeare.py --tune                     # repeat the search of the learning rates
+    python examples/tinyshakespeare.py --forms --steps 100        # presets of Muon, SOAP, Shampoo, ... in PyTorch
 
 All runs have the same architecture, first weights and batches, and advance together, step by step. The matrices of
 the transformer's layers get the method; embeddings, head and norms get Adam at the rate found for AdamW.
@@ -28,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from precond_ref.compare.rates import end_loss, search
-from precond_ref.compare.report import COLOURS
+from precond_ref.compare.report import BEST, COLOURS, GREY
 from precond_ref.problems import load_text
 
 # jaxlib 0.10 stops for ever when as many batched factorisations run at once as its CPU pool has threads (each waits in
@@ -36,6 +37,7 @@ from precond_ref.problems import load_text
 os.environ.setdefault("NPROC", "16")
 
 RATES = Path(__file__).with_name("tinyshakespeare_rates.json")
+FORMS_RATES = RATES.with_name("tinyshakespeare_forms_rates.json")
 TUNING_SEED = 101
 ADAMW_DECAY = 0.01
 
@@ -68,6 +70,14 @@ METHODS: dict[str, tuple[str, str]] = {
     "Adafactor": ("Adafactor", "adafactor"),
     "AdamW": ("", ""),
 }
+FORMS = (
+    "Muon", "Muon.torch", "Muon.optax", "Muon.heavyball", "Muon.emerging", "Muon.dion", "NorMuon", "AdaMuon", "SOAP",
+    "SOAP.nvidia", "Shampoo", "Shampoo.production", "EShampoo", "EShampoo.meta_soap", "KLShampoo", "KLShampoo.soap",
+    "KLShampoo.meta", "KLShampoo.exact", "Adafactor", "Adafactor.torch", "Adafactor.optax", "Adafactor.timm",
+    "Adafactor.big_vision", "Adam", "Adam.torch_nadam", "Adam.optax_nadam", "Adam.keras", "Adam.keras_nadam",
+    "Adam.torch_radam", "RMSProp", "AdaGrad", "AdamW",
+)  # fmt: skip
+"""The forms of ``--forms``, of precond_ref_torch, and the yardstick."""
 
 
 def options(method: str, shape: Shape) -> dict[str, float]:
@@ -192,7 +202,7 @@ class TorchRun:
         adam = {"lr": adam_lr}
         groups = precond_ref_torch.param_groups_for(self.model, embedding=adam, head=adam, norm=adam)
         make: Any = precond_ref_torch
-        for name in METHODS[method][0].split("."):
+        for name in METHODS.get(method, (method,))[0].split("."):
             make = getattr(make, name)
         self.optimizer = make(groups, lr=lr, **options(method, shape))
 
@@ -360,14 +370,12 @@ def train(runs: list[Curves], data: Data, shape: Shape, seed: int, steps: int) -
         run.look(held_out)
 
 
-def tune(methods: list[str], data: Data, shape: Shape, steps: int) -> None:
+def tune(methods: list[str], data: Data, shape: Shape, steps: int, record: Path) -> None:
     """Search the rates by the rule of `precond_ref.compare`, in PyTorch, for AdamW first, and record all results."""
     setting = {**shape._asdict(), "steps": steps, "seed": TUNING_SEED, "framework": "torch", "dtype": "float32"}
-    old = json.loads(RATES.read_text(encoding="utf-8")) if RATES.exists() else {}
+    old = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     found = old["methods"] if old.get("setting") == setting and "AdamW" not in methods else {}
-    for method in ["AdamW", *(m for m in METHODS if m != "AdamW")]:
-        if method not in methods:
-            continue
+    for method in sorted(methods, key=lambda m: m != "AdamW"):
         if method != "AdamW" and "AdamW" not in found:
             raise typer.BadParameter("the rate of AdamW is needed first, at the same setting: --methods AdamW,...")
 
@@ -384,7 +392,7 @@ def tune(methods: list[str], data: Data, shape: Shape, steps: int) -> None:
         found[method] = search(measure)
         rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(found.items()))
         text = f'{{\n "setting": {json.dumps(setting)},\n "methods": {{\n{rows}\n }}\n}}\n'
-        RATES.write_text(text, encoding="utf-8")
+        record.write_text(text, encoding="utf-8")
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------
@@ -426,7 +434,10 @@ def table(runs: list[Curves]) -> Table:
 
 
 def figure(runs: list[Curves], entropy: float, heading: str) -> Any:
-    """Draw the validation losses, PyTorch's as lines and JAX's as circles on them, and the distance of the two."""
+    """Draw the validation losses, PyTorch's as lines and JAX's as circles on them, and the distance of the two.
+
+    All of up to 14 methods have a colour and a name; of more the best five, and the others are grey.
+    """
     from matplotlib.figure import Figure
 
     ranked = ranking(runs)
@@ -443,16 +454,26 @@ def figure(runs: list[Curves], entropy: float, heading: str) -> Any:
         "frequencies of the characters alone", (0.99, entropy), xycoords=("axes fraction", "data"),
         xytext=(0, -3), textcoords="offset points", ha="right", va="top", fontsize=8.5, color="0.4",
     )  # fmt: skip
+    named = len(ranked) if len(ranked) <= len(METHODS) else BEST
+    gap = min(0.09, 0.94 / named)
     for rank, found in enumerate(ranked):
-        colour, first = COLOURS[rank % len(COLOURS)], found[frameworks[0]]
+        colour, first = COLOURS[rank % len(COLOURS)] if rank < named else GREY, found[frameworks[0]]
         for name, run in found.items():
             circles = {"linestyle": "none", "marker": "o", "markersize": 4, "markerfacecolor": "none"}
-            style = circles if name == "jax" and len(found) == 2 else {"linewidth": 2.4 if rank == 0 else 1.5}
+            width = 2.4 if rank == 0 else 1.5 if rank < named else 0.8
+            style = circles if name == "jax" and len(found) == 2 else {"linewidth": width}
             axes.plot(*zip(*run.points, strict=True), color=colour, zorder=3 - rank / 10, **style)
+        if rank == named:
+            axes.annotate(
+                f"{len(ranked) - named} others in grey", xy=(1.06, 0.03 + gap * named), xycoords="axes fraction",
+                va="center", fontsize=9.5, color="0.4", annotation_clip=False,
+            )  # fmt: skip
+        if rank >= named:
+            continue
         axes.annotate(
             f"{rank + 1}  {first.method}  {first.validation_loss:.3f}",
             xy=(first.points[-1][0], min(max(first.validation_loss, low), high)),
-            xytext=(1.06, 0.03 + min(0.09, 0.94 / len(ranked)) * rank), textcoords="axes fraction", va="center",
+            xytext=(1.06, 0.03 + gap * rank), textcoords="axes fraction", va="center",
             fontsize=9.5, color=colour,
             fontweight="bold" if rank == 0 else "normal", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 1, "color": colour},
@@ -479,6 +500,7 @@ def figure(runs: list[Curves], entropy: float, heading: str) -> Any:
 def main(
     framework: Annotated[str, typer.Option(metavar="torch|jax|both")] = "both",
     methods: Annotated[str, typer.Option(metavar="NAME,...")] = ",".join(METHODS),
+    forms: Annotated[bool, typer.Option("--forms", help="Forms of 11 methods instead, in PyTorch.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="[default: 300; with --tune: 200]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="First weights and batches.")] = 0,
     dtype: Annotated[str, typer.Option(metavar="float32|float64")] = "float32",
@@ -487,8 +509,9 @@ def main(
     tune_rates: Annotated[bool, typer.Option("--tune", help="Search the rates and record them.")] = False,
 ) -> None:
     """Train a small character-level transformer with each method, in PyTorch and in JAX."""
-    names = [name.strip() for name in methods.split(",")]
-    if unknown := [name for name in names if name not in METHODS]:
+    names = list(FORMS) if forms else [name.strip() for name in methods.split(",")]
+    framework, record = ("torch", FORMS_RATES) if forms else (framework, RATES)
+    if unknown := [name for name in names if name not in METHODS and not forms]:
         raise typer.BadParameter(f"no method is called {', '.join(unknown)}; there are {', '.join(METHODS)}")
     if framework not in ("both", *FRAMEWORKS) or dtype not in ("float32", "float64"):
         raise typer.BadParameter(f"--framework {framework} or --dtype {dtype} is not one of those there are")
@@ -497,13 +520,13 @@ def main(
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     if tune_rates:
-        tune(names, data, shape, steps or 200)
+        tune(names, data, shape, steps or 200, record)
         return
     if dtype == "float64" and framework != "torch":
         import jax
 
         jax.config.update("jax_enable_x64", True)
-    recorded = json.loads(RATES.read_text(encoding="utf-8"))
+    recorded = json.loads(record.read_text(encoding="utf-8"))
     rates = {name: recorded["methods"][name]["lr"] for name in names}
     frameworks = list(FRAMEWORKS) if framework == "both" else [framework]
     runs = prepare(frameworks, rates, recorded["methods"]["AdamW"]["lr"], data, shape, seed, dtype)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from mutation import mutated
 
-from precond_ref.compare.rates import GRID, rate
+from precond_ref.compare.rates import GRID, LIMITS, rate
 
 torch = pytest.importorskip("torch", reason="the experiment needs PyTorch")
 jax = pytest.importorskip("jax", reason="the experiment needs JAX")
@@ -177,20 +177,21 @@ def test_learns_real_text() -> None:
 # ---- rates, table, figure, command ----------------------------------------------------------------------------------
 
 
-def check_record(record: dict[str, Any]) -> None:
+def check_record(record: dict[str, Any], methods: Any = example.METHODS) -> None:
     """Every method tried the common grid, and more until the best was not at an end; the best is recorded."""
     assert record["setting"]["seed"] != 0
     assert {**record["setting"], **example.Shape()._asdict()} == record["setting"]
-    assert set(record["methods"]) == set(example.METHODS)
+    assert set(record["methods"]) == set(methods)
     for entry in record["methods"].values():
         losses = [math.inf if loss is None else loss for (loss,) in entry["losses"]]
         assert set(map(rate, GRID)) <= set(entry["rates"])
         assert entry["lr"] == entry["rates"][losses.index(min(losses))]
-        assert entry["rates"][0] < entry["lr"] < entry["rates"][-1]
+        assert entry["rates"][0] < entry["lr"] < entry["rates"][-1] or entry["lr"] == rate(LIMITS[0])
 
 
 def test_rates_are_those_of_the_search() -> None:
     check_record(RECORD)
+    check_record(json.loads(example.FORMS_RATES.read_text(encoding="utf-8")), example.FORMS)
 
 
 def test_a_rate_that_is_not_the_best_is_seen() -> None:
@@ -201,12 +202,16 @@ def test_a_rate_that_is_not_the_best_is_seen() -> None:
         check_record(record)
 
 
-def test_published_table_is_of_the_recorded_rates() -> None:
-    text = (ROOT / "docs" / "images" / "tinyshakespeare.txt").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("name", "file", "frameworks"), [("tinyshakespeare", "RATES", 2), ("tinyshakespeare-forms", "FORMS_RATES", 1)]
+)
+def test_published_table_is_of_the_recorded_rates(name: str, file: str, frameworks: int) -> None:
+    methods = json.loads(getattr(example, file).read_text(encoding="utf-8"))["methods"]
+    text = (ROOT / "docs" / "images" / f"{name}.txt").read_text(encoding="utf-8")
     rows = re.findall(r"^ *(\d+) +(\S+) +(\S+) +(\S+) +(\S+)", text, re.M)
-    assert [int(row[0]) for row in rows] == list(range(1, len(RATES) + 1))
-    assert {row[1]: float(row[2]) for row in rows} == {name: float(f"{lr:.4g}") for name, lr in RATES.items()}
-    means = [float(row[3]) + float(row[4]) for row in rows]
+    assert [int(row[0]) for row in rows] == list(range(1, len(methods) + 1))
+    assert {row[1]: float(row[2]) for row in rows} == {n: float(f"{m['lr']:.4g}") for n, m in methods.items()}
+    means = [sum(map(float, row[3 : 3 + frameworks])) for row in rows]
     assert means == sorted(means)
 
 
