@@ -92,6 +92,19 @@ def test_what_begins_after_a_thousand_steps_is_seen_by_a_deep_check() -> None:
     assert ": step 1001 is off by " in report.failures[0].message
 
 
+@pytest.mark.full
+def test_a_ninth_parameter_that_is_lost_at_step_50_is_seen_by_a_deep_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = 't = int(state["step"])'
+    text = source("torch Adam")[0]
+    assert text.count(old) == 1
+    found: dict[str, Any] = {}
+    exec(text.replace(old, f"{old}; g = g * (number < 8 or t != 50)"), found)
+    monkeypatch.setattr(contract, "CHECKS", {"many": contract.CHECKS["many"]._replace(after=())})
+    assert check(wrap(found["Target"]), "Adam", diagnose=False).ok
+    report = check(wrap(found["Target"]), "Adam", diagnose=False, deep=True)
+    assert [r.id for r in report.failures] == ["contract/many"]
+
+
 def test_a_step_that_widens_single_precision_is_noted() -> None:
     said = "a parameter of float32 comes back as float64"
     text = source("numpy Adam")[0]
@@ -279,6 +292,19 @@ def test_what_a_nan_does_is_noted() -> None:
         report = check(wrap(found["Target"]), "Adam", diagnose=False)
         assert report.ok
         assert [n for n in report.notes if "NaN" in n] == [f"a NaN in the gradient {noted}"]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_nan_is_looked_for_where_the_second_update_moves(replaced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KL-Shampoo's average begins at its second update: there 0 in the place of a NaN looks like a skipped step."""
+
+    class Replacing(Reference):
+        def step(self, grads: Any) -> Any:
+            return super().step([np.nan_to_num(g, nan=0.0) if replaced else g for g in grads])
+
+    monkeypatch.setattr(contract, "CHECKS", {"nonfinite": contract.CHECKS["nonfinite"]._replace(after=())})
+    report = check(Replacing(), "KLShampoo", diagnose=False)
+    assert [r.id for r in report.failures] == ["contract/nonfinite"] * replaced
 
 
 def test_messages_say_where_and_what_to_look_for() -> None:

@@ -369,6 +369,7 @@ WRONG: dict[str, Wrong] = {
     "clamped at 1e6": Wrong(A, ADAM_G, ADAM_G + "; g = g.clamp(-1e6, 1e6)", "sizes"),
     "small eigenvalues dropped": Wrong(M, "np.maximum(w, 0)", "np.where(w > 1e-6 * w.max(), w, 1e30)", "sizes"),
     "norm above 100": Wrong(M, "g = grad", "g = grad / max(1, np.linalg.norm(grad) / 100)", "sizes"),
+    "half precision ends at 65504": Wrong(M, "g = grad", "g = np.clip(grad, -65504, 65504)", "sizes"),
     "small entries zeroed": Wrong(N, NUMPY_T,
         "grad = np.where(np.abs(grad) < 1e-6, 0, grad); t, m, v = t + 1,", "sizes"),
     "clamped at 5": Wrong(A, ADAM_G, ADAM_G + "; g = g.clamp(-5, 5)", "sizes"),

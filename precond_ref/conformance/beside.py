@@ -487,10 +487,16 @@ KINDS: Mapping[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
     "tiny gradients (1e-8)": (lambda g: 1e-8 * g, "a threshold below which entries are zero, or an eps of its own"),
     "minute gradients (1e-14)": (lambda g: 1e-14 * g, "a threshold below which gradients or norms count as zero"),
     "large gradients": (lambda g: 1e3 * g, "a clamp, or a norm above which gradients are scaled"),
+    "huge gradients (3e5)": (lambda g: 3e5 * g, "a clamp, or half precision, whose numbers end at 65504"),
     "gradients of entries from 1e-7 to 1e2": (_mixed, "a threshold below which entries count as zero"),
     "gradients of singular values from 1 to 1e-5": (_spread, "eigenvalues that are dropped where they are small"),
     "sparse gradients": (_sparse, "entries or rows of zeros that are treated apart"),
 }  # fmt: skip
+
+
+def _ridged(method: Method) -> bool:
+    """Return whether rounding of huge statistics, above the ridge, meets gradients outside of their range."""
+    return getattr(method, "every", 1) > 1 or hasattr(method, "damping")
 
 
 def sizes(trial: Trial) -> str:
@@ -502,7 +508,10 @@ def sizes(trial: Trial) -> str:
                 : 2 - trial.slow
             ]:
                 for what, (make, likely) in KINDS.items():
-                    if what.startswith("sparse") and type(case.make()).__name__ == "EShampoo":
+                    own = case.make()
+                    if what.startswith("huge") and (own.elementwise or trial.dtype != "float64" or _ridged(own)):
+                        continue  # `large` has 1e7 for elementwise methods
+                    if what.startswith("sparse") and type(own).__name__ == "EShampoo":
                         make = _asleep  # the basis of a larger null space is the eigensolver's choice
                     grads = np.stack([make(g) for g in random(k, 4, *shape)])
                     if what.startswith("large"):
@@ -620,11 +629,11 @@ def many(trial: Trial) -> str:
 
     def plans() -> Iterator[Plan]:
         case = chosen(trial)[0]
-        found = _shapes(trial, case, [case.shape, *BASE.get(len(case.shape), ())])
+        found, steps = _shapes(trial, case, [case.shape, *BASE.get(len(case.shape), ())]), 64 if trial.deep else 4
         take = [found[i % len(found)] for i in range(14)] if found else [case.shape] * 14
         yield Plan(f"fourteen parameters, with the hyperparameters of {case.id}", results.config_of(case),
                    [random(i, *s) for i, s in enumerate(take)],
-                   [[*random(i + 14, 4, *s)] for i, s in enumerate(take)], "look for what they share")  # fmt: skip
+                   [[*random(i + 14, steps, *s)] for i, s in enumerate(take)], "look for what they share")  # fmt: skip
 
     try:
         return first_fault(trial, plans())

@@ -308,10 +308,11 @@ def absent(trial: Trial) -> str:
 
 
 def nonfinite(trial: Trial) -> str:
-    """A NaN in the second step of the second of three parameters."""
+    """A NaN in the third step, which is the second that moves, of the second of three parameters."""
     part = trial.together[0]
     grads = np.ones_like(part.grads)
-    grads[1:2] = np.nan
+    at = min(2, len(grads) - 1)
+    grads[at] = np.nan
     parts = [part, replace(part, grads=grads, alone=None), trial.mirrored]
     try:
         seen = trial.played(parts)
@@ -320,7 +321,7 @@ def nonfinite(trial: Trial) -> str:
         return ""
     if any(not p.gap(s, trial.dtype) <= 1 for p, s in zip(parts[::2], seen[::2], strict=True)):
         return "a NaN in one parameter's gradient changes another parameter"
-    (before, after), last = seen[1][1:3], seen[1][-1]
+    (before, after), last = seen[1][at : at + 2], seen[1][-1]
     policy = (
         "comes out as NaN" if np.isnan(after).all()
         else "skips the step of its parameter" + ", which is NaN in a later step" * bool(np.isnan(last).any())
