@@ -555,8 +555,10 @@ CHECKS: Mapping[str, Check] = {
         right=True),
     "shapes": Check("large and long parameters are right", "must", beside.shapes, 1, ("inputs", "axes"), right=True),
     "sizes": Check("gradients of any size are right", "must", beside.sizes, 1, "inputs", right=True),
-    "bursts": Check("so are gradients that grow at once", "must", beside.bursts, 2, ("sizes", "long-run"), right=True),
     "values": Check("hyperparameters of other values are right", "must", beside.values, 1, "inputs", right=True),
+    "bursts": Check(
+        "so are gradients that grow at once", "must", beside.bursts, 2, ("sizes", "long-run", "values"), right=True
+    ),
     "many": Check("many parameters are right", "must", beside.many, 1, ("independent", "inputs"), right=True),
     "schedule": Check("values that change during the run are used", "must", beside.schedule, 2, "inputs", right=True),
     "group-values": Check("each group has its own values", "must", beside.group_values, 1, ("groups", "schedule"),
