@@ -67,7 +67,7 @@ RIDGES, LARGE = ("eps", "damping", "delta"), 2.75
 FORGETS, KEEPS = 2.0**-5, 1 - 2.0**-9
 """Small and large weights of the old in an average: with both, a step may be many times as long as usual."""
 RIDGE = 2.0**-40
-"""An eps that hides no limit of an eigenvalue or of a root."""
+"""A ridge that hides no limit of an eigenvalue or of a root."""
 OWN_LIMITS = ("clip", "clamp", "rms")
 """Fields that limit or fix the length of a step, or an eigenvalue, and may be None."""
 WAITS, LOUD, ASLEEP = {False: 40, True: 256}, 2.0**10, 2.0**-30
@@ -534,15 +534,15 @@ def _varied(trial: Trial) -> set[str]:
 def _forgetting(case: Case, names: set[str]) -> Iterator[tuple[str, dict[str, float | None]]]:
     """Yield values for the weights of the old in averages: one of them small and the others near 1, and the reverse.
 
-    With them the method's own limits are off, and once more with a small eps if it is added to the roots of entries.
+    With them the method's own limits are off, and once more with a small ridge if entries or their roots have it.
     """
     method = case.make()
     given = {name: case.config.get(name, getattr(method, name)) for name in method.symbols if name in names}
     off: dict[str, float | None] = {name: None for name in OWN_LIMITS if isinstance(given.get(name), (int, float))}
     weights = [name for name in given if re.search("beta|momentum", name)]
     weights = [name for name in weights if isinstance(given[name], float) and 0 <= given[name] < 1]
-    apart = method.elementwise or type(method).__name__ in BASES
-    small: dict[str, float | None] = {"eps": RIDGE} if apart and given.get("eps", 0) > RIDGE else {}
+    ridges = RIDGES if type(method).__name__ in BASES else ("eps",) if method.elementwise else ()
+    small: dict[str, float | None] = {name: RIDGE for name in ridges if given.get(name, 0) > RIDGE}
     for one, others, more in ((FORGETS, KEEPS, {}), (KEEPS, FORGETS, {}), (FORGETS, KEEPS, small))[: 2 + bool(small)]:
         for name in weights[: None if len(weights) > 1 else 1]:
             fields = off | more | {other: one if other == name else others for other in weights}
