@@ -5,6 +5,7 @@ Both are made from the method's own ``update``; neither knows its mathematics.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -145,6 +146,10 @@ POINTWISE = {
     "neg", "pow", "reciprocal", "rsqrt", "sign", "sqrt", "square", "sub", "where",
 }  # fmt: skip
 """Operations of a tape: entry i of the result depends on entry i of the arguments, and ``out`` may be one of them."""
+ARITHMETIC: dict[Callable[..., Tensor], Callable[..., float]] = {
+    torch.add: operator.add, torch.sub: operator.sub, torch.mul: operator.mul, torch.neg: operator.neg,
+}  # fmt: skip
+"""Operations on numbers that Python rounds like float64 tensors, without an error for any number."""
 SAMPLE = 3
 """Entries of the arrays that a tape is recorded with."""
 
@@ -192,7 +197,7 @@ class Tape:
 
     A state that is read by its own average alone is written in place, in one call with a mark: a tape that was
     interrupted and is called again leaves it out. Other results lie until the next call in kept memory, with as many
-    arrays as are in use at a time. Numbers that depend on the step are 0-D float64 tensors, which round like Python's.
+    arrays as are in use at a time. Numbers that depend on the step are Python's until a call needs them.
     """
 
     def __init__(self, method: Method, template: Any, dtype: torch.dtype, device: torch.device) -> None:
@@ -210,6 +215,8 @@ class Tape:
         self.scalars: Any = self  # no step's
         self.fixed: list[Any] = []
         """The values after the inputs: the step's numbers, results from these alone, and constants."""
+        self.real: set[int] = set()
+        """The places of numbers that stand for 0-D float64 tensors."""
         self.numbers: list[Any] = []
         """The same in the dtype of the arrays, so that no call converts them."""
         self.marks = 0
@@ -229,7 +236,7 @@ class Tape:
         """Give every argument and result a slot; ValueError for an operation that a tape cannot repeat."""
         places: dict[int, Any] = {id(tensor): ("input", i) for i, tensor in enumerate(inputs)}
         places |= {id(tensor): ("fixed", i) for i, tensor in enumerate(numbers)}
-        self.fixed = list(numbers)
+        self.fixed, self.real = list(numbers), set(range(len(numbers)))
         same: dict[int, int] = {}  # of a copy: nothing is written but what is kept, so that the original will do
         last: dict[int, int] = {}
         for at, (func, args, _, result) in enumerate(calls):
@@ -246,7 +253,8 @@ class Tape:
                     raise ValueError("a tensor from elsewhere")
                 return places[same.get(id(value), id(value))]
             if function in ("add", "div", "mul", "sub") and isinstance(value, (int, float)):
-                value = torch.tensor(float(value), dtype=torch.float64, device=self.device)  # half the time of a number
+                value = float(value)
+                self.real.add(len(self.fixed))  # a tensor takes half the time of a number
             self.fixed.append(value)
             return "fixed", len(self.fixed) - 1
 
@@ -254,8 +262,8 @@ class Tape:
         for at, (func, args, kwargs, result) in enumerate(calls):
             name = func.overloadpacket.__name__
             if not any(isinstance(value, Tensor) for value in args) and result.shape == ():  # a constant
-                self.fixed.append(result)
-                places[id(result)] = "fixed", len(self.fixed) - 1
+                places[id(result)] = "fixed", len(self.fixed)
+                self._fix(result)
                 continue
             if id(result) in same:
                 continue
@@ -337,19 +345,38 @@ class Tape:
     def _renew(self, scalars: Any) -> None:
         """Take the numbers of another step."""
         first, self.scalars = not self.numbers, self
-        made = torch.tensor(scalars, dtype=torch.float64, device=self.device).unbind()
-        self.fixed[: len(made)] = made
-        changed = list(range(len(self.fixed) if first else len(made)))
+        self.fixed[: len(scalars)] = map(float, scalars)
+        changed = list(range(len(self.fixed) if first else len(scalars)))
         for function, slots, options, slot, _ in self.once:
-            self.fixed[slot - self.inputs] = function(*[self.fixed[i - self.inputs] for i in slots], **options)
+            places = [i - self.inputs for i in slots]
+            if function in ARITHMETIC and not options and self.real.issuperset(places):
+                self.fixed[slot - self.inputs] = ARITHMETIC[function](*[self.fixed[i] for i in places])
+                self.real.add(slot - self.inputs)
+            else:
+                self._fix(function(*[self._tensor(i) for i in places], **options), slot - self.inputs)
             changed += [] if first else [slot - self.inputs]
         numbers = list(self.fixed) if first else self.numbers
-        wide = [i for i in changed if isinstance(self.fixed[i], Tensor) and self.fixed[i].dtype == torch.float64]
-        if wide:  # in one conversion
-            narrow = torch.stack([self.fixed[i] for i in wide]).to(self.dtype).unbind()
-            for i, value in zip(wide, narrow, strict=True):
+        for i in changed:
+            numbers[i] = self.fixed[i]
+        real = [i for i in changed if i in self.real]
+        if real:  # in one conversion
+            narrow = torch.tensor([self.fixed[i] for i in real], dtype=torch.float64, device=self.device)
+            for i, value in zip(real, narrow.to(self.dtype).unbind(), strict=True):
                 numbers[i] = value
         self.numbers, self.scalars = numbers, scalars
+
+    def _fix(self, value: Tensor, at: int | None = None) -> None:
+        """Keep a 0-D tensor at a place, by default at a new one."""
+        if at is None:
+            self.fixed.append(None)
+            at = len(self.fixed) - 1
+        if value.dtype == torch.float64:
+            self.real.add(at)
+        self.fixed[at] = value.item() if value.dtype == torch.float64 else value
+
+    def _tensor(self, at: int) -> Any:
+        value = self.fixed[at]
+        return torch.tensor(value, dtype=torch.float64, device=self.device) if at in self.real else value
 
     def _room(self, n: int) -> list[Tensor]:
         whole = self.kept.get(max(self.kept, default=0))
