@@ -606,9 +606,10 @@ def test_planted_bug_in_the_rounding_is_caught(old: str, new: str) -> None:
 
 
 def check_rounding(module: Any) -> None:
-    """PyTorch's own bfloat16, down to where it ends."""
+    """PyTorch's own bfloat16, down to where it ends, and halfway between two numbers."""
     rng = np.random.default_rng(2)
     x = rng.standard_normal(3000) * 2.0 ** np.repeat([0, -128, -140], 1000)
+    x = np.concatenate([x, np.arange(257, 511, 2) / 256])
     for dtype in (np.float64, np.float32):
         rounded = module._rounding(x.astype(dtype), "bfloat16", np)(x.astype(dtype))
         want = torch.tensor(x.astype(dtype)).to(torch.bfloat16).to(torch.float64).numpy()
@@ -619,7 +620,9 @@ def test_bfloat16_has_eight_digits() -> None:
     check_rounding(orthogonal)
 
 
-@pytest.mark.parametrize(("old", "new"), [("(digits - 134)", "(digits - 133)"), ("< 2.0**-126", "< 0")])
+@pytest.mark.parametrize(
+    ("old", "new"), [("(digits - 134)", "(digits - 133)"), ("< 2.0**-126", "< 0"), (") + 1.0, 1.5", ") + 2.0, 1.5")]
+)
 def test_planted_bugs_where_bfloat16_ends(old: str, new: str) -> None:
     with pytest.raises(AssertionError):
         check_rounding(mutated(orthogonal, (old, new)))

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from array_api_compat import array_namespace
 from helpers import distance as gap
 from mutation import check_vectors, mutated
 
 import precond_ref as pr
 from precond_ref.methods import online_sketches, sketchy
+from precond_ref.numerics import sketch
 from precond_ref.problems import load_libsvm
 
 U = 2.0**-53
@@ -271,6 +273,25 @@ def check_diagnosed(lib: Any) -> None:
     found = method.diagnose(method.update(g, method.init(g), g)[1])
     assert [len(found.certificate), len(found.kappa)] == [1, 1]
     assert np.isfinite(found.certificate[0])
+
+
+def check_nothing_yet(lib: Any) -> None:
+    """Gradients of zeros, before any other, leave a sketch of zeros by each solver, and make no step."""
+    for solver in lib.SOLVERS:
+        nothing = lib.Sketch(np.zeros((4, 2)), np.zeros(2), np.zeros(()))
+        zero = lib.update(nothing, np.zeros((1, 4)), solver=solver, xp=array_namespace(np.zeros(1)))
+        assert not any(np.any(x != 0) for x in (zero.eigenvalues, zero.escaped))
+        method = pr.SAdaGrad(size=2, solver=solver)
+        assert np.array_equal(run(method, np.zeros((2, 4))), np.zeros((2, 4)))
+
+
+def test_nothing_yet() -> None:
+    check_nothing_yet(sketch)
+
+
+def test_a_planted_bug_of_zeros_is_caught() -> None:
+    with pytest.raises(AssertionError), np.errstate(all="ignore"):
+        check_nothing_yet(mutated(sketch, ("xp.where(finite & (peak > 0), peak, 1.0)", "xp.where(finite, peak, 1.0)")))
 
 
 def test_diagnosed() -> None:
