@@ -94,7 +94,7 @@ def test_steps_of_one_race_and_its_pyperf_file(tmp_path: Path) -> None:
     result = run_bench("--smoke", "--rounds", "3", "--only", "ASGO, torch, matrices", "--output", str(file), "--json")
     assert result.exit_code == 0, result.output
     (race,) = json.loads(result.stdout)["results"]
-    assert [c["name"] for c in race["contenders"]] == ["ASGO", "ASGO, bare"]
+    assert [c["name"] for c in race["contenders"]] == ["ASGO", "ASGO, by hand", "ASGO, bare"]
     written = pyperf.BenchmarkSuite.load(str(file))
     for contender, benchmark in zip(race["contenders"], written.get_benchmarks(), strict=True):
         assert contender["error"] is None
