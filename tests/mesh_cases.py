@@ -446,7 +446,8 @@ def agreement(place: Place, silent: bool = False) -> list[tuple[str, str]]:
     with place.world(4):
         if silent:
             optimizer.Optimizer._agree = _alone  # type: ignore[method-assign]
-        for name, rank in (("norm.bias", 1), ("up.weight", 2), ("rate", 3), ("sparse", 0)):
+        mistakes = ("norm.bias", 1), ("up.weight", 2), ("rate", 3), ("sparse", 0), ("no rate", 0), ("plain", 0)
+        for name, rank in mistakes:
             if silent and name != "norm.bias":  # without agreement these wait for ever, or end the process
                 continue
             model = spread("FSDP2", 4)
@@ -463,6 +464,10 @@ def agreement(place: Place, silent: bool = False) -> list[tuple[str, str]]:
                 opt.param_groups[0]["lr"] = 0.25
             if place.rank == rank and name == "sparse":
                 opt.param_groups[0]["maximize"] = "yes"
+            if place.rank == rank and name == "no rate":
+                opt.param_groups[0]["lr"] = None
+            if place.rank == rank and name == "plain":
+                named["up.weight"].grad = rows[1]["up.weight"]
             try:
                 opt.step()
                 message = ""

@@ -58,18 +58,18 @@ def _product(shape: tuple[int, ...]) -> int:
 
 def check_any_method(run: Any) -> None:
     """A class of a file in this folder is timed beside AdamW, at steps that belong together."""
-    result = run("--method", "mine:Mine(every=3)", "--smoke", "--rounds", "2", "--json", "--only", "matrices")
+    result = run("--method", "timed_here:Mine(every=3)", "--smoke", "--rounds", "2", "--json", "--only", "matrices")
     assert result.exit_code == 0, result.output
     (race,) = json.loads(result.stdout)["results"]
     names = [row["name"] for row in race["contenders"]]
-    assert names == ["torch AdamW foreach", "mine:Mine(every=3)"]
+    assert names == ["torch AdamW foreach", "timed_here:Mine(every=3)"]
     assert all(len(row["seconds_per_step"]) == 2 for row in race["contenders"])
 
 
 @pytest.mark.full
 def test_any_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text("import precond_ref\n\nclass Mine(precond_ref.ASGO):\n    pass\n")
+    Path("timed_here.py").write_text("import precond_ref\n\nclass Mine(precond_ref.ASGO):\n    pass\n")
     check_any_method(run_bench)
     with pytest.raises(AssertionError):  # a command that leaves its method out
         check_any_method(lambda _, name, *others: run_bench("--method", "ASGO", *others))

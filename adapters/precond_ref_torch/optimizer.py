@@ -325,10 +325,16 @@ class Optimizer(torch.optim.Optimizer):
         parameter may lack. Return True if matrices travel (``travels``) on one of the ranks. It is a collective.
         """
         if teams := self._all_teams():
-            words = words or (lambda mesh: repr(seen(mesh)))
-            wrong, travels = self._everyone().ask(teams, refusal is not None, travels, words)
+            texts, rows = {}, {}
+            for team in teams:
+                try:
+                    texts[team.mesh] = words(team.mesh) if words else repr(seen(team.mesh))
+                except Exception as error:  # the others wait for this rank's part
+                    refusal, texts[team.mesh] = refusal or error, ""
+            wrong, travels = self._everyone().ask(teams, refusal is not None, travels, texts.__getitem__)
             if wrong:
-                rows = {sharding.place_of(team.mesh): seen(team.mesh) for team in teams}
+                if refusal is None:
+                    rows = {sharding.place_of(team.mesh): seen(team.mesh) for team in teams}
                 told = self._everyone().told(teams, (repr(refusal) if refusal else "", rows))
                 refusal = refusal or ValueError(_difference(told, *what))
         if refusal is not None:
@@ -468,6 +474,12 @@ class Optimizer(torch.optim.Optimizer):
             for index, group in enumerate(self.param_groups)
             for bucket in self._buckets(index, group, active[index])
         ]
+        for param in [p for _, bucket in found if bucket.sharded for p in bucket.all_params]:
+            if not sharding.is_sharded(param.grad):
+                raise TypeError(
+                    f"the gradient of a sharded parameter of size {list(param.shape)} must be a DTensor, got "
+                    f"{type(param.grad).__name__}"
+                )
         if not statistics:
             return found, [None] * len(found)
         given = [bucket.statistic(statistics) for _, bucket in found]
