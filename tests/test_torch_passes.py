@@ -109,6 +109,20 @@ class Choosy(pr.SGD):
         return (direction if bool(grad[0] > 0) else 2 * direction), state
 
 
+class Still(pr.SGD):
+    """Computes nothing, and keeps its state."""
+
+    def step(self, grad: Any, state: Any, param: Any, now: Any) -> Any:
+        return grad, state._replace(step=now.step)
+
+
+def test_a_tape_without_a_call() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    pt.Optimizer([param], Still(momentum=0.5), lr=0.5).step()
+    assert param.tolist() == [0.5] * 3
+
+
 @pytest.mark.parametrize("cls", [Mean, Choosy])
 def test_what_no_tape_can_repeat(cls: Any) -> None:
     method = cls()

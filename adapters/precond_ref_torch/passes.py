@@ -307,10 +307,10 @@ class Tape:
         ]
         averages = set()
         for old, new in zip(inputs[1:-1], results[1:], strict=True):
-            at = made.get(id(new), 0)
-            func, args, _, result = calls[at]
-            if result is new and func is torch.ops.aten.lerp.Scalar and args[0] is old and reads.count(id(old)) == 1:
-                averages.add(at)
+            if id(new) in made:
+                func, args, _, _ = calls[made[id(new)]]
+                if func is torch.ops.aten.lerp.Scalar and args[0] is old and reads.count(id(old)) == 1:
+                    averages.add(made[id(new)])
         return averages
 
     def start(self, marks: Marks, piece: Any) -> bool:
