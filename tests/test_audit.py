@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import math
+import os
 import re
+import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from mutation import mutated
+from typer.testing import CliRunner
 
+from precond_ref.cli import application
 from precond_ref.conformance import check, wrap
 
 ROOT = Path(__file__).parents[1]
@@ -151,6 +158,88 @@ def test_releases_are_found_by_bisection(monkeypatch: pytest.MonkeyPatch, tmp_pa
         found = audit.audit(target, tmp_path, tmp_path)
         assert found.since == (older[last - 1] if last > 0 else target.version)
         assert len(tried) <= 6
+
+
+@pytest.mark.full
+def test_a_check_that_saw_little_is_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of most cases skipped, the command's exit code is 4."""
+    pytest.importorskip("torch")
+    (target,) = (t for t in TARGETS if t.make.__name__ == "torch_radam")
+    codes = []
+
+    def in_this_process(command: list[Any], **_: Any) -> Any:
+        done = CliRunner().invoke(application(), [str(part) for part in command[1:]])
+        codes.append(done.exit_code)
+        return subprocess.CompletedProcess(command, done.exit_code, done.output, "")
+
+    monkeypatch.chdir(ROOT / "benchmarks")
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    report = audit.checked(target, Path(sys.executable).parent, None)
+    assert report is not None
+    assert audit.Verdict(target, report).cells[4:6] == ("1 of 1", "1 of 1")
+    assert mutated(audit.ask, ("(0, 1, 3, 4)", "(0, 1, 3)"))(target.command.split(), Path()) is None
+    assert codes == [4, 4]
+
+
+def test_a_release_of_torch_is_its_optim_beside_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (target,) = (t for t in TARGETS if t.make.__name__ == "torch_sgd")
+    run, files = subprocess.run, {"__init__": "", "optim/__init__": "FROM = '{}'", "other": "FROM = '{}'"}
+    for name, text in files.items():
+        file = tmp_path / "here" / "torch" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text.format("here"), encoding="utf-8")
+
+    def download(command: list[Any], **_: Any) -> Any:
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "torch-2.1.2-cp311-none-macosx_11_0_arm64.whl", "w") as wheel:
+            for name, text in files.items():
+                wheel.writestr(f"torch/{name}.py", text.format(command[-1]))
+        return subprocess.CompletedProcess(command, 0)
+
+    def said(release: Callable[..., Any], name: str) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "run", download)
+            home = release(target, "2.1.2", tmp_path, tmp_path / name, tmp_path)
+        assert not (home / "torch_files" / "other.py").exists()
+        path = os.pathsep.join(map(str, (home, tmp_path / "here")))
+        code = "import torch.optim, torch.other; print(torch.optim.FROM, torch.other.FROM)"
+        return run([sys.executable, "-c", code], env={"PYTHONPATH": path}, capture_output=True, text=True).stdout
+
+    assert said(audit.release, "right") == "torch==2.1.2 here\n"
+    planted = mutated(audit.release, ("OPTIM,", "OPTIM.replace('\"torch.optim\"', '\"torch.optimizer\"'),"))
+    assert said(planted, "planted") == "here here\n"
+
+
+def test_commits_are_those_that_changed_code(tmp_path: Path) -> None:
+    clone, commits = tmp_path / "SOAP", []
+
+    def git(*arguments: str, day: str = "") -> str:
+        dates = {"GIT_AUTHOR_DATE": f"{day}T12:00", "GIT_COMMITTER_DATE": f"{day}T12:00"} if day else {}
+        names = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        command = ["git", "-C", str(clone), *arguments]
+        return subprocess.run(command, env={**os.environ, **names, **dates}, capture_output=True, text=True).stdout
+
+    clone.mkdir()
+    git("init", "--quiet")
+    for day, file in (("2022-01-01", "a.py"), ("2024-01-01", "a.py"), ("2024-02-01", "README"), ("2024-03-01", "a.py")):
+        (clone / file).write_text(day, encoding="utf-8")
+        (clone / "registry.py").write_text("def register[T: type](cls: T) -> T:\n    return cls\n", encoding="utf-8")
+        git("add", ".")
+        git("commit", "--quiet", "-m", day, day=day)
+        commits.append(git("rev-parse", "--short=7", "HEAD").strip())
+    (soap,) = (t for t in TARGETS if t.make.__name__ == "soap_authors")
+    target = dataclasses.replace(soap, requires=(f"nikhilvyas/SOAP=={commits[-1]}", *soap.requires[1:]))
+    wanted = [f"{commits[1]} of 2024-01-01"]
+    assert audit.versions(target, tmp_path, tmp_path) == wanted
+    assert mutated(audit.versions, (', "--", "*.py"', ""))(target, tmp_path, tmp_path) != wanted
+    assert mutated(audit.versions, (".splitlines()[1:]", ".splitlines()"))(target, tmp_path, tmp_path) != wanted
+    home = audit.release(target, wanted[0], tmp_path, tmp_path, tmp_path)
+    assert home == tmp_path / f"SOAP-{commits[1]}"
+    assert (home / "a.py").read_text(encoding="utf-8") == "2024-01-01"
+    compile((home / "registry.py").read_text(encoding="utf-8"), "registry", "exec", dont_inherit=True)
+    assert "T = type" in (home / "registry.py").read_text(encoding="utf-8")
+    planted = mutated(audit.source, ('"--detach", home, version', '"--detach", home'), ("{version}", "{version}-"))
+    assert (planted(target, commits[1], tmp_path) / "a.py").read_text(encoding="utf-8") == "2024-03-01"
 
 
 def test_what_differs_is_in_the_section() -> None:
