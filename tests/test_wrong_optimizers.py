@@ -294,6 +294,18 @@ def test_what_a_nan_does_is_noted() -> None:
         assert [n for n in report.notes if "NaN" in n] == [f"a NaN in the gradient {noted}"]
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_nan_that_stops_its_parameter_for_ever_is_a_failure(hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
+    start = "u = np.nan_to_num(u); " * hidden
+    exec(source("numpy Adam")[0].replace("return (1 - lr", f"{start}return (1 - lr"), found)
+    monkeypatch.setattr(contract, "CHECKS", {"nonfinite": contract.CHECKS["nonfinite"]._replace(after=())})
+    report = check(wrap(found["Target"]), "Adam", diagnose=False)
+    assert [(r.id, "stops its parameter for ever" in r.message) for r in report.failures] == [
+        ("contract/nonfinite", True)
+    ] * hidden
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_nan_is_looked_for_where_the_second_update_moves(replaced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """KL-Shampoo's average begins at its second update: there 0 in the place of a NaN looks like a skipped step."""

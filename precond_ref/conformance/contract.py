@@ -331,6 +331,8 @@ def nonfinite(trial: Trial) -> str:
     )  # fmt: skip
     if not policy:
         return "a NaN in the gradient is replaced: the parameter makes a finite step, and nobody hears of it"
+    if at + 1 < len(grads) and (seen[1][at:] == after).all():
+        return "a NaN in the gradient stops its parameter for ever, and nobody hears of it"
     trial.report.notes.append(f"a NaN in the gradient {policy}")
     return ""
 
