@@ -41,7 +41,7 @@ def replayed_unless_far(run: Any, flags: frozenset[str], dtype: str, steps: int)
         key = (run.case.id, flags)
         if key not in firsts:
             given = {"lr": run.case.lr, "decay": run.case.decay, "stack_ndim": run.case.stack_ndim, "flags": flags}
-            trace = replay(run.case.make(), run.tensors["param"], run.tensors["grads"][:1], **given)
+            trace = replay(run.method, run.tensors["param"], run.tensors["grads"][:1], **given)
             firsts[key] = trace.params.ravel()
         start, mine, theirs = run.params[0].ravel(), firsts[key], run.params[1].ravel()
         scale = tolerance.of_update(tolerance.of_case(run.case, dtype, 1), dtype, start, mine)

@@ -208,12 +208,39 @@ NAMED: dict[str, tuple[str, str, Callable[[], Any]]] = {
     "eigenvalues not clipped at 0": ("Shampoo", "unclipped", lambda: wrap(unclipped_shampoo)),
     "0/0 of a row of zeros": ("Adafactor", "zero-nan", lambda: wrap(row_adafactor)),
     "the first root for ever": ("Shampoo", "every-once", lambda: Bent(lambda m: m.replace(every=10**6))),
+    "decay in the gradient left out": (
+        "EShampoo",
+        "l2-ignored",
+        lambda: Bent(lambda m: m.replace(weight_decay=0.0) if m.decay_form == "l2" else m),
+    ),
+    "merged up to the limit that the subject got": ("EShampoo", "target-ignored", lambda: Variant({"target-ignored"})),
+    "weights of Nesterov's form exchanged": (
+        "Muon", "nesterov-exchanged", lambda: wrap(nesterov_muon(lambda mu: (mu, 1 - mu))),
+    ),
+    "the average not weighted in Nesterov's form": (
+        "Muon", "nesterov-whole", lambda: wrap(nesterov_muon(lambda mu: (1 - mu, 1))),
+    ),
     "stale from the second step on": (
         "ASGO.theory",
         "statistic-late",
         lambda: wrap(late_asgo),
     ),
 }  # fmt: skip
+
+
+def nesterov_muon(weights):
+    """Exact Muon with these weights of the gradient and the average in Nesterov's form."""
+
+    def muon(param, grad, state, *, lr, momentum, nesterov, rms, weight_decay, root="newton_schulz"):
+        if root != "svd":
+            raise NotImplementedError(root)
+        m = momentum * (0 if state is None else state) + (1 - momentum) * grad
+        a, b = weights(momentum)
+        u, s, vt = np.linalg.svd(a * grad + b * m if nesterov else m, full_matrices=False)
+        o = (u * (s > 1e-13 * s.max())) @ vt
+        return (1 - lr * weight_decay) * param - lr * o * (1 if rms is None else rms * max(o.shape) ** 0.5), m
+
+    return muon
 
 
 def names(report: results.Report) -> list[tuple[str, ...]]:

@@ -369,7 +369,7 @@ def _trace(run: Replay, flags: frozenset[str], steps: int) -> np.ndarray:
     """Return the parameters (steps, members, *shape) of a variant on the first ``steps`` gradients of a run."""
     case, grads = run.case, run.tensors["grads"][:steps]
     trace = variants.run(
-        case.make(),
+        run.method,
         run.tensors["param"],
         grads,
         lr=case.rates[:steps],

@@ -86,6 +86,11 @@ class Replay:
     params: np.ndarray
     states: list[list[dict[str, np.ndarray]]] = field(default_factory=list)
 
+    @cached_property
+    def method(self) -> Method:
+        """The method with the fields that the subject got, in which `LIMITS` may be above those of the case."""
+        return config_of(self.case).method
+
 
 @dataclass
 class Report:

@@ -63,6 +63,8 @@ AVERAGE = {
     "nesterov-always": "with Nesterov's form, asked for or not",
     "nesterov-stored": "with Nesterov's look-ahead kept as the momentum",
     "nesterov-mixed": "with G + momentum M_t, M_t an average, as Nesterov's form (G not weighted by 1 - momentum)",
+    "nesterov-exchanged": "with the two weights of Nesterov's form exchanged",
+    "nesterov-whole": "with (1 - momentum) G + M_t, M_t an average, as Nesterov's form (M_t not weighted by momentum)",
     "nesterov-corrected": "with M_t / (1 - momentum^(t+1)) and G / (1 - momentum^t) in Nesterov's form, as in optax",
     "nesterov-added": "with G + M_t as Nesterov's form, as in HeavyBall",
     "nesterov-weighted": "with Nesterov's form on the average instead of G + M_t",
@@ -389,6 +391,10 @@ def averages(config: Mapping[str, Any], layout: Layout, flags: frozenset[str]) -
             n = new + m
         elif "nesterov-mixed" in flags:
             n = new + mu * m
+        elif "nesterov-exchanged" in flags:
+            n = mu * new / c1 + weight * m / c2
+        elif "nesterov-whole" in flags and not total:
+            n = weight * new / c1 + m / c2
         else:
             n = weight * new / c1 + mu * m / c2
         m = n if "nesterov-stored" in flags else m
@@ -539,7 +545,7 @@ EXCLUSIVE = (
     frozenset({"momentum-ignored", "momentum-seeded"}),
     frozenset({"momentum-ignored", "average", "sum"}),
     frozenset({"momentum-ignored", "nesterov-ignored", "nesterov-mixed", "nesterov-corrected", "nesterov-added",
-               "nesterov-weighted"}),
+               "nesterov-weighted", "nesterov-exchanged", "nesterov-whole"}),
     *rivals({"momentum-ignored"}, {"nesterov-always", "momentum-of-orthogonal"}),
     *rivals({"nesterov-stored"}, {"momentum-ignored", "nesterov-ignored"}),
     *rivals({"momentum-ignored"}, {"correction-ignored", "correction-same"}),

@@ -60,6 +60,7 @@ SHARED_FLAGS = {
     "alpha-after": "with weight decay after the momentum",
     "alpha-ignored": "without weight decay",
     "alpha-coupled": "with weight decay added to the gradient, asked for or not",
+    "l2-ignored": "without weight decay where it joins the gradient",
     "l2-unseen": "with a decayed gradient that the statistics do not see",
     "momentum-before": "with momentum on F, before preconditioning and grafting",
     "momentum-ignored": "without momentum",
@@ -121,7 +122,8 @@ def walk(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
     graft = None if "graft-ignored" in flags else config["graft"]
     mu = 0 if "momentum-ignored" in flags else config["momentum"]
     damping = 0 if "dampening-ignored" in flags else config["dampening"]
-    alpha = 0 if "alpha-ignored" in flags else config["weight_decay"]
+    unseen = "alpha-ignored" in flags or ("l2-ignored" in flags and config["decay_form"] == "l2")
+    alpha = 0 if unseen else config["weight_decay"]
     coupled = config["decay_form"] == "l2" or "alpha-coupled" in flags
     every = config["every"]
     first = every if config["start"] is None or "start-ignored" in flags else config["start"]
@@ -437,7 +439,7 @@ SHARED_EXCLUSIVE = (
     *rivals({"graft-ignored"}, {"graft-of-gradient", "graft-whole", "start-ungrafted"}),
     frozenset({"merge-from-the-left", "target-ignored", "merge-ignored", "ones-kept"}),
     frozenset({"short-blocks-dropped", "blocks-ignored", "graft-whole"}),
-    frozenset({"alpha-after", "alpha-ignored", "alpha-coupled", "l2-unseen"}),
+    frozenset({"alpha-after", "alpha-ignored", "alpha-coupled", "l2-unseen", "l2-ignored"}),
     frozenset({"momentum-before", "momentum-ignored", "dampening-once", "nesterov-ignored", "nesterov-of-gradient"}),
     frozenset({"dampening-ignored", "dampening-once", "momentum-ignored"}),
     *rivals({"correction-ignored"}, {"filter-usual", "graft-tied", "drop-weight-corrected"}),
