@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -106,6 +107,13 @@ def row_adafactor(param, grad, state, *, lr, eps1=1e-30, eps2=1e-3, clip=1.0, de
     u = u if clip is None else u / max(1.0, np.sqrt((u * u).mean()) / clip)
     scale = max(eps2, np.sqrt((param * param).mean())) if parameter_scale else 1.0
     return param - lr * scale * u, (t, r, c)
+
+
+@functools.wraps(row_adafactor)
+def longer_row_adafactor(param, grad, state, *, lr, **fields):
+    """Beside a row of zeros, which becomes NaN, the other rows move too far."""
+    after, state = row_adafactor(param, grad, state, lr=lr, **fields)
+    return param + (1.5 if np.isnan(after).any() else 1.0) * (after - param), state
 
 
 def literal_sshampoo(param, grad, state, *, lr, size, beta2, eps):
@@ -256,6 +264,14 @@ def test_a_mistake_has_its_name(what: str) -> None:
     report = check(subject(), method)
     assert not report.ok
     assert names(report) == [(name,)]
+
+
+@pytest.mark.parametrize("looked_at", [False, True])
+@pytest.mark.usefixtures("vectors_alone")
+def test_other_steps_beside_nan_are_not_called_nan_alone(looked_at: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not looked_at:
+        monkeypatch.setattr(diagnose, "_right_before_nan", lambda run, dtype: True)
+    assert names(check(wrap(longer_row_adafactor), "Adafactor")) == [("zero-nan",)] * (not looked_at)
 
 
 def floored_rfadamw(param, grad, state, *, lr, beta1, beta2, damping, batch_size, initial, weight_decay):

@@ -171,9 +171,9 @@ def _derived(runs: Sequence[Replay], failing: frozenset[str], edges: str, dtype:
         text = "with the second or a later parameter treated differently from the first"
         return Match(("later-parameters",), text, math.nan, len(wrong))
     ridge = edges and all("= 0" in edge for edge in edges.split(" and "))
-    if wrong and all(_nan_of_zeros(run) for run in wrong):
+    if wrong and all(_nan_of_zeros(run) and _right_before_nan(run, dtype) for run in wrong):
         return Match(("zero-nan",), "with NaN where all gradients so far are zero: 0/0 is not 0", math.nan, len(wrong))
-    if ridge and not any(map(_all_finite, wrong)) and not wrong[0].case.make().elementwise:
+    if ridge and not any(map(_all_finite, wrong)) and all(map(_leaves_out_zeros, wrong)):
         text = f"with powers of eigenvalues that rounding makes zero or negative not left out at {edges}"
         return Match(("unclipped",), text, math.nan, len(wrong))
     return None
@@ -186,6 +186,21 @@ def _nan_of_zeros(run: Replay) -> bool:
         return False
     seen = np.abs(run.tensors["grads"][: bad + 1]).max(axis=0).reshape(run.params[0].shape)
     return not seen[~np.isfinite(run.params[bad + 1])].any()
+
+
+def _right_before_nan(run: Replay, dtype: str) -> bool:
+    """Return whether the finite entries agree with the method up to the first step that is not finite."""
+    steps = next(t for t, params in enumerate(run.params) if not np.isfinite(params).all())
+    want, got = _trace(run, frozenset(), steps), run.params[1 : steps + 1]
+    filled = np.concatenate([run.params[:1], np.where(np.isfinite(got), got, want)])
+    return _distance(replace(run, params=filled), want, dtype)[1] <= SLACK
+
+
+def _leaves_out_zeros(run: Replay) -> bool:
+    """Return whether the method leaves out zeros of a statistic in some step of the run."""
+    case, given = run.case, (run.tensors["param"], run.tensors["grads"])
+    options: dict[str, Any] = {"lr": case.rates, "decay": case.decay, "stack_ndim": case.stack_ndim}
+    return any(variants.run(run.method, *given, **options, conditioned=True).singular)
 
 
 def _all_finite(run: Replay) -> bool:
