@@ -487,7 +487,8 @@ def lacking(place: Place, kind: str, planted: str = "") -> dict[str, Any]:
     """What two ranks see if one lacks something. By mistake: the error, and True if all is as before.
 
     "first step": the first step, gradients missing. "load": a state missing in what is loaded. "save": one missing in
-    the optimizer. "then": the departure after the right steps. ``planted``: "silent" or "entries stay".
+    the optimizer. "fallback": the state dict, this entry naming no method. "then": the departure after the right steps.
+    ``planted``: "silent", "entries stay", or "unheard", that a rank does not hear of another's refusal.
     """
     found: dict[str, Any] = {}
     agree, unmake = optimizer.Optimizer._agree, optimizer.Optimizer._unmake
@@ -498,6 +499,8 @@ def lacking(place: Place, kind: str, planted: str = "") -> dict[str, Any]:
             optimizer.Optimizer._agree = _alone  # type: ignore[method-assign]
         if planted == "entries stay":
             optimizer.Optimizer._unmake = lambda self, stepped: self._made.clear()  # type: ignore[method-assign]
+        if planted == "unheard":
+            optimizer.Optimizer._agree = mutated(agree, ("if wrong:", "if False:"))  # type: ignore[method-assign]
         model = spread("FSDP2", 2)
         opt, rows, named = KINDS[kind](model), gradients(3), dict(model.named_parameters())
 
@@ -516,6 +519,13 @@ def lacking(place: Place, kind: str, planted: str = "") -> dict[str, Any]:
             return told, all(a[:-1] == b[:-1] and torch.equal(a[-1], b[-1]) for a, b in pairs)
 
         try:
+            right = opt.param_groups[0]["fallback"]
+            if place.rank == 1:
+                opt.param_groups[0]["fallback"] = {"method": "None"}
+            found["fallback"] = attempted(opt.state_dict)
+            opt.param_groups[0]["fallback"] = right
+            if planted == "unheard":  # the others would wait for rank 1
+                return found
             for name, p in named.items():
                 p.grad = laid(rows[0][name], p)
             if place.rank == 1:
@@ -598,7 +608,7 @@ def uneven(place: Place, planted: bool = False) -> str | float:
 AGREE = optimizer.Optimizer._agree
 
 
-def _alone(self: Any, refusal: Exception | None, *given: Any, travels: bool, **more: Any) -> bool:
+def _alone(self: Any, refusal: Exception | None, *given: Any, travels: bool = False, **more: Any) -> bool:
     if refusal is not None:
         raise refusal
     return travels

@@ -78,6 +78,7 @@ COMPACT: Jobs = [
     ("agreement", (True,)),
     ("lacking", ("Adam", "silent")),
     ("lacking", ("ASGO", "entries stay")),
+    ("lacking", ("ASGO", "unheard")),
     ("crossed", (True, True)),
     ("crossed", (False, True)),
     ("uneven", (True,)),
@@ -196,7 +197,12 @@ def test_the_check_catches_a_gradient_missing_on_one_rank() -> None:
 
 def check_lacking(*given: str) -> None:
     """Both ranks refuse alike, naming parameter and rank; all is as before, and training goes on."""
-    for found in compact("lacking", *given)[:2]:
+    for rank, found in enumerate(compact("lacking", *given)[:2]):
+        told, kept = found["fallback"]
+        refused = "no method is called None" if rank else "the state dict was refused on rank 1: ValueError"
+        if given[0] == "ASGO":  # Adam takes every parameter and needs no fallback
+            assert told.startswith(f"ValueError: {refused}")
+        assert kept
         names = {"first step": "down.weight has no gradient", "save": "up.weight has no state",
                  "load": "up.weight has no state"}  # fmt: skip
         for call, text in names.items():
@@ -211,7 +217,7 @@ def test_what_one_rank_lacks_is_refused_by_all(kind: str) -> None:
     check_lacking(kind)
 
 
-@pytest.mark.parametrize(("kind", "planted"), [("Adam", "silent"), ("ASGO", "entries stay")])
+@pytest.mark.parametrize(("kind", "planted"), [("Adam", "silent"), ("ASGO", "entries stay"), ("ASGO", "unheard")])
 def test_the_check_catches_what_one_rank_lacks(kind: str, planted: str) -> None:
     with pytest.raises(AssertionError):
         check_lacking(kind, planted)
