@@ -15,6 +15,7 @@ import pytest
 import torch
 from configs import CONFIGS, Decayed
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch_adapter_cases import ONE_EACH, distance, feed, forced, parameters, recorded
 
 import precond_ref as pr
@@ -175,6 +176,8 @@ def check_whole(prepared: Prepared, raising: Any) -> bool:
         except Injected as error:
             notes = getattr(error, "__notes__", [])
     torch.set_grad_enabled(True)  # torch.no_grad, interrupted in its own first line, leaves it off
+    for mode in reversed(_get_current_dispatch_mode_stack()):  # a recorder, interrupted before its own end, stays on
+        mode.__exit__(None, None, None)
     now = _seen(opt, params)
     outcome = []
     for old, new, got in zip(before, prepared.after, now, strict=True):
