@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import precond_ref
+from precond_ref import methods
 from precond_ref.methods import MODULES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +50,22 @@ def test_every_method_has_its_place():
     assert set(found) < set(precond_ref.__all__) < set(dir(precond_ref))
     folder = Path(precond_ref.__file__).parent / "methods"
     assert {file.stem for file in folder.glob("*.py")} == {"__init__", *MODULES.values()}
+
+
+def test_methods_are_the_public_classes_of_a_module():
+    source = b"class AState(NamedTuple):\nclass _A(Method):\nclass A(_A):\nclass B(A, preset='A.b'):\n    class C(A):\n"
+    assert methods._CLASS.findall(source) == [b"A"]
+
+
+def check_names():
+    assert tool("names").FILE.read_text(encoding="utf-8") == tool("names").text(), "run python tools/names.py"
+
+
+def test_type_checkers_find_every_public_name(monkeypatch):
+    check_names()
+    monkeypatch.setitem(precond_ref._PLACES, "Mine", "methods.mine")  # planted
+    with pytest.raises(AssertionError):
+        check_names()
 
 
 def test_import_check_sees_a_backend(tmp_path):
@@ -89,12 +106,16 @@ def test_readme_has_command_on_one_line(command):
 # ---- the wheel ----
 
 
-@pytest.fixture(scope="module")
-def check_wheel():
-    spec = importlib.util.spec_from_file_location("check_wheel", ROOT / "tools" / "check_wheel.py")
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def check_wheel():
+    return tool("check_wheel")
 
 
 @pytest.fixture(scope="module")

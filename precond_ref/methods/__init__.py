@@ -1,31 +1,16 @@
 """The methods: one module reads like one paper."""
 
+import pkgutil
+import re
+
+_CLASS = re.compile(rb"^class ([A-Z]\w*)\((?!NamedTuple)\w+\):", re.MULTILINE)
+
 MODULES = {
-    "Adafactor": "adafactor",
-    "AGD": "agd",
-    "ASGO": "asgo",
-    "DASGO": "asgo",
-    "SGD": "baselines",
-    "AdaGrad": "baselines",
-    "FullAdaGrad": "baselines",
-    "RMSProp": "baselines",
-    "Adam": "baselines",
-    "IFShampoo": "inverse_free",
-    "KLShampoo": "klshampoo",
-    "MBF": "mbf",
-    "Muon": "muon",
-    "NorMuon": "muon",
-    "AdaMuon": "muon",
-    "AdaFD": "online_sketches",
-    "FDSON": "online_sketches",
-    "RFDSON": "online_sketches",
-    "RFRMSProp": "root_free",
-    "RFAdamW": "root_free",
-    "RFShampoo": "root_free",
-    "Shampoo": "shampoo",
-    "EShampoo": "shampoo",
-    "SAdaGrad": "sketchy",
-    "SShampoo": "sketchy",
-    "SOAP": "soap",
+    name.decode(): module.name
+    for module in pkgutil.iter_modules(__path__)
+    for name in _CLASS.findall(pkgutil.get_data(__name__, f"{module.name}.py") or b"")
 }
-"""The module of each method, in the order of `list_methods`; a module is imported when it is needed."""
+"""The module of each method, in the order of `list_methods`: the public classes of this folder.
+
+The files are read as text, for a module is imported when it is needed.
+"""
