@@ -12,7 +12,7 @@ import array_api_compat.numpy as compat
 import ml_dtypes
 import numpy as np
 import pytest
-from configs import CONFIGS, FIRST, LOUD, Config
+from configs import CONFIGS, FIRST, LOUD, Config, of_vectors
 from conftest import EAGERLY, Backend, make_backend
 from helpers import distance, gradients, leaves, run
 from hypothesis import given
@@ -21,6 +21,7 @@ from mutation import mutated
 
 import precond_ref as pr
 from precond_ref import protocol
+from precond_ref.conformance import vectors
 from precond_ref.fields import Flag, Integer
 from precond_ref.methods import asgo, inverse_free, klshampoo, mbf, muon, root_free, shampoo, sketchy
 from precond_ref.numerics import lapack, roots
@@ -59,6 +60,14 @@ def test_every_method_is_public_configured_and_described() -> None:
             assert isinstance(getattr(cls, preset)(), Method)
     with pytest.raises(TypeError, match="item assignment"):
         registry["Mine"] = pr.Adam  # type: ignore[index]
+
+
+def test_configurations_of_vectors() -> None:
+    found = of_vectors("SGD")
+    assert found["plain"] == Config(pr.SGD(), (2, 3))
+    assert found["scalar"] == Config(pr.SGD(momentum=0.75), ())
+    assert len(set(found.values())) == len(found) < len(vectors.cases("SGD", kind="trace"))
+    assert of_vectors("none") == {}
 
 
 @ids
