@@ -145,12 +145,8 @@ PLANTED = [
     (agd, "self.delta * k.sqrt_c2, xp=xp)", "self.delta, xp=xp)", "AGD/switch"),
     (agd, "xp.maximum(state.b_max, b)", "b", "AGD/amsgrad"),
     (agd, "(k.sqrt_c2 * k.inverse_c1) * u", "k.sqrt_c2 * u", "AGD/first-step"),
-    (
-        agd,
-        "quotient(m, clamp(root, self.delta * k.sqrt_c2, xp=xp), xp, bound=least)",
-        "m / clamp(root, self.delta * k.sqrt_c2, xp=xp)",
-        "AGD/zero-delta",
-    ),
+    (agd, "quotient(m, clamp(root, self.delta * k.sqrt_c2, xp=xp), xp, bound=least)",
+        "m / clamp(root, self.delta * k.sqrt_c2, xp=xp)", "AGD/zero-delta"),
     (asgo, "(m, xp), roots.Law(-0.5, self.eps)", "(m, xp), roots.Law(-0.25, self.eps)", "ASGO/left"),
     (asgo, "(m, xp), roots.Law(-0.5, self.eps)", "(m, xp), roots.Law(-1.0, self.eps, root=True)", "ASGO/right"),
     (asgo, 'self.side == "smaller" and m < n', 'self.side == "smaller" and m <= n', "ASGO/tie"),
@@ -160,15 +156,11 @@ PLANTED = [
     (asgo, "xp.sum(grad * grad, axis=-2)", "xp.mean(grad * grad, axis=-2)", "DASGO/columns"),
     (baselines, "grad, self.momentum, self.nesterov)", "grad, self.momentum)", "SGD/nesterov"),
     (baselines, 'uncorrected" else self.eps)', 'uncorrected" else 1.1 * self.eps)', "Adam/plain"),
-    (
-        shampoo,
-        "-0.5 / len(state.grams), self.eps)\n        grams",
-        "-0.25, self.eps)\n        grams",
-        "Shampoo/order-3",
-    ),
+    (shampoo, "-0.5 / len(state.grams), self.eps)\n        grams", "-0.25, self.eps)\n        grams",
+        "Shampoo/order-3"),
     (shampoo, "gram * k.correction if", "gram if", "Shampoo/bias-correction"),
     (muon, "self.rms * math.sqrt(max(r, k))", "self.rms * math.sqrt(r)", "Muon/wide"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("module", "old", "new", "id"), PLANTED, ids=[f"{p[3]}: {p[2]}" for p in PLANTED])

@@ -48,9 +48,8 @@ MUTANTS: dict[str, Mutant] = {
     "agd: no steps": Mutant("agd", "(k.sqrt_c2 * k.inverse_c1) * u", "0 * u"),
     "agd: delta added": Mutant("agd", "clamp(root, self.delta * k.sqrt_c2, xp=xp)", "root + self.delta * k.sqrt_c2"),
     "agd: no threshold": Mutant("agd", "clamp(root, self.delta * k.sqrt_c2, xp=xp)", "root"),
-    "agd: delta not corrected": Mutant(
-        "agd", "clamp(root, self.delta * k.sqrt_c2, xp=xp)", "clamp(root, self.delta, xp=xp)"
-    ),
+    "agd: delta not corrected": Mutant("agd", "clamp(root, self.delta * k.sqrt_c2, xp=xp)",
+        "clamp(root, self.delta, xp=xp)"),
     "agd: no first correction": Mutant("agd", "(k.sqrt_c2 * k.inverse_c1) * u", "k.sqrt_c2 * u"),
     "agd: no second correction": Mutant("agd", "(k.sqrt_c2 * k.inverse_c1) * u", "k.inverse_c1 * u"),
     "agd: doubled": Mutant("agd", "(k.sqrt_c2 * k.inverse_c1) * u", "2 * (k.sqrt_c2 * k.inverse_c1) * u"),
@@ -60,84 +59,63 @@ MUTANTS: dict[str, Mutant] = {
     "agd: heavy ball": Mutant("agd", "m = ema(state.m, grad, self.beta1)", "m = self.beta1 * state.m + grad"),
     "agd: sum of squares": Mutant("agd", "b = ema(state.b, s * s, self.beta2)", "b = state.b + 4 * s * s"),
     "agd: old momentum": Mutant("agd", "u = quotient(m, ", "u = quotient(state.m, "),
-    "agd: no momentum kept": Mutant(
-        "agd", "m = ema(state.m, grad, self.beta1)", "m = ema(0 * state.m, grad, self.beta1)"
-    ),
+    "agd: no momentum kept": Mutant("agd", "m = ema(state.m, grad, self.beta1)",
+        "m = ema(0 * state.m, grad, self.beta1)"),
     # sketches
-    "sketch: tail not decayed": Mutant(
-        "fd", "else tail_decay) * sketch.escaped", "else tail_decay) ** 0 * sketch.escaped"
-    ),
+    "sketch: tail not decayed": Mutant("fd", "else tail_decay) * sketch.escaped",
+        "else tail_decay) ** 0 * sketch.escaped"),
     "sketch: tail decayed by sqrt(beta2)": Mutant("fd", "(beta2 if tail_decay", "(beta2**0.5 if tail_decay"),
-    "sketch: cut one later": Mutant(
-        "fd", "s[..., size - 1 : size] if size <= d", "s[..., size : size + 1] if size < d"
-    ),
+    "sketch: cut one later": Mutant("fd", "s[..., size - 1 : size] if size <= d",
+        "s[..., size : size + 1] if size < d"),
     "sketch: cut at the smallest": Mutant("fd", "s[..., size - 1 : size] if size <= d", "s[..., -1:] if size <= d"),
     "sketch: singular values deflated": Mutant("fd", "(s - cut) * (s + cut),", "(s - cut) * (s - cut),"),
     "sketch: not deflated": Mutant("fd", "(s - cut) * (s + cut),", "s * s,"),
     "sketch: mass is a singular value": Mutant("fd", "(cut * cut)[..., 0]", "cut[..., 0]"),
     "sketch: mass halved": Mutant("fd", "(cut * cut)[..., 0]", "0.5 * (cut * cut)[..., 0]"),
     "sketch: mass doubled": Mutant("fd", "(cut * cut)[..., 0]", "2 * (cut * cut)[..., 0]"),
-    "sketch: decayed by beta2 in the root": Mutant(
-        "fd", "xp.sqrt(beta2 * sketch.eigenvalues)", "beta2 * xp.sqrt(sketch.eigenvalues)"
-    ),
+    "sketch: decayed by beta2 in the root": Mutant("fd", "xp.sqrt(beta2 * sketch.eigenvalues)",
+        "beta2 * xp.sqrt(sketch.eigenvalues)"),
     "sketch: new rows doubled": Mutant("fd", "xp.matrix_transpose(rows)]", "2 * xp.matrix_transpose(rows)]"),
     "sketch: eps onto the stored eigenvalues": Mutant("fd", "(s - cut) * (s + cut),", "(s - cut) * (s + cut) + 0.125,"),
-    "sketch: a hundredth": Mutant(
-        "fd", "return beyond * outside + basis @", "return 0.01 * beyond * outside + 0.01 * basis @"
-    ),
-    "sketch: mass not added back": Mutant(
-        "fd", "xp.concat([size + shift[..., None], shift[..., None]]", "xp.concat([size, 0.0 * shift[..., None]]"
-    ),
-    "sketch: mass forgets": Mutant(
-        "fd", "else tail_decay) * sketch.escaped", "else tail_decay) * 0.5 * sketch.escaped"
-    ),
+    "sketch: a hundredth": Mutant("fd", "return beyond * outside + basis @",
+        "return 0.01 * beyond * outside + 0.01 * basis @"),
+    "sketch: mass not added back": Mutant("fd", "xp.concat([size + shift[..., None], shift[..., None]]",
+        "xp.concat([size, 0.0 * shift[..., None]]"),
+    "sketch: mass forgets": Mutant("fd", "else tail_decay) * sketch.escaped",
+        "else tail_decay) * 0.5 * sketch.escaped"),
     "sketch: exponent halved": Mutant("fd", ") ** exponent)", ") ** (exponent / 2))"),
     "sketch: ascent": Mutant("fd", "return beyond * outside + basis @", "return -beyond * outside - basis @"),
     "sketch: doubled": Mutant("fd", "return beyond * outside + basis @", "return 2 * beyond * outside + 2 * basis @"),
     "sketch: fourfold": Mutant("fd", "return beyond * outside + basis @", "return 4 * beyond * outside + 4 * basis @"),
-    "sketch: mass left out of sum": Mutant(
-        "fd", "escaped=(beta2 if tail_decay is None else tail_decay) * sketch.escaped + ", "escaped="
-    ),
+    "sketch: mass left out of sum": Mutant("fd",
+        "escaped=(beta2 if tail_decay is None else tail_decay) * sketch.escaped + ", "escaped="),
     # certified sketches
     "nystrom: s_l^2 for the mass": Mutant("nystrom", "xp.sqrt(bound)[..., None], 0.0", "cut, 0.0"),
     "nystrom: mass forgets": Mutant("nystrom", "escaped=tail_decay * sketch.escaped", "escaped=0 * sketch.escaped"),
     "nystrom: W not orthonormal": Mutant("nystrom", "w = qr(bt @ qr(x))", "w = bt @ qr(x)"),
-    "nystrom: old sketch not decayed": Mutant(
-        "nystrom", "fd.concatenated(sketch, rows, beta2, size", "fd.concatenated(sketch, rows, 1.0, size"
-    ),
-    "nystrom: s_l^2 added back": Mutant(
-        "nystrom", "(h * unit) * (total * unit),", "(h * unit) * (total * unit) + (cut * unit) ** 2,"
-    ),
+    "nystrom: old sketch not decayed": Mutant("nystrom", "fd.concatenated(sketch, rows, beta2, size",
+        "fd.concatenated(sketch, rows, 1.0, size"),
+    "nystrom: s_l^2 added back": Mutant("nystrom", "(h * unit) * (total * unit),",
+        "(h * unit) * (total * unit) + (cut * unit) ** 2,"),
     "nystrom: cut one later": Mutant("nystrom", "s[..., size - 1 : size]\n    h", "s[..., size : size + 1]\n    h"),
-    "nystrom: largest for the least": Mutant(
-        "nystrom", "for part in (cut, mass, lost)", "for part in (s[..., :1], mass, lost)"
-    ),
+    "nystrom: largest for the least": Mutant("nystrom", "for part in (cut, mass, lost)",
+        "for part in (s[..., :1], mass, lost)"),
     "nystrom: lost trace doubled": Mutant("nystrom", "+ lost * lost", "+ 2 * lost * lost"),
     # root-free
-    "rf: old s": Mutant(
-        "root_free",
-        "u = quotient(g, s + self.damping, xp, bound=self.damping)",
-        "u = quotient(g, state.s + self.damping, xp)",
-    ),
-    "rf: square root": Mutant(
-        "root_free",
-        "u = quotient(g, s + self.damping, xp, bound=self.damping)",
-        "u = quotient(g, xp.sqrt(s) + self.damping, xp)",
-    ),
+    "rf: old s": Mutant("root_free", "u = quotient(g, s + self.damping, xp, bound=self.damping)",
+        "u = quotient(g, state.s + self.damping, xp)"),
+    "rf: square root": Mutant("root_free", "u = quotient(g, s + self.damping, xp, bound=self.damping)",
+        "u = quotient(g, xp.sqrt(s) + self.damping, xp)"),
     "rf: batch left out": Mutant("root_free", "self.beta2 * (self.batch_size * square)", "self.beta2 * square"),
     "rf: sum": Mutant("root_free", "s = (1 - self.beta2) * state.s", "s = state.s"),
-    "rf: S forgets twice": Mutant(
-        "root_free", "new.append((1 - self.beta2) * factor", "new.append((1 - self.beta2) ** 2 * factor"
-    ),
+    "rf: S forgets twice": Mutant("root_free", "new.append((1 - self.beta2) * factor",
+        "new.append((1 - self.beta2) ** 2 * factor"),
     "rf: batch left out of H": Mutant("root_free", "(self.batch_size / g.shape[-1] * outer", "(outer"),
     "if: no clip": Mutant("inverse_free", "if self.clip else 1.0", "if False else 1.0"),
     "if: K m on the wrong side": Mutant("inverse_free", "(k @ unit)", "(unit @ k)"),
     "if: twice the step": Mutant("inverse_free", "k - (self.beta2 * size", "k - (2 * self.beta2 * size"),
-    "if: K without transpose": Mutant(
-        "inverse_free",
-        "multiply(multiply(u, t(small, xp), n, xp), small, n, xp)",
-        "multiply(multiply(u, small, n, xp), small, n, xp)",
-    ),
+    "if: K without transpose": Mutant("inverse_free", "multiply(multiply(u, t(small, xp), n, xp), small, n, xp)",
+        "multiply(multiply(u, small, n, xp), small, n, xp)"),
     "if: batch left out of H": Mutant("inverse_free", "g * sqrt(self.batch_size / g.shape[-1])", "g * 1.0"),
     "if: damping left out": Mutant("inverse_free", "damping = self.damping * math.prod(dims)", "damping = 0.0"),
     # MBF
@@ -146,26 +124,25 @@ MUTANTS: dict[str, Mutant] = {
     "mbf: square root kept": Mutant("mbf", P_KEPT, P_KEPT.replace("-1.0", "-0.5")),
     "mbf: damping left out of the inverse kept": Mutant("mbf", P_KEPT, P_KEPT.replace("self.damping", "0.0")),
     "mbf: damping of the inverse kept tenfold": Mutant("mbf", P_KEPT, P_KEPT.replace("self", "10 * self")),
-    "mbf: samples summed": Mutant(
-        "mbf", "rows / max(rows.shape[-2], 1)", "rows / max(rows.shape[-2] if self._averaged else 1, 1)"
-    ),
+    "mbf: samples summed": Mutant("mbf", "rows / max(rows.shape[-2], 1)",
+        "rows / max(rows.shape[-2] if self._averaged else 1, 1)"),
     "mbf: damping tenfold": Mutant("mbf", P, P.replace("self.damping", "10 * self.damping")),
     "mbf: doubled": Mutant("mbf", "direction = self.from_blocks(", "direction = 2 * self.from_blocks("),
     "mbf: ascent": Mutant("mbf", "direction = self.from_blocks(", "direction = -1 * self.from_blocks("),
-}
+}  # fmt: skip
 
 
 SUBJECTS = {
-    "asgo": ("asgo",),
-    "sgd": ("baselines",),
-    "agd": ("agd",),
-    "sketch": ("fd",),
+    "asgo": ("asgo"),
+    "sgd": ("baselines"),
+    "agd": ("agd"),
+    "sketch": ("fd"),
     "nystrom": ("nystrom", "fd"),
-    "sadagrad": ("fd",),
-    "sshampoo": ("fd",),
+    "sadagrad": ("fd"),
+    "sshampoo": ("fd"),
     "rf": ("root_free", "inverse_free"),
-    "if": ("inverse_free",),
-    "mbf": ("mbf",),
+    "if": ("inverse_free"),
+    "mbf": ("mbf"),
 }
 """Modules that the statements of a group are about."""
 
