@@ -57,7 +57,7 @@ describe them in words.
 releases between were tried, the sections name those that were. Of a repository it is a commit with its day. "or
 before": the release before does not run beside today's packages. "-": none was tried, or there is none. Of torch, the
 files of `torch.optim` are those of the release, beside the rest of 2.13.0. Earlier releases of optax ran with JAX
-0.8.1.
+0.8.1, of keras with h5py and dm-tree, which they import.
 
 [Bugs](bugs.md) has the errors of packages, in these and in earlier releases.
 

@@ -997,7 +997,7 @@ OLDEST = {
     "torch": "2.1.2", "torch-optimi": "0.1.1", "transformers": "4.36.0",
 }  # fmt: skip
 """The first release since that day; torch_optimizer has none."""
-BESIDE = {"keras": ("h5py",), "optax": ("jax==0.8.1", "jaxlib==0.8.1", "chex", "toolz")}
+BESIDE = {"keras": ("h5py", "dm-tree", "attrs", "wrapt"), "optax": ("jax==0.8.1", "jaxlib==0.8.1", "chex", "toolz")}
 """Packages that earlier releases import, or import in another version."""
 WHOLE = {"transformers"}
 """Packages whose earlier releases look for their dependencies' versions; torch is none of them."""
@@ -1094,7 +1094,8 @@ TARGETS = (
     ),
     Target(
         heavyball_muon, "Muon.heavyball", ("heavyball==3.2.1", TORCH), "heavyball.Muon",
-        note="Not compiled, with its options to keep gradients and to have the state in the parameter's precision.",
+        note="Not compiled, with its options to keep gradients and to have the state in the parameter's precision. Its "
+        "learning rate is rounded to float32: long-run shows it, for the rates of the cases are exact in it.",
     ),
     Target(
         heavyball_soap, "SOAP", ("heavyball==3.2.1", TORCH), "heavyball.SOAP", dtype="float32",
@@ -1127,7 +1128,8 @@ TARGETS = (
         singd, "IFShampoo", ("singd==0.0.5", "sirfshampoo==0.0.1", TORCH), "singd.structures",
         dtype="float32",
         note="sirfshampoo.SIRFShampoo with the structures of singd, which it does not offer itself; singd calls its "
-        "block-diagonal matrices symmetric. In float32: some structures do not take float64.",
+        "block-diagonal matrices symmetric. In float32: some structures do not take float64. Earlier releases of singd "
+        "have no frobenius_norm, which sirfshampoo calls.",
     ),
     Target(
         soap_authors, "SOAP", ("nikhilvyas/SOAP==a1e5535", TORCH), "soap.SOAP", dtype="float32",
@@ -1152,7 +1154,8 @@ TARGETS = (
     Target(emerging_muon, "Muon.emerging", EMERGING, "orthogonalized_optimizers.Muon", dtype="float32", note=TWELVE),
     Target(
         emerging_normuon, "NorMuon.emerging", EMERGING, "orthogonalized_optimizers.AdaptiveMuon", dtype="float32",
-        note=TWELVE,
+        note=f"{TWELVE} Its second moments are at least 1e-8 (clamp_min), which NorMuon.emerging leaves out: bursts "
+        "shows it.",
     ),
     Target(
         emerging_adamuon, "AdaMuon.emerging", EMERGING, "orthogonalized_optimizers.AdaptiveMuon", dtype="float32",
