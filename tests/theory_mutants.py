@@ -103,9 +103,9 @@ MUTANTS: dict[str, Mutant] = {
     "nystrom: lost trace doubled": Mutant("nystrom", "+ lost * lost", "+ 2 * lost * lost"),
     # root-free
     "rf: old s": Mutant("root_free", "u = quotient(g, s + self.damping, xp, bound=self.damping)",
-        "u = quotient(g, state.s + self.damping, xp)"),
+        "u = quotient(g, state.s + self.damping, xp)",),
     "rf: square root": Mutant("root_free", "u = quotient(g, s + self.damping, xp, bound=self.damping)",
-        "u = quotient(g, xp.sqrt(s) + self.damping, xp)"),
+        "u = quotient(g, xp.sqrt(s) + self.damping, xp)",),
     "rf: batch left out": Mutant("root_free", "self.beta2 * (self.batch_size * square)", "self.beta2 * square"),
     "rf: sum": Mutant("root_free", "s = (1 - self.beta2) * state.s", "s = state.s"),
     "rf: S forgets twice": Mutant("root_free", "new.append((1 - self.beta2) * factor",
@@ -115,7 +115,7 @@ MUTANTS: dict[str, Mutant] = {
     "if: K m on the wrong side": Mutant("inverse_free", "(k @ unit)", "(unit @ k)"),
     "if: twice the step": Mutant("inverse_free", "k - (self.beta2 * size", "k - (2 * self.beta2 * size"),
     "if: K without transpose": Mutant("inverse_free", "multiply(multiply(u, t(small, xp), n, xp), small, n, xp)",
-        "multiply(multiply(u, small, n, xp), small, n, xp)"),
+        "multiply(multiply(u, small, n, xp), small, n, xp)",),
     "if: batch left out of H": Mutant("inverse_free", "g * sqrt(self.batch_size / g.shape[-1])", "g * 1.0"),
     "if: damping left out": Mutant("inverse_free", "damping = self.damping * math.prod(dims)", "damping = 0.0"),
     # MBF
@@ -133,16 +133,16 @@ MUTANTS: dict[str, Mutant] = {
 
 
 SUBJECTS = {
-    "asgo": ("asgo"),
-    "sgd": ("baselines"),
-    "agd": ("agd"),
-    "sketch": ("fd"),
+    "asgo": ("asgo",),
+    "sgd": ("baselines",),
+    "agd": ("agd",),
+    "sketch": ("fd",),
     "nystrom": ("nystrom", "fd"),
-    "sadagrad": ("fd"),
-    "sshampoo": ("fd"),
+    "sadagrad": ("fd",),
+    "sshampoo": ("fd",),
     "rf": ("root_free", "inverse_free"),
-    "if": ("inverse_free"),
-    "mbf": ("mbf"),
+    "if": ("inverse_free",),
+    "mbf": ("mbf",),
 }
 """Modules that the statements of a group are about."""
 
