@@ -241,6 +241,16 @@ def test_an_interrupt_may_come_anywhere(name: str) -> None:
     check_opcodes(SUBJECTS[name], 1, 12)
 
 
+@pytest.mark.usefixtures("small_pieces")
+def test_an_interrupt_may_come_at_the_end_of_the_first_step() -> None:
+    """When all is written, and the optimizer forgets what it would take back."""
+    prepared = _prepare(SUBJECTS["AGD, bfloat16"], 0)
+    with raise_at_opcode(10**9) as left:
+        _copied(prepared.opt, prepared.params)[0].step()
+    for back in range(0, 360, 3):
+        check_whole(prepared, raise_at_opcode(10**9 - left[0] - back))
+
+
 @pytest.mark.deep
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("steps", [0, 1])

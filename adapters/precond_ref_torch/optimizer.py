@@ -521,8 +521,8 @@ class Optimizer(torch.optim.Optimizer):
                         run.count()
             for flight in flights:
                 flight.finish()
+            self._made.clear()  # first: while there are runs, they tell that all have stepped
             self._runs = []
-            self._made.clear()
         except BaseException as error:
             begun = bool(self._runs)
             stepped = self._settle()
