@@ -71,7 +71,9 @@ METHODS: dict[str, tuple[str, str]] = {
     "AdamW": ("", ""),
 }
 FORMS = (
-    "Muon", "Muon.torch", "Muon.optax", "Muon.heavyball", "Muon.emerging", "Muon.dion", "NorMuon", "AdaMuon", "SOAP",
+    "Muon", "Muon.exact", "Muon.jordan", "Muon.moonlight", "Muon.torch", "Muon.optax", "Muon.pytorch_optimizer",
+    "Muon.heavyball", "Muon.emerging", "Muon.dion", "NorMuon", "NorMuon.article", "NorMuon.pytorch_optimizer",
+    "NorMuon.emerging", "NorMuon.dion", "AdaMuon", "AdaMuon.pytorch_optimizer", "AdaMuon.emerging", "SOAP",
     "SOAP.nvidia", "Shampoo", "Shampoo.production", "EShampoo", "EShampoo.meta_soap", "KLShampoo", "KLShampoo.soap",
     "KLShampoo.meta", "KLShampoo.exact", "Adafactor", "Adafactor.torch", "Adafactor.optax", "Adafactor.timm",
     "Adafactor.big_vision", "Adam", "Adam.torch_nadam", "Adam.optax_nadam", "Adam.keras", "Adam.keras_nadam",
