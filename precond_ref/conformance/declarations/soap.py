@@ -99,6 +99,8 @@ CASES = [
          grads=ZERO_FIRST, change={"every": 1}, tier="should"),
     case("merged", "Axes merge from left to right up to a product of max_dim.",
          "merge-ignored merge-from-the-right", shape=(4, 3, 2, 2), seed=22, change={"merge": True, "max_dim": 6}),
+    case("merged-long", "A first axis longer than max_dim stands alone, without a basis; the others merge.",
+         "merge-ignored", shape=(7, 3, 2), seed=41, change={"merge": True, "max_dim": 6}),
     case("merged-ones", "Axes of size 1 merge to one of size 1.", shape=(1, 1), seed=27,
          change={"merge": True, "max_dim": 6}, tier="should"),
     case("channels-last", "The axes of a convolution are taken in the order 0, 3, 1, 2.", "layout-ignored",
