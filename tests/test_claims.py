@@ -341,6 +341,20 @@ def check_fixed_time(module: Any) -> None:
     assert module.asgo(runs).word == base.PART
 
 
+def check_reached(module: Any) -> None:
+    """SGD's last loss is met at the first point of the curve that is not above it, at that share of the seconds."""
+    curve = [[0, 5.0], [10, 3.0], [20, 2.0], [30, 2.5], [40, 1.0]]
+    fast = {"validation": 1.0, "seconds": 8.0, "curve": curve}
+    run = {"SGD": {"validation": 2.0, "seconds": 1.0, "curve": [[0, 5.0], [40, 2.0]]}, "fast": fast}
+    run |= {"slow": {**fast, "curve": [[0, 5.0], [40, 2.1]]}, "diverged": {**fast, "validation": None}}
+    assert module.reached(run, "SGD", "SGD") == (40, 1.0)
+    assert module.reached(run, "fast", "SGD") == (20, 4.0)
+    assert module.reached(run, "slow", "SGD") == module.reached(run, "diverged", "SGD") == (np.inf, np.inf)
+    columns = module.until([run], "SGD")
+    assert [text("fast") for text in columns.values()] == ["20", "4"]
+    assert [text("slow") for text in columns.values()] == ["not reached"] * 2
+
+
 CHECKS: dict[str, tuple[Callable[[Any], None], Any]] = {
     "statistics": (check_statistics, numbers),
     "curvature": (check_curvature, curvature),
@@ -352,6 +366,7 @@ CHECKS: dict[str, tuple[Callable[[Any], None], Any]] = {
     "spectra": (check_spectra, sketchy),
     "difference": (check_difference, agd),
     "fixed time": (check_fixed_time, language),
+    "reached": (check_reached, training),
 }
 
 
@@ -408,6 +423,10 @@ BUGS = {
     "steps for seconds": ("fixed time", ' / result["seconds"], steps', ", steps"),
     "the time of the slowest": ("fixed time", "seconds = [min(", "seconds = [max("),
     "fixed steps twice": ("fixed time", '"time": sooner', '"time": gaps'),
+    "below the loss, not at it": ("reached", "if loss <= target", "if loss < target"),
+    "seconds of the whole run": ("reached", "step / curve[-1][0] * run", "1.0 * run"),
+    "a diverged run arrives": ("reached", 'if run[name]["validation"] is None:', "if False:"),
+    "steps in both columns": ("reached", '"seconds to it": column(1)', '"seconds to it": column(0)'),
     "a grid that stays": ("tasks", "loss(best + (2 if best == max(tried) else -2))", "pass"),
 }  # fmt: skip
 

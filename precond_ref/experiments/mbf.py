@@ -192,15 +192,6 @@ def images(seed: int, hidden: tuple[int, ...] = (100, 30, 100), batch: int = 100
     return Vision("mnist-autoencoder", seed, batch_size=batch, options={"hidden": hidden}, points=15)
 
 
-def reached(run: Numbers, name: str) -> tuple[float, float]:
-    """Return steps and seconds to the last validation loss of SGD with momentum, infinite if it is not reached."""
-    target, curve = run[MOMENTUM]["validation"], run[name]["curve"]
-    step = next((step for step, loss in curve if loss <= target), float("inf"))
-    if run[name]["validation"] is None:
-        return float("inf"), float("inf")
-    return step, step / curve[-1][0] * run[name]["seconds"]
-
-
 @claim("M2")
 def first_of_all(runs: list[Numbers]) -> Verdict:
     """It is faster in epochs and in time on autoencoders.
@@ -223,7 +214,7 @@ def faster_than_kfac(runs: list[Numbers]) -> Verdict:
 def faster(runs: list[Numbers], *others: str) -> Verdict:
     """Return whether MBF ends lower than the others, and is sooner at SGD's last loss, in processor time."""
     gaps = {name: paired(column(runs, "MBF", "validation"), column(runs, name, "validation")) for name in others}
-    times = {name: [reached(run, name)[1] for run in runs] for name in ("MBF", *others)}
+    times = {name: [training.reached(run, name, MOMENTUM)[1] for run in runs] for name in ("MBF", *others)}
     epochs = all(gap.below for gap in gaps.values())
     fastest = all(np.median(times["MBF"]) < np.median(times[name]) for name in others)
     text = (
@@ -238,12 +229,8 @@ def faster(runs: list[Numbers], *others: str) -> Verdict:
 def autoencoder_table(runs: list[Numbers]) -> str:
     """Return loss and time."""
 
-    def until(name: str, i: int) -> str:
-        return spread([reached(run, name)[i] for run in runs]).replace("inf", "not reached")
-
     columns = {
-        "steps to SGD's last loss": lambda name: until(name, 0),
-        "seconds to it": lambda name: until(name, 1),
+        **training.until(runs, MOMENTUM),
         "seconds in all": lambda name: spread(column(runs, name, "seconds")),
     }
     return training.table(runs, columns)

@@ -94,6 +94,24 @@ def finish(task: Any, entry: Entry, lr: float, steps: int) -> Numbers:
     return {"validation": curve[-1][1], **task.scores(step.params), "curve": curve, "seconds": seconds}
 
 
+def reached(run: Numbers, name: str, first: str) -> tuple[float, float]:
+    """Return steps and seconds of a method to the last validation loss of ``first``, infinite if it is not reached."""
+    target, curve = run[first]["validation"], run[name]["curve"]
+    step = next((step for step, loss in curve if loss <= target), math.inf)
+    if run[name]["validation"] is None:
+        return math.inf, math.inf
+    return step, step / curve[-1][0] * run[name]["seconds"]
+
+
+def until(runs: list[Numbers], first: str) -> dict[str, Callable[[str], str]]:
+    """Return the columns of `reached`, for `table`."""
+
+    def column(i: int) -> Callable[[str], str]:
+        return lambda name: spread([reached(run, name, first)[i] for run in runs]).replace("inf", "not reached")
+
+    return {f"steps to the last loss of {first}": column(0), "seconds to it": column(1)}
+
+
 def search(
     tasks: list[Any],
     entries: dict[str, Entry],

@@ -15,6 +15,7 @@ from precond_ref.methods.agd import AGD
 from precond_ref.methods.baselines import SGD, Adam, RMSProp
 from precond_ref.methods.mbf import MBF
 from precond_ref.methods.root_free import RFAdamW, RFRMSProp
+from precond_ref.methods.shampoo import Shampoo
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +33,7 @@ ROOT_FREE = {"RF-RMSProp": Entry(RFRMSProp(batch_size=50.0)), "RF-AdamW": Entry(
 BLOCKS = {
     "MBF": Entry(MBF.authors_code("cnn")),
     "KFAC": Entry(KFAC(statistics_every=10, inverse_every=100)),
+    "Shampoo, every 5": Entry(Shampoo(every=5)),
 }
 AGDS = ("AGD", "AGD, delta 1e-3")
 
@@ -54,6 +56,7 @@ def table(runs: list[Numbers]) -> str:
     }
     if "train" in runs[0][MOMENTUM]:
         columns["loss on the training set"] = lambda name: spread(column(runs, name, "train"), 3)
+        columns |= training.until(runs, MOMENTUM)
     return training.table(runs, columns)
 
 
@@ -142,11 +145,13 @@ def recommends(runs: list[Numbers]) -> Verdict:
 
 EXPERIMENTS = (
     Experiment(
-        name="images", minutes=3.4, seeds=20, needs=("mnist",),
+        name="images", minutes=5.5, seeds=20, needs=("mnist",),
         claims=(premise, closes, mini_block, classifies),
         title="The convolutional classifier of mnist-cnn with 1000 training images, 160 steps of 50 (8 epochs), "
               "validation on 1600, test on 2000 images.",
-        **comparison(partial(Vision, "mnist-cnn", images=1000, batch_size=50), {**COMMON, **ROOT_FREE, **BLOCKS}, 160),
+        **comparison(
+            partial(Vision, "mnist-cnn", images=1000, batch_size=50, points=16), {**COMMON, **ROOT_FREE, **BLOCKS}, 160
+        ),
         table=table, draw=draw, small={"steps": 2, "images": 100, "batch_size": 5},
     ),
     Experiment(
