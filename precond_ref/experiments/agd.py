@@ -131,6 +131,7 @@ def switch(seed: int, tick: Tick, steps: int = 200) -> Numbers:
     found: Numbers = {"steps": [round(steps * share) for share in (0.05, 0.25, 0.5, 0.75, 1.0)]}
     for i, task in enumerate(TASKS):
         problem = problems.load(task, seed=seed)
+        layers: Numbers = {}
         found[task] = {}
         for delta in DELTAS:
             shares = []
@@ -139,10 +140,10 @@ def switch(seed: int, tick: Tick, steps: int = 200) -> Numbers:
                 if step.number in found["steps"]:
                     sgd = {name: report.is_sgd for name, report in opt.diagnose(step.params, step.state).items()}
                     shares.append(float(np.mean(flat(sgd))))
-                    if delta == 1e-3:
-                        layers = {name: float(np.mean(each)) for name, each in sgd.items()}
+                    for name in (name for name in sgd if delta == 1e-3 and name.endswith("weight")):
+                        layers.setdefault(name, []).append(float(np.mean(sgd[name])))
             found[task][f"{delta:g}"] = shares
-        found[f"{task}, layers"] = {name: share for name, share in layers.items() if name.endswith("weight")}
+        found[f"{task}, layers"] = layers
         tick((i + 1) / len(TASKS))
     return found
 
@@ -172,12 +173,15 @@ def switches(runs: list[Numbers]) -> Verdict:
 
 
 def switch_figure(runs: list[Numbers]) -> Figure:
-    """Draw the shares by time."""
-    figure, axes = panels(3, 4.2)
-    for panel, task in zip(axes, TASKS, strict=True):
+    """Draw the shares by time, and at delta 1e-3 by layer."""
+    figure, axes = panels(3, 4.2, 6.6, rows=2)
+    for panel, below, task in zip(axes, axes[3:], TASKS, strict=False):
         shares = {f"delta {delta}": column(runs, task, delta) for delta in runs[0][task]}
         text, legend = f"share of SGD's steps, {task}", 8 * (task == TASKS[0])
         lines(panel, runs[0]["steps"], shares, text, legend, xlabel="steps", ylim=(-0.02, 1.02))
+        layers = {name: column(runs, f"{task}, layers", name) for name in runs[0][f"{task}, layers"]}
+        text = f"by layer, delta 1e-3, {task}"
+        lines(below, runs[0]["steps"], layers, text, xlabel="steps", ylim=(-0.02, 1.02))
     return figure
 
 

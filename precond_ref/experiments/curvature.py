@@ -21,40 +21,57 @@ def unflat(vector: Array, like: Params) -> Params:
     return {name: part.reshape(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
 
 
-def hessian(problem: Any, params: Params, step: float = 1e-5) -> Array:
-    """Return the Hessian (n, n) of the loss on the training set, by central differences of the gradient in float64.
+def hessian(problem: Any, params: Params, batch: Any = None, columns: Array | None = None, step: float = 1e-5) -> Array:
+    """Return ``columns`` (k,) of the Hessian of the loss on a batch, (n, k), by central differences of the gradient.
 
-    The differences have an error of about 1e-10 of its norm.
+    None stands for the training set and for all columns. In float64 the differences have an error of about 1e-10 of
+    the Hessian's norm.
     """
     x = flat(params)
 
     def gradient(shift: int, sign: float) -> Array:
         y = x.copy()
         y[shift] += sign * step
-        return flat(problem.loss_and_grad(unflat(y, params))[1])
+        return flat(problem.loss_and_grad(unflat(y, params), batch)[1])
 
-    columns = np.stack([(gradient(i, 1.0) - gradient(i, -1.0)) / (2 * step) for i in range(x.size)])
-    return (columns + columns.T) / 2
+    which = range(x.size) if columns is None else columns
+    return np.stack([(gradient(i, 1.0) - gradient(i, -1.0)) / (2 * step) for i in which], axis=1)
 
 
 def groups(params: Params) -> dict[str, Array]:
     """Return for each entry the number of its layer, its output neuron (with the bias) and its input, (n,) each.
 
-    A layer's bias has -1 for the input, and each of these entries is a block of its own in `share`.
+    A kernel's outputs and inputs are its channels. A vector's entries have -1 for the input, and each of these is a
+    block of its own in `share`.
     """
-    names = list(dict.fromkeys(name.split("/")[0] for name in params))
+    of = {name: name.removesuffix("/weight").removesuffix("/bias") for name in params}
+    names = list(dict.fromkeys(of.values()))
     layers, outputs, inputs = {}, {}, {}
     for name, value in params.items():
-        number = names.index(name.split("/")[0])
+        number = names.index(of[name])
         layers[name] = np.full(value.shape, number)
         rows = np.indices(value.shape)
-        outputs[name] = 1000 * number + rows[0]
-        inputs[name] = 1000 * number + rows[1] if value.ndim == 2 else np.full(value.shape, -1)
+        outputs[name] = 10**6 * number + rows[0]
+        inputs[name] = 10**6 * number + rows[1] if value.ndim > 1 else np.full(value.shape, -1)
     return {"layers": flat(layers), "output neurons": flat(outputs), "inputs": flat(inputs)}
 
 
-def share(matrix: Array, group: Array) -> float:
-    """Return the share of the squared Frobenius norm in the blocks of entries of one group, and on the diagonal."""
-    same = (group[:, None] == group[None, :]) & (group >= 0)[:, None]
-    np.fill_diagonal(same, True)
-    return float(np.sum(matrix**2 * same) / np.sum(matrix**2))
+def drawn(layers: Array, count: int, rng: Any) -> tuple[Array, Array]:
+    """Return ``count`` entries of each layer at random, all of a smaller one, and for how many each stands, (k,)."""
+    columns, weights = [], []
+    for layer in np.unique(layers):
+        entries = np.flatnonzero(layers == layer)
+        columns.append(rng.permutation(entries)[:count])
+        weights.append(np.full(len(columns[-1]), len(entries) / len(columns[-1])))
+    return np.concatenate(columns), np.concatenate(weights)
+
+
+def share(matrix: Array, group: Array, columns: Array | None = None, weights: Array | float = 1.0) -> float:
+    """Return the share of the squared Frobenius norm in the blocks of entries of one group, and on the diagonal.
+
+    ``matrix`` has the given columns, with the weights of `drawn`; None stands for all.
+    """
+    which = np.arange(len(group)) if columns is None else columns
+    same = (group[:, None] == group[which]) & (group >= 0)[:, None]
+    same[which, np.arange(len(which))] = True
+    return float(np.sum(matrix**2 * same * weights) / np.sum(matrix**2 * weights))

@@ -16,14 +16,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """The colours of Okabe and Ito without the yellow, and three more."""
 
 
-def panels(count: int, width: float = 5.0, height: float = 3.7) -> tuple[Figure, list[Axes]]:
-    """Return a figure with panels side by side."""
+def panels(count: int, width: float = 5.0, height: float = 3.7, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """Return a figure with ``count`` panels side by side in each of the rows."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     rcParams.update({"svg.hashsalt": "precond-ref", "svg.fonttype": "path"})
     figure = Figure(figsize=(width * count, height), layout="constrained")
-    found = list(np.ravel(figure.subplots(1, count)))
+    found = list(np.ravel(figure.subplots(rows, count)))
     for axes in found:
         axes.set_prop_cycle(color=COLOURS)
         axes.grid(alpha=0.25)

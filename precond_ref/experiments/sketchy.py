@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 # ---- spectra along a training ---------------------------------------------------------------------------------------
 
-TASKS = ("transformer", "mnist-cnn")
+TASKS = ("transformer", "mnist-mlp", "mnist-cnn")
 
 
 def matrices(grads: dict[str, Array]) -> dict[str, Array]:
@@ -97,13 +99,14 @@ def along(task: Any, steps: int, batches: Any) -> Numbers:
 
 
 def spectra(seed: int, tick: Tick, steps: int = 300, width: int = 64, batch: int = 50) -> Numbers:
-    """Train a transformer and a convolutional network."""
+    """Train a transformer, a network of dense layers and a convolutional one."""
     found: Numbers = {}
     language = Language(seed, width=width)
     found["transformer"] = along(language, steps, language.batch)
-    tick(0.5)
-    network = problems.load("mnist-cnn", seed=seed, batch_size=batch)
-    found["mnist-cnn"] = along(network, steps, network.batch)
+    for i, name in enumerate(TASKS[1:]):
+        tick((i + 1) / len(TASKS))
+        network = problems.load(name, seed=seed, batch_size=batch)
+        found[name] = along(network, steps, network.batch)
     return found
 
 
@@ -112,7 +115,7 @@ def low_rank(runs: list[Numbers]) -> Verdict:
     """Gradients have low rank.
 
     Holds here if: stable rank and (nuclear/Frobenius)^2, medians over the matrices, below 1/4 of those of Gaussian
-    matrices at every time, on both networks.
+    matrices at every time, on all networks.
     """
     good, text = {}, []
     for task in TASKS:
@@ -130,7 +133,7 @@ def low_rank(runs: list[Numbers]) -> Verdict:
 def concentrated(runs: list[Numbers]) -> Verdict:
     """The spectra of the Kronecker factors concentrate on a small leading space.
 
-    Holds here if: median share of the leading quarter above 0.9 from step 99 on, on both networks.
+    Holds here if: median share of the leading quarter above 0.9 from step 99 on, on all networks.
     """
     worst = {task: [min(share[0] for share in run[task]["shares"]) for run in runs] for task in TASKS}
     text = "; ".join(
@@ -145,7 +148,7 @@ def concentrated(runs: list[Numbers]) -> Verdict:
 def turns(runs: list[Numbers]) -> Verdict:
     """This leading space changes during training.
 
-    Holds here if: it turns more than with frozen weights, beyond two standard errors, on both networks.
+    Holds here if: it turns more than with frozen weights, beyond two standard errors, on all networks.
     """
     good, text = {}, []
     for task in TASKS:
@@ -180,7 +183,9 @@ def spectra_figure(runs: list[Numbers]) -> Figure:
     left.axhline(0.25, color="black", linewidth=0.8)
     middle.axhline(0.9, color="black", linewidth=0.8)
     right.axhline(0.125, color="0.6", linewidth=0.8)
-    right.set_xticks(range(4), [f"{task},\n{word}" for task in TASKS for word in ("frozen", "trained")], fontsize=7.5)
+    right.set_xticks(
+        range(2 * len(TASKS)), [f"{task},\n{word}" for task in TASKS for word in ("frozen", "trained")], fontsize=6
+    )
     title(left, "rank of gradients over that of Gaussian ones", xlabel="steps", ylim=(0, None))
     title(middle, "share of the leading space of the factors", xlabel="steps", ylim=(0, 1.02))
     title(right, "mean cos^2 of leading spaces (grey: random)", ylim=(0, 1.02))
@@ -192,6 +197,8 @@ def spectra_figure(runs: list[Numbers]) -> Figure:
 # ---- regret against memory ------------------------------------------------------------------------------------------
 
 RADIUS = 5.0
+ADVERSARIES = ("random", "alternating", "doubling switches", "least preconditioned", "most preconditioned")
+"""Kinds of `precond_ref.problems.online.adversary`."""
 
 
 def one_pass(method: Any, features: Array, signs: Array, rates: Array) -> Array:
@@ -210,6 +217,30 @@ def one_pass(method: Any, features: Array, signs: Array, rates: Array) -> Array:
     return np.where(np.isfinite(total), total, np.inf)
 
 
+def sized(size: int, make: Callable[[], online.Stream], rates: Array, best: Any = None) -> list[regret.Game]:
+    """Return the games of S-AdaGrad at these rates, of which only the last round is looked at."""
+    return [regret.play(SAdaGrad(size=size), make(), float(lr), best, count=2) for lr in rates]
+
+
+def record(found: Numbers, name: str, game: regret.Game) -> None:
+    """Write regret, bound and lost mass of the last round."""
+    found["regret"][name], found["bound"][name] = float(game.regret[-1]), float(game.bound[-1])
+    if game.lost:
+        found["lost"][name] = [float(game.lost[0].escaped[-1]), float(game.lost[0].limit[-1])]
+
+
+def played(kind: str, seed: int, rounds: int, sizes: tuple[int, ...], rates: Array, d: int) -> Numbers:
+    """Return regret, bound and lost mass by size against an adversary on d entries, at the rate of least bound."""
+    found: Numbers = {"regret": {}, "bound": {}, "lost": {}}
+    make = partial(online.adversary, kind, (d,), rounds=rounds, seed=seed)
+    for size in (*(size for size in sizes if size < d), d):
+        games = sized(size, make, rates)
+        record(found, str(size) if size < d else "full", min(games, key=lambda game: game.bound[-1]))
+    diagonal = [regret.play(AdaGrad(eps=0.0), make(), float(lr), count=2) for lr in rates]
+    found["regret"]["diagonal"] = float(min(diagonal, key=lambda game: game.bound[-1]).regret[-1])
+    return found
+
+
 def memory(
     seed: int,
     tick: Tick,
@@ -217,30 +248,31 @@ def memory(
     sizes: tuple[int, ...] = (1, 2, 5, 10, 20, 40, 80),
     rates: int = 9,
     peers: tuple[int, ...] = (5, 10, 20),
+    d: int = 50,
 ) -> Numbers:
-    """Return regrets of S-AdaGrad, bounds and lost mass by size, and losses of earlier sketches, on a shuffled a9a."""
+    """Return regrets of S-AdaGrad, bounds and lost mass by size, on a shuffled a9a and against adversaries.
+
+    And losses of earlier sketches on a9a.
+    """
     features, signs = online.libsvm("a9a")
     order = np.random.default_rng([seed, 7]).permutation(len(signs))[:rounds]
     features, signs = features[order], signs[order]
     best = regret.comparator_of_logistic(features, signs, RADIUS)
     least = float(np.sum(np.logaddexp(0.0, -signs * (features @ best.point))))
     grid = 10.0 ** np.linspace(-1.5, 0.5, rates)
-    found: Numbers = {"regret": {}, "bound": {}, "lost": {}, "loss": {}, "failed": {}}
+    ours: Numbers = {"regret": {}, "bound": {}, "lost": {}}
+    found: Numbers = {"a9a": ours, "loss": {}, "failed": {}}
     for i, size in enumerate(sizes):
         losses = one_pass(SAdaGrad(size=size), features, signs, grid)
-        lr = float(grid[np.argmin(losses)])
-        game = regret.play(
-            SAdaGrad(size=size), online.linear_model("logistic", features, signs), lr, lambda run: best, count=2
-        )
-        lost = game.lost[0]
-        found["regret"][str(size)] = float(game.regret[-1])
-        found["bound"][str(size)] = float(game.bound[-1])
-        found["lost"][str(size)] = [float(lost.escaped[-1]), float(lost.limit[-1])]
-        tick(0.6 * (i + 1) / len(sizes))
-    found["regret"]["diagonal"] = float(np.min(one_pass(AdaGrad(eps=0.0), features, signs, grid))) - least
+        stream = partial(online.linear_model, "logistic", features, signs)
+        record(ours, str(size), sized(size, stream, grid[[np.argmin(losses)]], lambda run: best)[0])
+        tick(0.5 * (i + 1) / len(sizes))
+    ours["regret"]["diagonal"] = float(np.min(one_pass(AdaGrad(eps=0.0), features, signs, grid))) - least
     few = grid[2 : 2 + max(1, rates // 3)]
-    found["regret"]["full"] = float(np.min(one_pass(FullAdaGrad(eps=0.0), features, signs, few))) - least
-    tick(0.7)
+    ours["regret"]["full"] = float(np.min(one_pass(FullAdaGrad(eps=0.0), features, signs, few))) - least
+    for i, kind in enumerate(ADVERSARIES):
+        found[kind] = played(kind, seed, rounds // 10, sizes, 10.0 ** np.linspace(-2, 1, rates), d)
+        tick(0.5 + 0.2 * (i + 1) / len(ADVERSARIES))
     wide = 10.0 ** np.linspace(-4, 0, rates)
     for i, size in enumerate(peers):
         makers: dict[str, Any] = {
@@ -257,21 +289,29 @@ def memory(
     return found
 
 
+def known_sizes(runs: list[Numbers], stream: str) -> list[str]:
+    """Return the sizes of sketches on a stream."""
+    return [size for size in runs[0][stream]["bound"] if size != "full"]
+
+
 @claim("S3")
 def monotone(runs: list[Numbers]) -> Verdict:
     """One dial leads from d k to d^2 memory.
 
     Holds here if: median regret falls with the size and ends within 2 % of full AdaGrad's.
     """
-    sizes = list(runs[0]["bound"])
-    medians = [float(np.median(column(runs, "regret", size))) for size in sizes]
-    ends = paired(column(runs, "regret", sizes[-1]), column(runs, "regret", "full"))
-    good = {
-        "the fall": all(a >= b for a, b in pairwise(medians)),
-        "the end": ends.mean - ends.error <= 0.02 * float(np.median(column(runs, "regret", "full"))),
-    }
-    text = ", ".join(f"{size}: {spread(column(runs, 'regret', size))}" for size in (*sizes, "diagonal", "full"))
-    return decided(good, f"Regret by size {text}; size {sizes[-1]} minus full {ends}")
+    good, text = {}, []
+    for stream in ("a9a", *ADVERSARIES):
+        sizes = known_sizes(runs, stream)
+        medians = [float(np.median(column(runs, stream, "regret", size))) for size in sizes]
+        full = column(runs, stream, "regret", "full")
+        ends = paired(column(runs, stream, "regret", sizes[-1]), full)
+        good[f"{stream}, the fall"] = all(a >= b for a, b in pairwise(medians))
+        good[f"{stream}, the end"] = ends.mean - ends.error <= 0.02 * abs(float(np.median(full)))
+        shown = (*sizes, "diagonal", "full") if stream == "a9a" else (sizes[0], sizes[-1], "full")
+        each = ", ".join(f"{size}: {spread(column(runs, stream, 'regret', size))}" for size in shown)
+        text.append(f"{stream} {each}; size {sizes[-1]} minus full {ends}")
+    return decided(good, f"Regret by size, {'; '.join(text)}")
 
 
 @claim("S4")
@@ -280,22 +320,24 @@ def up_to_tail(runs: list[Numbers]) -> Verdict:
 
     Holds here if: escaped mass at most Omega, regret at most the bound, at every size, and the bound falls with it.
     """
-    sizes = list(runs[0]["bound"])
-    medians = [float(np.median(column(runs, "bound", s))) for s in sizes]
-    good = {
-        "the mass": all(run["lost"][s][0] <= run["lost"][s][1] * (1 + 1e-4) for run in runs for s in sizes),
-        "the regret": all(run["regret"][s] <= run["bound"][s] for run in runs for s in sizes),
-        "the bound's fall": all(a >= b for a, b in pairwise(medians)),
-    }
-    shares = [run["lost"][s][0] / run["lost"][s][1] for run in runs for s in sizes if run["lost"][s][1] > 0]
-    times = [run["bound"][s] / run["regret"][s] for run in runs for s in sizes]
-    text = (
-        f"Escaped mass over Omega {min(shares):.2f} to {max(shares):.2f}; bound {medians[0]:.3g} at size {sizes[0]}, "
-        f"{medians[-1]:.3g} at {sizes[-1]}; it is {min(times):.0f} to {max(times):.0f} times the regret"
-    )
-    if not (good["the mass"] and good["the regret"]):
-        return Verdict(NOT, text)
-    return decided(good, text)
+    good, text, broken = {}, [], False
+    for stream in ("a9a", *ADVERSARIES):
+        sizes = known_sizes(runs, stream)
+        each = [
+            (run[stream]["regret"][s], run[stream]["bound"][s], *run[stream]["lost"][s]) for run in runs for s in sizes
+        ]
+        medians = [float(np.median(column(runs, stream, "bound", s))) for s in sizes]
+        good[f"{stream}, the mass"] = all(mass <= limit * (1 + 1e-4) for _, _, mass, limit in each)
+        good[f"{stream}, the regret"] = all(paid <= bound for paid, bound, _, _ in each)
+        good[f"{stream}, the bound's fall"] = all(a >= b for a, b in pairwise(medians))
+        broken |= not (good[f"{stream}, the mass"] and good[f"{stream}, the regret"])
+        shares = [mass / limit for _, _, mass, limit in each if limit > 0]
+        times = [bound / paid for paid, bound, _, _ in each if paid > 0]
+        text.append(
+            f"{stream}: escaped mass over Omega {min(shares):.2f} to {max(shares):.2f}; bound {medians[0]:.3g} at size "
+            f"{sizes[0]}, {medians[-1]:.3g} at {sizes[-1]}; it is {min(times):.2g} to {max(times):.2g} times the regret"
+        )
+    return Verdict(NOT, "; ".join(text)) if broken else decided(good, "; ".join(text))
 
 
 @claim("S5")
@@ -317,19 +359,26 @@ def earlier(runs: list[Numbers]) -> Verdict:
 
 def memory_figure(runs: list[Numbers]) -> Figure:
     """Draw regret and bound, and losses, against the size."""
-    figure, (left, middle, right) = panels(3, 4.4)
-    sizes = list(runs[0]["bound"])
+    figure, axes = panels(5, 3.9)
+    sizes = known_sizes(runs, "a9a")
     numbers = [int(size) for size in sizes]
     for rank, name in ((2, "full"), (3, "diagonal")):
-        level = float(np.median(column(runs, "regret", name)))
-        left.axhline(level, color=COLOURS[rank], linestyle=":", label=f"{name} AdaGrad")
-    regrets = {"S-AdaGrad": [[run["regret"][s] for s in sizes] for run in runs]}
-    lines(left, numbers, regrets, "regret on a9a", xlabel="size of the sketch", xscale="log")
-    line(middle, numbers, [[run["bound"][s] for s in sizes] for run in runs], "bound", 1, marker="o")
-    title(middle, "bound of the regret", xlabel="size of the sketch", xscale="log", ylim=(0, None))
+        level = float(np.median(column(runs, "a9a", "regret", name)))
+        axes[0].axhline(level, color=COLOURS[rank], linestyle=":", label=f"{name} AdaGrad")
+    regrets = {"S-AdaGrad": [[run["a9a"]["regret"][s] for s in sizes] for run in runs]}
+    lines(axes[0], numbers, regrets, "regret on a9a", xlabel="size of the sketch", xscale="log")
+    line(axes[1], numbers, [[run["a9a"]["bound"][s] for s in sizes] for run in runs], "bound", 1, marker="o")
+    title(axes[1], "bound of the regret on a9a", xlabel="size of the sketch", xscale="log", ylim=(0, None))
+    for panel, what in zip(axes[2:4], ("regret", "bound"), strict=True):
+        ratios = {}
+        for kind in ADVERSARIES:
+            few = known_sizes(runs, kind)
+            ratios[kind] = [[run[kind][what][s] / run[kind][what]["full"] for s in few] for run in runs]
+        text = f"{what} against adversaries, over that of the full matrix"
+        lines(panel, [int(s) for s in few], ratios, text, 7, xlabel="size of the sketch", xscale="log")
     few = list(runs[0]["loss"]["S-AdaGrad"])
     losses = {name: [[run["loss"][name][s] for s in few] for run in runs] for name in runs[0]["loss"]}
-    lines(right, [int(s) for s in few], losses, "mean loss of one pass, best setting", xlabel="size", xscale="log")
+    lines(axes[4], [int(s) for s in few], losses, "mean loss on a9a, best setting", xlabel="size", xscale="log")
     return figure
 
 
@@ -337,14 +386,16 @@ EXPERIMENTS = (
     Experiment(
         name="spectra", minutes=0.6, needs=("tinyshakespeare", "mnist", "torch"),
         claims=(low_rank, concentrated, turns),
-        title="300 steps of Adam on a transformer (two layers of width 64, tinyshakespeare) and on mnist-cnn: the "
-              "gradients of matrices, and averages (0.99) of GG^T and G^TG with at least 16 rows.",
+        title="300 steps of Adam on a transformer (two layers of width 64, tinyshakespeare), mnist-mlp and mnist-cnn: "
+              "the gradients of matrices, and averages (0.99) of GG^T and G^TG with at least 16 rows.",
         one=spectra, draw=spectra_figure, small={"steps": 40, "width": 16, "batch": 2},
     ),
     Experiment(
         name="memory", minutes=4, needs=("a9a",), claims=(monotone, up_to_tail, earlier),
         title="Online logistic regression on 2000 rows of a9a (another order for each seed), comparator in a ball of "
-              "radius 5, the best of 9 rates (3 for the full matrix; times 3 offsets for Ada-FD and FD-SON).",
-        one=memory, draw=memory_figure, small={"rounds": 40, "sizes": (1, 3), "rates": 3, "peers": (2,)},
+              "radius 5, the best of 9 rates (3 for the full matrix; times 3 offsets for Ada-FD and FD-SON); and "
+              "linear losses of five adversaries in dimension 50, 200 rounds, comparator in the unit ball, at the rate "
+              "of the least bound.",
+        one=memory, draw=memory_figure, small={"rounds": 40, "sizes": (1, 3), "rates": 3, "peers": (2,), "d": 4},
     ),
 )  # fmt: skip
