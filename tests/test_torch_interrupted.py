@@ -462,3 +462,36 @@ def test_check_catches_an_interrupt_that_is_not_deferred(monkeypatch: pytest.Mon
     monkeypatch.setattr(optimizer, "interrupts_deferred", nullcontext)
     with pytest.raises(AssertionError):
         check_ctrl_c("AGD", monkeypatch)
+
+
+def check_recorder_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ctrl-C while the recording of an update ends: the recorder is off, and nothing has changed."""
+    ends = passes._Recorder.__exit__
+
+    def interrupted(recorder: Any, *error: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        ends(recorder, *error)
+
+    monkeypatch.setattr(passes._Recorder, "__exit__", interrupted)
+    param = torch.nn.Parameter(torch.ones(4))
+    opt = pt.AGD([param], lr=0.1)
+    param.grad = torch.ones(4)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    left = _get_current_dispatch_mode_stack()
+    for mode in reversed(left):
+        ends(mode, None, None, None)
+    assert not left
+    assert torch.equal(param, torch.ones(4))
+
+
+@pytest.mark.usefixtures("interrupting")
+def test_the_recorder_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_recorder_ends(monkeypatch)
+
+
+@pytest.mark.usefixtures("interrupting")
+def test_check_catches_a_recorder_that_stays_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "interrupts_deferred", nullcontext)
+    with pytest.raises(AssertionError):
+        check_recorder_ends(monkeypatch)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from precond_ref import Method
 from precond_ref_torch import states
+from precond_ref_torch.interrupts import interrupts_deferred
 
 XP = array_namespace(torch.empty(0))
 LAYOUT = attrgetter("shape", "dtype", "device")
@@ -208,7 +209,7 @@ class Tape:
         inputs = [sample((SAMPLE,), dtype) for _ in range(2 + len(states.tensors(template)))]
         made = method.scalars(2)
         numbers = [sample((), torch.float64) for _ in made]
-        with _Recorder() as recorder:
+        with interrupts_deferred(), _Recorder() as recorder:  # one that is interrupted as it ends stays on
             state = states.fill(template, iter(inputs[1:-1]), 1)
             scalars = type(made)(*numbers) if numbers else made
             direction, new = method.update(inputs[0], state, inputs[-1], scalars=scalars, xp=XP)
