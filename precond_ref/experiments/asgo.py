@@ -108,7 +108,7 @@ def blocks_figure(runs: list[Numbers]) -> Figure:
             random = column(runs, name, f"{part}, random")
             line(panel, runs[0]["steps"], random, f"{part}, at random", rank, linestyle=":")
         title(panel, f"share of the Hessian's squared norm, {name}", xlabel="steps", ylim=(0, 1.02))
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[-1].legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -338,7 +338,7 @@ def dials_figure(runs: list[Numbers]) -> Figure:
 
 
 EXPERIMENTS = (
-    Experiment(name="hessian-blocks", minutes=5, needs=("tinyshakespeare", "mnist", "torch"), claims=(block_diagonal,),
+    Experiment(name="hessian-blocks", minutes=6, needs=("tinyshakespeare", "mnist", "torch"), claims=(block_diagonal,),
         title="The Hessian of digits-mlp with two hidden layers of 16 (1482 parameters) over the whole training set; "
         "drawn columns of those of mnist-mlp and mnist-cnn (109386 and 9098 parameters, 100 images) and of a "
         "transformer (two layers of width 32, 512 characters of tinyshakespeare), at three times of 300 steps of Adam.",
