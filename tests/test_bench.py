@@ -160,6 +160,10 @@ def test_exponents_are_fitted() -> None:
     assert suites.exponent(sweep, cubic) == pytest.approx(3.0, abs=1e-12)
     above = {**{x: Result("", [1.0 + 0.5 / x] * 3) for x in (1, 2, 4)}, 9: Result("", [1.0] * 3)}
     assert suites.exponent(sweep._replace(base=9), above) == pytest.approx(-1.0, abs=1e-12)
+    noisy = {**above, 1: Result("", [0.9] * 3), 2: Result("", [1.0] * 3)}  # on a busy machine
+    assert suites.exponent(sweep._replace(base=9), noisy) is None
+    assert "-" in list(report.sweep_table(sweep._replace(base=9, points={1: ("AGD", {})}), noisy).columns[-2].cells)
+    assert report.sweep_json(sweep._replace(base=9), noisy)["exponent"] is None
 
 
 def test_ratios_are_those_of_the_same_round() -> None:

@@ -352,6 +352,12 @@ def _mbf_training(preset: bool) -> Callable[[Any], list[Any]]:
     return make
 
 
+ELEMENTWISE = {
+    "Adam": "adam", "RMSProp": "rmsprop", "AdaGrad": "adagrad", "RFRMSProp": "rf_rmsprop", "RFAdamW": "rf_adamw",
+}  # fmt: skip
+"""The elementwise methods beside AGD, and their names in JAX."""
+
+
 OURS: dict[str, Callable[[Shapes], Step]] = {
     "torch AdamW foreach": _torch_own("AdamW", foreach=True),
     "torch Adam foreach": _torch_own("Adam", foreach=True),
@@ -361,6 +367,7 @@ OURS: dict[str, Callable[[Shapes], Step]] = {
     "AGD": _torch("AGD", weight_decay=1e-2),
     "AGD, by hand": by_hand(hand.agd, LR, elementwise=True),
     "AGD, compile": _torch("AGD", compiled=True, weight_decay=1e-2),
+    **{f"{name}, compile": _torch(name, compiled=True) for name in ELEMENTWISE},
     "ASGO": _torch("ASGO"),
     "ASGO, every=10": _torch("ASGO", every=10),
     "ASGO, by hand": by_hand(hand.asgo, LR),
@@ -413,6 +420,7 @@ OURS: dict[str, Callable[[Shapes], Step]] = {
     "training with MBF": _training(_mbf_training(False)),
     "optax.adam": _optax("adam"),
     "agd": _jax("agd"),
+    **{name: _jax(name) for name in ELEMENTWISE.values()},
     "asgo": _jax("asgo"),
     "shampoo": _jax("shampoo"),
     "if_shampoo": _jax("if_shampoo"),

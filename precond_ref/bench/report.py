@@ -59,7 +59,8 @@ def sweep_table(sweep: Sweep, results: dict[int, Result]) -> Table:
     table = _table(sweep.title, *(x for x, _ in shown), "exponent", "theory")
     bad = [result.error for _, result in shown if result.error]
     cells = [duration(statistics.median(result.seconds)) if result.seconds else "-" for _, result in shown]
-    table.add_row(f"by {sweep.x}", *cells, "-" if bad else f"{exponent(sweep, results):.2f}", f"{sweep.theory:g}")
+    slope = None if bad else exponent(sweep, results)
+    table.add_row(f"by {sweep.x}", *cells, "-" if slope is None else f"{slope:.2f}", f"{sweep.theory:g}")
     if not bad:
         equal = all(result.state_bytes == formula(*sweep.points[x]) for x, result in results.items())
         held = [quantity(result.state_bytes or 0, "B") for _, result in shown]
@@ -129,7 +130,8 @@ def growth_figure(swept: list[tuple[Sweep, dict[int, Result]]]) -> Figure:
     for (sweep, results), marker in zip(swept, "osD^v", strict=False):
         xs, found = list(results), list(results.values())
         name = sweep.title.partition(f", {GROWTH}")[0]
-        label = f"{name}, exponent {exponent(sweep, results):.2f}"
+        slope = exponent(sweep, results)
+        label = name if slope is None else f"{name}, exponent {slope:.2f}"
         times.loglog(xs, [statistics.median(r.seconds) for r in found], marker=marker, label=label)
         state.loglog(xs, [r.state_bytes for r in found], marker=marker, linestyle="none", label=name)
         state.loglog(xs, [formula(*sweep.points[x]) for x in xs], color="black", linewidth=0.8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
+from precond_ref.bench.contenders import ELEMENTWISE
 from precond_ref.bench.harness import Race, Result, Sweep
 from precond_ref.bench.workloads import matrices
 
@@ -25,9 +26,11 @@ STEPS = (
     Race("AGD, torch", "large",
         ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, by hand", "AGD, compile", "atorch AGD")),
     Race("AGD, torch", "tiny", ("torch AdamW foreach", "torch Adam fused", "AGD", "AGD, compile", "atorch AGD")),
-    Race("elementwise, JAX", "matrices", ("optax.adam", "agd")),
-    Race("elementwise, JAX", "transformer", ("optax.adam", "agd")),
-    Race("elementwise, JAX", "large", ("optax.adam", "agd")),
+    *(Race("elementwise, compiled", workload,
+        ("torch Adam fused", "AGD, compile", *(f"{name}, compile" for name in ELEMENTWISE)))
+        for workload in ("matrices", "transformer", "large")),
+    *(Race("elementwise, JAX", workload, ("optax.adam", "agd", *ELEMENTWISE.values()))
+        for workload in ("matrices", "transformer", "large")),
     Race("matrix methods in JAX", "matrices", ("optax.adam", "asgo", "shampoo", "if_shampoo", "mbf")),
     Race("matrix methods in JAX", "convolutions", ("optax.adam", "mbf")),
     Race("ASGO, torch", "transformer",
@@ -132,14 +135,15 @@ NEVER = 10**9
 """A refresh period that ends only after the measurement."""
 
 
-def exponent(sweep: Sweep, results: dict[int, Result]) -> float:
-    """Return the slope of log time over log x by least squares, after subtracting the time of ``sweep.base``."""
+def exponent(sweep: Sweep, results: dict[int, Result]) -> float | None:
+    """Return the slope of log time over log x by least squares, after subtracting the time of ``sweep.base``.
 
+    Points that take no longer than the base are left out; None if fewer than two are left.
+    """
     off = statistics.median(results[sweep.base].seconds) if sweep.base is not None else 0.0
     points = [
         (math.log(x), math.log(seconds))
         for x, result in results.items()
         if x != sweep.base and (seconds := statistics.median(result.seconds) - off) > 0
     ]
-    slope, _ = statistics.linear_regression(*zip(*points, strict=True))
-    return slope
+    return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 1 else None
