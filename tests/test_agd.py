@@ -552,7 +552,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
 
 
 def difference_within_bound(cls: Any, beta1: float, t: int, dtype: str) -> float:
-    """Largest error of s_t over what the docstring of `AGD._difference` allows; gradients near the average too."""
+    """Largest error of s_t over what the docstring of `AGD._weights` allows; gradients near the average too."""
     rng, u = np.random.default_rng(t), float(np.finfo(dtype).eps) / 2
     k = cls(beta1=beta1).scalars(t)
     c = one_minus_powers(beta1, t)[max(t - 2, 0), 0]
@@ -562,7 +562,7 @@ def difference_within_bound(cls: Any, beta1: float, t: int, dtype: str) -> float
     old = np.zeros_like(average) if t == 1 else average
     method = cls(beta1=beta1)
     new = (beta1 * old + (1 - beta1) * grad).astype(dtype)
-    got = method._difference(grad, old, new, k)
+    got = k.of_gradient * grad - k.of_average * (new if method.from_new else old)
     with mpmath.workdps(50):
         b = mpmath.mpf(beta1)
         w, before = (1 - b) / (1 - b**t), 1 - b ** (t - 1)
@@ -589,17 +589,17 @@ def test_differences_from_a_small_beta1_would_not_do() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [("(1 - self.beta1) * x)) * grad", "x)) * grad"), ("(w * x) * new", "(w * x) * old"), ("1 / self.beta1", "1")],
+    [("(1 - self.beta1) * x), w * x", "x), w * x"), ("), w * x", "), x"), ("1 / self.beta1)\n", "1)\n")],
 )
 def test_difference_check_catches(wrong: tuple[str, str]) -> None:
     copy = mutated(agd_module, wrong).AGD
     assert difference_within_bound(copy, 0.9, 3, "float64") > 1
 
 
-S = "self._difference(grad, state.m, m, k)"
-ROOT, FLOOR = "xp.sqrt(b_max if self.amsgrad else b)", "clamp(root, self.delta * k.sqrt_c2, xp=xp)"
-CLIP = "u = clamp(u, -self.clip, self.clip, xp=xp)\n        direction = (k.sqrt_c2 * k.inverse_c1) * u"
-QUOTIENT = "quotient(m, clamp(root, self.delta * k.sqrt_c2, xp=xp), xp, bound=least)"
+S = "k.of_gradient * grad - k.of_average * (m if self.from_new else state.m)"
+ROOT, FLOOR = "xp.sqrt(b_max if self.amsgrad else b)", "clamp(root, k.floor, xp=xp)"
+CLIP = "u = clamp(u, -self.clip, self.clip, xp=xp)\n        direction = k.factor * u"
+QUOTIENT = "quotient(m, clamp(root, k.floor, xp=xp), xp, bound=least)"
 M = "m = ema(state.m, grad, self.beta1)"
 BUGS: dict[str, tuple[str, str, str]] = {  # old, new, checks
     "first difference zero": (S, f"(state.step > 0) * {S}", "golden_state law_constant_shift"),
@@ -609,27 +609,36 @@ BUGS: dict[str, tuple[str, str, str]] = {  # old, new, checks
     "Adam's square": (S, "grad", "vectors step_bound_is_tight constant_gradient quadratic"),
     "delta added": (
         FLOOR,
-        "root + self.delta * k.sqrt_c2",
+        "root + k.floor",
         "golden_table law_adaptive_limit deltas_part_at_the_switch",
     ),
     "delta not corrected": (FLOOR, "clamp(root, self.delta, xp=xp)", "vectors law_first_two_steps law_sgd_limit"),
-    "maximum under the root": (FLOOR, "xp.sqrt(clamp(root * root, self.delta * k.sqrt_c2, xp=xp))", "vectors"),
+    "maximum under the root": (FLOOR, "xp.sqrt(clamp(root * root, k.floor, xp=xp))", "vectors"),
     "one switch for all": (
         f"root = {ROOT}",
         f"root = xp.sqrt(0 * b + xp.mean({ROOT} ** 2, axis=-1, keepdims=True))",
         "vectors",
     ),
-    "no second correction": ("(k.sqrt_c2 * k.inverse_c1) * u", "k.inverse_c1 * u", "vectors law_step_bound beale"),
-    "no first correction": ("(k.sqrt_c2 * k.inverse_c1) * u", "k.sqrt_c2 * u", "vectors constant_gradient"),
+    "no second correction": (
+        "k.factor * u",
+        "k.factor / sqrt(one_minus_power(self.beta2, now.step)) * u",
+        "vectors law_step_bound beale",
+    ),
+    "no first correction": (
+        "k.factor * u",
+        "k.factor * one_minus_power(self.beta1, now.step) * u",
+        "vectors constant_gradient",
+    ),
     "maximum of corrected squares": (
         "xp.maximum(state.b_max, b)",
-        "k.sqrt_c2**2 * xp.maximum(state.b_max / one_minus_power(self.beta2, max(state.step, 1)), b / k.sqrt_c2**2)",
+        "one_minus_power(self.beta2, now.step) * xp.maximum(state.b_max / one_minus_power(self.beta2, "
+        "max(state.step, 1)), b / one_minus_power(self.beta2, now.step))",
         "golden_table vectors law_states",
     ),
     "maximum decays": ("xp.maximum(state.b_max, b)", "xp.maximum(self.beta2 * state.b_max, b)", "vectors law_states"),
     "clip after the factor": (
         f"            {CLIP}",
-        "            pass\n        direction = (k.sqrt_c2 * k.inverse_c1) * u\n"
+        "            pass\n        direction = k.factor * u\n"
         "        direction = direction if self.clip is None else clamp(direction, -self.clip, self.clip, xp=xp)",
         "golden_table vectors",
     ),
@@ -640,8 +649,8 @@ BUGS: dict[str, tuple[str, str, str]] = {  # old, new, checks
         "golden_table vectors",
     ),
     "counter one late": (
-        "reciprocal(one_minus_power(self.beta1, step, like=like)),",
-        "reciprocal(one_minus_power(self.beta1, step + 1, like=like)),",
+        "inverse_c1 = reciprocal(one_minus_power(self.beta1, step, like=like))",
+        "inverse_c1 = reciprocal(one_minus_power(self.beta1, step + 1, like=like))",
         "golden_table vectors law_first_two_steps",
     ),
     "heavy ball": (M, "m = self.beta1 * state.m + grad", "golden_table vectors law_sgd_limit"),
@@ -651,9 +660,9 @@ BUGS: dict[str, tuple[str, str, str]] = {  # old, new, checks
     "decay of its own": (M, f"grad = grad + 0.125 * param; {M}", "vectors quadratic"),
     "ties are not SGD": ("xp.sqrt(b) <= self.delta", "xp.sqrt(b) < self.delta", "ties_are_sgd"),
     "share reversed": ("sgd_share=xp.sum(", "sgd_share=1 - xp.sum(", "law_diagnose law_adaptive_limit ties_are_sgd"),
-    "report of raw averages": ("corrected_b=b * inverse_c2", "corrected_b=b", "law_diagnose"),
+    "report of raw averages": ("corrected_b=b * reciprocal(c2)", "corrected_b=b", "law_diagnose"),
     "report before the first update": (
-        "corrected_m=state.m * k.inverse_c1",
+        "corrected_m=state.m * inverse_c1",
         "corrected_m=state.m / (1 - self.beta1**state.step)",
         "before_the_first_update",
     ),

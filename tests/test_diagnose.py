@@ -156,8 +156,8 @@ NAMED: dict[str, tuple[str, str, Callable[[], Any]]] = {
         "delta-under-root",
         lambda: library(
             agd,
-            ("clamp(root, self.delta * k.sqrt_c2, xp=xp)",
-             "xp.sqrt(clamp(root * root, self.delta * k.sqrt_c2**2, xp=xp))"),
+            ("clamp(root, k.floor, xp=xp)",
+             "xp.sqrt(clamp(root * root, k.floor**2 / self.delta, xp=xp))"),
         )("AGD"),
     ),
     "clip stored in the momentum": (

@@ -141,12 +141,12 @@ def test_core_refuses(case):
 
 
 PLANTED = [
-    (agd, "self._difference(grad, state.m, m, k)", "(grad - state.m)", "AGD/plain"),
-    (agd, "self.delta * k.sqrt_c2, xp=xp)", "self.delta, xp=xp)", "AGD/switch"),
+    (agd, "k.of_gradient * grad - k.of_average * (m if self.from_new else state.m)", "(grad - state.m)", "AGD/plain"),
+    (agd, "clamp(root, k.floor, xp=xp)", "clamp(root, self.delta, xp=xp)", "AGD/switch"),
     (agd, "xp.maximum(state.b_max, b)", "b", "AGD/amsgrad"),
-    (agd, "(k.sqrt_c2 * k.inverse_c1) * u", "k.sqrt_c2 * u", "AGD/first-step"),
-    (agd, "quotient(m, clamp(root, self.delta * k.sqrt_c2, xp=xp), xp, bound=least)",
-        "m / clamp(root, self.delta * k.sqrt_c2, xp=xp)", "AGD/zero-delta"),
+    (agd, "k.factor * u", "k.factor * one_minus_power(self.beta1, now.step) * u", "AGD/first-step"),
+    (agd, "quotient(m, clamp(root, k.floor, xp=xp), xp, bound=least)",
+        "m / clamp(root, k.floor, xp=xp)", "AGD/zero-delta"),
     (asgo, "(m, xp), roots.Law(-0.5, self.eps)", "(m, xp), roots.Law(-0.25, self.eps)", "ASGO/left"),
     (asgo, "(m, xp), roots.Law(-0.5, self.eps)", "(m, xp), roots.Law(-1.0, self.eps, root=True)", "ASGO/right"),
     (asgo, 'self.side == "smaller" and m < n', 'self.side == "smaller" and m <= n', "ASGO/tie"),

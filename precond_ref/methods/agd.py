@@ -70,12 +70,14 @@ class AGDState(NamedTuple):
 class AGDScalars(NamedTuple):
     """Values of `AGD.scalars`, which depend on the update's number alone."""
 
-    inverse_c1: Scalar
-    """1 / (1 - beta1^t)."""
-    previous_inverse_c1: Scalar
-    """1 / (1 - beta1^{t-1}); 0 at t = 1, which makes s_1 = m_1 / (1 - beta1)."""
-    sqrt_c2: Scalar
-    """sqrt(1 - beta2^t)."""
+    of_gradient: Scalar
+    """Weight of g_t in s_t."""
+    of_average: Scalar
+    """Weight of -m_t in s_t; of -m_{t-1} unless `AGD.from_new`."""
+    floor: Scalar
+    """delta sqrt(1 - beta2^t)."""
+    factor: Scalar
+    """sqrt(1 - beta2^t) / (1 - beta1^t)."""
 
 
 class AGDReport(NamedTuple):
@@ -113,27 +115,31 @@ class AGD(Method):
         return AGDState(step=0, m=zeros(*shape), b=zeros(*shape), b_max=zeros(*shape) if self.amsgrad else None)
 
     def scalars(self, step: Any, *, like: Array = None) -> AGDScalars:
-        return AGDScalars(
-            inverse_c1=reciprocal(one_minus_power(self.beta1, step, like=like)),
-            previous_inverse_c1=reciprocal(one_minus_power(self.beta1, step - 1, like=like)),
-            sqrt_c2=sqrt(one_minus_power(self.beta2, step, like=like)),
-        )
+        inverse_c1 = reciprocal(one_minus_power(self.beta1, step, like=like))
+        before = reciprocal(one_minus_power(self.beta1, step - 1, like=like))  # 0 at t = 1, so that s_1 = m_1 / c1
+        sqrt_c2 = sqrt(one_minus_power(self.beta2, step, like=like))
+        return AGDScalars(*self._weights(inverse_c1, before), self.delta * sqrt_c2, sqrt_c2 * inverse_c1)
 
     def step(self, grad: Array, state: AGDState, param: Array, now: Now) -> tuple[Array, AGDState]:
         xp, k = now.xp, now.k
         m = ema(state.m, grad, self.beta1)  # (m)
-        s = self._difference(grad, state.m, m, k)  # (s)
+        s = k.of_gradient * grad - k.of_average * (m if self.from_new else state.m)  # (s)
         b = ema(state.b, s * s, self.beta2)  # (b)
         b_max = xp.maximum(state.b_max, b) if self.amsgrad else None
         root = xp.sqrt(b_max if self.amsgrad else b)
         least = self.delta * sqrt(1 - self.beta2)  # the floor below at t = 1, where it is lowest
-        u = quotient(m, clamp(root, self.delta * k.sqrt_c2, xp=xp), xp, bound=least)
+        u = quotient(m, clamp(root, k.floor, xp=xp), xp, bound=least)
         if self.clip is not None:
             u = clamp(u, -self.clip, self.clip, xp=xp)
-        direction = (k.sqrt_c2 * k.inverse_c1) * u  # (x)
+        direction = k.factor * u  # (x)
         return direction, AGDState(step=now.step, m=m, b=b, b_max=b_max)
 
-    def _difference(self, grad: Array, old: Array, new: Array, k: AGDScalars) -> Array:
+    @property
+    def from_new(self) -> bool:
+        """Whether s_t is made from m_t, not from m_{t-1}: the new average may then overwrite the old one."""
+        return is_python_number(self.beta1) and self.beta1 >= 0.5
+
+    def _weights(self, inverse_c1: Scalar, before: Scalar) -> tuple[Scalar, Scalar]:
         r"""(s), without the cancellation of large averages: with w = (1 - beta1) / (1 - beta1^t), c = 1 - beta1^{t-1},
 
             s_t = w (g_t - m_{t-1} / c) = w ((1 + (1 - beta1) / (beta1 c)) g_t - m_t / (beta1 c)).
@@ -147,21 +153,21 @@ class AGD(Method):
 
         and by 11 in the place of 6 + 16 / beta1 in the first form. The second is taken where beta1 >= 1/2: at most 38.
         """
-        w = (1 - self.beta1) * k.inverse_c1
-        if not (is_python_number(self.beta1) and self.beta1 >= 0.5):
-            return w * (grad - k.previous_inverse_c1 * old)
-        x = k.previous_inverse_c1 * (1 / self.beta1)
-        return (w * (1 + (1 - self.beta1) * x)) * grad - (w * x) * new
+        w = (1 - self.beta1) * inverse_c1
+        if not self.from_new:
+            return w, w * before
+        x = before * (1 / self.beta1)
+        return w * (1 + (1 - self.beta1) * x), w * x
 
     def report(self, state: AGDState, finite: Array, xp: Namespace) -> AGDReport:
         """Bias-corrected averages and the switch; before the first update all averages are zero."""
-        k = self.scalars(state.step, like=state.m)
+        inverse_c1 = reciprocal(one_minus_power(self.beta1, state.step, like=state.m))
+        c2 = one_minus_power(self.beta2, state.step, like=state.m)
         b = state.b_max if self.amsgrad else state.b
-        is_sgd = xp.sqrt(b) <= self.delta * k.sqrt_c2
-        inverse_c2 = reciprocal(k.sqrt_c2 * k.sqrt_c2)
+        is_sgd = xp.sqrt(b) <= self.delta * sqrt(c2)
         return AGDReport(
-            corrected_m=state.m * k.inverse_c1,
-            corrected_b=b * inverse_c2,
+            corrected_m=state.m * inverse_c1,
+            corrected_b=b * reciprocal(c2),
             is_sgd=is_sgd,
             sgd_share=xp.sum(xp.astype(is_sgd, state.m.dtype)) / max(math.prod(is_sgd.shape), 1),
             finite=finite,

@@ -24,10 +24,13 @@ def varying_beta1(method: Any, beta1: Array) -> Callable[..., Any]:
     """Return updates with beta_{1,t} for `record`; they keep the last corrected average."""
 
     def update(t: int, g: Array, state: Any, x: Array) -> Any:
-        c1 = 1 - float(beta1[t]) ** (t + 1)
-        before = 1 - float(beta1[t - 1]) ** t if t else 0.0
-        scalars = AGDScalars(1 / c1, 1 / before if t else 0.0, math.sqrt(1 - method.beta2 ** (t + 1)))
-        return method.replace(beta1=float(beta1[t])).update(g, state, x, scalars=scalars, xp=np)
+        now, c1 = method.replace(beta1=float(beta1[t])), 1 - float(beta1[t]) ** (t + 1)
+        before = 1 / (1 - float(beta1[t - 1]) ** t) if t else 0.0
+        weights = (1 - now.beta1) / c1, before - now.beta1 / c1  # of g_t and m_{t-1} in s_t
+        if now.from_new:
+            weights = (1 - now.beta1) * before / now.beta1, before / now.beta1 - 1 / c1  # of g_t and m_t
+        sqrt_c2 = math.sqrt(1 - method.beta2 ** (t + 1))
+        return now.update(g, state, x, scalars=AGDScalars(*weights, method.delta * sqrt_c2, sqrt_c2 / c1), xp=np)
 
     return update
 
