@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ PIECE_BYTES = 2**20
 """Stacks and flat buffers on a CPU go through the method in pieces of this size, for its cache; calls cost time too."""
 Foreign = tuple[Any, Callable[[Tensor], Any], Callable[[Any], Tensor], Callable[[], Any]]
 EVERY = slice(None)
+DTYPE = attrgetter("dtype")
 Pairs = list[tuple[Tensor, Tensor]]
 """State tensors, each with the tensor that is to be written into it."""
 Unit = tuple[Any, ...]
@@ -421,7 +422,7 @@ class Bucket:
             whole = flat.view(len(self), *self.shapes[0]) if self.uniform else None
             self.room = kernels[key], flat, whole, self._split(flat)
         _, flat, whole, parts = self.room
-        if whole is not None and all(g.dtype == self.dtype for g in grads):
+        if whole is not None and {*map(DTYPE, grads)} == {self.dtype}:
             torch.stack(grads, out=whole)
         else:
             torch._foreach_copy_(parts, grads)

@@ -56,6 +56,7 @@ FLAGS = {
 """Arguments of PyTorch's optimizers that may be False or None, each with the advice for True."""
 ENTRIES = itemgetter("lr", "weight_decay", "maximize", "compile", "engine", "join", "fallback", "method")
 LAYOUT = attrgetter("shape", "dtype", "device")
+GRAD_LAYOUT = attrgetter("grad.layout")
 COUNTER = (torch.Size(), torch.int64, torch.device("cpu"))
 
 
@@ -466,7 +467,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"{type(statistics).__name__}"
             )
         active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        if any(param.grad.layout is not torch.strided for params in active for param in params):
+        if any({*map(GRAD_LAYOUT, params)} - {torch.strided} for params in active):
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         self._check_entries()
         found = [
