@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mutation import mutated
 from theory_cases import EXAMPLES, FAMILIES, REAL, WORST, Violation, agd_smooth_parts, drawn, play, search
 from theory_mutants import BLIND, CAUGHT, MUTANTS, library
 
@@ -342,3 +343,28 @@ def test_what_python_shows_is_short() -> None:
     assert re.fullmatch(r"sgd\.regret: -?[\d.e+]+ <= [\d.e+]+, ratio -?[\d.e-]+: holds", shown)
     assert str(check(3, 2)).endswith("ratio 1.5: VIOLATED")
     assert list_statements()["agd.regret-closed-varying"].call == "theory.agd.regret_closed_varying(run, star, beta1)"
+
+
+def check_varying_beta1(varying: Any) -> None:
+    """With beta1 that varies, above 1/2 and below, b averages the squared differences of the corrected averages."""
+    stream, method = online.adversary("random", (3,), rounds=12), pr.AGD(beta1=0.9)
+    beta1 = 0.9 / np.arange(1, 13) ** 0.5
+    run = theory.record(method, stream, 0.1, update=varying(method, beta1), keep_states=True)
+    m, b, before = np.zeros(3), np.zeros(3), np.zeros(3)
+    for t, (g, state) in enumerate(zip(run.gradients, run.all_states()[1:], strict=True)):
+        m = beta1[t] * m + (1 - beta1[t]) * g
+        corrected = m / (1 - beta1[t] ** (t + 1))
+        b = method.beta2 * b + (1 - method.beta2) * (corrected - before) ** 2
+        before = corrected
+        np.testing.assert_allclose(state.b, b, rtol=1e-9)
+
+
+def test_varying_beta1() -> None:
+    check_varying_beta1(theory.agd.varying_beta1)
+    for wrong in (
+        ("before / now.beta1 - 1 / c1", "now._weights(1 / c1, before)[1]"),  # as if beta1 had always been this
+        ("before - now.beta1 / c1", "now._weights(1 / c1, before)[1]"),
+        ("beta1[t - 1]) ** t", "beta1[t]) ** t"),
+    ):
+        with pytest.raises(AssertionError):
+            check_varying_beta1(mutated(theory.agd.varying_beta1, wrong))
