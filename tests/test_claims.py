@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from precond_ref.experiments import (
     asgo,
     base,
     curvature,
+    figures,
     language,
     mbf,
     numbers,
@@ -57,6 +60,68 @@ def test_the_page_says_what_the_records_say() -> None:
         assert len(record["runs"]) == experiment.seeds >= 5
         assert not {*rates.SEEDS} & {*record["seeds"]}
         assert all(claim.judge(record["runs"]).word in WORDS for claim in experiment.claims)
+        assert experiment.minutes == pytest.approx(record["seconds"] / 60, rel=0.2, abs=0.1), name  # what the list says
+
+
+def says(page: str) -> None:
+    """The numbers of the sentences below the figures are those of the records."""
+    names = ("language", "autoencoder", "images", "memory", "half-precision", "switch", "hessian-blocks")
+    runs = {name: json.loads((FOLDER / f"{name}.json").read_text())["runs"] for name in names}
+
+    def middle(name: str, *keys: Any) -> float:
+        return float(np.median(numbers.column(runs[name], *keys)))
+
+    def change(run: Any) -> float:
+        return max(run["digits-cnn"]["0.001"]) - min(run["digits-cnn"]["0.001"])
+
+    gap = numbers.paired(*(numbers.column(runs["images"], name, "test") for name in ("MBF", "SGD, momentum")))
+    least, blocks = [middle("memory", "least preconditioned", "regret", size) for size in ("40", "full")], []
+    for net in ("digits-mlp", "mnist-mlp", "transformer"):
+        ours, random = (
+            [run[net][f"output neurons{word}"][-1] for run in runs["hessian-blocks"]] for word in ("", ", random")
+        )
+        blocks.append(np.median(ours) / np.median(random))
+        assert np.median(ours) < 0.5
+    first, second = (
+        [np.median([run["digits-mlp, layers"][f"fc{i}/weight"][t] for run in runs["switch"]]) for t in (0, -1)]
+        for i in (1, 2)
+    )
+    until = {
+        name: [training.reached(run, name, "SGD, momentum") for run in runs["images"]] for name in runs["images"][0]
+    }
+    steps, seconds = ({name: np.median(np.array(each)[:, i]) for name, each in until.items()} for i in (0, 1))
+    of_sgd = {name: (steps[name] / steps["SGD, momentum"], seconds[name] / seconds["SGD, momentum"]) for name in until}
+    half = [middle("half-precision", f"Shampoo, eps 1e-06, {word}") for word in ("statistics in bfloat16", "float32")]
+    asgo, adam = (middle("language", name, "seconds") for name in ("ASGO", "AdamW"))
+    kfac, blockwise = (middle("autoencoder", name, "seconds") for name in ("KFAC", "MBF"))
+    for sentence in (
+        f"A run of ASGO takes {asgo / adam:.1f} times",
+        f"a step of it takes {kfac / blockwise:.1f} times",
+        f"about {['no', 'one', 'two', 'three'][round(20 * (gap.error / (gap.mean + 0.3)) ** 2 / 1000)]} thousand seeds",
+        f"is least ({least[0]:.2f} and {least[1]:.2f})",
+        f"is {half[0] / half[1]:.1f} times that of float32",
+        f"just so: {np.median([change(run) for run in runs['switch']]):.4f}, and below 0.2 for two of the five",
+        f"{first[0]:.2f} and the second at {second[0]:.2f}, and they end at {first[1]:.2f} and {second[1]:.2f}",
+        f"{min(blocks):.0f} to {max(blocks):.0f} times as much, and less than half",
+        f"MBF {of_sgd['MBF'][0]:.2f} times its steps and {of_sgd['MBF'][1]:.1f} times",
+        f"KFAC {of_sgd['KFAC'][1]:.1f} times its time",
+    ):
+        assert sentence in " ".join(page.split()), sentence
+    assert [round(share, 1) for share in of_sgd["RMSProp"]] == [0.5, 0.5]
+    assert sum(change(run) < 0.2 for run in runs["switch"]) == 2
+
+
+def test_the_prose_says_what_the_records_say() -> None:
+    page = (FOLDER.parent / "claims.md").read_text(encoding="utf-8")
+    says(page)
+    for right, wrong in (
+        ("takes 1.5 times", "takes 1.3 times"),
+        ("two thousand", "one thousand"),
+        ("0.2002", "0.2100"),
+    ):
+        assert right in page
+        with pytest.raises(AssertionError):
+            says(page.replace(right, wrong))
 
 
 def test_every_claim_has_one_row() -> None:
@@ -384,6 +449,71 @@ def check_reached(module: Any) -> None:
     assert [text("slow") for text in columns.values()] == ["not reached"] * 2
 
 
+def check_ends(module: Any) -> None:
+    """S3: the median of the largest size within 2 % of the full matrix, on each stream, however the seeds differ."""
+    streams = ("a9a", *module.ADVERSARIES)
+    runs = [
+        {name: {"regret": {"1": 9.0, "5": 1.0 + s, "full": 1.0 + s, "diagonal": 1.0}, "bound": {"1": 9.0, "5": 9.0}}
+         for name in streams} for s in range(5)
+    ]  # fmt: skip
+    assert module.monotone(runs).word == base.HOLDS
+    for s, run in enumerate(runs):
+        run["random"]["regret"]["5"] = 1.0 + s + (0.25 if s == 2 else 0.0)
+    assert module.monotone(runs).word == base.PART
+    assert "Not for: the end on random. Regret" in module.monotone(runs).measured
+
+
+def check_descents(module: Any) -> None:
+    """A curve that ended early is infinite after its end; a method that nowhere has two points is left out."""
+    runs: list[Any] = [{"a": {"curve": [[0, 3.0], [1, 2.0], [2, 1.0]], "seconds": 4.0},
+                        "b": {"curve": [[0, 3.0]], "seconds": 1.0}} for _ in range(2)]  # fmt: skip
+    runs.insert(0, {"a": {"curve": [[0, 3.0], [1, 4.0]], "seconds": 4.0}, "b": {"curve": [[0, 3.0]], "seconds": 1.0}})
+    axes = figures.panels(2)[1]
+    module.descents(*axes, runs, ["a", "b"])
+    assert [len(each.lines) for each in axes] == [1, 1]
+    assert list(axes[0].lines[0].get_ydata()) == [3.0, 2.0, 1.0]
+    assert list(axes[1].lines[0].get_xdata()) == [0.0, 2.0, 4.0]
+    runs.pop()
+    module.descents(axes[0], None, runs, ["a"])
+    assert list(axes[0].lines[1].get_ydata()) == [3.0, 3.0, np.inf]
+    scores = [{"a": {"test": 1.0}, "b": {"test": None}}, {"a": {"test": 2.0}, "b": {"test": 1.0}}]
+    module.scored(axes[0], scores, ["a", "b"], "test")
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["a", "b (1 diverged)"]
+
+
+def check_records(module: Any) -> None:
+    """Parts with commas stay apart; what no run has written is refused; an interrupt leaves the old record."""
+    assert module.decided({"a, b": True, "c": True, "d": False}, "x").measured == "Holds for: a, b; c. Not for: d. x"
+    laws = ALL["laws"]
+    record = laws.run([0], **laws.small)
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "laws.json"
+        assert module.read(laws, file.parent) is None
+        module.write(laws, record, file.parent)
+        assert module.read(laws, file.parent) == record
+        assert "**holds** `precond-ref experiments laws`, 1 seeds (--quick" in module.verdicts([laws], file.parent)
+        old = file.read_text()
+        with pytest.MonkeyPatch.context() as patch:
+            whole = Path.write_text
+
+            def half(path: Path, text: str, **how: Any) -> int:
+                whole(path, text[: len(text) // 2], **how)
+                raise KeyboardInterrupt
+
+            patch.setattr(Path, "write_text", half)
+            with pytest.raises(KeyboardInterrupt):
+                module.write(laws, record, file.parent)
+        assert file.read_text() == old
+        for text in (old[:50], "[]", "{}", old.replace('"laws"', '"dials"'), old.replace('"Shampoo"', '"x"'),
+                     json.dumps(record | {"runs": []}), json.dumps(record | {"seconds": None})):  # fmt: skip
+            file.write_text(text)
+            try:
+                module.read(laws, file.parent)
+                raise AssertionError(text)
+            except ValueError as error:
+                assert str(file) in str(error)  # noqa: PT017
+
+
 CHECKS: dict[str, tuple[Callable[[Any], None], Any]] = {
     "statistics": (check_statistics, numbers),
     "curvature": (check_curvature, curvature),
@@ -396,6 +526,9 @@ CHECKS: dict[str, tuple[Callable[[Any], None], Any]] = {
     "difference": (check_difference, agd),
     "fixed time": (check_fixed_time, language),
     "reached": (check_reached, training),
+    "ends": (check_ends, sketchy),
+    "descents": (check_descents, training),
+    "records": (check_records, base),
 }
 
 
@@ -462,6 +595,16 @@ BUGS = {
     "seconds of the whole run": ("reached", "step / curve[-1][0] * run", "1.0 * run"),
     "a diverged run arrives": ("reached", 'if run[name]["validation"] is None:', "if False:"),
     "steps in both columns": ("reached", '"seconds to it": column(1)', '"seconds to it": column(0)'),
+    "an end within the error": ("ends", "abs(medians[-1] - target) <=", "ends.mean - ends.error <="),
+    "one stream for all": ("ends", 'good[f"the end on {stream}"]', 'good["the end on a9a"]'),
+    "zero after a run has diverged": ("descents", "[math.inf] *", "[0.0] *"),
+    "steps for seconds of a figure": ("descents", "line(axes, unit * x", "line(axes, x"),
+    "diverged runs without a word": ("descents", "if None in each else", "if False else"),
+    "commas between parts": ("records", "{'; '.join(yes)}", "{', '.join(yes)}"),
+    "a record in pieces": ("records", ".json.part", ".json"),
+    "the record of another experiment": ("records", 'record["experiment"] != experiment.name', "False"),
+    "numbers of runs not looked at": ("records", "claim.judge(record[\"runs\"])\n    except", "pass\n    except"),
+    "a quick verdict that counts": ("records", 'if record and record["options"] else', "if False else"),
     "a grid that stays": ("tasks", "loss(best + (2 if best == max(tried) else -2))", "pass"),
 }  # fmt: skip
 
@@ -551,20 +694,52 @@ def test_the_command_lists_runs_and_draws_again(tmp_path: Path, monkeypatch: pyt
     record = json.loads((tmp_path / "laws.json").read_text())
     assert record["seeds"] == [0, 1]
     assert record["options"] == dict(ALL["laws"].small)
-    assert "**holds**" in (tmp_path / "verdicts.txt").read_text()
+    assert "-> holds (--quick: the verdict says nothing)" in done.output
+    assert "2 seeds (--quick: the verdict says nothing)" in (tmp_path / "verdicts.txt").read_text()
     (tmp_path / "laws.svg").unlink()
     assert call("laws", "--draw", "--output", str(tmp_path)).exit_code == 0
     assert (tmp_path / "laws.svg").exists()
     for arguments, message in {
         ("nothing",): "error: no experiment is called nothing; there are hessian-blocks, ",
         ("laws", "--seeds", "0"): "error: --seeds must be at least 1, got 0\n",
-        ("dials", "--draw", "--output", str(tmp_path)): f"error: {tmp_path / 'dials'}.json is not there: run ",
-        ("laws", "--output", str(tmp_path / "laws.json")): "error: ",
+        ("dials", "--draw", "--output", str(tmp_path)): f"error: dials: {tmp_path / 'dials'}.json is not there: run ",
+        ("laws", "--output", str(tmp_path / "laws.json")): "error: --output must be a folder that can be written to, ",
+        (
+            "laws",
+            "--output",
+            str(tmp_path / "laws.json/x"),
+        ): "error: --output must be a folder that can be written to, ",
+        ("--draw",): "error: --draw, --quick and --seeds need names of experiments, or --all, got neither\n",
     }.items():
         refused = call(*arguments)
         assert refused.exit_code == 2
         assert refused.stderr.startswith(message)
+    with monkeypatch.context() as patch:
+        patch.setattr("precond_ref.cli.experiments.find_spec", lambda name: None)
+        assert call().stderr.startswith("error: matplotlib is not installed: pip install")
+    whole = json.dumps(record | {"options": {}})
+    (tmp_path / "laws.json").write_text(whole)
+    refused = call("laws", "--quick", "--output", str(tmp_path))
+    assert refused.exit_code == 2
+    assert (
+        refused.stderr == f"error: --quick must not replace the record of a whole run, got one of laws in {tmp_path}\n"
+    )
+    assert (tmp_path / "laws.json").read_text() == whole
+    (tmp_path / "laws.json").write_text(whole[:40])
+    for arguments in (("laws", "--draw"), ("dials", "--quick")):
+        refused = call(*arguments, "--output", str(tmp_path))
+        assert refused.exit_code == 2
+        assert refused.stderr.startswith(f"error: {tmp_path / 'laws.json'} is no JSON: ")
+    (tmp_path / "laws.json").unlink()
     monkeypatch.setenv("PRECOND_REF_DATA", str(tmp_path))
     refused = call("recommendation", "--quick", "--output", str(tmp_path))
     assert refused.exit_code == 2
     assert refused.stderr.startswith("error: recommendation: looked for a9a")
+    (tmp_path / "a9a").write_text("hello world")
+    refused = call("recommendation", "--quick", "--output", str(tmp_path))
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith(f"error: recommendation: {tmp_path / 'a9a'}, line 1: not 'label index:value")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    refused = call("language", "--quick", "--output", str(tmp_path))
+    assert refused.exit_code == 2
+    assert refused.stderr == "error: language: torch is not installed: pip install torch\n"

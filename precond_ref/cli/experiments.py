@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,8 +63,12 @@ def experiments_command(
         console = standard_output()
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed: {EXTRA}")
+    if find_spec("matplotlib") is None:
+        fail(f"matplotlib is not installed: {EXTRA}")
     known = experiments.list_experiments()
     if not names and not all_of_them:
+        if draw or quick or seeds is not None:
+            fail("--draw, --quick and --seeds need names of experiments, or --all, got neither")
         for experiment in known.values():
             claims = ", ".join(claim.name for claim in experiment.claims)
             needs = f", needs {', '.join(experiment.needs)}" if experiment.needs else ""
@@ -79,21 +85,34 @@ def experiments_command(
         fail(f"no experiment is called {', '.join(unknown)}; there are {', '.join(known)}")
     if seeds is not None and seeds < 1:
         fail(f"--seeds must be at least 1, got {seeds}")
-    if output.exists() and not output.is_dir():
-        fail(f"{output} is no folder")
+    try:  # before anything runs: the verdicts take all records of the folder
+        if not draw:
+            output.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=output).close()
+        records = {name: base.read(experiment, output) for name, experiment in known.items()}
+    except ValueError as error:
+        fail(error)
+    except OSError as error:
+        fail(f"--output must be a folder that can be written to, got {output} ({error.strerror})")
+    if quick and not draw and (whole := [n for n in chosen if (old := records[n]) is not None and not old["options"]]):
+        fail(f"--quick must not replace the record of a whole run, got one of {', '.join(whole)} in {output}")
     for name in chosen:
         try:
-            record = base.read(known[name], output) if draw else _run(known[name], seeds or known[name].seeds, quick)
+            record = records[name] if draw else _run(known[name], seeds or known[name].seeds, quick)
             if record is None:
-                fail(f"{output / name}.json is not there: run `precond-ref experiments {name} --output {output}` first")
+                run = f"run `precond-ref experiments {name} --output {output}` first"
+                raise FileNotFoundError(f"{output / name}.json is not there: {run}")
             base.write(known[name], record, output)
             text = base.verdicts(known.values(), output)
             (output / "verdicts.txt").write_text(text, encoding="utf-8")
-        except (FileNotFoundError, ModuleNotFoundError) as error:
+        except (OSError, ModuleNotFoundError, ValueError) as error:
+            why = str(error)
+            if isinstance(error, ModuleNotFoundError):
+                why = f"{error.name} is not installed: pip install {error.name}"
             if all_of_them:
-                typer.echo(f"{name}: left out, {error}", err=True)
+                typer.echo(f"{name}: left out, {why}", err=True)
                 continue
-            fail(f"{name}: {error}")
+            fail(f"{name}: {why}")
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
@@ -102,7 +121,8 @@ def experiments_command(
         for claim in known[name].claims:
             word, measured = claim.judge(record["runs"])
             console.print(
-                f"{claim.name} {claim.text}\n   holds here if: {claim.criterion}\n   {measured}\n   -> {word}\n"
+                f"{claim.name} {claim.text}\n   holds here if: {claim.criterion}\n   {measured}\n   -> {word}"
+                f"{f' {base.QUICK}' * bool(record['options'])}\n"
             )
     console.print(f"written: {output}")
 

@@ -101,7 +101,7 @@ def block_diagonal(runs: list[Numbers]) -> Verdict:
 
 def blocks_figure(runs: list[Numbers]) -> Figure:
     """Draw the shares by time."""
-    figure, axes = panels(len(NETWORKS), 4.0)
+    figure, axes = panels(2, 4.8, 6.6, rows=2)
     for panel, name in zip(axes, NETWORKS, strict=True):
         for rank, part in enumerate(PARTS):
             line(panel, runs[0]["steps"], column(runs, name, part), part, rank, marker="o")
@@ -338,7 +338,8 @@ def dials_figure(runs: list[Numbers]) -> Figure:
 
 
 EXPERIMENTS = (
-    Experiment(name="hessian-blocks", minutes=6, needs=("tinyshakespeare", "mnist", "torch"), claims=(block_diagonal,),
+    Experiment(name="hessian-blocks", minutes=6.2, needs=("tinyshakespeare", "mnist", "torch"),
+        claims=(block_diagonal,),
         title="The Hessian of digits-mlp with two hidden layers of 16 (1482 parameters) over the whole training set; "
         "drawn columns of those of mnist-mlp and mnist-cnn (109386 and 9098 parameters, 100 images) and of a "
         "transformer (two layers of width 32, 512 characters of tinyshakespeare), at three times of 300 steps of Adam.",

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from precond_ref import files
 from precond_ref.experiments.numbers import Numbers, markdown, np, plain, table
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ Tick = Callable[[float], None]
 HOLDS, PART, NOT, UNTESTED = "holds", "holds in part", "does not hold here", "cannot be tested here"
 PAPERS = {"A": "ASGO", "S": "Sketchy", "R": "Root-free", "M": "MBF", "G": "AGD"}
 """The papers by the first letters of their claims."""
+QUICK = "(--quick: the verdict says nothing)"
+"""Stands beside the verdict of a run with options."""
 
 
 class Verdict(NamedTuple):
@@ -41,7 +44,7 @@ def decided(parts: Mapping[str, bool], measured: str) -> Verdict:
     """Return that a claim holds if all its parts do, and in part, with their names, if some do."""
     yes, no = ([name for name, good in parts.items() if good == wanted] for wanted in (True, False))
     if yes and no:
-        return Verdict(PART, f"Holds for {', '.join(yes)}; not for {', '.join(no)}. {measured}")
+        return Verdict(PART, f"Holds for: {'; '.join(yes)}. Not for: {'; '.join(no)}. {measured}")
     return Verdict(NOT if no else HOLDS, measured)
 
 
@@ -132,15 +135,29 @@ class Experiment:
 def write(experiment: Experiment, record: Numbers, folder: Path) -> None:
     """Write ``NAME.json``, and from it ``NAME.svg`` and ``NAME.txt``, the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{experiment.name}.json").write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
+    part = folder / f"{experiment.name}.json.part"  # whoever interrupts has the old record or the new one
+    part.write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(folder / f"{experiment.name}.json")
     (folder / f"{experiment.name}.txt").write_text(experiment.tabulated(record["runs"]), encoding="utf-8")
     experiment.draw(record["runs"]).savefig(folder / f"{experiment.name}.svg", metadata={"Date": None})
 
 
 def read(experiment: Experiment, folder: Path) -> Numbers | None:
-    """Return the record that a run has written; None without one."""
+    """Return the record that a run has written; None without one, ValueError for what no run has written."""
     file = folder / f"{experiment.name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if not file.exists():
+        return None
+    record = files.read_json(file)
+    try:
+        if record["experiment"] != experiment.name:
+            raise ValueError(f"it is one of {record['experiment']}")
+        record["seeds"], record["options"], float(record["seconds"]), experiment.tabulated(record["runs"])
+        for claim in experiment.claims:
+            claim.judge(record["runs"])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        why = f"{type(error).__name__}: {files.shown(error, 100)}"
+        raise ValueError(f"{file} is no record of a run of {experiment.name} ({why}); move it away") from error
+    return dict(record)
 
 
 def verdicts(experiments: Iterable[Experiment], folder: Path) -> str:
@@ -153,9 +170,10 @@ def verdicts(experiments: Iterable[Experiment], folder: Path) -> str:
             times[experiment.name] = record["seconds"]
         for claim in experiment.claims:
             verdict = claim.judge(record["runs"]) if record else Verdict("not run", "")
+            quick = f" {QUICK}" if record and record["options"] else ""
             seeds = f", {len(record['seeds'])} seeds" if record else ""
             papers.setdefault(claim.paper, []).append(
-                (claim, verdict, f"`precond-ref experiments {experiment.name}`{seeds}")
+                (claim, verdict, f"`precond-ref experiments {experiment.name}`{seeds}{quick}")
             )
     parts = []
     for paper, found in papers.items():

@@ -8,7 +8,7 @@ from precond_ref.compare.rates import SEEDS
 from precond_ref.compare.runs import array_bytes
 from precond_ref.experiments import training
 from precond_ref.experiments.base import NOT, Experiment, Tick, Verdict, claim, decided
-from precond_ref.experiments.figures import COLOURS, dots, panels, title
+from precond_ref.experiments.figures import COLOURS, panels, title
 from precond_ref.experiments.numbers import Numbers, column, np, paired, spread
 from precond_ref.experiments.training import Entry, Language
 from precond_ref.methods.agd import AGD
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZES, SIZE = (2, 8, 16), 8
+PEERS = ("AdamW", "RMSProp")
+"""The methods with a root beside the root-free ones."""
 TERMS = 512.0
 """Characters in a batch, the terms whose mean the loss is."""
 ENTRIES = {
@@ -177,13 +179,17 @@ def table(runs: list[Numbers]) -> str:
 def draw(runs: list[Numbers]) -> Figure:
     """Draw curves against steps and time, final losses, and losses against bytes."""
     names = training.ranked(runs)
-    figure, (left, timed, middle, right) = panels(4, 4.4, 4.4)
+    figure, (left, timed, roots, middle, right, empty) = panels(3, 4.8, 8.0, rows=2)
+    empty.remove()
     shown = [name for name in names if name in ("ASGO", "Muon", "SOAP", "Shampoo", "S-Shampoo 8", "AdamW", "AGD")]
     training.descents(left, timed, runs, shown, first=1)
     left.legend(frameon=False, fontsize=8)
     title(left, "validation loss, median and band", xlabel="steps", ylabel="nats per character")
     title(timed, "the same against processor time", xlabel="seconds")
-    dots(middle, names, [losses(runs, name) for name in names], names.index("AdamW"))
+    training.descents(roots, None, runs, [name for name in names if name.startswith("RF-") or name in PEERS], first=1)
+    roots.legend(frameon=False, fontsize=8)
+    title(roots, "validation loss, with the root and without", xlabel="steps")
+    training.scored(middle, runs, names, "validation", "AdamW")
     title(middle, "last validation loss of each seed (blue: AdamW)", xlabel="nats per character")
     for rank, name in enumerate((*(f"S-Shampoo {size}" for size in SIZES), "Shampoo", "AdamW")):
         sketches, whole = runs[0][name]["bytes"]
@@ -198,7 +204,7 @@ def draw(runs: list[Numbers]) -> Figure:
 
 EXPERIMENTS = (
     Experiment(
-        name="language", minutes=4, needs=("tinyshakespeare", "torch"),
+        name="language", minutes=5.5, needs=("tinyshakespeare", "torch"),
         claims=(asgo, sketched, sublinear, rootless, agd),
         title="A transformer of two layers, width 32, on tinyshakespeare, 150 steps of 512 characters, 13 methods.",
         search=search, one=one, table=table, draw=draw,

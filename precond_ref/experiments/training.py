@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from precond_ref import problems
 from precond_ref.compare.rates import SEEDS
 from precond_ref.experiments.base import Tick
-from precond_ref.experiments.figures import line
+from precond_ref.experiments.figures import dots, line
 from precond_ref.experiments.kfac import KFAC, factors
 from precond_ref.experiments.numbers import Array, Numbers, column, markdown, np, spread
 from precond_ref.methods.baselines import Adam
@@ -354,10 +354,26 @@ def table(runs: list[Numbers], columns: Mapping[str, Callable[[str], Any]], unit
     return markdown(("method", f"validation loss{unit}", *columns), rows)
 
 
-def descents(steps: Axes, seconds: Axes, runs: list[Numbers], names: list[str], first: int = 0) -> None:
-    """Draw the validation losses from the point ``first`` on, against steps and against processor time."""
+def descents(steps: Axes, seconds: Axes | None, runs: list[Numbers], names: list[str], first: int = 0) -> None:
+    """Draw the validation losses from the point ``first`` on, against steps and, perhaps, against processor time.
+
+    After a run has diverged, its loss counts as infinite. Methods whose runs all end before the second point are left
+    out.
+    """
     for rank, name in enumerate(names):
         curves = [curve[first:] for curve in column(runs, name, "curve")]
-        x = np.array([step for step, _ in curves[0]])
+        x = np.array([step for step, _ in max(curves, key=len)])
+        if len(x) < 2:
+            continue
+        losses = [[loss for _, loss in curve] + [math.inf] * (len(x) - len(curve)) for curve in curves]
         for axes, unit in ((steps, 1.0), (seconds, float(np.median(column(runs, name, "seconds"))) / x[-1])):
-            line(axes, unit * x, [[loss for _, loss in curve] for curve in curves], name, rank)
+            if axes is not None:
+                line(axes, unit * x, losses, name, rank)
+
+
+def scored(axes: Axes, runs: list[Numbers], names: list[str], score: str, best: str | None = None) -> None:
+    """Draw `dots` of the methods' last scores, and beside the name how many runs diverged."""
+    values = [column(runs, name, score) for name in names]
+    lost = [f" ({each.count(None)} diverged)" if None in each else "" for each in values]
+    labels = [name + word for name, word in zip(names, lost, strict=True)]
+    dots(axes, labels, values, None if best is None else names.index(best))

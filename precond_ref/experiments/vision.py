@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from precond_ref.experiments import training
 from precond_ref.experiments.base import HOLDS, NOT, UNTESTED, Experiment, Verdict, claim, decided
-from precond_ref.experiments.figures import dots, panels, title
+from precond_ref.experiments.figures import panels, title
 from precond_ref.experiments.kfac import KFAC
 from precond_ref.experiments.numbers import Difference, Numbers, column, paired, spread
 from precond_ref.experiments.training import Entry, Recommender, Vision, comparison
@@ -36,6 +36,7 @@ BLOCKS = {
     "Shampoo, every 5": Entry(Shampoo(every=5)),
 }
 AGDS = ("AGD", "AGD, delta 1e-3")
+PEERS = (MOMENTUM, "Adam", "AdamW", "RMSProp")
 
 
 def gap(runs: list[Numbers], name: str, other: str, smaller: bool = False) -> Difference:
@@ -61,11 +62,18 @@ def table(runs: list[Numbers]) -> str:
 
 
 def draw(runs: list[Numbers]) -> Figure:
-    """Draw the last scores of each seed."""
-    figure, (left, right) = panels(2, 5.4, 3.6)
+    """Draw the last scores of each seed, and the curves with the root and without, if there are such runs."""
     names = training.ranked(runs)
+    few = [name for name in names if name in ROOT_FREE or name in PEERS]
+    curves = len(few) > len(PEERS)
+    figure, (left, right, *more) = panels(2, 5.4, 7.0, rows=2) if curves else panels(2, 5.4, 3.6)
+    if curves:
+        training.descents(more[0], more[1], runs, few, first=1)
+        more[0].legend(frameon=False, fontsize=8)
+        title(more[0], "validation loss, with the root and without", xlabel="steps")
+        title(more[1], "the same against processor time", xlabel="seconds")
     for axes, score, text in ((left, "validation", "validation loss of each seed"), (right, "test", "test score")):
-        dots(axes, names, [column(runs, name, score) for name in names], names.index(MOMENTUM))
+        training.scored(axes, runs, names, score, MOMENTUM)
         title(axes, f"{text} (bar: median; blue: SGD, momentum)")
     return figure
 
@@ -145,7 +153,7 @@ def recommends(runs: list[Numbers]) -> Verdict:
 
 EXPERIMENTS = (
     Experiment(
-        name="images", minutes=5.5, seeds=20, needs=("mnist",),
+        name="images", minutes=7.7, seeds=20, needs=("mnist",),
         claims=(premise, closes, mini_block, classifies),
         title="The convolutional classifier of mnist-cnn with 1000 training images, 160 steps of 50 (8 epochs), "
               "validation on 1600, test on 2000 images.",
@@ -155,7 +163,7 @@ EXPERIMENTS = (
         table=table, draw=draw, small={"steps": 2, "images": 100, "batch_size": 5},
     ),
     Experiment(
-        name="recommendation", minutes=0.2, needs=("a9a",), claims=(recommends,),
+        name="recommendation", minutes=0.4, needs=("a9a",), claims=(recommends,),
         title="A factorization machine of rank 8 on a9a, 300 batches of 1000 rows, validation on 4000, test on 8000 "
               "rows.",
         **comparison(Recommender, COMMON, 300),
