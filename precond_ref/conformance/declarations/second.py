@@ -75,6 +75,11 @@ NETWORK = {"kind": "fc", "layout": "contiguous", "average": True, "damping": 3e-
 """The fields of `MBF.authors_code(network="cnn")`."""
 
 
+STEEP: dict[str, Any] = {"shape": (2, 4), "axes": {0: [HUGE, 1], 1: [1, 1, 2**-13, TINY]}}
+SIMPLE: dict[str, Any] = {"shape": (3, 2), "axes": {0: [HUGE, 1, TINY]}, "eps": 2.0**-10}
+"""Of which no nonzero eigenvalue of a statistic is multiple."""
+
+
 def _case(
     constructor: str,
     name: str,
@@ -172,18 +177,16 @@ def _matrix(constructor: str, many: tuple[int, ...], tiny: Any = None, huge: Any
     """
     folded: dict[str, Any] = {"fold": FOLD}
     steep: dict[str, Any] = {
-        "shape": (2, 4),
         "why": "A condition number near 1e8, and entries from 1e-8 to 1e4",
         "steps": 4,
         "tier": "should",
-        "axes": {0: [HUGE, 1], 1: [1, 1, 2**-13, TINY]},
     }
     return [
         *_common(constructor, small, many, tiny, huge, **changes),
         _case(constructor, "forty-by-five", (40, 5), "Forty rows, five columns", steps=3, **folded, **(singular or {})),
         _case(constructor, "sixteen-columns", (24, 16), "Sides above 8 and 16", steps=2, **folded, **(singular or {})),
         _case(constructor, "five-by-forty", (5, 40), "Five rows, forty columns", steps=3, **folded),
-        _case(constructor, "ill-conditioned", **steep | (ill or {})),
+        _case(constructor, "ill-conditioned", **steep | STEEP | (ill or {})),
     ]  # fmt: skip
 
 
@@ -197,6 +200,29 @@ def _vector(constructor: str, tiny: Any, huge: Any, ill: Any = None, **changes: 
         _case(constructor, "size-is-dimension", (4,), "size = d: the smallest eigenvalue is cut", steps=6, size=4),
         _case(constructor, "size-exceeds-dimension", (3,), "size > d: nothing is cut", steps=6, size=5),
     ]  # fmt: skip
+
+
+def _long(constructor: str, steep: Mapping[str, Any], *, ranged: bool = False, **fields: Any) -> list[Case]:
+    """Return two cases of long matrices, and ``steep``, which is close to singular.
+
+    ``ranged``: all gradients have the five columns (or rows) of the first as a range. A basis is the eigensolver's
+    choice outside of it, where nothing moves.
+    """
+    out = []
+    for name, shape, why in (
+        ("forty-by-five", (40, 5), "Forty rows, five columns"),
+        ("five-by-forty", (5, 40), "Five rows, forty columns"),
+    ):
+        given: dict[str, Any] = {"steps": 3}
+        if ranged:
+            seed = zlib.crc32(f"{constructor}/{name}".encode())
+            inner = generated.tensor((4, 5, 5), seed=seed, bits=12)
+            span = generated.tensor((40, 5), seed=seed + 1, bits=8)
+            given = {"grads": span @ inner if shape[0] == 40 else inner @ span.T}  # exact
+            why += "; all gradients have the range of the first"
+        out.append(_case(constructor, name, shape, why, fold=FOLD, **given, **fields))
+    given = {"why": "A condition number near 1e8, and entries from 1e-8 to 1e4", "steps": 4, "tier": "should"}
+    return [*out, _case(constructor, "ill-conditioned", **given | STEEP | dict(steep))]
 
 
 def squared(name: str, *others: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -265,6 +291,17 @@ CASES = [
     _case("FullAdaGrad", "order-three", (2, 3, 2), "A tensor is one vector", "left-only", steps=3),
     _case("FullAdaGrad", "ill-conditioned", (4,), "A condition number near 1e8", steps=4, tier="should", eps=27 / 32,
           axes={0: [HUGE, 1, 1, 1]}),
+    *_long("Shampoo.production", {"eps": 27 / 32}),
+    *_long("KLShampoo.exact", {"eps": 2.0**-10}),
+    *_long("SOAP", {**SIMPLE, "salt": 2}, ranged=True),
+    *_long("EShampoo", {**SIMPLE, "salt": 1}, ranged=True),
+    *_long("KLShampoo", {"shape": (3, 2), "axes": None, "exponents": (-27, 13), "eps": 2.0**-10, "salt": 10},
+           ranged=True),
+    *_long("NorMuon", {"root": "svd", "salt": 2}, root_steps=3),
+    *_long("AdaMuon", {"why": "A condition number near 1e8", "axes": {0: [HUGE, 1]}, "root": "svd", "sign": False},
+           root_steps=3),
+    _case("AdaMuon", "mixed-entries", (3, 4), "The signs of entries from 1e-8 to 1e4", steps=4, exponents=(-27, 13),
+          root="svd"),
     # ASGO and DASGO
     _case("ASGO", "three-heads", (6, 4), "Three heads of two rows", "heads-ignored", heads=3),
     _case("ASGO", "two-heads", (6, 4), "Two heads of three rows", "heads-ignored", heads=2, every=2),

@@ -428,8 +428,9 @@ def spread(values: Array) -> Any:
 
 def isolation(w: Array) -> Any:
     """Return the largest eigenvalue over the smallest distance of two: a basis is off by this times a unit roundoff."""
-    gaps = [b - a for a, b in pairwise(w)]
-    return max(w) / min(gaps) if gaps and min(gaps) > spacing(w) * max(w) else 1
+    least = spacing(w) * max(w)
+    gaps = [b - a for a, b in pairwise(w) if b > least]  # zeros have no part in the steps of a determined case
+    return max(w) / min(gaps) if gaps and min(gaps) > least else 1
 
 
 def unfold(tensor: np.ndarray, axis: int) -> np.ndarray:
