@@ -207,14 +207,29 @@ class Reversed(Reference):
         return [np.flip(p) for p in super().step([None if g is None else np.flip(g) for g in grads])]
 
 
+class ReversedFromTheFirst(Reversed):
+    """With bases from the first update on: EShampoo's D has no entries of other coordinates."""
+
+    def init(self, config: Any, params: Any, **options: Any) -> None:
+        if config["every"] > 1:
+            raise subjects.Unsupported("every")
+        super().init(config, params, **options)
+
+
 @pytest.mark.parametrize("noticed", [True, False])
+@pytest.mark.parametrize(
+    ("constructor", "subject", "kind"),
+    [("SOAP", Reversed, "sparse gradients"), ("EShampoo", ReversedFromTheFirst, "large gradients")],
+)
 @pytest.mark.full
-def test_another_basis_of_a_multiple_eigenvalue_is_no_failure(noticed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_basis_of_a_multiple_eigenvalue_is_no_failure(
+    constructor: str, subject: type[Reversed], kind: str, noticed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not noticed:
-        monkeypatch.setattr(beside, "BASES", ())
+        monkeypatch.setattr(beside, "_basis_stays", lambda method: False)
     monkeypatch.setattr(contract, "CHECKS", {"sizes": contract.CHECKS["sizes"]._replace(after=())})
-    monkeypatch.setattr(beside, "KINDS", {"sparse gradients": beside.KINDS["sparse gradients"]})
-    report = check(Reversed(), "SOAP", diagnose=False, deep=True)
+    monkeypatch.setattr(beside, "KINDS", {kind: beside.KINDS[kind]})
+    report = check(subject(), constructor, diagnose=False, deep=True)
     assert [r.id for r in report.failures] == ["contract/sizes"] * (not noticed)
 
 
