@@ -308,6 +308,14 @@ def check_tasks(module: Any) -> None:
     class Valley:
         """x^2 / 2 from 1: one step of gradient descent ends at 0 for the rate 1."""
 
+        points, curves = 2, True
+
+        def scores(self, params: Any) -> Any:
+            return {}
+
+        def test(self, params: Any) -> float:
+            return 100.0 * float(params["x"][0])
+
         def init(self) -> Any:
             return {"x": np.ones(1)}
 
@@ -326,6 +334,11 @@ def check_tasks(module: Any) -> None:
     assert 10**-0.25 in tried
     assert 10**0.25 in tried
     assert len(set(tried)) == len(tried)
+    run = module.finish(Valley(), module.Entry(pr.SGD()), 0.5, 4)  # x = 1, 1/2, 1/4, 1/8, 1/16
+    assert run["curve"] == [(0, 1 / 2), (2, 1 / 32), (4, 1 / 512)]
+    assert run["training"] == [(0, 1 / 2), (2, (1 / 8 + 1 / 32) / 2), (4, (1 / 128 + 1 / 512) / 2)]
+    assert run["testing"] == [(0, 100.0), (2, 25.0), (4, 6.25)]
+    assert module.finish(Valley(), module.Entry(pr.SGD()), 4.0, 4)["testing"] == [(0, 100.0)]
 
 
 def check_memory(module: Any) -> None:
@@ -587,6 +600,8 @@ BUGS = {
     "sum for the average": ("spectra", "0.99 * averages.get", "1.0 * averages.get"),
     "averages not corrected": ("difference", "(mean / (1 - 0.9**t) if t else 0.0)", "mean"),
     "correction of the next step": ("difference", "1 - 0.9 ** (t + 1)", "1 - 0.9 ** (t + 2)"),
+    "mean of all batches so far": ("tasks", "batches.clear()", "pass"),
+    "test after the last step": ("tasks", "task.test(step.params)))", "0.0))"),
     "no quarter decades": ("tasks", "for k in (best - 1, best + 1):", "for k in (best,):"),
     "steps for seconds": ("fixed time", ' / result["seconds"], steps', ", steps"),
     "the time of the slowest": ("fixed time", "seconds = [min(", "seconds = [max("),

@@ -179,16 +179,18 @@ def table(runs: list[Numbers]) -> str:
 def draw(runs: list[Numbers]) -> Figure:
     """Draw curves against steps and time, final losses, and losses against bytes."""
     names = training.ranked(runs)
-    figure, (left, timed, roots, middle, right, empty) = panels(3, 4.8, 8.0, rows=2)
-    empty.remove()
+    figure, (left, timed, middle, trained, roots, right) = panels(3, 4.8, 8.0, rows=2)
     shown = [name for name in names if name in ("ASGO", "Muon", "SOAP", "Shampoo", "S-Shampoo 8", "AdamW", "AGD")]
     training.descents(left, timed, runs, shown, first=1)
     left.legend(frameon=False, fontsize=8)
     title(left, "validation loss, median and band", xlabel="steps", ylabel="nats per character")
     title(timed, "the same against processor time", xlabel="seconds")
-    training.descents(roots, None, runs, [name for name in names if name.startswith("RF-") or name in PEERS], first=1)
+    few = [name for name in names if name.startswith("RF-") or name in PEERS]
+    training.descents(trained, None, runs, few, first=1, key="training")
+    training.descents(roots, None, runs, few, first=1)
     roots.legend(frameon=False, fontsize=8)
-    title(roots, "validation loss, with the root and without", xlabel="steps")
+    title(trained, "loss of the batches, with the root and without", xlabel="steps", ylabel="nats per character")
+    title(roots, "validation loss of the same", xlabel="steps")
     training.scored(middle, runs, names, "validation", "AdamW")
     title(middle, "last validation loss of each seed (blue: AdamW)", xlabel="nats per character")
     for rank, name in enumerate((*(f"S-Shampoo {size}" for size in SIZES), "Shampoo", "AdamW")):
@@ -204,7 +206,7 @@ def draw(runs: list[Numbers]) -> Figure:
 
 EXPERIMENTS = (
     Experiment(
-        name="language", minutes=5.5, needs=("tinyshakespeare", "torch"),
+        name="language", minutes=5.2, needs=("tinyshakespeare", "torch"),
         claims=(asgo, sketched, sublinear, rootless, agd),
         title="A transformer of two layers, width 32, on tinyshakespeare, 150 steps of 512 characters, 13 methods.",
         search=search, one=one, table=table, draw=draw,

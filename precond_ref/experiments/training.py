@@ -81,17 +81,29 @@ def descend(task: Any, entry: Entry, lr: float, steps: int) -> Iterator[Step]:
 
 
 def finish(task: Any, entry: Entry, lr: float, steps: int) -> Numbers:
-    """Return the scores after the last step, the validation losses along the run, and its processor time."""
+    """Return the scores after the last step, the validation losses along the run, and its processor time.
+
+    Of a task with ``curves`` also the mean losses of the batches since the point before ("training"), and with a
+    ``test`` its value at each point ("testing").
+    """
     curve: list[tuple[int, float]] = []
+    more: dict[str, list[tuple[int, float]]] = {"training": [], "testing": []} if getattr(task, "curves", 0) else {}
+    batches: list[float] = []
     every, seconds, start = max(1, steps // getattr(task, "points", 1)), 0.0, time.process_time()
     for step in descend(task, entry, lr, steps):
         seconds += time.process_time() - start  # of gradients and steps alone
         if math.isnan(step.loss):
-            return {"validation": None, "test": None, "train": None, "curve": curve, "seconds": seconds}
+            return {"validation": None, "test": None, "train": None, "curve": curve, "seconds": seconds, **more}
+        batches.append(step.loss)
         if step.number % every == 0:
             curve.append((step.number, task.validation(step.params)))
+            if more:
+                more["training"].append((step.number, sum(batches) / len(batches)))
+                if hasattr(task, "test"):
+                    more["testing"].append((step.number, task.test(step.params)))
+            batches.clear()
         start = time.process_time()
-    return {"validation": curve[-1][1], **task.scores(step.params), "curve": curve, "seconds": seconds}
+    return {"validation": curve[-1][1], **task.scores(step.params), "curve": curve, "seconds": seconds, **more}
 
 
 def reached(run: Numbers, name: str, first: str) -> tuple[float, float]:
@@ -185,7 +197,7 @@ class Language:
     tenth of the text is for validation, of which ``validation`` takes 64 windows spread evenly.
     """
 
-    rest_lr, points = 10**-2.5, 10
+    rest_lr, points, curves = 10**-2.5, 10, True
 
     def __init__(self, seed: int, width: int = 32, context: int = 32, batch: int = 16, layers: int = 2) -> None:
         import torch
@@ -266,6 +278,7 @@ class Vision:
     batch_size: int = 100
     options: Mapping[str, Any] = field(default_factory=dict)
     points: int = 1
+    curves: bool = False
 
     def __post_init__(self) -> None:
         whole = problems.load(self.name, seed=self.seed, batch_size=self.batch_size, **self.options)
@@ -281,10 +294,13 @@ class Vision:
         """Return the loss on the fifth held out."""
         return float(self.problem.loss(params, self.held_out))
 
+    def test(self, params: Params) -> float:
+        """Return the metric on the test set, an accuracy in percent."""
+        return (100.0 if self.problem.higher_is_better else 1.0) * float(self.problem.metric(params))
+
     def scores(self, params: Params) -> Numbers:
-        """Return the loss on the training set, and the metric on the test set (accuracy in percent)."""
-        factor = 100.0 if self.problem.higher_is_better else 1.0
-        return {"train": float(self.problem.loss(params)), "test": factor * float(self.problem.metric(params))}
+        """Return the loss on the training set, and `test`."""
+        return {"train": float(self.problem.loss(params)), "test": self.test(params)}
 
 
 class Recommender:
@@ -354,14 +370,16 @@ def table(runs: list[Numbers], columns: Mapping[str, Callable[[str], Any]], unit
     return markdown(("method", f"validation loss{unit}", *columns), rows)
 
 
-def descents(steps: Axes, seconds: Axes | None, runs: list[Numbers], names: list[str], first: int = 0) -> None:
-    """Draw the validation losses from the point ``first`` on, against steps and, perhaps, against processor time.
+def descents(
+    steps: Axes, seconds: Axes | None, runs: list[Numbers], names: list[str], first: int = 0, key: str = "curve"
+) -> None:
+    """Draw curves of `finish` from the point ``first`` on, against steps and, perhaps, against processor time.
 
     After a run has diverged, its loss counts as infinite. Methods whose runs all end before the second point are left
     out.
     """
     for rank, name in enumerate(names):
-        curves = [curve[first:] for curve in column(runs, name, "curve")]
+        curves = [curve[first:] for curve in column(runs, name, key)]
         x = np.array([step for step, _ in max(curves, key=len)])
         if len(x) < 2:
             continue

@@ -66,12 +66,17 @@ def draw(runs: list[Numbers]) -> Figure:
     names = training.ranked(runs)
     few = [name for name in names if name in ROOT_FREE or name in PEERS]
     curves = len(few) > len(PEERS)
-    figure, (left, right, *more) = panels(2, 5.4, 7.0, rows=2) if curves else panels(2, 5.4, 3.6)
+    figure, (left, right, *more) = panels(3, 4.8, 7.0, rows=2) if curves else panels(2, 5.4, 3.6)
     if curves:
-        training.descents(more[0], more[1], runs, few, first=1)
-        more[0].legend(frameon=False, fontsize=8)
-        title(more[0], "validation loss, with the root and without", xlabel="steps")
-        title(more[1], "the same against processor time", xlabel="seconds")
+        timed, trained, held_out, tested = more
+        training.descents(held_out, timed, runs, few, first=1)
+        training.descents(trained, None, runs, few, first=1, key="training")
+        training.descents(tested, None, runs, few, first=1, key="testing")
+        tested.legend(frameon=False, fontsize=8)
+        title(trained, "loss of the batches, with the root and without", xlabel="steps", yscale="log")
+        title(held_out, "validation loss", xlabel="steps", yscale="log")
+        title(tested, "test accuracy, percent", xlabel="steps")
+        title(timed, "validation loss against processor time", xlabel="seconds", yscale="log")
     for axes, score, text in ((left, "validation", "validation loss of each seed"), (right, "test", "test score")):
         training.scored(axes, runs, names, score, MOMENTUM)
         title(axes, f"{text} (bar: median; blue: SGD, momentum)")
@@ -153,12 +158,13 @@ def recommends(runs: list[Numbers]) -> Verdict:
 
 EXPERIMENTS = (
     Experiment(
-        name="images", minutes=7.7, seeds=20, needs=("mnist",),
+        name="images", minutes=11.1, seeds=20, needs=("mnist",),
         claims=(premise, closes, mini_block, classifies),
         title="The convolutional classifier of mnist-cnn with 1000 training images, 160 steps of 50 (8 epochs), "
               "validation on 1600, test on 2000 images.",
         **comparison(
-            partial(Vision, "mnist-cnn", images=1000, batch_size=50, points=16), {**COMMON, **ROOT_FREE, **BLOCKS}, 160
+            partial(Vision, "mnist-cnn", images=1000, batch_size=50, points=16, curves=True),
+            {**COMMON, **ROOT_FREE, **BLOCKS}, 160,
         ),
         table=table, draw=draw, small={"steps": 2, "images": 100, "batch_size": 5},
     ),
