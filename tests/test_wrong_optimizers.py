@@ -226,7 +226,8 @@ def test_another_basis_of_a_multiple_eigenvalue_is_no_failure(
     constructor: str, subject: type[Reversed], kind: str, noticed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not noticed:
-        monkeypatch.setattr(beside, "_basis_stays", lambda method: False)
+        monkeypatch.setattr(beside, "BASES", ())
+        monkeypatch.setattr(beside, "_unchosen", lambda path: len(path.grads))
     monkeypatch.setattr(contract, "CHECKS", {"sizes": contract.CHECKS["sizes"]._replace(after=())})
     monkeypatch.setattr(beside, "KINDS", {kind: beside.KINDS[kind]})
     report = check(subject(), constructor, diagnose=False, deep=True)

@@ -4,10 +4,9 @@ The truth is the method itself in float64. The effect of rounding is measured in
 float32 is in proportion to the unit roundoff. So this error times the quotient of the unit roundoffs is about the
 effect of another order of the same operations in the precision of the run. And the error of a decomposition is like the
 effect of gradients that are shaken by a unit roundoff of their size. This also shows results that are not determined
-(the basis of an eigenvalue that occurs twice). An eigensolver may choose the same basis in spite of this, so methods
-that keep a basis also run with all axes in reverse, where it chooses another. `FACTOR` times the largest of these
-is allowed, beside ``u ** DIGITS`` of the step. Steps for which this is more than `WORST` cannot be judged and are left
-out.
+(the basis of an eigenvalue that occurs twice). An eigensolver may choose the same basis in spite of this, so `BASES`
+also run with all axes in reverse, where it chooses another. `FACTOR` times the largest of these is allowed, beside
+``u ** DIGITS`` of the step. Steps for which this is more than `WORST` cannot be judged, and are left out.
 """
 
 from __future__ import annotations
@@ -187,11 +186,16 @@ def followed(path: Path) -> np.ndarray:
     return np.moveaxis(out, 1, 0)
 
 
-def _basis_stays(method: Method) -> bool:
-    """Return whether gradients may meet a basis that the eigensolver chose before, in a null space that they leave."""
-    if type(method).__name__ == "EShampoo":  # with every > 1 its D has seen other bases, in an order of their own
-        return method.every == 1 and method.basis == "eigh" and method.tolerance > 0  # type: ignore[attr-defined]
-    return type(method).__name__ in BASES and getattr(method, "start", "eigh") == "eigh"
+def _unchosen(path: Path) -> int:
+    """Return the number of steps before EShampoo may keep a basis of a null space, which the eigensolver chose."""
+    method, shape = path.method, path.shape
+    given = [t for t, g in enumerate(path.grads) if g is not None and np.frombuffer(g).any()]
+    kept = type(method).__name__ == "EShampoo" and method.basis == "eigh" and method.tolerance > 0  # type: ignore[attr-defined]
+    if not (kept and given and len(shape) > 1):
+        return len(path.grads)
+    first = np.frombuffer(path.grads[given[0]] or b"").reshape(shape)
+    ranks = [np.linalg.matrix_rank(np.moveaxis(first, n, 0).reshape(d, -1)) for n, d in enumerate(shape)]
+    return given[0] + 1 if any(d - rank > 1 for d, rank in zip(shape, ranks, strict=True)) else len(path.grads)
 
 
 def reversed_axes(path: Path) -> np.ndarray:
@@ -247,13 +251,13 @@ def compare(trial: Trial, plan: Plan) -> str:
         with np.errstate(all="ignore"):
             lengths = np.sqrt(np.sum(want**2, axis=axes))
             rounded, moved = (np.sqrt(np.sum((other - want) ** 2, axis=axes)) for other in (narrow, shaken))
-            if _basis_stays(exact.method):
+            if type(exact.method).__name__ in BASES and getattr(exact.method, "start", "eigh") == "eigh":
                 moved = np.maximum(moved, np.sqrt(np.sum((reversed_axes(exact) - want) ** 2, axis=axes)))
             errors = np.maximum(rounded * u[dtype] / u["float32"], moved) / np.where(lengths == 0, 1.0, lengths)
             allowed = FACTOR * np.maximum.accumulate(errors)
             places = np.abs(first - np.cumsum(want, axis=0)).max(axis=axes, initial=0.0)
             usable = np.isfinite(lengths) & (allowed <= WORST) & (places <= LARGEST)
-        steps = min(steps, len(usable) if usable.all() else int(np.argmin(usable)), agreed(exact))
+        steps = min(steps, len(usable) if usable.all() else int(np.argmin(usable)), agreed(exact), _unchosen(exact))
         truths.append(want)
         digits = np.where(np.arange(len(lengths)) < plan.faint, min(FEW_DIGITS, plan.digits), plan.digits)
         limits.append((allowed + u[dtype] ** digits) * lengths)
