@@ -208,32 +208,46 @@ def check_rates(tool: Any) -> None:
 
 
 class Longer(Reference):
-    """Plain SGD whose steps are too long by a share of their length, from one step on, in one parameter."""
+    """Plain SGD whose steps are too long by a share of their length, between two steps, in one parameter."""
 
-    def __init__(self, share: float, since: int = 1, which: int = 0):
+    def __init__(self, share: float, since: int = 1, which: int = 0, last: int = 9, refused: int = 9):
         super().__init__()
-        self.share, self.since, self.which, self.count = share, since, which, 0
+        self.share, self.since, self.which, self.last, self.refused, self.count = share, since, which, last, refused, 0
 
     def step(self, grads: Any) -> Any:
         self.count += 1
-        factors = [1 + self.share * (self.count >= self.since and i == self.which) for i in range(len(grads))]
+        if self.count == self.refused:
+            raise ValueError
+        wrong = self.since <= self.count <= self.last
+        factors = [1 + self.share * (wrong and i == self.which) for i in range(len(grads))]
         return super().step([f * g for f, g in zip(factors, grads, strict=True)])
 
 
 def check_compare(tool: Any) -> None:
-    """A step is off beyond the tolerance, which is 7 of 10 digits of float64; the words say where."""
+    """A step is off beyond the tolerance, 7 of 10 digits of float64; the words say where, `astray` how far at last."""
 
-    def said(subject: Any, parameters: int, **more: Any) -> str:
-        given = trial(subject=subject, step=lambda grads: subject.step(grads))
+    def ran(subject: Any, parameters: int, **more: Any) -> tuple[str, float | None, Any]:
+        given = trial(subject=subject, step=lambda grads: subject.step(grads), astray=None)
         config = results.config_of(case("SGD", momentum=0.0))
         grads = [[*RANDOM((4, 3))] for _ in range(parameters)]
-        return tool.compare(given, tool.Plan("such", config, [RANDOM(3) for _ in grads], grads, "look there", **more))
+        text = tool.compare(given, tool.Plan("such", config, [RANDOM(3) for _ in grads], grads, "look there", **more))
+        return text, given.astray, np.array(grads)
+
+    def said(subject: Any, parameters: int, **more: Any) -> str:
+        return ran(subject, parameters, **more)[0]
 
     small = 2.0 ** (-53 * 0.7)
     assert said(Longer(0.0), 1) == said(Longer(small / 4), 1) == said(Longer(0.01, since=5), 1) == ""
     assert said(Longer(0.25, since=3), 1) == "such: step 3 is off by 2.5e-01 of its length; look there"
     text = "such: parameter 2 of 2, step 1 is off by 2.5e-01 of its length; look there"
     assert said(Longer(0.25, which=1), 2) == text
+    assert ran(Longer(0.25, which=1), 2)[1] == pytest.approx(0.25)
+    assert ran(Longer(0.0), 1)[1] is None
+    _, astray, (steps,) = ran(Longer(0.25, since=2, last=3), 1)
+    assert astray == pytest.approx(0.25 * np.linalg.norm(steps[1:3].sum(axis=0)) / np.linalg.norm(steps.sum(axis=0)))
+    assert ran(Longer(0.25, refused=3), 1)[:2] == ("such: step 1 is off by 2.5e-01 of its length; look there", None)
+    with pytest.raises(ValueError, match="^$"):
+        said(Longer(0.25, since=3, refused=2), 1)
     assert said(Longer(4 * small), 1).startswith("such: step 1 is off by ")
     assert said(Longer(2.0 ** (-53 * 0.43) / 4), 1, digits=tool.FEW_DIGITS) == ""
 
@@ -272,6 +286,11 @@ PLANTED = [
     (check_compare, '" * (len(after) > 1)', '" * (len(after) >= 1)'),
     (check_compare, "u[dtype] ** digits", "u[dtype] ** (digits / 2)"),
     (check_compare, "step {t + 1} is", "step {t} is"),
+    (check_compare, "; {plan.likely}\", i\n", "; {plan.likely}\", 0\n"),
+    (check_compare, "[] if fault else zip", "zip"),
+    (check_compare, "if fault:\n                return fault\n            raise", "return fault"),
+    (check_compare, "plan.params[where] - before", "before[where] - before"),
+    (check_compare, "truths[where][:steps].sum", "truths[where][:1].sum"),
 ]  # fmt: skip
 
 

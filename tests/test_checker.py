@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mutation import mutated
 
-from precond_ref.conformance import contract, diagnose, results, runner, tolerance, vectors
+from precond_ref.conformance import contract, diagnose, generated, results, runner, tolerance, vectors
 from precond_ref.conformance.processes import Ended
 from precond_ref.conformance.results import Gap, Report, Result
 from precond_ref.conformance.subjects import Reference
@@ -87,6 +87,26 @@ def check_zeros(tool: ModuleType) -> None:
     assert not of(grads, [0, 0], [nan, nan], [nan, nan], [nan, nan])
     assert not of(grads, [0, 0], [0, 1], [0, 2], [nan, 3])
     assert not of(grads, [0, 0], [0, 1], [0, 2], [1, 3])
+
+
+def check_astray(tool: ModuleType) -> None:
+    """Half as much again of every step is half of the way, whole or folded; the worst member counts."""
+
+    def off(before: Any, after: Any, truth: Any, fold: int = 0) -> float:
+        params = np.stack([np.array(before, float), np.array(before, float) + 9, np.array(after, float)])
+        case = SimpleNamespace(steps=2, stack_ndim=1, fold=fold)
+        true = [generated.folded(x, fold) for x in np.array(truth, float)]
+        stored = np.stack([np.full_like(np.stack(true), 7), np.stack(true)])
+        return tool._astray(SimpleNamespace(case=case, params=params, tensors={"params": stored}))
+
+    ways = [[3.0, 4.0, 0.0, 1.0], [1.0, 0.0, 2.0, 2.0]]
+    for fold in (0, 2):
+        start, way = np.array([[5.0, 6.0, 7.0, 8.0], [1.0, 2.0, 4.0, 8.0]]), np.array(ways)
+        assert off(start, start + 1.5 * way, start + way, fold) == pytest.approx(0.5)
+        assert off(start, start + np.array([[1.0], [1.25]]) * way, start + way, fold) == pytest.approx(0.25)
+        assert off(start, start + np.array([[1.25], [1.0]]) * way, start + way, fold) == pytest.approx(0.25)
+        assert off(start, start + way, start + way, fold) == pytest.approx(0.0, abs=1e-15)
+    assert off(start, start + math.nan * way, start + way) == math.inf
 
 
 def check_ties(tool: ModuleType) -> None:
@@ -254,9 +274,8 @@ def check_contract(tool: ModuleType) -> None:
 
 CHECKS: dict[Callable[[Any], None], ModuleType] = {
     check_hints: diagnose, check_distance: diagnose, check_zeros: diagnose, check_ties: diagnose,
-    check_extension: diagnose,
-    check_refusal: runner, check_one_case: runner, check_primitive: runner, check_path: runner,
-    check_count: results, check_contract: contract,
+    check_extension: diagnose, check_astray: runner, check_refusal: runner, check_one_case: runner,
+    check_primitive: runner, check_path: runner, check_count: results, check_contract: contract,
 }  # fmt: skip
 
 
@@ -278,6 +297,12 @@ PLANTED = [
     (check_zeros, '["grads"][: bad + 1]', '["grads"][: bad + 2]'),
     (check_zeros, '["grads"][: bad + 1]', '["grads"][:bad]'),
     (check_zeros, "if bad is None:\n        return False", "if bad is None:\n        return True"),
+    (check_astray, "got - first, want - first", "got, want"),
+    (check_astray, "run.params[-1]", "run.params[1]"),
+    (check_astray, "case, 1)[-1]", "case, 1)[0]"),
+    (check_astray, "return max(errors)", "return errors[0]"),
+    (check_astray, "return max(errors)", "return errors[-1]"),
+    (check_astray, "true[:-1] if generated.folds(end.shape, case.fold) else true", "true"),
     (check_ties, "max(10 * found[0].error, 1e-14)", "10 * found[0].error"),
     (check_ties, "max(10 * found[0].error, 1e-14)", "1e-14"),
     (check_ties, "<= known.generic.keys()] or found[:1]", "<= known.generic.keys()]"),

@@ -421,6 +421,9 @@ def show_report(report: Report, console: Console, verbose: bool = False) -> None
     console.print(f"cases: {count(cases)}")
     if contract:
         console.print(f"contract: {count(contract)}")
+    if astray := sorted((r.astray, r.id) for r in rows if r.astray is not None):
+        (middle, _), (most, id) = astray[len(astray) // 2], astray[-1]
+        console.print(f"the runs end off by {middle:.1e} of the way in the middle, by {most:.1e} at most ({id})")
     if laws:
         console.print(f"invariances: {count(laws)}")
     ran = [*cases, *contract]

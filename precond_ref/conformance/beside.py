@@ -263,20 +263,29 @@ def compare(trial: Trial, plan: Plan) -> str:
         limits.append((allowed + u[dtype] ** digits) * lengths)
     if not steps:
         raise Nothing
-    before = plan.params
+    before, fault, where = plan.params, "", 0
     for t in range(steps):
-        for change in plan.changes.get(t, ()):
-            subject.change(**change)  # type: ignore[attr-defined]
-        after = trial.step([gs[t] for gs in plan.grads])
-        for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        try:
+            for change in plan.changes.get(t, ()):
+                subject.change(**change)  # type: ignore[attr-defined]
+            after = trial.step([gs[t] for gs in plan.grads])
+        except RAISED:
+            if fault:
+                return fault
+            raise
+        for i, (old, new) in enumerate([] if fault else zip(before, after, strict=True)):
             limit = limits[i][t] + 2 * u[dtype] * float(np.linalg.norm(old) + np.linalg.norm(new))
             off, length = (float(np.linalg.norm(a)) for a in (old - new - truths[i][t], truths[i][t]))
             if not off <= limit:
                 number = f"parameter {i + 1} of {len(after)}, " * (len(after) > 1)
                 share = f"{off / length:.1e} of its length" if length else "all that it moves"
-                return f"{plan.what}: {number}step {t + 1} is off by {share}; {plan.likely}"
+                fault, where = f"{plan.what}: {number}step {t + 1} is off by {share}; {plan.likely}", i
+                break
         before = after
-    return ""
+    if fault:
+        way, gone = truths[where][:steps].sum(axis=0), plan.params[where] - before[where]
+        trial.astray = results.gap(steps, "params", gone, way, 1.0).error
+    return fault
 
 
 def first_fault(trial: Trial, plans: Iterator[Plan]) -> str:

@@ -86,6 +86,8 @@ class Trial:
     """True if the last step changed a gradient."""
     narrow: bool = False
     """True if all cases declare products in bfloat16, which are too coarse for inputs without vectors."""
+    astray: float | None = None
+    """`Result.astray` of the last run that departed from the reference."""
 
     def __post_init__(self) -> None:
         self.dtype, self.deadline = self.report.dtype, time.monotonic() + SECONDS[self.deep]
@@ -628,6 +630,7 @@ def _tried(name: str, check: Check, trial: Trial, reason: str) -> Result:
             raise Unsupported(ABSENT)
         if reason:
             raise Unsupported(reason)
+        trial.astray = None
         message = check.test(trial)
     except Nothing:
         raise
@@ -635,4 +638,4 @@ def _tried(name: str, check: Check, trial: Trial, reason: str) -> Result:
         return replace(result, status=results.SKIPPED, message=words(error))
     except RAISED as error:
         return replace(result, status=results.ERROR, message=said(error))
-    return replace(result, status=results.FAILED if message else results.PASSED, message=message)
+    return replace(result, status=results.FAILED, message=message, astray=trial.astray) if message else result

@@ -70,6 +70,8 @@ class Result:
     gap: Gap | None = None
     """The first step that fails, or the worst if none does."""
     message: str = ""
+    astray: float | None = None
+    """If a run departed: distance of the parameter from the truth at its end, over the length of its way."""
 
     @property
     def bad(self) -> bool:

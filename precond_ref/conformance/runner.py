@@ -208,7 +208,8 @@ def _trace(subject: Subject, case: Case, dtype: str, level: int, touched: list[s
     failing = [g for g in found if not g.ratio <= 1]
     if failing:
         message = "" if np.isfinite(run.params).all() else "the parameters are not finite"
-        return Result(case.id, case.tier, FAILED, case.why, gap=failing[0], message=message), run
+        wrong = Result(case.id, case.tier, FAILED, case.why, gap=failing[0], message=message, astray=_astray(run))
+        return wrong, run
     return Result(case.id, case.tier, PASSED, case.why, gap=max(found, key=lambda g: g.ratio, default=None)), run
 
 
@@ -258,6 +259,19 @@ def _path(run: Replay, t: int, i: int, dtype: str, direction: np.ndarray, after:
         for s in range(1, t + 1)
     )
     return _gap(t, "params", run.params[t, i], after, limit, run.case.fold)
+
+
+@np.errstate(all="ignore")
+def _astray(run: Replay) -> float:
+    """Return the distance from the truth at the end of the run over the length of the true way; the worst member's."""
+    case, errors = run.case, list[float]()
+    for start, end, true in zip(
+        run.params[0], run.params[-1], members(run.tensors["params"], case, 1)[-1], strict=True
+    ):
+        want = true[:-1] if generated.folds(end.shape, case.fold) else true  # the last entry is a norm
+        first, got = (generated.folded(x, case.fold).reshape(-1)[: want.size].reshape(want.shape) for x in (start, end))
+        errors.append(gap(case.steps, "params", got - first, want - first, 1.0).error)
+    return max(errors)
 
 
 def _length(true: np.ndarray, shape: tuple[int, ...], fold: int) -> float:
