@@ -42,6 +42,8 @@ def test_import_loads_no_method(tmp_path):
     code = "import precond_ref, sys; {}print(*sorted(n for n in sys.modules if n.startswith('precond_ref.methods.')))"
     assert run_python(code.format(""), tmp_path) == ""
     assert run_python(code.format("precond_ref.AGD; "), tmp_path) == "precond_ref.methods.agd"
+    assert run_python(code.format("import precond_ref.cli.app; "), tmp_path) == ""  # the help of the command
+    assert run_python(code.format("import precond_ref.cli.app, precond_ref.methods.mbf; "), tmp_path) != ""
 
 
 def test_every_method_has_its_place():

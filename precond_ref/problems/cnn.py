@@ -25,13 +25,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from precond_ref.methods.mbf import MBFFactors, MBFSamples
 from precond_ref.problems.base import Array, Batch, Params, Space, check_int, generator, import_numpy
 from precond_ref.problems.datasets import Split
 from precond_ref.problems.mlp import ACTIVATIONS, Classifier
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from precond_ref.methods.mbf import MBFFactors, MBFSamples
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,6 +92,8 @@ class ConvClassifier(Classifier):
         back-signals of the fully connected layer. The labels of the batch make the empirical Fisher matrix, labels
         drawn from the model's softmax make the Fisher matrix.
         """
+        from precond_ref.methods.mbf import MBFFactors, MBFSamples  # late: the command's help lists the problems
+
         self._check(params)
         xp, batch = self.space.xp, self.train if batch is None else batch
         n = batch[0].shape[0]
