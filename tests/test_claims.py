@@ -222,7 +222,8 @@ def check_curvature(module: Any) -> None:
         draws = [module.drawn(layers, 15, rng) for _ in range(300)]
         assert all(len(which) == len(set(which)) == 30 for which, _ in draws)
         near = [module.share(H[:, which], groups[part], which, weights) for which, weights in draws]
-        assert np.mean(near) == pytest.approx(module.share(H, groups[part]), abs=0.01), part
+        error = np.std(near) / len(near) ** 0.5
+        assert abs(np.mean(near) - module.share(H, groups[part])) <= 4 * error, part
     which = module.drawn(layers, 50, rng)[0]
     np.testing.assert_allclose(module.hessian(net, params, columns=which), H[:, which], rtol=0, atol=1e-12)
     assert sorted(which[layers[which] == 1]) == list(np.flatnonzero(layers == 1)[:30])
