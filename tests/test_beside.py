@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -72,7 +71,18 @@ def check_other_reading(tool: Any) -> None:
 
 def check_refusals(tool: Any) -> None:
     """Where nothing could be tried, the first refusal is told; where nothing was to be tried, nothing is."""
-    given = SimpleNamespace(deadline=math.inf, report=SimpleNamespace(notes=[]))
+
+    class Waning(SimpleNamespace):
+        """Late after one input."""
+
+        asked = 0
+
+        @property
+        def late(self) -> bool:
+            self.asked += 1
+            return self.asked > 1
+
+    given: Any = SimpleNamespace(late=False, report=SimpleNamespace(notes=[]))
 
     def answers(*answers: Any) -> Callable[..., str]:
         left = iter(answers)
@@ -91,6 +101,8 @@ def check_refusals(tool: Any) -> None:
             return f"refused: {error}"
         except tool.Nothing:
             return "nothing"
+        except tool.Late as late:
+            return str(late)
 
     kept = tool.compare
     try:
@@ -102,9 +114,11 @@ def check_refusals(tool: Any) -> None:
         assert said() == "wrong"
         tool.compare = answers(*[tool.Nothing()] * 3)
         assert said() == "nothing"
-        given.deadline = -math.inf
-        assert said() == "nothing"
-        assert given.report.notes == ["not all inputs were tried within the time, as 0"]
+        given.late = True
+        assert said() == "not tried within the time"
+        given = Waning()
+        tool.compare = answers("", "not asked")
+        assert said() == "not all inputs were tried within the time"
     finally:
         tool.compare = kept
 
@@ -270,6 +284,8 @@ PLANTED = [
     (check_other_reading, "if g is not None]\n", "if g is None]\n"),
     (check_refusals, "refused or words(error)", "refused"),
     (check_refusals, "refused or words(error)", "words(error)"),
+    (check_refusals, 'raise Late(f"not', 'break  # (f"not'),
+    (check_refusals, "* tried}", "* (not tried)}"),
     (check_regular, 'getattr(method, "centered", False) and', 'getattr(method, "centered", False) or'),
     (check_regular, 'getattr(method, "centered", False)', 'getattr(method, "centered", True)'),
     (check_regular, "case.kappa <= STEEP", "case.kappa < STEEP"),

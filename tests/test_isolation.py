@@ -12,13 +12,16 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from mutation import mutated
 from typer.testing import CliRunner
 
 from precond_ref import cli
-from precond_ref.conformance import check, isolation, processes, results, runner, subjects, wrap
+from precond_ref.conformance import check, contract, isolation, processes, results, runner, subjects, wrap
 from precond_ref.conformance.invariance import try_laws
 from precond_ref.conformance.isolation import Isolated
 from precond_ref.conformance.processes import Ended, Limits
@@ -118,6 +121,70 @@ def test_the_end_of_the_process_is_the_verdict(folder: Path, act: str, limits: d
     assert report.failures == [report.results[-1]]
     assert {r.message for r in report.results[:-1]} == {"plain SGD only"}  # what was judged before is told
     assert report.as_json()["ended"] == report.ended
+
+
+# ---- its time -------------------------------------------------------------------------------------------------------
+
+
+SPIN = "import time; end = time.process_time() + {}\nwhile time.process_time() < end: pass"
+
+
+@LINUX
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+@pytest.mark.parametrize("child", [False, True])
+def test_the_processor_time_of_a_process_is_counted(folder: Path, seconds: float, child: bool) -> None:
+    spin = SPIN.format(seconds)
+    inside = f"__import__('subprocess').run([sys.executable, '-S', '-c', {spin!r}])" if child else spin
+    (folder / "act").write_text(f"step 1:time.sleep(0.3); {inside}", encoding="utf-8")
+    subject = Isolated("hostile:Plain")
+    try:
+        subject.init(results.config_of(next(c for c in results.cases("SGD") if c.id == "SGD/plain")), [np.ones(2)])
+        before = subject.worked()
+        subject.step([np.ones(2)])
+        assert seconds - 0.05 <= subject.worked() - before < seconds + 0.25
+    finally:
+        subject.close()
+
+
+def check_time(tool: Any) -> None:
+    """The time is over after as much work beyond the limit of the clock, or five times this limit."""
+
+    def late(clock: float, own: float, other: float, deep: bool = False) -> bool:
+        trial = object.__new__(tool.Trial)
+        trial.subject, trial.deep, trial.began = SimpleNamespace(worked=lambda: other), deep, 50.0
+        tool.time = SimpleNamespace(monotonic=lambda: 50.0 + clock, process_time=lambda: 200.0 + own)
+        trial.worked = 200.0
+        return trial.late
+
+    assert not late(100, 500, 0)  # several threads
+    assert not late(500, 60, 50)  # other programs on the processor
+    assert late(130, 60, 70)
+    assert late(130, 130, 0)
+    assert late(601, 0, 0)  # it waits
+    assert not late(600, 60, 60)
+    assert not late(590, 300, 290, deep=True)
+    assert late(610, 310, 300, deep=True)
+
+
+def test_the_time_for_inputs() -> None:
+    check_time(mutated(contract))  # a copy, whose clock is set
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("return clock > limit and", "return clock > limit or"),
+        ("return clock > limit and (", "return ("),
+        ("clock > PATIENCE * limit or ", ""),
+        ("clock > PATIENCE * limit or", "clock > limit or"),
+        ("self._worked() - self.worked > limit", "self._worked() > limit"),
+        ('time.process_time() + getattr(self.subject, "worked", float)()', "time.process_time()"),
+        ("limit, clock = SECONDS[self.deep]", "limit, clock = SECONDS[False]"),
+    ],
+)
+def test_a_planted_bug_of_the_time_is_caught(old: str, new: str) -> None:
+    with pytest.raises(AssertionError):
+        check_time(mutated(contract, (old, new)))
 
 
 def test_an_end_is_expected_by_nobody(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def test_a_right_optimizer_passes(name: str) -> None:
     assert [f"{r.id}: {r.message}" for r in report.failures] == []
     tried = {r.id for r in report.results if r.status == "passed"}
     assert {f"contract/{c}" for c in ("inputs", "long-run", "shapes", "sizes", "values", "many")} <= tried
-    assert not any("not all inputs" in note for note in report.notes)
+    assert report.untried == []
 
 
 @pytest.mark.parametrize(
@@ -563,11 +564,29 @@ def test_the_last_line_says_how_much_was_seen(run: Any) -> None:
     assert "require must be one of must, should, got 'may'" in result.output
 
 
-def test_a_slow_subject_is_told_what_was_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("first_version")
+def test_a_slow_subject_is_told_what_was_not_tried(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"many", "unfreezing", "repeatable"}
+    monkeypatch.setattr(contract, "CHECKS", {n: contract.CHECKS[n]._replace(after=(), needs="") for n in names})
     monkeypatch.setitem(contract.SECONDS, False, 0.0)
-    report = report_on("numpy Adam")
-    assert any(note.startswith("not all inputs were tried within the time") for note in report.notes)
-    assert "contract/inputs" not in {r.id for r in report.results if r.status == "passed"}
+    file = tmp_path / "report.json"
+    said = run("whole:Target", "--json", str(file)).output.splitlines()
+    found = json.loads(file.read_text("utf-8"))
+    late = [r["id"] for r in found["results"] if r["late"]]
+    assert sorted(late) == sorted(found["untried"]) == ["contract/many", "contract/unfreezing"]
+    assert said[-2:] == [
+        f"not all inputs were tried within the time: {', '.join(late)}",
+        "OK IN PART: whole:Target is Adam in all 11 cases",
+    ]
+    assert "skipped (2): not tried within the time" in said
+    result = run("whole:Target", "--require", "must")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1] == (
+        "NOT ENOUGH: whole:Target is Adam in all 11 cases; --require must does not allow to skip " + ", ".join(late)
+    )
+    monkeypatch.setitem(contract.SECONDS, False, 60.0)
+    result = run("whole:Target", "--require", "must")
+    assert (result.exit_code, result.output.splitlines()[-1]) == (0, "OK: whole:Target is Adam in all 11 cases")
 
 
 def test_a_subject_without_the_optional_methods_is_checked() -> None:

@@ -471,7 +471,9 @@ def show_report(report: Report, console: Console, verbose: bool = False) -> None
         others = len(report.unexpected_passes) + len(report.unknown_xfails)
         if others:
             verdict += f", {others} expected ones that did not fail"
-    if verdict.startswith("OK") and report.left_out("must"):
+    if report.untried:
+        console.print(f"not all inputs were tried within the time: {', '.join(report.untried)}", soft_wrap=True)
+    if verdict.startswith("OK") and (report.left_out("must") or report.untried):
         verdict = verdict.replace("OK", "OK IN PART", 1) + ", which is less than half" * report.scarce
     console.print(verdict, soft_wrap=True)
 

@@ -15,7 +15,6 @@ import functools
 import itertools
 import math
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,6 +77,10 @@ VALUES = (0.8125, 0.90625, 0.6875, 0.59375, 0.78125, 0.71875)
 
 class Nothing(Exception):
     """Raised if there is nothing to try; the check then has no result."""
+
+
+class Late(Exception):
+    """Raised if the time for made-up inputs is over before all were tried; the check then counts as skipped."""
 
 
 @dataclass
@@ -289,12 +292,14 @@ def compare(trial: Trial, plan: Plan) -> str:
 
 
 def first_fault(trial: Trial, plans: Iterator[Plan]) -> str:
-    """Return the first departure, or ""; `Nothing` if no plan could be tried. Refused plans become notes."""
+    """Return the first departure, or ""; `Nothing` if no plan could be tried, `Late` if there was no time for all.
+
+    Refused plans become notes.
+    """
     tried, refused = False, ""
     for plan in plans:
-        if time.monotonic() > trial.deadline:
-            trial.report.notes.append(f"not all inputs were tried within the time, as {plan.what}")
-            break
+        if trial.late:
+            raise Late(f"not {'all inputs were ' * tried}tried within the time")
         try:
             if fault := compare(trial, plan):
                 return fault

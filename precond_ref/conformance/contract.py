@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from precond_ref.conformance import beside, results, tolerance
-from precond_ref.conformance.beside import Nothing
+from precond_ref.conformance.beside import Late, Nothing
 from precond_ref.conformance.subjects import RAISED, Options, Subject, Unsupported, named, said, surroundings, words
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ STEPS, ENTRIES = 12, 128
 the one with the fewest steps is repeated."""
 SECONDS = {False: 120.0, True: 600.0}
 """Time limit for made-up inputs, without and with ``deep``; most subjects need a few seconds."""
+PATIENCE = 5
+"""The time is over after so many times the limit of the clock, however little of it was processor time."""
 ABSENT = "parameter groups and parameters without a gradient, which only torch optimizers have"
 
 
@@ -90,7 +92,7 @@ class Trial:
     """`Result.astray` of the last run that departed from the reference."""
 
     def __post_init__(self) -> None:
-        self.dtype, self.deadline = self.report.dtype, time.monotonic() + SECONDS[self.deep]
+        self.dtype, self.began, self.worked = self.report.dtype, time.monotonic(), self._worked()
         passed = {r.id for r in self.report.results if r.status == results.PASSED}
         runs = [run for run in self.report.runs if not run.case.stack_ndim and not isinstance(run.case.lr, tuple)]
         small = [run for run in runs if run.case.steps <= STEPS and math.prod(run.case.shape) <= ENTRIES]
@@ -107,6 +109,16 @@ class Trial:
             )
             for run in runs
         ]
+
+    def _worked(self) -> float:
+        """Return the seconds of processor time of this process and of the subject's."""
+        return time.process_time() + getattr(self.subject, "worked", float)()
+
+    @property
+    def late(self) -> bool:
+        """Return True if the time for made-up inputs is over, which other programs on the processor do not use up."""
+        limit, clock = SECONDS[self.deep], time.monotonic() - self.began
+        return clock > limit and (clock > PATIENCE * limit or self._worked() - self.worked > limit)
 
     @property
     def longest(self) -> Part:
@@ -634,6 +646,8 @@ def _tried(name: str, check: Check, trial: Trial, reason: str) -> Result:
         message = check.test(trial)
     except Nothing:
         raise
+    except Late as late:
+        return replace(result, status=results.SKIPPED, message=str(late), late=True)
     except NotImplementedError as error:
         return replace(result, status=results.SKIPPED, message=words(error))
     except RAISED as error:

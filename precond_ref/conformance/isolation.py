@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
-from precond_ref.conformance import subjects
+from precond_ref.conformance import processes, subjects
 from precond_ref.conformance.processes import Ended, Limits, Program
 from precond_ref.conformance.subjects import Arrays, Config, Raised, Refused, Unsupported
 
@@ -75,6 +75,10 @@ class Isolated:
     def surroundings(self) -> dict[str, str]:
         """Return `subjects.surroundings` of the process."""
         return self._ask("surroundings")
+
+    def worked(self) -> float:
+        """Return the processor time of the process and its children, in seconds."""
+        return processes.worked(self.program.process.pid)
 
     def close(self) -> None:
         """End the process."""

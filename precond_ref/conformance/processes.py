@@ -151,12 +151,24 @@ def memory(group: int) -> int:
     return sum(_own(group))
 
 
-def _own(group: int) -> Iterator[int]:
+def worked(group: int) -> float:
+    """Return the seconds of processor time of a group's processes and their former children; the clock if not Linux."""
     if sys.platform != "linux":
-        return
-    for process in Path("/proc").glob("[0-9]*"):
+        return time.monotonic()
+    return sum(sum(map(int, fields[11:15])) for _, fields in _members(group)) / os.sysconf("SC_CLK_TCK")
+
+
+def _own(group: int) -> Iterator[int]:
+    for process, _ in _members(group):
+        with contextlib.suppress(OSError):
+            _, resident, shared, *_ = map(int, (process / "statm").read_bytes().split())
+            yield (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _members(group: int) -> Iterator[tuple[Path, list[bytes]]]:
+    """Yield the folder of each process of a group, and the fields of its ``stat`` from the state on; Linux only."""
+    for process in Path("/proc").glob("[0-9]*") if sys.platform == "linux" else ():
         with contextlib.suppress(OSError):  # gone since
             fields = (process / "stat").read_bytes().rpartition(b")")[2].split()
             if int(fields[2]) == group:
-                _, resident, shared, *_ = map(int, (process / "statm").read_bytes().split())
-                yield (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+                yield process, fields

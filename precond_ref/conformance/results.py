@@ -72,6 +72,8 @@ class Result:
     message: str = ""
     astray: float | None = None
     """If a run departed: distance of the parameter from the truth at its end, over the length of its way."""
+    late: bool = False
+    """True if a check of the contract was skipped because not all of its inputs were tried within the time."""
 
     @property
     def bad(self) -> bool:
@@ -107,7 +109,10 @@ class Report:
     xfails: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     require: str = ""
-    """"must": a skipped case of this tier is a failure; "should": a skipped case of either of the two tiers."""
+    """"must": a skipped case of this tier is a failure; "should": a skipped case of either of the two tiers.
+
+    So is a check of the contract that was not tried, or not with all inputs, within the time.
+    """
     ended: str = ""
     """The reason if the check could not go on: the subject's process ended, hung or took too much memory."""
     diagnosis: Any = None
@@ -141,9 +146,15 @@ class Report:
         return [r.id for r in found if r.id not in self.xfails]
 
     @property
+    def untried(self) -> list[str]:
+        """Ids of checks of the contract of which not all inputs were tried within the time."""
+        return [r.id for r in self.results if r.late and r.id not in self.xfails]
+
+    @property
     def missing(self) -> list[str]:
-        """Ids of cases that were required and skipped."""
-        return self.left_out(*TIERS[: TIERS.index(self.require) + 1]) if self.require else []
+        """Ids of cases that were required and skipped, and of required checks for which the time was too short."""
+        tiers = TIERS[: TIERS.index(self.require) + 1] if self.require else ()
+        return self.left_out(*tiers) + [r.id for r in self.results if r.tier in tiers and r.id in self.untried]
 
     @property
     def scarce(self) -> bool:
@@ -167,7 +178,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Return the report without its arrays, with None for numbers that are not finite."""
         keys = ("method", "target", "dtype", "level", "ok", "scarce", "edges", "failures", "unexpected_passes",
-                "unknown_xfails", "missing", "notes", "ended")  # fmt: skip
+                "unknown_xfails", "missing", "untried", "notes", "ended")  # fmt: skip
         out = {key: getattr(self, key) for key in keys} | {"results": [asdict(r) for r in self.results]}
         out["failures"] = [r.id for r in self.failures]
         out["diagnosis"] = None if self.diagnosis is None else asdict(self.diagnosis)

@@ -38,7 +38,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from precond_ref import registry
-from precond_ref.conformance.processes import GRACE, Exited, Limits, Program
+from precond_ref.conformance.processes import GRACE, Exited, Limits, Program, worked
 from precond_ref.numerics.template import leaves
 from precond_ref.protocol import Method
 
@@ -767,6 +767,10 @@ class Command:
 
     def surroundings(self) -> None:
         """Return None: the settings of a program are not compared."""
+
+    def worked(self) -> float:
+        """Return the processor time of the program and its children, in seconds."""
+        return worked(self.program.process.pid) if self.program else 0.0
 
     def close(self) -> None:
         """End the program by closing its input, or by force if it does not end."""
