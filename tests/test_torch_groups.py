@@ -390,6 +390,20 @@ def test_what_may_be_changed_between_steps() -> None:
     assert int(opt.state[params[1]]["step"]) == 6
 
 
+def test_a_parameter_may_be_replaced_in_its_group() -> None:
+    """By one of the same layout, which then moves like a new one; the old one stays."""
+    start, grads = recorded([SHAPE], 2)
+    first, second, alone = parameters(start), parameters(start), parameters(start)
+    opt, other = pt.AGD(first, lr=0.5), pt.AGD(alone, lr=0.5)
+    feed(opt, first, grads[:1])
+    before = first[0].detach().clone()
+    opt.param_groups[0]["params"][0] = second[0]
+    feed(opt, second, grads[1:])
+    feed(other, alone, grads[1:])
+    assert torch.equal(first[0], before)
+    assert torch.equal(second[0], alone[0])
+
+
 def test_what_a_method_no_longer_keeps_does_not_come_back() -> None:
     """Roots from before every=1 would be used out of date once it is 2 again."""
     start, grads = recorded([SHAPE], 5)

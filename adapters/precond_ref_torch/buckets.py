@@ -24,6 +24,7 @@ PIECE_BYTES = 2**20
 Foreign = tuple[Any, Callable[[Tensor], Any], Callable[[Any], Tensor], Callable[[], Any]]
 EVERY = slice(None)
 DTYPE = attrgetter("dtype")
+CPU = torch.device("cpu")
 Pairs = list[tuple[Tensor, Tensor]]
 """State tensors, each with the tensor that is to be written into it."""
 Unit = tuple[Any, ...]
@@ -129,7 +130,8 @@ class Bucket:
         self.sharded = sharding.is_sharded(params[0])
         self.dtype = states.work_dtype(method, params[0].dtype)
         self.device = parts[0].device
-        shape = (sum(map(math.prod, self.shapes)),) if flat else self.shapes[0]
+        self.size = sum(map(math.prod, self.shapes))
+        shape = (self.size,) if flat else self.shapes[0]
         self.template = states.template(method, shape, self.dtype)
         self.kernel_key = (method, None if flat else shape, self.dtype, self.device)
 
@@ -414,7 +416,7 @@ class Bucket:
         self, grads: list[Tensor], params: list[Tensor], kernels: dict[Any, Any]
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Return flat gradients, flat ``params``, and the gradients in parts; the next bucket uses the same memory."""
-        key, count = ("room", self.dtype, self.device), sum(map(math.prod, self.shapes))
+        key, count = ("room", self.dtype, self.device), self.size
         if key not in kernels or kernels[key].numel() < count:
             kernels[key] = torch.empty(count, dtype=self.dtype, device=self.device)
         if self.room[0] is not kernels[key]:
@@ -475,9 +477,15 @@ class Bucket:
         return value
 
 
+def in_tensor(number: Any, dtype: torch.dtype) -> Tensor:
+    """Return a number as a 0-D tensor on the CPU, which a graph does not take for a constant."""
+    make = torch.scalar_tensor if type(number) is float else torch.as_tensor  # the first takes half the time
+    return make(number, dtype=dtype, device=CPU)
+
+
 def in_tensors(numbers: Any, dtype: torch.dtype) -> Any:
-    """Return a NamedTuple of numbers as one of 0-D tensors on the CPU, which a graph does not take for constants."""
-    return type(numbers)(*(torch.as_tensor(n, dtype=dtype, device="cpu") for n in numbers)) if numbers else numbers
+    """Return a NamedTuple of numbers as one of 0-D tensors."""
+    return type(numbers)(*(in_tensor(n, dtype) for n in numbers)) if numbers else numbers
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:

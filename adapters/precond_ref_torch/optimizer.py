@@ -31,6 +31,7 @@ from precond_ref_torch.buckets import (
     Piece,
     Unit,
     check_engine,
+    in_tensor,
     in_tensors,
     joined,
     partition,
@@ -466,8 +467,16 @@ class Optimizer(torch.optim.Optimizer):
                 f"statistics must be a mapping from parameters, or a function that returns one, got "
                 f"{type(statistics).__name__}"
             )
-        active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        if any({*map(GRAD_LAYOUT, params)} - {torch.strided} for params in active):
+        active: list[list[Any]] = []
+        layouts: set[torch.layout] = set()
+        for group in self.param_groups:
+            try:
+                layouts.update(map(GRAD_LAYOUT, group["params"]))
+                active.append(group["params"])
+            except AttributeError:  # one has no gradient
+                active.append([p for p in group["params"] if p.grad is not None])
+                layouts.update(map(GRAD_LAYOUT, active[-1]))
+        if layouts - {torch.strided}:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         self._check_entries()
         found = [
@@ -650,7 +659,7 @@ class Optimizer(torch.optim.Optimizer):
             self._lent.difference_update(params)
         self._meshes = None
         words = self._movement(repr(key), buckets)
-        self._plans[index] = Plan(key, ENTRIES(group), active, layout, buckets, words)
+        self._plans[index] = Plan(key, ENTRIES(group), list(active), layout, buckets, words)
         return buckets
 
     def _movement(self, key: str, buckets: list[Bucket]) -> dict[Any, str]:
@@ -1002,7 +1011,7 @@ class BucketStep:
                 decay = 0.0 if bucket.method.decays else float(group["weight_decay"])
                 wide = torch.promote_types(bucket.dtype, torch.float32)
                 given = (float(group["lr"]), decay) if decay else (float(group["lr"]),)
-                rates = [torch.tensor(rate, dtype=wide, device="cpu") for rate in given]
+                rates = [in_tensor(rate, wide) for rate in given]
             found[key] = scalars, (scalars, tuple(rates), group["maximize"], bucket.method.due(self.step))
         return found[key]
 
