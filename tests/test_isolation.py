@@ -146,6 +146,57 @@ def test_the_processor_time_of_a_process_is_counted(folder: Path, seconds: float
         subject.close()
 
 
+def check_programs(tool: Any) -> None:
+    """JAX forgets what it compiled after 2.5 GiB, and again after as much from then on, whoever uses it."""
+    import jax
+
+    sizes: list[float] = []
+    cleared: list[float] = []
+    tool.unshared = lambda: int(sizes.pop(0) * 2**30)
+    kept, jax.clear_caches = jax.clear_caches, lambda: cleared.append(sizes[0])
+    try:
+        for size, after in ((1.0, None), (3.4, None), (3.6, 1.5), (3.9, None), (4.1, 1.0), (0.5, None), (3.1, 0.5)):
+            sizes[:] = [size] if after is None else [size, after]
+            tool.Programs.spare()
+            assert not sizes
+        assert cleared == [1.5, 1.0, 0.5]
+        for subject in (tool.Optax(lambda lr, momentum: optax_sgd(lr)), tool.Reference("jax")):
+            sizes[:] = [1.0] * 99
+            subject.init(results.config_of(next(c for c in results.cases("SGD") if c.id == "SGD/plain")), [np.ones(2)])
+            sizes[:] = [9.0, 0.5] + [0.5] * 99
+            subject.step([np.ones(2)])
+        assert cleared == [1.5, 1.0, 0.5, 0.5, 0.5]
+    finally:
+        jax.clear_caches = kept
+
+
+def optax_sgd(lr: float) -> Any:
+    return pytest.importorskip("optax").sgd(lr)
+
+
+@LINUX
+def test_what_jax_compiled_is_forgotten_in_time() -> None:
+    check_programs(mutated(subjects))
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("if size > cls.least + cls.GROWTH:", "if size > cls.GROWTH:"),
+        ("if size > cls.least + cls.GROWTH:", "if size > cls.least + 2 * cls.GROWTH:"),
+        ("cls.least = min(cls.least, size)", "cls.least = size"),
+        ("cls.least = unshared()", "unshared()"),
+        ('sys.modules["jax"].clear_caches()\n', "unshared()\n"),
+        ('to the parameters."""\n        Programs.spare()\n', 'to the parameters."""\n'),
+        ('if self.backend == "jax":\n            Programs', 'if self.backend == "strict":\n            Programs'),
+    ],
+)
+def test_a_planted_bug_of_what_jax_keeps_is_caught(old: str, new: str) -> None:
+    with pytest.raises((AssertionError, IndexError)):
+        check_programs(mutated(subjects, (old, new)))
+
+
 def check_time(tool: Any) -> None:
     """The time is over after as much work beyond the limit of the clock, or five times this limit."""
 

@@ -161,8 +161,15 @@ def worked(group: int) -> float:
 def _own(group: int) -> Iterator[int]:
     for process, _ in _members(group):
         with contextlib.suppress(OSError):
-            _, resident, shared, *_ = map(int, (process / "statm").read_bytes().split())
-            yield (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+            yield unshared(process)
+
+
+def unshared(process: Path = Path("/proc/self")) -> int:
+    """Return the bytes that a process does not share; 0 on systems other than Linux."""
+    if sys.platform != "linux":
+        return 0
+    _, resident, shared, *_ = map(int, (process / "statm").read_bytes().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _members(group: int) -> Iterator[tuple[Path, list[bytes]]]:

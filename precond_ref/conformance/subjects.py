@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
+import gc
 import importlib
 import inspect
 import itertools
@@ -38,7 +40,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from precond_ref import registry
-from precond_ref.conformance.processes import GRACE, Exited, Limits, Program, worked
+from precond_ref.conformance.processes import GRACE, Exited, Limits, Program, unshared, worked
 from precond_ref.numerics.template import leaves
 from precond_ref.protocol import Method
 
@@ -461,6 +463,27 @@ def _without_first(make: Callable[..., Any]) -> Callable[..., Any]:
     return stub
 
 
+class Programs:
+    """What JAX compiles and keeps, a program for each operation and shape: gigabytes in a check of many shapes."""
+
+    GROWTH = 5 * 2**29
+    """Number of bytes by which the process may grow before JAX forgets them; all fits in the limit of memory."""
+    least = math.inf
+    """Size of the process since JAX last forgot them."""
+
+    @classmethod
+    def spare(cls) -> None:
+        """Make JAX forget its programs if the process has grown by `GROWTH`; it compiles anew what it needs again."""
+        size = unshared()
+        cls.least = min(cls.least, size)
+        if size > cls.least + cls.GROWTH:
+            sys.modules["jax"].clear_caches()
+            gc.collect()
+            with contextlib.suppress(AttributeError):  # of glibc, which would keep the memory for later
+                ctypes.CDLL(None).malloc_trim(0)
+            cls.least = unshared()
+
+
 class Optax:
     """A function of hyperparameters that returns an optax transformation (its updates are added)."""
 
@@ -493,6 +516,7 @@ class Optax:
 
     def step(self, grads: Arrays) -> Arrays:
         """Call ``update``, and add the updates to the parameters."""
+        Programs.spare()
         given = [self.jax.numpy.asarray(g, dtype=self.dtype) for g in grads]
         updates, self.opt_state = self.update(given, self.opt_state, self.params)
         self.steps += 1
@@ -827,6 +851,8 @@ class ArrayLibrary:
 
     def of(self, array: np.ndarray) -> Any:
         """Return an array of the library with these values; never a view."""
+        if self.backend == "jax":
+            Programs.spare()
         return self.xp.asarray(np.array(array), dtype=getattr(self.xp, self.dtype))
 
     def host(self, array: Any) -> np.ndarray:
