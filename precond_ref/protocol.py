@@ -176,6 +176,15 @@ class Method:
         """Return True if `step` reads the parameter; otherwise it gets None. By default only weight decay reads it."""
         return not is_zero(self.weight_decay)
 
+    @property
+    def free_basis(self) -> str:
+        """Return when the basis that a solver chooses for a multiple eigenvalue changes later steps; "" for never.
+
+        "first": that of the first gradient. "renewed": that of each renewal. "kept": a basis may also be kept where the
+        eigenvalues are no longer equal. `check` does not judge steps that depend on such a choice.
+        """
+        return ""
+
     def rules(self) -> None:
         """Raise ValueError or TypeError for fields that do not fit together; each field alone was checked before."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,8 +16,9 @@ from precond_ref.conformance import beside, results
 from precond_ref.conformance.subjects import Reference, Unsupported
 from precond_ref.methods.baselines import Adam
 from precond_ref.methods.muon import Muon
-from precond_ref.methods.shampoo import Shampoo
+from precond_ref.methods.shampoo import EShampoo, Shampoo
 from precond_ref.methods.sketchy import SShampoo
+from precond_ref.methods.soap import SOAP
 
 RANDOM = np.random.default_rng(0).standard_normal
 
@@ -67,6 +69,36 @@ def check_other_reading(tool: Any) -> None:
     assert tool.agreed(path_of(tool, stale, [None, None, *grads])) == 3
     assert tool.agreed(path_of(tool, fresh, [*grads])) == 4
     assert tool.agreed(path_of(tool, Adam(), [*grads])) == 4
+
+
+class _Soap(SOAP):
+    """A stranger's, whose first basis is free as SOAP's is."""
+
+
+class _Kept(EShampoo):
+    """A stranger's that may keep a basis."""
+
+    free_basis = "kept"
+
+
+def check_strangers(tool: Any) -> None:
+    """What a class declares counts, not its name."""
+    asked: list[Any] = []
+    kept, tool.reversed_axes = tool.reversed_axes, lambda path: asked.append(path.method) or kept(path)
+    config, subject = results.config_of(case("SOAP")), Reference()
+    fields = {field.name: getattr(config.method, field.name) for field in dataclasses.fields(config.method)}
+    given = trial(subject=subject, step=lambda grads: subject.step(grads), astray=None)
+    for free, called in (("first", True), ("renewed", False)):
+        method = _Soap(**fields)
+        object.__setattr__(method, "free_basis", free)
+        config.make = lambda method=method: method
+        assert tool.compare(given, tool.Plan("such", config, [RANDOM((4, 3))], [[*RANDOM((3, 4, 3))]])) == ""
+        assert asked == [method] * called
+        asked.clear()
+    tool.reversed_axes = kept
+    low = np.outer(np.arange(1.0, 5), [1.0, 2, 3])
+    for own, steps in ((_Kept(), 2), (EShampoo(), 3), (EShampoo(tolerance=0.5), 2), (Adam(), 3)):
+        assert tool._unchosen(path_of(tool, own, [None, low, low])) == steps
 
 
 def check_refusals(tool: Any) -> None:
@@ -267,8 +299,8 @@ def check_compare(tool: Any) -> None:
 
 
 CHECKS = {f.__name__: f for f in (
-    check_reverse, check_other_reading, check_refusals, check_regular, check_takes, check_long_runs, check_kinds,
-    check_chosen, check_other_values, check_rates, check_compare,
+    check_reverse, check_other_reading, check_strangers, check_refusals, check_regular, check_takes, check_long_runs,
+    check_kinds, check_chosen, check_other_values, check_rates, check_compare,
 )}  # fmt: skip
 
 
@@ -282,6 +314,10 @@ PLANTED = [
     (check_other_reading, 'b"".join(filter(None, path.grads))', 'b"".join(filter(None, path.grads[:1] * 9))'),
     (check_other_reading, "rtol=1e-9, atol=0", "rtol=1e-9"),
     (check_other_reading, "if g is not None]\n", "if g is None]\n"),
+    (check_strangers, 'exact.method.free_basis == "first"', 'type(exact.method).__name__ == "SOAP"'),
+    (check_strangers, 'exact.method.free_basis == "first"', "exact.method.free_basis"),
+    (check_strangers, 'method.free_basis == "kept" and', 'type(method).__name__ == "EShampoo" and'),
+    (check_strangers, 'method.free_basis == "kept" and', "method.free_basis and"),
     (check_refusals, "refused or words(error)", "refused"),
     (check_refusals, "refused or words(error)", "words(error)"),
     (check_refusals, 'raise Late(f"not', 'break  # (f"not'),

@@ -4,9 +4,10 @@ The truth is the method itself in float64. The effect of rounding is measured in
 float32 is in proportion to the unit roundoff. So this error times the quotient of the unit roundoffs is about the
 effect of another order of the same operations in the precision of the run. And the error of a decomposition is like the
 effect of gradients that are shaken by a unit roundoff of their size. This also shows results that are not determined
-(the basis of an eigenvalue that occurs twice). An eigensolver may choose the same basis in spite of this, so `BASES`
-also run with all axes in reverse, where it chooses another. `FACTOR` times the largest of these is allowed, beside
-``u ** DIGITS`` of the step. Steps for which this is more than `WORST` cannot be judged, and are left out.
+(the basis of an eigenvalue that occurs twice). An eigensolver may choose the same basis in spite of this, so a method
+whose `Method.free_basis` is "first" also runs with all axes in reverse, where it chooses another. `FACTOR` times the
+largest of these is allowed, beside ``u ** DIGITS`` of the step. Steps for which this is more than `WORST` cannot be
+judged, and are left out.
 """
 
 from __future__ import annotations
@@ -39,8 +40,6 @@ FEW_DIGITS = 0.43
 """Share of the digits that are compared, for other steps."""
 WORST = 1e-2
 """Largest tolerance of any input, as a share of the length of the step."""
-BASES = ("SOAP", "KLShampoo")
-"""Methods that begin with a basis of eigenvectors, and whose steps depend on it, not only on the matrix."""
 STEEP = 1e4
 """Largest condition number of a case whose hyperparameters are tried."""
 LARGEST = 1e6
@@ -190,11 +189,10 @@ def followed(path: Path) -> np.ndarray:
 
 
 def _unchosen(path: Path) -> int:
-    """Return the number of steps before EShampoo may keep a basis of a null space, which the eigensolver chose."""
+    """Return the number of steps before the method may keep a basis of a null space, which the eigensolver chose."""
     method, shape = path.method, path.shape
     given = [t for t, g in enumerate(path.grads) if g is not None and np.frombuffer(g).any()]
-    kept = type(method).__name__ == "EShampoo" and method.basis == "eigh" and method.tolerance > 0  # type: ignore[attr-defined]
-    if not (kept and given and len(shape) > 1):
+    if not (method.free_basis == "kept" and given and len(shape) > 1):
         return len(path.grads)
     first = np.frombuffer(path.grads[given[0]] or b"").reshape(shape)
     ranks = [np.linalg.matrix_rank(np.moveaxis(first, n, 0).reshape(d, -1)) for n, d in enumerate(shape)]
@@ -254,7 +252,7 @@ def compare(trial: Trial, plan: Plan) -> str:
         with np.errstate(all="ignore"):
             lengths = np.sqrt(np.sum(want**2, axis=axes))
             rounded, moved = (np.sqrt(np.sum((other - want) ** 2, axis=axes)) for other in (narrow, shaken))
-            if type(exact.method).__name__ in BASES and getattr(exact.method, "start", "eigh") == "eigh":
+            if exact.method.free_basis == "first":
                 moved = np.maximum(moved, np.sqrt(np.sum((reversed_axes(exact) - want) ** 2, axis=axes)))
             errors = np.maximum(rounded * u[dtype] / u["float32"], moved) / np.where(lengths == 0, 1.0, lengths)
             allowed = FACTOR * np.maximum.accumulate(errors)
@@ -537,7 +535,7 @@ def sizes(trial: Trial) -> str:
                     own = case.make()
                     if what.startswith("huge") and (own.elementwise or trial.dtype != "float64" or _ridged(own)):
                         continue  # `large` has 1e7 for elementwise methods
-                    if what.startswith("sparse") and type(own).__name__ == "EShampoo":
+                    if what.startswith("sparse") and own.free_basis in ("renewed", "kept"):
                         make = _asleep  # the basis of a larger null space is the eigensolver's choice
                     grads = np.stack([make(g) for g in random(k, 4, *shape)])
                     if what.startswith("large"):
@@ -567,7 +565,7 @@ def _forgetting(case: Case, names: set[str]) -> Iterator[tuple[str, dict[str, fl
     off: dict[str, float | None] = {name: None for name in OWN_LIMITS if isinstance(given.get(name), (int, float))}
     weights = [name for name in given if re.search("beta|momentum", name)]
     weights = [name for name in weights if isinstance(given[name], float) and 0 <= given[name] < 1]
-    ridges = RIDGES if type(method).__name__ in BASES else ("eps",) if method.elementwise else ()
+    ridges = RIDGES if method.free_basis else ("eps",) if method.elementwise else ()
     small: dict[str, float | None] = {name: RIDGE for name in ridges if given.get(name, 0) > RIDGE}
     for one, others, more in ((FORGETS, KEEPS, {}), (KEEPS, FORGETS, {}), (FORGETS, KEEPS, small))[: 2 + bool(small)]:
         for name in weights[: None if len(weights) > 1 else 1]:

@@ -167,6 +167,10 @@ class KLShampoo(Method):
             bias_correction=True,
         )  # fmt: skip
 
+    @property
+    def free_basis(self) -> str:
+        return "first" if self.start == "eigh" else "renewed"
+
     def state_of(self, shape: tuple[int, ...]) -> KLShampooState:
         dims = squeezed(shape)
         return KLShampooState(

@@ -632,6 +632,10 @@ class EShampoo(_Production):
     def _keeps(self) -> bool:
         return True
 
+    @property
+    def free_basis(self) -> str:
+        return "kept" if self.basis == "eigh" and self.tolerance > 0 else "renewed"
+
     def due(self, step: Any) -> Any:
         """Return whether the update after ``step`` completed updates refreshes: t_0, then multiples of ``every``."""
         return True if self._first == 1 else super().due(step)

@@ -168,6 +168,7 @@ class SOAP(Method):
 
     paper: ClassVar[str] = PAPER
     factorizes = True
+    free_basis = "first"
     presets: ClassVar[tuple[str, ...]] = ("nvidia",)
 
     @staticmethod
