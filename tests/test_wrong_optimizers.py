@@ -160,7 +160,7 @@ def _eigenvalues_from_1e_12(direction: Any, state: Any) -> Any:
 LIMITS = {"Adam": _up_to_10, "SOAP": _rms_up_to_3, "KLShampoo": _eigenvalues_from_1e_12}
 
 
-@pytest.mark.parametrize("method", LIMITS)
+@pytest.mark.parametrize("method", ["Adam", *(pytest.param(m, marks=pytest.mark.deep) for m in LIMITS if m != "Adam")])
 @pytest.mark.full
 def test_a_limit_that_few_steps_reach_is_seen_by_a_deep_check(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contract, "CHECKS", {"bursts": contract.CHECKS["bursts"]._replace(after=())})
@@ -512,7 +512,9 @@ class ShortBases(Reference):
         return method.replace(max_dim=min(method.max_dim, 64))
 
 
-@pytest.mark.parametrize("constructor", ["SOAP", "EShampoo", "Shampoo.production"])
+@pytest.mark.parametrize(
+    "constructor", ["EShampoo", *(pytest.param(c, marks=pytest.mark.deep) for c in ("SOAP", "Shampoo.production"))]
+)
 @pytest.mark.full
 def test_long_axes_without_a_basis_are_caught(constructor: str) -> None:
     assert [r.id for r in check(ShortBases(), constructor, diagnose=False).failures] == ["contract/shapes"]
