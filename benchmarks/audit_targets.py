@@ -946,13 +946,15 @@ def emerging_muon(
     params: Any, lr: float, momentum: float, nesterov: bool, root_steps: int, rms: float | None, weight_decay: float,
     coefficients: Any = "quintic5",
 ) -> Any:  # fmt: skip
-    """With its factor "spectral"."""
+    """With its factor "spectral"; it has no form without a factor."""
+    if rms is None:
+        raise NotImplementedError("rms=None")
     names = {"quintic5": "quintic", "jordan": "simple", "cans": "cans", "deepseekv4": "deepseekv4", "cubic5": "cubic5"}
     if not isinstance(coefficients, str) or coefficients not in names:
         raise NotImplementedError(f"coefficients={coefficients!r}")
     return _emerging("orthogonalized_optimizers").Muon(
         params, lr=lr, momentum=momentum, nesterov=nesterov, num_ns_steps=root_steps, weight_decay=weight_decay,
-        coefficient_type=names[coefficients], extra_scale_factor=1.0 if rms is None else rms,
+        coefficient_type=names[coefficients], extra_scale_factor=rms,
         fp32_matmul_prec="highest",
     )  # fmt: skip
 
