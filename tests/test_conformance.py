@@ -112,6 +112,13 @@ def test_the_torch_adapter_passes(constructor: str, dtype: str) -> None:
     assert report.ok
 
 
+def test_an_invalid_value_that_equals_the_default_is_not_left_out() -> None:
+    """AdaMuon's sign=1 is no flag: a TypeError that names it does not mean that there is no such argument."""
+    case = next(case for case in results.listed("AdaMuon") if case.id == "AdaMuon/reject-sign")
+    assert case.config["sign"] == 1
+    assert runner._reject(wrap(torch_target("AdaMuon")), case, "float64").status == "skipped"
+
+
 @pytest.mark.parametrize(
     ("constructor", "dtype"),
     [pytest.param(c, d, marks=() if (c, d) == ("SGD", "float32") else pytest.mark.deep)

@@ -230,7 +230,7 @@ def config_of(case: Case) -> Config:
         config["weight_decay"] = case.decay
         at_default |= {"weight_decay"} if case.decay == 0 else set()
     at_default |= config.keys() & case.make().idle if case.kind == "trace" else set()
-    config.at_default = frozenset(at_default)
+    config.at_default = frozenset(at_default - {case.argument})  # of a reject, such as 1 where the default is True
     made: Any = registry.made_by(make)
     rules = {f.name: f.metadata.get("rule") for f in (dataclasses.fields(made) if made else ())}
     config.forms = {
