@@ -153,6 +153,9 @@ MAY = {  # and those that only a case of tier "may" shows: where nothing has bee
     "SShampoo.practical": {"eps-everywhere", "identity-outside"},
 }
 
+NOT_FINITE = {"NorMuon.dion": {"first-triple"}}
+"""Mistakes whose steps are NaN, which agrees with nothing."""
+
 
 def plant(constructor: str, flags: list[str]) -> None:
     """Each of the mistakes is caught by a must-case (or is one of `SHOULD`), and named, alone."""
@@ -165,8 +168,8 @@ def plant(constructor: str, flags: list[str]) -> None:
         tiers = {r.tier for r in report.failures if r.gap}
         if ("should" if flag in SHOULD.get(constructor, ()) else "must") not in tiers:
             uncaught.append(flag)
-        diagnosis = report.diagnosis
-        if diagnosis is None or [m.flags for m in diagnosis.matches] != [(flag,)]:
+        diagnosis, named = report.diagnosis, [] if flag in NOT_FINITE.get(constructor, ()) else [(flag,)]
+        if diagnosis is None or [m.flags for m in diagnosis.matches] != named:
             misnamed.append(flag)
     assert uncaught == []
     assert misnamed == []

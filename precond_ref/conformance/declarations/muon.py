@@ -74,6 +74,7 @@ SALTS = {
     "Muon/dion-nesterov": 41, "Muon/dion-float64": 6, "NorMuon/pytorch-optimizer-tall": 22, "NorMuon/dion-tall": 26,
     "NorMuon/dion-float64": 58, "AdaMuon/emerging-plain": 12, "AdaMuon/emerging-nesterov": 28,
     "NorMuon/dion-float64-decay": 1, "AdaMuon/pytorch-optimizer-float64-decay": 1,
+    "AdaMuon/emerging-wide": 3,
 }  # fmt: skip
 """Another salt for cases whose gradients of salt 0 are badly conditioned."""
 
@@ -356,6 +357,7 @@ def preset(constructor: str, name: str, why: str, catches: str = "", *, shape: t
 
 TALL: dict[str, Any] = {"shape": (6, 4)}  # of larger matrices rounding is less by chance
 WIDE: dict[str, Any] = {"shape": (4, 6)}
+FAINT, FAINTER = ({"grads": integers(310, (4, 4, 3), -6, 6) * 2.0**-power} for power in (30, 33))
 AVERAGED = "nesterov-ignored nesterov-added momentum-ignored"
 OF_PRESETS = [
     preset("Muon.exact", "nesterov", "The polar factor, no factor", "nesterov-ignored newton-schulz"),
@@ -435,6 +437,18 @@ OF_PRESETS = [
            momentum=25 / 32),
     *(preset(f"Muon.{name}", "float64-decay", "Weight decay without bfloat16", DECAY, compute_dtype=None,
              given={"decay": KAPPA}) for name in ("jordan", "moonlight", "pytorch_optimizer", "dion")),
+    *(preset(f"Muon.{name}", "faint", "Gradients below eps, without bfloat16", "eps-ignored sum average",
+             given=FAINT, compute_dtype=None) for name in ("jordan", "moonlight", "torch")),
+    preset("Muon.dion", "faint", "Gradients below eps, without bfloat16", "eps-ignored average", given=FAINTER,
+           compute_dtype=None),
+    preset("Muon.optax", "faint", "Gradients below eps", "eps-ignored eps-floor", given=FAINTER),
+    preset("NorMuon.article", "faint", "Gradients below eps", "eps-ignored eps-floor", given=FAINT, beta2=29 / 32),
+    preset("NorMuon.dion", "faint", "Gradients below eps, without bfloat16", "eps-ignored eps-floor", given=FAINTER,
+           beta2=29 / 32, compute_dtype=None),
+    preset("Muon.heavyball", "wide", "No factor for a wide matrix", "scale-inverted floor-ignored", shape=(3, 4)),
+    preset("NorMuon.pytorch_optimizer", "float64-wide", "No factor for a wide matrix", "scale-inverted floor-ignored",
+           shape=(3, 4), compute_dtype=None, beta2=29 / 32),
+    preset("AdaMuon.emerging", "wide", "A wide matrix", "rms-min rms-rows", shape=(2, 4), beta2=29 / 32),
     *(preset(f"Muon.{name}", "decay", "Weight decay", DECAY, given={"decay": KAPPA})
       for name in ("exact", "heavyball", "emerging")),
     *(preset(name, "decay", "Weight decay", DECAY, given={"decay": KAPPA}, beta2=29 / 32)
