@@ -21,11 +21,17 @@ class Variant:
         self.flags = frozenset(flags)
 
     def init(self, config, params):
-        self.config, self.method = config, config.method
+        self.config, self.method, self.rate = config, config.method, config["lr"]
         self.first, self.grads, self.members = [p.copy() for p in params], [], None
 
+    def change(self, group=None, **factors):
+        if group is not None or "lr" not in factors:
+            return []
+        self.rate *= factors["lr"]
+        return ["lr"]
+
     def step(self, grads):
-        self.grads.append([g.copy() for g in grads])
+        self.grads.append(([g.copy() for g in grads], self.rate))
         if self.members is None:  # at the beginning, and after loading
             known = variants.of(self.method)
             fields = {f.name: getattr(self.method, f.name) for f in dataclasses.fields(self.method)}
@@ -33,14 +39,12 @@ class Variant:
             made = [np.asarray(p, np.float64) for p in self.first]
             self.members = [variants.Member(known, fields, p, decay, self.flags) for p in made]
             for earlier in self.grads[:-1]:
-                self._advance(earlier)
-        return self._advance(grads)
+                self._advance(*earlier)
+        return self._advance(grads, self.rate)
 
-    def _advance(self, grads):
+    def _advance(self, grads, rate):
         with np.errstate(all="ignore"):
-            moved = [
-                m.step(np.asarray(g, np.float64), self.config["lr"]) for m, g in zip(self.members, grads, strict=True)
-            ]
+            moved = [m.step(np.asarray(g, np.float64), rate) for m, g in zip(self.members, grads, strict=True)]
         return [x.astype(p.dtype) for (_, x, _), p in zip(moved, self.first, strict=True)]
 
     def save(self):

@@ -12,7 +12,7 @@ import precond_ref as pr
 from precond_ref.conformance import generated, variants
 from precond_ref.conformance.tolerance import of_case
 from precond_ref.conformance.vectors import cases, load
-from precond_ref.methods import inverse_free, mbf, root_free, sketchy
+from precond_ref.methods import adafactor, baselines, inverse_free, mbf, root_free, shampoo, sketchy
 
 TRACES = cases(kind="trace")
 SOME = [pytest.param(case, marks=pytest.mark.full if case.deep else (), id=case.id) for case in TRACES]
@@ -160,6 +160,8 @@ OTHER_CONFIGURATIONS = [
     (S + "practical-merge", "merge-ignored", {"merge": 1}),
     (S + "practical-merge", "merge-below", {"merge": 5}),
     ("AdaFD/sum", "delta-ignored", {"delta": 0.0}),
+    ("Muon/quintic", "eps-thousandth", {"eps": 1e-3}),
+    ("Muon/quintic", "coefficient-off", {"coefficients": (3.4445, -4.7750, 2.0316)}),
     ("FDSON/sum", "size-plus-one", {"size": 4}),
     ("RFDSON/sum", "delta-ignored", {"delta": 0.0}),
     ("RFRMSProp/initial", "initial-one", {"initial": 1.0}),
@@ -271,6 +273,16 @@ EXCHANGED = [
         [("roots.solve(f, columns, self.damping, own, xp=xp)", "roots.power(f, -0.5, self.damping, xp=xp) @ columns")],
     ),
     (mbf, M + "schedule", "early-inverses-missing", [("((step <= t2) & statistics) | (step", "(step")]),
+    (baselines, "Adam/form-nadam-scheduled", "nadam-product",
+     [("_scheduled(beta1, psi, step, like)\n", "_scheduled(beta1, psi, step, like, product=False)\n")]),
+    (shampoo, "Shampoo/production-sum", "sum-weighted",
+     [("else accumulate(old, new, self.beta2)", "else self.beta2 * old + (1 - self.beta2) * new")]),
+    (shampoo, "Shampoo/production-adam-graft", "start-applied",
+     [("                p = _mixed(now.k.preconditioned, p, parts[2])\n", "")]),
+    (adafactor, "Adafactor/weight-decay", "scale-after-decay",
+     [("  # (7)\n        late", "\n        held, x2 = scale, x * (1 - 0.34375 * self.weight_decay * scale)\n"
+       "        scale = clamp(_rms(x2, now.stack, xp), self.eps2, xp=xp)\n        late"),
+      ("self.weight_decay * scale * x", "self.weight_decay * held * x")]),
     (mbf, M + "diagonal", "square-of-gradient", [("statistic, n * n, D", "statistic, grad * grad, D")]),
 ]  # fmt: skip
 
@@ -286,6 +298,41 @@ def test_flag_is_the_library_with_a_line_exchanged(module, case_id, flag, change
     trace = run(case, flag)
     assert distance(trace.directions, directions) <= 1e-11
     assert distance(trace.params, params) <= 1e-11
+    assert departure(case, flag) > SEEN
+
+
+def rates_outside_and_inside(case, first, **unaveraged):
+    """Parameters of steps with weight decay times ``first`` (None: the current rate), and an average of whole steps."""
+    method, given = case.make(), tensors(case.id)
+    beta = getattr(method, "momentum", 0.0) or getattr(method, "beta1", 0.0)
+    weight = 1 - beta if method.name == "Adafactor" else 1
+    method = method.replace(**unaveraged)
+    param, ball, params = given["param"], 0.0, []
+    state = method.init(param)
+    for grad, rate in zip(given["grads"], case.rates, strict=True):
+        direction, state = method.update(grad, state, param)
+        step = rate * direction
+        if unaveraged:
+            ball = step = beta * ball + weight * step
+        param = (1 - (rate if first is None else first) * case.decay) * param - step
+        params.append(param)
+    return np.stack(params)
+
+
+@pytest.mark.parametrize(
+    ("case_id", "flag", "unaveraged"),
+    [
+        ("SGD/changing-rate", "rate-inside", {"momentum": 0.0}),
+        ("RMSProp/changing-rate", "rate-inside", {"momentum": 0.0}),
+        ("Adafactor/rates", "rate-inside", {"beta1": 0.0}),
+        ("Adam/changing-rate", "decay-first-rate", {}),
+        ("Muon/rates", "decay-first-rate", {}),
+    ],
+)
+def test_flag_is_another_place_of_the_rate(case_id, flag, unaveraged):
+    (case,) = (c for c in TRACES if c.id == case_id)
+    first = case.rates[0] if flag == "decay-first-rate" else None
+    assert distance(run(case, flag).params, rates_outside_and_inside(case, first, **unaveraged)) <= 1e-11
     assert departure(case, flag) > SEEN
 
 

@@ -10,10 +10,10 @@ that runs ONE parameter: it gets ``(gradient, parameter)`` by ``send`` and yield
             buffer = config["momentum"] * buffer + g
             out = buffer.copy(), {"buffer": buffer}
 
-``config`` has every field of the method, and ``state`` has the arrays by the names of our state's fields (``grams.0``
-for the parts of a tuple; a sketch as its product). Every deviation is one ``if "name" in flags``. The text of a flag
-continues "it is ASGO ...", so that ``with eps outside the root`` makes a sentence. `run` adds the flags of `COMMON` and
-`GENERIC`, which any method can have.
+``config`` has every field of the method, and as ``rate`` the learning rate of the update; ``state`` has the arrays by
+the names of our state's fields (``grams.0`` for the parts of a tuple; a sketch as its product). Every deviation is one
+``if "name" in flags``. The text of a flag continues "it is ASGO ...", so that ``with eps outside the root`` makes a
+sentence. `run` adds the flags of `COMMON` and `GENERIC`, which any method can have.
 
 The same text computes in float64 and, for mpmath numbers, with 50 digits (`arithmetic`). Without flags it makes the
 conformance vectors. It shares no code with `precond_ref.methods` and `precond_ref.numerics`.
@@ -54,6 +54,7 @@ COMMON: Mapping[str, str] = MappingProxyType(
         "decay-without-lr": "with weight decay not multiplied by the learning rate",
         "decay-after": "with weight decay applied after the step instead of before it",
         "decay-ignored": "without weight decay",
+        "decay-first-rate": "with weight decay times the first learning rate, whatever the rate is now",
     }
 )
 """Flags that `run` itself treats."""
@@ -239,9 +240,9 @@ class Member:
         for flag in flags & variants.generic.keys() - GENERIC.keys():
             taken, _, replaced = flag.partition("-for-")
             fields = {**fields, replaced: fields[taken]}
-        self.variants, self.fields, self.x = variants, {**fields, "outer_decay": decay}, x
+        self.variants, self.fields, self.x = variants, {**fields, "outer_decay": decay, "rate": None}, x
         self.decay, self.flags, self.generic = decay, flags, flags & GENERIC.keys()
-        self.count, self.seen = 0, list[tuple[int, tuple[Array, Array]]]()
+        self.count, self.first, self.seen = 0, 0.0, list[tuple[int, tuple[Array, Array]]]()
         self.counted = any(flag.endswith("-counted") for flag in flags)
         self.previous = self.buffer = np.zeros(np.shape(x))
         self.steps = self._started()
@@ -261,7 +262,8 @@ class Member:
     def step(self, g: Array, rate: float) -> tuple[Array, Array, Mapping[str, Any]]:
         """Return the direction, the parameter after the step, and the state."""
         x, flags, decay, zero = self.x, self.flags, self.decay, not np.any(g)
-        shrink = 1 - decay * (1 if "decay-without-lr" in flags else rate)
+        self.first, self.fields["rate"] = self.first if self.count else rate, rate
+        shrink = 1 - decay * (1 if "decay-without-lr" in flags else self.first if "decay-first-rate" in flags else rate)
         given = g + decay * x if "decay-coupled" in flags else g, x
         state: Mapping[str, Any] = {}
         number = self.count if self.counted or "memoryless" in flags else len(self.seen)

@@ -34,6 +34,7 @@ FLAGS = {
     "scale-ignored": "without the parameter's scale",
     "scale-always": "with the parameter's scale, asked for or not",
     "scale-by-norm": "with the Frobenius norm instead of the root mean square in the scale",
+    "scale-after-decay": "with the parameter's scale taken after weight decay",
     "scale-added": "with eps2 + RMS(X) as the scale instead of their maximum",
     "eps-outside": "with eps1 added to sqrt(V) instead of to the squares",
     "eps-adam": "with 1e-8 added to sqrt(V) instead of eps1 to the squares",
@@ -45,6 +46,7 @@ FLAGS = {
     "heavy-ball": "with M = beta1 M + new, without the weight 1 - beta1",
     "momentum-ignored": "without the average of updates",
     "momentum-of-gradient": "with the gradient averaged instead of the update",
+    "rate-inside": "with the learning rate inside the average of steps: older ones keep their old rates",
     "momentum-of-other": "with the update averaged where the step should be, and the other way round",
     "kappa-ignored": "without weight decay",
     "kappa-inside": "with weight decay inside the average",
@@ -101,6 +103,9 @@ def adafactor(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozense
         if scaled:
             size = sqrt(np.sum(x * x) / (1 if "scale-by-norm" in flags else entries))
             scale = eps2 + size if "scale-added" in flags else np.maximum(eps2, size)
+        shrinking = scale
+        if scaled and "scale-after-decay" in flags:
+            scale = np.maximum(eps2, size * (1 - config["rate"] * kappa * scale))
         u = u if d is None or "clip-ignored" in flags else _clipped(u, d, scale, axes, entries, flags)
         step = u if of_update else scale * u
         if "kappa-inside" in flags:
@@ -108,11 +113,12 @@ def adafactor(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozense
         if beta1 and "momentum-of-gradient" in flags:
             m = used
         elif beta1 and "momentum-ignored" not in flags:
-            m = beta1 * m + step if "heavy-ball" in flags else ema(m, step, beta1)
-            step = m
+            rate = config["rate"] if "rate-inside" in flags and not of_update else 1
+            m = beta1 * m + rate * step if "heavy-ball" in flags else ema(m, rate * step, beta1)
+            step = m / rate
         step = scale * step if of_update else step
         if "kappa-inside" not in flags:
-            step = step + kappa * (x if "kappa-unscaled" in flags else scale * x)
+            step = step + kappa * (x if "kappa-unscaled" in flags else shrinking * x)
         state = {"v": v} if axes is None else {"row": row, "col": col}
         out = step, state | ({"m": m} if beta1 else {}) | {"rms": sqrt(np.sum(divided(g, root) ** 2) / entries)}
 
@@ -181,7 +187,8 @@ VARIANTS = {
         (
             frozenset({"clip-ignored", "clip-inverted", "clip-of-step", "clip-per-matrix"}),
             frozenset({"clip-ignored", "clip-inverted", "clip-by-norm", "clip-per-matrix"}),
-            frozenset({"scale-ignored", "scale-always", "scale-by-norm", "scale-added"}),
+            frozenset({"scale-ignored", "scale-always", "scale-by-norm", "scale-added", "scale-after-decay"}),
+            *rivals({"scale-after-decay"}, {"kappa-ignored", "kappa-inside", "kappa-unscaled"}),
             frozenset({"scale-ignored", "clip-of-step"}),
             frozenset({"eps-outside", "eps-adam", "eps-ignored", "eps-in-rows", "form-exchanged"}),
             frozenset({"eps-ignored", "floor-squared"}),
@@ -194,6 +201,7 @@ VARIANTS = {
             frozenset({"mean-missing", "one-mean", "unfactored"}),
             frozenset({"mean-missing", "floor-squared"}),
             frozenset({"heavy-ball", "momentum-ignored", "momentum-of-gradient"}),
+            frozenset({"rate-inside", "momentum-ignored", "momentum-of-gradient"}),
             *rivals({"momentum-ignored", "momentum-of-gradient"}, {"kappa-inside", "momentum-of-other"}),
             frozenset({"kappa-ignored", "kappa-inside", "kappa-unscaled"}),
             *rivals({"unfactored"}, {"columns-summed", "clip-per-matrix"}),

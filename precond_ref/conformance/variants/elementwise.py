@@ -24,6 +24,7 @@ from precond_ref.conformance.variants import (
     times,
 )
 
+RATE_INSIDE = "with the learning rate inside the momentum: what is older keeps its old rate"
 LAZY = "with entries of zero gradient left alone: neither they nor their averages change, as in lazy updates"
 
 SGD_FLAGS = {
@@ -32,6 +33,7 @@ SGD_FLAGS = {
     "momentum-ignored": "without momentum",
     "nesterov-ignored": "without Nesterov's form",
     "nesterov-always": "with Nesterov's form, asked for or not",
+    "rate-inside": RATE_INSIDE,
     "lazy": LAZY,
 }
 
@@ -46,9 +48,10 @@ def sgd(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str]
         weight = 1.0
         if "momentum-ema" in flags or ("momentum-ema-first" in flags and t > 1):
             weight = 1 - mu
-        old, buffer = buffer, mu * buffer + weight * g
+        rate = config["rate"] if "rate-inside" in flags else 1
+        old, buffer = buffer, mu * buffer + rate * weight * g
         buffer = _lazy(flags, g, buffer, old)
-        direction = _lazy(flags, g, g + mu * buffer if nesterov else buffer)
+        direction = _lazy(flags, g, rate * g + mu * buffer if nesterov else buffer) / rate
         out = direction, {"buffer": buffer} if config["momentum"] else {}
 
 
@@ -101,6 +104,7 @@ RMSPROP_FLAGS = {
     "centered": "with the square of the averaged gradient subtracted from the average of squares",
     "momentum-ignored": "without momentum",
     "momentum-on-gradient": "with momentum on the gradient, before the division",
+    "rate-inside": RATE_INSIDE,
     "momentum-ema": "with an average, momentum b + (1 - momentum) u, instead of the heavy ball",
     "zero-nan": "with 0/0 = NaN for a zero gradient history at eps = 0",
     **PRECONDITIONED,
@@ -138,9 +142,10 @@ def rmsprop(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[
             buffer = mu * buffer + weight * g
             direction = _divided(decayed(config, flags, buffer, x), denominator, flags)
         else:
-            new = _divided(decayed(config, flags, g, x), denominator, flags)
+            rate = config["rate"] if "rate-inside" in flags else 1
+            new = rate * _divided(decayed(config, flags, g, x), denominator, flags)
             buffer = _lazy(flags, g, mu * buffer + weight * new, buffer)
-            direction = _lazy(flags, g, new + mu * buffer if nesterov else buffer)
+            direction = _lazy(flags, g, new + mu * buffer if nesterov else buffer) / rate
         state = {"v": v} | ({"buffer": buffer} if config["momentum"] else {})
         out = direction, state | ({"mean": mean} if config.get("centered") else {})
 
@@ -171,6 +176,7 @@ ADAM_FLAGS = {
     "nadam-ignored": "without NAdam's look-ahead",
     "nadam-constant": "with beta1 in the place of the scheduled momentum",
     "nadam-next": "with 1 - P_t in the place of 1 - P_t mu_{t+1} (of 1 - beta1^(t+1) where it is constant)",
+    "nadam-product": "with mu_t in the place of the product P_t of all momenta so far",
     "nadam-late": "with the scheduled momentum of the update before",
     "rectify-ignored": "without RAdam's factor",
     "rectify-four": "with RAdam's factor for rho > 4",
@@ -241,7 +247,7 @@ def adam(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
             early = t - ("nadam-late" in flags)
             fixed = kind == "constant" or "nadam-constant" in flags
             mu, after = ((beta1 if fixed else _momentum(beta1, psi, s, g)) for s in (early, early + 1))
-            product = mu * (1 if "counter-stuck" in flags else product)
+            product = mu * (1 if flags & {"counter-stuck", "nadam-product"} else product)
             d, e = (1 - product, 1 - product * after) if correction == "both" else (1, 1)
             m_step = after * m / (d if "nadam-next" in flags else e) + (1 - mu) * g / d
         factor: Any = 1
@@ -321,12 +327,13 @@ EPS = frozenset({"eps-inside", "eps-ignored"})
 VARIANTS = {
     "SGD": Variants(sgd, SGD_FLAGS, (frozenset({"momentum-ema", "momentum-ema-first", "momentum-ignored"}),
         frozenset({"nesterov-ignored", "nesterov-always"}),
-        *rivals({"momentum-ignored"}, {"nesterov-ignored", "nesterov-always", "decay-coupled"}))),
+        *rivals({"momentum-ignored"}, {"nesterov-ignored", "nesterov-always", "decay-coupled", "rate-inside"}))),
     "AdaGrad": Variants(adagrad, ADAGRAD_FLAGS, (EPS | {"eps-outside"},
         frozenset({"initial-ignored", "initial-squared", "initial-again"}), frozenset({"no-root", "eps-inside"}),
         frozenset({"no-root", "eps-outside"}))),
     "RMSProp": Variants(rmsprop, RMSPROP_FLAGS, (EPS | {"eps-outside"}, frozenset({"started-whole", "weight-missing"}),
-        *rivals({"momentum-ignored"}, {"momentum-on-gradient", "momentum-ema"}),
+        *rivals({"momentum-ignored"}, {"momentum-on-gradient", "momentum-ema", "rate-inside"}),
+        *rivals({"momentum-on-gradient"}, {"rate-inside"}),
         *rivals({"momentum-ignored", "momentum-on-gradient"}, {"nesterov-ignored", "nesterov-always"}),
         frozenset({"no-root", "eps-inside"}), frozenset({"no-root", "eps-outside"}),
         frozenset({"corrected", "correction-ignored", "mean-uncorrected"}), frozenset({"centered", "centered-ignored"}),
@@ -335,7 +342,8 @@ VARIANTS = {
         frozenset({"amsgrad", "amsgrad-ignored", "amsgrad-exchanged", "amsgrad-late"}),
         frozenset({"eps-root-ignored", "eps-root-before-correction"}),
         frozenset({"nadam-ignored", "nadam-constant", "nadam-late"}), frozenset({"nadam-ignored", "nadam-next"}),
-        frozenset({"nadam-ignored", "nesterov"}), frozenset({"rectify-ignored", "rectify-four", "rectify-divided"}),
+        frozenset({"nadam-ignored", "nesterov"}), frozenset({"nadam-ignored", "nadam-product"}),
+        frozenset({"rectify-ignored", "rectify-four", "rectify-divided"}),
         frozenset({"square-of-average", "square-of-residual"}), frozenset({"no-root", "eps-inside"}))),
     "FullAdaGrad": Variants(full_adagrad, FULL_FLAGS,
         (EPS, frozenset({"exponent-one", "exponent-quarter"}), frozenset({"exponent-one", "eps-inside"}))),

@@ -80,6 +80,7 @@ ORTHOGONAL = {
     "jordan": "with Jordan's quintic at each step, whatever the coefficients",
     "coefficients-reversed": "with the triples in reversed order",
     "first-triple": "with the first triple at each step",
+    "coefficient-off": "with the last coefficient of each triple larger by 1e-4",
     "last-triples": "with the last triples of the sequence, if it has more than there are steps",
     "after-last-repeated": "with the last triple repeated instead of the sequence anew",
     "after-last-cycled": "with the sequence anew instead of the last triple repeated",
@@ -87,6 +88,7 @@ ORTHOGONAL = {
     "frobenius-start": "with Newton-Schulz started from X / ||X||_F, whatever the normalization",
     "factor-ignored": "without the factor in the normalization",
     "eps-ignored": "without eps in the normalization",
+    "eps-thousandth": "with eps = 1e-3 in the normalization, whatever eps is",
     "eps-added": "with eps added to the norm instead of as its floor",
     "eps-floor": "with eps as a floor of the norm instead of added",
     "eps-of-norm": "with eps as a floor of the norm instead of its square",
@@ -166,6 +168,8 @@ def polynomials(config: Mapping[str, Any], flags: frozenset[str], like: Any) -> 
     else:
         nested = isinstance(chosen[0], (tuple, list))
         table = [tuple(real(float(x), like) for x in row) for row in (chosen if nested else [chosen])]
+    if "coefficient-off" in flags:
+        table = [(a, b, c + real(Fraction(1, 10000), like)) for a, b, c in table]
     if "cubic" in flags:
         table = [(1.5, -0.5, 0.0)]
     steps = config["root_steps"] - ("one-step-fewer" in flags) + ("one-step-more" in flags)
@@ -259,6 +263,7 @@ def orthogonal(x: Array, config: Mapping[str, Any], flags: frozenset[str]) -> Ar
 def _started(x: Array, config: Mapping[str, Any], flags: frozenset[str]) -> Array:
     """Return N / nu."""
     kind, eps = config["normalization"], 0.0 if "eps-ignored" in flags else config["eps"]
+    eps = 1e-3 if "eps-thousandth" in flags else eps
     if kind == "frobenius" and "spectral-start" in flags:
         kind = "spectral"
     if "frobenius-start" in flags:
@@ -558,11 +563,13 @@ EXCLUSIVE = (
     frozenset({"scale-ignored", "scale-max", "floor-ignored", "floor-always"}),
     frozenset({"exact", "newton-schulz"}),
     frozenset({"cubic", "jordan", "coefficients-reversed", "first-triple", "last-triples"}),
+    frozenset({"cubic", "coefficient-off"}),
     frozenset({"after-last-repeated", "after-last-cycled", "first-triple", "cubic", "jordan"}),
     *rivals({"exact"}, set(ORTHOGONAL) - {"exact", "newton-schulz"}),
     frozenset({"one-step-fewer", "one-step-more"}),
     frozenset({"spectral-start", "frobenius-start"}),
     frozenset({"eps-ignored", "eps-added", "eps-floor", "eps-of-norm"}),
+    frozenset({"eps-ignored", "eps-thousandth"}),
     frozenset({"blocks-ignored", "blocks-whole-scale"}),
     frozenset({"flatten-inputs", "flatten-ignored"}),
 )  # fmt: skip

@@ -37,6 +37,7 @@ SHARED_FLAGS = {
     "correction-ignored": "without the bias corrections of the statistics and of F",
     "correction-always": "with bias corrections of the statistics and of F, asked for or not",
     "weight-missing": "with L_t = beta2 L_{t-1} + new, still divided by 1 - beta2^t",
+    "sum-weighted": "with the weight 1 - beta2 for beta2 = 1 too: the statistics stay zero",
     "drop-weight-ignored": "with the weight 1 - beta2, whatever drop_weight says",
     "drop-weight-corrected": "with a bias correction of what has no weight 1 - beta2",
     "filter-ignored": "with the gradient itself in the place of F",
@@ -51,6 +52,7 @@ SHARED_FLAGS = {
     "graft-summed": "with a graft that sums squares instead of averaging them",
     "graft-eps-inside": "with the graft's eps under the root",
     "graft-whole": "with the norms of the whole parameter instead of each block's",
+    "start-applied": "with roots or bases applied before the first refresh too, then scaled to the grafted step's norm",
     "start-ungrafted": "with F itself before the first refresh, not the grafted step",
     "merge-from-the-left": "with axes merged from the left",
     "target-ignored": "with axes merged although there are no more than target",
@@ -117,7 +119,8 @@ def walk(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
     beta1, beta2 = config["beta1"], config["beta2"]
     beta3 = beta1 if config["beta3"] is None or "beta3-ignored" in flags else config["beta3"]
     drop = config["drop_weight"] and "drop-weight-ignored" not in flags
-    weight = 1 if beta2 == 1 or drop or "weight-missing" in flags else 1 - beta2
+    summed = beta2 == 1 and "sum-weighted" not in flags
+    weight = 1 if summed or drop or "weight-missing" in flags else 1 - beta2
     unbiased = (config["bias_correction"] or "correction-always" in flags) and "correction-ignored" not in flags
     graft = None if "graft-ignored" in flags else config["graft"]
     mu = 0 if "momentum-ignored" in flags else config["momentum"]
@@ -191,7 +194,7 @@ def walk(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
             if graft is not None:
                 size = norm(step)
                 norms.append(norm(part["n"]))
-                if t < first:
+                if t < first and "start-applied" not in flags:
                     step = part["f"] if "start-ungrafted" in flags else part["n"]
                 elif "graft-whole" not in flags:
                     step = step * (norms[-1] / size) if size else step
@@ -433,10 +436,12 @@ SHARED_EXCLUSIVE = (
     frozenset({"refresh-at-first", "refresh-always"}),
     frozenset({"correction-ignored", "correction-always"}),
     frozenset({"weight-missing", "drop-weight-ignored", "drop-weight-corrected"}),
+    frozenset({"weight-missing", "sum-weighted"}),
     frozenset({"filter-ignored", "filter-usual", "filter-late", "beta3-ignored"}),
     frozenset({"graft-ignored", "graft-uncorrected", "graft-corrected", "graft-tied", "graft-summed",
                "graft-eps-inside"}),
-    *rivals({"graft-ignored"}, {"graft-of-gradient", "graft-whole", "start-ungrafted"}),
+    *rivals({"graft-ignored"}, {"graft-of-gradient", "graft-whole", "start-ungrafted", "start-applied"}),
+    frozenset({"start-ungrafted", "start-applied"}),
     frozenset({"merge-from-the-left", "target-ignored", "merge-ignored", "ones-kept"}),
     frozenset({"short-blocks-dropped", "blocks-ignored", "graft-whole"}),
     frozenset({"alpha-after", "alpha-ignored", "alpha-coupled", "l2-unseen", "l2-ignored"}),
