@@ -437,8 +437,9 @@ OF_PRESETS = [
            momentum=25 / 32),
     *(preset(f"Muon.{name}", "float64-decay", "Weight decay without bfloat16", DECAY, compute_dtype=None,
              given={"decay": KAPPA}) for name in ("jordan", "moonlight", "pytorch_optimizer", "dion")),
-    *(preset(f"Muon.{name}", "faint", "Gradients below eps, without bfloat16", "eps-ignored sum average",
-             given=FAINT, compute_dtype=None) for name in ("jordan", "moonlight", "torch")),
+    *(preset(f"Muon.{name}", "faint", "Gradients below eps, without bfloat16", f"eps-ignored {momentum}",
+             given=FAINT, compute_dtype=None)
+      for name, momentum in (("jordan", "sum"), ("moonlight", "average"), ("torch", "sum"))),
     preset("Muon.dion", "faint", "Gradients below eps, without bfloat16", "eps-ignored average", given=FAINTER,
            compute_dtype=None),
     preset("Muon.optax", "faint", "Gradients below eps", "eps-ignored eps-floor", given=FAINTER),
