@@ -51,7 +51,7 @@ class Lawless(Variant):
         before, self.plain = self.plain, super().step(grads)
         steps = [a - b for a, b in zip(before, self.plain, strict=True)]
         self.bent = [
-            x - self.bend(u, x, [g[i] for g in self.grads], self.config["lr"])
+            x - self.bend(u, x, [g[i] for g, _ in self.grads], self.config["lr"])
             for i, (x, u) in enumerate(zip(self.bent, steps, strict=True))
         ]
         return [x.copy() for x in self.bent]
