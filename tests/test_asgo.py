@@ -379,7 +379,7 @@ def edit(line: str, *pairs: tuple[str, str]) -> tuple[str, str]:
 
 
 M = "m = ema(state.m, grad, self.beta1)  # (M)\n        gram"
-V = "gram = ema(state.gram, g @ t(g, xp) if left else t(g, xp) @ g, self.beta2)"
+V = "gram = ema(state.gram, gram_of(g if left else t(g, xp), xp), self.beta2)"
 U_OF = "u, law = self._blocks(m, xp), roots.Law(-0.5, self.eps)"
 P = "root, w = roots.renewed(due, gram, law, state.root, xp=xp)  # (P)"
 ITERATED = "partial(roots.inverse_sqrt, gram, self.eps, self.root, self.root_steps, xp=xp)"

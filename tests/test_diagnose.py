@@ -147,7 +147,7 @@ def late_asgo(param, grad, state, *, lr, eps):
     return param - lr * (q * inverse) @ q.T @ grad, new
 
 
-GRAM = "gram = ema(state.gram, g @ t(g, xp) if left else t(g, xp) @ g, self.beta2)  # (V)"
+GRAM = "gram = ema(state.gram, gram_of(g if left else t(g, xp), xp), self.beta2)  # (V)"
 SPREAD = "        grams = [t(k, xp) @ k for k in scaled]\n"
 NAMED: dict[str, tuple[str, str, Callable[[], Any]]] = {
     # what it is: (method, name, subject)

@@ -58,6 +58,7 @@ from typing import Any, ClassVar, NamedTuple
 from precond_ref.fields import choice, integer, real
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import bad_as_nan, t, whole
+from precond_ref.numerics.axes import gram_of
 from precond_ref.numerics.ema import ema
 from precond_ref.numerics.grafting import scale_to_rms
 from precond_ref.numerics.refresh import renew
@@ -167,7 +168,7 @@ class ASGO(_ASGO):
         xp, due, left = now.xp, now.due, self._left(*grad.shape[-2:])
         g = self._blocks(grad, xp)
         m = ema(state.m, grad, self.beta1)  # (M)
-        gram = ema(state.gram, g @ t(g, xp) if left else t(g, xp) @ g, self.beta2)  # (V)
+        gram = ema(state.gram, gram_of(g if left else t(g, xp), xp), self.beta2)  # (V)
         u, law = self._blocks(m, xp), roots.Law(-0.5, self.eps)
         if self.root == "eigh":
             root, w = roots.renewed(due, gram, law, state.root, xp=xp)  # (P)

@@ -75,7 +75,7 @@ from array_api_compat import array_namespace
 from precond_ref.fields import choice, flag, integer, is_python_number, is_zero, real
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import bad_as_nan, clamp, eye_like, finite_members, largest_entry, own, whole
-from precond_ref.numerics.axes import multiply, squeezed, unfold
+from precond_ref.numerics.axes import gram_of, multiply, squeezed, unfold
 from precond_ref.numerics.bases import lengths, outside
 from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal
 from precond_ref.numerics.lapack import attempt
@@ -221,7 +221,7 @@ class KLShampoo(Method):
             others = [j for j in range(len(dims)) if j != n]
             y = unfold(math.prod([gains[j] for j in others], start=1.0 * rotated), stack, n, xp)  # Y_n of (4)
             z = basis @ y
-            gram = ema(gram, (z @ xp.matrix_transpose(z)) * (dims[n] / math.prod(dims)), b3)  # (5)
+            gram = ema(gram, gram_of(z, xp) * (dims[n] / math.prod(dims)), b3)  # (5)
             a = xp.mean(y * y, axis=-1)
             if not is_zero(self.damping):
                 a = a + self.damping * math.prod([xp.mean(r[j] * r[j], axis=-1)[..., None] for j in others])  # (6)
@@ -351,7 +351,7 @@ class KLShampooExact(Method, preset="KLShampoo.exact"):
                 x = multiply(x, root, j, xp) if j != n else x
             x = unfold(x, stack, n, xp)
             weight = dims[n] / math.prod(dims) if self.divide else 1.0
-            gram = ema(gram, (x @ xp.matrix_transpose(x)) * weight, self.beta2)  # (10)
+            gram = ema(gram, gram_of(x, xp) * weight, self.beta2)  # (10)
             known[n] = roots.renewed(now.due, gram * k.inverse_c2, law, state.roots[n], xp=xp)  # (11)
             grams.append(gram)
         direction = roots.apply(xp.reshape(m * k.inverse_c1, shape), known, law, xp=xp)  # (12)

@@ -96,7 +96,7 @@ from precond_ref.fields import choice, declared, flag, integer, is_python_number
 from precond_ref.numerics import bases as orthogonal
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import identity, whole
-from precond_ref.numerics.axes import multiply, squeezed, unfold
+from precond_ref.numerics.axes import gram_of, multiply, squeezed, unfold
 from precond_ref.numerics.ema import accumulate, ema, heavy_ball, number, one_minus_power, quotient, reciprocal, sqrt
 from precond_ref.numerics.grafting import grafted
 from precond_ref.numerics.refresh import check_refresh, renew
@@ -166,7 +166,7 @@ class Shampoo(Method):
         grams, known = [], {}
         for i, old in enumerate(state.grams):
             unfolded = unfold(grad, now.stack, i, xp)  # G_(i), (..., d_i, rest)
-            gram = accumulate(old, unfolded @ xp.matrix_transpose(unfolded), self.beta2)  # L_i
+            gram = accumulate(old, gram_of(unfolded, xp), self.beta2)  # L_i
             corrected = gram * k.correction if self.bias_correction else gram
             kept = None if state.roots is None else state.roots[i]
             root, w = roots.renewed(due, corrected, law, kept, xp=xp)  # (L_i + eps I)^{-1/(2k)}
@@ -413,7 +413,7 @@ class _Production(Method):
 
     def _statistic(self, gram: Array, g: Array, axis: int, now: Now) -> Array:
         unfolded = unfold(g, now.stack, axis, now.xp)
-        return self._accumulated(gram, unfolded @ now.xp.matrix_transpose(unfolded))  # (L)
+        return self._accumulated(gram, gram_of(unfolded, now.xp))  # (L)
 
     def _accumulated(self, old: Array, new: Array) -> Array:
         return self.beta2 * old + new if self.drop_weight else accumulate(old, new, self.beta2)

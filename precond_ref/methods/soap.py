@@ -9,6 +9,7 @@ G_t        ``grad``        (d_1, ..., d_k)     gradient; G_(i) its unfolding of 
 L_i        ``grams``       (d_i, d_i)          average of G_(i) G_(i)^T
 Q_i        ``bases``       (d_i, d_i)          orthogonal basis, columns; I for an axis without one
 M_t        ``m``           (d_1, ..., d_k)     average of gradients, in the parameter's coordinates
+M'_t       ``rotated_m``   (d_1, ..., d_k)     the same in the coordinates of the bases
 V_t        ``v``           (d_1, ..., d_k)     average of squares, in the coordinates of the bases
 beta_1,2   ``beta1,2``                         decays of M and V; ``shampoo_beta`` is that of L (None: beta2)
 f          ``every``                           updates between two renewals of the bases
@@ -18,13 +19,13 @@ s          ``step - 1``                        updates of M and V, this one incl
 ``order="use_first"``, the authors' code. At t = 1 only L_i and Q_i are made: direction = 0, M = V = 0. At t >= 2::
 
     G' = G x_i Q_i^T  for all i                                          (P)
-    M = beta1 M + (1 - beta1) G,  M' = M x_i Q_i^T                       (M)
+    M = beta1 M + (1 - beta1) G,  M' = beta1 M' + (1 - beta1) G'         (M)
     V = beta2 V + (1 - beta2) G' o G'                                    (V)
     N = [M' / (sqrt(V) + eps)] x_i Q_i                                   (N)
     N = N / (sqrt(mean(N o N)) + normalize_eps)  with ``normalize``      (n)
     direction = N sqrt(1 - beta2^s) / (1 - beta1^s)                      (C)
     L_i = shampoo_beta L_i + (1 - shampoo_beta) G_(i) G_(i)^T            (L)
-    Q_i, V = refresh(L_i, Q_i, V)  at t = 1 + f, 1 + 2 f, ...            (R)
+    Q_i, V = refresh(L_i, Q_i, V),  M' = M x_i Q_i^T                     (R)  at t = 1 + f, 1 + 2 f, ...
 
 refresh, ``basis="qr"``: one round of orthogonal iteration, for each axis by itself, with q_j the columns of Q_i::
 
@@ -39,7 +40,8 @@ every refresh, and V is sorted by (R1) to (R3) before.
 Conventions
     eps is added to the root of V before its bias correction (``eps_position="uncorrected"``); "corrected": to
     sqrt(V / (1 - beta2^s)); "max": the larger of root and eps.
-    M is kept in the parameter's coordinates (the authors' code keeps M' and rotates it: the same for orthogonal Q).
+    M and M' are both kept: M' = M x_i Q_i^T holds at all times, and costs products only when Q changes. (The authors'
+    code keeps M' alone and rotates it: the same for orthogonal Q.)
     V is permuted with the columns and not rotated. ``second_moment="rotate"`` rotates it; "keep" does not permute it.
     ``order="update_first"``: (L) and (R), then (P) to (C) in the same update; no update is skipped, and s = t.
     ``sort="after"``: the columns are sorted after the QR instead of before it.
@@ -71,7 +73,7 @@ from typing import Any, ClassVar, NamedTuple
 from precond_ref.fields import choice, flag, integer, is_python_number, real
 from precond_ref.numerics import bases as orthogonal
 from precond_ref.numerics.arrays import clamp, identity, whole
-from precond_ref.numerics.axes import multiply, unfold
+from precond_ref.numerics.axes import gram_of, multiply, unfold
 from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal, sqrt
 from precond_ref.numerics.refresh import check_refresh, either, renew
 from precond_ref.numerics.template import eye, zeros
@@ -89,6 +91,8 @@ class SOAPState(NamedTuple):
     """t, number of updates done."""
     m: Array
     """M_t, the parameter's shape."""
+    rotated_m: Array | None
+    """M'_t, (..., d_1, ..., d_k); None if no axis has a basis."""
     v: Array
     """V_t, (..., d_1, ..., d_k)."""
     grams: Bases
@@ -214,6 +218,7 @@ class SOAP(Method):
         return SOAPState(
             step=0,
             m=zeros(*shape),
+            rotated_m=zeros(*dims) if has else None,
             v=zeros(*dims),
             grams=tuple(None if d is None else zeros(d, d) for d in sides),
             bases=tuple(None if d is None else eye(d, d) for d in sides),
@@ -249,20 +254,21 @@ class SOAP(Method):
 
     def step(self, grad: Array, state: SOAPState, param: Array, now: Now) -> tuple[Array, SOAPState]:
         xp, k, stack = now.xp, now.k, now.stack
-        grams, bases, v = state.grams, state.bases, state.v
+        grams, bases, v, average = state.grams, state.bases, state.v, state.rotated_m
         grad = whole(grad, grad.ndim - stack, xp) if grams else grad
         g = self._arranged(grad, stack, xp)
         used = 1.0 if self.order == "update_first" else 1.0 - k.first  # 0: this gradient makes the bases only
         if self.order == "update_first":
-            grams, bases, v = self._renewed(g, grams, bases, v, now)  # (L), (R)
+            grams, bases, v, average = self._renewed(g, state.m, grams, bases, v, average, now)  # (L), (R)
         rotated = orthogonal.onto(g, bases, xp)  # (P)
-        m = _scaled(used, ema(state.m, grad, self.beta1))
-        average = orthogonal.onto(self._arranged(m, stack, xp), bases, xp)  # (M)
+        m = _scaled(used, ema(state.m, grad, self.beta1))  # (M)
+        average = m if average is None else _scaled(used, ema(average, rotated, self.beta1))
         v = _scaled(used, ema(v, rotated * rotated, self.beta2))  # (V)
+        n = average
         if self.nesterov:
             ahead = (1 - self.beta1) * k.inverse_c1
-            average = _scaled(used, self.beta1 * k.inverse_next * average + ahead * rotated)
-        n = quotient(average, self._denominator(v, k, xp), xp, bound=self.eps)
+            n = _scaled(used, self.beta1 * k.inverse_next * average + ahead * rotated)
+        n = quotient(n, self._denominator(v, k, xp), xp, bound=self.eps)
         n, rms = orthogonal.back(n, bases, xp), None  # (N)
         if self.normalize:
             axes = tuple(range(stack, n.ndim))
@@ -271,9 +277,11 @@ class SOAP(Method):
             n = quotient(n, size + self.normalize_eps, xp)  # (n)
         factor = (k.root_c2 if self.eps_position == "uncorrected" else 1.0) * (1.0 if self.nesterov else k.inverse_c1)
         direction = self._restored(n * factor, grad, stack, xp)  # (C)
-        if self.order == "use_first":
-            grams, bases, v = self._renewed(g, grams, bases, v, now)  # (L), (R)
-        return direction, SOAPState(now.step, m, v, grams, bases, rms)
+        if not grams:
+            average = None
+        elif self.order == "use_first":
+            grams, bases, v, average = self._renewed(g, m, grams, bases, v, average, now)  # (L), (R)
+        return direction, SOAPState(now.step, m, average, v, grams, bases, rms)
 
     def _denominator(self, v: Array, k: SOAPScalars, xp: Namespace) -> Array:
         root = xp.sqrt(v)
@@ -284,25 +292,27 @@ class SOAP(Method):
             return corrected + self.eps
         return clamp(corrected, self.eps, xp=xp) if is_python_number(self.eps) else xp.maximum(corrected, self.eps)
 
-    def _renewed(self, g: Array, grams: Bases, bases: Bases, v: Array, now: Now) -> tuple[Bases, Bases, Array]:
-        """Return the new statistics, and the bases and V, which are new if a refresh is due."""
+    def _renewed(
+        self, g: Array, m: Array, grams: Bases, bases: Bases, v: Array, average: Array | None, now: Now
+    ) -> tuple[Bases, Bases, Array, Array | None]:
+        """Return the new statistics, and the bases, V and M', which are new if a refresh is due."""
         xp, decay = now.xp, self.beta2 if self.shampoo_beta is None else self.shampoo_beta
         grams = tuple(gram if gram is None else self._statistic(gram, g, i, decay, now) for i, gram in enumerate(grams))
 
-        def refreshed() -> tuple[Bases, Array]:
+        def refreshed() -> tuple[Bases, Array, Array | None]:
             new, moved = list(bases), v
             for i, (gram, old) in enumerate(zip(grams, bases, strict=True)):
                 if gram is not None and old is not None:
                     new[i], order = self._refreshed(gram, old, now)
                     moved = self._relabelled(moved, i, old, new[i], order, xp)
-            return tuple(new), moved
+            return tuple(new), moved, orthogonal.onto(self._arranged(m, now.stack, xp), new, xp) if grams else None
 
-        bases, v = renew(now.due, refreshed, (bases, v))
-        return grams, bases, v
+        bases, v, average = renew(now.due, refreshed, (bases, v, average))
+        return grams, bases, v, average
 
     def _statistic(self, gram: Array, g: Array, axis: int, decay: Scalar, now: Now) -> Array:
         unfolded = unfold(g, now.stack, axis, now.xp)
-        return ema(gram, unfolded @ now.xp.matrix_transpose(unfolded), decay)  # (L)
+        return ema(gram, gram_of(unfolded, now.xp), decay)  # (L)
 
     def _refreshed(self, gram: Array, old: Array, now: Now) -> tuple[Array, Array | None]:
         """Return the new basis, and the order in which it has the columns; None if they keep their order."""

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
+from array_api_compat import is_numpy_array
+
+from precond_ref.numerics.refresh import readable
 from precond_ref.typing import Array, Namespace
 
 
@@ -34,6 +38,27 @@ def multiply(tensor: Array, matrix: Array, axis: int, xp: Namespace) -> Array:
     others = [*tensor.shape[stack : stack + axis], *tensor.shape[stack + axis + 1 :]]
     moved = xp.reshape(product, (*product.shape[:-1], *others))
     return xp.moveaxis(moved, stack, stack + axis) if axis else moved
+
+
+def gram_of(x: Array, xp: Namespace) -> Array:
+    """Return X X^T of X (..., n, k).
+
+    PyTorch on a CPU has no product that knows that it is symmetric: of one large matrix, three eighths are copied.
+    """
+    n, k = x.shape[-2:]
+    if n < 256 or n * k < 2**17 or is_numpy_array(x) or math.prod(x.shape[:-2]) != 1 or not readable(x):
+        return x @ xp.matrix_transpose(x)
+    rows = xp.reshape(x, (n, k))  # PyTorch copies what it multiplies in a stack
+    cuts = [i * n // 4 for i in range(5)]
+    upper = [rows[a:b, :] @ xp.matrix_transpose(rows[a:, :]) for a, b in pairwise(cuts)]
+    full = [
+        xp.concat(
+            [*(xp.matrix_transpose(u[:, a - c : b - c]) for u, c in zip(upper[:i], cuts, strict=False)), upper[i]],
+            axis=1,
+        )
+        for i, (a, b) in enumerate(pairwise(cuts))
+    ]
+    return xp.reshape(xp.concat(full, axis=0), (*x.shape[:-2], n, n))
 
 
 def check_samples(statistic: Array, grad: Array) -> None:

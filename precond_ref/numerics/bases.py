@@ -14,7 +14,7 @@ from array_api_compat import array_namespace
 from precond_ref.numerics.arrays import frobenius, identity, largest_entry, normed, own
 from precond_ref.numerics.axes import multiply
 from precond_ref.numerics.lapack import attempt
-from precond_ref.numerics.refresh import renew, surely
+from precond_ref.numerics.refresh import readable, renew, surely
 from precond_ref.numerics.roots import CERTAIN, eigh
 from precond_ref.typing import Array, Namespace
 
@@ -69,10 +69,16 @@ def orthonormal(columns: Array, spare: Array, *, xp: Namespace = None) -> Array:
     sure = xp.abs(xp.linalg.diagonal(r)) > _rounding(lengths(columns, xp), xp)
 
     def completed() -> Array:
-        last = descending(xp.astype(sure, columns.dtype), xp)
-        start = taken(xp.where(sure[..., None, :], columns, spare), last, 1, xp)
-        q, _ = attempt(lambda a: tuple(xp.linalg.qr(a)), start, xp=xp)
-        return own(taken(q, xp.argsort(last, axis=-1), 1, xp), xp)
+        # Columns before the first that depends are right; the others are found in coordinates of q's other columns.
+        n = sure.shape[-1]
+        right = int(xp.argmin(xp.astype(xp.all(xp.reshape(sure, (-1, n)), axis=0), xp.int8))) if readable(sure) else 0
+        free, known = q[..., right:], sure[..., right:]
+        last = descending(xp.astype(known, columns.dtype), xp)
+        start = taken(xp.where(known[..., None, :], columns[..., right:], spare[..., right:]), last, 1, xp)
+        new, _ = attempt(lambda a: tuple(xp.linalg.qr(a)), xp.matrix_transpose(free) @ start if right else start, xp=xp)
+        new = taken(new, xp.argsort(last, axis=-1), 1, xp)
+        new = xp.concat([q[..., :right], free @ new], axis=-1) if right else new
+        return own(xp.where(xp.all(sure, axis=-1)[..., None, None], q, new), xp)
 
     return renew(~xp.all(sure), completed, own(q, xp))
 

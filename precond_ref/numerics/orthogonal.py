@@ -14,12 +14,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from array_api_compat import array_namespace, is_numpy_array
+from array_api_compat import array_namespace
 
 from precond_ref.fields import is_python_number, is_zero
 from precond_ref.numerics.arrays import by_largest, frobenius, normed
+from precond_ref.numerics.axes import gram_of
 from precond_ref.numerics.ema import sqrt
-from precond_ref.numerics.refresh import readable
 from precond_ref.numerics.roots import POLAR_EXPRESS, SAFETY, eigenvalues
 from precond_ref.typing import Array, Namespace, Scalar
 
@@ -196,22 +196,11 @@ def orthogonalized(
     if math.prod(x.shape[:-2]) == 1:
         x = xp.reshape(x, x.shape[-2:])  # PyTorch copies what it multiplies in a stack
     for a, b, c in polynomials:
-        gram = low(_gram(xp.matrix_transpose(x) if flipped else x, xp))
+        gram = low(gram_of(xp.matrix_transpose(x) if flipped else x, xp))
         poly = low(b * gram) if c == 0 else _sum(b, gram, c, gram, gram, low, xp)
         x = _sum(a, x, 1.0, *((x, poly) if flipped else (poly, x)), low, xp)
     x = xp.reshape(x, matrix.shape)
     return x if compute_dtype is None else xp.astype(x, matrix.dtype)
-
-
-def _gram(x: Array, xp: Namespace) -> Array:
-    """``X X^T``. On PyTorch's CPU, where no product knows that it is symmetric, a quarter of a large one is copied."""
-    n, k = x.shape[-2:]
-    if x.ndim > 2 or n < 256 or n * k < 2**17 or is_numpy_array(x) or not readable(x):
-        return x @ xp.matrix_transpose(x)
-    half = n // 2
-    upper, corner = x[:half, :] @ xp.matrix_transpose(x), x[half:, :] @ xp.matrix_transpose(x[half:, :])
-    lower = xp.concat([xp.matrix_transpose(upper[:, half:]), corner], axis=1)
-    return xp.concat([upper, lower], axis=0)
 
 
 def _sum(
