@@ -41,6 +41,9 @@ def by_id(case):
 # ---- the library against the vectors --------------------------------------------------------------------------------
 
 
+FREE_SIGNS = "state.bases.", "state.rotated_m"
+
+
 def fields(state, prefix="state."):
     """Names and values of a state's arrays, as the vectors name them; a sketch by what is unique in it."""
     for name, value in zip(getattr(state, "_fields", range(len(state))), state, strict=True):
@@ -54,7 +57,7 @@ def fields(state, prefix="state."):
             yield f"{prefix}{name}", product(value)
         elif isinstance(value, tuple):
             yield from fields(value, f"{prefix}{name}.")
-        elif value is not None and name != "step" and not prefix.startswith("state.bases."):  # whose signs are free
+        elif value is not None and name != "step" and not f"{prefix}{name}".startswith(FREE_SIGNS):
             yield f"{prefix}{name}", value
 
 

@@ -286,6 +286,9 @@ def by_library(core: ModuleType, c: Configuration) -> Iterator[dict[str, Any]]:
         yield {"direction": direction.data, "param": param.data, **_named(state, "state.")}
 
 
+FREE_SIGNS = "state.bases.", "state.rotated_m"
+
+
 def _named(state: Any, prefix: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in zip(getattr(state, "_fields", range(len(state))), state, strict=True):
@@ -296,7 +299,7 @@ def _named(state: Any, prefix: str) -> dict[str, Any]:
                 found[f"{prefix}{name}.escaped"] = value.escaped.data
         elif isinstance(value, tuple):
             found |= _named(value, f"{prefix}{name}.")
-        elif value is not None and name != "step" and not prefix.startswith("state.bases."):  # whose signs are free
+        elif value is not None and name != "step" and not f"{prefix}{name}".startswith(FREE_SIGNS):
             found[f"{prefix}{name}"] = value.data
     return found
 
