@@ -402,7 +402,15 @@ def by_hand_differs(name: str, update: Any, shape: tuple[int, int], fields: Any)
         param.grad = g[0].clone()
         optimizer.step()
         if step == 0 and name == "SOAP":  # the first update makes the bases
-            names = {"m": "m", "v": "v", "p": "bases.0", "q": "bases.1", "left": "grams.0", "right": "grams.1"}
+            names = {
+                "m": "m",
+                "rotated_m": "rotated_m",
+                "v": "v",
+                "p": "bases.0",
+                "q": "bases.1",
+                "left": "grams.0",
+                "right": "grams.1",
+            }
             state |= {mine: optimizer.state[param][theirs][None].clone() for mine, theirs in names.items()}
             x = param.detach()[None].clone()
         else:

@@ -123,14 +123,15 @@ def soap(every: int) -> Update:
     def update(g: Any, x: Any, s: dict[str, Any]) -> None:
         import torch
 
-        _zeros(x, s, "m", "v")
+        _zeros(x, s, "m", "v", "rotated_m")
         _sides(x, s, 1.0, "p", "q")
         _sides(x, s, 0.0, "left", "right")
         p, q, t = s["p"], s["q"], s["t"] + 1
         rotated = p.mT @ g @ q
+        s["m"].lerp_(g, 0.05)
+        average = s["rotated_m"].lerp_(rotated, 0.05)
         s["v"].lerp_(rotated.mul_(rotated), 0.05)
-        average = p.mT @ s["m"].lerp_(g, 0.05) @ q
-        u = p @ average.div_(s["v"].sqrt().add_(1e-8)) @ q.mT
+        u = p @ (average / s["v"].sqrt().add_(1e-8)) @ q.mT
         _moved(x, u.mul_((1 - 0.95**t) ** 0.5 / (1 - 0.95**t)), s["lr"])
         for axis, (name, basis, gram) in enumerate((("left", "p", g @ g.mT), ("right", "q", g.mT @ g))):
             s[name].lerp_(gram, 0.05)
@@ -144,6 +145,8 @@ def soap(every: int) -> Update:
                     if axis == 0
                     else s["v"].gather(-1, order[..., None, :].expand_as(x))
                 )
+        if t % every == 0:
+            s["rotated_m"] = s["p"].mT @ s["m"] @ s["q"]
         s["t"] = t
 
     return update

@@ -174,11 +174,12 @@ def _soap(every: int) -> Callable[[Any, list[Any]], None]:
         import torch
 
         due = next(turn) % every == 0
-        _ = statistics[0].mT @ g @ statistics[1]
         _ = statistics[0] @ (statistics[0].mT @ g @ statistics[1]) @ statistics[1].mT
         for side, gram in zip(statistics, (g @ g.mT, g.mT @ g), strict=True):
             if due:
-                torch.linalg.qr((gram @ side) @ side)
+                torch.linalg.qr(gram @ side)
+        if due:
+            _ = statistics[0].mT @ g @ statistics[1]
 
     return compute
 
