@@ -148,7 +148,7 @@ def late_asgo(param, grad, state, *, lr, eps):
 
 
 GRAM = "gram = ema(state.gram, gram_of(g if left else t(g, xp), xp), self.beta2)  # (V)"
-SPREAD = "        grams = [t(k, xp) @ k for k in scaled]\n"
+SPREAD = "        grams = [gram_of(t(k, xp), xp) for k in scaled]\n"
 NAMED: dict[str, tuple[str, str, Callable[[], Any]]] = {
     # what it is: (method, name, subject)
     "threshold under the root": (

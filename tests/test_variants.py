@@ -262,7 +262,7 @@ EXCHANGED = [
         "blocks-transposed",
         [
             ("p = multiply(p, t(k, xp), n, xp)", "p = multiply(p, k, n, xp)"),
-            ("grams = [t(k, xp) @ k for k in scaled]", "grams = [k @ t(k, xp) for k in scaled]"),
+            ("grams = [gram_of(t(k, xp), xp) for k in scaled]", "grams = [gram_of(k, xp) for k in scaled]"),
             ("multiply(u, t(small, xp), n, xp), small", "multiply(u, small, n, xp), small"),
         ],
     ),

@@ -70,7 +70,7 @@ from typing import Any, ClassVar, NamedTuple
 from precond_ref.fields import declared, flag, integer, is_zero, real
 from precond_ref.numerics import roots
 from precond_ref.numerics.arrays import bad_as_nan, clamp, identity, largest_entry, normed, state_dtype, t
-from precond_ref.numerics.axes import multiply, samples, squeezed, unfold
+from precond_ref.numerics.axes import gram_of, multiply, samples, squeezed, unfold
 from precond_ref.numerics.ema import ema, heavy_ball, sqrt
 from precond_ref.numerics.refresh import renew
 from precond_ref.numerics.structured import parse, project
@@ -189,7 +189,7 @@ class IFShampoo(Method):
         """Return K_n and m_n after (2)-(4), from pseudo-gradients (..., d_1, ..., d_N, q)."""
         stack, dims = factors[0].ndim - 2, g.shape[factors[0].ndim - 2 : -1]
         scaled = [k * (1 / math.sqrt(d)) for k, d in zip(factors, dims, strict=True)]
-        grams = [t(k, xp) @ k for k in scaled]
+        grams = [gram_of(t(k, xp), xp) for k in scaled]
         traces = [xp.linalg.trace(gram)[..., None, None] / d for gram, d in zip(grams, dims, strict=True)]
         p = g * sqrt(self.batch_size / g.shape[-1])
         for n, k in enumerate(scaled):
@@ -201,7 +201,7 @@ class IFShampoo(Method):
             for j, trace in enumerate(traces):
                 if j != n:
                     damping = trace * damping
-            h = dims[n] * (rows @ t(rows, xp)) + damping * grams[n]  # (2)
+            h = dims[n] * gram_of(rows, xp) + damping * grams[n]  # (2)
             m = project(h - identity(xp, h), structure, xp)
             if momenta is not None:
                 m = ema(momenta[n], m, self.riemannian_momentum)  # (3)
