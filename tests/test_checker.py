@@ -57,7 +57,7 @@ def check_hints(tool: ModuleType) -> None:
 def check_distance(tool: ModuleType) -> None:
     """No error is none; NaN agrees with NaN in the same place; what moves where nothing moves is infinitely off."""
     about = {"kappa": [1.0] * 2, "exponent": 0.5, "stale": False, "decompositions": [1] * 2}
-    case = SimpleNamespace(conditioning=about, kind="trace", narrow=False)
+    case = SimpleNamespace(conditioning=about, kind="trace", narrow=False, shape=(2,), stack_ndim=0)
 
     def distance(got: Any, want: Any) -> Any:
         run = SimpleNamespace(case=case, params=np.array(got, float)[:, None, :])
@@ -212,7 +212,7 @@ def check_one_case(tool: ModuleType) -> None:
 def check_path(tool: ModuleType) -> None:
     """After three steps the errors of all three may have come together, each by its own length."""
     about = {"kappa": [1.0, 4.0, 9.0], "exponent": 0.5, "stale": False, "decompositions": [1] * 3}
-    case = SimpleNamespace(conditioning=about, kind="trace", narrow=False, fold=0)
+    case = SimpleNamespace(conditioning=about, kind="trace", narrow=False, shape=(2,), stack_ndim=0, fold=0)
     params = np.array([[3.0, 4.0], [3.0, 5.0], [3.0, 8.0], [3.0, 10.0]])
     lengths, sizes = [1.0, 3.0, 2.0], [math.hypot(*p) for p in params]
     limit = sum(16 * U * k * n + 2 * U * (a + b)

@@ -713,13 +713,17 @@ def test_what_a_case_may_be_off() -> None:
     """Each step has a conditioning of its own; products in bfloat16, and primitives, have another law."""
 
     def about(**more: Any) -> Any:
-        return SimpleNamespace(**{"conditioning": given, "kind": "trace", "narrow": False} | more)
+        return SimpleNamespace(
+            **{"conditioning": given, "kind": "trace", "narrow": False, "shape": (3, 2), "stack_ndim": 0} | more
+        )
 
     given = {"kappa": [4.0, 9.0], "exponent": 0.25, "stale": False, "decompositions": [1, 3]}
     assert tolerance.of_case(about(), "float64", 1) == 16 * U * 4**0.75
     assert tolerance.of_case(about(), "float64", 2) == 16 * U * 3 * 9**0.75
     assert tolerance.of_case(about(kind="primitive"), "float64", 2) == 16 * U * 3 * 9
     assert tolerance.of_case(about(narrow=True), "float64", 2) == 0.25 * 2.0**-8 * 9
+    assert tolerance.of_case(about(shape=(4, 32, 8)), "float64", 1) == 16 * U * 4**0.75 * 2**0.5  # sums of 256 terms
+    assert tolerance.of_case(about(shape=(512, 9, 2), stack_ndim=1), "float64", 1) == 16 * U * 4**0.75
 
 
 @pytest.mark.parametrize(("share", "ok"), [(0.5, True), (1.5, False)])

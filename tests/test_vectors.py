@@ -154,7 +154,7 @@ PLANTED = [
     (asgo, "(m, xp), roots.Law(-0.5, self.eps)", "(m, xp), roots.Law(-1.0, self.eps, root=True)", "ASGO/right"),
     (asgo, 'self.side == "smaller" and m < n', 'self.side == "smaller" and m <= n', "ASGO/tie"),
     (asgo, "now.due", "now.step % self.every == 0", "ASGO/every-3"),
-    (asgo, "ema(state.gram, g @", "ema(state.gram, 2 * g @", "ASGO/heads"),
+    (asgo, "ema(state.gram, gram_of(", "ema(state.gram, 2 * gram_of(", "ASGO/heads"),
     (asgo, "decompose(gram, law, xp=xp)  # (2)", "decompose(state.gram, law)", "ASGO/theory"),
     (asgo, "xp.sum(grad * grad, axis=-2)", "xp.mean(grad * grad, axis=-2)", "DASGO/columns"),
     (baselines, "grad, self.momentum, self.nesterov)", "grad, self.momentum)", "SGD/nesterov"),

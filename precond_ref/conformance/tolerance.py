@@ -16,12 +16,16 @@ these errors, relative to the result, and the limit is ``C u kappa`` with a C of
 A sketch is made from the sketch before it by a decomposition, and has the errors of all decompositions so far: their
 number is one more factor. A second moment in the coordinates of bases has the errors of all bases in the same way.
 
+C is enough for sums of `LONG` terms, in whatever order they are added. The error of a longer sum grows as the square
+root of their number; this ratio is a factor of its own.
+
 ``benchmarks/tolerance.py`` measures ``C``; *Tolerance* in the documentation has its result. Comparisons are normwise,
 without an absolute part. The only addition is the rounding of the parameter, from which the step is subtracted.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24}
 CONSTANT = 16.0
 """The C of the module's docstring."""
+LONG = 128
+"""The largest number of terms of a sum for which C is enough: that of the matrices on which it was measured."""
 BFLOAT16, PRODUCTS = 2.0**-8, 0.25
 """Unit roundoff, and C for products in bfloat16: their roundings have both signs, and ``kappa`` adds their sizes."""
 
@@ -55,7 +61,13 @@ def of_case(case: Case, dtype: str, step: int) -> float:
     if case.narrow:
         return PRODUCTS * BFLOAT16 * float(about["kappa"][step - 1])
     stale = about["stale"] or case.kind == "primitive"
-    return relative(dtype, about["kappa"][step - 1], about["exponent"], stale, about["decompositions"][step - 1])
+    limit = relative(dtype, about["kappa"][step - 1], about["exponent"], stale, about["decompositions"][step - 1])
+    return limit * of_sums(case.shape[case.stack_ndim :])
+
+
+def of_sums(shape: tuple[int, ...]) -> float:
+    """Return the factor for the longest sum of a statistic: over all axes but the shortest."""
+    return math.sqrt(max(1.0, math.prod(shape) / min(shape, default=1) / LONG))
 
 
 def of_update(relative_tolerance: float, dtype: str, before: np.ndarray, after: np.ndarray) -> float:
