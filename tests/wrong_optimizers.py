@@ -292,6 +292,15 @@ WRONG: dict[str, Wrong] = {
         "            if 'roots' in s: s['roots'] = [torch.eye(len(r), dtype=r.dtype) for r in s['roots']]\n"
         "\n"
         "    @torch.no_grad()", "resume"),
+    "roots made anew on loading": Wrong(S, "    @torch.no_grad()",
+        "    def __setstate__(self, state):\n"
+        "        super().__setstate__(state)\n"
+        "        for group in self.param_groups:\n"
+        "            for s in (self.state[p] for p in group['params'] if 'roots' in self.state.get(p, ())):\n"
+        "                scale = 1 - group['beta2'] ** int(s['step']) if group['bias_correction'] else 1.0\n"
+        "                s['roots'] = [power(x / scale, group['eps'], -0.5 / len(s['grams'])) for x in s['grams']]\n"
+        "\n"
+        "    @torch.no_grad()", "resume"),
     "maximize ignored": Wrong(A, ADAM_G, "g = p.grad", "maximize"),
     "foreach ignored": Wrong(A, 'group["foreach"] and found', "False", "engines"),
     "foreach wrong": Wrong(A, "alpha=-lr)\n            else", "alpha=-lr * 1.01)\n            else", "engines"),

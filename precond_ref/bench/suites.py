@@ -38,7 +38,8 @@ STEPS = (
     Race("ASGO, torch", "matrices",
         ("ASGO", "ASGO, by hand", "ASGO, bare", "pytorch_optimizer ScalableShampoo, one side")),
     Race("ASGO, torch", "large", ("ASGO", "ASGO, by hand", "ASGO, bare")),
-    Race("Shampoo, torch", "matrices", ("Shampoo", "Shampoo, by hand", "Shampoo, bare", "pytorch_optimizer Shampoo")),
+    *(Race("Shampoo, torch", workload, ("Shampoo", "Shampoo, by hand", "Shampoo, bare", "pytorch_optimizer Shampoo"))
+        for workload in ("matrices", "transformer")),
     *(Race("SOAP, torch", workload, ("SOAP", "SOAP, by hand", "SOAP, bare", "pytorch_optimizer SOAP", "heavyball SOAP"),
         dict.fromkeys(("SOAP", "SOAP, by hand", "SOAP, bare", "pytorch_optimizer SOAP", "heavyball SOAP"),
         10)) for workload in ("matrices", "transformer")),

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 FEW = 4
 """Number of steps that show what parameters share by mistake, or lack."""
-RESUMED = 26
-"""Steps of a run that is interrupted half way: more than counts of one digit."""
+RESUMED, SAVED = 26, 14
+"""Steps of a run that is interrupted, and those before: more than counts of one digit, and when a root that is renewed
+every 3 to 5 updates is older than its statistic and is used again."""
 SAME = {"float64": 1e-11, "float32": 1e-4}
 """Largest relative difference between the steps of two runs of one program."""
 ENGINES = {"foreach": "_foreach_", "fused": "_fused_"}
@@ -367,7 +368,7 @@ def _interrupted(trial: Trial, parts: Sequence[Part], changed: bool = False) -> 
         for t in range(until):
             if changed and t == 1:
                 subject.change(lr=0.5, weight_decay=0.25)
-            if interrupt and t == until // 2:
+            if interrupt and t == SAVED:
                 saved = subject.save()
                 trial.begin(parts)
                 subject.load(saved)
@@ -380,7 +381,7 @@ def _interrupted(trial: Trial, parts: Sequence[Part], changed: bool = False) -> 
                 near = np.linalg.norm(a - b) <= SAME[trial.dtype] * np.linalg.norm(a)
             if not near and not np.array_equal(a, b, equal_nan=True):
                 which = f", parameter {i + 1} of {len(parts)}" * (len(parts) > 1)
-                return f"goes on differently after save and load at step {RESUMED // 2}: first at step {t}{which}"
+                return f"goes on differently after save and load at step {SAVED}: first at step {t}{which}"
     return ""
 
 
