@@ -80,18 +80,26 @@ def decayed_adam(param, grad, state, *, lr, beta1, beta2, eps, weight_decay):
     return param - lr * moved / np.where(root == 0, 1, root), (t, m, v)
 
 
-def unclipped_shampoo(param, grad, state, *, lr, eps):
+def unclipped(exponent=-0.5, dtype=np.float64):
     """Powers of what `eigh` gives, though a zero comes out of it as a number of either sign."""
-    state = [np.zeros((d, d)) for d in param.shape] if state is None else state
-    u = grad
-    for axis, d in enumerate(param.shape):
-        rows = np.moveaxis(grad, axis, 0).reshape(d, -1)
-        state[axis] = state[axis] + rows @ rows.T
-        w, q = np.linalg.eigh(state[axis])
-        w[0] = -abs(w[0]) if w[0] < 1e-12 else w[0]  # which sign it has differs between machines
-        with np.errstate(all="ignore"):
-            u = variants.multiply(u, (q * (w + eps) ** (-0.5 / param.ndim)) @ q.T, axis)
-    return param - lr * u, state
+
+    def step(param, grad, state, *, lr, eps):
+        state = [np.zeros((d, d)) for d in param.shape] if state is None else state
+        u = grad
+        for axis, d in enumerate(param.shape):
+            rows = np.moveaxis(grad, axis, 0).reshape(d, -1)
+            state[axis] = state[axis] + rows @ rows.T
+            w, q = np.linalg.eigh(state[axis])
+            w[0] = -abs(w[0]) if w[0] < 1e-12 else w[0]  # which sign it has differs between machines
+            with np.errstate(all="ignore"):
+                root = (q * (w + eps) ** (exponent / param.ndim)) @ q.T
+            u = variants.multiply(u, root.astype(dtype).astype(np.float64), axis)
+        return param - lr * u, state
+
+    return step
+
+
+unclipped_shampoo = unclipped()
 
 
 @np.errstate(all="ignore")
@@ -606,6 +614,23 @@ def test_what_is_an_edge() -> None:
     assert check(Reference(), "Shampoo").edges == ""
 
 
+@pytest.mark.usefixtures("vectors_alone")
+def test_a_mistake_beside_an_edge_is_named() -> None:
+    """The cases that depart at the edge are left out, and named."""
+    report = check(wrap(unclipped(exponent=-1.0)), "Shampoo")
+    assert names(report) == [("exponent-inverse-order",)]
+    assert report.edges == ""
+    assert report.diagnosis.lines()[-1].startswith("Left out of these: Shampoo/")
+    assert report.diagnosis.lines()[-1].endswith(", where it departs at eps = 0.")
+    narrow = check(wrap(unclipped(dtype=np.float32)), "Shampoo").diagnosis
+    assert narrow.single
+    assert narrow.lines()[0].startswith(
+        f"It is Shampoo in single precision: all {narrow.cases} cases that ran agree, to "
+    )
+    assert narrow.matches[0].error < 1e-5
+    assert narrow.lines()[-1].endswith(", where it departs at eps = 0.")
+
+
 @np.errstate(all="ignore")
 def all_nan_adagrad(param, grad, state, *, lr, eps, initial, weight_decay):
     """A single entry without a gradient so far, and no ridge: NaN in all entries."""
@@ -785,6 +810,9 @@ DIAGNOSIS = [
     ([("if by_chance or 5 * fewer >= count else 0.0", "")], test_what_is_not_single_precision),
     ([("    if singular and (0 in ridges or not ridges):\n        return True\n", "")], test_what_is_an_edge),
     ([("if singular and (0 in ridges or not ridges):", "if singular:")], test_what_is_an_edge),
+    ([("    if left_out and (matches", "    if False and (matches")], test_a_mistake_beside_an_edge_is_named),
+    ([("_single(rest, frozenset())", "_single(runs, frozenset())")], test_a_mistake_beside_an_edge_is_named),
+    ([("for run in rest), len(failing)", "for run in runs), len(failing)")], test_a_mistake_beside_an_edge_is_named),
     ([("<= 0.01 * longest:\n            return True", "<= 0.01 * longest:\n            return False")],
      test_what_is_an_edge),
     ([("if case.make().elementwise else largest", "if False else largest")],

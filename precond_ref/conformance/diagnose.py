@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from precond_ref.conformance import tolerance, variants
 
 if TYPE_CHECKING:
-    from precond_ref.conformance.results import Replay, Report
+    from precond_ref.conformance.results import Replay, Report, Result
 
 SLACK = 30.0
 """A variant agrees with the subject up to this many tolerances, because it may be worse conditioned than the method."""
@@ -124,9 +125,18 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
         return found(*matches)
     if derived := _derived(runs, failing, edges, dtype):
         return found(derived)
-    share = _single(runs, frozenset()) if dtype == "float64" else 0.0
+    at = {run.case.id: run for run in runs}
+    aside = {r.id: edge for r in report.results if r.id in failing and (edge := _edge(r, at.get(r.id)))}
+    rest = runs if len(aside) == len(failing) else [run for run in runs if run.case.id not in aside]
+    where = " and ".join(dict.fromkeys(chain(*aside.values())))
+    left_out = (f"Left out of these: {_few(tuple(aside))}, where it departs at {where}.",) * (len(rest) < len(runs))
+    if left_out and (matches := _search(rest, failing - aside.keys(), known, dtype, 1)):
+        return Diagnosis(report.method, len(rest), matches, hints=left_out)
+    share = _single(rest, frozenset()) if dtype == "float64" else 0.0
     if share >= MOST:
-        return found(Match((), "", largest, len(failing)), hints=(SINGLE,), single=True)
+        errors = {run.case.id: error for run, (error, _) in zip(runs, plain, strict=True)}
+        match = Match((), "", max(errors[run.case.id] for run in rest), len(failing))
+        return Diagnosis(report.method, len(rest), (match,), hints=(SINGLE, *left_out), edges=edges, single=True)
     if matches := _search(runs, failing, known, dtype, 2) if pairs else ():
         return found(*matches)
     nearest = _greedy(runs, failing, known, dtype, pairs)
@@ -224,15 +234,21 @@ def edges(report: Report) -> str:
         return ""
     found = []
     for result in failures:
-        run, gap = runs.get(result.id), result.gap
-        if run is None or gap is None or gap.quantity != "update" or not at_edge(run, gap.step):
+        if not (edge := _edge(result, runs.get(result.id))):
             return ""
-        zeros = [name for name in RIDGES if run.case.config.get(name) == 0]
-        still = not run.tensors["grads"][gap.step - 1].any()
-        found += [f"{name} = 0" for name in zeros] or [
-            "a gradient of zeros" if still else "a singular statistic, or a nearly singular one"
-        ]
+        found += edge
     return " and ".join(dict.fromkeys(found))
+
+
+def _edge(result: Result, run: Replay | None) -> list[str]:
+    """Return the edge at which a case departs first; [] if it is none."""
+    gap = result.gap
+    if run is None or gap is None or gap.quantity != "update" or not at_edge(run, gap.step):
+        return []
+    still = not run.tensors["grads"][gap.step - 1].any()
+    return [f"{name} = 0" for name in RIDGES if run.case.config.get(name) == 0] or [
+        "a gradient of zeros" if still else "a singular statistic, or a nearly singular one"
+    ]
 
 
 def at_edge(run: Replay, step: int) -> bool:
