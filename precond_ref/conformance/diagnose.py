@@ -134,8 +134,8 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
         return Diagnosis(report.method, len(rest), matches, hints=left_out)
     share = _single(rest, frozenset()) if dtype == "float64" else 0.0
     if share >= MOST:
-        errors = {run.case.id: error for run, (error, _) in zip(runs, plain, strict=True)}
-        match = Match((), "", max(errors[run.case.id] for run in rest), len(failing))
+        sizes = {run.case.id: error for run, (error, _) in zip(runs, plain, strict=True)}
+        match = Match((), "", max(sizes[run.case.id] for run in rest), len(failing))
         return Diagnosis(report.method, len(rest), (match,), hints=(SINGLE, *left_out), edges=edges, single=True)
     if matches := _search(runs, failing, known, dtype, 2) if pairs else ():
         return found(*matches)
