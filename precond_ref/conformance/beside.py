@@ -58,8 +58,8 @@ LARGER: tuple[tuple[int, ...], ...] = ((300, 20), (20, 300), (130, 140), (35, 4,
 """Shapes that only a deep check tries."""
 BASE: Mapping[int, tuple[tuple[int, ...], ...]] = {0: ((),), 1: ((6,),), 2: ((6, 4), (4, 6)), 3: ((3, 4, 2),)}
 """Shapes for gradients of special sizes, by their number of axes."""
-READINGS = {"SShampoo": "eps-everywhere", "SShampoo.practical": "eps-everywhere"}
-"""By `Method.name` a deviation that is the own equation of the source to the letter, where the page makes a choice."""
+READINGS = {"SShampoo": "eps-everywhere", "SShampoo.practical": "eps-everywhere", "SOAP": "other-completion"}
+"""By `Method.name` a deviation that the source allows, or its equation to the letter; the page makes a choice there."""
 RIDGES, LARGE = ("eps", "damping", "delta"), 2.75
 """Fields without an upper bound, and a value of them above that of any case."""
 FORGETS, KEEPS = 2.0**-5, 1 - 2.0**-9
@@ -215,7 +215,7 @@ def agreed(path: Path) -> int:
     """Return the number of steps before the first one for which the page of the method may be read otherwise."""
     reading, every = READINGS.get(path.method.name), getattr(path.method, "every", 1)
     given = [t for t, g in enumerate(path.grads) if g is not None]
-    if reading is None or every == 1 or not given:  # what a gradient is seen in is not outside of it
+    if reading is None or not given or (reading == "eps-everywhere" and every == 1):  # what is seen is not outside
         return len(path.grads)
     from precond_ref.conformance import variants
 

@@ -58,6 +58,8 @@ COMMON: Mapping[str, str] = MappingProxyType(
     }
 )
 """Flags that `run` itself treats."""
+OPEN = frozenset({"other-completion"})
+"""Flags that are no mistakes, for what a method leaves open: the columns of a basis in the place of dependent ones."""
 GENERIC: Mapping[str, str] = MappingProxyType(
     {
         "unmoved": "without any step: the parameter does not move",
@@ -211,7 +213,7 @@ def walk(
     ``conditioned``: with the trace's condition numbers and counts of decompositions.
     """
     variants = dataclasses.replace(registry()[name], rates=tuple(rate for rate in RATES if rate in fields))
-    if unknown := flags - variants.texts.keys():
+    if unknown := flags - variants.texts.keys() - OPEN:
         raise KeyError(f"{name} has no variant {', '.join(sorted(unknown))}")
     stack, shape = param.shape[:stack_ndim], param.shape[stack_ndim:]
     members = [

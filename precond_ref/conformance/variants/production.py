@@ -365,7 +365,7 @@ def followed(config: Mapping[str, Any], a: Array, old: Array, flags: frozenset[s
     if config["basis"] == "qr_meta" and "exact" not in flags:
         q = old
         for _ in range(rounds):
-            q = q if near(q) else gram_schmidt(a @ q, q)
+            q = q if near(q) else gram_schmidt(a @ q, q, flags)
         order = descending(a, q)
         order = order if "descending" in flags else ascending(a, q)
         return q[:, order], order
@@ -376,7 +376,7 @@ def followed(config: Mapping[str, Any], a: Array, old: Array, flags: frozenset[s
         order = descending(a, old)
         new = old[:, order]
         for _ in range(rounds):
-            new = gram_schmidt(a @ new, new)
+            new = gram_schmidt(a @ new, new, flags)
     if near(new if "tolerance-new" in flags else old):
         return old, stay
     return new, order

@@ -55,6 +55,7 @@ SOAP_FLAGS = {
     "betas-swapped": "with the decay of V for L, and that of L for V",
     "shampoo-beta-ignored": "with beta2 for L too",
     "shampoo-beta-for-v": "with shampoo_beta for V too",
+    "beta1-for-l": "with beta1 for L",
     "statistic-of-m": "with the statistics taken from M instead of the gradient",
     "statistic-frozen": "with statistics that see only the gradients of updates that renew the bases",
     "long-axes-preconditioned": "with a basis for axes longer than max_dim too",
@@ -86,6 +87,8 @@ def soap(config: Mapping[str, Any], shape: tuple[int, ...], flags: frozenset[str
         decay_l = beta2
     elif "shampoo-beta-for-v" in flags:
         decay_v = beta3
+    elif "beta1-for-l" in flags:
+        decay_l = beta1
     eps = 0.0 if "eps-ignored" in flags else eps
     early = config["order"] == "update_first"
     skip = not early and "first-used" not in flags
@@ -243,7 +246,7 @@ def renewed(
     else:
         new = old[:, order]
         for _ in range(config["iterations"] + ("two-rounds" in flags)):
-            new = gram_schmidt(gram @ new, new)
+            new = gram_schmidt(gram @ new, new, flags)
         if not early and "unsorted" not in flags:
             order = descending(gram, new)
             new = new[:, order]
@@ -265,9 +268,9 @@ def descending(gram: Array, basis: Array) -> list[int]:
     return sorted(range(len(a)), key=lambda j: -a[j] if a[j] > least else 0)
 
 
-def gram_schmidt(columns: Array, spare: Array) -> Array:
+def gram_schmidt(columns: Array, spare: Array, flags: frozenset[str]) -> Array:
     """Return the columns after Gram-Schmidt from left to right; ``spare`` replaces dependent ones, after all others."""
-    d = len(columns)
+    d, spare = len(columns), spare[:, :: -1 if "other-completion" in flags else 1]
     least = CERTAIN * spacing(columns) * max(norm(z) for z in columns.T)
     found: dict[int, Array] = {}
 
@@ -299,7 +302,7 @@ VARIANTS = {
             frozenset({"first-used", "correction-late", "correction-ignored", "correction-always"}),
             frozenset({"eps-inside", "eps-corrected", "eps-uncorrected", "eps-added", "eps-ignored"}),
             frozenset({"m-left-behind", "m-ignored"}),
-            frozenset({"betas-swapped", "shampoo-beta-ignored", "shampoo-beta-for-v"}),
+            frozenset({"betas-swapped", "shampoo-beta-ignored", "shampoo-beta-for-v", "beta1-for-l"}),
             frozenset({"statistic-of-m", "statistic-frozen"}),
             frozenset({"long-axes-preconditioned", "long-axes-end-all"}),
             frozenset({"vectors-preconditioned", "vectors-ignored"}),
