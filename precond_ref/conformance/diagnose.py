@@ -130,8 +130,6 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
     rest = runs if len(aside) == len(failing) else [run for run in runs if run.case.id not in aside]
     where = " and ".join(dict.fromkeys(chain(*aside.values())))
     left_out = (f"Left out of these: {_few(tuple(aside))}, where it departs at {where}.",) * (len(rest) < len(runs))
-    if left_out and (matches := _search(rest, failing - aside.keys(), known, dtype, 1)):
-        return Diagnosis(report.method, len(rest), matches, hints=left_out)
     share = _single(rest, frozenset()) if dtype == "float64" else 0.0
     if share >= MOST:
         sizes = {run.case.id: error for run, (error, _) in zip(runs, plain, strict=True)}
@@ -139,6 +137,8 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
         return Diagnosis(report.method, len(rest), (match,), hints=(SINGLE, *left_out), edges=edges, single=True)
     if matches := _search(runs, failing, known, dtype, 2) if pairs else ():
         return found(*matches)
+    if left_out and (matches := _search(rest, failing - aside.keys(), known, dtype, 1)):
+        return Diagnosis(report.method, len(rest), matches, hints=left_out)
     nearest = _greedy(runs, failing, known, dtype, pairs)
     if nearest.flags and not nearest.unexplained and not nearest.contradicted:
         return found(nearest)
