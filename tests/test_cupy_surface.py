@@ -18,7 +18,7 @@ from mutation import mutated
 import precond_ref as pr
 from precond_ref import optimizer
 from precond_ref.methods import agd
-from precond_ref.numerics import arrays, roots
+from precond_ref.numerics import arrays, bases, roots
 from precond_ref.numerics import refresh as reading
 
 cupy = pytest.importorskip("cupy", "14.0", reason="CuPy 14 is not installed")
@@ -70,7 +70,7 @@ def check_surface(results: Callable[..., list[np.ndarray]], *args: Any, **option
     """``results`` on CuPy's surface are those on NumPy: values, shapes and dtypes."""
     got = results(make_backend("cupy-surface"), *args, **options)
     with pytest.MonkeyPatch.context() as patch:  # as on a device, where no value is read: others round otherwise
-        for module in (arrays, reading):
+        for module in (arrays, bases, reading):
             patch.setattr(module, "readable", lambda array: False)
         expected = results(make_backend("numpy"), *args, **options)
     for a, b in zip(got, expected, strict=True):
