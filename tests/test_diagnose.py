@@ -615,6 +615,36 @@ def test_what_is_an_edge() -> None:
 
 
 @pytest.mark.usefixtures("vectors_alone")
+class Routed(Bent):
+    """A method that is wrong for parameters of fewer than two axes: all of them, or those that it does not take."""
+
+    def __init__(self, most: bool = False, **given: Any):
+        super().__init__(**given)
+        self.most = most
+
+    def step(self, grads: Any) -> Any:
+        other = [g.ndim < 2 and (self.most or not self.method.takes(g.shape)) for g in grads]
+        return super().step([-g if flag else g for g, flag in zip(grads, other, strict=True)])
+
+
+@pytest.mark.full
+def test_vectors_that_go_to_another_method_are_an_edge() -> None:
+    """Unless the method is for vectors too: Adam, or SOAP(vectors=True)."""
+    report = check(Routed(), "SOAP", diagnose=False)
+    assert report.edges == diagnose.OTHERS
+    assert {r.id for r in report.failures} == {"SOAP/scalar", "SOAP/vector", "SOAP/one-beta-vector"}
+    assert check(Routed(most=True), "SOAP", diagnose=False).edges == ""
+    assert check(Routed(most=True), "Adam", diagnose=False).edges == ""
+
+
+@pytest.mark.full
+def test_a_mistake_beside_such_vectors_is_named() -> None:
+    report = check(Routed(fields=lambda m: m.replace(every=10**6)), "Shampoo")
+    assert (report.edges, names(report)) == ("", [("every-once",)])
+    last = report.diagnosis.lines()[-1]
+    assert all(text in last for text in ("Left out of these: ", "Shampoo/vector", diagnose.OTHERS))
+
+
 def test_a_mistake_beside_an_edge_is_named() -> None:
     """The cases that depart at the edge are left out, and named."""
     report = check(wrap(unclipped(exponent=-1.0)), "Shampoo")
@@ -810,7 +840,10 @@ DIAGNOSIS = [
     ([("if by_chance or 5 * fewer >= count else 0.0", "")], test_what_is_not_single_precision),
     ([("    if singular and (0 in ridges or not ridges):\n        return True\n", "")], test_what_is_an_edge),
     ([("if singular and (0 in ridges or not ridges):", "if singular:")], test_what_is_an_edge),
-    ([("    if left_out and (matches", "    if False and (matches")], test_a_mistake_beside_an_edge_is_named),
+    ([(" and not run.case.make().takes(run.case.shape)", "")], test_vectors_that_go_to_another_method_are_an_edge),
+    ([("if left_out and (matches", "if ids is firm and (matches")], test_a_mistake_beside_such_vectors_is_named),
+    ([("        return [OTHERS]", "        return []")], test_vectors_that_go_to_another_method_are_an_edge),
+    ([("if left_out and (matches", "if False and (matches")], test_a_mistake_beside_an_edge_is_named),
     ([("_single(rest, frozenset())", "_single(runs, frozenset())")], test_a_mistake_beside_an_edge_is_named),
     ([("for run in rest), len(failing)", "for run in runs), len(failing)")], test_a_mistake_beside_an_edge_is_named),
     ([("<= 0.01 * longest:\n            return True", "<= 0.01 * longest:\n            return False")],

@@ -380,10 +380,11 @@ def _takes(method: Method, shape: tuple[int, ...]) -> bool:
 
 
 def _shapes(trial: Trial, case: Case, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Return the shapes with as many axes as some right case; all shapes for an elementwise method."""
-    method, known = results.config_of(case).method, {len(c.shape) for c in trial.right}
-    axes = {len(case.shape)} if type(method).name.startswith("MBF") else known
-    return [s for s in shapes if (method.elementwise or len(s) in axes) and _takes(method, s)]
+    """Return the shapes with as many axes as some right case that is routed alike; all for an elementwise method."""
+    method, known = results.config_of(case).method, {(len(c.shape), c.make().takes(c.shape)) for c in trial.right}
+    axes = {len(case.shape)} if type(method).name.startswith("MBF") else {n for n, _ in known}
+    alike = [s for s in shapes if len(s) in axes and (len(s), method.takes(s)) in known]
+    return [s for s in (shapes if method.elementwise else alike) if _takes(method, s)]
 
 
 def _plan(what: str, config: Config, shape: tuple[int, ...], grads: np.ndarray, likely: str, **more: Any) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -127,9 +127,16 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
         return found(derived)
     at = {run.case.id: run for run in runs}
     aside = {r.id: edge for r in report.results if r.id in failing and (edge := _edge(r, at.get(r.id)))}
-    rest = runs if len(aside) == len(failing) else [run for run in runs if run.case.id not in aside]
-    where = " and ".join(dict.fromkeys(chain(*aside.values())))
-    left_out = (f"Left out of these: {_few(tuple(aside))}, where it departs at {where}.",) * (len(rest) < len(runs))
+
+    def without(aside: Mapping[str, list[str]]) -> tuple[list[Replay], tuple[str, ...]]:
+        rest = runs if len(aside) == len(failing) else [run for run in runs if run.case.id not in aside]
+        where = " and ".join(dict.fromkeys(chain(*aside.values())))
+        return rest, (f"Left out of these: {_few(tuple(aside))}, where it departs at {where}.",) * (
+            len(rest) < len(runs)
+        )
+
+    firm = {id: edge for id, edge in aside.items() if edge != [OTHERS]}
+    rest, left_out = without(firm)
     share = _single(rest, frozenset()) if dtype == "float64" else 0.0
     if share >= MOST:
         sizes = {run.case.id: error for run, (error, _) in zip(runs, plain, strict=True)}
@@ -137,8 +144,10 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
         return Diagnosis(report.method, len(rest), (match,), hints=(SINGLE, *left_out), edges=edges, single=True)
     if matches := _search(runs, failing, known, dtype, 2) if pairs else ():
         return found(*matches)
-    if left_out and (matches := _search(rest, failing - aside.keys(), known, dtype, 1)):
-        return Diagnosis(report.method, len(rest), matches, hints=left_out)
+    for ids in [firm, aside][: 1 + (firm != aside)]:
+        rest, left_out = without(ids)
+        if left_out and (matches := _search(rest, failing - ids.keys(), known, dtype, 1)):
+            return Diagnosis(report.method, len(rest), matches, hints=left_out)
     nearest = _greedy(runs, failing, known, dtype, pairs)
     if nearest.flags and not nearest.unexplained and not nearest.contradicted:
         return found(nearest)
@@ -240,10 +249,18 @@ def edges(report: Report) -> str:
     return " and ".join(dict.fromkeys(found))
 
 
+OTHERS = "vectors and scalars (they may go to another method)"
+"""The edge of a matrix method whose optimizers give other parameters to Adam."""
+
+
 def _edge(result: Result, run: Replay | None) -> list[str]:
     """Return the edge at which a case departs first; [] if it is none."""
     gap = result.gap
-    if run is None or gap is None or gap.quantity != "update" or not at_edge(run, gap.step):
+    if run is None or gap is None or gap.quantity != "update":
+        return []
+    if len(run.case.shape) < 2 and not run.case.make().takes(run.case.shape):
+        return [OTHERS]
+    if not at_edge(run, gap.step):
         return []
     still = not run.tensors["grads"][gap.step - 1].any()
     return [f"{name} = 0" for name in RIDGES if run.case.config.get(name) == 0] or [
