@@ -73,6 +73,18 @@ def test_a_wrong_optimizer_is_caught(name: str) -> None:
     assert not {r.id for r in report.failures if r.tier == "must" and "contract/" not in r.id}  # the vectors pass
 
 
+@pytest.mark.full
+@pytest.mark.usefixtures("first_version")
+@pytest.mark.parametrize("name", ["clamped at 5 in JAX", "above 4096 entries in JAX"])
+def test_what_cannot_be_compiled_is_looked_at_all_the_same(name: str) -> None:
+    wrong, found = WRONG[name], {}
+    text = source(wrong.base)[0].replace(wrong.old, wrong.new).replace('t = state["t"] + 1', 't = int(state["t"]) + 1')
+    exec(text, found)
+    report = check(wrap(found["Target"]), "Adam", diagnose=False)
+    assert [r.id for r in report.failures] == [f"contract/{wrong.caught}"]
+    assert any("under jax.jit: " in note for note in report.notes)
+
+
 def test_each_check_has_a_mistake_that_it_alone_catches() -> None:
     assert {wrong.caught for name, wrong in WRONG.items() if name not in SEEN_TWICE} >= contract.CHECKS.keys() - BEFORE
 

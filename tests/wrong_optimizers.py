@@ -364,6 +364,7 @@ WRONG: dict[str, Wrong] = {
         "u = u * (1 if rows <= columns + 20 else 0.99); return (1 - lr", "shapes"),
     "above 4096 entries": Wrong(N, "return (1 - lr",
         "u = u * (1 if u.size <= 4096 else 0.99); return (1 - lr", "shapes"),
+    "above 4096 entries in JAX": Wrong(J, "return -rate * (u", "return -rate * (p.size <= 4096) * (u", "shapes"),
     "third parameter": Wrong(A, ADAM_G, ADAM_G + "; g = g if number < 2 else 0.999 * g", "independent"),
     "twelfth parameter": Wrong(A, ADAM_G, ADAM_G + "; g = g if number < 11 else 0.999 * g", "many"),
     "roots by shape": Wrong(M, "    u = root @ m if left",
@@ -382,6 +383,8 @@ WRONG: dict[str, Wrong] = {
     "small entries zeroed": Wrong(N, NUMPY_T,
         "grad = np.where(np.abs(grad) < 1e-6, 0, grad); t, m, v = t + 1,", "sizes"),
     "clamped at 5": Wrong(A, ADAM_G, ADAM_G + "; g = g.clamp(-5, 5)", "sizes"),
+    "clamped at 5 in JAX": Wrong(J, "grads)\n\n        def leaf", "grads)\n"
+        "        m = jax.tree.map(lambda m: jnp.clip(m, -5, 5), m)\n\n        def leaf", "sizes"),
     "float32 statistic": Wrong(N, "(1 - beta2) * grad**2", "(1 - beta2) * grad.astype('f').astype('d')**2", "inputs"),
     # sizes that change during the run
     "entries of a step up to 4": Wrong(N, "return (1 - lr", "u = np.clip(u, -4, 4); return (1 - lr", "bursts"),

@@ -51,8 +51,8 @@ CONFIGS = {False: 5, True: 20}
 MOST_STATE, LONGEST = 1_000_000, 600
 """Largest size of the state of a shape that is tried, and its longest side, which a subject may decompose whole."""
 SHAPES: tuple[tuple[int, ...], ...] = (
-    (), (40,), (4500,), (20, 3), (3, 20), (40, 5), (5, 40), (24, 24), (70, 64), (66, 65), (9, 10, 3), (3, 2, 5, 2),
-    (17, 2, 3, 2),
+    (), (40,), (4500,), (40, 5), (5, 40), (24, 24), (70, 64), (9, 10, 3), (3, 2, 5, 2), (17, 2, 3, 2), (20, 3), (3, 20),
+    (66, 65),
 )  # fmt: skip
 LARGER: tuple[tuple[int, ...], ...] = ((300, 20), (20, 300), (130, 140), (35, 4, 40), (2, 1, 2, 3, 2))
 """Shapes that only a deep check tries."""
@@ -391,6 +391,11 @@ def _plan(what: str, config: Config, shape: tuple[int, ...], grads: np.ndarray, 
     return Plan(what, config, [random(7, *shape)], [[*grads]], likely, **more)
 
 
+def _engine(trial: Trial) -> dict[str, Any]:
+    """Return the options of a plan with many steps or shapes, for which single operations would be compiled apart."""
+    return {"compiled": True} if trial.slow and not trial.eager else {}
+
+
 def inputs(trial: Trial) -> str:
     """Try ordinary gradients, which are not exact in single precision, unlike those of the cases."""
 
@@ -425,7 +430,7 @@ def long_run(trial: Trial) -> str:
             yield _plan(
                 f"{STEPS[trial.deep]} steps with the default hyperparameters", config, case.shape,
                 random(99, STEPS[trial.deep], *case.shape), "look for a value that is not the one given",
-                options={"compiled": True} if trial.slow else {}, faint=_faint(config.method, case.shape),
+                options=_engine(trial), faint=_faint(config.method, case.shape),
             )  # fmt: skip
         for k, case in enumerate(chosen(trial)):
             steps = STEPS[trial.deep and k < 4]
@@ -433,7 +438,7 @@ def long_run(trial: Trial) -> str:
                 f"{steps} steps with the hyperparameters of {case.id}", results.config_of(case), case.shape,
                 random(k, steps, *case.shape),
                 "look for what depends on the number of the step: a correction that stops, a state that starts again",
-                options={"compiled": True} if trial.slow else {},
+                options=_engine(trial),
             )  # fmt: skip
 
     return first_fault(trial, plans())
@@ -444,11 +449,12 @@ def shapes(trial: Trial) -> str:
 
     def plans() -> Iterator[Plan]:
         for k, case in enumerate(chosen(trial)[: 1 if trial.slow else None if trial.deep else 3]):
-            for shape in _shapes(trial, case, SHAPES + LARGER * trial.deep):
+            for shape in _shapes(trial, case, (SHAPES + LARGER * trial.deep)[: 10 if trial.slow else None]):
                 yield _plan(
                     f"shape {shape} with the hyperparameters of {case.id}", results.config_of(case), shape,
                     random(k, 3, *shape),
                     "look for what depends on the shape: blocks, a number of eigenvalues, a side, a triangle",
+                    options=_engine(trial),
                 )  # fmt: skip
             if hasattr(case.make(), "size"):
                 for shape in _shapes(trial, case, ((40,), (24, 24))):
@@ -549,7 +555,8 @@ def sizes(trial: Trial) -> str:
                     if what.startswith("large"):
                         grads *= 1e4 if case.make().elementwise else 1.0 if trial.dtype == "float64" else 0.03125
                     yield _plan(f"{what}, with the hyperparameters of {case.id}", results.config_of(case), shape,
-                                grads, f"look for {likely}", digits=FEW_DIGITS)  # fmt: skip
+                                grads, f"look for {likely}", digits=FEW_DIGITS,
+                                options=_engine(trial))  # fmt: skip
 
     return first_fault(trial, plans())
 
@@ -606,7 +613,7 @@ def bursts(trial: Trial) -> str:
                         f"{kind} that are small for {waits} steps and then large, with the hyperparameters of {case.id}"
                         + f" and {what}" * bool(what), config, case.shape, made,
                         "look for a limit of the step, of an entry, an eigenvalue or a norm", digits=FEW_DIGITS,
-                        options={"compiled": True} if trial.slow else {}, faint=_faint(config.method, case.shape),
+                        options=_engine(trial), faint=_faint(config.method, case.shape),
                     )  # fmt: skip
 
     return first_fault(trial, plans())
@@ -651,7 +658,8 @@ def values(trial: Trial) -> str:
                 except (ValueError, TypeError):
                     continue
                 yield _plan(f"{case.id} with {what}", config, case.shape, random(k, 7, *case.shape),
-                            "look for an argument that is ignored, or taken for another")  # fmt: skip
+                            "look for an argument that is ignored, or taken for another", options=_engine(trial)
+                            )  # fmt: skip
 
     return first_fault(trial, plans())
 
@@ -665,7 +673,8 @@ def many(trial: Trial) -> str:
         take = [found[i % len(found)] for i in range(14)] if found else [case.shape] * 14
         yield Plan(f"fourteen parameters, with the hyperparameters of {case.id}", results.config_of(case),
                    [random(i, *s) for i, s in enumerate(take)],
-                   [[*random(i + 14, steps, *s)] for i, s in enumerate(take)], "look for what they share")  # fmt: skip
+                   [[*random(i + 14, steps, *s)] for i, s in enumerate(take)], "look for what they share",
+                   options=_engine(trial))  # fmt: skip
 
     try:
         return first_fault(trial, plans())
@@ -785,12 +794,19 @@ def habit(trial: Trial, names: Sequence[str], likely: str) -> str:
     return next(filter(None, messages), "")
 
 
-def engine(trial: Trial, what: str, **options: Any) -> str:
-    """Try the same steps with an option of the subject that chooses another engine."""
-
-    def plans() -> Iterator[Plan]:
-        case = _decaying(trial)[0]
-        yield Plan(what, results.config_of(case), [random(1, *case.shape)], [[*random(3, 5, *case.shape)]],
-                   "look for a count that is a Python number and not in the state", options=options)  # fmt: skip
-
-    return first_fault(trial, plans())
+def compiled(trial: Trial) -> str:
+    """Try the same steps under ``jax.jit``; that it cannot be compiled is a note."""
+    case, fault = _decaying(trial)[0], ""
+    plan = Plan(
+        "under jax.jit", results.config_of(case), [random(1, *case.shape)], [[*random(3, 5, *case.shape)]],
+        "look for a count that is a Python number and not in the state", options={"compiled": True},
+    )  # fmt: skip
+    try:
+        fault = compare(trial, plan)
+    except (Nothing, NotImplementedError):
+        raise
+    except RAISED as error:
+        trial.report.notes.append(f"{plan.what}: {said(error)}")
+        trial.eager = True
+    trial.eager |= bool(fault)
+    return fault

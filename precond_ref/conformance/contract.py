@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -91,6 +91,10 @@ class Trial:
     """True if all cases declare products in bfloat16, which are too coarse for inputs without vectors."""
     astray: float | None = None
     """`Result.astray` of the last run that departed from the reference."""
+    broken: set[str] = field(default_factory=set)
+    """Names of the checks that failed, or were not tried after one that failed."""
+    eager: bool = False
+    """True if the subject cannot be compiled, or is wrong then."""
 
     def __post_init__(self) -> None:
         self.dtype, self.began, self.worked = self.report.dtype, time.monotonic(), self._worked()
@@ -449,7 +453,7 @@ def engines(trial: Trial) -> str:
     """``foreach`` and ``fused`` run kernels of these names, and make the same steps; so does an update under jit."""
     offered = [] if trial.options is None else [name for name in ENGINES if name in trial.options.own]
     if "compiled" in getattr(trial.subject, "features", ()):
-        return beside.engine(trial, "under jax.jit", compiled=True)
+        return beside.compiled(trial)
     if not offered:
         raise Nothing
     parts = [trial.together[0], trial.mirrored]
@@ -613,7 +617,7 @@ def keep(
     """Yield one result per check that can be tried; ``before`` is a result of `look`, ``at`` is told each id before."""
     from precond_ref.conformance.diagnose import edges
 
-    trial, broken = Trial(subject, report, touched, before, deep), set()
+    trial = Trial(subject, report, touched, before, deep)
     wrong = any(r.tier == "must" and r.bad for r in report.results) and not edges(report)
     wrong = wrong or not trial.right
     for name, check in CHECKS.items():
@@ -622,7 +626,7 @@ def keep(
         if check.right and check.needs and check.needs not in getattr(trial.subject, "features", ()):
             continue
         at(f"contract/{name}")
-        lacking = [a for a in ((check.after,) if isinstance(check.after, str) else check.after) if a in broken]
+        lacking = [a for a in ((check.after,) if isinstance(check.after, str) else check.after) if a in trial.broken]
         reason = f"not tried, for contract/{lacking[0]} fails" if lacking else ""
         if check.right and wrong:
             reason = "not tried, for a case of tier must fails"
@@ -632,7 +636,7 @@ def keep(
         except Nothing:
             continue
         if lacking or result.bad:
-            broken.add(name)
+            trial.broken.add(name)
         yield result
 
 

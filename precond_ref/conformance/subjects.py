@@ -496,19 +496,23 @@ class Optax:
         self.features = frozenset({"compiled"})
         self.jax, self.make, self.dtype, self.names = jax, make, dtype, dict(names or {})
         self.fields = _known(make, self.names)
+        self.compiled: dict[str, Any] = {}
 
     def init(self, config: Config, params: Arrays, compiled: bool = False) -> None:
-        """Make a new transformation and its state; ``compiled``: its update under ``jax.jit``."""
-        self.transformation: Any = self.make(**arguments(self.make, config, self.fields))
+        """Make a new transformation and its state; ``compiled``: both, or an equal one's, under ``jax.jit``."""
+        given = arguments(self.make, config, self.fields)
+        self.transformation: Any = self.make(**given)
         if not all(hasattr(self.transformation, name) for name in ("init", "update")):
             raise TypeError(
                 f"{_called(self.make)} must return an optax transformation (with init and update), "
                 f"got {type(self.transformation).__name__}; `precond-ref check --help` lists what a target can be"
             )
         self.params = [self.jax.numpy.asarray(p, dtype=self.dtype) for p in params]
-        self.opt_state, self.steps, self.rates = self.transformation.init(self.params), 0, [(0, config["lr"])]
+        begin, self.update = self.transformation.init, self.transformation.update
+        if compiled:
+            begin, self.update = self.compiled.setdefault(repr(given), (self.jax.jit(begin), self.jax.jit(self.update)))
+        self.opt_state, self.steps, self.rates = begin(self.params), 0, [(0, config["lr"])]
         self.config, self.scheduled = copy.copy(config), False
-        self.update = self.jax.jit(self.transformation.update) if compiled else self.transformation.update
 
     def options(self, fields: Sequence[str]) -> Options:
         """`options_of` the target."""
