@@ -1156,8 +1156,7 @@ TARGETS = (
     Target(emerging_muon, "Muon.emerging", EMERGING, "orthogonalized_optimizers.Muon", dtype="float32", note=TWELVE),
     Target(
         emerging_normuon, "NorMuon.emerging", EMERGING, "orthogonalized_optimizers.AdaptiveMuon", dtype="float32",
-        note=f"{TWELVE} Its second moments are at least 1e-8 (clamp_min), which NorMuon.emerging leaves out: bursts "
-        "shows it.",
+        note=TWELVE,
     ),
     Target(
         emerging_adamuon, "AdaMuon.emerging", EMERGING, "orthogonalized_optimizers.AdaptiveMuon", dtype="float32",

@@ -258,6 +258,7 @@ LOUD: dict[str, dict[str, Config]] = {
             rms=0.375, layout="flatten", normalization_factor=2.5), (6, 3, 2)),
         "blocks": Config(pr.NorMuon(momentum=0.625, beta2=0.875, eps2=0.25, rescale="none", blocks=2, outputs="columns",
             scale="max"), (3, 4)),
+        "floor": Config(pr.NorMuon(momentum=0.75, beta2=0.625, eps2=0.125, eps2_rule="max"), (5, 3)),
     },
     "AdaMuon": {
         "sign": Config(pr.AdaMuon(momentum=0.75, beta2=0.875, eps=0.25, eps2=0.125, rms=0.375, coefficients=MILD,

@@ -145,6 +145,8 @@ SHOULD = {  # mistakes that only a case of tier "should" shows
     "Shampoo.production": {"trace-late", "trace-ignored"},
     "EShampoo": {"graft-corrected"},
     "SOAP": {"sort-early", "nesterov-ignored", "nesterov-same", "vectors-ignored", "layout-ignored"},
+    "NorMuon.emerging": {"eps2-ignored", "statistic-sum", "v-corrected", "v-weight-missing"},
+    "NorMuon.dion": {"eps2-inside"},
     "SAdaGrad": DECAY,
     "SShampoo": DECAY,
     "SShampoo.practical": {"kappa-unscaled", "long-axes-preconditioned", "identity-outside"},

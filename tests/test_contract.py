@@ -234,6 +234,7 @@ OTHER_CHOICE = {
     "after_last": {"repeat": "cycle", "cycle": "repeat"},
     "normalization": dict.fromkeys(("spectral", "schatten4", "aol"), "frobenius") | {"frobenius": "spectral"},
     "eps_rule": {"add": "max", "max": "add"},
+    "eps2_rule": {"add": "max", "max": "add"},
     "scale": {"max": "jordan", "jordan": "ratio", "ratio": "jordan"},
     "outputs": {"rows": "columns", "columns": "rows"},
     "statistic": {"row": "short", "short": "row"},

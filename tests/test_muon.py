@@ -248,6 +248,13 @@ def check_limits(lib: Any = muon) -> None:
     polar = scipy.linalg.polar(grads[0])[0]
     rows = [row / (math.sqrt(0.375 * sum(x * x for x in row) / 3) + 0.125) for row in polar]
     assert np.linalg.norm(directions(raw, grads[:1])[0] - np.array(rows) * math.sqrt(4 / 3)) <= 1e-13
+    moments = [0.375 * sum(x * x for x in row) / 3 for row in polar]
+    least = sorted(moments)[1] + 1e-3  # above some and below others
+    rows = [row / math.sqrt(max(v, least)) for row, v in zip(polar, moments, strict=True)]
+    floor = raw.replace(eps2=least, eps2_rule="max")
+    assert np.linalg.norm(directions(floor, grads[:1])[0] - np.array(rows) * math.sqrt(4 / 3)) <= 1e-13
+    (far,) = directions(floor.replace(rescale="norm", eps2=1e3), grads[:1])  # u = o / sqrt(1e3), below 1e3
+    assert np.linalg.norm(far - math.sqrt(4 / 3) * math.sqrt(3) * polar / math.sqrt(1e3) / 1e3) <= 1e-18
     ada = directions(lib.AdaMuon(momentum=0.75, beta2=0.625, sign=False), grads[:1])
     o = directions(lib.Muon.jordan(momentum=0.75, compute_dtype=None), grads[:1])
     assert np.max(np.abs(ada - 0.2 * np.sign(o))) <= 1e-6
@@ -447,7 +454,10 @@ BUGS: dict[str, tuple[str, tuple[str, str]]] = {
     "columns of v": ("check_golden_values", (ROW_MEAN, "xp.sum(o * o, axis=-2)[..., :r] / r")),
     "sum of squares": ("check_limits", (ROW_MEAN, "xp.sum(o * o, axis=-1 if rows else -2)")),
     "v of the gradient": ("check_golden_values", (ROW_MEAN, ROW_MEAN.replace("o * o", "piece * piece"))),
-    "no root of v": ("check_golden_values", ("xp.sqrt(v)[..., None] if rows", "v[..., None] if rows")),
+    "no root of v": ("check_golden_values", ("else self._at_least(xp.sqrt(v), xp)", "else self._at_least(v, xp)")),
+    "eps2 added": ("check_limits", ('if self.eps2_rule == "add":', "if True:")),
+    "eps2 as the least beside v's root": ("check_limits",
+        ('xp.sqrt(self._at_least(v, xp)) if self.eps2_rule == "max" else ', "")),
     "norm not restored": ("check_golden_values", ("self._factor(r, k) * size if", "self._factor(r, k) if")),
     "no sign": ("check_golden_values", ("xp.sign(n) + 0.0 * n if self.sign else n", "n")),
     "V of N": ("check_golden_values", ("self._turned(o * o, xp)", "self._turned(n * n, xp)")),

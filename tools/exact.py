@@ -168,6 +168,7 @@ FIELDS: dict[str, Callable[[random.Random], Any]] = {
     "normalization": _one_of("frobenius", "frobenius", "spectral", "schatten4", "aol"),
     "normalization_factor": lambda r: r.choice([1.0, r.uniform(1, 2)]),
     "eps_rule": _one_of("add", "max"),
+    "eps2_rule": _one_of("add", "max"),
     "eps2": lambda r: 10 ** r.uniform(-3, 0),  # where an entry of O is zero, 0/0 is of what rounding has made of it
     "compute_dtype": _one_of(None, "bfloat16"),
     "scale": _one_of("max", "jordan", "ratio"),

@@ -72,7 +72,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from precond_ref.fields import choice, declared, flag, integer, is_python_number, real
 from precond_ref.numerics import orthogonal, roots
-from precond_ref.numerics.arrays import finite_members, whole
+from precond_ref.numerics.arrays import clamp, finite_members, whole
 from precond_ref.numerics.ema import ema, one_minus_power, quotient, reciprocal, sqrt
 from precond_ref.numerics.lapack import attempt
 from precond_ref.numerics.template import zeros
@@ -533,16 +533,20 @@ class _Rescaled(_Orthogonalized):
         if self.rescale == "rms" and self.rms is None:
             raise ValueError("rescale='rms' needs rms, got rms=None")
 
-    def _rescaled(self, o: Array, root: Array, xp: Namespace) -> Array:
-        """Return (7) of a block (..., r, k), with ``root`` = sqrt(v)."""
-        u = quotient(o, root + self.eps2, xp, bound=self.eps2)  # (6)
+    def _at_least(self, x: Array, xp: Namespace) -> Array:
+        """Return ``x`` as a denominator that is not small."""
+        return x + self.eps2
+
+    def _rescaled(self, o: Array, denominator: Array, xp: Namespace) -> Array:
+        """Return (7) of a block (..., r, k)."""
+        u = quotient(o, denominator, xp, bound=self.eps2)  # (6)
         r, k = o.shape[-2:]
         if self.rescale == "none":
             return self._factor(r, k) * u  # (7)
         norm, size = (xp.sqrt(xp.sum(x * x, axis=(-2, -1), keepdims=True)) for x in (u, o))
         rms: Any = self.rms
         target = self._factor(r, k) * size if self.rescale == "norm" else rms * math.sqrt(r * k)
-        return target * quotient(u, norm + self.eps2, xp, bound=self.eps2)  # (7)
+        return target * quotient(u, self._at_least(norm, xp), xp, bound=self.eps2)  # (7)
 
 
 class NorMuon(_Rescaled):
@@ -557,12 +561,20 @@ class NorMuon(_Rescaled):
     statistic: str = choice(
         "'row' (a number for each output) or 'short' (for each of the longer side)", default="row", of=("row", "short")
     )
+    eps2_rule: str = choice(
+        "'add', or 'max': max(v, eps2) under the root, max(norm, eps2)", default="add", of=("add", "max")
+    )
 
     paper: ClassVar[str] = "Li et al.: NorMuon, 2025, arXiv 2510.05491"
     presets: ClassVar[tuple[str, ...]] = ("article", "pytorch_optimizer", "emerging", "dion")
 
     def _length(self, r: int, k: int) -> int:
         return max(r, k) if self.statistic == "short" else r
+
+    def _at_least(self, x: Array, xp: Namespace) -> Array:
+        if self.eps2_rule == "add":
+            return super()._at_least(x, xp)
+        return clamp(x, self.eps2, xp=xp) if is_python_number(self.eps2) else xp.maximum(x, self.eps2)
 
     def state_of(self, shape: tuple[int, ...]) -> NorMuonState:
         stored = self._stored(shape)
@@ -583,8 +595,8 @@ class NorMuon(_Rescaled):
             rows = self.statistic == "row" or r >= k
             old = state.v[..., start : start + self._length(r, k)]
             v = ema(old, xp.sum(o * o, axis=-1 if rows else -2) / max(k if rows else r, 1), self.beta2)  # (5)
-            root = xp.sqrt(v)[..., None] if rows else xp.sqrt(v)[..., None, :]
-            made.append(self._rescaled(o, root, xp))  # (6), (7)
+            root = xp.sqrt(self._at_least(v, xp)) if self.eps2_rule == "max" else self._at_least(xp.sqrt(v), xp)
+            made.append(self._rescaled(o, root[..., None] if rows else root[..., None, :], xp))  # (6), (7)
             moments.append(v)
             start += self._length(r, k)
         direction = self._turned(self._joined(made, n.shape, xp), xp)
@@ -612,7 +624,7 @@ class NorMuon(_Rescaled):
         """NVIDIA's Emerging-Optimizers: the statistic of the longer side."""
         return NorMuon(
             momentum=momentum, beta2=beta2, nesterov=nesterov, statistic="short", coefficients="quintic5",
-            after_last="cycle", eps=1e-15, eps_rule="max", eps2=0.0, scale="max", rms=1.0,
+            after_last="cycle", eps=1e-15, eps_rule="max", eps2=1e-8, eps2_rule="max", scale="max", rms=1.0,
         )  # fmt: skip
 
     @staticmethod
@@ -668,7 +680,7 @@ class AdaMuon(_Rescaled):
         v = ema(state.v, self._turned(o * o, xp), self.beta2)  # (5)
         root = self._turned(xp.sqrt(v) * now.k.second if self.v_bias_correction else xp.sqrt(v), xp)
         pieces = zip(self._pieces(o, xp), self._pieces(root, xp), strict=True)
-        made = [self._rescaled(o, root, xp) for o, root in pieces]  # (6), (7)
+        made = [self._rescaled(o, self._at_least(root, xp), xp) for o, root in pieces]  # (6), (7)
         direction = self._turned(self._joined(made, n.shape, xp), xp)
         return self._parameter(direction, grad.shape, now.stack, xp), AdaMuonState(step=now.step, m=m, v=v)
 

@@ -56,7 +56,7 @@ SHARED: dict[str, Any] = {
 }  # fmt: skip
 MUON = {**SHARED, "dual_norm": False}
 RESCALED = {**SHARED, "beta2": 29 / 32, "eps2": 3 / 64, "eps": 5 / 32, "rescale": "norm"}
-NORMUON = {**RESCALED, "scale": "jordan", "statistic": "row"}
+NORMUON = {**RESCALED, "scale": "jordan", "statistic": "row", "eps2_rule": "add"}
 ADAMUON = {**RESCALED, "rescale": "rms", "sign": True, "v_bias_correction": False}
 
 
@@ -203,6 +203,8 @@ OF_NORMUON = [
     normuon("ratio", "The factor sqrt(m / n)", "floor-always scale-inverted scale-max", shape=(3, 5), scale="ratio"),
     normuon("jordan-wide", "No factor for a wide matrix", "floor-ignored", shape=(3, 5), eps_rule="max", eps=9.0),
     normuon("exact", "The polar factor itself", "newton-schulz", root="svd"),
+    normuon("eps2-floor", "eps2 as the least of v and of the norm", "eps2-added eps2-ignored", eps2=5 / 128,
+            eps2_rule="max"),
     normuon("sum", "A sum as momentum", "average", momentum_form="sum"),
     normuon("added", "The gradient added to the average", "nesterov-weighted", nesterov_form="added"),
     normuon("corrected", "Bias correction of the average", "correction-ignored correction-same", bias_correction=True),
@@ -317,7 +319,7 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "NorMuon.emerging": (
         {"beta2": 0.95, "nesterov": False},
         {**NOR, "statistic": "short", "coefficients": "quintic5", "after_last": "cycle", "eps": 1e-15,
-         "eps_rule": "max", "eps2": 0.0, "scale": "max", "rms": 1.0},
+         "eps_rule": "max", "eps2": 1e-8, "eps2_rule": "max", "scale": "max", "rms": 1.0},
     ),
     "NorMuon.dion": (
         {"beta2": 0.95, "compute_dtype": "bfloat16"},
@@ -358,6 +360,7 @@ def preset(constructor: str, name: str, why: str, catches: str = "", *, shape: t
 TALL: dict[str, Any] = {"shape": (6, 4)}  # of larger matrices rounding is less by chance
 WIDE: dict[str, Any] = {"shape": (4, 6)}
 FAINT, FAINTER = ({"grads": integers(310, (4, 4, 3), -6, 6) * 2.0**-power} for power in (30, 33))
+QUIET = integers(311, (4, 4, 3), -6, 6) * np.array([2.0**-22, 1, 1, 1])[:, None]
 AVERAGED = "nesterov-ignored nesterov-added momentum-ignored"
 OF_PRESETS = [
     preset("Muon.exact", "nesterov", "The polar factor, no factor", "nesterov-ignored newton-schulz"),
@@ -426,6 +429,11 @@ OF_PRESETS = [
            shape=(3, 5)),
     preset("NorMuon.emerging", "nesterov", "With Nesterov's form", "nesterov-ignored", beta2=29 / 32, nesterov=True,
            momentum=25 / 32),
+    preset("NorMuon.emerging", "quiet-row", "A row far below the others",
+           "eps2-ignored eps2-added v-weight-missing v-corrected", beta2=29 / 32,
+           given={"grads": QUIET, "tier": "should"}),
+    preset("NorMuon.dion", "quiet-row", "A row far below the others", "eps2-ignored eps2-floor eps2-inside",
+           beta2=29 / 32, compute_dtype=None, given={"grads": QUIET, "tier": "should"}),
     preset("NorMuon.dion", "tall", "As it runs, in bfloat16", "jordan", **TALL),
     preset("NorMuon.dion", "float64", "Without bfloat16", "statistic-short floor-always", shape=(3, 5),
            compute_dtype=None, beta2=29 / 32, momentum=25 / 32),

@@ -143,6 +143,8 @@ NORMUON_FLAGS = {
     "statistic-short": "with a second moment of the longer side instead of each row",
     "statistic-sum": "with sums of squares instead of means in the second moment",
     "statistic-entry": "with a second moment of each entry instead of each row",
+    "eps2-added": "with eps2 added instead of as the least of v and of the norm",
+    "eps2-floor": "with eps2 as the least of v and of the norm instead of added",
 }
 ADAMUON_FLAGS = {
     **AVERAGE,
@@ -463,8 +465,13 @@ def rescaled(u: Array, o: Array, config: Mapping[str, Any], whole: Any, flags: f
     eps2 = 0.0 if flags & {"eps2-ignored", "eps2-missing-in-norm"} else config["eps2"]
     rms = 1.0 if "rms-one" in flags else config["rms"]
     target = c * norm(o) if kind == "norm" else rms * sqrt(real(u.size, u))
-    size = norm(u) + eps2
+    size = max(norm(u), eps2) if eps2_floor(config, flags) else norm(u) + eps2
     return u * (target / size if size else 0)
+
+
+def eps2_floor(config: Mapping[str, Any], flags: frozenset[str]) -> bool:
+    """Return whether eps2 is the least of a denominator, and not added."""
+    return (config.get("eps2_rule") == "max" or "eps2-floor" in flags) and "eps2-added" not in flags
 
 
 def second_moment(
@@ -477,7 +484,10 @@ def second_moment(
         return v, o
     corrected = config.get("v_bias_correction", False) and "v-correction-ignored" not in flags
     used = v / (1 - beta2**t) if corrected or "v-corrected" in flags else v
-    if "eps2-inside" in flags:
+    if eps2_floor(config, flags):
+        least = np.where(used < eps2, eps2, used)
+        denominator = least if "v-not-rooted" in flags else sqrt(least)
+    elif "eps2-inside" in flags:
         denominator = sqrt(used + eps2)
     else:
         denominator = (used if "v-not-rooted" in flags else sqrt(used)) + eps2
