@@ -32,7 +32,9 @@ def case(constructor: str, **config: Any) -> Any:
 
 def trial(*cases: Any, **more: Any) -> Any:
     """What the inputs are chosen for."""
-    about = {"right": [*cases], "deep": False, "slow": False, "seeds": 1, "dtype": "float64", "fields": {"lr"}}
+    about = {
+        "right": [*cases], "deep": False, "slow": False, "seeds": 1, "dtype": "float64", "fields": {"lr"}, "engine": {},
+    }  # fmt: skip
     return SimpleNamespace(**about | more)
 
 

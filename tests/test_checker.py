@@ -266,7 +266,7 @@ def check_contract(tool: ModuleType) -> None:
         ([moved, 2 * moved], "of 2 parameters, number 2 makes other steps than alone, by 7 times"),
         ([still, moved], "of 2 parameters, number 1 does not move"),
     ):  # fmt: skip
-        played = SimpleNamespace(dtype="float64", played=lambda parts, paths=paths: paths)
+        played = SimpleNamespace(dtype="float64", engine={}, played=lambda parts, paths=paths: paths)
         found = tool.Trial.departs(played, [part, part])
         assert found.startswith(said)
         assert bool(found) == bool(said)
@@ -318,8 +318,8 @@ PLANTED = [
     (check_path, "for s in range(1, t + 1)", "for s in range(t, t + 1)"),
     (check_contract, 'if not m.startswith("dtype")', 'if not "dtype"'),
     (check_contract, '(dtypes != {"float32"})', '(dtypes == {"float32"})'),
-    (check_contract, "enumerate(zip(parts, self.played(parts, **options), strict=True), start=1)",
-     "enumerate(zip(parts, self.played(parts, **options), strict=True))"),
+    (check_contract, "enumerate(zip(parts, played, strict=True), start=1)",
+     "enumerate(zip(parts, played, strict=True))"),
     (check_count, "in self.xfails and r.status == PASSED", "in self.xfails and r.status != PASSED"),
     (check_count, "TIERS.index(self.require) + 1", "TIERS.index(self.require)"),
     (check_count, "2 * len(self.left_out", "len(self.left_out"),

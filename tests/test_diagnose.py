@@ -661,6 +661,20 @@ def test_a_mistake_beside_an_edge_is_named() -> None:
     assert narrow.lines()[-1].endswith(", where it departs at eps = 0.")
 
 
+class NarrowVariant(Variant):
+    """A mistake, in float32."""
+
+    def step(self, grads: Any) -> Any:
+        return [p.astype(np.float32).astype(np.float64) for p in super().step(grads)]
+
+
+@pytest.mark.usefixtures("vectors_alone")
+def test_a_mistake_at_an_edge_in_single_precision_is_named() -> None:
+    found = check(NarrowVariant({"zero-nan"}), "AGD").diagnosis
+    assert found.single
+    assert [m.flags for m in found.matches] == [("zero-nan",)]
+
+
 @np.errstate(all="ignore")
 def all_nan_adagrad(param, grad, state, *, lr, eps, initial, weight_decay):
     """A single entry without a gradient so far, and no ridge: NaN in all entries."""
@@ -845,6 +859,8 @@ DIAGNOSIS = [
     ([("        return [OTHERS]", "        return []")], test_vectors_that_go_to_another_method_are_an_edge),
     ([("if left_out and (matches", "if False and (matches")], test_a_mistake_beside_an_edge_is_named),
     ([("_single(rest, frozenset())", "_single(runs, frozenset())")], test_a_mistake_beside_an_edge_is_named),
+    ([("if share >= MOST and left_out and (single := in_single()):\n        return single\n    ", "")],
+     test_a_mistake_at_an_edge_in_single_precision_is_named),
     ([("for run in rest), len(failing)", "for run in runs), len(failing)")], test_a_mistake_beside_an_edge_is_named),
     ([("<= 0.01 * longest:\n            return True", "<= 0.01 * longest:\n            return False")],
      test_what_is_an_edge),

@@ -243,7 +243,7 @@ def compare(trial: Trial, plan: Plan) -> str:
     plan.grads = [[None if g is None else np.array(g, dtype).astype(np.float64) for g in gs] for gs in plan.grads]
 
     def begin() -> None:
-        subject.init(plan.config, [p.astype(dtype) for p in plan.params], **plan.options)
+        subject.init(plan.config, [p.astype(dtype) for p in plan.params], **trial.engine, **plan.options)
 
     begin()
     names = {name for changes in plan.changes.values() for change in changes for name in change if name != "group"}
@@ -391,11 +391,6 @@ def _plan(what: str, config: Config, shape: tuple[int, ...], grads: np.ndarray, 
     return Plan(what, config, [random(7, *shape)], [[*grads]], likely, **more)
 
 
-def _engine(trial: Trial) -> dict[str, Any]:
-    """Return the options of a plan with many steps or shapes, for which single operations would be compiled apart."""
-    return {"compiled": True} if trial.slow and not trial.eager else {}
-
-
 def inputs(trial: Trial) -> str:
     """Try ordinary gradients, which are not exact in single precision, unlike those of the cases."""
 
@@ -430,7 +425,7 @@ def long_run(trial: Trial) -> str:
             yield _plan(
                 f"{STEPS[trial.deep]} steps with the default hyperparameters", config, case.shape,
                 random(99, STEPS[trial.deep], *case.shape), "look for a value that is not the one given",
-                options=_engine(trial), faint=_faint(config.method, case.shape),
+                faint=_faint(config.method, case.shape),
             )  # fmt: skip
         for k, case in enumerate(chosen(trial)):
             steps = STEPS[trial.deep and k < 4]
@@ -438,7 +433,6 @@ def long_run(trial: Trial) -> str:
                 f"{steps} steps with the hyperparameters of {case.id}", results.config_of(case), case.shape,
                 random(k, steps, *case.shape),
                 "look for what depends on the number of the step: a correction that stops, a state that starts again",
-                options=_engine(trial),
             )  # fmt: skip
 
     return first_fault(trial, plans())
@@ -454,7 +448,6 @@ def shapes(trial: Trial) -> str:
                     f"shape {shape} with the hyperparameters of {case.id}", results.config_of(case), shape,
                     random(k, 3, *shape),
                     "look for what depends on the shape: blocks, a number of eigenvalues, a side, a triangle",
-                    options=_engine(trial),
                 )  # fmt: skip
             if hasattr(case.make(), "size"):
                 for shape in _shapes(trial, case, ((40,), (24, 24))):
@@ -555,8 +548,7 @@ def sizes(trial: Trial) -> str:
                     if what.startswith("large"):
                         grads *= 1e4 if case.make().elementwise else 1.0 if trial.dtype == "float64" else 0.03125
                     yield _plan(f"{what}, with the hyperparameters of {case.id}", results.config_of(case), shape,
-                                grads, f"look for {likely}", digits=FEW_DIGITS,
-                                options=_engine(trial))  # fmt: skip
+                                grads, f"look for {likely}", digits=FEW_DIGITS)  # fmt: skip
 
     return first_fault(trial, plans())
 
@@ -613,7 +605,7 @@ def bursts(trial: Trial) -> str:
                         f"{kind} that are small for {waits} steps and then large, with the hyperparameters of {case.id}"
                         + f" and {what}" * bool(what), config, case.shape, made,
                         "look for a limit of the step, of an entry, an eigenvalue or a norm", digits=FEW_DIGITS,
-                        options=_engine(trial), faint=_faint(config.method, case.shape),
+                        faint=_faint(config.method, case.shape),
                     )  # fmt: skip
 
     return first_fault(trial, plans())
@@ -658,8 +650,7 @@ def values(trial: Trial) -> str:
                 except (ValueError, TypeError):
                     continue
                 yield _plan(f"{case.id} with {what}", config, case.shape, random(k, 7, *case.shape),
-                            "look for an argument that is ignored, or taken for another", options=_engine(trial)
-                            )  # fmt: skip
+                            "look for an argument that is ignored, or taken for another")  # fmt: skip
 
     return first_fault(trial, plans())
 
@@ -673,8 +664,7 @@ def many(trial: Trial) -> str:
         take = [found[i % len(found)] for i in range(14)] if found else [case.shape] * 14
         yield Plan(f"fourteen parameters, with the hyperparameters of {case.id}", results.config_of(case),
                    [random(i, *s) for i, s in enumerate(take)],
-                   [[*random(i + 14, steps, *s)] for i, s in enumerate(take)], "look for what they share",
-                   options=_engine(trial))  # fmt: skip
+                   [[*random(i + 14, steps, *s)] for i, s in enumerate(take)], "look for what they share")  # fmt: skip
 
     try:
         return first_fault(trial, plans())
@@ -796,17 +786,10 @@ def habit(trial: Trial, names: Sequence[str], likely: str) -> str:
 
 def compiled(trial: Trial) -> str:
     """Try the same steps under ``jax.jit``; that it cannot be compiled is a note."""
-    case, fault = _decaying(trial)[0], ""
+    case = _decaying(trial)[0]
     plan = Plan(
         "under jax.jit", results.config_of(case), [random(1, *case.shape)], [[*random(3, 5, *case.shape)]],
-        "look for a count that is a Python number and not in the state", options={"compiled": True},
+        "look for a count that is a Python number and not in the state",
+        options={} if trial.engine else {"compiled": True},
     )  # fmt: skip
-    try:
-        fault = compare(trial, plan)
-    except (Nothing, NotImplementedError):
-        raise
-    except RAISED as error:
-        trial.report.notes.append(f"{plan.what}: {said(error)}")
-        trial.eager = True
-    trial.eager |= bool(fault)
-    return fault
+    return first_fault(trial, iter([plan]))

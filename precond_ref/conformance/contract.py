@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -91,10 +91,6 @@ class Trial:
     """True if all cases declare products in bfloat16, which are too coarse for inputs without vectors."""
     astray: float | None = None
     """`Result.astray` of the last run that departed from the reference."""
-    broken: set[str] = field(default_factory=set)
-    """Names of the checks that failed, or were not tried after one that failed."""
-    eager: bool = False
-    """True if the subject cannot be compiled, or is wrong then."""
 
     def __post_init__(self) -> None:
         self.dtype, self.began, self.worked = self.report.dtype, time.monotonic(), self._worked()
@@ -202,9 +198,21 @@ class Trial:
             seen.append(self.step([None if p.grads is None else p.grads[min(t, len(p.grads) - 1)] for p in parts]))
         return [np.stack([now[i] for now in seen]) for i in range(len(parts))]
 
+    @cached_property
+    def engine(self) -> dict[str, Any]:
+        """Return the options of runs with many steps or shapes, whose single operations would be compiled apart."""
+        if "compiled" not in getattr(self.subject, "features", ()):
+            return {}
+        try:
+            (seen,) = self.played([self.longest], compiled=True)
+        except RAISED:
+            return {}
+        return {"compiled": True} if self.longest.gap(seen, self.dtype) <= 1 else {}
+
     def departs(self, parts: Sequence[Part], **options: Any) -> str:
         """Return the error text for a parameter that makes other steps than alone, or ""."""
-        for i, (part, seen) in enumerate(zip(parts, self.played(parts, **options), strict=True), start=1):
+        played = self.played(parts, **self.engine, **options)
+        for i, (part, seen) in enumerate(zip(parts, played, strict=True), start=1):
             if part.alone is None or not (gap := part.gap(seen, self.dtype)) > 1:
                 continue
             which = f"of {len(parts)} parameters, number {i}"
@@ -367,14 +375,14 @@ def _interrupted(trial: Trial, parts: Sequence[Part], changed: bool = False) -> 
     subject: Any = trial.subject
 
     def run(until: int, interrupt: bool) -> list[list[np.ndarray]]:
-        trial.begin(parts)
+        trial.begin(parts, **trial.engine)
         seen = [[np.array(part.param, trial.dtype).astype(np.float64) for part in parts]]
         for t in range(until):
             if changed and t == 1:
                 subject.change(lr=0.5, weight_decay=0.25)
             if interrupt and t == SAVED:
                 saved = subject.save()
-                trial.begin(parts)
+                trial.begin(parts, **trial.engine)
                 subject.load(saved)
             seen.append(trial.step([part.grads[t] for part in parts]))  # type: ignore[index]
         return seen
@@ -617,7 +625,7 @@ def keep(
     """Yield one result per check that can be tried; ``before`` is a result of `look`, ``at`` is told each id before."""
     from precond_ref.conformance.diagnose import edges
 
-    trial = Trial(subject, report, touched, before, deep)
+    trial, broken = Trial(subject, report, touched, before, deep), set()
     wrong = any(r.tier == "must" and r.bad for r in report.results) and not edges(report)
     wrong = wrong or not trial.right
     for name, check in CHECKS.items():
@@ -626,7 +634,7 @@ def keep(
         if check.right and check.needs and check.needs not in getattr(trial.subject, "features", ()):
             continue
         at(f"contract/{name}")
-        lacking = [a for a in ((check.after,) if isinstance(check.after, str) else check.after) if a in trial.broken]
+        lacking = [a for a in ((check.after,) if isinstance(check.after, str) else check.after) if a in broken]
         reason = f"not tried, for contract/{lacking[0]} fails" if lacking else ""
         if check.right and wrong:
             reason = "not tried, for a case of tier must fails"
@@ -636,7 +644,7 @@ def keep(
         except Nothing:
             continue
         if lacking or result.bad:
-            trial.broken.add(name)
+            broken.add(name)
         yield result
 
 

@@ -135,9 +135,20 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
             len(rest) < len(runs)
         )
 
+    def in_single() -> Diagnosis | None:
+        for flags in variants.choices(known, 1) if dtype == "float64" else ():
+            if _replayed(runs[0], flags, "float32", 1)[1] <= 1 and _single(runs, flags) >= MOST:
+                error = max(error for error, _ in _explain(runs, flags, "float32"))
+                if error <= 0.1 * largest:
+                    match = Match(tuple(flags), variants.describe(known, flags), error, len(failing))
+                    return found(match, hints=(SINGLE,), single=True)
+        return None
+
     firm = {id: edge for id, edge in aside.items() if edge != [OTHERS]}
     rest, left_out = without(firm)
     share = _single(rest, frozenset()) if dtype == "float64" else 0.0
+    if share >= MOST and left_out and (single := in_single()):
+        return single
     if share >= MOST:
         sizes = {run.case.id: error for run, (error, _) in zip(runs, plain, strict=True)}
         match = Match((), "", max(sizes[run.case.id] for run in rest), len(failing))
@@ -153,12 +164,8 @@ def diagnose(report: Report, *, pairs: bool = True) -> Diagnosis:
         return found(nearest)
     if nearest.flags and nearest.explained >= len(nearest.unexplained):
         return found(nearest=nearest, hints=hints)
-    for flags in variants.choices(known, 1) if dtype == "float64" else ():
-        if _replayed(runs[0], flags, "float32", 1)[1] <= 1 and _single(runs, flags) >= MOST:
-            error = max(error for error, _ in _explain(runs, flags, "float32"))
-            if error <= 0.1 * largest:
-                match = Match(tuple(flags), variants.describe(known, flags), error, len(failing))
-                return found(match, hints=(SINGLE,), single=True)
+    if single := in_single():
+        return single
     if share and largest < 2**-12:
         hints += (f"No case is further than {largest:.1g} from right: that something is computed in single precision "
                   "would explain as much.",)  # fmt: skip
