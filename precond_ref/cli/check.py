@@ -494,9 +494,14 @@ def may(result: Result) -> bool:
 
 
 def count(results: list[Result]) -> str:
-    """Return the number of results of each status, in words."""
-    numbers = Counter(r.status for r in results)
-    return ", ".join(f"{numbers[s]} {s}" for s in ("passed", "failed", "error", "skipped") if numbers[s]) or "none"
+    """Return the number of results of each status, in words; of failures also those that do not count."""
+    numbers, free = Counter(r.status for r in results), Counter(r.status for r in results if may(r))
+    words = [
+        f"{numbers[s]} {s}" + f" ({free[s]} of tier may)" * bool(free[s])
+        for s in ("passed", "failed", "error", "skipped")
+        if numbers[s]
+    ]
+    return ", ".join(words) or "none"
 
 
 def table(results: list[Result], report: Any) -> Table:
