@@ -202,7 +202,7 @@ def test_pairs_of_mistakes_are_named(constructor: str) -> None:
     for flags in random.Random(1).sample(pairs, 2):
         diagnosis = check(Variant(flags), constructor).diagnosis
         assert diagnosis is not None
-        assert [set(m.flags) for m in diagnosis.matches] == [set(flags)]
+        assert set(flags) in [set(m.flags) for m in diagnosis.matches]  # beside one mistake two others may be one
 
 
 @pytest.mark.usefixtures("vectors_alone")

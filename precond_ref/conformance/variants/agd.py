@@ -133,6 +133,7 @@ VARIANTS = {
             frozenset({"square-of-gradient", "gradient-difference", "difference-uncorrected",
                        "difference-one-correction"}),
             frozenset({"first-difference-zero", "first-difference-raw"}),
+            frozenset({"first-difference-zero", "delta-ignored"}),  # the first step is infinite
             frozenset({"delta-added", "delta-inside", "delta-ignored", "delta-under-root", "delta-added-inside"}),
             frozenset({"delta-inside", "delta-under-root", "delta-added-inside", "no-root"}),
             frozenset({"nesterov", "momentum-none"}),

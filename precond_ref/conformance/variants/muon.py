@@ -584,10 +584,10 @@ EXCLUSIVE = (
     frozenset({"flatten-inputs", "flatten-ignored"}),
 )  # fmt: skip
 SECOND = (
-    frozenset({"v-ignored", "v-of-gradient"}),
+    frozenset({"v-ignored", "v-of-gradient", "momentum-of-orthogonal"}),
     *rivals({"v-ignored"}, {"v-not-rooted", "v-corrected", "v-weight-missing", "eps2-inside"}),
     frozenset({"v-not-rooted", "eps2-inside"}),
-    frozenset({"eps2-ignored", "eps2-inside", "eps2-missing-in-norm"}),
+    frozenset({"eps2-ignored", "eps2-inside", "eps2-missing-in-norm", "eps2-added", "eps2-floor"}),
     frozenset({"rescale-ignored", "rescale-rms", "rescale-norm", "rescale-always"}),
     *rivals({"rms-exact"}, set(RESCALED)),
 )
