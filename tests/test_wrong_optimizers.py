@@ -73,6 +73,23 @@ def test_a_wrong_optimizer_is_caught(name: str) -> None:
     assert not {r.id for r in report.failures if r.tier == "must" and "contract/" not in r.id}  # the vectors pass
 
 
+def test_the_compiler_knows_the_options_of_a_check() -> None:
+    optax = subjects.Optax(target("optax Adam")[0])
+    assert optax.quick == subjects.QUICK  # else a check takes longer, or waits for ever where stacks are decomposed
+    optax.__dict__.pop("quick")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(subjects.QUICK, "xla_cpu_of_an_earlier_time", True)
+        assert "xla_cpu_of_an_earlier_time" not in optax.quick
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("first_version")
+def test_a_right_update_that_is_compiled_by_itself_passes() -> None:
+    found: dict[str, Any] = {}
+    exec(source("optax Adam")[0].replace("(init, update)", "(init, jax.jit(update))"), found)
+    assert check(wrap(found["Target"]), "Adam", diagnose=False).failures == []
+
+
 @pytest.mark.full
 @pytest.mark.usefixtures("first_version")
 @pytest.mark.parametrize("name", ["clamped at 5 in JAX", "above 4096 entries in JAX"])

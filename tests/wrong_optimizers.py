@@ -346,6 +346,8 @@ WRONG: dict[str, Wrong] = {
         "if (t - 1) % every == 0 and (every == 1 or t <= 10):", "long-run"),
     "wrong under jit": Wrong(J, 't = state["t"] + 1',
         't = state["t"] + (2 if isinstance(state["t"], jax.core.Tracer) else 1)', "engines"),
+    "wrong without jit": Wrong(J, 't = state["t"] + 1',
+        't = state["t"] + (1 if isinstance(state["t"], jax.core.Tracer) or state["t"] < 5 else 2)', "repeatable"),
     # shapes
     "wrong on 4 axes": Wrong(A, ADAM_G, ADAM_G + " * (1 if p.ndim < 4 else 0.9)", "axes"),
     "blocks above 16": Wrong(S, "gram / scale, eps",

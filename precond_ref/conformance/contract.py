@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,6 +85,8 @@ class Trial:
     """`surroundings` before the first case."""
     deep: bool = False
     """True to try more inputs: minutes instead of seconds."""
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the subject with which it makes the same steps in less time."""
     changed: bool = False
     """True if the last step changed a gradient."""
     narrow: bool = False
@@ -176,7 +178,9 @@ class Trial:
     def begin(self, parts: Sequence[Part], **options: Any) -> None:
         """Call the subject's `init` with these parameters."""
         self.subject.init(
-            results.config_of(parts[0].case), [np.array(part.param, self.dtype) for part in parts], **options
+            results.config_of(parts[0].case),
+            [np.array(part.param, self.dtype) for part in parts],
+            **{**self.engine, **options},
         )
 
     def step(self, grads: Sequence[np.ndarray | None]) -> list[np.ndarray]:
@@ -198,20 +202,9 @@ class Trial:
             seen.append(self.step([None if p.grads is None else p.grads[min(t, len(p.grads) - 1)] for p in parts]))
         return [np.stack([now[i] for now in seen]) for i in range(len(parts))]
 
-    @cached_property
-    def engine(self) -> dict[str, Any]:
-        """Return the options of runs with many steps or shapes, whose single operations would be compiled apart."""
-        if "compiled" not in getattr(self.subject, "features", ()):
-            return {}
-        try:
-            (seen,) = self.played([self.longest], compiled=True)
-        except RAISED:
-            return {}
-        return {"compiled": True} if self.longest.gap(seen, self.dtype) <= 1 else {}
-
     def departs(self, parts: Sequence[Part], **options: Any) -> str:
         """Return the error text for a parameter that makes other steps than alone, or ""."""
-        played = self.played(parts, **self.engine, **options)
+        played = self.played(parts, **options)
         for i, (part, seen) in enumerate(zip(parts, played, strict=True), start=1):
             if part.alone is None or not (gap := part.gap(seen, self.dtype)) > 1:
                 continue
@@ -275,9 +268,9 @@ def _directions(part: Part, grads: np.ndarray) -> np.ndarray:
 
 
 def repeatable(trial: Trial) -> str:
-    """The longest trace gives the same steps again."""
+    """The longest trace gives the same steps again, operation by operation."""
     part = trial.longest
-    gap = part.gap(trial.played([part])[0], trial.dtype)
+    gap = part.gap(trial.played([part], **dict.fromkeys(trial.engine, False))[0], trial.dtype)
     return f"a second run from the start differs: {gap:.2g} times the tolerance" * (gap > 1)
 
 
@@ -375,14 +368,14 @@ def _interrupted(trial: Trial, parts: Sequence[Part], changed: bool = False) -> 
     subject: Any = trial.subject
 
     def run(until: int, interrupt: bool) -> list[list[np.ndarray]]:
-        trial.begin(parts, **trial.engine)
+        trial.begin(parts)
         seen = [[np.array(part.param, trial.dtype).astype(np.float64) for part in parts]]
         for t in range(until):
             if changed and t == 1:
                 subject.change(lr=0.5, weight_decay=0.25)
             if interrupt and t == SAVED:
                 saved = subject.save()
-                trial.begin(parts, **trial.engine)
+                trial.begin(parts)
                 subject.load(saved)
             seen.append(trial.step([part.grads[t] for part in parts]))  # type: ignore[index]
         return seen
@@ -621,11 +614,12 @@ def keep(
     before: Mapping[str, str] | None,
     at: Callable[[str], None],
     deep: bool = False,
+    engine: Mapping[str, Any] | None = None,
 ) -> Iterator[Result]:
     """Yield one result per check that can be tried; ``before`` is a result of `look`, ``at`` is told each id before."""
     from precond_ref.conformance.diagnose import edges
 
-    trial, broken = Trial(subject, report, touched, before, deep), set()
+    trial, broken = Trial(subject, report, touched, before, deep, engine or {}), set()
     wrong = any(r.tier == "must" and r.bad for r in report.results) and not edges(report)
     wrong = wrong or not trial.right
     for name, check in CHECKS.items():

@@ -32,6 +32,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -484,6 +485,17 @@ class Programs:
             cls.least = unshared()
 
 
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}
+"""Options of a compiler that does not optimize. With the last, stacks are decomposed one after another: jaxlib 0.10.2 waits
+for ever where each thread of its pool splits the work of a stack among the same threads."""
+
+
 class Optax:
     """A function of hyperparameters that returns an optax transformation (its updates are added)."""
 
@@ -498,6 +510,16 @@ class Optax:
         self.fields = _known(make, self.names)
         self.compiled: dict[str, Any] = {}
 
+    @cached_property
+    def quick(self) -> dict[str, Any]:
+        """Return those of `QUICK` that this XLA knows."""
+        known = {}
+        for name, value in QUICK.items():
+            with contextlib.suppress(*RAISED):
+                self.jax.jit(lambda x: x, compiler_options={name: value})(0.0)
+                known[name] = value
+        return known
+
     def init(self, config: Config, params: Arrays, compiled: bool = False) -> None:
         """Make a new transformation and its state; ``compiled``: both, or an equal one's, under ``jax.jit``."""
         given = arguments(self.make, config, self.fields)
@@ -510,9 +532,12 @@ class Optax:
         self.params = [self.jax.numpy.asarray(p, dtype=self.dtype) for p in params]
         begin, self.update = self.transformation.init, self.transformation.update
         if compiled:
-            begin, self.update = self.compiled.setdefault(repr(given), (self.jax.jit(begin), self.jax.jit(self.update)))
+            begin, self.update = self.compiled.setdefault(repr(given), [*map(self._whole, (begin, self.update))])
         self.opt_state, self.steps, self.rates = begin(self.params), 0, [(0, config["lr"])]
-        self.config, self.scheduled = copy.copy(config), False
+        self.config, self.scheduled, self.whole = copy.copy(config), False, compiled
+
+    def _whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self.jax.jit(function, compiler_options=self.quick)
 
     def options(self, fields: Sequence[str]) -> Options:
         """`options_of` the target."""
@@ -524,35 +549,47 @@ class Optax:
         given = [self.jax.numpy.asarray(g, dtype=self.dtype) for g in grads]
         updates, self.opt_state = self.update(given, self.opt_state, self.params)
         self.steps += 1
-        self.params = [p + u for p, u in zip(self.params, updates, strict=True)]
-        return [np.array(p) for p in self.params]
+        kinds = [self.jax.numpy.result_type(p, u) for p, u in zip(self.params, updates, strict=True)]
+        after = [np.add(p, u, dtype=kind) for p, u, kind in zip(self.params, updates, kinds, strict=True)]
+        self.params = [self.jax.numpy.array(p) for p in after]
+        return after
 
     def change(self, group: int | None = None, **factors: float) -> list[str]:
         """Multiply ``lr`` from the next step on, by a schedule, if the function takes a schedule."""
         if group is not None or "lr" not in factors or (self.steps and not self.scheduled):
             return []
         self.rates.append((self.steps, self.rates[-1][1] * factors["lr"]))
-        points = tuple(self.rates)
+        if not (self.scheduled and self.whole):
+            config = copy.copy(self.config)
+            config["lr"], config.at_default = self._rate, self.config.at_default - {"lr"}
+            try:
+                made = self.make(**arguments(self.make, config, self.fields))
 
-        def schedule(count: Any) -> Any:
-            np = self.jax.numpy
-            rate = np.asarray(points[0][1], self.dtype)
-            for start, value in points:
-                rate = np.where(count >= start, np.asarray(value, self.dtype), rate)
-            return np.where(count > self.steps, np.nan, rate)  # a later rate must not be read
+                def update(known: Any, *given: Any) -> Any:
+                    self.known = known
+                    return made.update(*given)
 
-        config = copy.copy(self.config)
-        config["lr"], config.at_default = schedule, self.config.at_default - {"lr"}
-        try:
-            made = self.make(**arguments(self.make, config, self.fields))
-            if not self.scheduled:
-                state = made.init(self.params)
-                made.update([0 * p for p in self.params], state, self.params)
-                self.opt_state, self.scheduled = state, True
-        except RAISED:
-            return []
-        self.transformation, self.update = made, made.update
+                run = self._whole(update) if self.whole else update
+                if not self.scheduled:
+                    state = made.init(self.params)
+                    run(self._known(), [0 * p for p in self.params], state, self.params)
+                    self.opt_state, self.scheduled = state, True
+            except RAISED:
+                return []
+            self.transformation, self.update = made, lambda *given: run(self._known(), *given)
         return ["lr"]
+
+    def _known(self) -> tuple[Any, Any, int]:
+        """Return the steps from which a rate holds, these rates, and the number of steps made."""
+        never = (2**30, 0.0)  # so that one program is compiled
+        starts, rates = zip(*self.rates, *[never] * (-len(self.rates) % 512), strict=True)
+        return np.array(starts), np.array(rates, self.dtype), self.steps
+
+    def _rate(self, count: Any) -> Any:
+        """Return the rate of the step after ``count`` others: a schedule."""
+        (starts, rates, steps), np = self.known, self.jax.numpy
+        rate = np.asarray(rates)[np.searchsorted(np.asarray(starts), count, side="right") - 1]
+        return np.where(count > steps, np.nan, rate)  # a later rate must not be read
 
     def state(self) -> list[dict[str, np.ndarray]]:
         """Return the leaves of the optax state by their paths; of several leaves, the one at the parameter's index."""
