@@ -492,8 +492,8 @@ QUICK = {
     "xla_cpu_parallel_codegen_split_count": 1,
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }
-"""Options of a compiler that does not optimize. With the last, stacks are decomposed one after another: jaxlib 0.10.2 waits
-for ever where each thread of its pool splits the work of a stack among the same threads."""
+"""Options of a compiler that does not optimize. With the last, stacks are decomposed one after another: jaxlib 0.10.2
+waits for ever where each thread of its pool splits the work of a stack among the same threads."""
 
 
 class Optax:
