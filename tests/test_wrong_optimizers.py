@@ -102,6 +102,17 @@ def test_what_cannot_be_compiled_is_looked_at_all_the_same(name: str) -> None:
     assert any("under jax.jit: " in note for note in report.notes)
 
 
+@pytest.mark.full
+@pytest.mark.usefixtures("first_version")
+def test_what_is_wrong_everywhere_and_cannot_be_compiled_is_accused_of_steps_not_of_errors() -> None:
+    found: dict[str, Any] = {}
+    text = source("optax Adam")[0].replace("return -rate * (u", "return -1.01 * rate * (u")
+    exec(text.replace('t = state["t"] + 1', 't = int(state["t"]) + 1'), found)
+    report = check(wrap(found["Target"]), "Adam", diagnose=False)
+    assert {"Adam/plain", "Adam/decay"} <= {r.id for r in report.failures}
+    assert [f"{r.id}: {r.message}" for r in report.results if r.status == "error"] == []
+
+
 def test_each_check_has_a_mistake_that_it_alone_catches() -> None:
     assert {wrong.caught for name, wrong in WRONG.items() if name not in SEEN_TWICE} >= contract.CHECKS.keys() - BEFORE
 

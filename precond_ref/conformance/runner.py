@@ -98,8 +98,8 @@ def judge(subject: Subject, report: Report, at: Callable[[str], None], invarianc
             result, run = _trace(subject, case, dtype, level, touched, **engine)
             if engine and result.status != PASSED:  # what is accused was seen operation by operation
                 del touched[seen:]
-                result, run = _trace(subject, case, dtype, level, touched)
-                engine = {} if result.status == PASSED else engine
+                compiled, (result, run) = result, _trace(subject, case, dtype, level, touched)
+                engine = engine if result.status == compiled.status else {}
             report.results.append(result)
             if run is not None:
                 report.runs.append(run)
